@@ -1,0 +1,1 @@
+"""The same prompts through Hugging Face and here, layer by layer."""

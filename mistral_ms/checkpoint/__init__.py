@@ -1,0 +1,1 @@
+"""Checkpoints of Hugging Face, Mistral and ours: read, write, convert, inspect."""

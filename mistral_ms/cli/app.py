@@ -1,0 +1,33 @@
+"""Collects the commands and turns errors into exit codes: 0 done, 1 a check failed, 2 bad input."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import typer
+from rich.console import Console
+
+from mistral_ms.errors import MistralMsError
+
+app = typer.Typer(
+    name="run_mixtral.py",
+    help="Mistral 7B and Mixtral 8x7B on MindSpore: convert, align, generate, train.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Runs one command; bad input becomes one clear line on stderr and exit code 2."""
+    from mistral_ms.cli import commands
+
+    commands.register(app)
+    try:
+        app()
+    except MistralMsError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)

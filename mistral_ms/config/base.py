@@ -1,0 +1,46 @@
+"""What all configuration models share: frozen, no unknown keys, errors in our own words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mistral_ms.errors import ConfigError
+
+Model = TypeVar("Model", bound="Frozen")
+
+
+class Frozen(BaseModel):
+    """Immutable typed data; an unknown key is an error, never ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def validate(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
+    """Builds ``model`` from ``values``; a violation becomes a ConfigError that names the key.
+
+    Args:
+        model: the configuration class.
+        values: keys and values as read from a file or a command line.
+        where: the file or the argument they came from, for the message.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, or a rule of the class that does not hold.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        unknown = first["type"] == "extra_forbidden"
+        known = f"known keys: {', '.join(sorted(model.model_fields))}" if unknown else None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(
+            "unknown key" if unknown else "invalid configuration",
+            where=f"{where}: {key}" if key else where,
+            value=None if not key else repr(first.get("input")),
+            rule="no key is ignored" if unknown else message,
+            todo=known,
+        ) from error

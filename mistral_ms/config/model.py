@@ -1,0 +1,137 @@
+"""The architecture of a model: everything that decides its tensors and its mathematics.
+
+How tokens are routed at run time (dropless or with a capacity) is not architecture: the same
+weights serve both. That lives in :mod:`mistral_ms.config.routing`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mistral_ms.config.base import Frozen
+
+DType = Literal["float32", "float16", "bfloat16"]
+
+
+class MoEArchitecture(Frozen):
+    """The sparse layers of a model.
+
+    Attributes:
+        num_local_experts: experts per sparse layer (E).
+        num_experts_per_tok: experts that each token visits (K).
+        sparse_layers: which layers are sparse: all, every other one (layers 1, 3, ... as in
+            GShard and Switch), or an explicit list of layer indices.
+        norm_topk_prob: divide the K chosen probabilities by their sum (Mixtral does).
+        router_aux_loss_coef: the coefficient the model was published with (HF's key).
+    """
+
+    num_local_experts: int = Field(ge=1)
+    num_experts_per_tok: int = Field(default=2, ge=1)
+    sparse_layers: Literal["all", "every_other"] | tuple[int, ...] = "all"
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = Field(default=0.001, ge=0)
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> MoEArchitecture:
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed "
+                f"num_local_experts ({self.num_local_experts})"
+            )
+        return self
+
+
+class ModelConfig(Frozen):
+    """One Mistral or Mixtral model. Names are those of Hugging Face's config.json.
+
+    Attributes:
+        vocab_size: V.
+        hidden_size: H.
+        intermediate_size: I, of the dense feed-forward and of each expert.
+        num_hidden_layers: decoder blocks.
+        num_attention_heads: N query heads.
+        num_key_value_heads: G key/value heads; divides N (GQA; 1 is multi-query).
+        head_dim: D; hidden_size / num_attention_heads when not given.
+        max_position_embeddings: the longest sequence the model may see.
+        rms_norm_eps: epsilon inside the square root of RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        sliding_window: a query sees the last so many positions, itself included; None = all.
+        tie_word_embeddings: the output head shares the embedding's weight.
+        initializer_range: standard deviation of freshly drawn weights.
+        torch_dtype: dtype the published weights are stored in (HF's key).
+        moe: the sparse layers; None for a dense model.
+    """
+
+    vocab_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    head_dim: int | None = Field(default=None, ge=2)
+    max_position_embeddings: int = Field(default=32768, ge=1)
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
+    rope_theta: float = Field(default=1e6, gt=0)
+    sliding_window: int | None = Field(default=None, ge=1)
+    tie_word_embeddings: bool = False
+    initializer_range: float = Field(default=0.02, ge=0)
+    torch_dtype: DType = "bfloat16"
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = None
+    moe: MoEArchitecture | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(
+                f"num_key_value_heads ({kv_heads}) must divide num_attention_heads ({heads})"
+            )
+        if self.head_dim is None and self.hidden_size % heads:
+            raise ValueError(
+                f"num_attention_heads ({heads}) must divide hidden_size ({self.hidden_size}) "
+                "unless head_dim is given"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"head_dim ({self.head_size}) must be even: RoPE rotates pairs")
+        if self.moe is not None and not isinstance(self.moe.sparse_layers, str):
+            layers = self.moe.sparse_layers
+            outside = [i for i in layers if not 0 <= i < self.num_hidden_layers]
+            if outside or not layers or len(set(layers)) != len(layers):
+                raise ValueError(
+                    f"sparse_layers {list(layers)} must be distinct layer indices between 0 and "
+                    f"{self.num_hidden_layers - 1}, at least one"
+                )
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """D: head_dim, or hidden_size / num_attention_heads."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that hold experts, ascending."""
+        if self.moe is None:
+            return ()
+        pattern = self.moe.sparse_layers
+        if pattern == "all":
+            return tuple(range(self.num_hidden_layers))
+        if pattern == "every_other":
+            return tuple(range(1, self.num_hidden_layers, 2))
+        return tuple(sorted(int(i) for i in pattern))
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether decoder block ``layer`` holds experts instead of one feed-forward."""
+        return layer in self.sparse_layers
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end a text."""
+        if self.eos_token_id is None:
+            return ()
+        ids = self.eos_token_id
+        return ids if isinstance(ids, tuple) else (ids,)

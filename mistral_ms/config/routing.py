@@ -1,0 +1,39 @@
+"""How tokens are routed at run time; the same weights serve every policy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from mistral_ms.config.base import Frozen
+from mistral_ms.config.model import DType
+
+
+class RoutingConfig(Frozen):
+    """The routing policy of all sparse layers.
+
+    Attributes:
+        policy: ``dropless`` computes every chosen expert for every token (inference, alignment);
+            ``capacity`` gives each expert ceil(capacity_factor * K * T / E) places, at most T
+            (training; GShard, arXiv:2006.16668, section 2.2).
+        capacity_factor: head-room of the capacity policy.
+        drop_priority: who gets a place when an expert is full. ``token_major``: earlier tokens
+            first, with all their choices; ``choice_major``: all first choices before any second
+            choice (GShard, algorithm 1).
+        rescale_survivors: divide the weights of a token's surviving choices by their sum. Off:
+            a dropped choice contributes nothing and the residual carries the token.
+        router_dtype: dtype of the gate's matrix product; the softmax is always float32.
+        aux_loss: ``pooled`` averages over all layers' tokens before multiplying (HF);
+            ``per_layer`` multiplies per layer and averages the products.
+    """
+
+    policy: Literal["dropless", "capacity"] = "dropless"
+    capacity_factor: float = Field(default=1.1, gt=0)
+    drop_priority: Literal["token_major", "choice_major"] = "token_major"
+    rescale_survivors: bool = False
+    router_dtype: DType = "float32"
+    aux_loss: Literal["pooled", "per_layer"] = "pooled"
+
+
+DROPLESS = RoutingConfig()

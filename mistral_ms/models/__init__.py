@@ -1,0 +1,1 @@
+"""The decoder and the causal language model on top of it."""

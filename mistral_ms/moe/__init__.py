@@ -1,0 +1,1 @@
+"""The sparse layer: routing, dispatch, experts, combine, losses."""

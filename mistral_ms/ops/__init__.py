@@ -1,0 +1,1 @@
+"""What each fused operation means, in plain MindSpore."""

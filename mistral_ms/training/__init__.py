@@ -1,0 +1,1 @@
+"""Training on one device: data, optimizer, step, loop."""
