@@ -215,7 +215,7 @@ def to_native(config: ModelConfig, *, block: bool = True) -> dict[str, Any]:
     kind = "mistral" if config.moe is None else "mixtral"
     data = config.model_dump(mode="json")
     moe = data.pop("moe")
-    keys = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], "hidden_act": "silu"}
+    keys: dict[str, Any] = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], "hidden_act": "silu"}
     keys |= {theirs: data[ours] for theirs, (ours, _) in HF_KEYS.items()}
     if config.head_dim is None:
         keys["head_dim"] = config.head_size  # some HF versions do not derive it

@@ -1,1 +1,30 @@
 """Building blocks of the decoder, written as for one device."""
+
+from mistral_ms.layers.attention import Attention, AttentionContext, visible_keys
+from mistral_ms.layers.embedding import Embedding
+from mistral_ms.layers.feed_forward import FeedForward
+from mistral_ms.layers.kv_cache import CacheSpec, KeyPositions, KVCache
+from mistral_ms.layers.linear import Linear
+from mistral_ms.layers.loss import IGNORE_INDEX, HeadLoss, token_nll
+from mistral_ms.layers.norm import RMSNorm
+from mistral_ms.layers.parameter import draw
+from mistral_ms.layers.rope import RotaryTable, rope_angles
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Attention",
+    "AttentionContext",
+    "CacheSpec",
+    "Embedding",
+    "FeedForward",
+    "HeadLoss",
+    "KVCache",
+    "KeyPositions",
+    "Linear",
+    "RMSNorm",
+    "RotaryTable",
+    "draw",
+    "rope_angles",
+    "token_nll",
+    "visible_keys",
+]

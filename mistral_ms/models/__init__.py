@@ -1,1 +1,7 @@
 """The decoder and the causal language model on top of it."""
+
+from mistral_ms.models.block import DecoderBlock
+from mistral_ms.models.causal_lm import CausalLM, NextTokenLogits
+from mistral_ms.models.objective import LossReport, Objective
+
+__all__ = ["CausalLM", "DecoderBlock", "LossReport", "NextTokenLogits", "Objective"]

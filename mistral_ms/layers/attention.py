@@ -1,0 +1,84 @@
+"""Grouped-query attention with rotary positions, a sliding window, padding and an optional cache.
+
+One rule covers everything a query may see: the key's position is not padding (-1), not after the
+query, and within the window. It holds for a whole sequence and for a cache alike.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from mindspore import Tensor, nn, ops
+
+from mistral_ms.config import ModelConfig
+from mistral_ms.layers.kv_cache import CacheSpec, KVCache
+from mistral_ms.layers.linear import Linear
+from mistral_ms.ops import reference
+
+AttentionContext: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What all layers share in one forward pass, in this order:
+
+* cos_BS1R: cosines of the rotary angles, R = D / 2;
+* sin_BS1R: sines;
+* visible_B1SM: bool, which key each query may see;
+* cache_rows: int32 [B * G * S], where the cache takes the new keys; unused without a cache.
+"""
+
+
+def visible_keys(queries_BS: Tensor, keys_BM: Tensor, sliding_window: int | None) -> Tensor:
+    """Which key each query may see, from positions alone (-1 = padding).
+
+    Args:
+        queries_BS: int32 positions of the queries.
+        keys_BM: int32 positions of the keys.
+        sliding_window: a query sees so many positions, its own included; None = all.
+
+    Returns:
+        bool [B, 1, S, M].
+    """
+    q = ops.expand_dims(queries_BS, -1)
+    k = ops.expand_dims(keys_BM, 1)
+    visible = ops.logical_and(k >= 0, k <= q)
+    if sliding_window is not None:
+        visible = ops.logical_and(visible, q - k < sliding_window)
+    return ops.expand_dims(visible, 1)
+
+
+class Attention(nn.Cell):
+    """Multi-head attention with G key/value heads for N query heads.
+
+    Args:
+        config: sizes.
+        cache: sizes of the cache; None attends within the given sequence.
+        dtype: dtype of the weights.
+    """
+
+    def __init__(
+        self, config: ModelConfig, cache: CacheSpec | None = None, dtype: str = "float32"
+    ) -> None:
+        super().__init__()
+        H, D = config.hidden_size, config.head_size
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = D
+        self.q_proj = Linear(H, self.num_heads * D, dtype)
+        self.k_proj = Linear(H, self.num_kv_heads * D, dtype)
+        self.v_proj = Linear(H, self.num_kv_heads * D, dtype)
+        self.o_proj = Linear(self.num_heads * D, H, dtype)
+        self.cache = None if cache is None else KVCache(cache, self.num_kv_heads, D, dtype)
+
+    def construct(self, x_TH: Tensor, context: AttentionContext) -> Tensor:
+        """[T, H] -> [T, H], T = B * S."""
+        cos_BS1R, sin_BS1R, visible_B1SM, cache_rows = context
+        B, S = cos_BS1R.shape[:2]
+        N, G, D = self.num_heads, self.num_kv_heads, self.head_dim
+        q = self.q_proj(x_TH).reshape(B, S, N, D)
+        k = self.k_proj(x_TH).reshape(B, S, G, D)
+        v = self.v_proj(x_TH).reshape(B, S, G, D)
+        q = reference.rotate(q, cos_BS1R, sin_BS1R)
+        k = reference.rotate(k, cos_BS1R, sin_BS1R)
+        if self.cache is None:
+            k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+        else:
+            k, v = self.cache(k, v, cache_rows)
+        mixed = reference.attention(q, k, v, visible_B1SM)
+        return self.o_proj(mixed.reshape(B * S, N * D))

@@ -1,0 +1,32 @@
+"""Weights: created as zeros, filled by a checkpoint or by :func:`draw`."""
+
+from __future__ import annotations
+
+import zlib
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter
+from mindspore.common.initializer import initializer
+
+
+def weight(*shape: int, dtype: str = "float32", init: str = "zeros") -> Parameter:
+    """A trainable parameter of ``shape``; its name becomes its path in the model."""
+    return Parameter(initializer(init, shape, getattr(ms, dtype)))
+
+
+def buffer(*shape: int, dtype: str = "float32", init: str = "zeros") -> Parameter:
+    """State that is not trained and not part of a checkpoint."""
+    return Parameter(initializer(init, shape, getattr(ms, dtype)), requires_grad=False)
+
+
+def draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> np.ndarray:
+    """Initial values of one weight: normal(0, std) in float32; norms start at one.
+
+    Each weight has a random stream of its own, derived from the seed and its name: what a weight
+    starts with depends neither on the order of construction nor on which process holds it.
+    """
+    if len(shape) == 1:
+        return np.ones(shape, np.float32)
+    stream = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return stream.standard_normal(shape, dtype=np.float32) * np.float32(std)

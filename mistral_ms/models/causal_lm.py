@@ -1,0 +1,162 @@
+"""The causal language model: one decoder serves Mistral (dense) and Mixtral (sparse).
+
+Inputs are token ids and positions of equal shape [B, S]. Position -1 marks padding: it is never
+attended to, never routed, never counted, wherever in the batch it stands.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from mistral_ms.config import DROPLESS, ModelConfig, RoutingConfig
+from mistral_ms.errors import ConfigError
+from mistral_ms.layers import (
+    AttentionContext,
+    CacheSpec,
+    Embedding,
+    KeyPositions,
+    Linear,
+    RMSNorm,
+    RotaryTable,
+    draw,
+    visible_keys,
+)
+from mistral_ms.models.block import DecoderBlock
+from mistral_ms.moe import RouterSums
+from mistral_ms.ops import reference
+
+_gather = ops.Gather()
+_range = ops.Range()
+
+
+class CausalLM(nn.Cell):
+    """Mistral or Mixtral, by its configuration.
+
+    Args:
+        config: the architecture.
+        routing: the routing policy of the sparse layers.
+        cache: sizes of the key/value cache; None computes whole sequences.
+        dtype: dtype of weights and activations; "float32" on CPU.
+        positions: rows of the rotary tables; the model's max_position_embeddings when None.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        routing: RoutingConfig = DROPLESS,
+        *,
+        cache: CacheSpec | None = None,
+        dtype: str = "float32",
+        positions: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.layers = nn.CellList(
+            [
+                DecoderBlock(config, layer, routing, cache, dtype)
+                for layer in range(config.num_hidden_layers)
+            ]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.tied = config.tie_word_embeddings
+        if not self.tied:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype)
+        self.rotary = RotaryTable(config, positions or config.max_position_embeddings)
+        self.sliding_window = config.sliding_window
+        self.sparse = bool(config.sparse_layers)
+        self.cached = cache is not None
+        if cache is not None:
+            self.key_positions = KeyPositions(cache, config.num_key_value_heads)
+        self.no_rows = Tensor(np.zeros(1, np.int32), ms.int32)
+
+    def construct(self, ids_BS: Tensor, positions_BS: Tensor) -> Tensor:
+        """Logits [B, S, V] in float32 of int32 ids and positions [B, S]."""
+        hidden_TH, _ = self.hidden_states(ids_BS, positions_BS)
+        logits_TV = reference.linear(hidden_TH, self.head_weight())
+        return ops.cast(logits_TV, ms.float32).reshape(*ids_BS.shape, -1)
+
+    def hidden_states(
+        self, ids_BS: Tensor, positions_BS: Tensor
+    ) -> tuple[Tensor, RouterSums | None]:
+        """Normalised hidden states [B * S, H] and the router sums of the sparse layers.
+
+        The sums are stacked over the sparse layers, [layers, E] and [layers]; None for a dense
+        model.
+        """
+        x_TH = self.embed_tokens(ids_BS.reshape(-1))
+        context = self.attention_context(positions_BS)
+        valid_T = ops.cast(positions_BS.reshape(-1) >= 0, ms.float32)
+        probs, routed, kept, z, tokens = [], [], [], [], []
+        for layer in self.layers:
+            x_TH, sums = layer(x_TH, context, valid_T)
+            if layer.sparse:
+                probs.append(sums[0])
+                routed.append(sums[1])
+                kept.append(sums[2])
+                z.append(sums[3])
+                tokens.append(sums[4])
+        x_TH = self.norm(x_TH)
+        if not self.sparse:
+            return x_TH, None
+        return x_TH, (
+            ops.stack(probs),
+            ops.stack(routed),
+            ops.stack(kept),
+            ops.stack(z),
+            ops.stack(tokens),
+        )
+
+    def attention_context(self, positions_BS: Tensor) -> AttentionContext:
+        """What all layers share: rotary rows, visibility, places in the cache."""
+        cos, sin = self.rotary(positions_BS)
+        rows, keys_BM = self.no_rows, positions_BS
+        if self.cached:
+            rows, keys_BM = self.key_positions(positions_BS)
+        visible = visible_keys(positions_BS, keys_BM, self.sliding_window)
+        return cos, sin, visible, rows
+
+    def head_weight(self) -> ms.Parameter:
+        """The output head [V, H]; the embedding's own weight when tied."""
+        return self.embed_tokens.weight if self.tied else self.lm_head.weight
+
+    def reset_cache(self) -> None:
+        """Forgets all cached positions; the next call starts new sequences."""
+        self.key_positions.reset()
+
+    def weights(self) -> dict[str, ms.Parameter]:
+        """All trainable parameters by the names that our checkpoints use."""
+        return {n: p for n, p in self.parameters_and_names() if p.requires_grad}
+
+    def initialize(self, seed: int) -> None:
+        """Draws fresh weights: normal(0, initializer_range), norms one; a function of the seed."""
+        for name, parameter in self.weights().items():
+            values = draw(name, parameter.shape, self.config.initializer_range, seed)
+            parameter.set_data(Tensor(values).astype(parameter.dtype))
+
+
+class NextTokenLogits(nn.Cell):
+    """Logits of one position per sequence: what generation needs of a cached model.
+
+    Args:
+        model: a model with a cache.
+
+    Raises:
+        ConfigError: the model has no cache.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        if not model.cached:
+            raise ConfigError("model without a cache", rule="generation needs CausalLM(cache=...)")
+        self.model = model
+
+    def construct(self, ids_BS: Tensor, positions_BS: Tensor, last_B: Tensor) -> Tensor:
+        """Float32 [B, V]: logits after column ``last_B`` (int32) of each row."""
+        B, S = ids_BS.shape
+        hidden_TH, _ = self.model.hidden_states(ids_BS, positions_BS)
+        rows_B = last_B + _range(0, B, 1) * S
+        logits_BV = reference.linear(_gather(hidden_TH, rows_B, 0), self.model.head_weight())
+        return ops.cast(logits_BV, ms.float32)

@@ -1,0 +1,39 @@
+"""The sparse layer that takes the place of a feed-forward."""
+
+from __future__ import annotations
+
+from mindspore import Tensor, nn
+
+from mistral_ms.config import ModelConfig, RoutingConfig
+from mistral_ms.moe.dispatcher import LocalDispatcher
+from mistral_ms.moe.experts import RoutedExperts
+from mistral_ms.moe.losses import RouterSums, router_sums
+from mistral_ms.moe.router import Router
+
+
+class MoELayer(nn.Cell):
+    """Router and routed experts.
+
+    Args:
+        config: sizes.
+        routing: the routing policy.
+        dtype: dtype of the weights.
+    """
+
+    def __init__(self, config: ModelConfig, routing: RoutingConfig, dtype: str = "float32") -> None:
+        super().__init__()
+        assert config.moe is not None
+        self.router = Router(config, routing, dtype)
+        dispatcher = LocalDispatcher(config.moe.num_local_experts, routing)
+        self.experts = RoutedExperts(config, routing, dispatcher, dtype=dtype)
+
+    def construct(self, x_TH: Tensor, valid_T: Tensor) -> tuple[Tensor, RouterSums]:
+        """[T, H] -> [T, H] and the sums that losses and statistics are made of.
+
+        Args:
+            x_TH: token rows.
+            valid_T: float32, 0 for padding: neither routed nor counted; its output is zero.
+        """
+        choice = self.router(x_TH)
+        y_TH, record = self.experts(x_TH, choice, valid_T)
+        return y_TH, router_sums(choice, record, valid_T)

@@ -1,0 +1,50 @@
+"""The gate: which experts a token visits, and with what weight."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from mistral_ms.config import ModelConfig, RoutingConfig
+from mistral_ms.layers.parameter import weight
+from mistral_ms.ops import reference
+
+Choice: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What the router decided, in this order:
+
+* weights_TK: float32, weight of each chosen expert, best first;
+* experts_TK: int32, the chosen experts;
+* probs_TE: float32, the softmax over all experts;
+* logits_TE: float32, the gate's output.
+"""
+
+
+class Router(nn.Cell):
+    """Softmax over all experts, Top-K, renormalised (Mixtral, arXiv:2401.04088, section 2.1).
+
+    Args:
+        config: sizes and whether the K weights are normalised.
+        routing: dtype of the gate's matrix product.
+        dtype: dtype of the weight.
+    """
+
+    def __init__(self, config: ModelConfig, routing: RoutingConfig, dtype: str = "float32") -> None:
+        super().__init__()
+        assert config.moe is not None
+        self.top_k = config.moe.num_experts_per_tok
+        self.normalize = config.moe.norm_topk_prob
+        self.compute_dtype = getattr(ms, routing.router_dtype)
+        self.weight = weight(config.moe.num_local_experts, config.hidden_size, dtype=dtype)
+
+    def construct(self, x_TH: Tensor) -> Choice:
+        """[T, H] -> the choice of every token."""
+        logits_TE = reference.linear(
+            ops.cast(x_TH, self.compute_dtype), ops.cast(self.weight, self.compute_dtype)
+        )
+        logits_TE = ops.cast(logits_TE, ms.float32)
+        weights_TK, experts_TK, probs_TE = reference.gating_top_k(
+            logits_TE, self.top_k, self.normalize
+        )
+        return weights_TK, experts_TK, probs_TE, logits_TE

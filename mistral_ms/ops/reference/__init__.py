@@ -1,0 +1,39 @@
+"""Plain MindSpore: the definition that every fused or custom operator must reproduce.
+
+Everything here runs on any backend, in PyNative, GRAPH_MODE and jit.
+
+Shape suffixes used throughout the package:
+
+==  ==============================  ==  =======================
+B   batch                           E   experts
+S   sequence (queries)              K   experts per token
+M   keys (sequence or cache)        C   capacity of an expert
+T   tokens, B * S                   V   vocabulary
+H   hidden size                     N   query heads
+I   intermediate size               G   key/value heads
+O   any output size                 D   head dimension
+==  ==============================  ==  =======================
+"""
+
+from mistral_ms.ops.reference.activation import swiglu
+from mistral_ms.ops.reference.attention import attention
+from mistral_ms.ops.reference.matmul import batched_linear, linear
+from mistral_ms.ops.reference.norm import rms_norm
+from mistral_ms.ops.reference.permute import Combine, Dispatch
+from mistral_ms.ops.reference.rope import rotate
+from mistral_ms.ops.reference.routing import SlotTable, assign_slots, count_choices, gating_top_k
+
+__all__ = [
+    "Combine",
+    "Dispatch",
+    "SlotTable",
+    "assign_slots",
+    "attention",
+    "batched_linear",
+    "count_choices",
+    "gating_top_k",
+    "linear",
+    "rms_norm",
+    "rotate",
+    "swiglu",
+]

@@ -1,0 +1,94 @@
+"""Moving token rows to their experts and back, by gathers alone.
+
+With the slot table (each choice knows its place, each place knows its choice) both directions and
+both gradients are gathers: deterministic, and free of atomic additions. Autodiff would turn the
+gathers into scatter-adds; hence the explicit gradients. The last four arguments of both cells are
+the :data:`SlotTable`.
+"""
+
+from __future__ import annotations
+
+from mindspore import Tensor, nn, ops
+
+_gather = ops.Gather()
+_sum_keep = ops.ReduceSum(keep_dims=True)
+_concat_columns = ops.Concat(1)
+
+
+class Dispatch(nn.Cell):
+    """Places token rows where their experts compute: [T, H] -> [E * C, H]."""
+
+    def construct(
+        self, x_TH: Tensor, slot_TK: Tensor, kept_TK: Tensor, source_EC: Tensor, filled_EC: Tensor
+    ) -> Tensor:
+        """Row of place p = token of the choice that fills p; zero where p is empty."""
+        K = slot_TK.shape[1]
+        return _gather(x_TH, source_EC // K, 0) * _as_column(filled_EC, x_TH)
+
+    def bprop(
+        self,
+        x_TH: Tensor,
+        slot_TK: Tensor,
+        kept_TK: Tensor,
+        source_EC: Tensor,
+        filled_EC: Tensor,
+        out: Tensor,
+        dout: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """A token collects the gradients of the places its kept choices fill."""
+        dx_TH = _weighted_rows(dout, slot_TK, kept_TK)
+        return (dx_TH, *_no_gradient(slot_TK, kept_TK, source_EC, filled_EC))
+
+
+class Combine(nn.Cell):
+    """Adds up what a token's experts computed: [E * C, H] -> [T, H]."""
+
+    def construct(
+        self,
+        y_EC_H: Tensor,
+        weights_TK: Tensor,
+        slot_TK: Tensor,
+        kept_TK: Tensor,
+        source_EC: Tensor,
+        filled_EC: Tensor,
+    ) -> Tensor:
+        """Sum over the kept choices of weight * row of the choice's place."""
+        return _weighted_rows(y_EC_H, slot_TK, weights_TK * kept_TK)
+
+    def bprop(
+        self,
+        y_EC_H: Tensor,
+        weights_TK: Tensor,
+        slot_TK: Tensor,
+        kept_TK: Tensor,
+        source_EC: Tensor,
+        filled_EC: Tensor,
+        out: Tensor,
+        dout: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """dy[p] = weight * dout[token of p]; dweight = <y[place], dout[token]>; 0 where empty."""
+        K = slot_TK.shape[1]
+        dout_EC_H = _gather(dout, source_EC // K, 0)
+        weight_EC = _gather(weights_TK.reshape(-1), source_EC, 0) * filled_EC
+        dy_EC_H = dout_EC_H * _as_column(weight_EC, dout)
+        product_EC = _sum_keep(dout_EC_H * y_EC_H, -1).reshape(-1)
+        dweights_TK = ops.cast(_gather(product_EC, slot_TK, 0), weights_TK.dtype) * kept_TK
+        return (dy_EC_H, dweights_TK, *_no_gradient(slot_TK, kept_TK, source_EC, filled_EC))
+
+
+def _weighted_rows(rows_EC_H: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Sum over k of weights[:, k] * rows[slot[:, k]]."""
+    weights_TK = ops.cast(weights_TK, rows_EC_H.dtype)
+    total = _gather(rows_EC_H, slot_TK[:, 0], 0) * weights_TK[:, 0:1]
+    for k in range(1, slot_TK.shape[1]):
+        total = total + _gather(rows_EC_H, slot_TK[:, k], 0) * weights_TK[:, k : k + 1]
+    return total
+
+
+def _as_column(values: Tensor, like: Tensor) -> Tensor:
+    return ops.cast(values, like.dtype).reshape(-1, 1)
+
+
+def _no_gradient(*indices: Tensor) -> tuple[Tensor, ...]:
+    a, b, c, d = indices
+    return ops.zeros_like(a), ops.zeros_like(b), ops.zeros_like(c), ops.zeros_like(d)

@@ -1,0 +1,112 @@
+"""Gating and slot assignment: which expert computes which token, and in which place."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import mindspore as ms
+from mindspore import Tensor, ops
+
+_softmax = ops.Softmax(-1)
+_top_k = ops.TopK(sorted=True)
+_sum = ops.ReduceSum(keep_dims=False)
+_sum_keep = ops.ReduceSum(keep_dims=True)
+_cumsum = ops.CumSum()
+_one_hot = ops.OneHot()
+_range = ops.Range()
+_ON, _OFF = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
+
+
+SlotTable: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Where every choice of every token went; the inverse maps make all gradients gathers.
+
+In this order (a plain tuple: GRAPH_MODE cannot build named ones):
+
+* slot_TK: int32, place of a choice in the [E * C] rows, 0 where it was dropped;
+* kept_TK: float32, 1 where the choice has a place, 0 where it was dropped or is padding;
+* source_EC: int32 [E * C], the choice t * K + k that fills a place, 0 where empty;
+* filled_EC: float32 [E * C], 1 where a place is filled.
+"""
+
+
+def gating_top_k(logits_TE: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax over all experts, the k largest, optionally divided by their sum.
+
+    Mixtral's router (arXiv:2401.04088, section 2.1); the softmax is float32.
+
+    Args:
+        logits_TE: the gate's output, any float dtype.
+        k: experts per token.
+        normalize: divide the chosen probabilities by their sum.
+
+    Returns:
+        Weights [T, K] float32, experts [T, K] int32, best first, and all probabilities [T, E].
+    """
+    probs_TE = _softmax(ops.cast(logits_TE, ms.float32))
+    weights_TK, experts_TK = _top_k(probs_TE, k)
+    if normalize:
+        weights_TK = weights_TK / _sum_keep(weights_TK, -1)
+    return weights_TK, experts_TK, probs_TE
+
+
+def expert_one_hot(experts_TK: Tensor, valid_T: Tensor, num_experts: int) -> Tensor:
+    """[T, K, E] float32: 1 where a token that is not padding chose an expert."""
+    return _one_hot(experts_TK, num_experts, _ON, _OFF) * valid_T.reshape(-1, 1, 1)
+
+
+def count_choices(
+    experts_TK: Tensor, valid_T: Tensor, kept_TK: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor]:
+    """Choices per expert before the capacity and those that got a place, float32 [E] each.
+
+    Padding is not counted; neither count carries a gradient.
+    """
+    chosen_TKE = expert_one_hot(experts_TK, valid_T, num_experts)
+    T, K = experts_TK.shape
+    kept_TKE = chosen_TKE * kept_TK.reshape(T, K, 1)
+    return ops.stop_gradient(_sum(chosen_TKE, (0, 1))), ops.stop_gradient(_sum(kept_TKE, (0, 1)))
+
+
+def assign_slots(
+    experts_TK: Tensor, valid_T: Tensor, num_experts: int, capacity: int, choice_major: bool
+) -> SlotTable:
+    """Gives each choice the next free place of its expert until the expert is full.
+
+    GShard (arXiv:2006.16668), algorithm 1. Token-major order serves token by token,
+    choice-major serves all first choices before any second one.
+
+    Args:
+        experts_TK: int32, chosen experts.
+        valid_T: float32, 0 for padding, which gets no place.
+        num_experts: E.
+        capacity: C, places per expert.
+        choice_major: the order in which places are given.
+
+    Returns:
+        The slot table; nothing in it carries a gradient.
+    """
+    T, K = experts_TK.shape
+    E, C = num_experts, capacity
+    chosen_TKE = expert_one_hot(experts_TK, valid_T, E)
+    if choice_major:
+        queue_QE = chosen_TKE.transpose(1, 0, 2).reshape(K * T, E)
+    else:
+        queue_QE = chosen_TKE.reshape(T * K, E)
+    # float32 counts are exact below 2^24 choices
+    place_Q = _sum(_cumsum(queue_QE, 0) * queue_QE, -1) - 1.0
+    place_TK = place_Q.reshape(K, T).transpose(1, 0) if choice_major else place_Q.reshape(T, K)
+    kept_TK = ops.logical_and(place_TK >= 0.0, place_TK < float(C))
+    slot_TK = experts_TK * C + ops.cast(place_TK, ms.int32)
+
+    # the inverse map: every kept choice writes its own number + 1 into its place, the rest meet
+    # in one spare place at the end that is cut off
+    spare = ops.fill(ms.int32, (T, K), E * C)
+    target_Q1 = ops.select(kept_TK, slot_TK, spare).reshape(T * K, 1)
+    numbers = _range(1, T * K + 1, 1)
+    taken_EC = ops.scatter_nd(target_Q1, numbers, (E * C + 1,))[: E * C]
+    return (
+        ops.select(kept_TK, slot_TK, ops.zeros_like(slot_TK)),
+        ops.stop_gradient(ops.cast(kept_TK, ms.float32)),
+        ops.maximum(taken_EC - 1, 0),
+        ops.stop_gradient(ops.cast(taken_EC > 0, ms.float32)),
+    )

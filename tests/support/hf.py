@@ -1,0 +1,104 @@
+"""Tiny Hugging Face models: the oracle. The key mapping here is written apart from the package's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from mistral_ms.config import ModelConfig, from_hf
+
+BASE = dict(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    initializer_range=0.2,
+    bos_token_id=1,
+    eos_token_id=2,
+    attn_implementation="eager",
+)
+MIXTRAL = dict(num_local_experts=8, num_experts_per_tok=2, output_router_logits=True)
+KINDS = {
+    "mixtral": ("mixtral", {}),
+    "mistral-sliding-window": ("mistral", dict(sliding_window=7)),
+    "explicit-head-dim": ("mixtral", dict(head_dim=24)),
+    "tied-head": ("mixtral", dict(tie_word_embeddings=True)),
+    "kv-heads-equal-heads": ("mistral", dict(num_key_value_heads=8, sliding_window=None)),
+    "one-kv-head": ("mixtral", dict(num_key_value_heads=1)),
+    "vocab-32768": ("mixtral", dict(vocab_size=32768)),
+    "mixtral-sliding-window": ("mixtral", dict(sliding_window=5)),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A Hugging Face model and our configuration of the same architecture."""
+
+    hf: torch.nn.Module
+    config: ModelConfig
+
+    def weights(self) -> dict[str, np.ndarray]:
+        return our_weights(dict(self.hf.named_parameters()), self.config)
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        grads = {
+            n: torch.zeros_like(p) if p.grad is None else p.grad
+            for n, p in self.hf.named_parameters()
+        }
+        return our_weights(grads, self.config)
+
+
+def make_pair(kind: str, seed: int = 0, **overrides) -> Pair:
+    family, special = KINDS[kind]
+    torch.manual_seed(seed)
+    if family == "mixtral":
+        hf = MixtralForCausalLM(MixtralConfig(**{**BASE, **MIXTRAL, **special, **overrides}))
+    else:
+        hf = MistralForCausalLM(MistralConfig(**{**BASE, **special, **overrides}))
+    hf = hf.float().eval()
+    with torch.no_grad():  # norms that are not all ones
+        for name, parameter in hf.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    config, _ = from_hf(hf.config.to_dict())
+    return Pair(hf, config)
+
+
+def our_weights(hf: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, np.ndarray]:
+    """Hugging Face's tensors under our names, experts stacked."""
+
+    def take(name: str) -> np.ndarray:
+        return hf[name + ".weight"].detach().float().numpy()
+
+    ours = {
+        "embed_tokens.weight": take("model.embed_tokens"),
+        "norm.weight": take("model.norm"),
+    }
+    if not config.tie_word_embeddings:
+        ours["lm_head.weight"] = take("lm_head")
+    for i in range(config.num_hidden_layers):
+        theirs, mine = f"model.layers.{i}.", f"layers.{i}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            ours[f"{mine}{norm}.weight"] = take(theirs + norm)
+        for x in "qkvo":
+            ours[f"{mine}attention.{x}_proj.weight"] = take(f"{theirs}self_attn.{x}_proj")
+        if config.moe is None:
+            for w, name in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+                ours[f"{mine}feed_forward.{w}.weight"] = take(f"{theirs}mlp.{name}")
+        else:
+            block = theirs + "block_sparse_moe."
+            ours[f"{mine}moe.router.weight"] = take(block + "gate")
+            for w in ("w1", "w2", "w3"):
+                ours[f"{mine}moe.experts.{w}"] = np.stack(
+                    [
+                        take(f"{block}experts.{e}.{w}")
+                        for e in range(config.moe.num_local_experts)
+                    ]
+                )
+    return ours
