@@ -44,7 +44,7 @@ class CheckpointError(MistralMsError):
 
 
 class TokenizerError(MistralMsError):
-    """A tokenizer that is missing, damaged, or does not fit the model."""
+    """A tokenizer that is missing, damaged or unfit for the model; text it cannot encode."""
 
 
 class GenerationError(MistralMsError):
@@ -53,6 +53,10 @@ class GenerationError(MistralMsError):
 
 class DataError(MistralMsError):
     """Training data that cannot be read."""
+
+
+class TrainingError(MistralMsError):
+    """A training that cannot go on."""
 
 
 class TopologyError(MistralMsError):

@@ -1,20 +1,29 @@
 """Frozen, typed configuration: read once at the edge, passed down as plain data."""
 
 from mistral_ms.config.foreign import from_hf, from_mistral, to_hf, to_mistral, to_native
+from mistral_ms.config.generation import GenerationConfig
 from mistral_ms.config.load import apply_overrides, load_model_config, read_yaml
 from mistral_ms.config.model import DType, ModelConfig, MoEArchitecture
 from mistral_ms.config.routing import DROPLESS, RoutingConfig
+from mistral_ms.config.run import RunConfig, load_run_config
+from mistral_ms.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
 
 __all__ = [
     "DROPLESS",
     "DType",
+    "GenerationConfig",
     "MoEArchitecture",
     "ModelConfig",
+    "OptimizerConfig",
     "RoutingConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainingConfig",
     "apply_overrides",
     "from_hf",
     "from_mistral",
     "load_model_config",
+    "load_run_config",
     "read_yaml",
     "to_hf",
     "to_mistral",

@@ -1,1 +1,25 @@
-"""Text to token ids and back, streaming, chat templates."""
+"""Tokenizers: text to ids and back, streamed text, chat formats. No MindSpore in this room."""
+
+from mistral_ms.tokenizer.base import (
+    Piece,
+    PieceKind,
+    Tokenizer,
+    check_vocabulary,
+    copy_files,
+)
+from mistral_ms.tokenizer.chat import ChatFormat, check_messages
+from mistral_ms.tokenizer.load import load_tokenizer, packaged_tokenizer
+from mistral_ms.tokenizer.stream import StreamDecoder
+
+__all__ = [
+    "ChatFormat",
+    "Piece",
+    "PieceKind",
+    "StreamDecoder",
+    "Tokenizer",
+    "check_messages",
+    "check_vocabulary",
+    "copy_files",
+    "load_tokenizer",
+    "packaged_tokenizer",
+]

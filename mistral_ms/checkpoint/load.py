@@ -1,0 +1,74 @@
+"""Filling a model's parameters from a checkpoint: the one place here that knows MindSpore."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor
+
+from mistral_ms.checkpoint.source import Source
+from mistral_ms.errors import CheckpointError
+
+
+def load_weights(
+    source: Source,
+    parameters: Mapping[str, Parameter],
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Reads every tensor of ``source`` into the parameter of the same name.
+
+    Values are cast to the parameter's dtype (round to nearest even). No tensor is left unread and
+    no parameter unfilled; names and shapes are compared before the first one is read.
+
+    Args:
+        source: an open checkpoint of any known format.
+        parameters: the model's weights under our names.
+        progress: called with the bytes of each tensor that was read.
+
+    Raises:
+        CheckpointError: a tensor without a parameter, a parameter without a tensor, or a shape
+            that differs.
+    """
+    tensors = {name: source.shape(name) for name in source.names()}
+    for name in sorted(set(tensors) ^ set(parameters)):
+        missing = name not in tensors
+        raise CheckpointError(
+            "missing tensor" if missing else "extra tensor",
+            where=f"{source.path}: {name}",
+            rule="the model needs it" if missing else "the model has no such weight",
+        )
+    for name, parameter in parameters.items():
+        if tuple(parameter.shape) != tensors[name]:
+            raise CheckpointError(
+                "wrong shape",
+                where=f"{source.path}: {name}",
+                value=list(tensors[name]),
+                rule=f"the model's weight is {list(parameter.shape)}",
+            )
+    for name, parameter in parameters.items():
+        values = source.read(name, dtype=_name(parameter.dtype))
+        parameter.set_data(_tensor(values, parameter.dtype))
+        if progress is not None:
+            progress(values.nbytes)
+
+
+def to_numpy(parameter: Parameter) -> tuple[np.ndarray, str]:
+    """A parameter's values and dtype name; bfloat16 as its bits in uint16, for NumPy has none."""
+    dtype = _name(parameter.dtype)
+    if parameter.dtype != ms.bfloat16:
+        return parameter.asnumpy(), dtype
+    bits = parameter.astype(ms.float32).asnumpy().view(np.uint32) >> 16
+    return bits.astype(np.uint16), dtype  # exact: the lower half of a widened bfloat16 is zero
+
+
+def _tensor(values: np.ndarray, dtype: ms.Type) -> Tensor:
+    if dtype != ms.bfloat16:
+        return Tensor.from_numpy(values)
+    wide = (values.astype(np.uint32) << 16).view(np.float32)
+    return Tensor.from_numpy(wide).astype(ms.bfloat16)
+
+
+def _name(dtype: ms.Type) -> str:
+    return {ms.float32: "float32", ms.float16: "float16", ms.bfloat16: "bfloat16"}[dtype]

@@ -1,0 +1,18 @@
+"""Files that are packaged with the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+
+DEMO_TEXT = _HERE / "demo.txt"
+"""The text that the demo learns: 16 KB of English prose, written for it, and frozen."""
+
+TOKENIZER_CONFIG = _HERE / "tokenizer_config.json"
+"""What transformers must be told about a bare ``tokenizer.model`` (see the tokenizer room)."""
+
+
+def demo_text() -> str:
+    """The demo's text."""
+    return DEMO_TEXT.read_text(encoding="utf-8")

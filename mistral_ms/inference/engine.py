@@ -1,0 +1,285 @@
+"""Generation for a batch of ragged prompts with a cache of fixed shape.
+
+All sequences of a batch move together: prompts are prefilled in chunks, right-padded with
+position -1; then every step feeds one token per sequence, and sequences that have ended feed
+padding. What a sequence computes does not depend on its neighbours: dropless routing gives every
+token all its experts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from mistral_ms.checkpoint import open_checkpoint
+from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.config import GenerationConfig, ModelConfig
+from mistral_ms.errors import GenerationError
+from mistral_ms.inference.sampling import Sampler
+from mistral_ms.inference.sequence import FinishReason, RunningSequence
+from mistral_ms.layers import CacheSpec
+from mistral_ms.models import CausalLM, NextTokenLogits
+from mistral_ms.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+
+OnText = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated after one prompt.
+
+    Attributes:
+        token_ids: the generated tokens, the ending EOS included.
+        logprobs: the model's own log-probability of each.
+        text: their text, without special tokens, up to a stop string.
+        finish_reason: ``eos``, ``stop`` (a stop string) or ``length``.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One request's results and speed.
+
+    Attributes:
+        completions: one for each prompt, in order.
+        prefill_tokens: prompt tokens computed, and the seconds they took.
+        prefill_seconds: see above.
+        decode_tokens: tokens computed one step at a time, and the seconds they took.
+        decode_seconds: see above.
+    """
+
+    completions: tuple[Completion, ...]
+    prefill_tokens: int
+    prefill_seconds: float
+    decode_tokens: int
+    decode_seconds: float
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens a second."""
+        return self.prefill_tokens / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Generated tokens a second after the first of each sequence."""
+        return self.decode_tokens / max(self.decode_seconds, 1e-9)
+
+
+class Engine:
+    """A model with a cache, ready to generate.
+
+    Args:
+        model: built with a cache of ``batch`` sequences.
+        batch: sequences computed side by side; more prompts run in groups.
+        max_length: positions per sequence, prompt and new tokens together.
+        chunk: the most prompt tokens prefilled at a time.
+        tokenizer: turns ids into text; without one completions have ids only.
+        graph: compile the two steps (prefill and decode) into graphs; PyNative otherwise.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        batch: int,
+        max_length: int,
+        chunk: int,
+        tokenizer: Tokenizer | None = None,
+        graph: bool = False,
+    ) -> None:
+        self.config: ModelConfig = model.config
+        self.model, self.tokenizer = model, tokenizer
+        self.batch, self.max_length, self.chunk = batch, max_length, chunk
+        step = NextTokenLogits(model)
+        step.set_train(False)
+        self._step = ms.jit(step.construct) if graph else step
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        batch: int = 1,
+        max_length: int | None = None,
+        chunk: int = 256,
+        kind: str | None = None,
+        graph: bool = False,
+        with_tokenizer: bool = True,
+    ) -> Engine:
+        """Opens a checkpoint of any known format and loads it.
+
+        Args:
+            path: its directory.
+            batch: see the class.
+            max_length: see the class; the model's longest sequence by default.
+            chunk: see the class.
+            kind: which format to take when the directory holds several.
+            graph: see the class.
+            with_tokenizer: load the directory's tokenizer; without it completions have no text.
+
+        Raises:
+            CheckpointError: see :func:`open_checkpoint` and :func:`load_weights`.
+            TokenizerError: no tokenizer, or one that does not fit the model.
+            GenerationError: ``max_length`` exceeds the model's positions.
+        """
+        with open_checkpoint(Path(path), kind) as source:
+            config = source.config
+            length = max_length or config.max_position_embeddings
+            _check_length(config, length, "max_length")
+            chunk = min(chunk, length)
+            spec = CacheSpec.for_model(config, batch, length, chunk)
+            tokenizer = None
+            if with_tokenizer:
+                tokenizer = load_tokenizer(Path(path))
+                check_vocabulary(tokenizer, config)
+            model = CausalLM(config, cache=spec, positions=length)
+            load_weights(source, model.weights())
+        return cls(
+            model, batch=batch, max_length=length, chunk=chunk, tokenizer=tokenizer, graph=graph
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        request: GenerationConfig,
+        on_text: OnText | None = None,
+    ) -> Generation:
+        """Continues every prompt.
+
+        Args:
+            prompts: token ids, of any lengths, at least one token each.
+            request: lengths, sampling, stop strings.
+            on_text: called with the prompt's number and each piece of text that is certain.
+
+        Raises:
+            GenerationError: an empty prompt, one that leaves no room for a new token, an id
+                outside the vocabulary, or stop strings without a tokenizer.
+        """
+        self._check(prompts, request)
+        running = [
+            RunningSequence(
+                prompt, request, self.config.eos_token_ids, self.max_length, self.tokenizer
+            )
+            for prompt in prompts
+        ]
+        totals = np.zeros(4)
+        for first in range(0, len(prompts), self.batch):
+            numbers = range(first, min(first + self.batch, len(prompts)))
+            totals += self._run_group([running[n] for n in numbers], numbers, request, on_text)
+        completions = tuple(
+            Completion(tuple(s.new_ids), tuple(s.logprobs), s.text, s.finish_reason or "length")
+            for s in running
+        )
+        return Generation(completions, int(totals[0]), totals[1], int(totals[2]), totals[3])
+
+    def _run_group(
+        self,
+        group: list[RunningSequence],
+        numbers: range,
+        request: GenerationConfig,
+        on_text: OnText | None,
+    ) -> np.ndarray:
+        """Runs up to ``batch`` sequences to their ends; returns tokens and seconds, two pairs."""
+        sampler = Sampler(request, [s.prompt for s in group], numbers)
+        started = time.perf_counter()
+        logits = self._prefill([s.prompt for s in group])
+        prefilled = time.perf_counter()
+        decoded = 0
+        alive = list(range(len(group)))
+        while alive:
+            sampled = sampler(logits[alive], alive)
+            for row, token, logprob in zip(alive, sampled.ids, sampled.logprobs, strict=True):
+                text = group[row].accept(int(token), float(logprob))
+                if on_text is not None and text:
+                    on_text(numbers[row], text)
+            alive = [row for row in alive if not group[row].finished]
+            if alive:
+                logits = self._decode(group, alive)
+                decoded += len(alive)
+        ended = time.perf_counter()
+        prompt_tokens = sum(len(s.prompt) for s in group)
+        return np.array([prompt_tokens, prefilled - started, decoded, ended - prefilled])
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Fills the cache; returns the logits after the last token of each prompt, [rows, V]."""
+        self.model.reset_cache()
+        longest = max(len(prompt) for prompt in prompts)
+        # few different widths, so that few graphs are compiled
+        width = min(self.chunk, 1 << (longest - 1).bit_length())
+        logits = np.zeros((len(prompts), self.config.vocab_size), np.float32)
+        for start in range(0, longest, width):
+            ids, positions = self._padding(width)
+            last = np.zeros(self.batch, np.int32)
+            ending = []
+            for row, prompt in enumerate(prompts):
+                piece = prompt[start : start + width]
+                ids[row, : len(piece)] = piece
+                positions[row, : len(piece)] = np.arange(start, start + len(piece))
+                if start < len(prompt) <= start + width:
+                    last[row] = len(piece) - 1
+                    ending.append(row)
+            step = self._logits(ids, positions, last)
+            logits[ending] = step[ending]
+        return logits
+
+    def _decode(self, group: Sequence[RunningSequence], alive: Sequence[int]) -> np.ndarray:
+        """Feeds the newest token of each living sequence; returns [batch, V]."""
+        ids, positions = self._padding(1)
+        for row in alive:
+            ids[row, 0] = group[row].new_ids[-1]
+            positions[row, 0] = group[row].length - 1
+        return self._logits(ids, positions, np.zeros(self.batch, np.int32))
+
+    def _padding(self, width: int) -> tuple[np.ndarray, np.ndarray]:
+        shape = (self.batch, width)
+        return np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+
+    def _logits(self, ids: np.ndarray, positions: np.ndarray, last: np.ndarray) -> np.ndarray:
+        return self._step(Tensor(ids), Tensor(positions), Tensor(last)).asnumpy()
+
+    def _check(self, prompts: Sequence[Sequence[int]], request: GenerationConfig) -> None:
+        if request.stop and self.tokenizer is None:
+            raise GenerationError("stop strings need a tokenizer", where="stop")
+        for number, prompt in enumerate(prompts):
+            where = f"prompt {number}"
+            if not len(prompt):
+                raise GenerationError("empty prompt", where=where, rule="at least one token")
+            outside = [t for t in prompt if not 0 <= t < self.config.vocab_size]
+            if outside:
+                raise GenerationError(
+                    "token id outside the vocabulary",
+                    where=where,
+                    value=outside[0],
+                    rule=f"0 to {self.config.vocab_size - 1}",
+                )
+            if len(prompt) > self.config.max_position_embeddings:
+                _check_length(self.config, len(prompt), where)
+            if len(prompt) >= self.max_length:
+                raise GenerationError(
+                    "prompt too long",
+                    where=where,
+                    value=f"{len(prompt)} tokens",
+                    rule=f"prompt and new tokens have {self.max_length} positions together",
+                    todo="shorten it, or raise max_length if the model allows",
+                )
+
+
+def _check_length(config: ModelConfig, length: int, where: str) -> None:
+    if length > config.max_position_embeddings:
+        raise GenerationError(
+            "longer than the model's positions",
+            where=where,
+            value=f"{length} tokens",
+            rule=f"max_position_embeddings is {config.max_position_embeddings}",
+        )

@@ -1,0 +1,79 @@
+"""One sequence while it grows: its tokens, its text, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from mistral_ms.config import GenerationConfig
+from mistral_ms.inference.stopping import StopStrings
+from mistral_ms.tokenizer import StreamDecoder, Tokenizer
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+class RunningSequence:
+    """A prompt and what has been generated after it.
+
+    Args:
+        prompt: its token ids.
+        request: the most new tokens, and the stop strings.
+        eos_ids: tokens that end a text.
+        max_length: positions for prompt and new tokens together.
+        tokenizer: turns ids into text; None keeps the text empty.
+
+    Attributes:
+        prompt: as given.
+        new_ids: generated tokens, the ending EOS included.
+        logprobs: log-probability of each.
+        text: the certain text so far.
+        finish_reason: None while the sequence grows.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        request: GenerationConfig,
+        eos_ids: Sequence[int],
+        max_length: int,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self.prompt = list(prompt)
+        self.new_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self._eos_ids = frozenset(eos_ids)
+        self._room = min(request.max_new_tokens, max_length - len(self.prompt))
+        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer, context=prompt)
+        self._stops = StopStrings(request.stop)
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, the prompt's included."""
+        return len(self.prompt) + len(self.new_ids)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the sequence has ended."""
+        return self.finish_reason is not None
+
+    def accept(self, token_id: int, logprob: float) -> str:
+        """Takes the next token; returns the text that has become certain by it."""
+        self.new_ids.append(token_id)
+        self.logprobs.append(logprob)
+        text = ""
+        if self._decoder is not None:
+            text = self._stops.push(self._decoder.push(token_id))
+        if self._stops.stopped:
+            self.finish_reason = "stop"
+        elif token_id in self._eos_ids:
+            self.finish_reason = "eos"
+        elif len(self.new_ids) >= self._room:
+            self.finish_reason = "length"
+        if self.finished and not self._stops.stopped and self._decoder is not None:
+            text += self._stops.push(self._decoder.flush()) + self._stops.flush()
+            if self._stops.stopped:
+                self.finish_reason = "stop"
+        self.text += text
+        return text

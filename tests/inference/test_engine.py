@@ -1,0 +1,192 @@
+"""The engine against Hugging Face's generate, and against itself without batch, cache or chunks."""
+
+import numpy as np
+import pytest
+import torch
+from mindspore import Tensor
+from support.hf import make_pair
+from support.models import fill
+
+from mistral_ms.config import GenerationConfig
+from mistral_ms.errors import CheckpointError, GenerationError
+from mistral_ms.inference import Engine
+from mistral_ms.models import CausalLM
+from mistral_ms.tokenizer import copy_files, packaged_tokenizer
+
+NEW = 24
+GREEDY = GenerationConfig(max_new_tokens=NEW)
+RAGGED = [[1, 5, 9, 200, 31, 8, 8, 17, 90, 44, 3], [1, 77], [1, 13, 14, 15, 16, 250, 251]]
+
+
+def saved(tmp_path, kind, **overrides):
+    """A tiny Hugging Face model without EOS (nothing ends early), and its directory."""
+    pair = make_pair(kind, eos_token_id=None, **overrides)
+    pair.hf.save_pretrained(tmp_path)
+    return pair
+
+
+def hf_greedy(pair, prompt, new=NEW):
+    pair.hf.config.output_router_logits = False  # transformers' aux loss fails with a cache
+    out = pair.hf.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt)),
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def ids(generation):
+    return [list(c.token_ids) for c in generation.completions]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "mistral-sliding-window", "tied-head", "one-kv-head"])
+def test_greedy_tokens_are_hugging_faces(tmp_path, kind):
+    pair = saved(tmp_path, kind)
+    engine = Engine.load(tmp_path, batch=3, max_length=64, chunk=4, with_tokenizer=False)
+    assert ids(engine.generate(RAGGED, GREEDY)) == [hf_greedy(pair, p) for p in RAGGED]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "mistral-sliding-window"])
+@pytest.mark.parametrize("graph", [False, True], ids=["pynative", "jit"])
+def test_batch_chunk_and_cache_do_not_change_the_tokens(tmp_path, kind, graph):
+    pair = saved(tmp_path, kind)
+    expected = [hf_greedy(pair, p) for p in RAGGED]
+    settings = (
+        [dict(batch=2, chunk=3)]
+        if graph
+        else [
+            dict(batch=1, chunk=64),  # alone, in one piece
+            dict(batch=1, chunk=1),  # token by token
+            dict(batch=2, chunk=3),  # two groups, the second with an idle row
+            dict(batch=5, chunk=8),  # more rows than prompts
+        ]
+    )
+    for setting in settings:
+        engine = Engine.load(tmp_path, max_length=64, with_tokenizer=False, graph=graph, **setting)
+        assert ids(engine.generate(RAGGED, GREEDY)) == expected, setting
+        assert ids(engine.generate(RAGGED[1:], GREEDY)) == expected[1:], "second request"
+
+
+def test_greedy_equals_recomputing_everything_without_a_cache(tmp_path):
+    pair = saved(tmp_path, "mixtral")
+    model = fill(CausalLM(pair.config), pair.weights())
+    tokens = list(RAGGED[0])
+    for _ in range(8):
+        row = np.array([tokens], np.int32)
+        logits = model(Tensor(row), Tensor(np.arange(len(tokens), dtype=np.int32)[None]))
+        tokens.append(int(logits.asnumpy()[0, -1].argmax()))
+    engine = Engine.load(tmp_path, max_length=64, with_tokenizer=False)
+    out = engine.generate([RAGGED[0]], GenerationConfig(max_new_tokens=8))
+    assert ids(out) == [tokens[len(RAGGED[0]) :]]
+
+
+def test_rolling_buffer_is_shorter_than_the_text(tmp_path):
+    pair = saved(tmp_path, "mistral-sliding-window")
+    engine = Engine.load(tmp_path, max_length=128, chunk=4, with_tokenizer=False)
+    assert engine.model.key_positions.spec.length == 7 + 4 - 1
+    out = engine.generate([RAGGED[0]], GenerationConfig(max_new_tokens=60))
+    assert ids(out) == [hf_greedy(pair, RAGGED[0], 60)]
+
+
+def test_sampling_does_not_depend_on_the_neighbours(tmp_path):
+    saved(tmp_path, "mixtral")
+    request = GenerationConfig(max_new_tokens=12, temperature=1.5, top_p=0.9, seed=7)
+    together = Engine.load(tmp_path, batch=3, max_length=64, with_tokenizer=False)
+    in_groups = Engine.load(tmp_path, batch=1, max_length=64, with_tokenizer=False)
+    assert ids(together.generate(RAGGED, request)) == ids(in_groups.generate(RAGGED, request))
+    other = request.model_copy(update={"seed": 8})
+    assert ids(together.generate(RAGGED, request)) != ids(together.generate(RAGGED, other))
+
+
+def test_logprobs_are_the_models_own(tmp_path):
+    pair = saved(tmp_path, "mixtral")
+    engine = Engine.load(tmp_path, max_length=64, with_tokenizer=False)
+    (done,) = engine.generate([RAGGED[0]], GREEDY).completions
+    whole = torch.tensor([RAGGED[0] + list(done.token_ids)])
+    with torch.no_grad():
+        logp = pair.hf(whole).logits.log_softmax(-1)[0]
+    start = len(RAGGED[0]) - 1
+    expected = [logp[start + i, t].item() for i, t in enumerate(done.token_ids)]
+    # float32 logits of two implementations: 1e-6 of the largest logit, which is near 10
+    np.testing.assert_allclose(done.logprobs, expected, atol=5e-5)
+
+
+class TestText:
+    """With the real tokenizer: what users read."""
+
+    @pytest.fixture
+    def engine(self, tmp_path):
+        saved(tmp_path, "mixtral", vocab_size=32000, hidden_size=32, max_position_embeddings=64)
+        copy_files(packaged_tokenizer(), tmp_path)
+        return Engine.load(tmp_path, batch=2, max_length=48)
+
+    def test_stream_is_the_text_and_the_text_decodes_the_ids(self, engine):
+        prompts = [engine.tokenizer.encode(t) for t in ("The harbour", "Eight workshops")]
+        streamed = ["", ""]
+
+        def collect(number, text):
+            streamed[number] += text
+
+        out = engine.generate(prompts, GREEDY, collect)
+        for prompt, text, done in zip(prompts, streamed, out.completions, strict=True):
+            before = engine.tokenizer.decode(prompt)
+            assert text == done.text
+            assert engine.tokenizer.decode(prompt + list(done.token_ids)) == before + text
+
+    def test_stop_string_ends_and_is_not_shown(self, engine):
+        prompt = engine.tokenizer.encode("The harbour")
+        text = engine.generate([prompt], GREEDY).completions[0].text
+        stop = text[len(text) // 2 : len(text) // 2 + 3]
+        (cut,) = engine.generate([prompt], GREEDY.model_copy(update={"stop": (stop,)})).completions
+        assert cut.finish_reason == "stop"
+        assert cut.text == text[: text.index(stop)]
+        assert len(cut.token_ids) < NEW
+
+    def test_eos_ends(self, engine):
+        prompt = engine.tokenizer.encode("The harbour")
+        tokens = engine.generate([prompt], GREEDY).completions[0].token_ids
+        engine.config = engine.config.model_copy(update={"eos_token_id": tokens[4]})
+        (done,) = engine.generate([prompt], GREEDY).completions
+        assert done.finish_reason == "eos"
+        assert done.token_ids == tokens[: tokens.index(tokens[4]) + 1]
+
+    def test_length_is_the_positions_left(self, engine):
+        prompt = list(range(3, 3 + 40))
+        (done,) = engine.generate([prompt], GREEDY).completions
+        assert (len(done.token_ids), done.finish_reason) == (8, "length")
+
+
+class TestBadInput:
+    @pytest.fixture
+    def engine(self, tmp_path):
+        saved(tmp_path, "mixtral")
+        return Engine.load(tmp_path, max_length=16, with_tokenizer=False)
+
+    @pytest.mark.parametrize(
+        ("prompt", "message"),
+        [
+            ([], r"empty prompt: prompt 0"),
+            ([320], r"outside the vocabulary: prompt 0: 320: 0 to 319"),
+            ([-1], r"outside the vocabulary: prompt 0: -1"),
+            ([1] * 300, r"prompt 0: 300 tokens: max_position_embeddings is 256"),
+            ([1] * 16, r"prompt too long: prompt 0: 16 tokens: .* 16 positions"),
+        ],
+    )
+    def test_prompt(self, engine, prompt, message):
+        with pytest.raises(GenerationError, match=message):
+            engine.generate([prompt], GREEDY)
+
+    def test_max_length_beyond_the_model(self, tmp_path):
+        saved(tmp_path, "mixtral")
+        with pytest.raises(GenerationError, match=r"257 tokens: max_position_embeddings is 256"):
+            Engine.load(tmp_path, max_length=257, with_tokenizer=False)
+
+    def test_stop_strings_without_a_tokenizer(self, engine):
+        with pytest.raises(GenerationError, match="need a tokenizer"):
+            engine.generate([[1]], GREEDY.model_copy(update={"stop": ("x",)}))
+
+    def test_no_checkpoint(self, tmp_path):
+        with pytest.raises(CheckpointError, match="nothing"):
+            Engine.load(tmp_path / "nothing")
