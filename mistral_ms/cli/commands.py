@@ -7,3 +7,8 @@ import typer
 
 def register(app: typer.Typer) -> None:
     """Adds every command to ``app``."""
+    from mistral_ms.cli.convert import convert
+    from mistral_ms.cli.inspect import inspect
+
+    app.command("convert")(convert)
+    app.command("inspect")(inspect)

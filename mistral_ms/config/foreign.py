@@ -265,14 +265,19 @@ def to_mistral(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a model that the format cannot express.
     """
-    if config.tie_word_embeddings or (
-        config.moe is not None and len(config.sparse_layers) != config.num_hidden_layers
-    ):
+    reason = None
+    if config.tie_word_embeddings:
+        reason = "tied head"
+    elif config.moe is not None and len(config.sparse_layers) != config.num_hidden_layers:
+        reason = "dense and sparse layers mixed"
+    elif config.moe is not None and not config.moe.norm_topk_prob:
+        reason = "un-normalised top-k weights"
+    if reason is not None:
         raise ConfigError(
             "not expressible in Mistral's format",
             where="model",
-            value="tied head" if config.tie_word_embeddings else "dense and sparse layers mixed",
-            rule="params.json knows neither",
+            value=reason,
+            rule="params.json has no key for it",
             todo="keep the model in the mistral_ms or hf format",
         )
     data = config.model_dump(mode="json") | {"head_dim": config.head_size}

@@ -85,7 +85,8 @@ class Engine:
         max_length: positions per sequence, prompt and new tokens together.
         chunk: the most prompt tokens prefilled at a time.
         tokenizer: turns ids into text; without one completions have ids only.
-        graph: compile the two steps (prefill and decode) into graphs; PyNative otherwise.
+        graph: compile the two steps (prefill and decode) into graphs; PyNative starts sooner and
+            is many times slower.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Engine:
         max_length: int,
         chunk: int,
         tokenizer: Tokenizer | None = None,
-        graph: bool = False,
+        graph: bool = True,
     ) -> None:
         self.config: ModelConfig = model.config
         self.model, self.tokenizer = model, tokenizer
@@ -114,7 +115,7 @@ class Engine:
         max_length: int | None = None,
         chunk: int = 256,
         kind: str | None = None,
-        graph: bool = False,
+        graph: bool = True,
         with_tokenizer: bool = True,
     ) -> Engine:
         """Opens a checkpoint of any known format and loads it.

@@ -1,0 +1,84 @@
+"""The configuration file beside the weights, read and written for every format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mistral_ms.checkpoint.detect import NATIVE_BLOCK
+from mistral_ms.checkpoint.files import CONFIG, PARAMS, read_json
+from mistral_ms.config import ModelConfig, from_hf, from_mistral, to_hf, to_mistral, to_native
+from mistral_ms.errors import CheckpointError, ConfigError
+
+
+def read_config(path: Path, kind: str) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Reads the configuration beside the weights.
+
+    Args:
+        path: the checkpoint's directory.
+        kind: its format.
+
+    Returns:
+        The model, and the names of the keys that were ignored.
+
+    Raises:
+        CheckpointError: no such file, or it describes something that is not supported.
+    """
+    try:
+        if kind == "mistral" or (kind == "mistral-dump" and (path / PARAMS).exists()):
+            return _read_params(path / PARAMS)
+        source = read_json(path / CONFIG)
+        if kind == "mistral_ms":
+            _check_format(path, source)
+        return from_hf(source, str(path / CONFIG))
+    except ConfigError as error:
+        raise CheckpointError(
+            error.what, where=error.where, value=error.value, rule=error.rule, todo=error.todo
+        ) from error
+
+
+def _read_params(path: Path) -> tuple[ModelConfig, tuple[str, ...]]:
+    source = read_json(path)
+    if source.get("quantization") is not None:
+        raise CheckpointError(
+            "quantised weights",
+            where=f"{path}: quantization",
+            value=source["quantization"],
+            rule="only float32, float16 and bfloat16 weights are supported",
+            todo="use the model's unquantised repository",
+        )
+    if "num_hidden_layers" in source:
+        # The first dump was converted with a params.json that had HF's keys.
+        kind = "mixtral" if "num_local_experts" in source else "mistral"
+        return from_hf({"model_type": kind, **source}, str(path))
+    return from_mistral(source, str(path)), ()
+
+
+def _check_format(path: Path, source: Mapping[str, Any]) -> None:
+    block = source.get(NATIVE_BLOCK)
+    version = block.get("format") if isinstance(block, dict) else None
+    if version != 1:
+        raise CheckpointError(
+            "unknown format version",
+            where=f"{path / CONFIG}: {NATIVE_BLOCK}.format",
+            value=version,
+            rule="this release reads format 1",
+        )
+
+
+def encode_config(config: ModelConfig, kind: str) -> tuple[str, dict[str, Any]]:
+    """Name and content of the configuration file of a format.
+
+    Args:
+        config: the model.
+        kind: hf, mistral or mistral_ms.
+
+    Raises:
+        ConfigError: the format cannot express the model.
+    """
+    if kind == "hf":
+        return CONFIG, to_hf(config)
+    if kind == "mistral":
+        return PARAMS, to_mistral(config)
+    return CONFIG, to_native(config)

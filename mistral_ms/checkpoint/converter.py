@@ -1,0 +1,171 @@
+"""Any known checkpoint to any other, in constant memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from mistral_ms.checkpoint import keys
+from mistral_ms.checkpoint.config_file import encode_config
+from mistral_ms.checkpoint.detect import ALIASES, kind_of
+from mistral_ms.checkpoint.dtypes import FROM_OPTION, TO_CONFIG
+from mistral_ms.checkpoint.layout import format_layout
+from mistral_ms.checkpoint.plan import make_plan, target_dtype
+from mistral_ms.checkpoint.source import Source, open_checkpoint
+from mistral_ms.checkpoint.stream import stream
+from mistral_ms.checkpoint.target import TargetDirectory, check_target
+from mistral_ms.checkpoint.writer import MAX_SHARD_BYTES, Entry, Progress, write_tensors
+from mistral_ms.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What a conversion did.
+
+    Attributes:
+        source_kind: the format that was read.
+        target_kind: the format that was written.
+        tensors: tensors written.
+        bytes: bytes of those tensors.
+        seconds: wall time, until everything was on the disk.
+        peak_rss_bytes: the process's largest resident size, mapped file pages included.
+    """
+
+    source_kind: str
+    target_kind: str
+    tensors: int
+    bytes: int
+    seconds: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How a format is written."""
+
+    table: keys.KeyTable
+    stem: str
+    single: str | None
+    metadata: dict[str, str]
+    sharded: bool = True
+
+
+_FORMATS = {
+    "hf": _Format(keys.HF, "model", "model.safetensors", {"format": "pt"}),
+    "mistral": _Format(keys.MISTRAL, "consolidated", "consolidated.safetensors", {}, sharded=False),
+    "mistral_ms": _Format(keys.OURS, "model", None, {"format": "ms"}),
+}
+
+
+def convert(
+    src: Path,
+    dst: Path,
+    to: str | None = None,
+    dtype: str = "keep",
+    overwrite: bool = False,
+    *,
+    kind: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> ConvertResult:
+    """Converts a checkpoint.
+
+    Args:
+        src: the checkpoint's directory.
+        dst: the new checkpoint's directory; it appears when it is whole.
+        to: ``mistral_ms`` (or ``mindspore``), ``hf`` or ``mistral``; None: ours from a foreign
+            format, hf from ours.
+        dtype: ``keep`` leaves every bit; ``fp32``, ``fp16`` and ``bf16`` round to nearest even.
+        overwrite: replace a checkpoint that is at ``dst``.
+        kind: the source's format, when its directory holds several.
+        max_shard_bytes: how large a file of weights may grow (mistral is always one file).
+        progress: called with the bytes written and their total.
+
+    Returns:
+        What was done.
+
+    Raises:
+        CheckpointError: a bad source or target, a full disk, or values that ``dtype`` cannot hold.
+            Nothing is left of the target then, and an old one is as it was.
+        ConfigError: the target's format cannot express the model.
+    """
+    start = time.perf_counter()
+    src, dst = Path(src), Path(dst)
+    check_target(dst, overwrite)
+    if os.path.realpath(src) == os.path.realpath(dst):
+        raise CheckpointError("source is the target", where=src, todo="choose another target")
+    with open_checkpoint(src, kind) as source:
+        target_kind = _target_kind(source.kind, to)
+        entries, config = _entries(source, target_kind, dtype)
+        form = _FORMATS[target_kind]
+        ours = target_kind == "mistral_ms"
+        with TargetDirectory(dst, overwrite=overwrite, manifest=ours) as target:
+            target.write_json(*config)
+            for file in source.side_files:
+                target.copy(file)
+            write_tensors(
+                target,
+                entries,
+                stem=form.stem,
+                single=form.single,
+                metadata=form.metadata,
+                max_shard_bytes=max_shard_bytes if form.sharded else 1 << 63,
+                progress=progress,
+            )
+        return ConvertResult(
+            source_kind=source.kind,
+            target_kind=target_kind,
+            tensors=len(entries),
+            bytes=sum(entry.nbytes for entry in entries),
+            seconds=time.perf_counter() - start,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
+
+def _target_kind(source_kind: str, to: str | None) -> str:
+    if to is None:
+        return "hf" if source_kind == "mistral_ms" else "mistral_ms"
+    kind = kind_of(to)
+    if kind not in _FORMATS:
+        raise CheckpointError(
+            "format cannot be written",
+            where="to",
+            value=repr(to),
+            rule=f"must be one of {', '.join((*_FORMATS, *ALIASES))}",
+        )
+    return kind
+
+
+def _entries(
+    source: Source, kind: str, dtype: str
+) -> tuple[list[Entry], tuple[str, dict[str, object]]]:
+    """The tensors to write, and the configuration file, both checked before the first byte."""
+    config = source.config
+    if dtype in FROM_OPTION:
+        config = config.model_copy(update={"torch_dtype": TO_CONFIG[FROM_OPTION[dtype]]})
+    plan = make_plan(source.layout, format_layout(config, _FORMATS[kind].table))
+    entries = []
+    for assembly in plan:
+        stored = target_dtype(assembly, source.tensors, dtype)
+        chunks = partial(stream, source.store, assembly, stored)
+        entries.append(Entry(assembly.name, assembly.shape, stored, chunks))
+    return entries, encode_config(config, kind)
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident size of this process so far.
+
+    ``ru_maxrss`` would include what the parent had resident when it forked; the kernel's own
+    high-water mark of this address space does not.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return next(
+            int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")
+        )
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,134 @@
+"""Names of files in checkpoint directories, and how to open them safely."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from pathlib import Path
+from typing import Any
+
+from mistral_ms.errors import CheckpointError
+
+CONFIG = "config.json"
+PARAMS = "params.json"
+MANIFEST = "COMPLETE"
+
+# Files beside the weights that every format carries along unchanged.
+SIDE_FILES = (
+    "tokenizer.model*",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "tekken.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+# Everything that a checkpoint directory of a known format consists of. A directory with anything
+# else in it is never replaced.
+KNOWN_FILES = (
+    *SIDE_FILES,
+    CONFIG,
+    PARAMS,
+    MANIFEST,
+    "state.json",
+    "model*.safetensors",
+    "pytorch_model*.bin",
+    "consolidated*.safetensors",
+    "consolidated.[0-9][0-9].pth",
+    "consolidated.[0-9][0-9].pt",
+    "optimizer*.safetensors",
+    "*.index.json",
+)
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a file name matches one of the patterns (case counts)."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def side_files(directory: Path) -> tuple[Path, ...]:
+    """The files of ``directory`` that are carried along, sorted by name."""
+    found = (p for p in directory.iterdir() if matches(p.name, SIDE_FILES) and p.is_file())
+    return tuple(sorted(found))
+
+
+def unknown_entries(directory: Path) -> tuple[str, ...]:
+    """Names in ``directory`` that no checkpoint consists of, sorted."""
+    return tuple(
+        sorted(
+            p.name for p in directory.iterdir() if p.is_dir() or not matches(p.name, KNOWN_FILES)
+        )
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        CheckpointError: no such file, not JSON, or not an object at the top.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError("missing file", where=path) from error
+    except OSError as error:
+        raise CheckpointError("cannot read", where=path, value=error.strerror) from error
+    except ValueError as error:
+        raise CheckpointError("not JSON", where=path, value=error) from error
+    if not isinstance(data, dict):
+        raise CheckpointError(
+            "not JSON of the expected kind",
+            where=path,
+            value=type(data).__name__,
+            rule="must be an object",
+        )
+    return data
+
+
+def inside(directory: Path, name: object, named_by: Path) -> Path:
+    """The file ``name`` of ``directory``, which must not lie anywhere else.
+
+    An index is data from elsewhere: it must not make us read ``../../secret``. Symbolic links
+    count as the file they lead to, with one exception: a snapshot in the Hugging Face hub's cache
+    consists of links into the ``blobs`` directory of the same repository.
+
+    Args:
+        directory: the checkpoint.
+        name: what an index or a manifest calls the file.
+        named_by: the index or manifest, for the message.
+
+    Raises:
+        CheckpointError: a name with a directory in it, a link that leads outside, or no such file.
+    """
+    plain = isinstance(name, str) and name not in ("", ".", "..") and "/" not in name
+    if not plain or "\\" in str(name) or "\0" in str(name):
+        raise _outside(named_by, name, "names a path, not a file")
+    path = directory / str(name)
+    if not path.is_file():
+        raise CheckpointError(
+            "missing file",
+            where=path,
+            rule=f"{named_by.name} names it",
+            todo="copy or download the whole checkpoint again",
+        )
+    real, home = path.resolve(), directory.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    if real.parent not in allowed:
+        raise _outside(named_by, name, f"leads to {real}")
+    return path
+
+
+def _outside(named_by: Path, name: object, how: str) -> CheckpointError:
+    return CheckpointError(
+        "file outside the checkpoint",
+        where=named_by,
+        value=f"{name!r} {how}",
+        rule="all files must lie in the checkpoint's own directory",
+    )

@@ -1,0 +1,197 @@
+"""What a directory is: its format, model, tensors, and whether it is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mistral_ms.checkpoint.config_file import read_config
+from mistral_ms.checkpoint.detect import WeightFiles, choose_weights, find_weights
+from mistral_ms.checkpoint.manifest import read_manifest, verify_digests
+from mistral_ms.checkpoint.safetensors_file import TensorInfo
+from mistral_ms.checkpoint.source import Source, open_checkpoint
+from mistral_ms.config import ModelConfig
+from mistral_ms.errors import CheckpointError, MissingExtraError, MistralMsError
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The findings.
+
+    Attributes:
+        path: the directory.
+        kind: the format; None when it is none or not clear which.
+        problem: what is wrong; None when the checkpoint is sound.
+        config: the model; None when its configuration cannot be read.
+        ignored_keys: keys of the configuration file that have no meaning here.
+        tensors: shape, dtype and file of every tensor under the format's own name.
+        layout: how the weights are spread over files.
+        complete: what is known about completeness.
+        checksums: ``verified``, ``not verified``, ``none recorded``, or which files differ.
+        side_files: names of the tokenizer and generation files.
+    """
+
+    path: Path
+    kind: str | None = None
+    problem: str | None = None
+    config: ModelConfig | None = None
+    ignored_keys: tuple[str, ...] = ()
+    tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+    layout: str = "unknown"
+    complete: str = "unknown"
+    checksums: str = "none recorded"
+    side_files: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether the checkpoint is sound."""
+        return self.problem is None
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(info.size for info in self.tensors.values())
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Bytes per dtype."""
+        found: dict[str, int] = {}
+        for info in self.tensors.values():
+            found[info.dtype] = found.get(info.dtype, 0) + info.nbytes
+        return found
+
+    def as_dict(self, with_tensors: bool = False) -> dict[str, Any]:
+        """The findings as plain data, for JSON."""
+        data: dict[str, Any] = {
+            "path": str(self.path),
+            "kind": self.kind,
+            "ok": self.ok,
+            "problem": self.problem,
+            "config": None if self.config is None else self.config.model_dump(mode="json"),
+            "ignored_keys": list(self.ignored_keys),
+            "tensors": len(self.tensors),
+            "parameters": self.parameters,
+            "bytes": sum(self.dtypes.values()),
+            "dtypes": self.dtypes,
+            "layout": self.layout,
+            "complete": self.complete,
+            "checksums": self.checksums,
+            "side_files": list(self.side_files),
+        }
+        if with_tensors:
+            data["tensor_list"] = [
+                {"name": n, "shape": list(i.shape), "dtype": i.dtype, "file": i.file.name}
+                for n, i in self.tensors.items()
+            ]
+        return data
+
+
+def inspect(
+    path: Path,
+    *,
+    verify: bool = False,
+    kind: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Inspection:
+    """Looks at a directory; damage is a finding, not an exception.
+
+    Args:
+        path: the directory.
+        verify: read every file of a checkpoint of ours and compare digests.
+        kind: which format to look at when there are several.
+        progress: called with the bytes verified and their total.
+
+    Raises:
+        CheckpointError: there is no such directory, or no such kind.
+        MissingExtraError: the files are pickles, and torch is not installed.
+    """
+    path = Path(path)
+    find_weights(path)  # a path that is not there is a mistake, not a damaged checkpoint
+    try:
+        weights = choose_weights(path, kind)
+    except CheckpointError as error:
+        return Inspection(path, problem=str(error))
+    layout = _describe(weights)
+    try:
+        with open_checkpoint(path, weights.kind) as source:
+            return _sound(source, layout, verify, progress)
+    except MissingExtraError:
+        raise
+    except MistralMsError as error:
+        config, ignored = _readable_config(path, weights.kind)
+        return Inspection(
+            path,
+            kind=weights.kind,
+            problem=str(error),
+            config=config,
+            ignored_keys=ignored,
+            layout=layout,
+            complete="no",
+        )
+
+
+def _sound(
+    source: Source,
+    layout: str,
+    verify: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Inspection:
+    """The findings on a checkpoint that could be opened."""
+    complete, checksums, problem = "every tensor is there", "none recorded", None
+    if source.kind == "mistral_ms":
+        records = read_manifest(source.path)
+        complete = f"COMPLETE lists {len(records)} files, all there with their sizes"
+        checksums = "not verified"
+        if verify:
+            different = verify_digests(source.path, records, progress)
+            checksums = "verified" if not different else f"differ: {', '.join(different)}"
+            if different:
+                problem = str(
+                    CheckpointError(
+                        "wrong checksum",
+                        where=source.path,
+                        value=", ".join(different),
+                        rule="differs from COMPLETE",
+                        todo="copy the checkpoint again",
+                    )
+                )
+    return Inspection(
+        path=source.path,
+        kind=source.kind,
+        problem=problem,
+        config=source.config,
+        ignored_keys=source.ignored_keys,
+        tensors=dict(source.tensors),
+        layout=f"{layout}, {_experts(source)}",
+        complete=complete,
+        checksums=checksums,
+        side_files=tuple(path.name for path in source.side_files),
+    )
+
+
+def _readable_config(path: Path, kind: str) -> tuple[ModelConfig | None, tuple[str, ...]]:
+    try:
+        return read_config(path, kind)
+    except MistralMsError:
+        return None, ()
+
+
+def _describe(weights: WeightFiles) -> str:
+    count = len(weights.files)
+    return f"{count} {weights.container} file{'s' if count != 1 else ''}"
+
+
+def _experts(source: Source) -> str:
+    """How the experts are laid out."""
+    if source.config.moe is None:
+        return "no experts"
+    if any(name.endswith(".gate_up_proj") for name in source.tensors):
+        return "experts stacked, gate and up projection fused"
+    return {
+        "hf": "one tensor per expert",
+        "mistral": "one tensor per expert",
+        "mistral-dump": "experts stacked along the rows, w2 transposed",
+        "mistral_ms": "experts stacked",
+    }[source.kind]

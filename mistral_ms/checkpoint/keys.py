@@ -1,0 +1,171 @@
+"""The key tables: what every format calls each tensor, and how it lays it out.
+
+Our names are the canon (``CANON``). A foreign format is a table from our names to its own
+(``Stored``), with placeholders: ``{layer}`` is a decoder block, ``{expert}`` an expert. Anything
+that is more than a name (experts in one tensor, another order of rows) is a property of the
+table's entry, so that one piece of code reads and writes them all.
+
+Shapes are written with the letters of the conventions: V vocabulary, H hidden, I intermediate,
+E experts, N query heads, G key/value heads, D head dimension; ``ND`` is N times D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Layout = Literal["plain", "interleaved", "transposed"]
+Scope = Literal["model", "head", "layer", "dense", "sparse"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row of the canon.
+
+    Attributes:
+        name: our name.
+        shape: of one expert's matrix when ``stacked``, else of the whole tensor.
+        scope: where it exists: once in the ``model``, once unless the ``head`` is tied, in every
+            ``layer``, or in the ``dense`` or ``sparse`` layers only.
+        stacked: the tensor has a leading axis over experts.
+        heads: the rows are heads (N or G of them) that RoPE rotates.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    scope: Scope
+    stacked: bool = False
+    heads: Literal["N", "G"] | None = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a foreign format stores one row of the canon.
+
+    Attributes:
+        name: its name there. A stacked parameter without ``{expert}`` is stacked there too.
+        layout: ``plain`` as ours; ``interleaved``: the two halves of each head's rotary
+            dimensions alternate row by row; ``transposed``: the matrix lies on its side.
+        part: (i, n): per expert, the i-th of n equal blocks of rows that share a tensor.
+        flat: the expert axis is merged into the rows: [E*rows, columns].
+    """
+
+    name: str
+    layout: Layout = "plain"
+    part: tuple[int, int] = (0, 1)
+    flat: bool = False
+
+
+EMBEDDING: tuple[Parameter, ...] = (Parameter("embed_tokens.weight", ("V", "H"), "model"),)
+DECODER_LAYER: tuple[Parameter, ...] = (
+    Parameter("layers.{layer}.input_layernorm.weight", ("H",), "layer"),
+    Parameter("layers.{layer}.attention.q_proj.weight", ("ND", "H"), "layer", heads="N"),
+    Parameter("layers.{layer}.attention.k_proj.weight", ("GD", "H"), "layer", heads="G"),
+    Parameter("layers.{layer}.attention.v_proj.weight", ("GD", "H"), "layer"),
+    Parameter("layers.{layer}.attention.o_proj.weight", ("H", "ND"), "layer"),
+    Parameter("layers.{layer}.post_attention_layernorm.weight", ("H",), "layer"),
+    Parameter("layers.{layer}.moe.router.weight", ("E", "H"), "sparse"),
+    Parameter("layers.{layer}.moe.experts.w1", ("I", "H"), "sparse", stacked=True),
+    Parameter("layers.{layer}.moe.experts.w2", ("H", "I"), "sparse", stacked=True),
+    Parameter("layers.{layer}.moe.experts.w3", ("I", "H"), "sparse", stacked=True),
+    Parameter("layers.{layer}.feed_forward.w1.weight", ("I", "H"), "dense"),
+    Parameter("layers.{layer}.feed_forward.w2.weight", ("H", "I"), "dense"),
+    Parameter("layers.{layer}.feed_forward.w3.weight", ("I", "H"), "dense"),
+)
+OUTPUT: tuple[Parameter, ...] = (
+    Parameter("norm.weight", ("H",), "model"),
+    Parameter("lm_head.weight", ("V", "H"), "head"),
+)
+
+CANON: tuple[Parameter, ...] = (*EMBEDDING, *DECODER_LAYER, *OUTPUT)
+
+KeyTable = Mapping[str, Stored]
+
+OURS: KeyTable = {parameter.name: Stored(parameter.name) for parameter in CANON}
+
+_HF_COMMON: KeyTable = {
+    "embed_tokens.weight": Stored("model.embed_tokens.weight"),
+    "layers.{layer}.input_layernorm.weight": Stored("model.layers.{layer}.input_layernorm.weight"),
+    "layers.{layer}.attention.q_proj.weight": Stored(
+        "model.layers.{layer}.self_attn.q_proj.weight"
+    ),
+    "layers.{layer}.attention.k_proj.weight": Stored(
+        "model.layers.{layer}.self_attn.k_proj.weight"
+    ),
+    "layers.{layer}.attention.v_proj.weight": Stored(
+        "model.layers.{layer}.self_attn.v_proj.weight"
+    ),
+    "layers.{layer}.attention.o_proj.weight": Stored(
+        "model.layers.{layer}.self_attn.o_proj.weight"
+    ),
+    "layers.{layer}.post_attention_layernorm.weight": Stored(
+        "model.layers.{layer}.post_attention_layernorm.weight"
+    ),
+    "layers.{layer}.feed_forward.w1.weight": Stored("model.layers.{layer}.mlp.gate_proj.weight"),
+    "layers.{layer}.feed_forward.w2.weight": Stored("model.layers.{layer}.mlp.down_proj.weight"),
+    "layers.{layer}.feed_forward.w3.weight": Stored("model.layers.{layer}.mlp.up_proj.weight"),
+    "norm.weight": Stored("model.norm.weight"),
+    "lm_head.weight": Stored("lm_head.weight"),
+}
+
+# transformers 4.x, and what 5.x writes for others to read.
+_HF_EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}"
+HF: KeyTable = {
+    **_HF_COMMON,
+    "layers.{layer}.moe.router.weight": Stored("model.layers.{layer}.block_sparse_moe.gate.weight"),
+    "layers.{layer}.moe.experts.w1": Stored(f"{_HF_EXPERT}.w1.weight"),
+    "layers.{layer}.moe.experts.w2": Stored(f"{_HF_EXPERT}.w2.weight"),
+    "layers.{layer}.moe.experts.w3": Stored(f"{_HF_EXPERT}.w3.weight"),
+}
+
+# The names inside the classes of transformers 5.x: gate and up projection in one tensor.
+_HF_FUSED_EXPERTS = "model.layers.{layer}.mlp.experts"
+HF_FUSED: KeyTable = {
+    **_HF_COMMON,
+    "layers.{layer}.moe.router.weight": Stored("model.layers.{layer}.mlp.gate.weight"),
+    "layers.{layer}.moe.experts.w1": Stored(f"{_HF_FUSED_EXPERTS}.gate_up_proj", part=(0, 2)),
+    "layers.{layer}.moe.experts.w2": Stored(f"{_HF_FUSED_EXPERTS}.down_proj"),
+    "layers.{layer}.moe.experts.w3": Stored(f"{_HF_FUSED_EXPERTS}.gate_up_proj", part=(1, 2)),
+}
+
+_MISTRAL_COMMON: KeyTable = {
+    "embed_tokens.weight": Stored("tok_embeddings.weight"),
+    "layers.{layer}.input_layernorm.weight": Stored("layers.{layer}.attention_norm.weight"),
+    "layers.{layer}.attention.q_proj.weight": Stored(
+        "layers.{layer}.attention.wq.weight", "interleaved"
+    ),
+    "layers.{layer}.attention.k_proj.weight": Stored(
+        "layers.{layer}.attention.wk.weight", "interleaved"
+    ),
+    "layers.{layer}.attention.v_proj.weight": Stored("layers.{layer}.attention.wv.weight"),
+    "layers.{layer}.attention.o_proj.weight": Stored("layers.{layer}.attention.wo.weight"),
+    "layers.{layer}.post_attention_layernorm.weight": Stored("layers.{layer}.ffn_norm.weight"),
+    "layers.{layer}.feed_forward.w1.weight": Stored("layers.{layer}.feed_forward.w1.weight"),
+    "layers.{layer}.feed_forward.w2.weight": Stored("layers.{layer}.feed_forward.w2.weight"),
+    "layers.{layer}.feed_forward.w3.weight": Stored("layers.{layer}.feed_forward.w3.weight"),
+    "norm.weight": Stored("norm.weight"),
+    "lm_head.weight": Stored("output.weight"),
+}
+
+# consolidated.safetensors and consolidated.00.pth; names of mistral-inference.
+_MISTRAL_EXPERT = "layers.{layer}.feed_forward.experts.{expert}"
+MISTRAL: KeyTable = {
+    **_MISTRAL_COMMON,
+    "layers.{layer}.moe.router.weight": Stored("layers.{layer}.feed_forward.gate.weight"),
+    "layers.{layer}.moe.experts.w1": Stored(f"{_MISTRAL_EXPERT}.w1.weight"),
+    "layers.{layer}.moe.experts.w2": Stored(f"{_MISTRAL_EXPERT}.w2.weight"),
+    "layers.{layer}.moe.experts.w3": Stored(f"{_MISTRAL_EXPERT}.w3.weight"),
+}
+
+# consolidated.00.pt to consolidated.07.pt, as first published on the hub: each file holds some
+# layers whole, experts are stacked along the rows, and w2 is stored transposed per expert.
+# Source of the layout: transformers' convert_mixtral_weights_to_hf.py.
+_DUMP_MOE = "layers.{layer}.block_sparse_moe"
+MISTRAL_DUMP: KeyTable = {
+    **_MISTRAL_COMMON,
+    "layers.{layer}.moe.router.weight": Stored(f"{_DUMP_MOE}.gate.weight"),
+    "layers.{layer}.moe.experts.w1": Stored(f"{_DUMP_MOE}.w1", flat=True),
+    "layers.{layer}.moe.experts.w2": Stored(f"{_DUMP_MOE}.w2", "transposed", flat=True),
+    "layers.{layer}.moe.experts.w3": Stored(f"{_DUMP_MOE}.w3", flat=True),
+}

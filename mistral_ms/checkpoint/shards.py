@@ -1,0 +1,140 @@
+"""Opens a set of weight files: checks the index against the files, and their dtypes."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+from mistral_ms.checkpoint.detect import WeightFiles
+from mistral_ms.checkpoint.dtypes import TO_CONFIG, WEIGHT_DTYPES
+from mistral_ms.checkpoint.files import inside, read_json
+from mistral_ms.checkpoint.pickle_file import PickleStore
+from mistral_ms.checkpoint.safetensors_file import SafetensorsStore, TensorInfo, read_header
+from mistral_ms.checkpoint.stream import Store
+from mistral_ms.errors import CheckpointError
+
+# Integers and tiny floats: what quantised weights (and packed ones) are stored as.
+_QUANTISED = ("I8", "U8", "I32", "U32", "F8_", "F6_", "F4")
+_QUANTISED_NAMES = (".qweight", ".qzeros", ".scales", ".weight_scale", ".quant_state", ".absmax")
+
+
+def open_weights(directory: Path, weights: WeightFiles) -> Store:
+    """Opens all files of one format.
+
+    Raises:
+        CheckpointError: missing, damaged or stray files, an index that does not agree with them,
+            or quantised weights.
+        MissingExtraError: pickles, and torch is not installed.
+    """
+    weight_map = None if weights.index is None else _read_index(weights.index)
+    if weight_map is None:
+        files = _without_index(directory, weights)
+    else:
+        assert weights.index is not None
+        names = dict.fromkeys(weight_map.values())
+        files = [inside(directory, name, weights.index) for name in names]
+        _check_stray(weights, files)
+    store: Store
+    if weights.container == "safetensors":
+        store = SafetensorsStore({path: read_header(path) for path in files})
+    else:
+        store = PickleStore(files)
+    try:
+        if weight_map is not None and weights.index is not None:
+            _check_index(weights.index, weight_map, store.tensors)
+        _check_dtypes(store.tensors)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(
+            "damaged index", where=path, rule="weight_map must map tensor names to file names"
+        )
+    return weight_map
+
+
+def _without_index(directory: Path, weights: WeightFiles) -> list[Path]:
+    """The files of a set that has no index: one file, or Mistral's numbered ones."""
+    files = list(weights.files)
+    for path in files:
+        inside(directory, path.name, directory)
+    if any(re.search(r"-\d+-of-\d+\.", path.name) for path in files):
+        raise CheckpointError(
+            "missing index",
+            where=directory,
+            value=files[0].name,
+            rule="shards need their .index.json, which says what is complete",
+            todo="copy or download it as well",
+        )
+    for number, path in enumerate(files):
+        found = re.fullmatch(r"consolidated\.(\d\d)\.\w+", path.name)
+        if found and int(found.group(1)) != number:
+            missing = f"consolidated.{number:02d}{path.suffix}"
+            raise CheckpointError(
+                "missing shard",
+                where=directory / missing,
+                rule=f"files are numbered from 00 without gaps, and {path.name} is there",
+                todo="copy or download it as well",
+            )
+    return files
+
+
+def _check_stray(weights: WeightFiles, named: list[Path]) -> None:
+    """A shard that the index does not name is a leftover of another checkpoint."""
+    stray = [path for path in weights.files if path not in named]
+    if stray:
+        raise CheckpointError(
+            "extra shard",
+            where=stray[0],
+            rule=f"{weights.index.name if weights.index else 'the index'} does not name it",
+            todo="remove it if it belongs to another checkpoint",
+        )
+
+
+def _check_index(
+    index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]
+) -> None:
+    """The index and the shards must agree on every tensor, in both directions."""
+    promised: dict[str, list[str]] = defaultdict(list)
+    for name, file in weight_map.items():
+        found = tensors.get(name)
+        if found is None or found.file.name != file:
+            promised[file].append(name)
+    if promised:
+        file, names = next(iter(promised.items()))
+        raise CheckpointError(
+            "missing tensor",
+            where=index.parent / file,
+            value=", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
+            rule=f"{index.name} says it is in this file",
+            todo="copy or download the file again",
+        )
+    unlisted = [name for name in tensors if name not in weight_map]
+    if unlisted:
+        raise CheckpointError(
+            "extra tensor",
+            where=tensors[unlisted[0]].file,
+            value=unlisted[0],
+            rule=f"{index.name} does not list it",
+        )
+
+
+def _check_dtypes(tensors: Mapping[str, TensorInfo]) -> None:
+    for name, info in tensors.items():
+        if info.dtype in WEIGHT_DTYPES and not name.endswith(_QUANTISED_NAMES):
+            continue
+        quantised = info.dtype.startswith(_QUANTISED) or name.endswith(_QUANTISED_NAMES)
+        raise CheckpointError(
+            "quantised weights" if quantised else "unsupported dtype",
+            where=f"{info.file}: {name}",
+            value=info.dtype,
+            rule=f"weights must be {', '.join(TO_CONFIG.values())}",
+            todo="use the model's unquantised repository" if quantised else None,
+        )

@@ -1,0 +1,235 @@
+"""An open checkpoint of any known format, to be read under our names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from mistral_ms.checkpoint import keys
+from mistral_ms.checkpoint.config_file import read_config
+from mistral_ms.checkpoint.detect import choose_weights
+from mistral_ms.checkpoint.dtypes import FROM_CONFIG, TO_CONFIG, WEIGHT_DTYPES, itemsize
+from mistral_ms.checkpoint.files import side_files
+from mistral_ms.checkpoint.layout import FormatLayout, format_layout
+from mistral_ms.checkpoint.manifest import read_manifest
+from mistral_ms.checkpoint.plan import Assembly, Piece, check_tensors, make_plan, target_dtype
+from mistral_ms.checkpoint.safetensors_file import TensorInfo
+from mistral_ms.checkpoint.shards import open_weights
+from mistral_ms.checkpoint.stream import CHUNK_BYTES, Store, read_array
+from mistral_ms.config import ModelConfig
+from mistral_ms.errors import CheckpointError
+
+
+class Source:
+    """A checkpoint that was found whole and consistent; a context manager.
+
+    Attributes:
+        path: its directory.
+        kind: hf, mistral, mistral-dump or mistral_ms.
+        config: the model.
+        tensors: what the files hold, under the format's own names.
+        layout: the model in that format.
+        ignored_keys: keys of its configuration file that have no meaning here.
+        side_files: tokenizer and generation files beside the weights.
+        store: random access to the files.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        config: ModelConfig,
+        layout: FormatLayout,
+        store: Store,
+        ignored_keys: tuple[str, ...] = (),
+    ) -> None:
+        self.path, self.kind, self.config = path, kind, config
+        self.layout, self.store, self.ignored_keys = layout, store, ignored_keys
+        self.tensors: Mapping[str, TensorInfo] = store.tensors
+        self.side_files = side_files(path)
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets the files go."""
+        self.store.close()
+
+    @cached_property
+    def _assemblies(self) -> dict[str, Assembly]:
+        plan = make_plan(self.layout, format_layout(self.config))
+        return {assembly.name: assembly for assembly in plan}
+
+    def names(self) -> tuple[str, ...]:
+        """Our names of all tensors, in the order of the computation."""
+        return tuple(self._assemblies)
+
+    def _assembly(self, name: str) -> Assembly:
+        try:
+            return self._assemblies[name]
+        except KeyError:
+            raise CheckpointError(
+                "no such tensor", where=self.path, value=name, rule="names are those of names()"
+            ) from None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one of our tensors."""
+        return self._assembly(name).shape
+
+    def dtype(self, name: str) -> str:
+        """Dtype that the files hold it in, as configurations call it (``bfloat16``).
+
+        Raises:
+            CheckpointError: its pieces have different ones.
+        """
+        return TO_CONFIG[target_dtype(self._assembly(name), self.tensors, "keep")]
+
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """What one of our tensors is assembled of, in its order."""
+        return self._assembly(name).pieces
+
+    def read(
+        self, name: str, dtype: str = "float32", rows: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """Reads one of our tensors into memory.
+
+        Args:
+            name: our name.
+            dtype: ``keep``, ``float32``, ``float16`` or ``bfloat16``. NumPy has no bfloat16: such
+                an array comes as its bits, uint16.
+            rows: (first, last + 1) along the first axis, for a rank that wants its experts or its
+                heads only; None for all.
+
+        Returns:
+            A new array of shape ``[rows, ...]``.
+
+        Raises:
+            CheckpointError: an unknown name or dtype, rows that are not there, or values that
+                ``dtype`` cannot hold.
+        """
+        assembly = self._assembly(name)
+        first, last = rows or (0, assembly.shape[0])
+        if not 0 <= first <= last <= assembly.shape[0]:
+            raise CheckpointError(
+                "no such rows",
+                where=f"{self.path}: {name}",
+                value=f"{first} to {last}",
+                rule=f"it has {assembly.shape[0]}",
+            )
+        if dtype == "keep":
+            stored = target_dtype(assembly, self.tensors, "keep")
+        elif dtype in FROM_CONFIG:
+            stored = FROM_CONFIG[dtype]
+        else:
+            raise CheckpointError(
+                "unknown dtype",
+                where="dtype",
+                value=repr(dtype),
+                rule=f"must be one of keep, {', '.join(FROM_CONFIG)}",
+            )
+        return read_array(self.store, assembly, stored, (first, last))
+
+
+def open_checkpoint(path: Path, kind: str | None = None) -> Source:
+    """Opens a checkpoint of any known format and checks all that can be checked without reading.
+
+    Args:
+        path: its directory.
+        kind: which format to take when the directory holds several.
+
+    Raises:
+        CheckpointError: anything that is wrong with it, each in its own words: unknown or several
+            formats, an unsupported architecture, quantised weights, missing, truncated or extra
+            files, missing or extra tensors, wrong shapes.
+        MissingExtraError: its files are pickles, and torch is not installed.
+    """
+    path = Path(path)
+    weights = choose_weights(path, kind)
+    config, ignored = read_config(path, weights.kind)
+    if weights.kind == "mistral_ms":
+        records = read_manifest(path)
+        unlisted = [p for p in weights.files if p.name not in records]
+        if unlisted:
+            raise CheckpointError(
+                "extra shard", where=unlisted[0], rule="the manifest does not list it"
+            )
+    store = open_weights(path, weights)
+    try:
+        layout = format_layout(config, _table(weights.kind, store.tensors))
+        copies = _tied_head(config, layout, store)
+        checked = {name: info for name, info in store.tensors.items() if name not in copies}
+        check_tensors(checked, layout.shapes, path)
+        if weights.kind in ("mistral", "mistral-dump"):
+            # params.json does not say the dtype: the files do.
+            config = config.model_copy(update={"torch_dtype": _main_dtype(store.tensors)})
+    except BaseException:
+        store.close()
+        raise
+    return Source(path, weights.kind, config, layout, store, ignored)
+
+
+def _table(kind: str, tensors: Mapping[str, TensorInfo]) -> keys.KeyTable:
+    if kind == "hf":
+        fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in tensors)
+        return keys.HF_FUSED if fused else keys.HF
+    tables = {"mistral": keys.MISTRAL, "mistral-dump": keys.MISTRAL_DUMP, "mistral_ms": keys.OURS}
+    return tables[kind]
+
+
+def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+    sizes: dict[str, int] = defaultdict(int)
+    for info in tensors.values():
+        sizes[info.dtype] += info.size
+    return TO_CONFIG[max(sizes, key=lambda dtype: sizes[dtype])]
+
+
+def _tied_head(config: ModelConfig, layout: FormatLayout, store: Store) -> frozenset[str]:
+    """The head's tensor, where a tied model stores it all the same: it must equal the embedding.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    head = "lm_head.weight"
+    if not config.tie_word_embeddings or head not in store.tensors or head in layout.shapes:
+        return frozenset()
+    embedding = next(p.name for b, p in layout.places.items() if b.name == "embed_tokens.weight")
+    one, two = store.tensors[head], store.tensors.get(embedding)
+    if two is not None and not (
+        one.shape == two.shape
+        and one.dtype == two.dtype
+        and all(_equal_chunks(store, head, embedding, one))
+    ):
+        raise CheckpointError(
+            "contradiction",
+            where=f"{one.file}: {head}",
+            value=f"differs from {embedding}",
+            rule="tie_word_embeddings is true, so they must be equal",
+            todo="set tie_word_embeddings to false if both are meant",
+        )
+    return frozenset({head})
+
+
+def _equal_chunks(store: Store, one: str, two: str, info: TensorInfo) -> Iterator[bool]:
+    """Whether two tensors are the same bits, a few megabytes at a time."""
+    width = itemsize(info.dtype)
+    bits = np.dtype(f"u{width}")
+    step = CHUNK_BYTES // width
+    buffers = np.empty((2, step), WEIGHT_DTYPES[info.dtype])
+    for start in range(0, info.size, step):
+        left, right = buffers[:, : min(step, info.size - start)]
+        store.read_into(one, start, left)
+        store.read_into(two, start, right)
+        yield np.array_equal(left.view(bits), right.view(bits))

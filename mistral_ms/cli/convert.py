@@ -1,0 +1,83 @@
+"""``convert``: any known checkpoint to any other."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class TargetFormat(StrEnum):
+    """What can be written."""
+
+    MINDSPORE = "mindspore"
+    HF = "hf"
+    MISTRAL = "mistral"
+
+
+class SourceFormat(StrEnum):
+    """What can be read."""
+
+    MINDSPORE = "mindspore"
+    HF = "hf"
+    MISTRAL = "mistral"
+    MISTRAL_DUMP = "mistral-dump"
+
+
+class DType(StrEnum):
+    """What the weights are stored in."""
+
+    KEEP = "keep"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+def convert(
+    src: Annotated[Path, typer.Argument(help="Directory of the checkpoint to read.")],
+    dst: Annotated[Path, typer.Argument(help="Directory to write; appears when it is whole.")],
+    to: Annotated[
+        TargetFormat | None,
+        typer.Option(help="Format to write. Default: mindspore from the others, hf from ours."),
+    ] = None,
+    source: Annotated[
+        SourceFormat | None,
+        typer.Option("--from", help="Format to read, when SRC holds several."),
+    ] = None,
+    dtype: Annotated[
+        DType, typer.Option(help="Store weights in this; keep leaves every bit.")
+    ] = DType.KEEP,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DST.")
+    ] = False,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
+    ] = None,
+) -> None:
+    """Convert a checkpoint between Hugging Face, Mistral and mistral_ms, in constant memory."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from mistral_ms import checkpoint
+    from mistral_ms.cli.output import byte_progress, size_text, write_json
+
+    console = Console()
+    with byte_progress(console, "converting") as progress:
+        result = checkpoint.convert(src, dst, to, dtype, overwrite, kind=source, progress=progress)
+    rate = size_text(result.bytes / max(result.seconds, 1e-9))
+    files = sorted(path.name for path in dst.iterdir())
+    shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if files[8:] else "")
+    console.print(
+        f"{src} ({result.source_kind}) -> {dst} ({result.target_kind}, dtype {dtype})\n"
+        f"{result.tensors} tensors, {size_text(result.bytes)} in {result.seconds:.1f} s "
+        f"({rate}/s), peak memory {size_text(result.peak_rss_bytes)}\n"
+        f"wrote {shown}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if json is not None:
+        write_json(json, asdict(result))

@@ -1,0 +1,302 @@
+"""All or nothing: whatever fails, no half-written target stays and an old one is untouched."""
+
+import errno
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mistral_ms.checkpoint import convert, inspect, writer
+from mistral_ms.checkpoint import target as target_module
+from mistral_ms.checkpoint.files import MANIFEST
+from mistral_ms.checkpoint.target import FileWriter, TargetDirectory
+from mistral_ms.errors import CheckpointError
+
+
+@pytest.fixture
+def source(tmp_path, tiny_config, save_random):
+    save_random(tmp_path / "src", tiny_config)
+    return tmp_path / "src"
+
+
+def content(directory):
+    return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
+
+
+def names(directory):
+    return sorted(p.name for p in directory.iterdir())
+
+
+class Fail:
+    """Fails on the n-th chunk, from whichever worker."""
+
+    def __init__(self, after, error):
+        self.left, self.error = after, error
+
+    def __call__(self, done, total):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("after", [0, 7])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom")], ids=type)
+def test_a_failure_on_the_way_leaves_everything_as_it_was(source, overwrite, after, error):
+    dst = source.parent / "dst"
+    if overwrite:
+        convert(source, dst, "hf")
+    before = names(source.parent), content(dst) if overwrite else None
+    with pytest.raises(type(error)):
+        options = {"max_shard_bytes": 2_000, "progress": Fail(after, error)}
+        convert(source, dst, "mistral_ms", overwrite=overwrite, **options)
+    assert (names(source.parent), content(dst) if overwrite else None) == before
+
+
+def test_an_interrupt_while_workers_write_stops_them_all(source):
+    """Ctrl-C reaches the main thread, which only waits: the workers must end all the same."""
+    started, go_on = threading.Event(), threading.Event()
+
+    def progress(done, total):
+        started.set()
+        go_on.wait(10)
+
+    def interrupt():
+        started.wait(10)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        go_on.set()
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, source.parent / "dst", "hf", max_shard_bytes=2_000, progress=progress)
+    assert names(source.parent) == ["src"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_that_fills_up_on_the_way(source, monkeypatch, number):
+    written = []
+
+    class Full(FileWriter):
+        def write(self, data):
+            written.append(self.path)
+            if len(written) > 12:
+                monkeypatch.setattr(os, "write", refuse)
+            super().write(data)
+
+    def refuse(descriptor, data):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(target_module, "FileWriter", Full)
+    with pytest.raises(CheckpointError, match=r"disk full: .*nothing was changed: free some space"):
+        convert(source, source.parent / "dst", "hf")
+    assert names(source.parent) == ["src"]
+
+
+def test_a_short_write_is_continued(tmp_path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:3]))
+    file = FileWriter(tmp_path / "f", hashed=True)
+    file.write(b"0123456789")
+    file.close()
+    assert (tmp_path / "f").read_bytes() == b"0123456789"
+
+
+def test_a_file_size_limit_of_the_system(source):
+    """RLIMIT_FSIZE makes the kernel itself refuse the write, without root and without mocks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"disk full: .*model\.safetensors: File too large"
+        ):
+            convert(source, source.parent / "dst", "hf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(source.parent) == ["src"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KB; only root can mount one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("noticed", ["before", "meanwhile"])
+def test_a_really_full_disk(source, small_disk, monkeypatch, noticed):
+    if noticed == "meanwhile":  # somebody else fills the disk after we looked
+        monkeypatch.setattr(TargetDirectory, "require_space", lambda self, nbytes: None)
+    (small_disk / "other").write_bytes(b"x" * 50_000)
+    message = "free: .* are needed" if noticed == "before" else "No space left on device"
+    with pytest.raises(CheckpointError, match=f"disk full: .*{message}"):
+        convert(source, small_disk / "dst", "hf")
+    assert names(small_disk) == ["other"]
+
+
+def test_an_existing_target_is_not_overwritten_unasked(source):
+    dst = source.parent / "dst"
+    dst.mkdir()
+    with pytest.raises(CheckpointError, match=r"target exists: .*dst: .*--overwrite"):
+        convert(source, dst)
+    assert names(dst) == []
+
+
+@pytest.mark.parametrize("before", ["hf", "mistral", "mistral_ms"])
+def test_overwrite_replaces_a_checkpoint_of_any_kind(source, before):
+    dst = source.parent / "dst"
+    convert(source, dst, before)
+    convert(source, dst, "mistral_ms", dtype="bf16", overwrite=True)
+    assert inspect(dst, verify=True).ok
+    assert inspect(dst).dtypes.keys() == {"BF16"}
+    assert names(source.parent) == ["dst", "src"]
+
+
+@pytest.mark.parametrize("what", ["notes.txt", "model.py", "runs/", "config.yaml", ".git/"])
+def test_overwrite_never_deletes_a_directory_with_unknown_files(source, what):
+    dst = source.parent / "dst"
+    convert(source, dst, "hf")
+    if what.endswith("/"):
+        (dst / what).mkdir()
+    else:
+        (dst / what).write_text("precious")
+    before = names(dst)
+    with pytest.raises(CheckpointError, match=rf"target is not a checkpoint: .*{what.strip('/')}"):
+        convert(source, dst, "hf", overwrite=True)
+    assert names(dst) == before
+
+
+def test_overwrite_does_not_replace_a_file(source):
+    (source.parent / "dst").write_text("precious")
+    with pytest.raises(CheckpointError, match="target is not a directory"):
+        convert(source, source.parent / "dst", overwrite=True)
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(source):
+    dst = source.parent / "dst"
+
+    def progress(done, total):
+        dst.mkdir(exist_ok=True)
+
+    with pytest.raises(CheckpointError, match="target exists"):
+        convert(source, dst, progress=progress)
+    assert names(source.parent) == ["dst", "src"]
+
+
+def test_the_old_target_returns_when_the_rename_fails(source, monkeypatch):
+    dst = source.parent / "dst"
+    convert(source, dst, "hf")
+    before = content(dst)
+    real = Path.rename
+
+    def rename(self, where):
+        if ".partial-" in self.name:
+            raise OSError(errno.EIO, "I/O error")
+        return real(self, where)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(CheckpointError, match=r"cannot write: .*dst: I/O error"):
+        convert(source, dst, "mistral", overwrite=True)
+    assert content(dst) == before
+    assert names(source.parent) == ["dst", "src"]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(source):
+    real, link = source.parent / "real", source.parent / "link"
+    convert(source, real, "hf")
+    link.symlink_to(real)
+    convert(source, link, "mistral", overwrite=True)
+    assert link.is_symlink()
+    assert inspect(real).kind == "mistral"
+
+
+def test_source_and_target_must_differ(source):
+    (source.parent / "link").symlink_to(source)
+    with pytest.raises(CheckpointError, match="source is the target"):
+        convert(source, source.parent / "link", overwrite=True)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_missing_parents_are_made_and_go_again_on_failure(source, fails):
+    dst = source.parent / "a" / "b" / "dst"
+    progress = Fail(0, RuntimeError("boom")) if fails else None
+    if fails:
+        with pytest.raises(RuntimeError):
+            convert(source, dst, progress=progress)
+        assert names(source.parent) == ["src"]
+    else:
+        convert(source, dst)
+        assert inspect(dst).ok
+
+
+def test_a_parent_that_is_a_file(source):
+    (source.parent / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        convert(source, source.parent / "file" / "dst")
+
+
+def test_permissions_are_those_of_any_new_directory(source):
+    old = os.umask(0o027)
+    try:
+        convert(source, source.parent / "dst")
+    finally:
+        os.umask(old)
+    dst = source.parent / "dst"
+    assert stat.S_IMODE(dst.stat().st_mode) == 0o750
+    assert {stat.S_IMODE(p.stat().st_mode) for p in dst.iterdir()} == {0o640}
+
+
+def test_everything_is_synced_before_the_rename_and_complete_is_last(source, monkeypatch):
+    order = []
+    real_fsync, real_rename = os.fsync, Path.rename
+
+    def fsync(descriptor):
+        order.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        real_fsync(descriptor)
+
+    def rename(self, where):
+        order.append("rename")
+        return real_rename(self, where)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    convert(source, source.parent / "dst", "mistral_ms")
+    assert set(order[: order.index(MANIFEST)]) == set(names(source.parent / "dst")) - {MANIFEST}
+    after = order[order.index(MANIFEST) + 1 :]
+    assert after[0].startswith(".dst.partial-")
+    assert after[1:] == ["rename", source.parent.name]
+
+
+def test_a_killed_process_leaves_no_target(source, tmp_path):
+    """SIGKILL cannot be caught: a partial sibling may stay, but nothing under the target's name."""
+    script = (
+        "import sys, os, signal\n"
+        "from mistral_ms.checkpoint import convert\n"
+        "convert(sys.argv[1], sys.argv[2], 'mistral_ms',\n"
+        "        progress=lambda d, t: os.kill(os.getpid(), signal.SIGKILL))\n"
+    )
+    command = [sys.executable, "-c", script, str(source), str(tmp_path / "dst")]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    assert not (tmp_path / "dst").exists()
+    (partial,) = tmp_path.glob(".dst.partial-*")
+    assert "incomplete" in (inspect(partial).problem or "")
+
+
+def test_a_tensor_gets_its_own_shard_when_it_is_larger_than_the_limit():
+    entries = [
+        writer.Entry(str(i), (n,), "F32", lambda w: iter(())) for i, n in enumerate([3, 9, 1, 1])
+    ]
+    shards = writer.split_shards(entries, 12)
+    assert [[e.name for e in shard] for shard in shards] == [["0"], ["1"], ["2", "3"]]
