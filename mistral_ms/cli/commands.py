@@ -7,8 +7,14 @@ import typer
 
 def register(app: typer.Typer) -> None:
     """Adds every command to ``app``."""
+    from mistral_ms.cli.align import align
     from mistral_ms.cli.convert import convert
+    from mistral_ms.cli.demo import demo
+    from mistral_ms.cli.generate import generate
     from mistral_ms.cli.inspect import inspect
 
+    app.command("demo")(demo)
     app.command("convert")(convert)
+    app.command("align")(align)
+    app.command("generate")(generate)
     app.command("inspect")(inspect)

@@ -25,6 +25,21 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, empty ones left out.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("cannot read", where=path, value=error.strerror) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("not UTF-8", where=path, value=f"byte {error.start}") from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Writes a command's result as one JSON object.
 

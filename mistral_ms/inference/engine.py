@@ -155,6 +155,8 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         request: GenerationConfig,
         on_text: OnText | None = None,
+        *,
+        continues: bool = True,
     ) -> Generation:
         """Continues every prompt.
 
@@ -162,6 +164,8 @@ class Engine:
             prompts: token ids, of any lengths, at least one token each.
             request: lengths, sampling, stop strings.
             on_text: called with the prompt's number and each piece of text that is certain.
+            continues: the new text goes on where the prompt's ends, so its first space counts;
+                off for an answer in a chat.
 
         Raises:
             GenerationError: an empty prompt, one that leaves no room for a new token, an id
@@ -170,7 +174,12 @@ class Engine:
         self._check(prompts, request)
         running = [
             RunningSequence(
-                prompt, request, self.config.eos_token_ids, self.max_length, self.tokenizer
+                prompt,
+                request,
+                self.config.eos_token_ids,
+                self.max_length,
+                self.tokenizer,
+                continues,
             )
             for prompt in prompts
         ]
@@ -274,6 +283,20 @@ class Engine:
                     rule=f"prompt and new tokens have {self.max_length} positions together",
                     todo="shorten it, or raise max_length if the model allows",
                 )
+
+
+def required_length(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], request: GenerationConfig
+) -> int:
+    """Positions that a request needs: the longest prompt and its new tokens, at most the model's.
+
+    Raises:
+        GenerationError: a prompt that is longer than the model's positions.
+    """
+    for number, prompt in enumerate(prompts):
+        _check_length(config, len(prompt), f"prompt {number}")
+    longest = max(map(len, prompts)) + request.max_new_tokens
+    return min(longest, config.max_position_embeddings)
 
 
 def _check_length(config: ModelConfig, length: int, where: str) -> None:

@@ -21,6 +21,7 @@ class RunningSequence:
         eos_ids: tokens that end a text.
         max_length: positions for prompt and new tokens together.
         tokenizer: turns ids into text; None keeps the text empty.
+        continues: the text goes on where the prompt's ends; otherwise it begins anew.
 
     Attributes:
         prompt: as given.
@@ -37,6 +38,7 @@ class RunningSequence:
         eos_ids: Sequence[int],
         max_length: int,
         tokenizer: Tokenizer | None,
+        continues: bool = True,
     ) -> None:
         self.prompt = list(prompt)
         self.new_ids: list[int] = []
@@ -45,7 +47,8 @@ class RunningSequence:
         self.finish_reason: FinishReason | None = None
         self._eos_ids = frozenset(eos_ids)
         self._room = min(request.max_new_tokens, max_length - len(self.prompt))
-        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer, context=prompt)
+        context = prompt if continues else ()
+        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer, context=context)
         self._stops = StopStrings(request.stop)
 
     @property

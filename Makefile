@@ -1,0 +1,41 @@
+# make demo: the main job. make test: everything that must hold. Both need Python 3.11 and pip only.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# torch is pinned so that a local or mirrored CPU build is found under this very name; on Linux the
+# package index's own build of it brings CUDA libraries along. The README says how to avoid that.
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+
+export GLOG_v ?= 3
+
+.PHONY: install demo test fast lint format clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) "$(TORCH)" -e ".[align,test]"
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/python run_mixtral.py demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+fast: install
+	$(BIN)/python -m pytest --ignore tests/end_to_end --ignore tests/alignment --ignore tests/cli
+
+lint: install
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) demo *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,88 @@
+"""The whole comparison: prompts, the oracle, our side."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mistral_ms.alignment.compare import TOLERANCE, Comparison, compare
+from mistral_ms.alignment.hugging_face import run_hugging_face
+from mistral_ms.checkpoint import open_checkpoint
+from mistral_ms.config import ModelConfig
+from mistral_ms.errors import GenerationError, TokenizerError
+from mistral_ms.tokenizer import check_vocabulary, load_tokenizer
+
+DEFAULT_PROMPTS = (
+    "The mixture of experts",
+    "Eight workshops share the work of the harbour, but each parcel visits only two of them. "
+    "Which two, the dispatcher decides",
+    "def fibonacci(n: int) -> int:\n    ",
+    "1, 1, 2, 3, 5, 8,",
+)
+
+
+def align(
+    hf_path: Path,
+    our_path: Path | None = None,
+    *,
+    prompts: Sequence[str] | None = None,
+    new_tokens: int = 64,
+    tolerance: float = TOLERANCE,
+    kind: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Comparison:
+    """Runs prompts through Hugging Face (torch, float32) and through us, and compares.
+
+    Args:
+        hf_path: a Hugging Face directory, the oracle.
+        our_path: a checkpoint of any known format; ``hf_path`` itself when None.
+        prompts: texts. By default four short ones; when the directory has no tokenizer, random
+            token ids of the same lengths.
+        new_tokens: greedy tokens to compare.
+        tolerance: allowed difference as a share of the largest logit.
+        kind: which format to take when ``our_path`` holds several.
+        say: told what is being done.
+
+    Raises:
+        CheckpointError: a directory that cannot be read.
+        TokenizerError: prompts were given and there is no tokenizer.
+        GenerationError: a prompt that is empty or longer than the model's positions.
+    """
+    ours = our_path or hf_path
+    with open_checkpoint(ours, kind) as source:
+        config = source.config
+    ids = _prompt_ids(hf_path, config, prompts)
+    room = config.max_position_embeddings - max(map(len, ids))
+    if room < 0:
+        raise GenerationError(
+            "prompt too long",
+            value=f"{max(map(len, ids))} tokens",
+            rule=f"max_position_embeddings is {config.max_position_embeddings}",
+        )
+    new_tokens = min(new_tokens, room)
+    say(f"Hugging Face: {sum(map(len, ids))} tokens in {len(ids)} prompts, {new_tokens} new each")
+    oracle = run_hugging_face(hf_path, ids, new_tokens)
+    gc.collect()  # both models at once might not fit
+    say("mistral_ms: the same")
+    from mistral_ms.alignment.ours import run_ours
+
+    return compare(oracle, run_ours(ours, ids, new_tokens, kind), tolerance)
+
+
+def _prompt_ids(path: Path, config: ModelConfig, prompts: Sequence[str] | None) -> list[list[int]]:
+    try:
+        tokenizer = load_tokenizer(path)
+    except TokenizerError:
+        if prompts is not None:
+            raise
+        stream = np.random.default_rng(0)
+        lengths = [min(n, config.max_position_embeddings) for n in (5, 29, 13, 12)]
+        return [stream.integers(0, config.vocab_size, n).tolist() for n in lengths]
+    check_vocabulary(tokenizer, config)
+    ids = [tokenizer.encode(text) for text in prompts or DEFAULT_PROMPTS]
+    if not ids:
+        raise GenerationError("no prompts", rule="at least one")
+    return ids

@@ -1,0 +1,129 @@
+"""Two sides compared: pure arithmetic on what they recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mistral_ms.alignment.record import Side
+
+TOLERANCE = 2e-5
+"""Largest logit difference, as a share of the largest logit, that float32 rounding explains.
+
+Two float32 implementations of a 2-layer model differ by 1e-6 to 3e-6; ten times that leaves room
+for depth, and is a thousand times below what a wrong formula gives.
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far two hidden states are apart at one place of the network.
+
+    Attributes:
+        name: the place.
+        difference: largest absolute difference over all prompts.
+        scale: largest absolute value of the oracle there.
+    """
+
+    name: str
+    difference: float
+    scale: float
+
+    @property
+    def relative(self) -> float:
+        """The difference as a share of the scale."""
+        return self.difference / max(self.scale, 1e-30)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of an alignment.
+
+    Attributes:
+        max_abs_diff: largest difference of any logit.
+        mean_abs_diff: mean difference of all logits.
+        max_abs_logit: the oracle's largest logit.
+        top1_agreement: share of tokens whose most likely successor is the same.
+        routing_agreement: share of (sparse layer, token) with the same set of experts; 1.0 for a
+            dense model.
+        greedy_match: whether all greedy continuations are identical.
+        tokens: prompt tokens compared.
+        tolerance: allowed share of the largest logit.
+        places: hidden-state differences in the order of the computation.
+    """
+
+    max_abs_diff: float
+    mean_abs_diff: float
+    max_abs_logit: float
+    top1_agreement: float
+    routing_agreement: float
+    greedy_match: bool
+    tokens: int
+    tolerance: float
+    places: tuple[Place, ...]
+
+    @property
+    def relative(self) -> float:
+        """The largest logit difference as a share of the largest logit."""
+        return self.max_abs_diff / max(self.max_abs_logit, 1e-30)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What is not as it must be, in words; empty when aligned."""
+        found = []
+        if not self.relative <= self.tolerance:  # a NaN fails too
+            found.append(
+                f"logits differ by {self.max_abs_diff:.3g}, {self.relative:.3g} of the largest "
+                f"({self.max_abs_logit:.4g}); allowed {self.tolerance:.3g}"
+            )
+        if self.routing_agreement < 1:
+            found.append(f"routing agrees for {self.routing_agreement:.2%} of the tokens only")
+        if not self.greedy_match:
+            found.append("greedy continuations differ")
+        return tuple(found)
+
+    @property
+    def first_parting(self) -> Place | None:
+        """The first place where the hidden states part by more than the tolerance."""
+        return next((p for p in self.places if not p.relative <= self.tolerance), None)
+
+    def to_json(self) -> dict[str, float | int | bool]:
+        """The keys that `align --json` promises."""
+        return {
+            "max_abs_diff": self.max_abs_diff,
+            "mean_abs_diff": self.mean_abs_diff,
+            "top1_agreement": self.top1_agreement,
+            "routing_agreement": self.routing_agreement,
+            "greedy_match": self.greedy_match,
+            "tokens": self.tokens,
+        }
+
+
+def compare(oracle: Side, ours: Side, tolerance: float = TOLERANCE) -> Comparison:
+    """Compares two sides that ran the same prompts."""
+    pairs = list(zip(oracle.traces, ours.traces, strict=True))
+    differences = [np.abs(a.logits_SV - b.logits_SV) for a, b in pairs]
+    same_top = [a.logits_SV.argmax(-1) == b.logits_SV.argmax(-1) for a, b in pairs]
+    same_experts = [
+        (a.experts[layer] == b.experts[layer]).all(-1) for a, b in pairs for layer in a.experts
+    ]
+    names = list(pairs[0][0].hidden)
+    return Comparison(
+        max_abs_diff=float(max(d.max() for d in differences)),
+        mean_abs_diff=float(np.concatenate([d.ravel() for d in differences]).mean()),
+        max_abs_logit=float(max(np.abs(a.logits_SV).max() for a, _ in pairs)),
+        top1_agreement=float(np.concatenate(same_top).mean()),
+        routing_agreement=float(np.concatenate(same_experts).mean()) if same_experts else 1.0,
+        greedy_match=oracle.greedy == ours.greedy,
+        tokens=sum(len(a.logits_SV) for a, _ in pairs),
+        tolerance=tolerance,
+        places=tuple(
+            Place(
+                name,
+                float(max(np.abs(a.hidden[name] - b.hidden[name]).max() for a, b in pairs)),
+                float(max(np.abs(a.hidden[name]).max() for a, _ in pairs)),
+            )
+            for name in names
+        ),
+    )

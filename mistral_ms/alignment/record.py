@@ -1,0 +1,37 @@
+"""What one side computed for one prompt: plain NumPy, the same for torch and MindSpore."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One prompt through one implementation.
+
+    Attributes:
+        logits_SV: float32.
+        hidden: name of each place in the network -> float32 [S, H], in the order of computation:
+            ``embedding``, then for every layer ``layer N attention`` (what attention adds),
+            ``layer N feed-forward`` (what the feed-forward or the experts add) and ``layer N``.
+        experts: sparse layer -> int [S, K], chosen experts of each token, sorted.
+    """
+
+    logits_SV: np.ndarray
+    hidden: dict[str, np.ndarray]
+    experts: dict[int, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Side:
+    """All prompts through one implementation.
+
+    Attributes:
+        traces: one for each prompt.
+        greedy: greedily continued token ids of each prompt.
+    """
+
+    traces: list[Trace] = field(default_factory=list)
+    greedy: list[list[int]] = field(default_factory=list)

@@ -1,0 +1,64 @@
+"""``align``: is this the same model as Hugging Face's?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def align(
+    hf_dir: Annotated[Path, typer.Argument(help="Directory of the Hugging Face model.")],
+    ckpt: Annotated[
+        Path | None,
+        typer.Argument(help="Checkpoint of any format to compare. Default: HF_DIR itself."),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Greedy tokens to compare.")] = 64,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Allowed difference, as a share of the largest logit.")
+    ] = 2e-5,
+    source: Annotated[
+        str | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
+    ] = None,
+) -> None:
+    """Run the same prompts through Hugging Face (torch) and here; exit 1 when they part."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mistral_ms.alignment import align as run
+    from mistral_ms.cli.output import read_lines, write_json
+
+    console = Console(highlight=False)
+    result = run(
+        hf_dir,
+        ckpt,
+        prompts=None if prompts is None else read_lines(prompts),
+        new_tokens=max_new_tokens,
+        tolerance=tolerance,
+        kind=source,
+        say=console.print,
+    )
+    table = Table("measure", "value", title="alignment with Hugging Face")
+    for name, value in result.to_json().items():
+        table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
+    table.add_row("max_abs_diff / largest logit", f"{result.relative:.3g}")
+    console.print(table)
+    if json is not None:
+        write_json(json, result.to_json())
+    if not result.failures:
+        console.print("aligned")
+        return
+    for failure in result.failures:
+        console.print(f"not aligned: {failure}", markup=False)
+    parting = result.first_parting
+    if parting is not None:
+        console.print(
+            f"the hidden states first part at: {parting.name} (difference "
+            f"{parting.difference:.3g}, {parting.relative:.3g} of the largest value there)"
+        )
+    raise typer.Exit(1)

@@ -1,0 +1,179 @@
+"""``generate``: text from a checkpoint of any known format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mistral_ms.config import GenerationConfig
+    from mistral_ms.inference import Engine, Generation
+
+CHAT_LENGTH = 4096  # positions of an interactive conversation unless told otherwise
+
+
+def generate(
+    ckpt: Annotated[Path, typer.Argument(help="Checkpoint of any known format.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue; may be given several times.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample within this much probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample among so many tokens; 0 is all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids repeats.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given several times.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Format each prompt as a user's turn (instruct models).")
+    ] = False,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Chat in a loop; /reset forgets, /exit ends.")
+    ] = False,
+    max_length: Annotated[
+        int | None, typer.Option(help="Positions for prompt and new tokens together.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
+    ] = None,
+    pynative: Annotated[
+        bool, typer.Option("--pynative", help="Run operator by operator instead of compiled.")
+    ] = False,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
+    ] = None,
+) -> None:
+    """Generate text, streamed as it becomes certain."""
+    from mistral_ms.config import GenerationConfig
+    from mistral_ms.config.base import validate
+
+    if interactive == bool(prompt):
+        raise typer.BadParameter("give --prompt (one or more) or --interactive, not both")
+    request = validate(
+        GenerationConfig,
+        {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+            "stop": tuple(stop or ()),
+        },
+        "generate",
+    )
+    options: dict[str, Any] = {"kind": source, "graph": not pynative}
+    if interactive:
+        _chat_loop(ckpt, request, max_length, options)
+    else:
+        _complete(ckpt, list(prompt or ()), request, chat, max_length, options, json)
+
+
+def _complete(
+    ckpt: Path,
+    prompts: list[str],
+    request: GenerationConfig,
+    chat: bool,
+    max_length: int | None,
+    options: dict[str, Any],
+    json: Path | None,
+) -> None:
+    """Continues each prompt; one prompt streams, several are printed in order when done."""
+    from mistral_ms.checkpoint import open_checkpoint
+    from mistral_ms.inference import Engine
+    from mistral_ms.inference.engine import required_length
+    from mistral_ms.tokenizer import ChatFormat, load_tokenizer
+
+    tokenizer = load_tokenizer(ckpt)
+    if chat:
+        form = ChatFormat(tokenizer)
+        ids = [form.encode_chat([{"role": "user", "content": text}]) for text in prompts]
+    else:
+        ids = [tokenizer.encode(text) for text in prompts]
+    with open_checkpoint(ckpt, options["kind"]) as checkpoint:
+        length = max_length or required_length(checkpoint.config, ids, request)
+    engine = Engine.load(ckpt, batch=len(ids), max_length=length, **options)
+
+    def stream(number: int, text: str) -> None:
+        if len(prompts) == 1:
+            print(text, end="", flush=True)
+
+    if len(prompts) == 1 and not chat:
+        print(prompts[0], end="", flush=True)
+    result = engine.generate(ids, request, stream, continues=not chat)
+    if len(prompts) == 1:
+        print()
+    else:
+        for number, (text, done) in enumerate(zip(prompts, result.completions, strict=True)):
+            print(f"[{number}] {'' if chat else text}{done.text}")
+    _report(result)
+    if json is not None:
+        from mistral_ms.cli.output import write_json
+
+        write_json(json, _to_json(prompts, result))
+
+
+def _chat_loop(
+    ckpt: Path, request: GenerationConfig, max_length: int | None, options: dict[str, Any]
+) -> None:
+    from mistral_ms.checkpoint import open_checkpoint
+    from mistral_ms.errors import MistralMsError
+    from mistral_ms.inference import Engine
+    from mistral_ms.inference.chat import ChatSession
+
+    with open_checkpoint(ckpt, options["kind"]) as checkpoint:
+        positions = checkpoint.config.max_position_embeddings
+    engine: Engine = Engine.load(
+        ckpt, max_length=max_length or min(CHAT_LENGTH, positions), **options
+    )
+    session = ChatSession(engine, request)
+    print("Chat. /reset forgets the conversation, /exit or Ctrl-D ends.")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            session.reset()
+            print("(forgotten)")
+        elif text:
+            try:
+                session.say(text, lambda piece: print(piece, end="", flush=True))
+                print()
+            except MistralMsError as error:  # the conversation goes on
+                print(f"error: {error}")
+
+
+def _report(result: Generation) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(
+        f"prefill {result.prefill_tokens} tokens at {result.prefill_tokens_per_s:.1f}/s, "
+        f"decode {result.decode_tokens} at {result.decode_tokens_per_s:.1f}/s "
+        "(compilation included)",
+        style="dim",
+    )
+
+
+def _to_json(prompts: list[str], result: Generation) -> dict[str, Any]:
+    return {
+        "outputs": [
+            {
+                "prompt": prompt,
+                "text": done.text,
+                "token_ids": list(done.token_ids),
+                "logprobs": list(done.logprobs),
+                "finish_reason": done.finish_reason,
+            }
+            for prompt, done in zip(prompts, result.completions, strict=True)
+        ],
+        "prefill_tokens_per_s": result.prefill_tokens_per_s,
+        "decode_tokens_per_s": result.decode_tokens_per_s,
+    }

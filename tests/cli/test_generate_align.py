@@ -1,0 +1,94 @@
+"""The commands as users call them, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.hf import make_pair
+
+from mistral_ms.tokenizer import copy_files, packaged_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*args, stdin=""):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run_mixtral.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "120"},
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hf")
+    pair = make_pair("mixtral", vocab_size=32000, hidden_size=32)
+    pair.hf.save_pretrained(path)
+    copy_files(packaged_tokenizer(), path)
+    return path, pair
+
+
+def test_generate_streams_and_writes_json(model, tmp_path):
+    path, pair = model
+    out = run(
+        "generate", path, "--prompt", "The harbour", "--prompt", "Eight",
+        "--max-new-tokens", 6, "--json", tmp_path / "o.json",
+    )  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    result = json.loads((tmp_path / "o.json").read_text())
+    assert result["prefill_tokens_per_s"] > 0 and result["decode_tokens_per_s"] > 0
+    tokenizer = packaged_tokenizer()
+    pair.hf.config.output_router_logits = False
+    for shown in result["outputs"]:
+        ids = tokenizer.encode(shown["prompt"])
+        expected = pair.hf.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)
+        assert shown["token_ids"] == expected[0, len(ids) :].tolist()
+        assert len(shown["logprobs"]) == len(shown["token_ids"])
+        assert shown["prompt"] + shown["text"] in out.stdout
+
+
+def test_chat_loop_remembers_resets_and_ends(model):
+    out = run("generate", model[0], "--interactive", "--max-new-tokens", 3,
+              stdin="Hello\n/reset\nAgain\n/exit\n")  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    assert "(forgotten)" in out.stdout
+    assert out.stdout.count("> ") == 4
+
+
+def test_align_says_aligned_and_then_where_not(model, tmp_path):
+    path, pair = model
+    good = run("align", path, "--max-new-tokens", 4, "--json", tmp_path / "a.json")
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "aligned" in good.stdout
+    keys = {"max_abs_diff", "mean_abs_diff", "top1_agreement", "routing_agreement",
+            "greedy_match", "tokens"}  # fmt: skip
+    assert set(json.loads((tmp_path / "a.json").read_text())) == keys
+    with torch.no_grad():
+        pair.hf.model.layers[1].post_attention_layernorm.weight[0] += 0.5
+    pair.hf.save_pretrained(tmp_path / "bad")
+    bad = run("align", path, tmp_path / "bad", "--max-new-tokens", 0)
+    assert bad.returncode == 1
+    assert "first part at: layer 1 feed-forward" in bad.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("generate", "nowhere", "--prompt", "x"), "nowhere"),
+        (("generate", "nowhere"), "give --prompt"),
+        (("align", "nowhere"), "nowhere"),
+        (("no-such-command",), "No such command"),
+    ],
+)
+def test_bad_input_exits_with_2(args, message):
+    out = run(*args)
+    assert out.returncode == 2
+    assert message in out.stderr
+    assert "Traceback" not in out.stderr
