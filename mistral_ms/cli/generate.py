@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,16 @@ if TYPE_CHECKING:
     from mistral_ms.config import GenerationConfig
     from mistral_ms.inference import Engine, Generation
 
+
+class ComputeDType(StrEnum):
+    """What weights and activations are computed in."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 CHAT_LENGTH = 4096  # positions of an interactive conversation unless told otherwise
 
 
@@ -40,6 +51,9 @@ def generate(
     source: Annotated[
         str | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
     ] = None,
+    dtype: Annotated[
+        ComputeDType, typer.Option(help="Compute in this; bf16 needs an NPU.")
+    ] = ComputeDType.FP32,
     pynative: Annotated[
         bool, typer.Option("--pynative", help="Run operator by operator instead of compiled.")
     ] = False,
@@ -66,7 +80,11 @@ def generate(
         },
         "generate",
     )
-    options: dict[str, Any] = {"kind": source, "graph": not pynative}
+    options: dict[str, Any] = {
+        "kind": source,
+        "graph": not pynative,
+        "dtype": DTYPES[dtype],
+    }
     if interactive:
         _chat_loop(ckpt, request, max_length, options)
     else:

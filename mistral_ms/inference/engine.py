@@ -19,7 +19,7 @@ from mindspore import Tensor
 
 from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
-from mistral_ms.config import GenerationConfig, ModelConfig
+from mistral_ms.config import DType, GenerationConfig, ModelConfig
 from mistral_ms.errors import GenerationError
 from mistral_ms.inference.sampling import Sampler
 from mistral_ms.inference.sequence import FinishReason, RunningSequence
@@ -117,6 +117,7 @@ class Engine:
         kind: str | None = None,
         graph: bool = True,
         with_tokenizer: bool = True,
+        dtype: DType = "float32",
     ) -> Engine:
         """Opens a checkpoint of any known format and loads it.
 
@@ -127,13 +128,23 @@ class Engine:
             chunk: see the class.
             kind: which format to take when the directory holds several.
             graph: see the class.
+            dtype: dtype of weights, cache and activations; the CPU backend has no bfloat16.
             with_tokenizer: load the directory's tokenizer; without it completions have no text.
 
         Raises:
             CheckpointError: see :func:`open_checkpoint` and :func:`load_weights`.
             TokenizerError: no tokenizer, or one that does not fit the model.
-            GenerationError: ``max_length`` exceeds the model's positions.
+            GenerationError: ``max_length`` exceeds the model's positions, or the backend cannot
+                compute in ``dtype``.
         """
+        if dtype == "bfloat16" and ms.get_context("device_target") == "CPU":
+            raise GenerationError(
+                "dtype not available",
+                where="dtype",
+                value=dtype,
+                rule="MindSpore's CPU backend multiplies matrices in float32 and float16 only",
+                todo="use float32",
+            )
         with open_checkpoint(Path(path), kind) as source:
             config = source.config
             length = max_length or config.max_position_embeddings
@@ -144,7 +155,7 @@ class Engine:
             if with_tokenizer:
                 tokenizer = load_tokenizer(Path(path))
                 check_vocabulary(tokenizer, config)
-            model = CausalLM(config, cache=spec, positions=length)
+            model = CausalLM(config, cache=spec, positions=length, dtype=dtype)
             load_weights(source, model.weights())
         return cls(
             model, batch=batch, max_length=length, chunk=chunk, tokenizer=tokenizer, graph=graph

@@ -85,6 +85,13 @@ def test_greedy_equals_recomputing_everything_without_a_cache(tmp_path):
     assert ids(out) == [tokens[len(RAGGED[0]) :]]
 
 
+def test_float16_computes_the_same_first_token(tmp_path):
+    pair = saved(tmp_path, "mixtral")
+    engine = Engine.load(tmp_path, max_length=64, with_tokenizer=False, dtype="float16")
+    out = engine.generate([RAGGED[0]], GenerationConfig(max_new_tokens=1))
+    assert ids(out) == [hf_greedy(pair, RAGGED[0], 1)]
+
+
 def test_rolling_buffer_is_shorter_than_the_text(tmp_path):
     pair = saved(tmp_path, "mistral-sliding-window")
     engine = Engine.load(tmp_path, max_length=128, chunk=4, with_tokenizer=False)
@@ -185,6 +192,11 @@ class TestBadInput:
         saved(tmp_path, "mixtral")
         with pytest.raises(GenerationError, match=r"257 tokens: max_position_embeddings is 256"):
             Engine.load(tmp_path, max_length=257, with_tokenizer=False)
+
+    def test_bfloat16_on_a_cpu(self, tmp_path):
+        saved(tmp_path, "mixtral")
+        with pytest.raises(GenerationError, match="float32 and float16 only"):
+            Engine.load(tmp_path, with_tokenizer=False, dtype="bfloat16")
 
     def test_stop_strings_without_a_tokenizer(self, engine):
         with pytest.raises(GenerationError, match="need a tokenizer"):
