@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -35,7 +35,7 @@ def validate(model: type[Model], values: Mapping[str, Any], where: str) -> Model
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         unknown = first["type"] == "extra_forbidden"
-        known = f"known keys: {', '.join(sorted(model.model_fields))}" if unknown else None
+        known = f"known keys: {', '.join(_known_keys(model, first['loc']))}" if unknown else None
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(
             "unknown key" if unknown else "invalid configuration",
@@ -44,3 +44,13 @@ def validate(model: type[Model], values: Mapping[str, Any], where: str) -> Model
             rule="no key is ignored" if unknown else message,
             todo=known,
         ) from error
+
+
+def _known_keys(model: type[Frozen], path: tuple[int | str, ...]) -> list[str]:
+    """The keys of the group that the last part of ``path`` was looked for in."""
+    for part in path[:-1]:
+        annotation = model.model_fields[str(part)].annotation
+        for candidate in (annotation, *get_args(annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, Frozen):
+                model = candidate
+    return sorted(model.model_fields)

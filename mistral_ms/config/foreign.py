@@ -134,16 +134,18 @@ def from_hf(
         source["torch_dtype"] = source.pop("dtype")
     source = HF_CLASS_DEFAULTS[kind] | {k: v for k, v in source.items()}
     for key, allowed in HF_REQUIRED.items():
-        if key in source and source.pop(key) not in allowed:
+        if key in source and (found := source.pop(key)) not in allowed:
             raise ConfigError(
                 "unsupported value",
                 where=f"{where}: {key}",
-                value=None,
+                value=repr(found),
                 rule=f"must be one of {allowed} (or absent)",
             )
     values = _pick(source, HF_KEYS, where)
     if values["torch_dtype"] is None:
         values["torch_dtype"] = "float32"
+    if values["num_key_value_heads"] is None:  # HF's way of saying: no grouping
+        values["num_key_value_heads"] = values["num_attention_heads"]
     known = set(HF_KEYS)
     if kind == "mixtral":
         values["moe"] = _pick(source, HF_MOE_KEYS, where)
@@ -168,15 +170,17 @@ def _flatten_rope_parameters(source: dict[str, Any], where: str) -> None:
     if rope is None:
         return
     rope = dict(rope)
-    if (kind := rope.pop("rope_type", "default")) != "default":
+    if "rope_theta" in rope:
+        source["rope_theta"] = rope.pop("rope_theta")
+    for key, value in rope.items():  # factors, partial rotation: all change the angles
+        if value is None or (key in ("rope_type", "type") and value == "default"):
+            continue
         raise ConfigError(
             "unsupported value",
-            where=f"{where}: rope_parameters.rope_type",
-            value=kind,
-            rule="must be default",
+            where=f"{where}: rope_parameters.{key}",
+            value=repr(value),
+            rule="only rope_theta and rope_type default are supported",
         )
-    if "rope_theta" in rope:
-        source["rope_theta"] = rope["rope_theta"]
 
 
 def _merge_ours(values: dict[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +219,11 @@ def to_native(config: ModelConfig, *, block: bool = True) -> dict[str, Any]:
     kind = "mistral" if config.moe is None else "mixtral"
     data = config.model_dump(mode="json")
     moe = data.pop("moe")
-    keys: dict[str, Any] = {"model_type": kind, "architectures": [ARCHITECTURES[kind]], "hidden_act": "silu"}
+    keys: dict[str, Any] = {
+        "model_type": kind,
+        "architectures": [ARCHITECTURES[kind]],
+        "hidden_act": "silu",
+    }
     keys |= {theirs: data[ours] for theirs, (ours, _) in HF_KEYS.items()}
     if config.head_dim is None:
         keys["head_dim"] = config.head_size  # some HF versions do not derive it
@@ -254,7 +262,7 @@ def from_mistral(source: Mapping[str, Any], where: str = "params.json") -> Model
     values = _pick(source, MISTRAL_KEYS, where)
     if values["rope_theta"] is None:
         values["rope_theta"] = 1e6 if values["sliding_window"] is None else 1e4
-    if moe:
+    if moe is not None:
         values["moe"] = _pick(moe, MISTRAL_MOE_KEYS, f"{where}: moe")
     return validate(ModelConfig, values, where)
 

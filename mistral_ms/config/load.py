@@ -40,7 +40,8 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
     """Applies ``key.path=value`` items; values are read as YAML (``1e-3``, ``true``, ``[1, 2]``).
 
     Raises:
-        ConfigError: an item without ``=`` or a path through something that is not a mapping.
+        ConfigError: an item without ``=``, a path through something that is not a mapping, or a
+            value that is not YAML.
     """
     merged = _copy(values)
     for item in overrides:
@@ -55,7 +56,12 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
                 raise ConfigError(
                     "invalid override", where=path, value=part, rule="is not a group of keys"
                 )
-        node[last] = _scalar(text)
+        try:
+            node[last] = _scalar(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                "invalid override", where=path, value=text, rule="the value must be YAML"
+            ) from error
     return merged
 
 

@@ -105,6 +105,11 @@ class ModelConfig(Frozen):
                     f"sparse_layers {list(layers)} must be distinct layer indices between 0 and "
                     f"{self.num_hidden_layers - 1}, at least one"
                 )
+        if self.moe is not None and not self.sparse_layers:
+            raise ValueError(
+                f"sparse_layers {self.moe.sparse_layers} leaves none of the "
+                f"{self.num_hidden_layers} layers sparse: leave moe out for a dense model"
+            )
         return self
 
     @property

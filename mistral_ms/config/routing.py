@@ -29,7 +29,7 @@ class RoutingConfig(Frozen):
     """
 
     policy: Literal["dropless", "capacity"] = "dropless"
-    capacity_factor: float = Field(default=1.1, gt=0)
+    capacity_factor: float = Field(default=1.1, gt=0, allow_inf_nan=False)
     drop_priority: Literal["token_major", "choice_major"] = "token_major"
     rescale_survivors: bool = False
     router_dtype: DType = "float32"

@@ -4,7 +4,7 @@ from mistral_ms.layers.attention import Attention, AttentionContext, visible_key
 from mistral_ms.layers.embedding import Embedding
 from mistral_ms.layers.feed_forward import FeedForward
 from mistral_ms.layers.kv_cache import CacheSpec, KeyPositions, KVCache
-from mistral_ms.layers.linear import Linear
+from mistral_ms.layers.linear import Linear, output_logits
 from mistral_ms.layers.loss import IGNORE_INDEX, HeadLoss, token_nll
 from mistral_ms.layers.norm import RMSNorm
 from mistral_ms.layers.parameter import draw
@@ -24,6 +24,7 @@ __all__ = [
     "RMSNorm",
     "RotaryTable",
     "draw",
+    "output_logits",
     "rope_angles",
     "token_nll",
     "visible_keys",

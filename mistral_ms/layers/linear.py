@@ -1,8 +1,9 @@
-"""A linear map without bias."""
+"""A linear map without bias, and the output head made of one."""
 
 from __future__ import annotations
 
-from mindspore import Tensor, nn
+import mindspore as ms
+from mindspore import Tensor, nn, ops
 
 from mistral_ms.layers.parameter import weight
 from mistral_ms.ops import reference
@@ -24,3 +25,11 @@ class Linear(nn.Cell):
     def construct(self, x_TI: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
         return reference.linear(x_TI, self.weight)
+
+
+def output_logits(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+    """Float32 logits of hidden states under an output head: [T, H] and [V, H] give [T, V].
+
+    A function of the weight, not a cell that owns it: a tied head is the embedding's weight.
+    """
+    return ops.cast(reference.linear(hidden_TH, weight_VH), ms.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from mistral_ms.ops import reference
+from mistral_ms.layers.linear import output_logits
 
 IGNORE_INDEX = -100
 """Label of tokens that do not count (Hugging Face's convention)."""
@@ -13,6 +13,8 @@ IGNORE_INDEX = -100
 _log_softmax = ops.LogSoftmax(-1)
 _pick = ops.GatherD()
 _sum = ops.ReduceSum()
+# the primitive, not ops.zeros_like: GRAPH_MODE loses that Python function inside HeadLoss's bprop
+_zeros_like = ops.ZerosLike()
 
 
 def token_nll(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +32,7 @@ def token_nll(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
     """
     counted = labels_T != IGNORE_INDEX
     mask_T = ops.cast(counted, ms.float32)
-    safe_T1 = ops.select(counted, labels_T, ops.zeros_like(labels_T)).reshape(-1, 1)
+    safe_T1 = ops.select(counted, labels_T, _zeros_like(labels_T)).reshape(-1, 1)
     log_probs = _log_softmax(ops.cast(logits_TV, ms.float32))
     return -_pick(log_probs, 1, safe_T1).reshape(-1) * mask_T, mask_T
 
@@ -68,7 +70,7 @@ class HeadLoss(nn.Cell):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of hidden states and weight, chunk by chunk."""
         d_hidden: tuple[Tensor, ...] = ()
-        d_weight = ops.zeros_like(weight_VH)
+        d_weight = _zeros_like(weight_VH)
         for start in range(0, labels_T.shape[0], self.chunk):
             end = start + self.chunk
             grads = self.piece_gradient(self.piece)(
@@ -76,9 +78,9 @@ class HeadLoss(nn.Cell):
             )
             d_hidden = (*d_hidden, grads[0])
             d_weight = d_weight + grads[1]
-        return ops.cat(d_hidden, 0), d_weight, ops.zeros_like(labels_T)
+        return ops.cat(d_hidden, 0), d_weight, _zeros_like(labels_T)
 
     def piece(self, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:
         """The loss of one chunk."""
-        nll_T, _ = token_nll(reference.linear(hidden_TH, weight_VH), labels_T)
+        nll_T, _ = token_nll(output_logits(hidden_TH, weight_VH), labels_T)
         return _sum(nll_T)

@@ -21,11 +21,11 @@ from mistral_ms.layers import (
     RMSNorm,
     RotaryTable,
     draw,
+    output_logits,
     visible_keys,
 )
 from mistral_ms.models.block import DecoderBlock
 from mistral_ms.moe import RouterSums
-from mistral_ms.ops import reference
 
 _gather = ops.Gather()
 _range = ops.Range()
@@ -75,8 +75,7 @@ class CausalLM(nn.Cell):
     def construct(self, ids_BS: Tensor, positions_BS: Tensor) -> Tensor:
         """Logits [B, S, V] in float32 of int32 ids and positions [B, S]."""
         hidden_TH, _ = self.hidden_states(ids_BS, positions_BS)
-        logits_TV = reference.linear(hidden_TH, self.head_weight())
-        return ops.cast(logits_TV, ms.float32).reshape(*ids_BS.shape, -1)
+        return output_logits(hidden_TH, self.head_weight()).reshape(*ids_BS.shape, -1)
 
     def hidden_states(
         self, ids_BS: Tensor, positions_BS: Tensor
@@ -158,5 +157,4 @@ class NextTokenLogits(nn.Cell):
         B, S = ids_BS.shape
         hidden_TH, _ = self.model.hidden_states(ids_BS, positions_BS)
         rows_B = last_B + _range(0, B, 1) * S
-        logits_BV = reference.linear(_gather(hidden_TH, rows_B, 0), self.model.head_weight())
-        return ops.cast(logits_BV, ms.float32)
+        return output_logits(_gather(hidden_TH, rows_B, 0), self.model.head_weight())

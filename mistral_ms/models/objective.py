@@ -7,10 +7,9 @@ from typing import NamedTuple
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from mistral_ms.layers import IGNORE_INDEX, HeadLoss, token_nll
+from mistral_ms.layers import IGNORE_INDEX, HeadLoss, output_logits, token_nll
 from mistral_ms.models.causal_lm import CausalLM
 from mistral_ms.moe import load_balancing_loss, router_z_loss
-from mistral_ms.ops import reference
 
 _sum = ops.ReduceSum()
 
@@ -95,6 +94,6 @@ class Objective(nn.Cell):
         """Summed negative log-likelihood, in chunks where the logits would not fit."""
         weight_VH = self.model.head_weight()
         if labels_T.shape[0] <= self.chunk:
-            nll_T, _ = token_nll(reference.linear(hidden_TH, weight_VH), labels_T)
+            nll_T, _ = token_nll(output_logits(hidden_TH, weight_VH), labels_T)
             return _sum(nll_T)
         return self.head_loss(hidden_TH, weight_VH, labels_T)

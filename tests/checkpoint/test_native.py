@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from mistral_ms.checkpoint import inspect, open_checkpoint, our_shapes, save_native, tokenizer_files
+from mistral_ms.checkpoint.dtypes import itemsize
+from mistral_ms.checkpoint.safetensors_file import read_header
 from mistral_ms.errors import CheckpointError
 
 
@@ -151,6 +153,20 @@ def test_tensors_must_be_exactly_the_models(tmp_path, tiny_config, tensors, what
     with pytest.raises(CheckpointError, match=f"{what}: {name}: "):
         save_native(tmp_path / "x", tiny_config, change(tensors, what))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_tensor_is_aligned_to_its_elements(tmp_path, tiny_config, tensors):
+    """Odd numbers of 16-bit values before 32-bit ones would leave those on half a word."""
+    mixed = [(n, s, "bfloat16" if i % 2 else d, a) for i, (n, s, d, a) in enumerate(tensors)]
+    odd = [
+        ("a", (3,), "float16", np.zeros(3, np.float16)),
+        ("b", (1,), "float32", np.ones(1, np.float32)),
+    ]
+    save_native(tmp_path / "x", tiny_config, mixed, extra_tensors={"optimizer": odd})
+    for file in (tmp_path / "x").glob("*.safetensors"):
+        header = read_header(file)
+        for name, info in header.tensors.items():
+            assert header.begins[name] % itemsize(info.dtype) == 0, name
 
 
 def test_an_existing_checkpoint_is_replaced_only_when_asked(tmp_path, tiny_config, tensors):

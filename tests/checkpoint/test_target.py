@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mistral_ms.checkpoint import convert, inspect, writer
+from mistral_ms.checkpoint import convert, inspect, stream, writer
 from mistral_ms.checkpoint import target as target_module
 from mistral_ms.checkpoint.files import MANIFEST
 from mistral_ms.checkpoint.target import FileWriter, TargetDirectory
@@ -78,6 +78,24 @@ def test_an_interrupt_while_workers_write_stops_them_all(source):
     with pytest.raises(KeyboardInterrupt):
         convert(source, source.parent / "dst", "hf", max_shard_bytes=2_000, progress=progress)
     assert names(source.parent) == ["src"]
+
+
+def test_when_one_shard_fails_the_others_stop_soon(source, monkeypatch):
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 40)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    calls = []
+
+    def progress(done, total):
+        calls.append(total - done)
+        time.sleep(0.001)
+        if len(calls) == 20:
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        convert(source, source.parent / "dst", "hf", max_shard_bytes=3_000, progress=progress)
+    # 40 bytes a call: had the other workers gone on, little would be left. The bound is generous,
+    # for the main thread must be scheduled before it can stop them.
+    assert calls[-1] > (calls[0] + 40) / 2
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

@@ -102,7 +102,7 @@ def assign_slots(
     # in one spare place at the end that is cut off
     spare = ops.fill(ms.int32, (T, K), E * C)
     target_Q1 = ops.select(kept_TK, slot_TK, spare).reshape(T * K, 1)
-    numbers = _range(1, T * K + 1, 1)
+    numbers = ops.cast(_range(1, T * K + 1, 1), ms.int32)
     taken_EC = ops.scatter_nd(target_Q1, numbers, (E * C + 1,))[: E * C]
     return (
         ops.select(kept_TK, slot_TK, ops.zeros_like(slot_TK)),

@@ -1,0 +1,402 @@
+"""Configurations of Hugging Face and Mistral, read, written, refused."""
+
+import json
+
+import pytest
+from transformers import AutoConfig, MistralConfig, MixtralConfig
+
+from mistral_ms.config import (
+    ModelConfig,
+    MoEArchitecture,
+    from_hf,
+    from_mistral,
+    to_hf,
+    to_mistral,
+    to_native,
+)
+from mistral_ms.errors import ConfigError
+
+SIZES = dict(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+)
+MIXTRAL = dict(SIZES, model_type="mixtral", num_local_experts=8)
+MISTRAL = dict(SIZES, model_type="mistral")
+# what decides the mathematics, the tensors, or the tokens
+SEMANTICS = (
+    *SIZES,
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "hidden_act",
+)
+MOE_SEMANTICS = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
+
+HF_CONFIGS = {
+    "mixtral": MixtralConfig(**SIZES),
+    "mixtral-other-values": MixtralConfig(
+        **SIZES,
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        router_aux_loss_coef=0.02,
+        sliding_window=4096,
+        head_dim=24,
+        tie_word_embeddings=True,
+        rope_theta=5e5,
+        rms_norm_eps=3e-6,
+        initializer_range=0.01,
+        max_position_embeddings=1234,
+        bos_token_id=None,
+        eos_token_id=[2, 7],
+        pad_token_id=0,
+        dtype="bfloat16",
+    ),
+    "mistral": MistralConfig(**SIZES),
+    "mistral-no-window": MistralConfig(**SIZES, sliding_window=None, rope_theta=1e6),
+    "mistral-no-grouping": MistralConfig(**{**SIZES, "num_key_value_heads": None}),
+    "mistral-published-sizes": MistralConfig(),
+    "mixtral-published-sizes": MixtralConfig(),
+}
+
+
+def saved(config, directory):
+    """config.json as transformers writes it."""
+    config.save_pretrained(directory)
+    return json.loads((directory / "config.json").read_text())
+
+
+class TestHuggingFaceBothWays:
+    @pytest.fixture(params=HF_CONFIGS)
+    def theirs(self, request):
+        return HF_CONFIGS[request.param]
+
+    def test_every_value_is_read(self, theirs, tmp_path):
+        config, ignored = from_hf(saved(theirs, tmp_path))
+        for key in set(SEMANTICS) - {"hidden_act", "eos_token_id"}:
+            assert getattr(config, key) == getattr(theirs, key), key
+        ends = theirs.eos_token_id
+        assert config.eos_token_ids == tuple(ends if isinstance(ends, list) else [ends])
+        head_dim = theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads
+        assert config.head_size == head_dim
+        assert (config.moe is not None) == (theirs.model_type == "mixtral")
+        if config.moe is not None:
+            for key in MOE_SEMANTICS:
+                assert getattr(config.moe, key) == getattr(theirs, key), key
+            assert config.moe.norm_topk_prob
+            assert len(config.sparse_layers) == config.num_hidden_layers
+        assert set(ignored) <= {
+            "architectures",
+            "attention_dropout",
+            "output_router_logits",
+            "transformers_version",
+            "use_cache",
+        }
+
+    def test_transformers_reads_what_we_write(self, theirs, tmp_path):
+        config, _ = from_hf(saved(theirs, tmp_path / "theirs"))
+        ours = tmp_path / "ours"
+        ours.mkdir()
+        (ours / "config.json").write_text(json.dumps(to_hf(config)))
+        again = AutoConfig.from_pretrained(ours)
+        assert type(again) is type(theirs)
+        for key in SEMANTICS + (MOE_SEMANTICS if config.moe is not None else ()):
+            assert getattr(again, key) == getattr(theirs, key), key
+        assert again.head_dim == config.head_size
+        assert again.architectures == [type(theirs).__name__.replace("Config", "ForCausalLM")]
+        assert str(again.dtype) == f"torch.{config.torch_dtype}"
+
+    def test_ours_is_a_fixed_point(self, theirs, tmp_path):
+        config, _ = from_hf(saved(theirs, tmp_path))
+        again, ignored = from_hf(json.loads(json.dumps(to_hf(config))))
+        assert again == config.model_copy(update={"head_dim": config.head_size})
+        assert ignored == ("architectures",)
+
+
+class TestAbsentKeysMeanWhatTransformersMeans:
+    @pytest.mark.parametrize("family", ["mixtral", "mistral"])
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "rope_theta",
+            "sliding_window",
+            "head_dim",
+            "tie_word_embeddings",
+            "initializer_range",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "num_experts_per_tok",
+            "router_aux_loss_coef",
+            "dtype",
+        ],
+    )
+    def test_one_key_left_out(self, family, key):
+        config_class, moe = {
+            "mixtral": (MixtralConfig, dict(num_local_experts=8)),
+            "mistral": (MistralConfig, {}),
+        }[family]
+        other = config_class(
+            **SIZES, **moe, sliding_window=9, rope_theta=7.0, rms_norm_eps=0.5, dtype="float16"
+        ).to_dict()
+        other.pop(key, None)
+        theirs = config_class(**other)
+        assert from_hf(other)[0] == from_hf(theirs.to_dict())[0]
+
+    def test_no_window_and_no_word_about_it_differ_for_mistral(self):
+        """MistralConfig's default is 4096: published files that mean none say null."""
+        assert from_hf(MISTRAL)[0].sliding_window == 4096
+        assert from_hf(MISTRAL | {"sliding_window": None})[0].sliding_window is None
+        assert from_hf(MIXTRAL)[0].sliding_window is None
+        assert from_hf(MIXTRAL | {"sliding_window": 4096})[0].sliding_window == 4096
+
+    def test_no_key_value_heads_means_no_grouping(self):
+        assert from_hf(MIXTRAL | {"num_key_value_heads": None})[0].num_key_value_heads == 8
+
+
+class TestTransformers5:
+    def test_theta_and_dtype_have_moved(self):
+        source = MIXTRAL | {
+            "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
+            "dtype": "float16",
+        }
+        config, ignored = from_hf(source)
+        assert (config.rope_theta, config.torch_dtype) == (5e5, "float16")
+        assert ignored == ()
+
+    def test_the_source_is_left_alone(self):
+        source = MIXTRAL | {"rope_parameters": {"rope_theta": 5e5}, "dtype": "float16"}
+        before = json.dumps(source)
+        from_hf(source)
+        assert json.dumps(source) == before
+
+    @pytest.mark.parametrize(
+        ("rope", "message"),
+        [
+            ({"rope_type": "yarn", "factor": 4.0}, r"rope_parameters\.rope_type: 'yarn'"),
+            ({"type": "linear"}, r"rope_parameters\.type: 'linear'"),
+            ({"partial_rotary_factor": 0.5}, r"rope_parameters\.partial_rotary_factor: 0\.5"),
+        ],
+    )
+    def test_other_angles_are_refused(self, rope, message):
+        with pytest.raises(ConfigError, match=rf"unsupported value: c\.json: {message}"):
+            from_hf(MIXTRAL | {"rope_parameters": rope}, "c.json")
+
+
+class TestRefused:
+    @pytest.mark.parametrize("kind", ["llama", None, "Mixtral"])
+    def test_another_architecture(self, kind):
+        with pytest.raises(
+            ConfigError,
+            match=rf"unsupported architecture: c\.json: model_type: {kind!r}: .*mistral, mixtral",
+        ):
+            from_hf(MIXTRAL | {"model_type": kind}, "c.json")
+
+    def test_quantised_weights(self):
+        source = MIXTRAL | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+        with pytest.raises(ConfigError, match=r"quantised weights: c\.json: .*awq: .*bfloat16"):
+            from_hf(source, "c.json")
+
+    def test_no_quantisation_is_fine(self):
+        assert from_hf(MIXTRAL | {"quantization_config": None})[0].moe is not None
+
+    @pytest.mark.parametrize("key", [*(set(SIZES) - {"num_key_value_heads"}), "num_local_experts"])
+    def test_a_missing_key(self, key):
+        source = {k: v for k, v in MIXTRAL.items() if k != key}
+        with pytest.raises(ConfigError, match=rf"missing key: c\.json: {key}: it has no default"):
+            from_hf(source, "c.json")
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("rope_scaling", {"type": "linear", "factor": 2.0}),
+            ("hidden_act", "gelu"),
+            ("attention_bias", True),
+            ("mlp_bias", True),
+            ("router_jitter_noise", 0.1),
+        ],
+    )
+    def test_other_mathematics(self, key, value):
+        with pytest.raises(ConfigError, match=rf"unsupported value: c\.json: {key}: ") as caught:
+            from_hf(MIXTRAL | {key: value}, "c.json")
+        assert repr(value) in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("rope_scaling", None),
+            ("hidden_act", "silu"),
+            ("attention_bias", False),
+            ("router_jitter_noise", 0.0),
+        ],
+    )
+    def test_the_same_keys_with_the_value_we_implement(self, key, value):
+        assert from_hf(MIXTRAL | {key: value}) == from_hf(MIXTRAL)
+
+    def test_experts_in_a_dense_model(self):
+        with pytest.raises(ConfigError, match=r"contradiction: c\.json: num_local_experts: 8"):
+            from_hf(MISTRAL | {"num_local_experts": 8}, "c.json")
+
+    def test_inconsistent_values(self):
+        with pytest.raises(ConfigError, match=r"c\.json: .*\(3\) must divide .*\(8\)"):
+            from_hf(MIXTRAL | {"num_key_value_heads": 3}, "c.json")
+
+    def test_ignored_keys_are_reported(self):
+        _, ignored = from_hf(
+            MIXTRAL | {"use_cache": True, "architectures": ["X"], "hidden_act": "silu"}
+        )
+        assert ignored == ("architectures", "use_cache")
+
+
+def model(**changes) -> ModelConfig:
+    moe = changes.pop("moe", {})
+    return ModelConfig(
+        **{**SIZES, **changes},
+        moe=None if moe is None else MoEArchitecture(num_local_experts=8, **moe),
+    )
+
+
+class TestNative:
+    @pytest.mark.parametrize(
+        "moe",
+        [
+            None,
+            {},
+            dict(sparse_layers="every_other"),
+            dict(sparse_layers=(3, 0)),
+            dict(norm_topk_prob=False, num_experts_per_tok=1),
+        ],
+    )
+    def test_says_what_hugging_faces_keys_cannot(self, moe):
+        config = model(moe=moe, head_dim=24)
+        again, _ = from_hf(json.loads(json.dumps(to_native(config))))
+        assert again == config
+
+    def test_transformers_can_still_read_it(self, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps(to_native(model())))
+        assert AutoConfig.from_pretrained(tmp_path).num_local_experts == 8
+
+    def test_an_unknown_key_in_our_block_is_an_error(self):
+        with pytest.raises(ConfigError, match=r"unknown key: c\.json: expert_groups"):
+            from_hf(MIXTRAL | {"mistral_ms": {"format": 1, "expert_groups": 2}}, "c.json")
+
+    @pytest.mark.parametrize(
+        "moe", [dict(sparse_layers=(1,)), dict(norm_topk_prob=False)], ids=["mixed", "raw-weights"]
+    )
+    def test_hugging_face_cannot_express_it(self, moe):
+        with pytest.raises(ConfigError, match=r"not expressible in Hugging Face's format"):
+            to_hf(model(moe=moe))
+
+
+MIXTRAL_PARAMS = {  # params.json of Mixtral-8x7B-v0.1
+    "dim": 4096,
+    "n_layers": 32,
+    "head_dim": 128,
+    "hidden_dim": 14336,
+    "n_heads": 32,
+    "n_kv_heads": 8,
+    "norm_eps": 1e-05,
+    "vocab_size": 32000,
+    "moe": {"num_experts_per_tok": 2, "num_experts": 8},
+}
+DENSE_PARAMS = {k: v for k, v in MIXTRAL_PARAMS.items() if k != "moe"}
+
+
+class TestMistral:
+    def test_mixtral(self):
+        config = from_mistral(MIXTRAL_PARAMS)
+        assert (config.hidden_size, config.intermediate_size, config.head_size) == (
+            4096,
+            14336,
+            128,
+        )
+        assert (config.num_attention_heads, config.num_key_value_heads) == (32, 8)
+        assert (config.num_hidden_layers, config.vocab_size, config.rms_norm_eps) == (
+            32,
+            32000,
+            1e-5,
+        )
+        assert (config.moe.num_local_experts, config.moe.num_experts_per_tok) == (8, 2)
+        assert (config.rope_theta, config.sliding_window) == (1e6, None)
+        assert config.max_position_embeddings == 32768
+
+    def test_experts_at_the_top_level(self):
+        flat = DENSE_PARAMS | {"num_experts": 8, "num_experts_per_tok": 2}
+        assert from_mistral(flat) == from_mistral(MIXTRAL_PARAMS)
+
+    def test_a_window_without_a_theta_means_the_first_release(self):
+        config = from_mistral(DENSE_PARAMS | {"sliding_window": 4096})
+        assert (config.rope_theta, config.sliding_window, config.moe) == (1e4, 4096, None)
+
+    @pytest.mark.parametrize("window", [None, 4096])
+    def test_a_theta_that_is_stated_counts(self, window):
+        source = DENSE_PARAMS | {"rope_theta": 5e5, "sliding_window": window}
+        assert from_mistral(source).rope_theta == 5e5
+
+    def test_the_source_is_left_alone(self):
+        before = json.dumps(MIXTRAL_PARAMS)
+        from_mistral(MIXTRAL_PARAMS)
+        assert json.dumps(MIXTRAL_PARAMS) == before
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            model(torch_dtype="bfloat16", head_dim=24),
+            model(moe=None, sliding_window=9, rope_theta=1e4, head_dim=8),
+            model(moe=dict(num_experts_per_tok=3), max_position_embeddings=77, head_dim=8),
+        ],
+        ids=["mixtral", "mistral", "other-values"],
+    )
+    def test_both_ways(self, config):
+        assert from_mistral(json.loads(json.dumps(to_mistral(config)))) == config
+
+    def test_a_derived_head_dim_is_written_out(self):
+        assert to_mistral(model())["head_dim"] == 8
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"use_biases": True}, r"unsupported key: p\.json: use_biases"),
+            ({"vision_encoder": {}}, r"unsupported key: p\.json: vision_encoder: known keys: dim"),
+            ({"dim": None}, r"p\.json: hidden_size: None"),
+            ({"moe": {"num_experts_per_tok": 2}}, r"missing key: p\.json: moe: num_experts"),
+            ({"moe": {}}, r"missing key: p\.json: moe: num_experts"),
+            ({"n_kv_heads": 5}, r"p\.json: .*must divide"),
+        ],
+    )
+    def test_errors(self, changes, message):
+        with pytest.raises(ConfigError, match=message):
+            from_mistral(MIXTRAL_PARAMS | changes, "p.json")
+
+    @pytest.mark.parametrize(
+        "key", ["dim", "n_layers", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps"]
+    )
+    def test_a_missing_key(self, key):
+        source = {k: v for k, v in MIXTRAL_PARAMS.items() if k != key}
+        with pytest.raises(ConfigError, match=rf"missing key: p\.json: {key}"):
+            from_mistral(source, "p.json")
+
+    @pytest.mark.parametrize(
+        ("config", "reason"),
+        [
+            (model(tie_word_embeddings=True), "tied head"),
+            (model(moe=dict(sparse_layers=(1,))), "dense and sparse layers mixed"),
+            (model(moe=dict(norm_topk_prob=False)), "un-normalised top-k weights"),
+        ],
+        ids=["tied", "mixed", "raw-weights"],
+    )
+    def test_what_the_format_cannot_express(self, config, reason):
+        with pytest.raises(ConfigError, match=rf"not expressible in Mistral's format.*{reason}"):
+            to_mistral(config)
