@@ -27,11 +27,14 @@ def run_hugging_face(path: Path, prompts: Sequence[Sequence[int]], new_tokens: i
     try:
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise MissingExtraError(error.name or "torch", "align", "alignment") from error
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, torch_dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            path, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -12,7 +13,7 @@ from mistral_ms.errors import MistralMsError
 
 app = typer.Typer(
     name="run_mixtral.py",
-    help="Mistral 7B and Mixtral 8x7B on MindSpore: convert, align, generate, train.",
+    help="Mistral 7B and Mixtral 8x7B on MindSpore: convert, align, generate, demo.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -21,6 +22,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Runs one command; bad input becomes one clear line on stderr and exit code 2."""
+    os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings are for its developers
     from mistral_ms.cli import commands
 
     commands.register(app)

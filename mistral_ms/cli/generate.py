@@ -174,8 +174,8 @@ def _report(result: Generation) -> None:
 
     Console(stderr=True, highlight=False).print(
         f"prefill {result.prefill_tokens} tokens at {result.prefill_tokens_per_s:.1f}/s, "
-        f"decode {result.decode_tokens} at {result.decode_tokens_per_s:.1f}/s "
-        "(compilation included)",
+        f"decode {result.decode_tokens} at {result.decode_tokens_per_s:.1f}/s, "
+        f"compiled in {result.compile_seconds:.1f} s",
         style="dim",
     )
 

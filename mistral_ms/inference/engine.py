@@ -53,10 +53,11 @@ class Generation:
 
     Attributes:
         completions: one for each prompt, in order.
-        prefill_tokens: prompt tokens computed, and the seconds they took.
-        prefill_seconds: see above.
-        decode_tokens: tokens computed one step at a time, and the seconds they took.
-        decode_seconds: see above.
+        prefill_tokens: prompt tokens computed.
+        prefill_seconds: the time they took, without compiling.
+        decode_tokens: tokens computed one step at a time.
+        decode_seconds: the time they took, without compiling.
+        compile_seconds: the time that compiling new graphs took, 0 when they were there.
     """
 
     completions: tuple[Completion, ...]
@@ -64,6 +65,7 @@ class Generation:
     prefill_seconds: float
     decode_tokens: int
     decode_seconds: float
+    compile_seconds: float
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -105,6 +107,7 @@ class Engine:
         step = NextTokenLogits(model)
         step.set_train(False)
         self._step = ms.jit(step.construct) if graph else step
+        self._graph, self._compiled = graph, set[int]()
 
     @classmethod
     def load(
@@ -194,15 +197,33 @@ class Engine:
             )
             for prompt in prompts
         ]
+        started = time.perf_counter()
+        width = self._width(prompts)
+        self._compile({width, 1})
+        compiled = time.perf_counter() - started
         totals = np.zeros(4)
         for first in range(0, len(prompts), self.batch):
             numbers = range(first, min(first + self.batch, len(prompts)))
-            totals += self._run_group([running[n] for n in numbers], numbers, request, on_text)
+            group = [running[n] for n in numbers]
+            totals += self._run_group(group, numbers, request, on_text, width)
         completions = tuple(
             Completion(tuple(s.new_ids), tuple(s.logprobs), s.text, s.finish_reason or "length")
             for s in running
         )
-        return Generation(completions, int(totals[0]), totals[1], int(totals[2]), totals[3])
+        prefilled, prefill_seconds, decoded, decode_seconds = totals.tolist()
+        return Generation(
+            completions, int(prefilled), prefill_seconds, int(decoded), decode_seconds, compiled
+        )
+
+    def _width(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Columns of a prefill: powers of two up to the chunk, so that few graphs are compiled."""
+        return min(self.chunk, 1 << (max(map(len, prompts)) - 1).bit_length())
+
+    def _compile(self, widths: set[int]) -> None:
+        """Runs each new width once on padding alone, which compiles it and changes nothing."""
+        for width in widths - self._compiled if self._graph else ():
+            self._logits(*self._padding(width), np.zeros(self.batch, np.int32))
+            self._compiled.add(width)
 
     def _run_group(
         self,
@@ -210,11 +231,12 @@ class Engine:
         numbers: range,
         request: GenerationConfig,
         on_text: OnText | None,
+        width: int,
     ) -> np.ndarray:
         """Runs up to ``batch`` sequences to their ends; returns tokens and seconds, two pairs."""
         sampler = Sampler(request, [s.prompt for s in group], numbers)
         started = time.perf_counter()
-        logits = self._prefill([s.prompt for s in group])
+        logits = self._prefill([s.prompt for s in group], width)
         prefilled = time.perf_counter()
         decoded = 0
         alive = list(range(len(group)))
@@ -232,14 +254,11 @@ class Engine:
         prompt_tokens = sum(len(s.prompt) for s in group)
         return np.array([prompt_tokens, prefilled - started, decoded, ended - prefilled])
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    def _prefill(self, prompts: Sequence[Sequence[int]], width: int) -> np.ndarray:
         """Fills the cache; returns the logits after the last token of each prompt, [rows, V]."""
         self.model.reset_cache()
-        longest = max(len(prompt) for prompt in prompts)
-        # few different widths, so that few graphs are compiled
-        width = min(self.chunk, 1 << (longest - 1).bit_length())
         logits = np.zeros((len(prompts), self.config.vocab_size), np.float32)
-        for start in range(0, longest, width):
+        for start in range(0, max(map(len, prompts)), width):
             ids, positions = self._padding(width)
             last = np.zeros(self.batch, np.int32)
             ending = []

@@ -74,7 +74,7 @@ class CausalLM(nn.Cell):
 
     def construct(self, ids_BS: Tensor, positions_BS: Tensor) -> Tensor:
         """Logits [B, S, V] in float32 of int32 ids and positions [B, S]."""
-        hidden_TH, _ = self.hidden_states(ids_BS, positions_BS)
+        hidden_TH = self.hidden_states(ids_BS, positions_BS)[0]
         return output_logits(hidden_TH, self.head_weight()).reshape(*ids_BS.shape, -1)
 
     def hidden_states(
@@ -155,6 +155,6 @@ class NextTokenLogits(nn.Cell):
     def construct(self, ids_BS: Tensor, positions_BS: Tensor, last_B: Tensor) -> Tensor:
         """Float32 [B, V]: logits after column ``last_B`` (int32) of each row."""
         B, S = ids_BS.shape
-        hidden_TH, _ = self.model.hidden_states(ids_BS, positions_BS)
+        hidden_TH = self.model.hidden_states(ids_BS, positions_BS)[0]
         rows_B = last_B + _range(0, B, 1) * S
         return output_logits(_gather(hidden_TH, rows_B, 0), self.model.head_weight())
