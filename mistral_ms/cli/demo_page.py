@@ -90,7 +90,8 @@ def _facts(story: Story) -> list[tuple[str, str]]:
         ),
         (
             "Loss",
-            f"language model + {training.aux_coef:g} × load balancing + "
+            f"language model + {training.aux_coef:g} × load balancing "
+            f"({routing.aux_loss.replace('_', ' ')}) + "
             f"{training.z_coef:g} × router z-loss",
         ),
         ("Steps", f"{summary.steps} ({summary.epochs:.1f} epochs)"),
@@ -124,8 +125,8 @@ def _pictures(story: Story) -> list[Picture]:
     return [
         Picture(
             "Loss",
-            "Mean loss per token on a logarithmic axis. Thin line: every step; thick line: mean "
-            "over the last epoch; broad line: with the router's losses. Below: the learning rate.",
+            "Mean loss per token of each batch, before its update; the broad line adds the "
+            "router's losses. Below: the learning rate.",
             loss_figure(records, run.model.vocab_size),
         ),
         Picture(

@@ -30,9 +30,14 @@ def _float32_power(base: float, exponent: np.ndarray) -> np.ndarray:
     the true power lies within 0.06 ulp of the middle between two floats it may round the other
     way (it does for one of Mixtral's 64 frequencies, which at position 32767 is a visible angle).
     The sum of logarithm and reduction, double-float in SLEEF, is float64 here; the polynomial is
-    theirs (sleefsimdsp.c, expkf), its fused multiply-adds emulated in float64.
+    theirs (sleefsimdsp.c, expkf), its fused multiply-adds emulated in float64. The entries that
+    do not fill a block of 16 go through the C library's powf, which rounds correctly; so a
+    head_dim of 128 or any other multiple of 32 has none of them.
     """
-    x = np.log(np.float64(base)) * exponent.astype(np.float64)
+    rounded = np.float64(np.float32(base))  # torch makes the base a float32 first
+    nearest = np.power(rounded, exponent.astype(np.float64)).astype(np.float32)
+    blocks = len(exponent) // 16 * 16
+    x = np.log(rounded) * exponent.astype(np.float64)
     quotient = np.rint(x.astype(np.float32) * np.float32(1.4426950408889634)).astype(np.float64)
     rest = x - quotient * 0.693145751953125 - quotient * 1.428606765330187045e-06
     rest32 = rest.astype(np.float32).astype(np.float64)
@@ -45,7 +50,7 @@ def _float32_power(base: float, exponent: np.ndarray) -> np.ndarray:
     ):
         poly = (poly * rest32 + np.float64(np.float32(term))).astype(np.float32).astype(np.float64)
     series = (1.0 + (rest + rest * rest * poly)).astype(np.float32)
-    return np.ldexp(series, quotient.astype(np.int32))
+    return np.concatenate([np.ldexp(series, quotient.astype(np.int32))[:blocks], nearest[blocks:]])
 
 
 class RotaryTable(nn.Cell):

@@ -1,1 +1,24 @@
-"""Training on one device: data, optimizer, step, loop."""
+"""Training: batches, schedule, optimizer, the compiled step, the loop, and what it reports."""
+
+from mistral_ms.training.data import Batch, BatchSource, InMemoryWindows
+from mistral_ms.training.loop import Observer, TrainingSummary, train
+from mistral_ms.training.metrics import MetricsWriter, StepRecord, read_metrics
+from mistral_ms.training.progress import show_progress
+from mistral_ms.training.schedule import learning_rate
+from mistral_ms.training.step import StepResult, TrainStep
+
+__all__ = [
+    "Batch",
+    "BatchSource",
+    "InMemoryWindows",
+    "MetricsWriter",
+    "Observer",
+    "StepRecord",
+    "StepResult",
+    "TrainStep",
+    "TrainingSummary",
+    "learning_rate",
+    "read_metrics",
+    "show_progress",
+    "train",
+]

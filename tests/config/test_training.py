@@ -56,7 +56,13 @@ class TestTrainingConfig:
 
     @pytest.mark.parametrize(
         ("key", "value"),
-        [("learning_rate", 0.0), ("beta1", 1.0), ("beta2", 1.0), ("eps", 0.0), ("weight_decay", -1)],
+        [
+            ("learning_rate", 0.0),
+            ("beta1", 1.0),
+            ("beta2", 1.0),
+            ("eps", 0.0),
+            ("weight_decay", -1),
+        ],
     )
     def test_optimizer_out_of_range(self, key, value):
         with pytest.raises(ValidationError, match=key):

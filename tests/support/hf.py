@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models: the oracle. The key mapping here is written apart from the package's."""
+"""Tiny Hugging Face models: the oracle. The key mapping is written apart from the package's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from mistral_ms.config import ModelConfig, from_hf
+
+torch.set_num_threads(2)
 
 BASE = dict(
     vocab_size=320,
@@ -70,6 +73,32 @@ def make_pair(kind: str, seed: int = 0, **overrides) -> Pair:
     return Pair(hf, config)
 
 
+def hf_logits(pair: Pair, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Logits [B, S, V] of right-padded rows (position -1 = padding)."""
+    with torch.no_grad():
+        mask = torch.tensor(positions >= 0).long()
+        return pair.hf(torch.tensor(ids).long(), attention_mask=mask).logits.numpy()
+
+
+class DenseBlock(MistralMLP):
+    """A dense feed-forward where Mixtral's decoder layer expects a sparse block."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return super().forward(x), None
+
+
+def make_mixed_pair(layers: int, sparse_layers: tuple[int, ...], seed: int = 0) -> Pair:
+    """A Mixtral with dense feed-forwards in all layers but ``sparse_layers``."""
+    pair = make_pair("mixtral", seed, num_hidden_layers=layers)
+    for i, layer in enumerate(pair.hf.model.layers):
+        if i not in sparse_layers:
+            layer.block_sparse_moe = DenseBlock(pair.hf.config)
+            for parameter in layer.block_sparse_moe.parameters():
+                torch.nn.init.normal_(parameter, std=BASE["initializer_range"])
+    moe = pair.config.moe.model_copy(update={"sparse_layers": sparse_layers})
+    return Pair(pair.hf, pair.config.model_copy(update={"moe": moe}))
+
+
 def our_weights(hf: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, np.ndarray]:
     """Hugging Face's tensors under our names, experts stacked."""
 
@@ -88,17 +117,15 @@ def our_weights(hf: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, n
             ours[f"{mine}{norm}.weight"] = take(theirs + norm)
         for x in "qkvo":
             ours[f"{mine}attention.{x}_proj.weight"] = take(f"{theirs}self_attn.{x}_proj")
-        if config.moe is None:
+        if not config.is_sparse(i):
+            dense = theirs + ("mlp." if config.moe is None else "block_sparse_moe.")
             for w, name in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
-                ours[f"{mine}feed_forward.{w}.weight"] = take(f"{theirs}mlp.{name}")
+                ours[f"{mine}feed_forward.{w}.weight"] = take(dense + name)
         else:
             block = theirs + "block_sparse_moe."
             ours[f"{mine}moe.router.weight"] = take(block + "gate")
             for w in ("w1", "w2", "w3"):
                 ours[f"{mine}moe.experts.{w}"] = np.stack(
-                    [
-                        take(f"{block}experts.{e}.{w}")
-                        for e in range(config.moe.num_local_experts)
-                    ]
+                    [take(f"{block}experts.{e}.{w}") for e in range(config.moe.num_local_experts)]
                 )
     return ours

@@ -1,0 +1,184 @@
+"""Pictures of a training, as PNG. Colours are told apart by colour-blind readers and in print."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mistral_ms.errors import DataError
+from mistral_ms.training.metrics import StepRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
+WIDTH = 8.0  # inches
+DPI = 150
+HEAT_COLUMNS = 120
+"""Columns of a heat map: steps are averaged in groups so that single batches do not flicker."""
+
+
+def loss_figure(records: Sequence[StepRecord], vocab_size: int | None = None) -> bytes:
+    """The loss over the steps, and the learning rate below it.
+
+    The axis of the loss is logarithmic when the loss falls to less than a tenth.
+
+    Args:
+        records: of one training, in order.
+        vocab_size: marks ln V, the loss of a guess among all tokens.
+    """
+    figure = _figure(4.8)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    steps = [r.step for r in records]
+    lm = [r.lm_loss for r in records]
+    top.plot(steps, [r.loss for r in records], color=ORANGE, alpha=0.4, lw=4, label="total loss")
+    top.plot(steps, lm, color=BLUE, lw=1.4, label="language model loss")
+    if max(lm) > 10 * min(lm) > 0:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        top.set_yscale("log")
+        top.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        top.yaxis.set_major_formatter("{x:g}")
+        top.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        top.set_ylim(bottom=0)
+    top.set_ylabel("loss (nats per token)")
+    if vocab_size is not None:
+        level = math.log(vocab_size)
+        top.axhline(level, color=GREY, ls=":", lw=1.2)
+        text = f"ln {vocab_size} = {level:.2f}: a blind guess"
+        top.annotate(
+            text, (0.99, level), (0, -3), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", va="top", color=GREY, fontsize=8.5,
+        )  # fmt: skip
+    last = records[-1]
+    top.annotate(
+        f"{last.lm_loss:.3g}", (last.step, last.lm_loss), (4, 0), textcoords="offset points",
+        va="center", color=BLUE, fontsize=9, annotation_clip=False,
+    )  # fmt: skip
+    top.legend(loc="lower left", frameon=False)
+    bottom.plot(steps, [r.lr for r in records], color=GREEN, lw=1.6)
+    bottom.set_ylabel("learning rate")
+    bottom.set_ylim(bottom=0)
+    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    bottom.set_xlabel("step")
+    bottom.set_xlim(0, last.step)
+    _epoch_axis(top, records)
+    return _png(figure)
+
+
+def expert_load_figure(
+    records: Sequence[StepRecord], capacity_factor: float | None = None
+) -> bytes:
+    """The share of choices that each expert receives, layer by layer, over the steps.
+
+    Args:
+        records: of one training of a sparse model, in order.
+        capacity_factor: marks the share above which choices are dropped.
+
+    Raises:
+        DataError: a dense model has no experts.
+    """
+    load = np.array([r.expert_load for r in records])  # [steps, layers, experts]
+    if load.ndim != 3 or 0 in load.shape:
+        raise DataError("no expert load", rule="the model has no sparse layers")
+    from matplotlib.colors import TwoSlopeNorm
+
+    _, layers, experts = load.shape
+    balanced = 100.0 / experts
+    figure = _figure(1.2 + layers * max(1.6, 0.2 * experts))
+    panels = figure.subplots(layers, 1, sharex=True, squeeze=False)[:, 0]
+    norm = TwoSlopeNorm(balanced, vmin=0.0, vmax=2 * balanced)
+    for layer, panel in enumerate(panels):
+        image = panel.imshow(
+            100.0 * _column_means(load[:, layer]).T,
+            aspect="auto",
+            interpolation="nearest",
+            cmap="PuOr_r",
+            norm=norm,
+            extent=(0.5, len(records) + 0.5, experts - 0.5, -0.5),
+        )
+        panel.set_ylabel(f"sparse layer {layer}\nexpert")
+        panel.set_yticks(range(experts) if experts <= 16 else range(0, experts, experts // 8))
+        panel.grid(False)
+    panels[-1].set_xlabel("step")
+    bar = figure.colorbar(image, ax=list(panels), extend="max", pad=0.015, aspect=30)
+    bar.ax.set_title("share of the\nlayer's choices", fontsize=9, loc="left")
+    ticks = {
+        0.0: "0 %",
+        balanced: f"{balanced:.3g} %  balanced",
+        2 * balanced: f"{2 * balanced:.3g} %",
+    }
+    if capacity_factor is not None and 1.04 < capacity_factor < 1.9:
+        ticks[capacity_factor * balanced] = f"{capacity_factor * balanced:.4g} %  capacity"
+    bar.set_ticks(list(ticks), labels=list(ticks.values()))
+    bar.ax.axhline(balanced, color="black", lw=1)
+    _epoch_axis(panels[0], records)
+    return _png(figure)
+
+
+def dropped_figure(records: Sequence[StepRecord]) -> bytes:
+    """The share of choices that found their expert full, over the steps."""
+    figure = _figure(2.6)
+    axes = figure.subplots()
+    steps = [r.step for r in records]
+    dropped = 100.0 * np.array([r.dropped_fraction for r in records])
+    axes.plot(steps, dropped, color=BLUE, alpha=0.4, lw=0.8, label="each step")
+    axes.plot(
+        steps, _smooth(dropped, _per_epoch(records)), color=BLUE, lw=1.8, label="mean over an epoch"
+    )
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:g} %")
+    axes.set_ylabel("dropped choices")
+    axes.set_xlabel("step")
+    axes.set_xlim(0, steps[-1])
+    axes.legend(loc="best", frameon=False)
+    _epoch_axis(axes, records)
+    return _png(figure)
+
+
+def _figure(height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+
+
+def _png(figure: Figure) -> bytes:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _epoch_axis(axes: Axes, records: Sequence[StepRecord]) -> None:
+    """A second axis on top that counts epochs."""
+    per_step = records[-1].epoch / records[-1].step
+    top = axes.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step))
+    top.set_xlabel("epoch")
+
+
+def _per_epoch(records: Sequence[StepRecord]) -> int:
+    """Steps of an epoch, at least 1."""
+    return max(1, round(records[-1].step / max(records[-1].epoch, 1e-9)))
+
+
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean over ``window`` neighbouring values, centred; over fewer at both ends."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    middle = np.arange(len(values))
+    starts = np.maximum(0, middle - window // 2)
+    ends = np.minimum(len(values), middle + (window + 1) // 2)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _column_means(load: np.ndarray) -> np.ndarray:
+    """[steps, experts] -> at most HEAT_COLUMNS rows, each the mean of neighbouring steps."""
+    return np.stack([part.mean(0) for part in np.array_split(load, min(len(load), HEAT_COLUMNS))])

@@ -1,0 +1,112 @@
+"""One record a step, and the file they go to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from mistral_ms.errors import DataError
+from mistral_ms.training.step import StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One line of ``metrics.jsonl``.
+
+    Attributes:
+        step: number of the update, the first being 1.
+        epoch: passes over the data after it, with their fraction.
+        loss: lm + aux_coef * aux + z_coef * z.
+        lm_loss: mean negative log-likelihood over the predicted tokens.
+        aux_loss: load-balancing loss, without its coefficient.
+        z_loss: router z-loss, without its coefficient.
+        lr: learning rate of the update.
+        grad_norm: global norm of the gradients before clipping.
+        tokens_per_s: predicted tokens per second of this step; the first one compiles.
+        dropped_fraction: share of all choices that found their expert full.
+        expert_load: for each sparse layer the share of choices that fell on each expert, before
+            the capacity; each row adds up to 1.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    lm_loss: float
+    aux_loss: float
+    z_loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_s: float
+    dropped_fraction: float
+    expert_load: tuple[tuple[float, ...], ...]
+
+
+def make_record(
+    step: int, epoch: float, tokens: int, seconds: float, result: StepResult
+) -> StepRecord:
+    """The record of update ``step`` (the first is 1) that took ``seconds`` for ``tokens``."""
+    routed, kept = result.routed_LE, result.kept_LE
+    load = routed / np.maximum(routed.sum(-1, keepdims=True), 1.0)
+    dropped = 1.0 - float(kept.sum()) / float(routed.sum()) if routed.sum() > 0 else 0.0
+    return StepRecord(
+        step=step,
+        epoch=round(epoch, 4),
+        loss=result.loss,
+        lm_loss=result.lm_loss,
+        aux_loss=result.aux_loss,
+        z_loss=result.z_loss,
+        lr=result.learning_rate,
+        grad_norm=result.grad_norm,
+        tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
+        dropped_fraction=dropped,
+        expert_load=tuple(tuple(round(float(x), 6) for x in row) for row in load),
+    )
+
+
+class MetricsWriter:
+    """Writes records as JSON lines, each on the disk's way when its step is done.
+
+    Args:
+        path: the file; replaced when it exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+
+    def __call__(self, record: StepRecord) -> None:
+        """Appends one line."""
+        self._file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[StepRecord]:
+    """Reads what :class:`MetricsWriter` wrote.
+
+    Raises:
+        DataError: a line that is not a record.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            values = json.loads(line)
+            values["expert_load"] = tuple(tuple(row) for row in values["expert_load"])
+            records.append(StepRecord(**values))
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                "not a record of metrics", where=f"{path}: line {number}", value=str(error)
+            ) from error
+    return records

@@ -1,0 +1,197 @@
+"""The sparse layer against float64 loops and Hugging Face's block, forward and backward."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+import torch
+from mindspore import Tensor, nn
+from support.moe import CapacityBlock, hf_block, moe_config, moe_layer
+from support.routing import capacity_oracle, moe_oracle
+
+from mistral_ms.config import RoutingConfig
+
+T = 21
+# MindSpore's exponential on CPU is good to 6e-6: so are router weights and SwiGLU
+RELATIVE = 2e-5
+
+
+def inputs(seed=1, pads=(0, 5, 6, 20), H=6):
+    """Tokens that have something in common, so that some experts are in demand."""
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(T, H)) + 1.5 * rng.normal(size=H)).astype(np.float32)
+    valid = np.ones(T, np.float32)
+    valid[list(pads)] = 0
+    return x, valid
+
+
+def named(weights):
+    return (weights["router.weight"], *(weights[f"experts.w{i}"] for i in (1, 2, 3)))
+
+
+ROUTINGS = {
+    "factor-1.1": {},
+    "token-major": dict(capacity_factor=0.6),
+    "choice-major": dict(capacity_factor=0.6, drop_priority="choice_major"),
+    "rescaled": dict(capacity_factor=0.6, rescale_survivors=True),
+}
+
+
+def test_names_and_shapes_of_the_weights():
+    layer, _ = moe_layer(moe_config(H=6, I=10, E=4))
+    assert {n: p.shape for n, p in layer.parameters_and_names()} == {
+        "router.weight": (4, 6),
+        "experts.w1": (4, 10, 6),
+        "experts.w2": (4, 6, 10),
+        "experts.w3": (4, 10, 6),
+    }
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "raw"])
+@pytest.mark.parametrize(("E", "K"), [(4, 2), (5, 1), (3, 3), (1, 1)])
+def test_dropless_equals_the_loop(E, K, normalize):
+    config = moe_config(E=E, K=K, normalize=normalize)
+    layer, weights = moe_layer(config)
+    x, valid = inputs()
+    want, _, kept = moe_oracle(x, valid, *named(weights), K, T, normalize=normalize)
+    got, sums = layer(Tensor(x), Tensor(valid))
+    np.testing.assert_allclose(got.numpy(), want, atol=RELATIVE * np.abs(want).max())
+    assert not got.numpy()[valid == 0].any()
+    assert sums[2].numpy().sum() == kept.sum() == K * valid.sum()
+
+
+def test_dropless_equals_hugging_face():
+    config = moe_config()
+    layer, weights = moe_layer(config)
+    x, valid = inputs(pads=())
+    with torch.no_grad():
+        want = hf_block(config, weights)(torch.tensor(x)[None])[0][0].numpy()
+    got = layer(Tensor(x), Tensor(valid))[0].numpy()
+    np.testing.assert_allclose(got, want, atol=RELATIVE * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_capacity_equals_the_loop(name):
+    routing = RoutingConfig(policy="capacity", **ROUTINGS[name])
+    layer, weights = moe_layer(moe_config(), routing)
+    x, valid = inputs()
+    capacity = capacity_oracle(T, 4, 2, routing.capacity_factor)
+    want, experts, kept = moe_oracle(
+        x,
+        valid,
+        *named(weights),
+        2,
+        capacity,
+        choice_major=routing.drop_priority == "choice_major",
+        rescale=routing.rescale_survivors,
+    )
+    survivors = set(kept[valid > 0].sum(-1).astype(int))
+    hard = {1, 2} if name == "factor-1.1" else {0, 1, 2}
+    assert survivors == hard, "the case must drop some choices, and hard ones whole tokens"
+    got, sums = layer(Tensor(x), Tensor(valid))
+    np.testing.assert_allclose(got.numpy(), want, atol=RELATIVE * np.abs(want).max())
+    assert not got.numpy()[kept.sum(-1) == 0].any()
+    np.testing.assert_array_equal(
+        sums[1].numpy(), np.bincount(experts[valid > 0].ravel(), minlength=4)
+    )
+    np.testing.assert_array_equal(sums[2].numpy(), np.bincount(experts[kept > 0], minlength=4))
+    assert float(sums[4]) == valid.sum()
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_what_stands_in_padded_rows_changes_nothing(name):
+    """Bit for bit, under capacity pressure: padding takes no place and is not counted."""
+    routing = RoutingConfig(policy="capacity", **ROUTINGS[name])
+    layer, _ = moe_layer(moe_config(), routing)
+    x, valid = inputs()
+    before, sums_before = layer(Tensor(x), Tensor(valid))
+    x[valid == 0] = np.random.default_rng(9).normal(0, 50, (4, 6))
+    after, sums_after = layer(Tensor(x), Tensor(valid))
+    np.testing.assert_array_equal(before.numpy(), after.numpy())
+    for ours, theirs in zip(sums_before, sums_after, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+
+
+class Gradients(nn.Cell):
+    """d (sum of y * d) / d (x and all weights)."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.weights = ms.ParameterTuple(layer.trainable_params())
+        self.grad = ms.ops.GradOperation(get_all=True, get_by_list=True)
+        self.loss = WeightedSum(layer)
+
+    def construct(self, x, valid, d):
+        return self.grad(self.loss, self.weights)(x, valid, d)
+
+
+class WeightedSum(nn.Cell):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def construct(self, x, valid, d):
+        y, _ = self.layer(x, valid)
+        return (y * d).sum()
+
+
+def torch_gradients(config, weights, routing, x, valid, d):
+    block = hf_block(config, weights)
+    leaf = torch.tensor(x, requires_grad=True)
+    capacity = T
+    if routing.policy == "capacity":
+        capacity = capacity_oracle(T, 4, 2, routing.capacity_factor)
+    run = CapacityBlock(
+        block,
+        valid,
+        capacity,
+        routing.drop_priority == "choice_major",
+        routing.rescale_survivors,
+    )
+    (run(leaf[None])[0][0] * torch.tensor(d)).sum().backward()
+
+    def stack(w):
+        parts = [getattr(expert, w).weight for expert in block.experts]
+        return np.stack(
+            [np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy() for p in parts]
+        )
+
+    return leaf.grad.numpy(), {
+        "router.weight": block.gate.weight.grad.numpy(),
+        **{f"experts.{w}": stack(w) for w in ("w1", "w2", "w3")},
+    }
+
+
+def check_gradients(routing):
+    config = moe_config()
+    layer, weights = moe_layer(config, routing)
+    x, valid = inputs()
+    d = np.random.default_rng(4).normal(size=x.shape).astype(np.float32)
+    want_x, want = torch_gradients(config, weights, routing, x, valid, d)
+    run = Gradients(layer)
+    (d_x, _, _), d_weights = run(Tensor(x), Tensor(valid), Tensor(d))
+    np.testing.assert_allclose(d_x.numpy(), want_x, atol=5e-5 * np.abs(want_x).max())
+    assert not d_x.numpy()[valid == 0].any()
+    names = [name for name, _ in layer.parameters_and_names()]
+    got = {name: g.numpy() for name, g in zip(names, d_weights, strict=True)}
+    assert set(got) == set(want)
+    for name in want:
+        # three float32 products deep, each good to 6e-6 to 1e-5
+        np.testing.assert_allclose(
+            got[name], want[name], atol=5e-5 * np.abs(want[name]).max(), err_msg=name
+        )
+
+
+@pytest.mark.parametrize("name", ["dropless", *ROUTINGS])
+def test_gradients_equal_torch(name):
+    check_gradients(
+        RoutingConfig()
+        if name == "dropless"
+        else RoutingConfig(policy="capacity", **ROUTINGS[name])
+    )
+
+
+def test_gradients_equal_torch_in_a_graph(graph):
+    check_gradients(
+        RoutingConfig(policy="capacity", drop_priority="choice_major", rescale_survivors=True)
+    )

@@ -1,0 +1,185 @@
+"""Dispatch and combine: forward against loops, gradients against loops and finite differences."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+from support.routing import random_choices, slots_oracle
+
+from mistral_ms.ops.reference import Combine, Dispatch
+
+H = 5
+
+
+class Case:
+    """Random rows, weights and a slot table with drops, padding and empty places."""
+
+    def __init__(self, tokens=9, k=2, experts=4, capacity=3, choice_major=False, seed=0):
+        rng = np.random.default_rng(seed)
+        self.K = k
+        valid = np.ones(tokens, np.float32)
+        valid[1] = 0
+        choices = random_choices(rng, tokens, experts, k)
+        self.slots = slots_oracle(choices, valid, experts, capacity, choice_major)
+        self.table = [Tensor(part) for part in self.slots.as_tuple()]
+        self.x = rng.normal(size=(tokens, H)).astype(np.float32)
+        self.y = rng.normal(size=(experts * capacity, H)).astype(np.float32)
+        self.weights = rng.random((tokens, k)).astype(np.float32)
+        self.d_rows = rng.normal(size=self.y.shape).astype(np.float32)
+        self.d_tokens = rng.normal(size=self.x.shape).astype(np.float32)
+
+    def choices(self):
+        """(token, k, place) of every kept choice."""
+        T, K = self.slots.kept_TK.shape
+        for t in range(T):
+            for k in range(K):
+                if self.slots.kept_TK[t, k]:
+                    yield t, k, self.slots.slot_TK[t, k]
+
+    def dispatch_oracle(self, x):
+        rows = np.zeros(self.y.shape, np.float64)
+        for t, _, place in self.choices():
+            rows[place] = x[t]
+        return rows
+
+    def combine_oracle(self, y, weights):
+        out = np.zeros(self.x.shape, np.float64)
+        for t, k, place in self.choices():
+            out[t] += np.float64(weights[t, k]) * y[place]
+        return out
+
+
+CASES = {
+    "top-2": dict(),
+    "top-1": dict(k=1, seed=1),
+    "top-3-choice-major": dict(k=3, choice_major=True, seed=2),
+    "one-place-per-expert": dict(capacity=1, seed=3),
+    "nobody-dropped": dict(capacity=9, seed=4),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return Case(**CASES[request.param])
+
+
+def test_dispatch_moves_rows_without_touching_a_bit(case):
+    rows = Dispatch()(Tensor(case.x), *case.table).numpy()
+    np.testing.assert_array_equal(rows, case.dispatch_oracle(case.x).astype(np.float32))
+
+
+def test_combine_adds_up_by_weight(case):
+    out = Combine()(Tensor(case.y), Tensor(case.weights), *case.table).numpy()
+    # up to three products of float32 numbers of size 1
+    np.testing.assert_allclose(out, case.combine_oracle(case.y, case.weights), atol=1e-6)
+
+
+def dispatch_gradient(case, cell=None):
+    run = cell or Dispatch()
+    gradient = ms.grad(lambda x: (run(x, *case.table) * Tensor(case.d_rows)).sum())
+    return gradient(Tensor(case.x)).numpy()
+
+
+def combine_gradients(case):
+    run = Combine()
+    gradient = ms.grad(
+        lambda y, w: (run(y, w, *case.table) * Tensor(case.d_tokens)).sum(), grad_position=(0, 1)
+    )
+    return [g.numpy() for g in gradient(Tensor(case.y), Tensor(case.weights))]
+
+
+def test_gradient_of_dispatch(case):
+    want = np.zeros(case.x.shape, np.float64)
+    for t, _, place in case.choices():
+        want[t] += case.d_rows[place]
+    np.testing.assert_allclose(dispatch_gradient(case), want, atol=1e-6)
+
+
+def test_gradients_of_combine(case):
+    d_y, d_weights = np.zeros(case.y.shape), np.zeros(case.weights.shape)
+    for t, k, place in case.choices():
+        d_y[place] = np.float64(case.weights[t, k]) * case.d_tokens[t]
+        d_weights[t, k] = np.dot(case.y[place].astype(np.float64), case.d_tokens[t])
+    got_y, got_weights = combine_gradients(case)
+    np.testing.assert_allclose(got_y, d_y, atol=1e-6)
+    np.testing.assert_allclose(got_weights, d_weights, atol=3e-6)  # a sum of H = 5 products
+
+
+def test_gradients_equal_finite_differences():
+    """Both maps are linear in each argument: a step of 1 is exact but for float32 rounding."""
+    case = Case(tokens=6, capacity=2, seed=6)
+    dispatch = lambda x: (Dispatch()(Tensor(x), *case.table).numpy() * case.d_rows).sum()  # noqa: E731
+    combine = lambda y, w: (  # noqa: E731
+        Combine()(Tensor(y), Tensor(w), *case.table).numpy() * case.d_tokens
+    ).sum()
+
+    def differences(function, start):
+        base, result = function(start), np.zeros_like(start)
+        for index in np.ndindex(*start.shape):
+            step = np.zeros_like(start)
+            step[index] = 1
+            result[index] = function(start + step) - base
+        return result
+
+    d_y, d_weights = combine_gradients(case)
+    assert 0 < case.slots.kept_TK.sum() < 10, "five real tokens, some choices dropped"
+    # the sums are of size 10, each rounded to 1e-6
+    for got, want in (
+        (dispatch_gradient(case), differences(dispatch, case.x)),
+        (d_y, differences(lambda y: combine(y, case.weights), case.y)),
+        (d_weights, differences(lambda w: combine(case.y, w), case.weights)),
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_identity_experts_give_the_tokens_back():
+    """Weights of one half each make the sum exact: kept tokens return bit for bit."""
+    case = Case(tokens=17, experts=4, capacity=4, seed=7)
+    rows = Dispatch()(Tensor(case.x), *case.table)
+    half = Tensor(np.full((17, 2), 0.5, np.float32))
+    out = Combine()(rows, half, *case.table).numpy()
+    kept = case.slots.kept_TK.sum(-1)
+    assert {0, 1, 2} == set(kept.astype(int)), "the case must hold all three kinds"
+    np.testing.assert_array_equal(out, case.x * (kept / 2)[:, None].astype(np.float32))
+
+
+def test_tokens_without_a_place_get_zero_whatever_stands_in_empty_places():
+    """A dropped choice points at place 0; neither that row nor an empty one may leak."""
+    case = Case(seed=8)
+    case.y[case.slots.filled_EC == 0] = 1e30
+    case.y[0] = 1e6
+    out = Combine()(Tensor(case.y), Tensor(case.weights), *case.table).numpy()
+    lost = case.slots.kept_TK.sum(-1) == 0
+    assert lost.sum() > 1, "the case must hold padding and a dropped token"
+    assert not out[lost].any()
+    want = case.combine_oracle(case.y, case.weights)
+    np.testing.assert_allclose(out, want, rtol=1e-6, atol=1e-6)
+
+
+def test_half_precision_keeps_its_dtype():
+    case = Case()
+    rows = Dispatch()(Tensor(case.x, ms.float16), *case.table)
+    out = Combine()(rows, Tensor(case.weights), *case.table)
+    assert rows.dtype == out.dtype == ms.float16
+
+
+def test_gradients_in_a_graph(graph):
+    case = Case(tokens=13, k=2, experts=3, capacity=4, seed=9)
+
+    class Both(ms.nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.dispatch, self.combine = Dispatch(), Combine()
+
+        def construct(self, x, w, slot, kept, source, filled, d):
+            rows = self.dispatch(x, slot, kept, source, filled)
+            return (self.combine(rows * rows, w, slot, kept, source, filled) * d).sum()
+
+    gradient = ms.grad(Both(), grad_position=(0, 1))
+    d_x, d_w = gradient(Tensor(case.x), Tensor(case.weights), *case.table, Tensor(case.d_tokens))
+    want_x, want_w = np.zeros(case.x.shape), np.zeros(case.weights.shape)
+    for t, k, _ in case.choices():
+        want_x[t] += 2.0 * case.weights[t, k] * case.x[t] * case.d_tokens[t]
+        want_w[t, k] = np.dot(np.float64(case.x[t]) ** 2, case.d_tokens[t])
+    np.testing.assert_allclose(d_x.numpy(), want_x, atol=3e-6)
+    np.testing.assert_allclose(d_w.numpy(), want_w, atol=1e-5)

@@ -1,0 +1,106 @@
+"""What routing means, as plain Python loops over NumPy arrays in float64: the oracle of the MoE."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+
+def capacity_oracle(tokens: int, experts: int, top_k: int, factor: float) -> int:
+    """ceil(factor * K * T / E) at most T, in exact arithmetic on the factor as it is written."""
+    return min(tokens, math.ceil(Fraction(str(factor)) * top_k * tokens / experts))
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The slot table of the package, filled by a loop."""
+
+    slot_TK: np.ndarray
+    kept_TK: np.ndarray
+    source_EC: np.ndarray
+    filled_EC: np.ndarray
+
+    def as_tuple(self) -> tuple[np.ndarray, ...]:
+        return self.slot_TK, self.kept_TK, self.source_EC, self.filled_EC
+
+
+def slots_oracle(
+    experts_TK: np.ndarray, valid_T: np.ndarray, num_experts: int, capacity: int, choice_major: bool
+) -> Slots:
+    """Serves the choices one at a time, in the order that the policy names."""
+    T, K = experts_TK.shape
+    if choice_major:
+        order = [(t, k) for k in range(K) for t in range(T)]
+    else:
+        order = [(t, k) for t in range(T) for k in range(K)]
+    slot_TK = np.zeros((T, K), np.int32)
+    kept_TK = np.zeros((T, K), np.float32)
+    source_EC = np.zeros(num_experts * capacity, np.int32)
+    filled_EC = np.zeros(num_experts * capacity, np.float32)
+    used = [0] * num_experts
+    for t, k in order:
+        expert = int(experts_TK[t, k])
+        if not valid_T[t] or used[expert] == capacity:
+            continue
+        place = expert * capacity + used[expert]
+        used[expert] += 1
+        slot_TK[t, k], kept_TK[t, k] = place, 1
+        source_EC[place], filled_EC[place] = t * K + k, 1
+    return Slots(slot_TK, kept_TK, source_EC, filled_EC)
+
+
+def random_choices(rng: np.random.Generator, tokens: int, experts: int, top_k: int) -> np.ndarray:
+    """Distinct experts per token, some experts far more wanted than others."""
+    popularity = rng.dirichlet(np.full(experts, 0.5)) + 1e-3
+    popularity /= popularity.sum()
+    rows = [rng.choice(experts, top_k, replace=False, p=popularity) for _ in range(tokens)]
+    return np.array(rows, np.int32).reshape(tokens, top_k)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def moe_oracle(
+    x_TH: np.ndarray,
+    valid_T: np.ndarray,
+    gate_EH: np.ndarray,
+    w1: np.ndarray,
+    w2: np.ndarray,
+    w3: np.ndarray,
+    top_k: int,
+    capacity: int,
+    *,
+    choice_major: bool = False,
+    rescale: bool = False,
+    normalize: bool = True,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One sparse layer in float64, token by token.
+
+    Returns:
+        The output [T, H], the chosen experts [T, K] and which choices got a place [T, K].
+    """
+    x_TH, gate_EH, w1, w2, w3 = (a.astype(np.float64) for a in (x_TH, gate_EH, w1, w2, w3))
+    probs_TE = softmax(x_TH @ gate_EH.T)
+    experts_TK = np.argsort(-probs_TE, axis=-1, kind="stable")[:, :top_k].astype(np.int32)
+    slots = slots_oracle(experts_TK, valid_T, gate_EH.shape[0], capacity, choice_major)
+    y_TH = np.zeros_like(x_TH)
+    for t in range(x_TH.shape[0]):
+        weights = probs_TE[t, experts_TK[t]]
+        if normalize:
+            weights = weights / weights.sum()
+        if rescale and slots.kept_TK[t].any():
+            weights = weights / (weights * slots.kept_TK[t]).sum()
+        for k in range(top_k):
+            if slots.kept_TK[t, k]:
+                e = experts_TK[t, k]
+                y_TH[t] += weights[k] * (w2[e] @ (silu(w1[e] @ x_TH[t]) * (w3[e] @ x_TH[t])))
+    return y_TH, experts_TK, slots.kept_TK

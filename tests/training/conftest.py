@@ -1,0 +1,69 @@
+"""A model small enough to train in a second, and a text that it can learn."""
+
+import numpy as np
+import pytest
+
+from mistral_ms.config import (
+    ModelConfig,
+    MoEArchitecture,
+    OptimizerConfig,
+    RoutingConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+from mistral_ms.models import CausalLM
+
+TINY = dict(
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=32,
+    initializer_range=0.1,
+)
+
+
+@pytest.fixture(scope="session")
+def sparse():
+    return ModelConfig(**TINY, moe=MoEArchitecture(num_local_experts=4))
+
+
+@pytest.fixture(scope="session")
+def dense():
+    return ModelConfig(**TINY)
+
+
+@pytest.fixture(scope="session")
+def capacity():
+    return RoutingConfig(policy="capacity", capacity_factor=1.1)
+
+
+@pytest.fixture(scope="session")
+def training():
+    return TrainingConfig(
+        steps=6,
+        seq_length=8,
+        global_batch_size=4,
+        aux_coef=0.02,
+        z_coef=0.001,
+        optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.1),
+        schedule=ScheduleConfig(warmup_steps=2),
+    )
+
+
+@pytest.fixture(scope="session")
+def text():
+    """61 tokens: seven windows of eight, and one of four."""
+    return np.random.default_rng(3).integers(3, 48, 61).tolist()
+
+
+@pytest.fixture
+def make_model():
+    def make(config, routing, seed=0):
+        model = CausalLM(config, routing)
+        model.initialize(seed)
+        return model
+
+    return make
