@@ -9,6 +9,7 @@ def register(app: typer.Typer) -> None:
     """Adds every command to ``app``."""
     from mistral_ms.cli.align import align
     from mistral_ms.cli.convert import convert
+    from mistral_ms.cli.data import data
     from mistral_ms.cli.demo import demo
     from mistral_ms.cli.generate import generate
     from mistral_ms.cli.inspect import inspect
@@ -18,3 +19,4 @@ def register(app: typer.Typer) -> None:
     app.command("align")(align)
     app.command("generate")(generate)
     app.command("inspect")(inspect)
+    app.command("data")(data)

@@ -1,5 +1,6 @@
 """Frozen, typed configuration: read once at the edge, passed down as plain data."""
 
+from mistral_ms.config.data import DataConfig
 from mistral_ms.config.foreign import from_hf, from_mistral, to_hf, to_mistral, to_native
 from mistral_ms.config.generation import GenerationConfig
 from mistral_ms.config.load import apply_overrides, load_model_config, read_yaml
@@ -11,6 +12,7 @@ from mistral_ms.config.training import OptimizerConfig, ScheduleConfig, Training
 __all__ = [
     "DROPLESS",
     "DType",
+    "DataConfig",
     "GenerationConfig",
     "MoEArchitecture",
     "ModelConfig",

@@ -68,6 +68,11 @@ TABLE = {
         "numpy safetensors torch mindspore",
         mindspore_only_in="mistral_ms.checkpoint.load",
     ),
+    "datasets": room(
+        "config tokenizer training.data",
+        "numpy mindspore",
+        mindspore_only_in="mistral_ms.datasets.mindrecord",
+    ),
     "training": room(BELOW_TRAINING, "mindspore numpy rich matplotlib"),
     "inference": room(BELOW_TRAINING, "mindspore numpy"),
     "lifelong": room(BELOW_TRAINING, "mindspore numpy"),
@@ -77,7 +82,7 @@ TABLE = {
         f"{BELOW_TRAINING} training inference lifelong", "mindspore numpy mindformers"
     ),
     "cli": room(
-        f"{BELOW_TRAINING} training inference lifelong alignment planner",
+        f"{BELOW_TRAINING} datasets training inference lifelong alignment planner",
         "typer click rich mindspore numpy matplotlib",
     ),
 }

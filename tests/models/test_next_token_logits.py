@@ -165,6 +165,22 @@ def test_strict_graph_with_a_rolling_buffer(graph):
     case.feed_all()
 
 
+def test_half_precision_caches_half_precision():
+    """Cached and uncached run the same float16 operations on the same numbers."""
+    pair = make_pair("mixtral", initializer_range=0.05)
+    ids, places = ragged_batch(RAGGED, pair.config.vocab_size)
+    whole = fill(CausalLM(pair.config, dtype="float16"), pair.weights())
+    want = whole(Tensor(ids), Tensor(places)).numpy()
+    spec = CacheSpec.for_model(pair.config, 3, 17, 17)
+    cached = fill(CausalLM(pair.config, dtype="float16", cache=spec), pair.weights())
+    assert {p.dtype for p in cached.get_parameters() if p.ndim == 2} == {ms.float16}
+    last = Tensor(np.array(RAGGED, np.int32) - 1)
+    got = NextTokenLogits(cached)(Tensor(ids), Tensor(places), last).numpy()
+    ends = want[np.arange(3), np.array(RAGGED) - 1]
+    # one unit of float16 (2^-10) where a sum over one more, hidden, column rounds differently
+    assert np.abs(got - ends).max() <= 2**-10 * np.abs(ends).max()
+
+
 def test_a_model_without_a_cache_is_refused():
     with pytest.raises(ConfigError, match=r"model without a cache: .*CausalLM\(cache=\.\.\.\)"):
         NextTokenLogits(CausalLM(make_pair("mixtral").config))

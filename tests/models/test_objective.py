@@ -117,6 +117,13 @@ class TestLosses:
         got, _ = run(objective(pair, loss_chunk=chunk), arrays)
         np.testing.assert_allclose(got, whole, rtol=1e-6)  # order of a float32 sum
 
+    def test_how_many_tokens_logits_are_held(self):
+        """256 MiB of float32 unless told otherwise; the numbers alone cannot tell."""
+        pair = make_pair("mixtral")
+        assert objective(pair).head_loss.chunk == 2**26 // 320
+        told = objective(pair, loss_chunk=7)
+        assert told.chunk == told.head_loss.chunk == 7
+
     def test_nothing_counted_is_zero_not_nan(self):
         pair = make_pair("mixtral")
         ids, labels, places = batch(pair)
@@ -170,6 +177,16 @@ class TestGradientsEqualHuggingFaces:
         pair = make_mixed_pair(3, (1,))
         pair.hf.router_aux_loss_coef = COEF
         self.check(pair)
+
+
+def test_a_row_of_nothing_but_padding_changes_no_loss_and_no_gradient():
+    pair = make_pair("mixtral")
+    ids, labels, places = batch(pair, [9, 0])
+    loss = objective(pair, aux_coef=COEF, z_coef=0.01)
+    total, got = gradients(loss, (ids, labels, places))
+    want_total, want = gradients(loss, (ids[:1], labels[:1], places[:1]))
+    assert abs(total - want_total) <= LOSS
+    assert_gradients_equal(got, want)
 
 
 class CapacityPair:

@@ -59,7 +59,7 @@ def text():
     return np.random.default_rng(3).integers(3, 48, 61).tolist()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model():
     def make(config, routing, seed=0):
         model = CausalLM(config, routing)

@@ -1,0 +1,130 @@
+"""From text files to a dataset: read, encode, pack, write, one document at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mistral_ms.config import DataConfig
+from mistral_ms.datasets.description import (
+    DESCRIPTION,
+    Counts,
+    DataFile,
+    DatasetInfo,
+    Vocabulary,
+    file_digest,
+)
+from mistral_ms.datasets.directory import check_target, new_directory, seal
+from mistral_ms.datasets.documents import Rejects, check_inputs, read_documents
+from mistral_ms.datasets.encoding import DocumentEncoder
+from mistral_ms.datasets.mindrecord import WindowWriter
+from mistral_ms.datasets.packing import Packer, PackingCounts
+from mistral_ms.errors import DataError
+from mistral_ms.tokenizer import Tokenizer
+
+Progress = Callable[[int, int], None]
+_PROGRESS_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class BuildResult:
+    """A dataset that was written.
+
+    Attributes:
+        info: its description.
+        first_errors: the first error of each reason for which documents were skipped.
+    """
+
+    info: DatasetInfo
+    first_errors: Mapping[str, DataError]
+
+
+def build_dataset(
+    inputs: Sequence[Path],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> BuildResult:
+    """Writes a dataset; the same inputs always give the same bytes.
+
+    Args:
+        inputs: txt and jsonl files, see :func:`~mistral_ms.datasets.documents.read_documents`.
+        tokenizer: the model's.
+        config: how documents become windows.
+        output: the directory; appears when it is whole.
+        overwrite: replace a dataset that is there.
+        progress: called with the bytes of the inputs that are done and their total.
+
+    Raises:
+        DataError: bad input, nothing to learn in it, or a target that cannot be written.
+    """
+    output = Path(output)
+    total = check_inputs(inputs)
+    check_target(output, overwrite)
+    reject, packer = Rejects(config.skip_bad), Packer(config)
+    encoder = DocumentEncoder(tokenizer, config)
+    advance = _meter(total, progress)
+    with new_directory(output, overwrite) as directory:
+        writer = WindowWriter(directory, config.seq_length)
+        for path in inputs:
+            for document in read_documents(path, config, reject, advance):
+                for run in encoder.runs(document):
+                    for window in packer.add(run):
+                        writer.write(window)
+        for window in packer.finish():
+            writer.write(window)
+        _check_something(packer.counts, config, reject)
+        counts = Counts(**asdict(packer.counts), skipped=dict(sorted(reject.counts.items())))
+        info = DatasetInfo(
+            config=config,
+            vocabulary=Vocabulary.of(tokenizer),
+            counts=counts,
+            files=_sealed(directory, writer.close()),
+        )
+        path = directory / DESCRIPTION
+        text = json.dumps(info.model_dump(), indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+        seal(path)
+    return BuildResult(info, reject.first)
+
+
+def _sealed(directory: Path, files: Mapping[str, int]) -> tuple[DataFile, ...]:
+    described = []
+    for name, windows in files.items():
+        path = directory / name
+        seal(path)
+        size, digest = path.stat().st_size, file_digest(path)
+        described.append(DataFile(name=name, size=size, sha256=digest, windows=windows))
+    return tuple(described)
+
+
+def _check_something(counts: PackingCounts, config: DataConfig, reject: Rejects) -> None:
+    if counts.windows:
+        return
+    found = f"{counts.documents} documents, {counts.tokens} tokens"
+    if skipped := sum(reject.counts.values()):
+        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(reject.counts.items()))
+        found += f", {skipped} skipped ({reasons})"
+    rule = "at least one token must be predicted"
+    if counts.dropped:
+        rule = f"a window that is not dropped takes {config.seq_length + 1} tokens"
+    raise DataError("nothing to learn", value=found, rule=rule)
+
+
+def _meter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    """Counts bytes, and speaks now and then: there may be millions of lines."""
+    done = shown = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done, shown
+        done += nbytes
+        if progress is not None and (done - shown >= _PROGRESS_BYTES or done == total):
+            shown = done
+            progress(done, total)
+
+    return advance

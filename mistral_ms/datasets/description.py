@@ -1,0 +1,214 @@
+"""``dataset.json``: what a dataset holds and how it came about; the last file to be written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from mistral_ms.config import DataConfig, ModelConfig
+from mistral_ms.config.base import Frozen, validate
+from mistral_ms.datasets.encoding import vocabulary_digest
+from mistral_ms.errors import ConfigError, DataError
+from mistral_ms.tokenizer import Tokenizer
+
+DESCRIPTION = "dataset.json"
+FORMAT = 1
+_CHUNK_BYTES = 8 << 20
+
+
+class Counts(Frozen):
+    """What was packed; see :class:`mistral_ms.datasets.packing.PackingCounts`.
+
+    Attributes:
+        skipped: bad documents by reason; they are in none of the other counts.
+    """
+
+    documents: int
+    tokens: int
+    windows: int
+    predicted: int
+    padded: int
+    dropped: int
+    silent_windows: int
+    skipped: dict[str, int]
+
+
+class Vocabulary(Frozen):
+    """The tokenizer that was used.
+
+    Attributes:
+        vocab_size: how many ids it has.
+        sha256: of what each id stands for, see
+            :func:`mistral_ms.datasets.encoding.vocabulary_digest`.
+        source: the file it was read from.
+    """
+
+    vocab_size: int
+    sha256: str
+    source: str
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> Vocabulary:
+        """Describes a tokenizer."""
+        source = next((str(path) for path in tokenizer.files.values()), "")
+        return cls(
+            vocab_size=tokenizer.vocab_size, sha256=vocabulary_digest(tokenizer), source=source
+        )
+
+    def __str__(self) -> str:
+        return f"{self.vocab_size} ids, sha256 {self.sha256[:12]} ({self.source})"
+
+
+class DataFile(Frozen):
+    """One file of a dataset.
+
+    Attributes:
+        name: its name in the directory.
+        size: its bytes.
+        sha256: its digest.
+        windows: how many it holds; 0 for the index that MindRecord keeps beside each file.
+    """
+
+    name: str
+    size: int
+    sha256: str
+    windows: int
+
+
+class DatasetInfo(Frozen):
+    """The content of ``dataset.json``."""
+
+    format: int = FORMAT
+    config: DataConfig
+    vocabulary: Vocabulary
+    counts: Counts
+    files: tuple[DataFile, ...]
+
+
+def read_info(directory: Path) -> DatasetInfo:
+    """Reads ``dataset.json`` and checks that every file is there with its size.
+
+    Raises:
+        DataError: no dataset there, an incomplete or damaged one, or one of another format.
+    """
+    path = Path(directory) / DESCRIPTION
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(
+            "incomplete dataset" if path.parent.is_dir() else "no dataset",
+            where=directory,
+            rule=f"a finished one has a {DESCRIPTION}",
+            todo="write it with the data command",
+        ) from error
+    except OSError as error:
+        raise DataError("cannot read", where=path, value=error.strerror) from error
+    except ValueError as error:
+        raise _damaged(path, error, "must be JSON") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+        raise _damaged(path, f"format {found}", f"this release reads format {FORMAT}")
+    try:
+        info = validate(DatasetInfo, values, DESCRIPTION)
+    except ConfigError as error:
+        raise _damaged(path, error, "must describe a dataset") from error
+    for file in info.files:
+        if Path(file.name).name != file.name:
+            raise _damaged(path, repr(file.name), "files must lie in the dataset's own directory")
+        _check_size(Path(directory) / file.name, file.size)
+    if sum(file.windows for file in info.files) != info.counts.windows:
+        found = f"{info.counts.windows} windows"
+        raise _damaged(path, found, "must be the sum over the files")
+    return info
+
+
+def verify(directory: Path, progress: Callable[[int, int], None] | None = None) -> DatasetInfo:
+    """Reads every byte of a dataset and compares the digests.
+
+    Args:
+        directory: the dataset.
+        progress: called with the bytes read so far and their total.
+
+    Raises:
+        DataError: see :func:`read_info`; or a file whose content is not what was written.
+    """
+    info = read_info(directory)
+    total, done = sum(file.size for file in info.files), 0
+    for file in info.files:
+        path = Path(directory) / file.name
+        found = file_digest(path)
+        if found != file.sha256:
+            rule = f"{DESCRIPTION} says {file.sha256[:12]}"
+            raise _damaged(path, f"sha256 {found[:12]}", rule)
+        done += file.size
+        if progress is not None:
+            progress(done, total)
+    return info
+
+
+def check_fit(
+    directory: Path, info: DatasetInfo, model: ModelConfig, tokenizer: Tokenizer | None = None
+) -> None:
+    """Checks that a model can be trained on a dataset.
+
+    Args:
+        directory: the dataset, for the message.
+        info: its description.
+        model: the model.
+        tokenizer: the model's. Without one the sizes of the vocabularies must be equal; with one,
+            the vocabularies must be, and the model may have rows to spare.
+
+    Raises:
+        DataError: windows that are longer than the model allows, or another vocabulary.
+    """
+    length, longest = info.config.seq_length, model.max_position_embeddings
+    if length > longest:
+        raise DataError(
+            "windows too long for the model",
+            where=directory,
+            value=f"seq_length {length}",
+            rule=f"the model's max_position_embeddings is {longest}",
+            todo=f"pack again with --seq-length {longest} or less",
+        )
+    theirs = None if tokenizer is None else Vocabulary.of(tokenizer)
+    size = info.vocabulary.vocab_size
+    same_size = size == model.vocab_size if theirs is None else size <= model.vocab_size
+    if not same_size or (theirs is not None and theirs.sha256 != info.vocabulary.sha256):
+        other = f"vocab_size {model.vocab_size}" if theirs is None or not same_size else theirs
+        raise DataError(
+            "tokenised with another vocabulary",
+            where=directory,
+            value=info.vocabulary,
+            rule=f"the model has {other}",
+            todo="pack again with the model's tokenizer",
+        )
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise DataError("cannot read", where=path, value=error.strerror) from error
+    return digest.hexdigest()
+
+
+def _check_size(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise _damaged(path, "missing", f"{DESCRIPTION} names it")
+    if (found := path.stat().st_size) != size:
+        raise _damaged(path, f"{found} bytes", f"{DESCRIPTION} says {size}")
+
+
+def _damaged(path: Path, value: object, rule: str) -> DataError:
+    todo = "copy the dataset again, or write it anew"
+    return DataError("damaged dataset", where=path, value=value, rule=rule, todo=todo)

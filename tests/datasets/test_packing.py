@@ -1,0 +1,157 @@
+"""Packing against a loop over single tokens, and against windows written by hand."""
+
+import itertools
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from mistral_ms.config import DataConfig
+from mistral_ms.datasets import Packer
+from mistral_ms.datasets.encoding import TokenRun
+from mistral_ms.datasets.packing import IGNORED
+from mistral_ms.layers import IGNORE_INDEX
+from mistral_ms.training.data import pack_windows
+
+
+def pack(documents, config, pieces=1):
+    """Windows as lists, and the counts; ``documents`` are (ids, counted), given in pieces."""
+    packer = Packer(config)
+    windows = []
+    for ids, counted in documents:
+        starts = True
+        for part in np.array_split(np.arange(len(ids)), min(pieces, len(ids))):
+            run = TokenRun(np.array(ids, np.int32)[part], np.array(counted)[part], starts)
+            windows += packer.add(run)
+            starts = False
+    windows += packer.finish()
+    arrays = [(w.ids_S, w.labels_S, w.positions_S, w.segments_S) for w in windows]
+    assert all(a.dtype == np.int32 for window in arrays for a in window)
+    return [tuple(a.tolist() for a in window) for window in arrays], packer.counts
+
+
+def by_hand(documents, config):
+    """One token after the other; no array in sight."""
+    stream = [
+        (token, counted, document, place == 0)
+        for document, (ids, flags) in enumerate(documents)
+        for place, (token, counted) in enumerate(zip(ids, flags, strict=True))
+    ]
+    S, windows = config.seq_length, []
+    for start in range(0, len(stream) - 1, S):
+        ids, labels, positions, segments = [], [], [], []
+        for place in range(start, min(start + S, len(stream) - 1)):
+            token, _, document, _ = stream[place]
+            target, counted, _, starts = stream[place + 1]
+            ids.append(token)
+            hidden = not counted or (starts and config.boundaries != "ignore")
+            labels.append(-100 if hidden else target)
+            same = [p for p in range(start, place) if stream[p][2] == document]
+            apart = config.boundaries == "attention"
+            positions.append(len(same) if apart else place - start)
+            segments.append(document - stream[start][2] if apart else 0)
+        padding = S - len(ids)
+        if padding and config.drop_last:
+            continue
+        if set(labels) != {-100}:
+            rows = ((ids, 0), (labels, -100), (positions, -1), (segments, -1))
+            windows.append(tuple(row + [fill] * padding for row, fill in rows))
+    return windows
+
+
+def random_documents(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 14, rng.integers(1, 9))
+    return [(rng.integers(3, 99, n).tolist(), (rng.random(n) < 0.7).tolist()) for n in lengths]
+
+
+@pytest.mark.parametrize("boundaries", ["loss", "attention", "ignore"])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_against_the_loop(boundaries, drop_last):
+    for seed, length, pieces in itertools.product(range(25), (1, 4, 7), (1, 3)):
+        config = DataConfig(seq_length=length, boundaries=boundaries, drop_last=drop_last)
+        documents = random_documents(seed)
+        windows, counts = pack(documents, config, pieces)
+        assert windows == by_hand(documents, config)
+        labels = [label for window in windows for label in window[1]]
+        assert counts.windows == len(windows)
+        assert counts.documents == len(documents)
+        assert counts.tokens == sum(len(ids) for ids, _ in documents)
+        assert counts.predicted == sum(label != -100 for label in labels)
+        assert counts.padded == sum(window[2].count(-1) for window in windows)
+        inputs = counts.windows * length - counts.padded
+        if not counts.silent_windows:
+            assert inputs + counts.dropped == counts.tokens - 1
+
+
+DOCUMENTS = [([1, 10, 11, 2], [True] * 4), ([1, 20, 2], [True] * 3)]
+X = IGNORED
+BY_HAND = {
+    "ignore": [
+        ([1, 10, 11, 2, 1], [10, 11, 2, 1, 20], [0, 1, 2, 3, 4], [0, 0, 0, 0, 0]),
+        ([20, 0, 0, 0, 0], [2, X, X, X, X], [0, -1, -1, -1, -1], [0, -1, -1, -1, -1]),
+    ],
+    "loss": [
+        ([1, 10, 11, 2, 1], [10, 11, 2, X, 20], [0, 1, 2, 3, 4], [0, 0, 0, 0, 0]),
+        ([20, 0, 0, 0, 0], [2, X, X, X, X], [0, -1, -1, -1, -1], [0, -1, -1, -1, -1]),
+    ],
+    "attention": [
+        ([1, 10, 11, 2, 1], [10, 11, 2, X, 20], [0, 1, 2, 3, 0], [0, 0, 0, 0, 1]),
+        ([20, 0, 0, 0, 0], [2, X, X, X, X], [0, -1, -1, -1, -1], [0, -1, -1, -1, -1]),
+    ],
+}
+
+
+@pytest.mark.parametrize("boundaries", BY_HAND)
+def test_two_documents_in_two_windows(boundaries):
+    windows, counts = pack(DOCUMENTS, DataConfig(seq_length=5, boundaries=boundaries))
+    assert windows == BY_HAND[boundaries]
+    assert (counts.documents, counts.tokens, counts.windows, counts.padded) == (2, 7, 2, 4)
+    assert counts.predicted == (6 if boundaries == "ignore" else 5)
+
+
+def test_the_last_window_is_dropped_on_request():
+    windows, counts = pack(DOCUMENTS, DataConfig(seq_length=5, drop_last=True))
+    assert windows == BY_HAND["loss"][:1]
+    assert (counts.windows, counts.padded, counts.dropped) == (1, 0, 1)
+
+
+def test_one_document_is_packed_as_training_packs_a_text_in_memory():
+    ids = list(range(1, 24))
+    windows, _ = pack([(ids, [True] * 23)], DataConfig(seq_length=8))
+    for mine, theirs in zip(zip(*windows, strict=True), pack_windows(ids, 8), strict=False):
+        assert np.array_equal(mine, theirs)
+
+
+def test_a_window_in_which_nothing_counts_is_left_out():
+    documents = [([5] * 9, [False] * 8 + [True])]
+    windows, counts = pack(documents, DataConfig(seq_length=4))
+    assert windows == [([5] * 4, [X, X, X, 5], [0, 1, 2, 3], [0] * 4)]
+    assert (counts.windows, counts.silent_windows) == (1, 1)
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_too_short_for_a_window(length):
+    windows, counts = pack([([7], [True])] * length, DataConfig(seq_length=4))
+    assert (windows, counts.tokens) == ([], length)
+
+
+def test_ignored_labels_are_those_of_the_loss():
+    assert IGNORED == IGNORE_INDEX
+
+
+def test_memory_does_not_grow_with_the_stream():
+    def peak(runs):
+        packer = Packer(DataConfig(seq_length=64))
+        tracemalloc.start()
+        for _ in range(runs):
+            run = TokenRun(np.ones(1000, np.int32), np.ones(1000, np.bool_), True)
+            for _ in packer.add(run):
+                pass
+        try:
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(5)  # what is allocated once
+    assert peak(400) < 1.5 * peak(20)  # tokens: 20 times as many

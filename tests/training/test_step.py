@@ -1,0 +1,125 @@
+"""The compiled update: the same training as Hugging Face with torch, and the same bits twice."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+import torch
+from support.hf import make_pair
+from support.models import fill
+
+from mistral_ms.config import DROPLESS, OptimizerConfig, TrainingConfig
+from mistral_ms.models import CausalLM
+from mistral_ms.training import InMemoryWindows, TrainStep, learning_rate
+
+COEF = 0.02
+LOSS = 1e-5
+"""Relative, over a handful of steps: the promise that longer trainings are held to."""
+NORM = 1e-4
+"""Relative: gradients agree to 1e-5 of each tensor's largest element."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def strict_graphs():
+    """Nothing in the graph may fall back to the Python interpreter."""
+    before = ms.get_context("jit_syntax_level")
+    ms.set_context(jit_syntax_level=ms.STRICT)
+    yield
+    ms.set_context(jit_syntax_level=before)
+
+
+def run(model, text, config):
+    data = InMemoryWindows(text, config.seq_length, config.global_batch_size, config.seed)
+    update = TrainStep(model, config)
+    return [update(step, data.batch(step)) for step in range(config.steps)]
+
+
+def bits(model):
+    return {name: weight.asnumpy().tobytes() for name, weight in model.weights().items()}
+
+
+def test_follows_hugging_face_and_torch_adamw():
+    # slow beta2 and large eps: a wrong bias correction or eps would part the losses at once
+    optimizer = OptimizerConfig(learning_rate=5e-3, beta2=0.999, eps=1e-4, weight_decay=0.1)
+    config = TrainingConfig(
+        steps=6, seq_length=12, global_batch_size=3, aux_coef=COEF, clip_norm=0.5,
+        optimizer=optimizer,
+    )  # fmt: skip
+    pair = make_pair("mixtral", router_aux_loss_coef=COEF)
+    text = np.random.default_rng(1).integers(3, 320, 97).tolist()
+    ours = run(fill(CausalLM(pair.config, DROPLESS), pair.weights()), text, config)
+
+    data = InMemoryWindows(text, 12, 3, seed=0)
+    named = dict(pair.hf.named_parameters())
+    groups = [
+        {"params": [p for p in named.values() if p.ndim > 1]},
+        {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-4, weight_decay=0.1)
+    for step, got in enumerate(ours):
+        batch = data.batch(step)
+        assert batch.positions_BS.min() == 0, "Hugging Face is given no padding here"
+        # shift_labels: ours are already the next tokens
+        output = pair.hf(
+            torch.tensor(batch.ids_BS).long(),
+            labels=torch.tensor(batch.labels_BS).long(),
+            shift_labels=torch.tensor(batch.labels_BS).long(),
+        )
+        adamw.zero_grad()
+        output.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), 0.5).item()
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(config, step)
+        adamw.step()
+        assert got.loss == pytest.approx(output.loss.item(), rel=LOSS), step
+        assert got.aux_loss == pytest.approx(output.aux_loss.item(), rel=LOSS), step
+        assert got.grad_norm == pytest.approx(norm, rel=NORM), step
+        assert norm > 0.5, "clipping must have happened"
+    assert ours[-1].lm_loss < ours[0].lm_loss - 0.5
+
+
+@pytest.fixture(scope="module")
+def trained(make_model, sparse, capacity, training, text):
+    """One training, looked at from several sides: compiling it is what takes time."""
+    model = make_model(sparse, capacity)
+    return run(model, text, training), bits(model)
+
+
+class TestSparse:
+    def test_parts_add_up(self, trained):
+        for got in trained[0]:
+            total = got.lm_loss + 0.02 * got.aux_loss + 0.001 * got.z_loss
+            assert got.loss == pytest.approx(total, rel=1e-6)  # one float32 addition each
+            assert got.grad_norm > 0
+
+    def test_counts_choices_and_drops(self, trained, training, text):
+        data = InMemoryWindows(text, 8, 4, training.seed)
+        for step, got in enumerate(trained[0]):
+            assert got.routed_LE.shape == got.kept_LE.shape == (2, 4)
+            assert got.routed_LE.sum(-1).tolist() == [2 * data.batch(step).tokens] * 2
+            # ceil(1.1 * 2 * 32 / 4) places, padding or not
+            assert (got.kept_LE == np.minimum(got.routed_LE, 18)).all()
+        assert any((got.kept_LE < got.routed_LE).any() for got in trained[0])
+
+    def test_reports_the_rate_it_used(self, trained, training):
+        rates = [got.learning_rate for got in trained[0]]
+        assert rates == [learning_rate(training, step) for step in range(training.steps)]
+
+    def test_another_training_ends_with_the_same_bits(
+        self, trained, make_model, sparse, capacity, training, text
+    ):
+        model = make_model(sparse, capacity)
+        start = bits(model)
+        results = run(model, text, training)
+        assert bits(model) == trained[1] != start
+        assert [r.loss for r in results] == [r.loss for r in trained[0]]
+
+
+def test_dense_model_has_no_experts_and_the_mode_comes_back(
+    make_model, dense, capacity, training, text
+):
+    before = ms.get_context("mode")
+    got = run(make_model(dense, capacity), text, training)[0]
+    assert ms.get_context("mode") == before == ms.PYNATIVE_MODE
+    assert got.routed_LE.size == got.kept_LE.size == 0
+    assert (got.aux_loss, got.z_loss) == (0, 0)
+    assert got.loss == got.lm_loss
