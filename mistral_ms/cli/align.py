@@ -27,6 +27,7 @@ def align(
     ] = None,
 ) -> None:
     """Run the same prompts through Hugging Face (torch) and here; exit 1 when they part."""
+    import mindspore as ms
     from rich.console import Console
     from rich.table import Table
 
@@ -34,6 +35,9 @@ def align(
     from mistral_ms.cli.output import read_lines, write_json
 
     console = Console(highlight=False)
+    if ms.get_context("device_target") == "CPU":
+        # operator by operator, waiting for each is several times faster than a busy queue
+        ms.runtime.launch_blocking()
     result = run(
         hf_dir,
         ckpt,

@@ -147,8 +147,9 @@ def read_documents(
 
 def _whole_file(path: Path, reject: Rejects, advance: Advance) -> Iterator[Document]:
     """Reads the file twice: its first half must not be packed when the second is not UTF-8."""
-    blank = True
+    blank, size = True, 0
     for number, line in _lines(path):
+        size += len(line)
         try:
             blank = not _decoded(line, f"{path}, line {number}").strip() and blank
         except DataError as error:
@@ -159,6 +160,7 @@ def _whole_file(path: Path, reject: Rejects, advance: Advance) -> Iterator[Docum
         reject(
             _bad("empty document", path, None, "a text must have at least one visible character")
         )
+        advance(size)
         return
     yield TextDocument(_chunks(_decoded_lines(path, advance)))
 

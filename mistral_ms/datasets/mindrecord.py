@@ -127,18 +127,17 @@ class WindowWriter:
         return self._directory / f"windows-{number:05d}.mindrecord"
 
     def _failed(self, error: Exception) -> DataError:
-        """MindRecord does not say why; a disk without room for a page is the likely reason."""
-        free = shutil.disk_usage(self._directory).free
-        if free < 2 * self._page_bytes:
-            reason = f"{free / 1e6:.1f} MB free, {_reason(error)}"
-            return DataError(
-                "disk full",
-                where=self._directory.parent,
-                value=reason,
-                rule="nothing was changed",
-                todo="free some space, or choose another place",
-            )
-        return write_error(self._directory.parent, _reason(error))
+        """MindRecord seldom says why; a disk without room for a page is the likely reason."""
+        free, reason = shutil.disk_usage(self._directory).free, _reason(error)
+        if free >= 2 * self._page_bytes and "No free disk" not in reason:
+            return write_error(self._directory.parent, reason)
+        return DataError(
+            "disk full",
+            where=self._directory.parent,
+            value=f"{free / 1e6:.1f} MB free, {reason}",
+            rule="nothing was changed",
+            todo="free some space, or choose another place",
+        )
 
 
 class WindowReader:
@@ -201,4 +200,4 @@ def _damaged(path: Path, number: int, value: str) -> DataError:
 def _reason(error: Exception) -> str:
     """The one telling line of MindSpore's message."""
     found = re.search(r"\[ERROR\] (.+)", str(error))
-    return found.group(1) if found else " ".join(str(error).split())
+    return " ".join((found.group(1) if found else str(error)).split())

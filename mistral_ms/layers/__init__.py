@@ -7,7 +7,7 @@ from mistral_ms.layers.kv_cache import CacheSpec, KeyPositions, KVCache
 from mistral_ms.layers.linear import Linear, output_logits
 from mistral_ms.layers.loss import IGNORE_INDEX, HeadLoss, token_nll
 from mistral_ms.layers.norm import RMSNorm
-from mistral_ms.layers.parameter import draw
+from mistral_ms.layers.parameter import draw, is_buffer
 from mistral_ms.layers.rope import RotaryTable, rope_angles
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "RMSNorm",
     "RotaryTable",
     "draw",
+    "is_buffer",
     "output_logits",
     "rope_angles",
     "token_nll",

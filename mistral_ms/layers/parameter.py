@@ -17,7 +17,14 @@ def weight(*shape: int, dtype: str = "float32", init: str = "zeros") -> Paramete
 
 def buffer(*shape: int, dtype: str = "float32", init: str = "zeros") -> Parameter:
     """State that is not trained and not part of a checkpoint."""
-    return Parameter(initializer(init, shape, getattr(ms, dtype)), requires_grad=False)
+    parameter = Parameter(initializer(init, shape, getattr(ms, dtype)), requires_grad=False)
+    parameter.is_buffer = True
+    return parameter
+
+
+def is_buffer(parameter: Parameter) -> bool:
+    """Whether :func:`buffer` made it. A frozen weight has no gradient either, yet is a weight."""
+    return getattr(parameter, "is_buffer", False)
 
 
 def draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> np.ndarray:

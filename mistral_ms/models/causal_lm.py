@@ -21,6 +21,7 @@ from mistral_ms.layers import (
     RMSNorm,
     RotaryTable,
     draw,
+    is_buffer,
     output_logits,
     visible_keys,
 )
@@ -126,8 +127,8 @@ class CausalLM(nn.Cell):
         self.key_positions.reset()
 
     def weights(self) -> dict[str, ms.Parameter]:
-        """All trainable parameters by the names that our checkpoints use."""
-        return {n: p for n, p in self.parameters_and_names() if p.requires_grad}
+        """All weights, frozen ones too, by the names that our checkpoints use."""
+        return {n: p for n, p in self.parameters_and_names() if not is_buffer(p)}
 
     def initialize(self, seed: int) -> None:
         """Draws fresh weights: normal(0, initializer_range), norms one; a function of the seed."""

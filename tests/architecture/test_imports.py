@@ -249,7 +249,7 @@ def test_nothing_imports_the_command_line():
     assert not any("cli" in rule.rooms for rule in TABLE.values())
 
 
-@pytest.mark.parametrize("name", ["config", "tokenizer", "checkpoint", "data", "cli"])
+@pytest.mark.parametrize("name", ["config", "tokenizer", "checkpoint", "data", "datasets", "cli"])
 def test_light_rooms_load_nothing_heavy(name):
     """Not only by their own imports: also by those of what they import."""
     code = (

@@ -12,7 +12,6 @@ import pytest
 
 from mistral_ms.config import DataConfig
 from mistral_ms.datasets import build, build_dataset, directory, mindrecord, read_info, verify
-from mistral_ms.datasets.mindrecord import WindowWriter
 from mistral_ms.errors import DataError
 
 GOOD = ({"text": "The harbour wakes."}, {"text": "Eight experts, two awake."})
@@ -239,14 +238,26 @@ def test_a_file_that_cannot_grow_is_a_clear_error(jsonl, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_a_full_disk_is_named(tmp_path, monkeypatch):
-    writer = WindowWriter(tmp_path, 4)
-    usage = type("Usage", (), {"free": 1_000_000})
+@pytest.mark.parametrize(
+    ("free", "message"),
+    [
+        (1_000_000, "[ERROR] Failed to seekp file.\nmore"),
+        (9_437_184, "No free disk to be used while writing mindrecord files"),  # as measured
+    ],
+)
+def test_a_full_disk_is_named(free, message, make, jsonl, monkeypatch, tmp_path):
+    from mindspore.mindrecord import FileWriter
+
+    def fail(*_):
+        raise RuntimeError(message)
+
+    usage = type("Usage", (), {"free": free})
     monkeypatch.setattr(mindrecord.shutil, "disk_usage", lambda path: usage)
-    error = writer._failed(RuntimeError("[ERROR] Failed to seekp file.\nmore"))
-    assert str(error).startswith(
-        f"disk full: {tmp_path.parent}: 1.0 MB free, Failed to seekp file."
-    )
+    monkeypatch.setattr(FileWriter, "write_raw_data", fail)
+    reason = message.removeprefix("[ERROR] ").partition("\n")[0]
+    expected = rf"disk full: {tmp_path}: {free / 1e6:.1f} MB free, {reason}: nothing was changed"
+    with pytest.raises(DataError, match=expected):
+        make(jsonl(*GOOD))
 
 
 def test_existing_targets(make, jsonl, tmp_path):

@@ -191,3 +191,11 @@ def test_positions_can_be_fewer_than_the_models():
     full.initialize(0)
     ids, places = ragged_batch([9], config.vocab_size)
     np.testing.assert_array_equal(logits(model, ids, places), logits(full, ids, places))
+
+
+def test_frozen_weights_are_weights_and_the_cache_is_not():
+    config = make_pair("mixtral").config
+    model = CausalLM(config, cache=CacheSpec(batch=1, length=8))
+    names = set(model.weights())
+    model.layers[0].moe.experts.w1.requires_grad = False
+    assert set(model.weights()) == names == set(CausalLM(config).weights())
