@@ -9,11 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def quiet_backend() -> None:
-    """Lets MindSpore log errors only; to be called before its first import."""
-    os.environ.setdefault("GLOG_v", "3")
-
-
 @contextmanager
 def backend_log(path: Path) -> Iterator[None]:
     """Sends all that is written to stderr inside, by native code too, to a file.

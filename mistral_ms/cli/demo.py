@@ -27,14 +27,13 @@ def demo(
     """Train a tiny Mixtral on this machine, export it, check it, generate, write a report."""
     from rich.console import Console
 
-    from mistral_ms.cli.backend_log import backend_log, quiet_backend
+    from mistral_ms.cli.backend_log import backend_log
     from mistral_ms.cli.output import write_json
 
     run = load_demo_run(steps)
     prepare(output, json)
     console = Console(highlight=False, soft_wrap=True)
     console.print("[bold]mistral_ms demo[/]: a tiny Mixtral, from random weights to a report")
-    quiet_backend()
     with backend_log(output / "backend.log"):
         from mistral_ms.cli.demo_page import write_page
         from mistral_ms.cli.demo_story import result, tell

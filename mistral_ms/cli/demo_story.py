@@ -16,11 +16,11 @@ from mistral_ms.checkpoint import convert, open_checkpoint, save_native
 from mistral_ms.checkpoint.load import to_numpy
 from mistral_ms.config import GenerationConfig, RunConfig
 from mistral_ms.data import demo_text
+from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.inference import Completion, Engine
 from mistral_ms.models import CausalLM
 from mistral_ms.tokenizer import Tokenizer, packaged_tokenizer
 from mistral_ms.training import (
-    InMemoryWindows,
     MetricsWriter,
     StepRecord,
     TrainingSummary,

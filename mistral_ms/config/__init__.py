@@ -1,5 +1,6 @@
 """Frozen, typed configuration: read once at the edge, passed down as plain data."""
 
+from mistral_ms.config.conventions import IGNORE_INDEX
 from mistral_ms.config.data import DataConfig
 from mistral_ms.config.foreign import from_hf, from_mistral, to_hf, to_mistral, to_native
 from mistral_ms.config.generation import GenerationConfig
@@ -11,6 +12,7 @@ from mistral_ms.config.training import OptimizerConfig, ScheduleConfig, Training
 
 __all__ = [
     "DROPLESS",
+    "IGNORE_INDEX",
     "DType",
     "DataConfig",
     "GenerationConfig",

@@ -2,9 +2,10 @@
 
 The room imports config, errors, tokenizer and NumPy. MindSpore (its mindrecord and dataset
 packages) is loaded in :mod:`mistral_ms.datasets.mindrecord` alone, and only when records are
-written or read: bad input is reported before that. Of training only the record ``Batch`` is known.
+written or read: bad input is reported before that.
 """
 
+from mistral_ms.datasets.batches import Batch, BatchSource, InMemoryWindows
 from mistral_ms.datasets.build import BuildResult, build_dataset
 from mistral_ms.datasets.description import DatasetInfo, check_fit, read_info, verify
 from mistral_ms.datasets.encoding import DialogueEncoder, DocumentEncoder, vocabulary_digest
@@ -12,10 +13,13 @@ from mistral_ms.datasets.packing import Packer, Window
 from mistral_ms.datasets.windows import MindRecordWindows
 
 __all__ = [
+    "Batch",
+    "BatchSource",
     "BuildResult",
     "DatasetInfo",
     "DialogueEncoder",
     "DocumentEncoder",
+    "InMemoryWindows",
     "MindRecordWindows",
     "Packer",
     "Window",

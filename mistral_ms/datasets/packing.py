@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mistral_ms.config import DataConfig
+from mistral_ms.config import IGNORE_INDEX, DataConfig
 from mistral_ms.datasets.encoding import TokenRun
 
-IGNORED = -100  # layers.IGNORE_INDEX, without loading MindSpore; a test holds them equal
 PADDING = -1
 
 
@@ -20,7 +19,7 @@ class Window:
 
     Attributes:
         ids_S: tokens; 0 where padded.
-        labels_S: the token after each one; IGNORED where nothing is predicted.
+        labels_S: the token after each one; IGNORE_INDEX where nothing is predicted.
         positions_S: of the tokens; -1 where padded.
         segments_S: numbers from 0 on; only tokens of equal number may attend to each other. -1
             where padded.
@@ -107,7 +106,7 @@ class Packer:
         self._forget(inputs)
 
     def _given(self, window: Window) -> Iterator[Window]:
-        predicted = int(np.count_nonzero(window.labels_S != IGNORED))
+        predicted = int(np.count_nonzero(window.labels_S != IGNORE_INDEX))
         if predicted:
             self.counts.windows += 1
             self.counts.predicted += predicted
@@ -119,9 +118,9 @@ class Packer:
         """The window of ``inputs`` tokens from ``first`` on, padded to S."""
         S, boundaries = self._config.seq_length, self._config.boundaries
         now, then = slice(first, first + inputs), slice(first + 1, first + 1 + inputs)
-        labels = np.where(self._counted[then], self._ids[then], np.int32(IGNORED))
+        labels = np.where(self._counted[then], self._ids[then], np.int32(IGNORE_INDEX))
         if boundaries != "ignore":
-            labels[self._starts[then]] = IGNORED
+            labels[self._starts[then]] = IGNORE_INDEX
         positions, segments = np.arange(inputs), np.zeros(inputs, np.int32)
         if boundaries == "attention":
             begins = self._starts[now].copy()
@@ -130,7 +129,7 @@ class Packer:
             positions = positions - np.flatnonzero(begins)[segments]
         return Window(
             ids_S=_filled(self._ids[now], S, 0),
-            labels_S=_filled(labels, S, IGNORED),
+            labels_S=_filled(labels, S, IGNORE_INDEX),
             positions_S=_filled(positions, S, PADDING),
             segments_S=_filled(segments, S, PADDING),
         )

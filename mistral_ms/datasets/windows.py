@@ -1,22 +1,19 @@
-"""The dataset that training reads: a :class:`mistral_ms.training.data.BatchSource`."""
+"""The dataset that training reads: a :class:`mistral_ms.datasets.batches.BatchSource`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mistral_ms.config import ModelConfig
+from mistral_ms.datasets.batches import Batch
 from mistral_ms.datasets.description import DatasetInfo, check_fit, read_info
 from mistral_ms.datasets.mindrecord import WindowReader
 from mistral_ms.errors import DataError
 from mistral_ms.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from mistral_ms.training.data import Batch
 
 
 class MindRecordWindows:
@@ -112,8 +109,6 @@ class MindRecordWindows:
         return np.stack([self._reader[int(number)].segments_S for number in samples_B])
 
     def _batch(self, samples_B: np.ndarray) -> Batch:
-        from mistral_ms.training.data import Batch
-
         windows = [self._reader[int(number)] for number in samples_B]
         return Batch(
             ids_BS=np.stack([window.ids_S for window in windows]),

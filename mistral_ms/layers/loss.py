@@ -5,10 +5,8 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+from mistral_ms.config import IGNORE_INDEX
 from mistral_ms.layers.linear import output_logits
-
-IGNORE_INDEX = -100
-"""Label of tokens that do not count (Hugging Face's convention)."""
 
 _log_softmax = ops.LogSoftmax(-1)
 _pick = ops.GatherD()

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from mistral_ms.layers import IGNORE_INDEX, HeadLoss, output_logits, token_nll
+from mistral_ms.config import IGNORE_INDEX
+from mistral_ms.layers import HeadLoss, output_logits, token_nll
 from mistral_ms.models.causal_lm import CausalLM
 from mistral_ms.moe import load_balancing_loss, router_z_loss
 

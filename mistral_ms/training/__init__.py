@@ -1,6 +1,5 @@
-"""Training: batches, schedule, optimizer, the compiled step, the loop, and what it reports."""
+"""Training: schedule, optimizer, the compiled step, the loop, and what it reports."""
 
-from mistral_ms.training.data import Batch, BatchSource, InMemoryWindows
 from mistral_ms.training.loop import Observer, TrainingSummary, train
 from mistral_ms.training.metrics import MetricsWriter, StepRecord, read_metrics
 from mistral_ms.training.progress import show_progress
@@ -8,9 +7,6 @@ from mistral_ms.training.schedule import learning_rate
 from mistral_ms.training.step import StepResult, TrainStep
 
 __all__ = [
-    "Batch",
-    "BatchSource",
-    "InMemoryWindows",
     "MetricsWriter",
     "Observer",
     "StepRecord",

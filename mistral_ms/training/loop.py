@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mistral_ms.config import RoutingConfig, TrainingConfig
+from mistral_ms.datasets.batches import BatchSource
 from mistral_ms.errors import TrainingError
 from mistral_ms.models import CausalLM
-from mistral_ms.training.data import BatchSource
 from mistral_ms.training.metrics import StepRecord, make_record
 from mistral_ms.training.step import StepResult, TrainStep
 

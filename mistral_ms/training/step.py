@@ -11,9 +11,9 @@ import numpy as np
 from mindspore import ParameterTuple, Tensor, nn
 
 from mistral_ms.config import TrainingConfig
+from mistral_ms.datasets.batches import Batch
 from mistral_ms.models import CausalLM, LossReport, Objective
 from mistral_ms.training.clipping import clip_by_global_norm
-from mistral_ms.training.data import Batch
 from mistral_ms.training.optimizer import AdamW
 from mistral_ms.training.schedule import learning_rate
 
@@ -93,10 +93,11 @@ class TrainStep:
 
     def __init__(self, model: CausalLM, config: TrainingConfig, *, pooled_aux: bool = True) -> None:
         self.config = config
+        trained = [weight for weight in model.weights().values() if weight.requires_grad]
         objective = Objective(
             model, aux_coef=config.aux_coef, z_coef=config.z_coef, pooled_aux=pooled_aux
         )
-        self.optimizer = AdamW(list(model.weights().values()), config.optimizer)
+        self.optimizer = AdamW(trained, config.optimizer)
         self._graph = UpdateGraph(objective, self.optimizer, config.clip_norm)
 
     def __call__(self, step: int, batch: Batch) -> StepResult:

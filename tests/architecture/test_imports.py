@@ -46,7 +46,7 @@ def room(rooms: str = "", packages: str = "", **modules: str) -> Room:
 
 
 MODEL_ROOMS = "config ops layers moe models"
-BELOW_TRAINING = f"{MODEL_ROOMS} parallel tokenizer checkpoint data"
+BELOW_TRAINING = f"{MODEL_ROOMS} parallel tokenizer checkpoint data datasets"
 # numpy goes where mindspore goes: its tensors are made of arrays
 TABLE = {
     "errors": room(),
@@ -69,7 +69,7 @@ TABLE = {
         mindspore_only_in="mistral_ms.checkpoint.load",
     ),
     "datasets": room(
-        "config tokenizer training.data",
+        "config tokenizer",
         "numpy mindspore",
         mindspore_only_in="mistral_ms.datasets.mindrecord",
     ),
@@ -82,7 +82,7 @@ TABLE = {
         f"{BELOW_TRAINING} training inference lifelong", "mindspore numpy mindformers"
     ),
     "cli": room(
-        f"{BELOW_TRAINING} datasets training inference lifelong alignment planner",
+        f"{BELOW_TRAINING} training inference lifelong alignment planner",
         "typer click rich mindspore numpy matplotlib",
     ),
 }

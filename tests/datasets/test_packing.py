@@ -6,12 +6,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from mistral_ms.config import DataConfig
+from mistral_ms.config import IGNORE_INDEX, DataConfig
 from mistral_ms.datasets import Packer
+from mistral_ms.datasets.batches import pack_windows
 from mistral_ms.datasets.encoding import TokenRun
-from mistral_ms.datasets.packing import IGNORED
-from mistral_ms.layers import IGNORE_INDEX
-from mistral_ms.training.data import pack_windows
 
 
 def pack(documents, config, pieces=1):
@@ -85,7 +83,7 @@ def test_against_the_loop(boundaries, drop_last):
 
 
 DOCUMENTS = [([1, 10, 11, 2], [True] * 4), ([1, 20, 2], [True] * 3)]
-X = IGNORED
+X = IGNORE_INDEX
 BY_HAND = {
     "ignore": [
         ([1, 10, 11, 2, 1], [10, 11, 2, 1, 20], [0, 1, 2, 3, 4], [0, 0, 0, 0, 0]),
@@ -134,10 +132,6 @@ def test_a_window_in_which_nothing_counts_is_left_out():
 def test_too_short_for_a_window(length):
     windows, counts = pack([([7], [True])] * length, DataConfig(seq_length=4))
     assert (windows, counts.tokens) == ([], length)
-
-
-def test_ignored_labels_are_those_of_the_loss():
-    assert IGNORED == IGNORE_INDEX
 
 
 def test_memory_does_not_grow_with_the_stream():

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from mistral_ms.config import DataConfig
-from mistral_ms.datasets import MindRecordWindows, build_dataset
+from mistral_ms.datasets import InMemoryWindows, MindRecordWindows, build_dataset
 from mistral_ms.errors import DataError
-from mistral_ms.training import InMemoryWindows
 
 STEPS = 9
 

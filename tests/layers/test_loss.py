@@ -6,7 +6,8 @@ import pytest
 import torch
 from mindspore import Tensor
 
-from mistral_ms.layers import IGNORE_INDEX, HeadLoss, token_nll
+from mistral_ms.config import IGNORE_INDEX
+from mistral_ms.layers import HeadLoss, token_nll
 
 T, H, V = 13, 6, 17
 # MindSpore's exponential on CPU is good to 6e-6: so are probabilities, and their gradients times

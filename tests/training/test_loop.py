@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.errors import TrainingError
-from mistral_ms.training import InMemoryWindows, StepResult, loop, train
+from mistral_ms.training import StepResult, loop, train
 
 
 @pytest.fixture

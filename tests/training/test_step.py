@@ -8,8 +8,9 @@ from support.hf import make_pair
 from support.models import fill
 
 from mistral_ms.config import DROPLESS, OptimizerConfig, TrainingConfig
+from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.models import CausalLM
-from mistral_ms.training import InMemoryWindows, TrainStep, learning_rate
+from mistral_ms.training import TrainStep, learning_rate
 
 COEF = 0.02
 LOSS = 1e-5

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
+from mistral_ms.config import IGNORE_INDEX
 from mistral_ms.errors import DataError
-from mistral_ms.layers import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True)

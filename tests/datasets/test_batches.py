@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from mistral_ms.config import IGNORE_INDEX
+from mistral_ms.datasets import InMemoryWindows
+from mistral_ms.datasets.batches import pack_windows
 from mistral_ms.errors import DataError
-from mistral_ms.layers import IGNORE_INDEX
-from mistral_ms.training import InMemoryWindows
-from mistral_ms.training.data import pack_windows
 
 
 class TestPackWindows:
@@ -35,6 +35,12 @@ class TestPackWindows:
     def test_nothing_to_predict(self, ids):
         with pytest.raises(DataError, match=rf"nothing to learn: {len(ids)} tokens: at least two"):
             pack_windows(ids, 8)
+
+
+@pytest.fixture
+def text():
+    """61 tokens: seven windows of eight, and one of four."""
+    return np.random.default_rng(3).integers(3, 48, 61).tolist()
 
 
 class TestInMemoryWindows:

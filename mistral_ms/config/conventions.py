@@ -1,0 +1,6 @@
+"""Numbers with a meaning that several rooms share."""
+
+from __future__ import annotations
+
+IGNORE_INDEX = -100
+"""Label of a token after which nothing is predicted (Hugging Face's convention)."""
