@@ -13,7 +13,7 @@ from mistral_ms.errors import MistralMsError
 
 app = typer.Typer(
     name="run_mixtral.py",
-    help="Mistral 7B and Mixtral 8x7B on MindSpore: convert, align, generate, demo.",
+    help="Mistral 7B and Mixtral 8x7B on MindSpore: convert, align, generate, prepare data.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
