@@ -3,8 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# torch is pinned so that a local or mirrored CPU build is found under this very name; on Linux the
-# package index's own build of it brings CUDA libraries along. The README says how to avoid that.
+# The version that the measurements were made with. On Linux the package index's build of it brings
+# CUDA libraries along; the README says how to get the CPU build instead.
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 
@@ -15,7 +15,9 @@ export GLOG_v ?= 3
 install: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "Python 3.11 is needed: make install PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) "$(TORCH)" -e ".[align,test]"
 	touch $(STAMP)
 
@@ -38,4 +40,4 @@ format: install
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) demo *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) demo rank_* *.egg-info .pytest_cache .ruff_cache .mypy_cache

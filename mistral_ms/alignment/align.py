@@ -12,7 +12,7 @@ from mistral_ms.alignment.compare import TOLERANCE, Comparison, compare
 from mistral_ms.alignment.hugging_face import run_hugging_face
 from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.config import ModelConfig
-from mistral_ms.errors import GenerationError, TokenizerError
+from mistral_ms.errors import CheckpointError, GenerationError, TokenizerError
 from mistral_ms.tokenizer import check_vocabulary, load_tokenizer
 
 DEFAULT_PROMPTS = (
@@ -21,6 +21,17 @@ DEFAULT_PROMPTS = (
     "Which two, the dispatcher decides",
     "def fibonacci(n: int) -> int:\n    ",
     "1, 1, 2, 3, 5, 8,",
+)
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_size",
+    "num_hidden_layers",
+    "sparse_layers",
 )
 
 
@@ -47,14 +58,15 @@ def align(
         say: told what is being done.
 
     Raises:
-        CheckpointError: a directory that cannot be read.
-        TokenizerError: prompts were given and there is no tokenizer.
+        CheckpointError: a directory that cannot be read, or two models of different sizes.
+        TokenizerError: a tokenizer that cannot be read, or none although prompts were given.
         GenerationError: a prompt that is empty or longer than the model's positions.
     """
     ours = our_path or hf_path
-    with open_checkpoint(ours, kind) as source:
+    with open_checkpoint(ours, kind) as source, open_checkpoint(hf_path, "hf") as theirs:
         config = source.config
-    ids = _prompt_ids(hf_path, config, prompts)
+        _check_comparable(theirs.config, config, ours)
+    ids = _prompt_ids(hf_path, config, prompts, say)
     room = config.max_position_embeddings - max(map(len, ids))
     if room < 0:
         raise GenerationError(
@@ -72,17 +84,42 @@ def align(
     return compare(oracle, run_ours(ours, ids, new_tokens, kind), tolerance)
 
 
-def _prompt_ids(path: Path, config: ModelConfig, prompts: Sequence[str] | None) -> list[list[int]]:
+def _check_comparable(oracle: ModelConfig, ours: ModelConfig, where: Path) -> None:
+    """Models whose tensors differ in shape cannot be compared layer by layer."""
+    for key in SIZES:
+        if getattr(oracle, key) != getattr(ours, key):
+            raise CheckpointError(
+                "not the same model",
+                where=f"{where}: {key}",
+                value=getattr(ours, key),
+                rule=f"Hugging Face's has {getattr(oracle, key)}",
+            )
+    if (oracle.moe and ours.moe) and (
+        oracle.moe.num_local_experts != ours.moe.num_local_experts
+        or oracle.moe.num_experts_per_tok != ours.moe.num_experts_per_tok
+    ):
+        raise CheckpointError(
+            "not the same model", where=f"{where}: moe", value=ours.moe, rule=f"not {oracle.moe}"
+        )
+
+
+def _prompt_ids(
+    path: Path,
+    config: ModelConfig,
+    prompts: Sequence[str] | None,
+    say: Callable[[str], None],
+) -> list[list[int]]:
+    if prompts is not None and not prompts:
+        raise GenerationError("no prompts", rule="at least one")
     try:
         tokenizer = load_tokenizer(path)
-    except TokenizerError:
-        if prompts is not None:
+    except TokenizerError as error:
+        if prompts is not None or error.what != "no tokenizer":
             raise
+        say("no tokenizer there: random token ids instead of texts")
         stream = np.random.default_rng(0)
         lengths = [min(n, config.max_position_embeddings) for n in (5, 29, 13, 12)]
         return [stream.integers(0, config.vocab_size, n).tolist() for n in lengths]
     check_vocabulary(tokenizer, config)
-    ids = [tokenizer.encode(text) for text in prompts or DEFAULT_PROMPTS]
-    if not ids:
-        raise GenerationError("no prompts", rule="at least one")
-    return ids
+    texts = DEFAULT_PROMPTS if prompts is None else prompts
+    return [tokenizer.encode(text) for text in texts]

@@ -48,6 +48,8 @@ class Comparison:
         routing_agreement: share of (sparse layer, token) with the same set of experts; 1.0 for a
             dense model.
         greedy_match: whether all greedy continuations are identical.
+        greedy_tokens: how many tokens the oracle continued with, over all prompts (it stops at
+            the end of a text).
         tokens: prompt tokens compared.
         tolerance: allowed share of the largest logit.
         places: hidden-state differences in the order of the computation.
@@ -59,6 +61,7 @@ class Comparison:
     top1_agreement: float
     routing_agreement: float
     greedy_match: bool
+    greedy_tokens: int
     tokens: int
     tolerance: float
     places: tuple[Place, ...]
@@ -110,19 +113,21 @@ def compare(oracle: Side, ours: Side, tolerance: float = TOLERANCE) -> Compariso
     ]
     names = list(pairs[0][0].hidden)
     return Comparison(
-        max_abs_diff=float(max(d.max() for d in differences)),
+        # np.max, not max(): Python's would step over a NaN
+        max_abs_diff=float(np.max([d.max() for d in differences])),
         mean_abs_diff=float(np.concatenate([d.ravel() for d in differences]).mean()),
-        max_abs_logit=float(max(np.abs(a.logits_SV).max() for a, _ in pairs)),
+        max_abs_logit=float(np.max([np.abs(a.logits_SV).max() for a, _ in pairs])),
         top1_agreement=float(np.concatenate(same_top).mean()),
         routing_agreement=float(np.concatenate(same_experts).mean()) if same_experts else 1.0,
         greedy_match=oracle.greedy == ours.greedy,
+        greedy_tokens=sum(map(len, oracle.greedy)),
         tokens=sum(len(a.logits_SV) for a, _ in pairs),
         tolerance=tolerance,
         places=tuple(
             Place(
                 name,
-                float(max(np.abs(a.hidden[name] - b.hidden[name]).max() for a, b in pairs)),
-                float(max(np.abs(a.hidden[name]).max() for a, _ in pairs)),
+                float(np.max([np.abs(a.hidden[name] - b.hidden[name]).max() for a, b in pairs])),
+                float(np.max([np.abs(a.hidden[name]).max() for a, _ in pairs])),
             )
             for name in names
         ),

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mistral_ms.cli.convert import SourceFormat
+
 
 def align(
     hf_dir: Annotated[Path, typer.Argument(help="Directory of the Hugging Face model.")],
@@ -20,7 +22,7 @@ def align(
         float, typer.Option(min=0, help="Allowed difference, as a share of the largest logit.")
     ] = 2e-5,
     source: Annotated[
-        str | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
+        SourceFormat | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
     ] = None,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the result to this file as JSON.")

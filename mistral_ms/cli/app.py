@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
-import click
 import typer
 from rich.console import Console
 
@@ -25,11 +25,11 @@ def main() -> None:
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings are for its developers
     from mistral_ms.cli import commands
 
+    # a polite end: what is half-written is removed on the way out
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     commands.register(app)
     try:
         app()
     except MistralMsError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
-    except click.Abort:
-        sys.exit(130)

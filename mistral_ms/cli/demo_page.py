@@ -180,13 +180,13 @@ def _commands(story: Story) -> list[tuple[str, str]]:
     files, title = story.files, story.text.title
     return [
         (
-            f'python run_mixtral.py generate {files.checkpoint} --prompt "{title}" '
+            f'.venv/bin/python run_mixtral.py generate {files.checkpoint} --prompt "{title}" '
             "--max-new-tokens 48",
             "let the model write again",
         ),
-        (f"python run_mixtral.py inspect {files.exported}", "see what a checkpoint is"),
+        (f".venv/bin/python run_mixtral.py inspect {files.exported}", "see what a checkpoint is"),
         (
-            f"python run_mixtral.py align {files.exported}",
+            f".venv/bin/python run_mixtral.py align {files.exported}",
             "compare its logits with those of transformers",
         ),
     ]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mistral_ms.cli.convert import SourceFormat
+
 if TYPE_CHECKING:
     from mistral_ms.config import GenerationConfig
     from mistral_ms.inference import Engine, Generation
@@ -46,10 +48,10 @@ def generate(
         bool, typer.Option("--interactive", help="Chat in a loop; /reset forgets, /exit ends.")
     ] = False,
     max_length: Annotated[
-        int | None, typer.Option(help="Positions for prompt and new tokens together.")
+        int | None, typer.Option(min=1, help="Positions for prompt and new tokens together.")
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
+        SourceFormat | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
     ] = None,
     dtype: Annotated[
         ComputeDType, typer.Option(help="Compute in this; bf16 needs an NPU.")
@@ -67,6 +69,8 @@ def generate(
 
     if interactive == bool(prompt):
         raise typer.BadParameter("give --prompt (one or more) or --interactive, not both")
+    if interactive and json is not None:
+        raise typer.BadParameter("--json goes with --prompt")
     request = validate(
         GenerationConfig,
         {
@@ -113,7 +117,8 @@ def _complete(
     else:
         ids = [tokenizer.encode(text) for text in prompts]
     with open_checkpoint(ckpt, options["kind"]) as checkpoint:
-        length = max_length or required_length(checkpoint.config, ids, request)
+        needed = required_length(checkpoint.config, ids, request)
+        length = needed if max_length is None else max_length
     engine = Engine.load(ckpt, batch=len(ids), max_length=length, **options)
 
     def stream(number: int, text: str) -> None:
@@ -145,9 +150,8 @@ def _chat_loop(
 
     with open_checkpoint(ckpt, options["kind"]) as checkpoint:
         positions = checkpoint.config.max_position_embeddings
-    engine: Engine = Engine.load(
-        ckpt, max_length=max_length or min(CHAT_LENGTH, positions), **options
-    )
+    length = min(CHAT_LENGTH, positions) if max_length is None else max_length
+    engine: Engine = Engine.load(ckpt, max_length=length, **options)
     session = ChatSession(engine, request)
     print("Chat. /reset forgets the conversation, /exit or Ctrl-D ends.")
     while True:

@@ -82,20 +82,21 @@ class Engine:
     """A model with a cache, ready to generate.
 
     Args:
-        model: built with a cache of ``batch`` sequences.
-        batch: sequences computed side by side; more prompts run in groups.
+        model: built with a cache; more prompts than it holds sequences run in groups.
         max_length: positions per sequence, prompt and new tokens together.
         chunk: the most prompt tokens prefilled at a time.
         tokenizer: turns ids into text; without one completions have ids only.
         graph: compile the two steps (prefill and decode) into graphs; PyNative starts sooner and
             is many times slower.
+
+    Raises:
+        GenerationError: the model's cache is too short for these settings.
     """
 
     def __init__(
         self,
         model: CausalLM,
         *,
-        batch: int,
         max_length: int,
         chunk: int,
         tokenizer: Tokenizer | None = None,
@@ -103,8 +104,16 @@ class Engine:
     ) -> None:
         self.config: ModelConfig = model.config
         self.model, self.tokenizer = model, tokenizer
-        self.batch, self.max_length, self.chunk = batch, max_length, chunk
         step = NextTokenLogits(model)
+        spec = model.key_positions.spec
+        needed = CacheSpec.for_model(self.config, spec.batch, max_length, chunk).length
+        if spec.length < needed:
+            raise GenerationError(
+                "cache too short",
+                value=f"{spec.length} columns",
+                rule=f"max_length {max_length} and chunk {chunk} need {needed}",
+            )
+        self.batch, self.max_length, self.chunk = spec.batch, max_length, chunk
         step.set_train(False)
         self._step = ms.jit(step.construct) if graph else step
         self._graph, self._compiled = graph, set[int]()
@@ -126,7 +135,7 @@ class Engine:
 
         Args:
             path: its directory.
-            batch: see the class.
+            batch: sequences computed side by side.
             max_length: see the class; the model's longest sequence by default.
             chunk: see the class.
             kind: which format to take when the directory holds several.
@@ -150,7 +159,7 @@ class Engine:
             )
         with open_checkpoint(Path(path), kind) as source:
             config = source.config
-            length = max_length or config.max_position_embeddings
+            length = config.max_position_embeddings if max_length is None else max_length
             _check_length(config, length, "max_length")
             chunk = min(chunk, length)
             spec = CacheSpec.for_model(config, batch, length, chunk)
@@ -160,9 +169,7 @@ class Engine:
                 check_vocabulary(tokenizer, config)
             model = CausalLM(config, cache=spec, positions=length, dtype=dtype)
             load_weights(source, model.weights())
-        return cls(
-            model, batch=batch, max_length=length, chunk=chunk, tokenizer=tokenizer, graph=graph
-        )
+        return cls(model, max_length=length, chunk=chunk, tokenizer=tokenizer, graph=graph)
 
     def generate(
         self,
@@ -202,10 +209,14 @@ class Engine:
         self._compile({width, 1})
         compiled = time.perf_counter() - started
         totals = np.zeros(4)
-        for first in range(0, len(prompts), self.batch):
-            numbers = range(first, min(first + self.batch, len(prompts)))
-            group = [running[n] for n in numbers]
-            totals += self._run_group(group, numbers, request, on_text, width)
+        try:
+            for first in range(0, len(prompts), self.batch):
+                numbers = range(first, min(first + self.batch, len(prompts)))
+                group = [running[n] for n in numbers]
+                totals += self._run_group(group, numbers, request, on_text, width)
+        except GenerationError:  # logits that are not finite: neither is what the cache holds
+            self.model.clear_cache()
+            raise
         completions = tuple(
             Completion(tuple(s.new_ids), tuple(s.logprobs), s.text, s.finish_reason or "length")
             for s in running
@@ -330,6 +341,8 @@ def required_length(
 
 
 def _check_length(config: ModelConfig, length: int, where: str) -> None:
+    if length < 1:
+        raise GenerationError("no room", where=where, value=length, rule="at least 1 position")
     if length > config.max_position_embeddings:
         raise GenerationError(
             "longer than the model's positions",

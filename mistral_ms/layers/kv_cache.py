@@ -2,7 +2,8 @@
 
 Position p of a sequence lives in column p % length, so that the buffer rolls over when a sliding
 window lets it be shorter than the text. Which position a column holds right now is kept once for
-all layers; it alone decides what a query may see, so stale columns need no clearing. One extra
+all layers; it alone decides what a query may see, so stale columns need no clearing (unless they
+are not finite: a masked weight of zero times NaN is NaN). One extra
 column at the end takes what padding writes; it holds position -1 for ever.
 """
 
@@ -108,6 +109,11 @@ class KVCache(nn.Cell):
         self.keys = buffer(rows, head_dim, dtype=dtype)
         self.values = buffer(rows, head_dim, dtype=dtype)
         self.scatter = ops.ScatterUpdate()
+
+    def clear(self) -> None:
+        """Overwrites everything with zeros."""
+        for kept in (self.keys, self.values):
+            kept.set_data(ops.zeros(kept.shape, kept.dtype))
 
     def construct(self, k_BSGD: Tensor, v_BSGD: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Writes new keys and values at ``rows`` and returns the whole buffers, [B, G, M, D]."""

@@ -65,7 +65,8 @@ class CausalLM(nn.Cell):
         self.tied = config.tie_word_embeddings
         if not self.tied:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype)
-        self.rotary = RotaryTable(config, positions or config.max_position_embeddings)
+        rows = config.max_position_embeddings if positions is None else positions
+        self.rotary = RotaryTable(config, rows)
         self.sliding_window = config.sliding_window
         self.sparse = bool(config.sparse_layers)
         self.cached = cache is not None
@@ -125,6 +126,12 @@ class CausalLM(nn.Cell):
     def reset_cache(self) -> None:
         """Forgets all cached positions; the next call starts new sequences."""
         self.key_positions.reset()
+
+    def clear_cache(self) -> None:
+        """Resets and zeroes the cache; needed after logits that were not finite."""
+        self.reset_cache()
+        for layer in self.layers:
+            layer.attention.cache.clear()
 
     def weights(self) -> dict[str, ms.Parameter]:
         """All weights, frozen ones too, by the names that our checkpoints use."""

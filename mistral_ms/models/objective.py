@@ -10,7 +10,7 @@ from mindspore import Tensor, nn, ops
 from mistral_ms.config import IGNORE_INDEX
 from mistral_ms.layers import HeadLoss, output_logits, token_nll
 from mistral_ms.models.causal_lm import CausalLM
-from mistral_ms.moe import load_balancing_loss, router_z_loss
+from mistral_ms.moe import dropped_fraction, load_balancing_loss, router_z_loss
 
 _sum = ops.ReduceSum()
 
@@ -30,6 +30,7 @@ class LossReport(NamedTuple):
         routed_LE: choices per sparse layer and expert, before the capacity (a scalar 0 for a
             dense model).
         kept_LE: choices that got a place (likewise).
+        dropped: share of all choices that got none.
     """
 
     lm: Tensor
@@ -38,6 +39,7 @@ class LossReport(NamedTuple):
     tokens: Tensor
     routed_LE: Tensor
     kept_LE: Tensor
+    dropped: Tensor
 
 
 class Objective(nn.Cell):
@@ -65,7 +67,7 @@ class Objective(nn.Cell):
         self.model = model
         self.aux_coef, self.z_coef, self.pooled_aux = aux_coef, z_coef, pooled_aux
         fits = max(1, WHOLE_LOGITS_LIMIT // model.config.vocab_size)
-        self.chunk = loss_chunk or fits
+        self.chunk = fits if loss_chunk is None else loss_chunk
         self.head_loss = HeadLoss(self.chunk)
 
     def construct(
@@ -85,11 +87,11 @@ class Objective(nn.Cell):
         lm = self.nll(hidden_TH, labels_T) / ops.maximum(tokens, one)
         zero = ops.zeros((), ms.float32)
         if sums is None:
-            return lm, (lm, zero, zero, tokens, zero, zero)
+            return lm, (lm, zero, zero, tokens, zero, zero, zero)
         aux = load_balancing_loss(sums, self.pooled_aux)
         z = router_z_loss(sums)
         total = lm + self.aux_coef * aux + self.z_coef * z
-        return total, (lm, aux, z, tokens, sums[1], sums[2])
+        return total, (lm, aux, z, tokens, sums[1], sums[2], dropped_fraction(sums))
 
     def nll(self, hidden_TH: Tensor, labels_T: Tensor) -> Tensor:
         """Summed negative log-likelihood, in chunks where the logits would not fit."""

@@ -49,9 +49,8 @@ def make_record(
     step: int, epoch: float, tokens: int, seconds: float, result: StepResult
 ) -> StepRecord:
     """The record of update ``step`` (the first is 1) that took ``seconds`` for ``tokens``."""
-    routed, kept = result.routed_LE, result.kept_LE
+    routed = result.routed_LE
     load = routed / np.maximum(routed.sum(-1, keepdims=True), 1.0)
-    dropped = 1.0 - float(kept.sum()) / float(routed.sum()) if routed.sum() > 0 else 0.0
     return StepRecord(
         step=step,
         epoch=round(epoch, 4),
@@ -62,7 +61,7 @@ def make_record(
         lr=result.learning_rate,
         grad_norm=result.grad_norm,
         tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
-        dropped_fraction=dropped,
+        dropped_fraction=result.dropped_fraction,
         expert_load=tuple(tuple(round(float(x), 6) for x in row) for row in load),
     )
 

@@ -70,6 +70,7 @@ class StepResult:
         learning_rate: the rate of this update.
         routed_LE: choices per sparse layer and expert, before the capacity; [0, 0] when dense.
         kept_LE: choices that got a place.
+        dropped_fraction: share of all choices that got none.
     """
 
     loss: float
@@ -80,6 +81,7 @@ class StepResult:
     learning_rate: float
     routed_LE: np.ndarray
     kept_LE: np.ndarray
+    dropped_fraction: float
 
 
 class TrainStep:
@@ -117,6 +119,7 @@ class TrainStep:
             learning_rate=rate,
             routed_LE=_table(report.routed_LE),
             kept_LE=_table(report.kept_LE),
+            dropped_fraction=float(report.dropped.asnumpy()),
         )
 
 

@@ -30,19 +30,22 @@ def table():
 
 @pytest.mark.parametrize("kind", [*KINDS, "bf16-files"])
 def test_every_kind_is_aligned(tmp_path, kind, table):
-    pair = make_pair("mixtral" if kind == "bf16-files" else kind)
+    # without an EOS nothing ends early: all 64 tokens of each prompt are compared
+    pair = make_pair("mixtral" if kind == "bf16-files" else kind, eos_token_id=None)
     hf = pair.hf.to(torch.bfloat16) if kind == "bf16-files" else pair.hf
     hf.save_pretrained(tmp_path)
     result = align(tmp_path)
     table.append(
         f"| {kind} | {result.max_abs_diff:.1e} | {result.relative:.1e} | "
         f"{result.mean_abs_diff:.1e} | {result.top1_agreement:.0%} | "
-        f"{result.routing_agreement:.0%} | {'64 of 64' if result.greedy_match else 'differ'} |"
+        f"{result.routing_agreement:.0%} | "
+        f"{f'{result.greedy_tokens} equal' if result.greedy_match else 'differ'} |"
     )
     assert result.failures == ()
     assert result.relative <= TOLERANCE
     assert result.routing_agreement == result.top1_agreement == 1.0
     assert result.greedy_match
+    assert result.greedy_tokens == 4 * 64
     assert result.tokens == 5 + 29 + 13 + 12
     assert result.max_abs_diff > 0, "two implementations that agree to the bit are one"
 
@@ -102,6 +105,46 @@ def test_the_measures_by_hand():
 def test_nan_is_a_failure():
     result = compare(side([[1.0, 2.0]]), side([[1.0, np.nan]]))
     assert any("logits differ" in failure for failure in result.failures)
+
+
+def test_nan_in_a_later_prompt_is_a_failure_and_is_found():
+    def two(last):
+        traces = [
+            Trace(np.ones((1, 2), np.float32), {"layer 0": np.ones((1, 2), np.float32)}, {}),
+            Trace(np.array([[1, last]]), {"layer 0": np.array([[1, last]])}, {}),
+        ]
+        return Side(traces, [])
+
+    result = compare(two(1.0), two(np.nan))
+    assert any("logits differ" in failure for failure in result.failures)
+    assert result.first_parting.name == "layer 0"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(vocab_size=256), "not the same model: .*vocab_size: 256: Hugging Face's has 320"),
+        (dict(num_experts_per_tok=1), "not the same model: .*moe"),
+    ],
+)
+def test_another_model(tmp_path, change, message):
+    make_pair("mixtral").hf.save_pretrained(tmp_path / "a")
+    make_pair("mixtral", **change).hf.save_pretrained(tmp_path / "b")
+    with pytest.raises(CheckpointError, match=message):
+        align(tmp_path / "a", tmp_path / "b")
+
+
+def test_no_prompts(tmp_path):
+    make_pair("mixtral").hf.save_pretrained(tmp_path)
+    with pytest.raises(GenerationError, match="no prompts"):
+        align(tmp_path, prompts=[])
+
+
+def test_a_damaged_tokenizer_is_not_the_same_as_none(tmp_path):
+    make_pair("mixtral").hf.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"damaged")
+    with pytest.raises(TokenizerError):
+        align(tmp_path)
 
 
 def test_prompts_without_a_tokenizer(tmp_path):

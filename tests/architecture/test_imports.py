@@ -83,7 +83,7 @@ TABLE = {
     ),
     "cli": room(
         f"{BELOW_TRAINING} training inference lifelong alignment planner",
-        "typer click rich mindspore numpy matplotlib",
+        "typer rich mindspore numpy matplotlib",
     ),
 }
 OUTSIDE_THE_TABLE = {"errors", "__init__"}

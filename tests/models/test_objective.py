@@ -94,6 +94,7 @@ class TestLosses:
         np.testing.assert_allclose(total, want, rtol=1e-6)  # float32 sum
         assert report.routed_LE.shape == report.kept_LE.shape == (2, 8)
         np.testing.assert_array_equal(report.routed_LE, report.kept_LE)
+        assert report.dropped == 0
         assert (report.routed_LE.sum(-1) == 2 * sum(LENGTHS)).all()
 
     def test_router_losses_are_those_of_hugging_faces_logits(self):
@@ -250,6 +251,8 @@ def test_capacity_policy_equals_a_model_that_drops_by_a_loop(routing):
     np.testing.assert_array_equal(report.routed_LE, [block.routed for block in theirs.blocks])
     np.testing.assert_array_equal(report.kept_LE, [block.kept for block in theirs.blocks])
     assert report.kept_LE.sum() < report.routed_LE.sum(), "nothing was dropped"
+    kept_share = report.kept_LE.sum() / report.routed_LE.sum()
+    np.testing.assert_allclose(report.dropped, 1 - kept_share, rtol=1e-5)  # one float32 division
     assert abs(report.aux - want_aux) <= LOSS
     total, got = gradients(loss, arrays)
     assert abs(total - want_total) <= LOSS

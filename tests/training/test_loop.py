@@ -47,7 +47,7 @@ class Scripted:
         self.calls.append((step, batch.samples_B.tolist()))
         loss = 10.0 / len(self.calls)
         nothing = np.zeros((0, 0), np.float32)
-        return StepResult(loss, loss, 0.0, 0.0, 1.0, 1e-3, nothing, nothing)
+        return StepResult(loss, loss, 0.0, 0.0, 1.0, 1e-3, nothing, nothing, 0.0)
 
 
 class TestAroundTheStep:
