@@ -90,7 +90,8 @@ def convert(
 
     Raises:
         CheckpointError: a bad source or target, a full disk, or values that ``dtype`` cannot hold.
-            Nothing is left of the target then, and an old one is as it was.
+            Nothing is left of the target then, and an old one is as it was; if the very last
+            step (sync or rename) made that impossible, the message says what stands.
         ConfigError: the target's format cannot express the model.
     """
     start = time.perf_counter()

@@ -52,9 +52,14 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def side_files(directory: Path) -> tuple[Path, ...]:
-    """The files of ``directory`` that are carried along, sorted by name."""
+    """The files of ``directory`` that are carried along, sorted by name.
+
+    Raises:
+        CheckpointError: one is a link that leads outside; copying it would publish a file that
+            is no part of the checkpoint (see :func:`inside`).
+    """
     found = (p for p in directory.iterdir() if matches(p.name, SIDE_FILES) and p.is_file())
-    return tuple(sorted(found))
+    return tuple(inside(directory, p.name, directory) for p in sorted(found))
 
 
 def unknown_entries(directory: Path) -> tuple[str, ...]:
@@ -78,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError("missing file", where=path) from error
     except OSError as error:
         raise CheckpointError("cannot read", where=path, value=error.strerror) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: nested thousands of levels deep
         raise CheckpointError("not JSON", where=path, value=error) from error
     if not isinstance(data, dict):
         raise CheckpointError(

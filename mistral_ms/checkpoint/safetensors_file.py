@@ -107,7 +107,7 @@ def read_header(path: Path) -> Header:
         raise _damaged(path, f"{total} bytes", rule, "truncated file")
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: nested thousands of levels deep
         raise _damaged(path, error, "the header must be JSON") from error
     if not isinstance(entries, dict):
         raise _damaged(path, type(entries).__name__, "the header must be a JSON object")
@@ -184,22 +184,30 @@ class SafetensorsStore:
         self._begins: dict[str, int] = {}
         self._files: dict[Path, BinaryIO] = {}
         self._maps: dict[Path, mmap.mmap] = {}
-        for path, header in headers.items():
-            for name, info in header.tensors.items():
-                if name in self.tensors:
-                    raise CheckpointError(
-                        "tensor in two files",
-                        where=path,
-                        value=f"{name}, also in {self.tensors[name].file.name}",
-                        rule="every tensor is stored once",
-                    )
-                self.tensors[name] = info
-                self._begins[name] = header.begins[name]
-            try:
-                self._files[path] = file = path.open("rb", buffering=0)
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise CheckpointError("cannot read", where=path, value=error) from error
+        try:
+            for path, header in headers.items():
+                self._add(path, header)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, path: Path, header: Header) -> None:
+        """Opens one file."""
+        for name, info in header.tensors.items():
+            if name in self.tensors:
+                raise CheckpointError(
+                    "tensor in two files",
+                    where=path,
+                    value=f"{name}, also in {self.tensors[name].file.name}",
+                    rule="every tensor is stored once",
+                )
+            self.tensors[name] = info
+            self._begins[name] = header.begins[name]
+        try:
+            self._files[path] = file = path.open("rb", buffering=0)
+            self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise CheckpointError("cannot read", where=path, value=error) from error
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Fills ``out`` (of the weight's dtype) with elements from ``start`` on, in memory order.

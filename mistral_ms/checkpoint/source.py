@@ -153,7 +153,7 @@ def open_checkpoint(path: Path, kind: str | None = None) -> Source:
     Raises:
         CheckpointError: anything that is wrong with it, each in its own words: unknown or several
             formats, an unsupported architecture, quantised weights, missing, truncated or extra
-            files, missing or extra tensors, wrong shapes.
+            files, links that lead outside, missing or extra tensors, wrong shapes.
         MissingExtraError: its files are pickles, and torch is not installed.
     """
     path = Path(path)
@@ -175,10 +175,10 @@ def open_checkpoint(path: Path, kind: str | None = None) -> Source:
         if weights.kind in ("mistral", "mistral-dump"):
             # params.json does not say the dtype: the files do.
             config = config.model_copy(update={"torch_dtype": _main_dtype(store.tensors)})
+        return Source(path, weights.kind, config, layout, store, ignored)
     except BaseException:
         store.close()
         raise
-    return Source(path, weights.kind, config, layout, store, ignored)
 
 
 def _table(kind: str, tensors: Mapping[str, TensorInfo]) -> keys.KeyTable:

@@ -1,8 +1,8 @@
 """Writing a checkpoint directory: all of it or nothing.
 
 Everything goes to a temporary sibling first. Only when each file is on the disk (fsync) is the
-directory renamed to its name; on any failure the sibling is removed and an existing target has
-not been touched.
+directory renamed to its name; on any failure before that the sibling is removed and an existing
+target has not been touched. After the rename the new checkpoint stands, whatever happens.
 """
 
 from __future__ import annotations
@@ -227,25 +227,60 @@ class TargetDirectory:
 
         Two renames leave a moment in which the target has no name. A crash exactly then loses
         nothing: the old one lies beside it as ``.NAME.old-*``, the new one as ``.NAME.partial-*``.
+
+        Raises:
+            OSError: nothing was changed.
+            CheckpointError: see :func:`check_target`; or the message says what stands where.
         """
         _sync_directory(self.directory)
         check_target(self.path, self._overwrite)  # somebody may have put something there meanwhile
-        aside = None
-        if self._final.exists():
-            aside = Path(
-                tempfile.mkdtemp(prefix=f".{self._final.name}.old-", dir=self._final.parent)
-            )
-            self._final.rename(aside)
+        aside = self._step_aside() if self._final.exists() else None
         try:
             self.directory.rename(self._final)
         except BaseException:
             if aside is not None:
-                aside.rename(self._final)
+                self._step_back(aside)
             raise
         self._temporary = None
-        _sync_directory(self._final.parent)
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+        try:
+            _sync_directory(self._final.parent)
+        except OSError as error:
+            raise CheckpointError(
+                "written, but perhaps not yet on the disk",
+                where=self.path,
+                value=error.strerror,
+                rule="the new checkpoint is complete and in its place, but a crash of the machine "
+                "might still lose its name",
+                todo="check the disk",
+            ) from error
+        finally:
+            if aside is not None:
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _step_aside(self) -> Path:
+        """Renames the old target to a free name beside it; returns that."""
+        prefix = f".{self._final.name}.old-"
+        aside = Path(tempfile.mkdtemp(prefix=prefix, dir=self._final.parent))
+        try:
+            self._final.rename(aside)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                aside.rmdir()
+            raise
+        return aside
+
+    def _step_back(self, aside: Path) -> None:
+        """Gives the old target its name back."""
+        try:
+            aside.rename(self._final)
+        except OSError as error:
+            raise CheckpointError(
+                "cannot write",
+                where=self.path,
+                value=error.strerror,
+                rule=f"the old checkpoint is whole, but its name is now {aside}",
+                todo="rename it back",
+            ) from error
 
     def _discard(self) -> None:
         if self._temporary is not None:

@@ -81,6 +81,13 @@ MISTRAL_MOE_KEYS: dict[str, tuple[str, Any]] = {
 }
 
 
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    """A copy of a JSON object that may just as well be something else in a damaged file."""
+    if not isinstance(value, Mapping):
+        raise ConfigError("wrong type", where=where, value=repr(value), rule="must be an object")
+    return dict(value)
+
+
 def _pick(
     source: Mapping[str, Any], table: Mapping[str, tuple[str, Any]], where: str
 ) -> dict[str, Any]:
@@ -114,18 +121,19 @@ def from_hf(
     """
     source = dict(source)
     kind = source.pop("model_type", None)
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ConfigError(
             "unsupported architecture",
             where=f"{where}: model_type",
             value=repr(kind),
             rule=f"supported: {', '.join(sorted(ARCHITECTURES))}",
         )
-    if source.get("quantization_config") is not None:
+    if (quantization := source.get("quantization_config")) is not None:
+        quantization = _mapping(quantization, f"{where}: quantization_config")
         raise ConfigError(
             "quantised weights",
             where=f"{where}: quantization_config",
-            value=dict(source["quantization_config"]).get("quant_method", "?"),
+            value=quantization.get("quant_method", "?"),
             rule="only float32, float16 and bfloat16 weights are supported",
             todo="use the model's unquantised repository",
         )
@@ -159,7 +167,7 @@ def from_hf(
         )
     ours = source.pop("mistral_ms", None)
     if ours is not None:
-        values = _merge_ours(values, ours)
+        values = _merge_ours(values, ours, f"{where}: mistral_ms")
     ignored = tuple(sorted(set(source) - known))
     return validate(ModelConfig, values, where), ignored
 
@@ -169,7 +177,7 @@ def _flatten_rope_parameters(source: dict[str, Any], where: str) -> None:
     rope = source.pop("rope_parameters", None)
     if rope is None:
         return
-    rope = dict(rope)
+    rope = _mapping(rope, f"{where}: rope_parameters")
     if "rope_theta" in rope:
         source["rope_theta"] = rope.pop("rope_theta")
     for key, value in rope.items():  # factors, partial rotation: all change the angles
@@ -183,13 +191,13 @@ def _flatten_rope_parameters(source: dict[str, Any], where: str) -> None:
         )
 
 
-def _merge_ours(values: dict[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+def _merge_ours(values: dict[str, Any], ours: Any, where: str) -> dict[str, Any]:
     """Adds what HF's keys cannot say (the block ``mistral_ms`` of our own checkpoints)."""
-    ours = dict(ours)
+    ours = _mapping(ours, where)
     moe = ours.pop("moe", None)
     ours.pop("format", None)
     if moe is not None:
-        values["moe"] = {**(values.get("moe") or {}), **moe}
+        values["moe"] = {**(values.get("moe") or {}), **_mapping(moe, f"{where}.moe")}
     return values | ours
 
 
@@ -246,7 +254,7 @@ def from_mistral(source: Mapping[str, Any], where: str = "params.json") -> Model
     layout of the first Mixtral dump.
 
     Raises:
-        ConfigError: a missing key or an unknown one.
+        ConfigError: a missing key or an unknown one, at the top level or inside ``moe``.
     """
     source = dict(source)
     moe = source.pop("moe", None)
@@ -263,6 +271,13 @@ def from_mistral(source: Mapping[str, Any], where: str = "params.json") -> Model
     if values["rope_theta"] is None:
         values["rope_theta"] = 1e6 if values["sliding_window"] is None else 1e4
     if moe is not None:
+        moe = _mapping(moe, f"{where}: moe")
+        if unknown := sorted(set(moe) - set(MISTRAL_MOE_KEYS)):
+            raise ConfigError(
+                "unsupported key",
+                where=f"{where}: moe.{unknown[0]}",
+                rule=f"known keys: {', '.join(sorted(MISTRAL_MOE_KEYS))}",
+            )
         values["moe"] = _pick(moe, MISTRAL_MOE_KEYS, f"{where}: moe")
     return validate(ModelConfig, values, where)
 

@@ -71,7 +71,8 @@ class KeyPositions(nn.Cell):
 
     def reset(self) -> None:
         """Forgets everything: no column holds a position."""
-        self.held.set_data(Tensor(np.full(self.held.shape, -1, np.int32)))
+        # assigned in place: a compiled graph does not see what set_data puts there
+        ops.assign(self.held, Tensor(np.full(self.held.shape, -1, np.int32)))
 
     def construct(self, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Enters the new positions (-1 = padding).
@@ -113,7 +114,7 @@ class KVCache(nn.Cell):
     def clear(self) -> None:
         """Overwrites everything with zeros."""
         for kept in (self.keys, self.values):
-            kept.set_data(ops.zeros(kept.shape, kept.dtype))
+            ops.assign(kept, ops.zeros(kept.shape, kept.dtype))
 
     def construct(self, k_BSGD: Tensor, v_BSGD: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Writes new keys and values at ``rows`` and returns the whole buffers, [B, G, M, D]."""

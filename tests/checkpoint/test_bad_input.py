@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from mistral_ms.checkpoint import convert, open_checkpoint
 from mistral_ms.errors import CheckpointError, MissingExtraError
 
+NESTED = '{"weight_map":' + "[" * 100_000  # deeper than Python's parser goes
+
 
 def refuse(source, message, **options):
     """Opening and converting must both fail with the message; the directory stays as it was."""
@@ -110,16 +112,35 @@ def test_single_file_that_is_a_link_outside(source):
     refuse(source, r"file outside the checkpoint: .*leads to .*elsewhere")
 
 
+@single
+@on("name", ["tokenizer.model", "tokenizer.model.v3", "generation_config.json"])
+def test_side_file_that_is_a_link_outside(source, name):
+    (source.parent / "secret").write_text("would be published with the converted checkpoint")
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(source.parent / "secret")
+    refuse(source, rf"file outside the checkpoint: .*src: '{name}' leads to .*secret")
+
+
+@single
+def test_side_file_that_is_a_link_to_its_neighbour(source):
+    (source / "tokenizer.model.v3").write_text("pieces")
+    (source / "tokenizer.model").symlink_to("tokenizer.model.v3")
+    convert(source, source.parent / "out")
+    assert (source.parent / "out" / "tokenizer.model").read_text() == "pieces"
+
+
 @sharded
 def test_links_of_the_hub_cache_are_followed(source, tmp_path):
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123abc"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
+    (source / "tokenizer.model").write_text("pieces")
     for number, file in enumerate(sorted(source.iterdir())):
         file.rename(blobs / str(number))
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     with open_checkpoint(snapshot) as opened:
         assert opened.kind == "hf"
+        assert snapshot / "tokenizer.model" in opened.side_files
 
 
 @sharded
@@ -152,7 +173,7 @@ def test_shards_without_an_index(source):
 
 
 @sharded
-@on("text", ["{", "[]", '{"weight_map": 3}'])
+@on("text", ["{", "[]", '{"weight_map": 3}', NESTED], ids=["cut", "list", "number", "nested"])
 def test_damaged_index(source, text):
     (source / "model.safetensors.index.json").write_text(text)
     refuse(source, r"(damaged index|not JSON).*model\.safetensors\.index\.json")
@@ -238,7 +259,7 @@ def test_missing_configuration(source):
 
 
 @single
-@on("text", ["{", "[1]", "\udcff"])
+@on("text", ["{", "[1]", "\udcff", NESTED], ids=["cut", "list", "no-utf8", "nested"])
 def test_damaged_configuration(source, text):
     (source / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     refuse(source, r"not JSON.*config\.json")

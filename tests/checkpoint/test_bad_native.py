@@ -55,11 +55,13 @@ def test_a_manifest_that_names_a_file_outside(ours):
     ("text", "message"),
     [
         ("{", "not JSON"),
+        ('{"format":' + "[" * 100_000, "not JSON: .*COMPLETE"),
         ("{}", "damaged manifest"),
         ('{"format": 1, "files": {"config.json": {}}}', "damaged manifest"),
         ('{"format": 1, "files": 3}', "damaged manifest"),
         ('{"format": 2, "files": {}}', "unknown format version: .*this release reads format 1"),
     ],
+    ids=["cut", "nested", "empty", "no-size", "no-files", "newer"],
 )
 def test_a_damaged_manifest(ours, text, message):
     (ours / "COMPLETE").write_text(text)

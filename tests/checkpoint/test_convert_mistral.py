@@ -72,7 +72,7 @@ def test_attention_scores_do_not_change_with_the_layout(foreign, heads, dim):
     """Rotating neighbours of Mistral's rows is rotating halves of HF's rows.
 
     Scores of two positions, once as mistral-inference computes them (complex numbers), once as
-    transformers does (rotate_half); in float64, so 1e-12 is rounding.
+    transformers does (rotate_half).
     """
     rng = np.random.default_rng(heads)
     w_q, w_k = rng.standard_normal((2, heads * dim, 5))
@@ -93,4 +93,6 @@ def test_attention_scores_do_not_change_with_the_layout(foreign, heads, dim):
     permuted = [foreign.pairs_from_halves(torch.from_numpy(w), heads).numpy() for w in (w_q, w_k)]
     expected = (hf(w_q, x[0], 7) * hf(w_k, x[1], 2)).sum(axis=1)
     got = (mistral(permuted[0], x[0], 7) * mistral(permuted[1], x[1], 2)).sum(axis=1)
+    # Both sum a few dozen products of numbers near 1 in float64, in another order: rounding is
+    # some 1e-15, a row in the wrong place is an error near 1. Scores may cancel, hence atol too.
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)

@@ -1,7 +1,9 @@
 """The file format, with the safetensors library as the oracle in both directions."""
 
+import contextlib
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +98,7 @@ LIES = {
     "metadata": ({"__metadata__": [1], "a": entry("F32", [3], 0, 12)}, "must be an object"),
     "not an object": ([1, 2], "must be a JSON object"),
     "not JSON": (b"{nonsense", "must be JSON"),
+    "deeply nested": (b'{"a":' + b"[" * 100_000, "damaged header: .*must be JSON"),
     "twice": (
         b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]},'
         b'"a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}',
@@ -139,3 +142,27 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
         headers[tmp_path / name] = read_header(tmp_path / name)
     with pytest.raises(CheckpointError, match=r"tensor in two files: .*a, also in one"):
         SafetensorsStore(headers)
+
+
+def open_files(directory):
+    """Names of the files in ``directory`` that this process holds open, maps included."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one that lists them is gone again
+            found.append(descriptor.readlink())
+    return [path.name for path in found if path.parent == directory]
+
+
+@pytest.mark.parametrize("cause", ["tensor in two files", "cannot read"])
+def test_a_store_that_cannot_be_opened_leaves_no_file_open(tmp_path, cause):
+    headers = {}
+    for name in ("one", "two"):
+        tensor = "a" if cause == "tensor in two files" else name
+        write_raw(tmp_path / name, {tensor: entry("F32", [3], 0, 12)}, b"\0" * 12)
+        headers[tmp_path / name] = read_header(tmp_path / name)
+    if cause == "cannot read":
+        (tmp_path / "two").write_bytes(b"")  # opens, but an empty file cannot be mapped
+    # The exception keeps the store alive, so that what it holds is still there to be seen.
+    with pytest.raises(CheckpointError, match=cause) as caught:
+        SafetensorsStore(headers)
+    assert open_files(tmp_path) == [], caught

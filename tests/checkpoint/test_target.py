@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -141,6 +142,15 @@ def test_a_file_size_limit_of_the_system(source):
     assert names(source.parent) == ["src"]
 
 
+def test_a_disk_that_is_known_to_be_too_small(source, monkeypatch):
+    usage = SimpleNamespace(total=10**9, used=10**9 - 100, free=100)
+    monkeypatch.setattr(target_module.shutil, "disk_usage", lambda path: usage)
+    message = r"disk full: .*dst: 0\.00 GB free: .*are needed; nothing was changed"
+    with pytest.raises(CheckpointError, match=message):
+        convert(source, source.parent / "dst", "hf")
+    assert names(source.parent) == ["src"]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 64 KB; only root can mount one."""
@@ -148,7 +158,12 @@ def small_disk(tmp_path):
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("cannot mount a tmpfs here")
+        pytest.skip(
+            "only root can mount a small tmpfs; without it "
+            "test_a_disk_that_is_known_to_be_too_small (disk_usage replaced), "
+            "test_a_disk_that_fills_up_on_the_way (os.write replaced) and "
+            "test_a_file_size_limit_of_the_system (the kernel refuses) cover the same two paths"
+        )
     yield place
     subprocess.run(["umount", str(place)], check=True)
 
@@ -213,22 +228,64 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(source):
     assert names(source.parent) == ["dst", "src"]
 
 
-def test_the_old_target_returns_when_the_rename_fails(source, monkeypatch):
-    dst = source.parent / "dst"
-    convert(source, dst, "hf")
-    before = content(dst)
+def fail_rename(monkeypatch, *parts):
+    """Lets every renaming fail of a directory whose name contains one of ``parts``."""
     real = Path.rename
 
     def rename(self, where):
-        if ".partial-" in self.name:
+        if any(part in self.name for part in parts):
             raise OSError(errno.EIO, "I/O error")
         return real(self, where)
 
     monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(CheckpointError, match=r"cannot write: .*dst: I/O error"):
+
+
+@pytest.mark.parametrize("which", [".partial-", "dst"], ids=["the-second", "the-first"])
+def test_the_old_target_returns_when_a_rename_fails(source, monkeypatch, which):
+    dst = source.parent / "dst"
+    convert(source, dst, "hf")
+    before = content(dst)
+    fail_rename(monkeypatch, which)
+    message = r"cannot write: .*dst: I/O error: nothing was changed"
+    with pytest.raises(CheckpointError, match=message):
         convert(source, dst, "mistral", overwrite=True)
     assert content(dst) == before
     assert names(source.parent) == ["dst", "src"]
+
+
+def test_an_old_target_that_cannot_return_is_kept_and_named(source, monkeypatch):
+    dst = source.parent / "dst"
+    convert(source, dst, "hf")
+    before = content(dst)
+    fail_rename(monkeypatch, ".partial-", ".old-")
+    message = r"dst: I/O error: the old checkpoint is whole, but its name is now .*\.dst\.old-"
+    with pytest.raises(CheckpointError, match=message):
+        convert(source, dst, "mistral", overwrite=True)
+    (aside,) = source.parent.glob(".dst.old-*")
+    assert content(aside) == before
+    assert names(source.parent) == [aside.name, "src"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failure_after_the_rename_says_that_the_new_target_stands(source, monkeypatch, overwrite):
+    dst = source.parent / "new" / "dst"
+    if overwrite:
+        convert(source, dst, "hf")
+    real = target_module._sync_directory
+
+    def sync(path):
+        if path == dst.parent:
+            raise OSError(errno.EIO, "I/O error")
+        real(path)
+
+    monkeypatch.setattr(target_module, "_sync_directory", sync)
+    message = r"perhaps not yet on the disk: .*dst: I/O error: the new checkpoint is complete"
+    with pytest.raises(CheckpointError, match=message) as caught:
+        convert(source, dst, "mistral_ms", overwrite=overwrite)
+    assert "nothing was changed" not in str(caught.value)
+    assert inspect(dst, verify=True).ok
+    assert inspect(dst).kind == "mistral_ms"
+    assert names(dst.parent) == ["dst"]
 
 
 def test_a_link_stays_and_what_it_leads_to_is_replaced(source):

@@ -83,6 +83,7 @@ def test_align_says_aligned_and_then_where_not(model, tmp_path):
     [
         (("generate", "nowhere", "--prompt", "x"), "nowhere"),
         (("generate", "nowhere"), "give --prompt"),
+        (("generate", "nowhere", "--interactive", "--json", "f"), "--json goes with --prompt"),
         (("align", "nowhere"), "nowhere"),
         (("no-such-command",), "No such command"),
     ],

@@ -1,6 +1,7 @@
 """Configurations of Hugging Face and Mistral, read, written, refused."""
 
 import json
+import re
 
 import pytest
 from transformers import AutoConfig, MistralConfig, MixtralConfig
@@ -196,11 +197,12 @@ class TestTransformers5:
 
 
 class TestRefused:
-    @pytest.mark.parametrize("kind", ["llama", None, "Mixtral"])
+    @pytest.mark.parametrize("kind", ["llama", None, "Mixtral", ["mixtral"]])
     def test_another_architecture(self, kind):
+        found = re.escape(repr(kind))
         with pytest.raises(
             ConfigError,
-            match=rf"unsupported architecture: c\.json: model_type: {kind!r}: .*mistral, mixtral",
+            match=rf"unsupported architecture: c\.json: model_type: {found}: .*mistral, mixtral",
         ):
             from_hf(MIXTRAL | {"model_type": kind}, "c.json")
 
@@ -208,6 +210,18 @@ class TestRefused:
         source = MIXTRAL | {"quantization_config": {"quant_method": "awq", "bits": 4}}
         with pytest.raises(ConfigError, match=r"quantised weights: c\.json: .*awq: .*bfloat16"):
             from_hf(source, "c.json")
+
+    @pytest.mark.parametrize("value", ["awq", 4, [["rope_theta", 1e4]], True])
+    @pytest.mark.parametrize("key", ["quantization_config", "rope_parameters", "mistral_ms"])
+    def test_a_block_that_is_no_object(self, key, value):
+        message = rf"wrong type: c\.json: {key}: {re.escape(repr(value))}: must be an object"
+        with pytest.raises(ConfigError, match=message):
+            from_hf(MIXTRAL | {key: value}, "c.json")
+
+    def test_experts_in_our_block_that_are_no_object(self):
+        message = r"wrong type: c\.json: mistral_ms\.moe: 'all': must be an object"
+        with pytest.raises(ConfigError, match=message):
+            from_hf(MIXTRAL | {"mistral_ms": {"format": 1, "moe": "all"}}, "c.json")
 
     def test_no_quantisation_is_fine(self):
         assert from_hf(MIXTRAL | {"quantization_config": None})[0].moe is not None
@@ -373,6 +387,13 @@ class TestMistral:
             ({"dim": None}, r"p\.json: hidden_size: None"),
             ({"moe": {"num_experts_per_tok": 2}}, r"missing key: p\.json: moe: num_experts"),
             ({"moe": {}}, r"missing key: p\.json: moe: num_experts"),
+            ({"moe": 3}, r"wrong type: p\.json: moe: 3: must be an object"),
+            ({"moe": "num_experts"}, r"wrong type: p\.json: moe: 'num_experts': must be"),
+            (
+                {"moe": {"num_experts": 8, "num_shared_experts": 1}},
+                r"unsupported key: p\.json: moe\.num_shared_experts: "
+                r"known keys: num_experts, num_experts_per_tok$",
+            ),
             ({"n_kv_heads": 5}, r"p\.json: .*must divide"),
         ],
     )

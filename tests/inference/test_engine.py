@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from mindspore import Tensor
+from mindspore import Tensor, ops
 from support.hf import make_pair
 from support.models import fill
 
@@ -192,6 +192,26 @@ class TestBadInput:
         saved(tmp_path, "mixtral")
         with pytest.raises(GenerationError, match=r"257 tokens: max_position_embeddings is 256"):
             Engine.load(tmp_path, max_length=257, with_tokenizer=False)
+
+    @pytest.mark.parametrize("length", [0, -5])
+    def test_no_room_at_all(self, tmp_path, length):
+        saved(tmp_path, "mixtral")
+        with pytest.raises(GenerationError, match=f"no room: max_length: {length}"):
+            Engine.load(tmp_path, max_length=length, with_tokenizer=False)
+
+    def test_settings_that_the_cache_was_not_built_for(self, tmp_path):
+        saved(tmp_path, "mistral-sliding-window")
+        model = Engine.load(tmp_path, max_length=64, chunk=4, with_tokenizer=False).model
+        with pytest.raises(GenerationError, match="10 columns: max_length 64 and chunk 16 need 22"):
+            Engine(model, max_length=64, chunk=16)
+
+    def test_a_request_after_logits_that_were_not_finite(self, engine):
+        before = ids(engine.generate([[1, 2, 3]], GREEDY))
+        values = engine.model.layers[0].attention.cache.values
+        ops.assign(values, Tensor(np.full(values.shape, np.nan, np.float32)))
+        with pytest.raises(GenerationError, match="not finite"):
+            engine.generate([[1, 2, 3]], GREEDY)
+        assert ids(engine.generate([[1, 2, 3]], GREEDY)) == before
 
     def test_bfloat16_on_a_cpu(self, tmp_path):
         saved(tmp_path, "mixtral")
