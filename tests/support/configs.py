@@ -1,0 +1,20 @@
+"""A small configuration of ours, varied by keywords."""
+
+from mistral_ms.config import ModelConfig, MoEArchitecture
+
+SIZES = dict(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+)
+
+
+def model(**changes) -> ModelConfig:
+    moe = changes.pop("moe", {})
+    return ModelConfig(
+        **{**SIZES, **changes},
+        moe=None if moe is None else MoEArchitecture(num_local_experts=8, **moe),
+    )
