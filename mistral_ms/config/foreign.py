@@ -13,12 +13,15 @@ mistral-inference's ``TransformerArgs``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from mistral_ms.config.base import validate
 from mistral_ms.config.model import ModelConfig
 from mistral_ms.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 # key in config.json -> (our key, HF's default when the key is absent; ... = must be there)
 HF_KEYS: dict[str, tuple[str, Any]] = {
@@ -248,9 +251,9 @@ def to_native(config: ModelConfig, *, block: bool = True) -> dict[str, Any]:
 def from_mistral(source: Mapping[str, Any], where: str = "params.json") -> ModelConfig:
     """Reads Mistral's own ``params.json``.
 
-    The file states neither the longest sequence (32768 is assumed, as for every 7B and 8x7B
-    release) nor, in the older ones, the RoPE base: as in mistral-inference it is then 1e4 with a
-    sliding window and 1e6 without. Missing ``moe`` with ``num_experts`` at the top level is the
+    The file rarely states the longest sequence: 32768 is then assumed, as for every 7B and 8x7B
+    release, with a warning in the log, for others have more. The older ones do not state the RoPE
+    base either: as in mistral-inference it is then 1e4 with a sliding window and 1e6 without. Missing ``moe`` with ``num_experts`` at the top level is the
     layout of the first Mixtral dump.
 
     Raises:
@@ -268,6 +271,9 @@ def from_mistral(source: Mapping[str, Any], where: str = "params.json") -> Model
             rule=f"known keys: {', '.join(sorted(MISTRAL_KEYS))}, moe",
         )
     values = _pick(source, MISTRAL_KEYS, where)
+    if "max_seq_len" not in source:
+        longest = values["max_position_embeddings"]
+        _log.warning("%s does not state max_seq_len: %d positions are assumed", where, longest)
     if values["rope_theta"] is None:
         values["rope_theta"] = 1e6 if values["sliding_window"] is None else 1e4
     if moe is not None:

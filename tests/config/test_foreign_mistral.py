@@ -23,6 +23,14 @@ DENSE_PARAMS = {k: v for k, v in MIXTRAL_PARAMS.items() if k != "moe"}
 
 
 class TestMistral:
+    def test_assumed_positions_are_said(self, caplog):
+        assert from_mistral(MIXTRAL_PARAMS, "p.json").max_position_embeddings == 32768
+        assert "p.json does not state max_seq_len: 32768 positions are assumed" in caplog.text
+        caplog.clear()
+        stated = from_mistral(MIXTRAL_PARAMS | {"max_seq_len": 65536})
+        assert stated.max_position_embeddings == 65536
+        assert not caplog.records
+
     def test_mixtral(self):
         config = from_mistral(MIXTRAL_PARAMS)
         assert (config.hidden_size, config.intermediate_size, config.head_size) == (
