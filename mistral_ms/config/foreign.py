@@ -253,8 +253,8 @@ def from_mistral(source: Mapping[str, Any], where: str = "params.json") -> Model
 
     The file rarely states the longest sequence: 32768 is then assumed, as for every 7B and 8x7B
     release, with a warning in the log, for others have more. The older ones do not state the RoPE
-    base either: as in mistral-inference it is then 1e4 with a sliding window and 1e6 without. Missing ``moe`` with ``num_experts`` at the top level is the
-    layout of the first Mixtral dump.
+    base either: as in mistral-inference it is then 1e4 with a sliding window and 1e6 without.
+    Missing ``moe`` with ``num_experts`` at the top level is the layout of the first Mixtral dump.
 
     Raises:
         ConfigError: a missing key or an unknown one, at the top level or inside ``moe``.
