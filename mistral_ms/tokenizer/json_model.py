@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,11 @@ from mistral_ms.tokenizer.base import (
     PieceKind,
     check_bytes,
     check_id,
-    check_text,
 )
-from mistral_ms.tokenizer.stream import decode_ids
+from mistral_ms.tokenizer.vocabulary import VocabularyTokenizer
 
 
-class JsonTokenizer:
+class JsonTokenizer(VocabularyTokenizer):
     """A converted sentencepiece vocabulary; a :class:`mistral_ms.tokenizer.Tokenizer`.
 
     The names of BOS and EOS come from ``tokenizer_config.json`` beside the file where that exists,
@@ -43,17 +42,17 @@ class JsonTokenizer:
         self._model.no_padding()
         self._model.encode_special_tokens = True  # text stays text, see the Tokenizer protocol
         ids: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
-        self._vocab_size = max(ids.values(), default=-1) + 1
+        self.vocab_size = max(ids.values(), default=-1) + 1
         added = self._model.get_added_tokens_decoder()
         self._control = {i for i, token in added.items() if token.special}
         self._bytes = {ids[name]: byte for byte in range(256) if (name := _byte_name(byte)) in ids}
         self._unknown = ids.get(settings["model"].get("unk_token") or "<unk>")
         config = _read_optional(self._path.with_name("tokenizer_config.json"))
-        self._bos_id = self._id_of(ids, config, "bos_token", "<s>")
-        self._eos_ids = (self._id_of(ids, config, "eos_token", "</s>"),)
-        self._files = {"tokenizer.json": self._path, **(companions or {})}
+        self.bos_id = self._id_of(ids, config, "bos_token", "<s>")
+        self.eos_ids = (self._id_of(ids, config, "eos_token", "</s>"),)
+        self.files = {"tokenizer.json": self._path, **(companions or {})}
         start = ids.get(WORD_START)
-        self._drops_first_space = start is not None and self._model.decode([start]) == ""
+        self.drops_first_space = start is not None and self._model.decode([start]) == ""
         check_bytes(self, self._path)
 
     def _id_of(self, ids: Mapping[str, int], config: Mapping[str, Any], key: str, name: str) -> int:
@@ -69,40 +68,9 @@ class JsonTokenizer:
             )
         return ids[name]
 
-    @property
-    def vocab_size(self) -> int:
-        """See :class:`mistral_ms.tokenizer.Tokenizer`."""
-        return self._vocab_size
-
-    @property
-    def bos_id(self) -> int:
-        """See :class:`mistral_ms.tokenizer.Tokenizer`."""
-        return self._bos_id
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """See :class:`mistral_ms.tokenizer.Tokenizer`."""
-        return self._eos_ids
-
-    @property
-    def drops_first_space(self) -> bool:
-        """See :class:`mistral_ms.tokenizer.Tokenizer`."""
-        return self._drops_first_space
-
-    @property
-    def files(self) -> Mapping[str, Path]:
-        """See :class:`mistral_ms.tokenizer.Tokenizer`."""
-        return self._files
-
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        """See :class:`mistral_ms.tokenizer.Tokenizer`."""
-        check_text(text)
-        ids = list(self._model.encode(text, add_special_tokens=False).ids)
-        return [self._bos_id, *ids] if bos else ids
-
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """See :class:`mistral_ms.tokenizer.Tokenizer`."""
-        return decode_ids(self, ids, skip_special)
+    def _text_ids(self, text: str) -> list[int]:
+        """The ids of valid text, without BOS."""
+        return list(self._model.encode(text, add_special_tokens=False).ids)
 
     def piece(self, token_id: int) -> Piece:
         """See :class:`mistral_ms.tokenizer.Tokenizer`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -14,12 +14,11 @@ from mistral_ms.tokenizer.base import (
     PieceKind,
     check_bytes,
     check_id,
-    check_text,
 )
-from mistral_ms.tokenizer.stream import decode_ids
+from mistral_ms.tokenizer.vocabulary import VocabularyTokenizer
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(VocabularyTokenizer):
     """A sentencepiece model; a :class:`mistral_ms.tokenizer.Tokenizer`.
 
     Plain text gets the ids that transformers' LlamaTokenizer gives it (the slow one with either
@@ -38,7 +37,7 @@ class SentencePieceTokenizer:
     def __init__(self, path: Path, companions: Mapping[str, Path] | None = None) -> None:
         self._path = Path(path)
         self._model = _read(self._path)
-        self._vocab_size = int(self._model.get_piece_size())
+        self.vocab_size = int(self._model.get_piece_size())
         bos, eos = int(self._model.bos_id()), int(self._model.eos_id())
         if min(bos, eos) < 0:
             raise TokenizerError(
@@ -47,52 +46,21 @@ class SentencePieceTokenizer:
                 value=f"bos id {bos}, eos id {eos}",
                 rule="both tokens must exist",
             )
-        self._bos_id, self._eos_ids = bos, (eos,)
+        self.bos_id, self.eos_ids = bos, (eos,)
         # Hugging Face and mistral-inference both look for this name, whatever it is called here.
-        self._files = {"tokenizer.model": self._path, **(companions or {})}
-        self._drops_first_space = self._model.decode([WORD_START]) == ""
+        self.files = {"tokenizer.model": self._path, **(companions or {})}
+        self.drops_first_space = self._model.decode([WORD_START]) == ""
         check_bytes(self, self._path)
 
-    @property
-    def vocab_size(self) -> int:
-        """See :class:`mistral_ms.tokenizer.Tokenizer`."""
-        return self._vocab_size
-
-    @property
-    def bos_id(self) -> int:
-        """See :class:`mistral_ms.tokenizer.Tokenizer`."""
-        return self._bos_id
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """See :class:`mistral_ms.tokenizer.Tokenizer`."""
-        return self._eos_ids
-
-    @property
-    def drops_first_space(self) -> bool:
-        """See :class:`mistral_ms.tokenizer.Tokenizer`."""
-        return self._drops_first_space
-
-    @property
-    def files(self) -> Mapping[str, Path]:
-        """See :class:`mistral_ms.tokenizer.Tokenizer`."""
-        return self._files
-
-    def encode(self, text: str, bos: bool = True) -> list[int]:
-        """See :class:`mistral_ms.tokenizer.Tokenizer`."""
-        check_text(text)
-        ids = list(self._model.encode(text))
-        return [self._bos_id, *ids] if bos else ids
-
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """See :class:`mistral_ms.tokenizer.Tokenizer`."""
-        return decode_ids(self, ids, skip_special)
+    def _text_ids(self, text: str) -> list[int]:
+        """The ids of valid text, without BOS."""
+        return list(self._model.encode(text))
 
     def piece(self, token_id: int) -> Piece:
         """See :class:`mistral_ms.tokenizer.Tokenizer`."""
         token_id = int(token_id)
         check_id(token_id)
-        if token_id >= self._vocab_size or self._model.is_unknown(token_id):
+        if token_id >= self.vocab_size or self._model.is_unknown(token_id):
             return Piece(PieceKind.UNKNOWN, "")
         name = self._model.id_to_piece(token_id)
         if self._model.is_byte(token_id):
