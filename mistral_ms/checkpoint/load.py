@@ -49,9 +49,19 @@ def load_weights(
             )
     for name, parameter in parameters.items():
         values = source.read(name, dtype=_name(parameter.dtype))
-        parameter.set_data(_tensor(values, parameter.dtype))
+        set_values(parameter, values)
         if progress is not None:
             progress(values.nbytes)
+
+
+def set_values(parameter: Parameter, values: np.ndarray) -> None:
+    """Fills a parameter before any graph with it is compiled.
+
+    Args:
+        parameter: float32, float16 or bfloat16.
+        values: of its shape and dtype; bfloat16 as bits in uint16.
+    """
+    parameter.set_data(_tensor(values, parameter.dtype))
 
 
 def to_numpy(parameter: Parameter) -> tuple[np.ndarray, str]:

@@ -11,8 +11,10 @@ def register(app: typer.Typer) -> None:
     from mistral_ms.cli.convert import convert
     from mistral_ms.cli.data import data
     from mistral_ms.cli.demo import demo
+    from mistral_ms.cli.evaluate import evaluate
     from mistral_ms.cli.generate import generate
     from mistral_ms.cli.inspect import inspect
+    from mistral_ms.cli.train import train
 
     app.command("demo")(demo)
     app.command("convert")(convert)
@@ -20,3 +22,5 @@ def register(app: typer.Typer) -> None:
     app.command("generate")(generate)
     app.command("inspect")(inspect)
     app.command("data")(data)
+    app.command("train")(train)
+    app.command("evaluate")(evaluate)

@@ -27,7 +27,11 @@ def data(
         ),
     ],
     tokenizer: Annotated[
-        Path, typer.Option(help="A tokenizer file, or the directory of a model or checkpoint.")
+        str,
+        typer.Option(
+            help="A tokenizer file, the directory of a model or checkpoint, or packaged-v1, -v2, "
+            "-v3 or -v7: Mistral's own, installed with mistral_ms."
+        ),
     ],
     seq_length: Annotated[int, typer.Option(help="Tokens that the model sees at a time.")],
     output: Annotated[Path, typer.Option(help="Directory to write; appears when it is whole.")],
@@ -65,7 +69,7 @@ def data(
     from mistral_ms.config import DataConfig
     from mistral_ms.config.base import validate
     from mistral_ms.datasets import build_dataset
-    from mistral_ms.tokenizer import load_tokenizer
+    from mistral_ms.tokenizer import find_tokenizer
 
     values = {
         "seq_length": seq_length,
@@ -82,7 +86,7 @@ def data(
     with byte_progress(console, "packing") as progress:
         result = build_dataset(
             inputs,
-            load_tokenizer(tokenizer),
+            find_tokenizer(tokenizer),
             config,
             output,
             overwrite=overwrite,

@@ -24,6 +24,7 @@ from mistral_ms.training import (
     MetricsWriter,
     StepRecord,
     TrainingSummary,
+    TrainStep,
     show_progress,
     train,
 )
@@ -148,10 +149,10 @@ def tell(console: Console, run: RunConfig, output: Path, *, learns: bool) -> Sto
     )
     with (
         MetricsWriter(files.metrics) as metrics,
-        show_progress(console, run.training.steps) as progress,
+        show_progress(console, run.training.last_step) as progress,
     ):
-        observers = (records.append, metrics, progress)
-        summary = train(model, source, run.training, run.routing, observers)
+        update = TrainStep(model, run.training, pooled_aux=run.routing.aux_loss == "pooled")
+        summary = train(update, source, (records.append, metrics, progress))
 
     console.print(f"\n[bold]2[/]  saving the checkpoint: {files.checkpoint}")
     weights = {name: to_numpy(weight)[0] for name, weight in model.weights().items()}

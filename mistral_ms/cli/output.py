@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from mistral_ms.errors import ConfigError
 
 SECONDS_BETWEEN_LINES = 10.0
+Advance = Callable[[int, int], None]
+"""Called with what is done and the total."""
 
 
 def size_text(nbytes: float) -> str:
@@ -52,28 +64,36 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
         raise ConfigError("cannot write", where=f"--json {path}", value=error.strerror) from error
 
 
-@contextmanager
-def byte_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows how many bytes are done: a bar with rate and time left, or now and then a line.
+def byte_progress(console: Console, what: str) -> AbstractContextManager[Advance]:
+    """Shows how many bytes are done; see :func:`count_progress`."""
+    return _progress(console, what, size_text, (DownloadColumn(), TransferSpeedColumn()))
+
+
+def count_progress(console: Console, what: str, unit: str) -> AbstractContextManager[Advance]:
+    """Shows how many of something are done: a bar with rate and time left, or lines in a log.
 
     Args:
         console: where to. Not a terminal (a log file): plain lines, one in ten seconds.
         what: what is being done.
+        unit: what is counted.
 
-    Yields:
-        A function to be called with the bytes done and their total.
+    Returns:
+        A context that gives a function, to be called with the number done and the total.
     """
-    if console.is_terminal:
-        from rich import progress as rich_progress
+    columns = (MofNCompleteColumn(), TextColumn(unit))
+    return _progress(console, what, lambda number: f"{number:.4g} {unit}", columns)
 
-        columns = (
-            rich_progress.TextColumn(what),
-            rich_progress.BarColumn(),
-            rich_progress.DownloadColumn(),
-            rich_progress.TransferSpeedColumn(),
-            rich_progress.TimeRemainingColumn(),
-        )
-        with rich_progress.Progress(*columns, console=console, transient=True) as bar:
+
+@contextmanager
+def _progress(
+    console: Console,
+    what: str,
+    text: Callable[[float], str],
+    columns: Sequence[ProgressColumn],
+) -> Iterator[Advance]:
+    if console.is_terminal:
+        shown = (TextColumn(what), BarColumn(), *columns, TimeRemainingColumn())
+        with Progress(*shown, console=console, transient=True) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
@@ -88,8 +108,7 @@ def byte_progress(console: Console, what: str) -> Iterator[Callable[[int, int], 
         rate = done / (now - start)
         left = (total - done) / rate
         console.print(
-            f"{what}: {size_text(done)} of {size_text(total)}, {size_text(rate)}/s, "
-            f"{left:.0f} s left",
+            f"{what}: {text(done)} of {text(total)}, {text(rate)}/s, {left:.0f} s left",
             markup=False,
             highlight=False,
             soft_wrap=True,

@@ -1,24 +1,34 @@
 """Frozen, typed configuration: read once at the edge, passed down as plain data."""
 
-from mistral_ms.config.conventions import IGNORE_INDEX
-from mistral_ms.config.data import DataConfig
+from mistral_ms.config.conventions import IGNORE_INDEX, PACKAGED_TOKENIZER
+from mistral_ms.config.data import DataConfig, DataSourceConfig, PackingConfig
 from mistral_ms.config.foreign import from_hf, from_mistral, to_hf, to_mistral, to_native
 from mistral_ms.config.generation import GenerationConfig
 from mistral_ms.config.load import apply_overrides, load_model_config, read_yaml
 from mistral_ms.config.model import DType, ModelConfig, MoEArchitecture
 from mistral_ms.config.routing import DROPLESS, RoutingConfig
-from mistral_ms.config.run import RunConfig, load_run_config
-from mistral_ms.config.training import OptimizerConfig, ScheduleConfig, TrainingConfig
+from mistral_ms.config.run import CheckpointConfig, RunConfig, load_run_config
+from mistral_ms.config.training import (
+    LossScaleConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
 
 __all__ = [
     "DROPLESS",
     "IGNORE_INDEX",
+    "PACKAGED_TOKENIZER",
+    "CheckpointConfig",
     "DType",
     "DataConfig",
+    "DataSourceConfig",
     "GenerationConfig",
+    "LossScaleConfig",
     "MoEArchitecture",
     "ModelConfig",
     "OptimizerConfig",
+    "PackingConfig",
     "RoutingConfig",
     "RunConfig",
     "ScheduleConfig",

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mistral_ms.config.base import Frozen
 
 LONGEST_WINDOW = 1 << 23  # four int32 a token must fit a MindRecord page, at most 256 MiB
 
 
-class DataConfig(Frozen):
-    """How documents are tokenised and packed.
+class PackingConfig(Frozen):
+    """How documents are tokenised and joined.
 
     Attributes:
-        seq_length: S, tokens that the model sees at a time.
         boundaries: what a window that holds several documents does where one ends. ``loss``:
             nobody is asked to predict the first token of the next document; attention reaches
             back across. ``attention``: neither; each document has positions from 0 on and a
@@ -27,10 +27,47 @@ class DataConfig(Frozen):
         drop_last: the last window is dropped when it is not full, not padded.
     """
 
-    seq_length: int = Field(ge=1, le=LONGEST_WINDOW)
     boundaries: Literal["loss", "attention", "ignore"] = "loss"
     add_bos: bool = True
     add_eos: bool = True
     split_lines: bool = False
     skip_bad: bool = False
     drop_last: bool = False
+
+
+class DataConfig(PackingConfig):
+    """How documents become windows.
+
+    Attributes:
+        seq_length: S, tokens that the model sees at a time.
+    """
+
+    seq_length: int = Field(ge=1, le=LONGEST_WINDOW)
+
+
+class DataSourceConfig(Frozen):
+    """What a run is trained on: a dataset, or texts that are packed when the run starts.
+
+    Attributes:
+        dataset: directory written by the ``data`` command.
+        inputs: txt and jsonl files; packed into the run's own directory.
+        tokenizer: of the inputs: a tokenizer file, the directory of a model, or one of the real
+            ones that are installed with mistral_ms: ``packaged-v1`` (32000 ids), ``packaged-v2``,
+            ``packaged-v3``, ``packaged-v7``.
+        packing: how the inputs are packed.
+    """
+
+    dataset: Path | None = None
+    inputs: tuple[Path, ...] = ()
+    tokenizer: str | None = None
+    packing: PackingConfig = PackingConfig()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSourceConfig:
+        if (self.dataset is None) == (not self.inputs):
+            raise ValueError("give either data.dataset or data.inputs")
+        if self.dataset is not None and self.packing != PackingConfig():
+            raise ValueError("data.packing is of data.inputs; a dataset is packed already")
+        if self.inputs and self.tokenizer is None:
+            raise ValueError("data.inputs need data.tokenizer")
+        return self

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mistral_ms.config.base import Frozen
+from mistral_ms.config.base import Frozen, validate
+from mistral_ms.config.model import DType
 
 
 class OptimizerConfig(Frozen):
@@ -43,37 +45,114 @@ class ScheduleConfig(Frozen):
     floor: float = Field(default=0.1, ge=0, le=1)
 
 
+class LossScaleConfig(Frozen):
+    """Dynamic loss scale for float16 (Mixed Precision Training, arXiv:1710.03740, section 3.2).
+
+    Attributes:
+        initial: what the loss is multiplied by at first; a power of two changes no mantissa.
+        growth_interval: so many updates in a row without an overflow double the scale.
+        minimum: an overflow at this scale is an error: the loss itself is broken.
+    """
+
+    initial: float = Field(default=65536.0, ge=1)
+    growth_interval: int = Field(default=2000, ge=1)
+    minimum: float = Field(default=1.0, ge=1)
+
+    @model_validator(mode="after")
+    def _powers_of_two(self) -> LossScaleConfig:
+        for name in ("initial", "minimum"):
+            if not math.log2(getattr(self, name)).is_integer():
+                raise ValueError(f"{name} ({getattr(self, name):g}) must be a power of two")
+        if self.minimum > self.initial:
+            raise ValueError(f"minimum ({self.minimum:g}) must not exceed initial")
+        return self
+
+
 class TrainingConfig(Frozen):
     """One training.
 
     Attributes:
-        steps: updates of the weights.
+        steps: updates of the weights. Give either this or ``epochs``.
+        epochs: passes over the data; a begun batch counts.
         seq_length: S, tokens of a window.
         global_batch_size: windows per update, over all processes.
+        micro_batches: equal parts of the batch that go through the model one after the other,
+            their gradients added up. Each is a dispatch group of its own: routing, capacity and
+            the load-balancing loss see one part at a time.
+        dtype: of weights and activations. 16-bit weights have float32 masters.
         seed: of the initial weights and of the order of the windows.
         aux_coef: coefficient of the load-balancing loss. Hugging Face's definition, by which a
             balanced router scores K and not 1: coefficients of Megatron do not carry over.
         z_coef: coefficient of the router z-loss.
         clip_norm: gradients are scaled down to this global norm; None leaves them alone.
+        loss_scale: for float16, which has one by default; other dtypes have none.
+        offload_optimizer: ``host`` keeps the optimizer's means and master weights in host memory.
         optimizer: of all weights.
         schedule: of the learning rate.
     """
 
-    steps: int = Field(ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     seq_length: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
+    micro_batches: int = Field(default=1, ge=1)
+    dtype: DType = "float32"
     seed: int = Field(default=0, ge=0)
     aux_coef: float = Field(default=0.001, ge=0)
     z_coef: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=1.0, gt=0)
+    loss_scale: LossScaleConfig | None = None
+    offload_optimizer: Literal["none", "host"] = "none"
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
 
     @model_validator(mode="after")
-    def _warmup_ends(self) -> TrainingConfig:
-        if self.schedule.warmup_steps > self.steps:
+    def _consistent(self) -> TrainingConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        warmup = self.schedule.warmup_steps
+        if self.steps is not None and warmup > self.steps:
             raise ValueError(
-                f"schedule.warmup_steps ({self.schedule.warmup_steps}) must not exceed "
-                f"steps ({self.steps})"
+                f"schedule.warmup_steps ({warmup}) must not exceed steps ({self.steps})"
+            )
+        if self.global_batch_size % self.micro_batches:
+            raise ValueError(
+                f"micro_batches ({self.micro_batches}) must divide "
+                f"global_batch_size ({self.global_batch_size})"
+            )
+        if self.loss_scale is not None and self.dtype != "float16":
+            raise ValueError(
+                f"loss_scale is for dtype float16; {self.dtype} has the range of float32"
             )
         return self
+
+    @property
+    def last_step(self) -> int:
+        """The number of updates; of a configuration whose epochs are counted out."""
+        if self.steps is None:
+            raise ValueError("with_steps() counts the steps of so many epochs")
+        return self.steps
+
+    @property
+    def scaling(self) -> LossScaleConfig | None:
+        """The loss scale in force: float16 has one without asking."""
+        return (
+            LossScaleConfig()
+            if self.dtype == "float16" and not self.loss_scale
+            else (self.loss_scale)
+        )
+
+    def with_steps(self, windows: int) -> TrainingConfig:
+        """The same training with its epochs counted out as steps.
+
+        Args:
+            windows: of one epoch.
+
+        Raises:
+            ConfigError: a warm-up that is longer than the training.
+        """
+        if self.epochs is None:
+            return self
+        steps = math.ceil(round(self.epochs * windows / self.global_batch_size, 9))
+        values = self.model_dump() | {"steps": max(1, steps), "epochs": None}
+        return validate(TrainingConfig, values, f"training (epochs {self.epochs:g})")

@@ -5,7 +5,7 @@ packages) is loaded in :mod:`mistral_ms.datasets.mindrecord` alone, and only whe
 written or read: bad input is reported before that.
 """
 
-from mistral_ms.datasets.batches import Batch, BatchSource, InMemoryWindows
+from mistral_ms.datasets.batches import Batch, BatchSource, InMemoryWindows, WindowOrder
 from mistral_ms.datasets.build import BuildResult, build_dataset
 from mistral_ms.datasets.description import DatasetInfo, check_fit, read_info, verify
 from mistral_ms.datasets.encoding import DialogueEncoder, DocumentEncoder, vocabulary_digest
@@ -23,6 +23,7 @@ __all__ = [
     "MindRecordWindows",
     "Packer",
     "Window",
+    "WindowOrder",
     "build_dataset",
     "check_fit",
     "read_info",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Protocol
 
@@ -20,19 +20,33 @@ class Batch:
     Attributes:
         ids_BS: tokens.
         labels_BS: the token after each one; IGNORE_INDEX where nothing is predicted.
-        positions_BS: 0 .. S - 1; -1 for padding.
+        positions_BS: of the tokens in their documents; -1 for padding.
+        segments_BS: only tokens of equal number see each other; -1 for padding.
         samples_B: numbers of the windows, for replay.
     """
 
     ids_BS: np.ndarray
     labels_BS: np.ndarray
     positions_BS: np.ndarray
+    segments_BS: np.ndarray
     samples_B: np.ndarray
 
     @property
     def tokens(self) -> int:
         """How many tokens are predicted."""
         return int(np.count_nonzero(self.labels_BS != IGNORE_INDEX))
+
+    @property
+    def present(self) -> int:
+        """How many tokens are not padding."""
+        return int(np.count_nonzero(self.positions_BS >= 0))
+
+    def split(self, parts: int) -> tuple[Batch, ...]:
+        """Equal parts in the order of the rows; ``parts`` divides B."""
+        if len(self.samples_B) % parts:
+            raise ValueError(f"{len(self.samples_B)} rows cannot be cut into {parts} equal parts")
+        cut = [np.split(getattr(self, field.name), parts) for field in fields(self)]
+        return tuple(Batch(*arrays) for arrays in zip(*cut, strict=True))
 
 
 class BatchSource(Protocol):
@@ -81,12 +95,42 @@ def pack_windows(ids: Sequence[int], seq_length: int) -> tuple[np.ndarray, np.nd
     return inputs, labels, positions
 
 
-class InMemoryWindows:
-    """A short text held in memory.
+class WindowOrder:
+    """Which windows each step sees: a pure function of seed and step.
 
     The windows are shuffled anew for each epoch and form one endless stream, of which step n
     takes the n-th ``batch_size``. Each epoch shows each window once; a batch may hold the end of
-    one epoch and the beginning of the next.
+    one epoch and the beginning of the next. Any restart and any number of ranks see the same.
+
+    Args:
+        windows: of one epoch.
+        batch_size: B.
+        seed: of the shuffling.
+
+    Raises:
+        DataError: no windows, or an empty batch.
+    """
+
+    def __init__(self, windows: int, batch_size: int, seed: int) -> None:
+        if batch_size < 1 or windows < 1:
+            value = f"{batch_size} of {windows} windows"
+            raise DataError("invalid batch", value=value, rule="must be at least 1 of 1")
+        self.windows, self.batch_size, self.seed = windows, batch_size, seed
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def samples(self, step: int) -> np.ndarray:
+        """Numbers of the windows of the batch of ``step`` (the first is 0), int32 [B]."""
+        first = step * self.batch_size
+        stream = range(first, first + self.batch_size)
+        picks = [self._order(n // self.windows)[n % self.windows] for n in stream]
+        return np.array(picks, np.int32)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.windows)
+
+
+class InMemoryWindows:
+    """A short text held in memory, in the order of :class:`WindowOrder`.
 
     Args:
         ids: tokens of the text.
@@ -100,8 +144,7 @@ class InMemoryWindows:
 
     def __init__(self, ids: Sequence[int], seq_length: int, batch_size: int, seed: int) -> None:
         self._inputs, self._labels, self._positions = pack_windows(ids, seq_length)
-        self._batch_size, self._seed = batch_size, seed
-        self._order = lru_cache(maxsize=2)(self._shuffled)
+        self._order = WindowOrder(len(self._inputs), batch_size, seed)
 
     @property
     def windows(self) -> int:
@@ -110,13 +153,12 @@ class InMemoryWindows:
 
     def batch(self, step: int) -> Batch:
         """See the protocol."""
-        first = step * self._batch_size
-        stream = range(first, first + self._batch_size)
-        picks = [self._order(n // self.windows)[n % self.windows] for n in stream]
-        samples = np.array(picks, np.int32)
+        samples = self._order.samples(step)
+        positions_BS = self._positions[samples]
         return Batch(
-            self._inputs[samples], self._labels[samples], self._positions[samples], samples
+            ids_BS=self._inputs[samples],
+            labels_BS=self._labels[samples],
+            positions_BS=positions_BS,
+            segments_BS=np.minimum(positions_BS, 0),
+            samples_B=samples,
         )
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(self.windows)

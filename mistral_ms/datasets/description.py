@@ -86,6 +86,14 @@ class DatasetInfo(Frozen):
     counts: Counts
     files: tuple[DataFile, ...]
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the windows hold: the same texts packed alike, wherever they lie."""
+        # the index files beside the windows are MindRecord's own and not always the same bytes
+        content = [self.config.model_dump(mode="json"), self.vocabulary.sha256]
+        content += [file.sha256 for file in self.files if file.windows]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
 
 def read_info(directory: Path) -> DatasetInfo:
     """Reads ``dataset.json`` and checks that every file is there with its size.

@@ -1,7 +1,8 @@
 """Grouped-query attention with rotary positions, a sliding window, padding and an optional cache.
 
 One rule covers everything a query may see: the key's position is not padding (-1), not after the
-query, and within the window. It holds for a whole sequence and for a cache alike.
+query, and within the window; and where segments are given, the key is of the query's segment. It
+holds for a whole sequence and for a cache alike.
 """
 
 from __future__ import annotations
@@ -25,13 +26,20 @@ AttentionContext: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 """
 
 
-def visible_keys(queries_BS: Tensor, keys_BM: Tensor, sliding_window: int | None) -> Tensor:
-    """Which key each query may see, from positions alone (-1 = padding).
+def visible_keys(
+    queries_BS: Tensor,
+    keys_BM: Tensor,
+    sliding_window: int | None,
+    segments_BS: Tensor | None = None,
+) -> Tensor:
+    """Which key each query may see, from positions (-1 = padding) and segments.
 
     Args:
         queries_BS: int32 positions of the queries.
         keys_BM: int32 positions of the keys.
         sliding_window: a query sees so many positions, its own included; None = all.
+        segments_BS: int32, which document each token is of, when the keys are the queries' own
+            tokens (M = S); None: all are of one.
 
     Returns:
         bool [B, 1, S, M].
@@ -41,6 +49,9 @@ def visible_keys(queries_BS: Tensor, keys_BM: Tensor, sliding_window: int | None
     visible = ops.logical_and(k >= 0, k <= q)
     if sliding_window is not None:
         visible = ops.logical_and(visible, q - k < sliding_window)
+    if segments_BS is not None:
+        same = ops.expand_dims(segments_BS, -1) == ops.expand_dims(segments_BS, 1)
+        visible = ops.logical_and(visible, same)
     return ops.expand_dims(visible, 1)
 
 

@@ -3,5 +3,6 @@
 from mistral_ms.models.block import DecoderBlock
 from mistral_ms.models.causal_lm import CausalLM, NextTokenLogits
 from mistral_ms.models.objective import LossReport, Objective
+from mistral_ms.models.scores import Scores
 
-__all__ = ["CausalLM", "DecoderBlock", "LossReport", "NextTokenLogits", "Objective"]
+__all__ = ["CausalLM", "DecoderBlock", "LossReport", "NextTokenLogits", "Objective", "Scores"]

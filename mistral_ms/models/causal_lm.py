@@ -80,15 +80,22 @@ class CausalLM(nn.Cell):
         return output_logits(hidden_TH, self.head_weight()).reshape(*ids_BS.shape, -1)
 
     def hidden_states(
-        self, ids_BS: Tensor, positions_BS: Tensor
+        self, ids_BS: Tensor, positions_BS: Tensor, segments_BS: Tensor | None = None
     ) -> tuple[Tensor, RouterSums | None]:
         """Normalised hidden states [B * S, H] and the router sums of the sparse layers.
 
-        The sums are stacked over the sparse layers, [layers, E] and [layers]; None for a dense
-        model.
+        Args:
+            ids_BS: int32 tokens.
+            positions_BS: int32, -1 for padding.
+            segments_BS: int32; tokens of different segments do not see each other. Not with a
+                cache.
+
+        Returns:
+            The states, and the sums stacked over the sparse layers, [layers, E] and [layers];
+            None for a dense model.
         """
         x_TH = self.embed_tokens(ids_BS.reshape(-1))
-        context = self.attention_context(positions_BS)
+        context = self.attention_context(positions_BS, segments_BS)
         valid_T = ops.cast(positions_BS.reshape(-1) >= 0, ms.float32)
         probs, routed, kept, z, tokens = [], [], [], [], []
         for layer in self.layers:
@@ -110,13 +117,15 @@ class CausalLM(nn.Cell):
             ops.stack(tokens),
         )
 
-    def attention_context(self, positions_BS: Tensor) -> AttentionContext:
+    def attention_context(
+        self, positions_BS: Tensor, segments_BS: Tensor | None = None
+    ) -> AttentionContext:
         """What all layers share: rotary rows, visibility, places in the cache."""
         cos, sin = self.rotary(positions_BS)
         rows, keys_BM = self.no_rows, positions_BS
         if self.cached:
             rows, keys_BM = self.key_positions(positions_BS)
-        visible = visible_keys(positions_BS, keys_BM, self.sliding_window)
+        visible = visible_keys(positions_BS, keys_BM, self.sliding_window, segments_BS)
         return cos, sin, visible, rows
 
     def head_weight(self) -> ms.Parameter:

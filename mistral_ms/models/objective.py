@@ -10,7 +10,7 @@ from mindspore import Tensor, nn, ops
 from mistral_ms.config import IGNORE_INDEX
 from mistral_ms.layers import HeadLoss, output_logits, token_nll
 from mistral_ms.models.causal_lm import CausalLM
-from mistral_ms.moe import dropped_fraction, load_balancing_loss, router_z_loss
+from mistral_ms.moe import load_balancing_loss, router_z_loss
 
 _sum = ops.ReduceSum()
 
@@ -18,28 +18,33 @@ WHOLE_LOGITS_LIMIT = 1 << 26
 """Logits of up to so many elements (256 MiB of float32) are held whole."""
 
 
+def tokens_at_a_time(vocab_size: int) -> int:
+    """How many tokens' logits fit into :data:`WHOLE_LOGITS_LIMIT`, at least one."""
+    return max(1, WHOLE_LOGITS_LIMIT // vocab_size)
+
+
 class LossReport(NamedTuple):
     """What one forward pass is judged by; float32. :class:`Objective` returns it as a plain
     tuple in this order (GRAPH_MODE cannot build named ones): ``LossReport(*parts)``.
 
+    A batch may be cut into dispatch groups (micro-batches, ranks). With the whole batch's counts
+    as ``shares`` each group reports its part, and the parts of all groups add up.
+
     Attributes:
         lm: mean negative log-likelihood over the counted tokens.
-        aux: load-balancing loss, without its coefficient.
+        aux: load-balancing loss, without its coefficient; of several groups the mean, weighted by
+            their tokens.
         z: router z-loss, without its coefficient.
-        tokens: counted tokens.
         routed_LE: choices per sparse layer and expert, before the capacity (a scalar 0 for a
             dense model).
         kept_LE: choices that got a place (likewise).
-        dropped: share of all choices that got none.
     """
 
     lm: Tensor
     aux: Tensor
     z: Tensor
-    tokens: Tensor
     routed_LE: Tensor
     kept_LE: Tensor
-    dropped: Tensor
 
 
 class Objective(nn.Cell):
@@ -66,12 +71,16 @@ class Objective(nn.Cell):
         super().__init__()
         self.model = model
         self.aux_coef, self.z_coef, self.pooled_aux = aux_coef, z_coef, pooled_aux
-        fits = max(1, WHOLE_LOGITS_LIMIT // model.config.vocab_size)
-        self.chunk = fits if loss_chunk is None else loss_chunk
+        self.chunk = loss_chunk or tokens_at_a_time(model.config.vocab_size)
         self.head_loss = HeadLoss(self.chunk)
 
     def construct(
-        self, ids_BS: Tensor, labels_BS: Tensor, positions_BS: Tensor
+        self,
+        ids_BS: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor | None = None,
+        shares: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The total loss, and its parts in the order of :class:`LossReport`.
 
@@ -79,19 +88,26 @@ class Objective(nn.Cell):
             ids_BS: int32 tokens.
             labels_BS: int32, the token after each one; IGNORE_INDEX where nothing is predicted.
             positions_BS: int32, -1 for padding.
+            segments_BS: int32; documents that do not see each other. None: one.
+            shares: float32 [2]: one over the counted labels of the whole batch, one over its
+                tokens that are not padding. None: this is the whole batch.
         """
-        hidden_TH, sums = self.model.hidden_states(ids_BS, positions_BS)
+        hidden_TH, sums = self.model.hidden_states(ids_BS, positions_BS, segments_BS)
         labels_T = labels_BS.reshape(-1)
-        tokens = _sum(ops.cast(labels_T != IGNORE_INDEX, ms.float32))
-        one = ops.ones((), ms.float32)
-        lm = self.nll(hidden_TH, labels_T) / ops.maximum(tokens, one)
+        counted = _count(labels_T != IGNORE_INDEX)
+        present = _count(positions_BS.reshape(-1) >= 0)
+        if shares is None:
+            one = ops.ones((), ms.float32)
+            shares = 1.0 / ops.maximum(ops.stack((counted, present)), one)
+        lm = self.nll(hidden_TH, labels_T) * shares[0]
         zero = ops.zeros((), ms.float32)
         if sums is None:
-            return lm, (lm, zero, zero, tokens, zero, zero, zero)
-        aux = load_balancing_loss(sums, self.pooled_aux)
-        z = router_z_loss(sums)
+            return lm, (lm, zero, zero, zero, zero)
+        weight = present * shares[1]
+        aux = load_balancing_loss(sums, self.pooled_aux) * weight
+        z = router_z_loss(sums) * weight
         total = lm + self.aux_coef * aux + self.z_coef * z
-        return total, (lm, aux, z, tokens, sums[1], sums[2], dropped_fraction(sums))
+        return total, (lm, aux, z, sums[1], sums[2])
 
     def nll(self, hidden_TH: Tensor, labels_T: Tensor) -> Tensor:
         """Summed negative log-likelihood, in chunks where the logits would not fit."""
@@ -100,3 +116,7 @@ class Objective(nn.Cell):
             nll_T, _ = token_nll(output_logits(hidden_TH, weight_VH), labels_T)
             return _sum(nll_T)
         return self.head_loss(hidden_TH, weight_VH, labels_T)
+
+
+def _count(condition: Tensor) -> Tensor:
+    return _sum(ops.cast(condition, ms.float32))

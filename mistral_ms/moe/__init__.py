@@ -6,7 +6,6 @@ from mistral_ms.moe.experts import Experts, RoutedExperts
 from mistral_ms.moe.layer import MoELayer
 from mistral_ms.moe.losses import (
     RouterSums,
-    dropped_fraction,
     load_balancing_loss,
     router_sums,
     router_z_loss,
@@ -22,7 +21,6 @@ __all__ = [
     "RoutedExperts",
     "Router",
     "RouterSums",
-    "dropped_fraction",
     "expert_capacity",
     "load_balancing_loss",
     "router_sums",

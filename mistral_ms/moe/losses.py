@@ -69,13 +69,6 @@ def load_balancing_loss(sums: RouterSums, pooled: bool) -> Tensor:
     return num_experts * _sum((probs_LE / tokens_L1) * (routed_LE / tokens_L1)) / layers
 
 
-def dropped_fraction(sums: RouterSums) -> Tensor:
-    """Share of all choices that found their expert full, a float32 scalar (0 without choices)."""
-    _, routed_LE, kept_LE, _, _ = sums
-    routed = ops.maximum(_sum(routed_LE), ops.ones((), ms.float32))
-    return _sum(routed_LE - kept_LE) / routed
-
-
 def router_z_loss(sums: RouterSums) -> Tensor:
     """Mean of logsumexp(logits)^2 over tokens and layers (ST-MoE, arXiv:2202.08906, eq. 5)."""
     _, _, _, z_L, tokens_L = sums

@@ -8,7 +8,7 @@ from mistral_ms.tokenizer.base import (
     copy_files,
 )
 from mistral_ms.tokenizer.chat import ChatFormat, check_messages
-from mistral_ms.tokenizer.load import load_tokenizer, packaged_tokenizer
+from mistral_ms.tokenizer.load import find_tokenizer, load_tokenizer, packaged_tokenizer
 from mistral_ms.tokenizer.stream import StreamDecoder
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "check_messages",
     "check_vocabulary",
     "copy_files",
+    "find_tokenizer",
     "load_tokenizer",
     "packaged_tokenizer",
 ]

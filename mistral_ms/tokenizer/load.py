@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from mistral_ms.config import PACKAGED_TOKENIZER
 from mistral_ms.data import TOKENIZER_CONFIG
 from mistral_ms.errors import TokenizerError
 from mistral_ms.tokenizer.base import Tokenizer
@@ -30,6 +31,17 @@ PACKAGED = {
 # Without a tokenizer_config.json transformers 4.57 reads a lone tokenizer.model through
 # mistral-common, if that is installed, and then ends every text with EOS.
 _PLAIN_CONFIG = {TOKENIZER_CONFIG.name: TOKENIZER_CONFIG}
+
+
+def find_tokenizer(name: str) -> Tokenizer:
+    """A packaged tokenizer by its name (``packaged-v1``), or the one at a path.
+
+    Raises:
+        TokenizerError: see :func:`packaged_tokenizer` and :func:`load_tokenizer`.
+    """
+    if name.startswith(PACKAGED_TOKENIZER):
+        return packaged_tokenizer(name.removeprefix(PACKAGED_TOKENIZER))
+    return load_tokenizer(Path(name))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

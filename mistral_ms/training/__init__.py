@@ -1,19 +1,29 @@
-"""Training: schedule, optimizer, the compiled step, the loop, and what it reports."""
+"""Training: schedule, optimizer, the compiled step, the loop, checkpoints, and what it reports."""
 
+from mistral_ms.training.files import RunFiles
 from mistral_ms.training.loop import Observer, TrainingSummary, train
+from mistral_ms.training.memory import MemoryReport, memory_report
 from mistral_ms.training.metrics import MetricsWriter, StepRecord, read_metrics
 from mistral_ms.training.progress import show_progress
+from mistral_ms.training.run import RunResult, TrainingRun
 from mistral_ms.training.schedule import learning_rate
-from mistral_ms.training.step import StepResult, TrainStep
+from mistral_ms.training.step import NotFiniteError, Progress, StepResult, TrainStep
 
 __all__ = [
+    "MemoryReport",
     "MetricsWriter",
+    "NotFiniteError",
     "Observer",
+    "Progress",
+    "RunFiles",
+    "RunResult",
     "StepRecord",
     "StepResult",
     "TrainStep",
+    "TrainingRun",
     "TrainingSummary",
     "learning_rate",
+    "memory_report",
     "read_metrics",
     "show_progress",
     "train",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mistral_ms.config import RunConfig
 from mistral_ms.errors import DataError
 from mistral_ms.training.metrics import StepRecord
 
@@ -22,6 +24,29 @@ WIDTH = 8.0  # inches
 DPI = 150
 HEAT_COLUMNS = 120
 """Columns of a heat map: steps are averaged in groups so that single batches do not flicker."""
+
+
+def write_figures(directory: Path, records: Sequence[StepRecord], run: RunConfig) -> None:
+    """Writes the pictures of a training as PNG files: loss and learning rate; and, of a sparse
+    model, expert load and dropped choices.
+
+    Args:
+        directory: where to; made when it is not there.
+        records: of one training, in order; without any nothing is written.
+        run: its configuration.
+    """
+    if not records:
+        return
+    pictures = {"loss": loss_figure(records, run.model.vocab_size)}
+    if run.model.sparse_layers:
+        limited = run.routing.policy == "capacity"
+        factor = run.routing.capacity_factor if limited else None
+        pictures["expert_load"] = expert_load_figure(records, factor)
+        if limited:
+            pictures["dropped"] = dropped_figure(records)
+    directory.mkdir(exist_ok=True)
+    for name, png in pictures.items():
+        (directory / f"{name}.png").write_bytes(png)
 
 
 def loss_figure(records: Sequence[StepRecord], vocab_size: int | None = None) -> bytes:
@@ -39,7 +64,7 @@ def loss_figure(records: Sequence[StepRecord], vocab_size: int | None = None) ->
     lm = [r.lm_loss for r in records]
     top.plot(steps, [r.loss for r in records], color=ORANGE, alpha=0.4, lw=4, label="total loss")
     top.plot(steps, lm, color=BLUE, lw=1.4, label="language model loss")
-    if max(lm) > 10 * min(lm) > 0:
+    if np.nanmax(lm) > 10 * np.nanmin(lm) > 0:
         from matplotlib.ticker import LogLocator, NullFormatter
 
         top.set_yscale("log")

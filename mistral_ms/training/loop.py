@@ -7,15 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mistral_ms.config import RoutingConfig, TrainingConfig
 from mistral_ms.datasets.batches import BatchSource
-from mistral_ms.errors import TrainingError
-from mistral_ms.models import CausalLM
 from mistral_ms.training.metrics import StepRecord, make_record
-from mistral_ms.training.step import StepResult, TrainStep
+from mistral_ms.training.step import TrainStep
 
 Observer = Callable[[StepRecord], None]
-"""Called with each step's record: a file of metrics, a progress display."""
+"""Called with each step's record: a file of metrics, a progress display, a saver."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +23,11 @@ class TrainingSummary:
         first_lm_loss: lm loss of the first batch, before any update.
         final_lm_loss: lm loss of the last batch, before its update.
         epochs: passes over the data.
-        steps: updates.
-        seconds: wall time, compilation included.
+        steps: batches seen.
+        skipped: steps without an update, because float16 overflowed.
+        seconds: wall time of this process, compilation included.
         tokens_per_s: predicted tokens per second, without the first step, which compiles.
+        finished: False when it was asked to stop before the last step.
         world_size: processes.
     """
 
@@ -36,70 +35,80 @@ class TrainingSummary:
     final_lm_loss: float
     epochs: float
     steps: int
+    skipped: int
     seconds: float
     tokens_per_s: float
+    finished: bool
     world_size: int = 1
 
 
 def train(
-    model: CausalLM,
+    update: TrainStep,
     data: BatchSource,
-    config: TrainingConfig,
-    routing: RoutingConfig,
     observers: Sequence[Observer] = (),
+    *,
+    history: Sequence[StepRecord] = (),
+    stop: Callable[[], bool] = lambda: False,
 ) -> TrainingSummary:
-    """Trains ``model`` in place.
+    """Trains on from wherever ``update`` is, up to the last step of its configuration.
 
     Args:
-        model: with its initial weights.
+        update: the compiled step with model and optimizer.
         data: where batches come from.
-        config: the training.
-        routing: the policy that the model was built with (it says how aux combines layers).
         observers: called in this order after every step.
+        history: records of the steps before, of a training that is resumed.
+        stop: asked before each step; True ends the loop early.
 
     Raises:
-        TrainingError: a loss or a gradient that is not a finite number.
+        NotFiniteError: see :class:`~mistral_ms.training.step.TrainStep`.
     """
-    model.set_train(True)
-    update = TrainStep(model, config, pooled_aux=routing.aux_loss == "pooled")
+    config, progress = update.config, update.progress
+    records = list(history[-1:])
+    first = history[0].lm_loss if history else math.nan
+    skipped = history[-1].skipped if history else 0
     started = ended = time.perf_counter()
-    after_first = tokens_after_first = 0.0
-    first = last = math.nan
-    for step in range(config.steps):
+    rate = _Rate()
+    while progress.step < config.last_step and not stop():
         begun = ended
-        batch = data.batch(step)
-        result = update(step, batch)
+        batch = data.batch(progress.step)
+        result = update(batch)
         ended = time.perf_counter()
-        _check_finite(step + 1, result)
-        epoch = (step + 1) * config.global_batch_size / data.windows
-        record = make_record(step + 1, epoch, batch.tokens, ended - begun, result)
-        if step == 0:
-            first = record.lm_loss
-        else:
-            after_first += ended - begun
-            tokens_after_first += batch.tokens
-        last = record.lm_loss
+        skipped += not result.finite
+        epoch = progress.step * config.global_batch_size / data.windows
+        seconds = ended - begun
+        record = make_record(progress.step, epoch, batch.tokens, seconds, result, skipped)
+        rate.add(batch.tokens, seconds)
+        first = record.lm_loss if progress.step == 1 else first
+        records = [record]
         for observer in observers:
             observer(record)
-    rate = tokens_after_first / after_first if after_first else record.tokens_per_s
+    last = records[-1] if records else None
     return TrainingSummary(
         first_lm_loss=first,
-        final_lm_loss=last,
-        epochs=record.epoch,
-        steps=config.steps,
+        final_lm_loss=last.lm_loss if last else math.nan,
+        epochs=last.epoch if last else 0.0,
+        steps=progress.step,
+        skipped=skipped,
         seconds=round(time.perf_counter() - started, 3),
-        tokens_per_s=round(rate, 1),
+        tokens_per_s=round(rate.tokens_per_s, 1),
+        finished=progress.step == config.last_step,
     )
 
 
-def _check_finite(step: int, result: StepResult) -> None:
-    for name in ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm"):
-        value = getattr(result, name)
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"{name} is not finite",
-                where=f"step {step}",
-                value=value,
-                rule="weights cannot recover from it",
-                todo="lower the learning rate, lengthen the warm-up, or clip the gradients",
-            )
+class _Rate:
+    """Tokens per second of all steps but the first, which compiles; of that one if it is alone."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+        self._tokens, self._seconds = 0, 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        if self._first is None:
+            self._first = tokens, seconds
+        else:
+            self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
+
+    @property
+    def tokens_per_s(self) -> float:
+        tokens, seconds = (self._tokens, self._seconds) if self._tokens else self._first or (0, 1.0)
+        return tokens / max(seconds, 1e-9)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +29,10 @@ class StepRecord:
         lr: learning rate of the update.
         grad_norm: global norm of the gradients before clipping.
         tokens_per_s: predicted tokens per second of this step; the first one compiles.
+        loss_scale: what the loss was multiplied by; 1 without scaling.
+        skipped: steps so far, this one included, whose gradients were not finite: float16
+            overflowed, the weights were left alone and the scale was halved. The figures of such
+            a step may be NaN (``null`` in the file).
         dropped_fraction: share of all choices that found their expert full.
         expert_load: for each sparse layer the share of choices that fell on each expert, before
             the capacity; each row adds up to 1.
@@ -41,14 +47,16 @@ class StepRecord:
     lr: float
     grad_norm: float
     tokens_per_s: float
+    loss_scale: float
+    skipped: int
     dropped_fraction: float
     expert_load: tuple[tuple[float, ...], ...]
 
 
 def make_record(
-    step: int, epoch: float, tokens: int, seconds: float, result: StepResult
+    step: int, epoch: float, tokens: int, seconds: float, result: StepResult, skipped: int = 0
 ) -> StepRecord:
-    """The record of update ``step`` (the first is 1) that took ``seconds`` for ``tokens``."""
+    """The record of step ``step`` (the first is 1) that took ``seconds`` for ``tokens``."""
     routed = result.routed_LE
     load = routed / np.maximum(routed.sum(-1, keepdims=True), 1.0)
     return StepRecord(
@@ -61,6 +69,8 @@ def make_record(
         lr=result.learning_rate,
         grad_norm=result.grad_norm,
         tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
+        loss_scale=result.loss_scale,
+        skipped=skipped,
         dropped_fraction=result.dropped_fraction,
         expert_load=tuple(tuple(round(float(x), 6) for x in row) for row in load),
     )
@@ -71,14 +81,19 @@ class MetricsWriter:
 
     Args:
         path: the file; replaced when it exists.
+        history: records of a training that is resumed; they go first.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8", buffering=1)
+    def __init__(self, path: Path, history: Sequence[StepRecord] = ()) -> None:
+        # beside the file first: a kill in this moment must not cost the history
+        fresh = path.with_name(f".{path.name}.new")
+        fresh.write_text("".join(map(_line, history)), encoding="utf-8")
+        fresh.replace(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def __call__(self, record: StepRecord) -> None:
         """Appends one line."""
-        self._file.write(json.dumps(asdict(record), allow_nan=False) + "\n")
+        self._file.write(_line(record))
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -92,19 +107,35 @@ class MetricsWriter:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[StepRecord]:
+def _line(record: StepRecord) -> str:
+    values = asdict(record)
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            values[name] = None
+    return json.dumps(values, allow_nan=False) + "\n"
+
+
+def read_metrics(path: Path, last_step: int | None = None) -> list[StepRecord]:
     """Reads what :class:`MetricsWriter` wrote.
+
+    Args:
+        path: the file.
+        last_step: leave out what came later; a training that was killed may have written more
+            steps than its newest checkpoint holds, and half a line at the end.
 
     Raises:
         DataError: a line that is not a record.
     """
-    records = []
+    records: list[StepRecord] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if last_step is not None and len(records) == last_step:
+            break
         try:
             values = json.loads(line)
+            values = {k: math.nan if v is None else v for k, v in values.items()}
             values["expert_load"] = tuple(tuple(row) for row in values["expert_load"])
             records.append(StepRecord(**values))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
                 "not a record of metrics", where=f"{path}: line {number}", value=str(error)
             ) from error

@@ -1,15 +1,44 @@
-"""AdamW in the form that is fastest on CPU, equal to ``torch.optim.AdamW``."""
+"""AdamW in the form that is fastest on CPU, equal to ``torch.optim.AdamW``.
+
+One update routine, :class:`AdamW`, serves both places where its state may live: as a part of the
+training graph on the device (:class:`DeviceOptimizer`, here) and as graphs of their own on the host
+(:mod:`mistral_ms.training.offload`). Each call of the kernel updates one whole tensor in either
+place, so that both give the same bits: cut into other pieces the kernel's last bit may differ.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore.common.initializer import initializer
 
 from mistral_ms.config import OptimizerConfig
+
+MASTER, MEAN, MEAN_SQUARE = "master", "adam_mean", "adam_mean_square"
+"""What checkpoints put before the name of a weight."""
+_cast = ops.Cast()
+
+
+def adam_coefficients(config: OptimizerConfig, updates: int, rate: float) -> np.ndarray:
+    """The numbers that an update needs beside the gradients: float32 [3].
+
+    Args:
+        config: betas, eps, decay.
+        updates: how many there were before.
+        rate: the learning rate.
+
+    Returns:
+        rate * sqrt(1 - beta2^t) / (1 - beta1^t), eps * sqrt(1 - beta2^t), rate * decay, with
+        t = updates + 1. The powers are those of the float32 betas that the kernel works with.
+    """
+    beta1, beta2 = float(np.float32(config.beta1)), float(np.float32(config.beta2))
+    root = math.sqrt(1.0 - beta2 ** (updates + 1))
+    size = rate * root / (1.0 - beta1 ** (updates + 1))
+    return np.array([size, config.eps * root, rate * config.weight_decay], np.float32)
 
 
 class AdamW(nn.Cell):
@@ -22,45 +51,36 @@ class AdamW(nn.Cell):
     optimizer's only state.
 
     Args:
-        weights: what is trained. Matrices are decayed, vectors (norms) are not.
+        weights: float32, what is updated, by name. Matrices are decayed, vectors (norms) are not.
         config: betas, eps, decay.
+        on_host: its kernels run on the host's processor and its state stays in the host's memory,
+            whatever the device.
     """
 
-    def __init__(self, weights: Sequence[Parameter], config: OptimizerConfig) -> None:
+    def __init__(
+        self, weights: Mapping[str, Parameter], config: OptimizerConfig, *, on_host: bool = False
+    ) -> None:
         super().__init__(auto_prefix=False)
-        self.config = config
-        self.weights = ParameterTuple(weights)
-        self.mean = self.weights.clone(prefix="adam_mean", init="zeros")
-        self.mean_square = self.weights.clone(prefix="adam_mean_square", init="zeros")
-        self.decayed = tuple(config.weight_decay > 0 and w.ndim > 1 for w in weights)
+        self.names = tuple(weights)
+        self.weights = ParameterTuple(weights.values())
+        self.mean = _zeros_like(weights, MEAN)
+        self.mean_square = _zeros_like(weights, MEAN_SQUARE)
+        self.decayed = tuple(config.weight_decay > 0 and w.ndim > 1 for w in weights.values())
         self.beta1 = Tensor(config.beta1, ms.float32)
         self.beta2 = Tensor(config.beta2, ms.float32)
         self.no_power = Tensor(0.0, ms.float32)
         self.adam = ops.Adam()
         self.shrink = ops.ApplyGradientDescent()
-
-    def coefficients(self, step: int, rate: float) -> np.ndarray:
-        """The numbers that update ``step`` (the first is 0) needs: float32 [3].
-
-        Args:
-            step: how many updates there were before.
-            rate: the learning rate.
-
-        Returns:
-            rate * sqrt(1 - beta2^t) / (1 - beta1^t), eps * sqrt(1 - beta2^t), rate * decay, with
-            t = step + 1. The powers are those of the float32 betas that the kernel works with.
-        """
-        beta1, beta2 = float(np.float32(self.config.beta1)), float(np.float32(self.config.beta2))
-        root = math.sqrt(1.0 - beta2 ** (step + 1))
-        size = rate * root / (1.0 - beta1 ** (step + 1))
-        return np.array([size, self.config.eps * root, rate * self.config.weight_decay], np.float32)
+        if on_host:
+            self.adam.set_device("CPU")
+            self.shrink.set_device("CPU")
 
     def construct(self, gradients: tuple[Tensor, ...], coefficients: Tensor) -> Tensor:
         """Updates all weights and means in place.
 
         Args:
-            gradients: one per weight.
-            coefficients: of :meth:`coefficients`.
+            gradients: float32, one per weight.
+            coefficients: of :func:`adam_coefficients`.
 
         Returns:
             A scalar that is ready when the updates are.
@@ -85,3 +105,79 @@ class AdamW(nn.Cell):
             )
             done = ops.depend(done, updated)
         return done
+
+    def state(self) -> dict[str, Parameter]:
+        """The means by the names that checkpoints use: ``adam_mean.`` and the weight's name."""
+        means = {f"{MEAN}.{name}": p for name, p in zip(self.names, self.mean, strict=True)}
+        squares = zip(self.names, self.mean_square, strict=True)
+        return means | {f"{MEAN_SQUARE}.{name}": p for name, p in squares}
+
+
+def _zeros_like(weights: Mapping[str, Parameter], kind: str) -> ParameterTuple:
+    return ParameterTuple(
+        Parameter(initializer("zeros", weight.shape, ms.float32), name=f"{kind}.{name}")
+        for name, weight in weights.items()
+    )
+
+
+def master_copies(weights: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """float32 copies of weights, for updates too small for the weights' own dtype to hold."""
+    return {
+        name: Parameter(_copied(weight), name=f"{MASTER}.{name}")
+        for name, weight in weights.items()
+    }
+
+
+def is_mixed(weights: Mapping[str, Parameter]) -> bool:
+    """Whether weights are of 16 bits and have masters."""
+    return any(weight.dtype != ms.float32 for weight in weights.values())
+
+
+def master_state(adamw: AdamW) -> dict[str, Parameter]:
+    """The masters that an update works on, by the names that checkpoints use."""
+    names = (f"{MASTER}.{name}" for name in adamw.names)
+    return dict(zip(names, adamw.weights, strict=True))
+
+
+def set_master(master: Parameter, weight: Parameter) -> None:
+    """Gives a master the values of its weight."""
+    master.set_data(_copied(weight))
+
+
+def _copied(weight: Parameter) -> Tensor:
+    """The values in float32, in memory of their own."""
+    return Tensor(weight.astype(ms.float32).asnumpy().copy())
+
+
+class DeviceOptimizer(nn.Cell):
+    """AdamW inside the training graph, its state on the device.
+
+    float32 weights are updated themselves; 16-bit weights have float32 masters, which are updated
+    and rounded to the weights.
+
+    Args:
+        weights: what is trained, by name, all of one dtype.
+        config: betas, eps, decay.
+    """
+
+    def __init__(self, weights: Mapping[str, Parameter], config: OptimizerConfig) -> None:
+        super().__init__(auto_prefix=False)
+        self.weights = ParameterTuple(weights.values())
+        self.mixed = is_mixed(weights)
+        self.adamw = AdamW(master_copies(weights) if self.mixed else weights, config)
+
+    def construct(self, gradients: tuple[Tensor, ...], coefficients: Tensor) -> Tensor:
+        """Updates everything in place; returns a scalar that is ready when that is done."""
+        done = self.adamw(gradients, coefficients)
+        if self.mixed:
+            for i in range(len(self.weights)):
+                weight, master = self.weights[i], ops.depend(self.adamw.weights[i], done)
+                done = ops.depend(done, ops.assign(weight, _cast(master, weight.dtype)))
+        return done
+
+    def state(self) -> dict[str, Parameter]:
+        """Everything that a resume needs beside the weights."""
+        return master_state(self.adamw) | self.adamw.state() if self.mixed else self.adamw.state()
+
+    def restored(self) -> None:
+        """To be called when weights or state were set from outside; nothing depends on them."""

@@ -18,7 +18,7 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     # The first step after the warm-up, or step 0 without one, is still at the peak.
-    falling = config.steps - 1 - warmup
+    falling = config.last_step - 1 - warmup
     progress = min(1.0, (step - warmup) / falling) if falling > 0 else 0.0
     return peak * (schedule.floor + (1.0 - schedule.floor) * _height(schedule.kind, progress))
 

@@ -1,76 +1,61 @@
-"""One update as one compiled graph: losses, gradients, clipping, optimizer."""
+"""One update: the batch in its parts, the graphs, and what is reported of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
-import mindspore as ms
 import numpy as np
-from mindspore import ParameterTuple, Tensor, nn
+from mindspore import Parameter, Tensor, nn
 
 from mistral_ms.config import TrainingConfig
 from mistral_ms.datasets.batches import Batch
+from mistral_ms.errors import TrainingError
 from mistral_ms.models import CausalLM, LossReport, Objective
-from mistral_ms.training.clipping import clip_by_global_norm
-from mistral_ms.training.optimizer import AdamW
+from mistral_ms.training.graphs import (
+    Accumulate,
+    Finish,
+    FinishAccumulated,
+    FusedUpdate,
+    MicroGradients,
+)
+from mistral_ms.training.loss_scale import LossScale
+from mistral_ms.training.modes import graph_mode
+from mistral_ms.training.offload import HostOptimizer
+from mistral_ms.training.optimizer import DeviceOptimizer, adam_coefficients
 from mistral_ms.training.schedule import learning_rate
 
 
-class UpdateGraph(nn.Cell):
-    """The graph. Tensors in, tensors out; weights and optimizer state change in place.
+@dataclass(slots=True)
+class Progress:
+    """How far a training is: with weights and optimizer state, all that a resume needs.
 
-    Args:
-        objective: the loss of a batch and its parts.
-        optimizer: of the weights that are trained.
-        clip_norm: see :func:`~mistral_ms.training.clipping.clip_by_global_norm`.
+    Attributes:
+        step: batches seen. The data position follows from it, and the learning rate.
+        updates: updates made; fewer than steps where float16 overflowed.
+        scale: the loss scale of the next step.
     """
 
-    def __init__(self, objective: Objective, optimizer: AdamW, clip_norm: float | None) -> None:
-        super().__init__(auto_prefix=False)
-        self.objective, self.optimizer, self.clip_norm = objective, optimizer, clip_norm
-        weights = ParameterTuple(optimizer.weights)
-        self.gradient = ms.value_and_grad(objective, None, weights, has_aux=True)
-
-    def construct(
-        self, ids_BS: Tensor, labels_BS: Tensor, positions_BS: Tensor, coefficients: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor]:
-        """Total loss, the parts of a LossReport, the gradients' norm, and the update's end."""
-        (total, parts), gradients = self.gradient(ids_BS, labels_BS, positions_BS)
-        gradients, norm = clip_by_global_norm(gradients, self.clip_norm)
-        return total, parts, norm, self.optimizer(gradients, coefficients)
-
-
-@contextmanager
-def graph_mode() -> Iterator[None]:
-    """Cells called inside run as compiled graphs; the mode that was set before comes back.
-
-    ``ms.jit`` would compile the same graph, but its caller waits for results in a busy loop that
-    takes a whole core away from the kernels: with two cores a step takes half as long again.
-    """
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.GRAPH_MODE)
-    try:
-        yield
-    finally:
-        ms.set_context(mode=before)
+    step: int = 0
+    updates: int = 0
+    scale: LossScale = field(default_factory=LossScale)
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one update reports, on the host.
+    """What one step reports, on the host.
 
     Attributes:
         loss: lm + aux_coef * aux + z_coef * z.
         lm_loss: mean negative log-likelihood over the predicted tokens.
         aux_loss: load-balancing loss, without its coefficient.
         z_loss: router z-loss, without its coefficient.
-        grad_norm: global norm of the gradients before clipping.
+        grad_norm: global norm of the gradients before clipping, without the loss scale.
         learning_rate: the rate of this update.
+        loss_scale: the scale of this step; 1 without scaling.
         routed_LE: choices per sparse layer and expert, before the capacity; [0, 0] when dense.
         kept_LE: choices that got a place.
-        dropped_fraction: share of all choices that got none.
+        gradient_norms: of each trained weight.
     """
 
     loss: float
@@ -79,51 +64,168 @@ class StepResult:
     z_loss: float
     grad_norm: float
     learning_rate: float
+    loss_scale: float
     routed_LE: np.ndarray
     kept_LE: np.ndarray
-    dropped_fraction: float
+    gradient_norms: dict[str, float]
+
+    @property
+    def finite(self) -> bool:
+        """Whether losses and gradients were; otherwise the weights were left alone."""
+        losses = (self.loss, self.lm_loss, self.aux_loss, self.z_loss, self.grad_norm)
+        return all(map(math.isfinite, losses))
+
+    @property
+    def dropped_fraction(self) -> float:
+        """Share of all choices that found their expert full."""
+        routed = float(self.routed_LE.sum())
+        return float(routed - self.kept_LE.sum()) / routed if routed else 0.0
+
+
+class NotFiniteError(TrainingError):
+    """A loss or a gradient that is not a number; neither weights nor state were changed.
+
+    Attributes:
+        step: the step, the first being 1.
+        batch: what it saw.
+        result: what it reported.
+    """
+
+    def __init__(self, step: int, batch: Batch, result: StepResult, scaled: bool) -> None:
+        names = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm")
+        name = next(name for name in names if not math.isfinite(getattr(result, name)))
+        self.step, self.batch, self.result = step, batch, result
+        super().__init__(
+            f"{name} is not finite",
+            where=f"step {step}",
+            value=getattr(result, name),
+            rule=f"even at the smallest loss scale, {result.loss_scale:g}"
+            if scaled
+            else "weights would not recover from it; they were left as they were",
+            todo="lower the learning rate, lengthen the warm-up, or clip the gradients",
+        )
 
 
 class TrainStep:
-    """Everything an update needs; the compiled graph is built at the first one.
+    """Everything an update needs; the graphs are compiled at the first one.
 
     Args:
-        model: what is trained, in place.
-        config: objective, optimizer, schedule.
+        model: what is trained, in place, with its initial weights.
+        config: objective, optimizer, schedule; its steps are counted out.
         pooled_aux: how the load-balancing loss combines layers (see RoutingConfig.aux_loss).
+
+    Attributes:
+        weights: the parameters that are trained, by name.
+        optimizer: on the device or on the host.
+        progress: how far the training is; may be set before the first step.
     """
 
     def __init__(self, model: CausalLM, config: TrainingConfig, *, pooled_aux: bool = True) -> None:
-        self.config = config
-        trained = [weight for weight in model.weights().values() if weight.requires_grad]
+        self.model, self.config = model, config
+        self.weights: dict[str, Parameter] = {
+            name: weight for name, weight in model.weights().items() if weight.requires_grad
+        }
+        self.progress = Progress(scale=LossScale.start(config.scaling))
         objective = Objective(
             model, aux_coef=config.aux_coef, z_coef=config.z_coef, pooled_aux=pooled_aux
         )
-        self.optimizer = AdamW(trained, config.optimizer)
-        self._graph = UpdateGraph(objective, self.optimizer, config.clip_norm)
+        micro = MicroGradients(objective, self.weights)
+        self.optimizer: DeviceOptimizer | HostOptimizer
+        if config.offload_optimizer == "host":
+            self.optimizer = HostOptimizer(self.weights, config.optimizer)
+            finish = Finish(None, config.clip_norm)
+        else:
+            self.optimizer = DeviceOptimizer(self.weights, config.optimizer)
+            finish = Finish(self.optimizer, config.clip_norm)
+        self._fused: FusedUpdate | None = None
+        self._accumulate: Accumulate | None = None
+        self._finish: FinishAccumulated | None = None
+        if config.micro_batches == 1:
+            self._fused = FusedUpdate(micro, finish)
+        else:
+            self._accumulate = Accumulate(micro, self.weights)
+            self._finish = FinishAccumulated(self._accumulate.sums, finish)
 
-    def __call__(self, step: int, batch: Batch) -> StepResult:
-        """Runs update ``step`` (the first is 0) and waits for it."""
-        rate = learning_rate(self.config, step)
-        coefficients = self.optimizer.coefficients(step, rate)
-        arrays = (batch.ids_BS, batch.labels_BS, batch.positions_BS, coefficients)
+    def __call__(self, batch: Batch) -> StepResult:
+        """Runs the next step and waits for it.
+
+        A step whose loss or gradients are not finite changes neither weights nor optimizer state.
+        Under a loss scale that can be lowered that is an ordinary event.
+
+        Raises:
+            NotFiniteError: they are not finite and no smaller loss scale could help. The step has
+                not been made: called again with its batch it would fail in the same way.
+        """
+        progress, config = self.progress, self.config
+        rate = learning_rate(config, progress.step)
+        scale = progress.scale.value
+        coefficients = Tensor(adam_coefficients(config.optimizer, progress.updates, rate))
+        shares = [1.0 / max(1, batch.tokens), 1.0 / max(1, batch.present), scale]
+        scales = Tensor(np.array(shares, np.float32))
         with graph_mode():
-            total, parts, norm, _ = self._graph(*(Tensor(array) for array in arrays))
-        report = LossReport(*parts)
+            if self._fused is not None:
+                parts, norm, norms_n, clipped = self._fused(*_tensors(batch), scales, coefficients)
+                sums = [part.asnumpy() for part in parts]
+            else:
+                sums, norm, norms_n, clipped = self._accumulated(batch, scales, coefficients)
+            result = self._result(sums, norm, norms_n, rate, scale)
+            if isinstance(self.optimizer, HostOptimizer) and result.finite:
+                self.optimizer.update(clipped, coefficients)
+        scaling = config.scaling
+        if not result.finite and (scaling is None or scale <= scaling.minimum):
+            raise NotFiniteError(progress.step + 1, batch, result, scaling is not None)
+        progress.step += 1
+        progress.updates += result.finite
+        progress.scale = progress.scale.after(config.scaling, result.finite)
+        return result
+
+    def cells(self) -> tuple[nn.Cell, ...]:
+        """The cells that are compiled for the device."""
+        found = (self._fused, self._accumulate, self._finish)
+        return tuple(cell for cell in found if cell is not None)
+
+    def gradient_sums(self) -> tuple[Parameter, ...]:
+        """What micro-batches add their gradients up in; empty when there is only one."""
+        return () if self._accumulate is None else tuple(self._accumulate.sums)
+
+    def _accumulated(
+        self, batch: Batch, scales: Tensor, coefficients: Tensor
+    ) -> tuple[list[np.ndarray], Tensor, Tensor, tuple[Tensor, ...]]:
+        assert self._accumulate is not None and self._finish is not None
+        groups = [
+            self._accumulate(*_tensors(part), scales)
+            for part in batch.split(self.config.micro_batches)
+        ]
+        sums = [
+            np.sum([part.asnumpy() for part in column], 0, dtype=np.float32)
+            for column in zip(*groups, strict=True)
+        ]
+        return sums, *self._finish(Tensor(sums[0]), scales, coefficients)
+
+    def _result(
+        self, sums: list[np.ndarray], norm: Tensor, norms_n: Tensor, rate: float, scale: float
+    ) -> StepResult:
+        total, report = float(sums[0]), LossReport(*sums[1:])
+        norms = zip(self.weights, norms_n.asnumpy().tolist(), strict=True)
         return StepResult(
-            loss=float(total.asnumpy()),
-            lm_loss=float(report.lm.asnumpy()),
-            aux_loss=float(report.aux.asnumpy()),
-            z_loss=float(report.z.asnumpy()),
+            loss=total,
+            lm_loss=float(report.lm),
+            aux_loss=float(report.aux),
+            z_loss=float(report.z),
             grad_norm=float(norm.asnumpy()),
             learning_rate=rate,
+            loss_scale=scale,
             routed_LE=_table(report.routed_LE),
             kept_LE=_table(report.kept_LE),
-            dropped_fraction=float(report.dropped.asnumpy()),
+            gradient_norms=dict(norms),
         )
 
 
-def _table(counts: Tensor) -> np.ndarray:
+def _tensors(batch: Batch) -> tuple[Tensor, ...]:
+    arrays = (batch.ids_BS, batch.labels_BS, batch.positions_BS, batch.segments_BS)
+    return tuple(Tensor(np.ascontiguousarray(array)) for array in arrays)
+
+
+def _table(counts: np.ndarray) -> np.ndarray:
     """[layers, E]; a dense model reports a scalar zero, which becomes an empty table."""
-    array = counts.asnumpy()
-    return array if array.ndim == 2 else np.zeros((0, 0), array.dtype)
+    return counts if counts.ndim == 2 else np.zeros((0, 0), np.float32)

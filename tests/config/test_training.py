@@ -104,13 +104,13 @@ class TestRunFile:
         assert run.training.optimizer.learning_rate == 1e-2
 
     def test_another_model_comes_before_other_overrides(self, run_file):
-        overrides = ["model.num_hidden_layers=3", "model=../model/wide.yaml"]
+        overrides = ["model.num_hidden_layers=3", f"model={run_file.parent.parent}/model/wide.yaml"]
         run = load_run_config(run_file, overrides)
         assert (run.model.hidden_size, run.model.num_hidden_layers) == (32, 3)
 
     def test_a_missing_model_file_is_named(self, run_file):
         with pytest.raises(ConfigError, match=r"cannot read: .*none\.yaml: No such file"):
-            load_run_config(run_file, ["model=../model/none.yaml"])
+            load_run_config(run_file, ["model=none.yaml"])
 
     @pytest.mark.parametrize("model", [None, 3, ["a"]])
     def test_a_model_of_another_kind(self, run_file, model):

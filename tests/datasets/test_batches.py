@@ -83,3 +83,20 @@ class TestInMemoryWindows:
     def test_counts_predicted_tokens(self, text):
         source = self.source(text, batch_size=8)
         assert source.batch(0).tokens == len(text) - 1
+
+
+class TestSplit:
+    def test_parts_are_the_rows_in_order(self, text):
+        batch = InMemoryWindows(text, 8, 6, seed=5).batch(3)
+        for parts in (1, 2, 3, 6):
+            cut = batch.split(parts)
+            assert len(cut) == parts
+            for name in ("ids_BS", "labels_BS", "positions_BS", "segments_BS", "samples_B"):
+                joined = np.concatenate([getattr(part, name) for part in cut])
+                assert np.array_equal(joined, getattr(batch, name))
+            assert sum(part.tokens for part in cut) == batch.tokens
+            assert sum(part.present for part in cut) == batch.present
+
+    def test_unequal_parts_are_refused(self, text):
+        with pytest.raises(ValueError, match="6 rows cannot be cut into 4 equal parts"):
+            InMemoryWindows(text, 8, 6, seed=5).batch(0).split(4)

@@ -8,10 +8,11 @@ from mistral_ms.datasets import InMemoryWindows, MindRecordWindows, build_datase
 from mistral_ms.errors import DataError
 
 STEPS = 9
+NAMES = ("ids_BS", "labels_BS", "positions_BS", "segments_BS", "samples_B")
 
 
 def assert_equal(one, other):
-    for name in ("ids_BS", "labels_BS", "positions_BS", "samples_B"):
+    for name in NAMES:
         assert np.array_equal(getattr(one, name), getattr(other, name))
         assert getattr(one, name).dtype == getattr(other, name).dtype == np.int32
 
@@ -56,7 +57,7 @@ def test_ranks_tile_the_batch(size, dataset):
     for step in range(3):
         whole = source.batch(step)
         parts = [MindRecordWindows(dataset, 6, 1).rank_batch(step, r, size) for r in range(size)]
-        for name in ("ids_BS", "labels_BS", "positions_BS", "samples_B"):
+        for name in NAMES:
             joined = np.concatenate([getattr(part, name) for part in parts])
             assert np.array_equal(joined, getattr(whole, name))
         assert {len(part.samples_B) for part in parts} == {6 // size}
@@ -81,19 +82,31 @@ def test_a_text_gives_the_batches_of_the_text_in_memory(tokenizer, tmp_path):
         assert_equal(ours.batch(step), memory.batch(step))
 
 
-def test_attention_wants_a_model_that_takes_segments(tokenizer, tmp_path):
+def test_documents_keep_their_segments(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("a b c\nd e f\n")
     config = DataConfig(seq_length=16, boundaries="attention", split_lines=True)
     build_dataset([tmp_path / "a.txt"], tokenizer, config, tmp_path / "out")
-    with pytest.raises(DataError, match=r"segments are not used: .*attention: .*boundaries loss"):
-        MindRecordWindows(tmp_path / "out", 1, 0)
-    source = MindRecordWindows(tmp_path / "out", 1, 0, segments=True)
-    batch = source.batch(0)
-    segments = source.segments(batch.samples_B)
-    assert segments.tolist() == [[0] * 5 + [1] * 4 + [-1] * 7]
+    batch = MindRecordWindows(tmp_path / "out", 1, 0).batch(0)
+    assert batch.segments_BS.tolist() == [[0] * 5 + [1] * 4 + [-1] * 7]
     assert batch.positions_BS.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3] + [-1] * 7]
+    assert batch.present == 9
+
+
+def test_the_digest_is_that_of_the_windows(tokenizer, tmp_path):
+    """Where the text lay and what its tokenizer's file is called make no difference."""
+    digests = []
+    for name, text, length in (("a", "x y z " * 9, 8), ("b", "x y z " * 9, 8),
+                               ("c", "x y w " * 9, 8), ("d", "x y z " * 9, 9)):  # fmt: skip
+        (tmp_path / f"{name}.txt").write_text(text)
+        config = DataConfig(seq_length=length)
+        build_dataset([tmp_path / f"{name}.txt"], tokenizer, config, tmp_path / name)
+        digests.append(MindRecordWindows(tmp_path / name, 1, 0).info.digest)
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
 
 
 def test_an_empty_batch(dataset):
-    with pytest.raises(DataError, match="invalid batch: 0: must be at least 1"):
+    with pytest.raises(
+        DataError, match=r"invalid batch: 0 of \d+ windows: must be at least 1 of 1"
+    ):
         MindRecordWindows(dataset, 0, 0)

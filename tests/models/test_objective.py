@@ -78,7 +78,6 @@ class TestLosses:
         lm = want.loss.item() - aux * getattr(pair.hf, "router_aux_loss_coef", 0.0)
         assert abs(report.lm - lm) <= LOSS
         assert abs(total - (lm + COEF * aux)) <= LOSS
-        assert report.tokens == sum(LENGTHS) - len(LENGTHS)
 
     def test_a_report_of_a_dense_model_has_no_router(self):
         pair = make_pair("mistral-sliding-window")
@@ -94,7 +93,6 @@ class TestLosses:
         np.testing.assert_allclose(total, want, rtol=1e-6)  # float32 sum
         assert report.routed_LE.shape == report.kept_LE.shape == (2, 8)
         np.testing.assert_array_equal(report.routed_LE, report.kept_LE)
-        assert report.dropped == 0
         assert (report.routed_LE.sum(-1) == 2 * sum(LENGTHS)).all()
 
     def test_router_losses_are_those_of_hugging_faces_logits(self):
@@ -129,7 +127,7 @@ class TestLosses:
         pair = make_pair("mixtral")
         ids, labels, places = batch(pair)
         total, report = run(objective(pair), (ids, np.full_like(labels, -100), places))
-        assert total == report.lm == report.tokens == 0
+        assert total == report.lm == 0
 
     def test_some_labels_ignored_inside_the_text(self):
         pair = make_pair("mixtral")
@@ -143,7 +141,6 @@ class TestLosses:
             )
         _, report = run(objective(pair), (ids, labels, places))
         assert abs(report.lm - want.item()) <= LOSS
-        assert report.tokens == (labels >= 0).sum()
 
 
 def hf_gradients(pair, ids, places):
@@ -251,8 +248,6 @@ def test_capacity_policy_equals_a_model_that_drops_by_a_loop(routing):
     np.testing.assert_array_equal(report.routed_LE, [block.routed for block in theirs.blocks])
     np.testing.assert_array_equal(report.kept_LE, [block.kept for block in theirs.blocks])
     assert report.kept_LE.sum() < report.routed_LE.sum(), "nothing was dropped"
-    kept_share = report.kept_LE.sum() / report.routed_LE.sum()
-    np.testing.assert_allclose(report.dropped, 1 - kept_share, rtol=1e-5)  # one float32 division
     assert abs(report.aux - want_aux) <= LOSS
     total, got = gradients(loss, arrays)
     assert abs(total - want_total) <= LOSS

@@ -12,6 +12,7 @@ from mistral_ms.config import (
     TrainingConfig,
 )
 from mistral_ms.models import CausalLM
+from mistral_ms.training import TrainStep
 
 TINY = dict(
     vocab_size=48,
@@ -65,5 +66,18 @@ def make_model():
         model = CausalLM(config, routing)
         model.initialize(seed)
         return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_update(make_model, sparse, capacity, training):
+    """A step of the sparse model's training, with some of its settings changed."""
+
+    def make(**changes):
+        config = TrainingConfig(**training.model_dump() | changes)
+        model = CausalLM(sparse, capacity, dtype=config.dtype)
+        model.initialize(config.seed)
+        return TrainStep(model, config)
 
     return make

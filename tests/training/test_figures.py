@@ -18,7 +18,7 @@ def records(steps=60, layers=2, experts=8, loss=lambda t: 10 * 0.9**t):
     load = rng.dirichlet(np.full(experts, 20.0), (steps, layers))
     return [
         StepRecord(
-            t + 1, (t + 1) / 8, loss(t) + 0.04, loss(t), 2.0, 0.0, 1e-3, 1.0, 1e3, 0.1,
+            t + 1, (t + 1) / 8, loss(t) + 0.04, loss(t), 2.0, 0.0, 1e-3, 1.0, 1e3, 1.0, 0, 0.1,
             tuple(map(tuple, load[t])),
         )
         for t in range(steps)

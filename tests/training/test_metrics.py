@@ -1,6 +1,7 @@
 """Records and their file."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,8 @@ NAMES = {
     "lr",
     "grad_norm",
     "tokens_per_s",
+    "loss_scale",
+    "skipped",
     "dropped_fraction",
     "expert_load",
 }
@@ -27,7 +30,7 @@ NAMES = {
 
 def result(routed=((6, 2), (4, 4)), kept=((5, 2), (4, 4))):
     tables = [np.atleast_2d(np.array(counts, np.float32)) for counts in (routed, kept)]
-    return StepResult(3.5, 3.0, 2.0, 0.5, 1.25, 1e-3, *tables, dropped_fraction=0.0625)
+    return StepResult(3.5, 3.0, 2.0, 0.5, 1.25, 1e-3, 8.0, *tables, gradient_norms={"w": 1.25})
 
 
 def test_a_record_says_what_the_step_said():
@@ -37,6 +40,7 @@ def test_a_record_says_what_the_step_said():
     assert (record.lr, record.grad_norm) == (1e-3, 1.25)
     assert record.expert_load == ((0.75, 0.25), (0.5, 0.5))
     assert record.dropped_fraction == 0.0625
+    assert (record.loss_scale, record.skipped) == (8.0, 0)
 
 
 def test_nothing_routed_and_a_dense_model():
@@ -77,3 +81,28 @@ class TestFile:
             file.write(line + "\n")
         with pytest.raises(DataError, match=r"not a record of metrics: .*metrics\.jsonl: line 2"):
             read_metrics(path)
+
+    def test_figures_that_are_no_numbers_come_back_as_nan(self, tmp_path):
+        path = tmp_path / "metrics.jsonl"
+        broken = replace(result(), loss=math.nan, grad_norm=math.inf)
+        with MetricsWriter(path) as write:
+            write(make_record(1, 0.1, 30, 0.5, broken, skipped=1))
+        assert json.loads(path.read_text())["loss"] is None
+        [record] = read_metrics(path)
+        assert math.isnan(record.loss) and math.isnan(record.grad_norm)
+        assert record.lm_loss == 3.0
+
+    def test_a_resumed_training_keeps_its_history_and_drops_what_came_after(self, tmp_path):
+        path = tmp_path / "metrics.jsonl"
+        records = [make_record(step, step / 8, 30, 0.5, result()) for step in range(1, 6)]
+        with MetricsWriter(path) as write:
+            for record in records:
+                write(record)
+        with path.open("a") as file:
+            file.write('{"step": 6, "epo')  # killed in the middle of a line
+        history = read_metrics(path, last_step=3)
+        assert history == records[:3]
+        with MetricsWriter(path, history) as write:
+            write(records[3])
+        assert read_metrics(path) == records[:4]
+        assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]

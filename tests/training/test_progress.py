@@ -9,7 +9,7 @@ from mistral_ms.training import StepRecord, show_progress
 
 
 def record(step):
-    return StepRecord(step, step / 8, 9.0, 1 / step, 2.0, 0.0, 1e-3, 1.0, 1234.5, 0.0, ())
+    return StepRecord(step, step / 8, 9.0, 1 / step, 2.0, 0.0, 1e-3, 1.0, 1234.5, 1.0, 0, 0.0, ())
 
 
 class Clock:

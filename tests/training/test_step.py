@@ -31,7 +31,7 @@ def strict_graphs():
 def run(model, text, config):
     data = InMemoryWindows(text, config.seq_length, config.global_batch_size, config.seed)
     update = TrainStep(model, config)
-    return [update(step, data.batch(step)) for step in range(config.steps)]
+    return [update(data.batch(step)) for step in range(config.steps)]
 
 
 def bits(model):

@@ -1,0 +1,41 @@
+"""``evaluate``: how well a checkpoint predicts a dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="A checkpoint of any known format.")
+    ],
+    data: Annotated[Path, typer.Option(help="A dataset, written by the data command.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
+    ] = None,
+) -> None:
+    """Measure perplexity and accuracy of a checkpoint on a dataset, dropless."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from mistral_ms.cli.output import count_progress, write_json
+    from mistral_ms.datasets import MindRecordWindows
+    from mistral_ms.training.evaluate import evaluate, load_for_evaluation
+
+    console = Console(highlight=False, soft_wrap=True)
+    windows = MindRecordWindows(data, 1, 0)
+    model = load_for_evaluation(checkpoint, windows)
+    with count_progress(console, "evaluating", "windows") as progress:
+        result = evaluate(model, windows, batch_size, progress)
+    console.print(
+        f"perplexity {result.perplexity:.4f}  (loss {result.loss:.4f} nats a token)\n"
+        f"accuracy   {100 * result.accuracy:.2f} % of {result.tokens} predicted tokens in "
+        f"{result.windows} windows; {result.seconds:.1f} s, {result.tokens_per_s:.0f} tokens/s"
+    )
+    if json is not None:
+        write_json(json, {"checkpoint": str(checkpoint), "data": str(data), **asdict(result)})

@@ -1,0 +1,110 @@
+"""``train``: a run of a configuration file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mistral_ms.training import RunResult
+
+
+def train(
+    config: Annotated[Path, typer.Option(help="A run file, such as those in configs/run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY.PATH=VALUE]...",
+            help="Keys of the run file to change: training.steps=50 data.dataset=my-data",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with the run in this directory, from its newest checkpoint."),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the summary to this file as JSON.")
+    ] = None,
+) -> None:
+    """Train a model: metrics, TensorBoard events, checkpoints, pictures and a summary."""
+    from rich.console import Console
+
+    from mistral_ms.cli.output import write_json
+    from mistral_ms.config import load_run_config
+    from mistral_ms.errors import ConfigError
+
+    console = Console(highlight=False, soft_wrap=True)
+    run = load_run_config(config, overrides or [])
+    output = run.output or Path("runs") / config.stem
+    if resume is not None:
+        if run.output is not None and run.output.resolve() != resume.resolve():
+            raise ConfigError(
+                "two directories",
+                where="output",
+                value=run.output,
+                rule=f"--resume goes on in {resume}",
+                todo="leave output out",
+            )
+        output = resume
+    result = _execute(console, run, output, resuming=resume is not None)
+    if json is not None:
+        write_json(json, result.summary_values())
+    if result.stopped_by is not None:
+        raise typer.Exit(128 + result.stopped_by)
+
+
+def _execute(console: Console, run: object, output: Path, *, resuming: bool) -> RunResult:
+    from mistral_ms.cli.backend_log import backend_log
+    from mistral_ms.config import RunConfig
+    from mistral_ms.training import RunFiles, TrainingRun, show_progress
+
+    assert isinstance(run, RunConfig)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    files = RunFiles(output)
+    if resuming:
+        files.again()
+    else:
+        files.begin()
+    with backend_log(files.log):
+        training = TrainingRun(run, output, resume=resuming, say=say)
+        parameters = training.memory.parameters
+        steps = training.run.training.last_step
+        begun = training.update.progress.step
+        say(
+            f"training {parameters / 1e6:.1f} million parameters on {training.data.windows} "
+            f"windows of {training.data.seq_length} tokens: steps {begun + 1} to {steps}"
+        )
+        say(f"memory {training.memory}")
+        with show_progress(console, steps) as progress:
+            result = training.execute([progress])
+    report(console, result)
+    return result
+
+
+def report(console: Console, result: RunResult) -> None:
+    """The short summary at the end: what came of it and where it lies."""
+    summary, files = result.summary, result.files
+    state = "" if summary.finished else ", stopped before the end"
+    console.print(
+        f"\nlm loss {summary.first_lm_loss:.4f} -> {summary.final_lm_loss:.4g} after "
+        f"{summary.steps} steps ({summary.epochs:.1f} epochs){state}; {summary.seconds:.0f} s, "
+        f"{summary.tokens_per_s:.0f} tokens/s"
+    )
+    if summary.skipped:
+        console.print(f"{summary.skipped} steps without an update: float16 overflowed")
+    for what, path in (
+        ("checkpoint", result.checkpoint),
+        ("metrics", files.metrics),
+        ("pictures", files.figures),
+        ("TensorBoard", files.tensorboard),
+        ("summary", files.summary),
+    ):
+        console.print(f"{what:11}  {path}", markup=False)

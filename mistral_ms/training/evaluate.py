@@ -1,0 +1,129 @@
+"""Perplexity and accuracy of a model on a dataset, each window once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor
+
+from mistral_ms.checkpoint import open_checkpoint
+from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.config import IGNORE_INDEX
+from mistral_ms.datasets import Batch, MindRecordWindows
+from mistral_ms.errors import TokenizerError
+from mistral_ms.models import CausalLM, Scores
+from mistral_ms.tokenizer import load_tokenizer
+from mistral_ms.training.modes import graph_mode
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How well a model predicts a dataset.
+
+    Attributes:
+        loss: mean negative log-likelihood per predicted token, in nats.
+        perplexity: exp(loss).
+        accuracy: share of the predicted tokens that were the model's best guess.
+        tokens: predicted tokens.
+        windows: of the dataset.
+        seconds: wall time, compilation included.
+        tokens_per_s: predicted tokens per second, without the first batch, which compiles.
+    """
+
+    loss: float
+    perplexity: float
+    accuracy: float
+    tokens: int
+    windows: int
+    seconds: float
+    tokens_per_s: float
+
+
+def evaluate(
+    model: CausalLM,
+    data: MindRecordWindows,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Predicts every token of a dataset that counts.
+
+    Args:
+        model: with its weights, and the routing it shall be judged with (dropless, usually).
+        data: the windows; their order does not matter.
+        batch_size: windows at a time.
+        progress: called with the windows done and their number.
+    """
+    model.set_train(False)
+    scores = Scores(model)
+    batch_size = min(batch_size, data.windows)
+    sums = np.zeros(3, np.float64)
+    started = time.perf_counter()
+    compiled, first = started, 0.0
+    for begin in range(0, data.windows, batch_size):
+        samples = np.arange(begin, min(begin + batch_size, data.windows), dtype=np.int32)
+        batch = _filled(data.read(samples), batch_size)
+        arrays = (batch.ids_BS, batch.labels_BS, batch.positions_BS, batch.segments_BS)
+        with graph_mode():
+            parts = scores(*(Tensor(array) for array in arrays))
+        sums += [float(part.asnumpy()) for part in parts]
+        if begin == 0:
+            compiled, first = time.perf_counter(), sums[2]
+        if progress is not None:
+            progress(begin + len(samples), data.windows)
+    ended = time.perf_counter()
+    nll, right, tokens = sums
+    alone = tokens == first
+    rate = tokens / (ended - started) if alone else (tokens - first) / (ended - compiled)
+    loss = nll / tokens
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        accuracy=right / tokens,
+        tokens=int(tokens),
+        windows=data.windows,
+        seconds=round(ended - started, 3),
+        tokens_per_s=round(rate, 1),
+    )
+
+
+def _filled(batch: Batch, rows: int) -> Batch:
+    """The graph has one shape: a last batch that is short gets rows of padding."""
+    missing = rows - len(batch.samples_B)
+
+    def fill(array: np.ndarray, value: int) -> np.ndarray:
+        return np.pad(array, ((0, missing), (0, 0)), constant_values=value)
+
+    return Batch(
+        ids_BS=fill(batch.ids_BS, 0),
+        labels_BS=fill(batch.labels_BS, IGNORE_INDEX),
+        positions_BS=fill(batch.positions_BS, -1),
+        segments_BS=fill(batch.segments_BS, -1),
+        samples_B=batch.samples_B,
+    )
+
+
+def load_for_evaluation(checkpoint: Path, data: MindRecordWindows) -> CausalLM:
+    """A checkpoint's model, dropless in float32, after checking that it fits the dataset.
+
+    Args:
+        checkpoint: of any known format.
+        data: the dataset.
+
+    Raises:
+        CheckpointError: anything that is wrong with the checkpoint.
+        DataError: windows too long for the model, or tokenised with another vocabulary.
+    """
+    with open_checkpoint(checkpoint) as source:
+        try:
+            tokenizer = load_tokenizer(checkpoint)
+        except TokenizerError:
+            tokenizer = None  # then the sizes of the vocabularies are compared
+        data.check_model(source.config, tokenizer)
+        model = CausalLM(source.config)
+        load_weights(source, model.weights())
+    return model

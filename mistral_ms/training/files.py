@@ -1,0 +1,100 @@
+"""What a run writes into its directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mistral_ms.errors import TrainingError
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """The names below a run's directory.
+
+    Attributes:
+        root: the directory.
+    """
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The run's configuration with everything spelled out."""
+        return self.root / "run.yaml"
+
+    @property
+    def dataset(self) -> Path:
+        """The windows, when the run packed its inputs itself."""
+        return self.root / "dataset"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line a step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's events."""
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One directory per checkpoint, ``step-00000100``."""
+        return self.root / "checkpoints"
+
+    @property
+    def figures(self) -> Path:
+        """Pictures of losses, learning rate, expert load and dropped choices."""
+        return self.root / "figures"
+
+    @property
+    def summary(self) -> Path:
+        """What the run came to."""
+        return self.root / "summary.json"
+
+    @property
+    def log(self) -> Path:
+        """What MindSpore said."""
+        return self.root / "backend.log"
+
+    def failure(self, step: int) -> Path:
+        """The report on a step whose loss was not finite."""
+        return self.root / f"failure-step-{step:08d}.json"
+
+    def begin(self) -> None:
+        """Makes the directory of a new run.
+
+        Raises:
+            TrainingError: another run's files are there, or it cannot be written.
+        """
+        for path in (self.metrics, self.checkpoints):
+            if path.exists():
+                raise TrainingError(
+                    "output exists",
+                    where=self.root,
+                    value=path.name,
+                    rule="a new run overwrites nothing",
+                    todo=f"go on with --resume {self.root}, or choose another output",
+                )
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / ".mistral_ms_probe"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise TrainingError("cannot write", where=self.root, value=error.strerror) from error
+
+    def again(self) -> None:
+        """Checks that there is a run to be resumed.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        if not self.checkpoints.is_dir():
+            raise TrainingError(
+                "nothing to resume",
+                where=self.root,
+                value="no such directory" if not self.root.exists() else "no checkpoints in it",
+                rule="--resume takes the output directory of an earlier run",
+            )

@@ -1,0 +1,211 @@
+"""The graphs of an update. Tensors in, tensors out; weights and state change in place.
+
+One micro-batch: :class:`FusedUpdate` is everything in one graph. Several: each goes through
+:class:`Accumulate`, and :class:`FinishAccumulated` makes the update. Both are composed of the same
+two pieces: :class:`MicroGradients` (a dispatch group's losses and gradients) and :class:`Finish`
+(unscale, measure, clip, update unless something is not finite).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mindspore as ms
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore.common.initializer import initializer
+
+from mistral_ms.models import Objective
+from mistral_ms.training.clipping import clip_by_global_norm
+from mistral_ms.training.optimizer import DeviceOptimizer
+
+_cast = ops.Cast()
+_is_finite = ops.IsFinite()
+_zeros_like = ops.ZerosLike()
+
+Losses = tuple[Tensor, tuple[Tensor, ...]]
+"""The total and the parts of a LossReport."""
+
+
+class _Scaled(nn.Cell):
+    """The objective times the loss scale; the unscaled total goes first among the parts."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__(auto_prefix=False)
+        self.objective = objective
+
+    def construct(
+        self,
+        ids_BS: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor,
+        scales: Tensor,
+    ) -> Losses:
+        total, parts = self.objective(ids_BS, labels_BS, positions_BS, segments_BS, scales[:2])
+        return total * scales[2], (total, *parts)
+
+
+class MicroGradients(nn.Cell):
+    """Losses and gradients of one dispatch group.
+
+    Args:
+        objective: the loss and its parts.
+        weights: what is trained, by name.
+    """
+
+    def __init__(self, objective: Objective, weights: Mapping[str, Parameter]) -> None:
+        super().__init__(auto_prefix=False)
+        self.scaled = _Scaled(objective)
+        trained = ParameterTuple(weights.values())
+        self.gradient = ms.value_and_grad(self.scaled, None, trained, has_aux=True)
+
+    def construct(
+        self,
+        ids_BS: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor,
+        scales: Tensor,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """See :class:`~mistral_ms.models.Objective` for the arguments.
+
+        Args:
+            ids_BS: int32.
+            labels_BS: int32.
+            positions_BS: int32.
+            segments_BS: int32.
+            scales: float32 [3]: the two shares of this group in the batch (one over all counted
+                labels, one over all tokens), and the loss scale.
+
+        Returns:
+            The total and the parts of a LossReport; the scaled gradients, float32.
+        """
+        (_, parts), gradients = self.gradient(ids_BS, labels_BS, positions_BS, segments_BS, scales)
+        wide: tuple[Tensor, ...] = ()
+        for gradient in gradients:
+            wide = (*wide, _cast(gradient, ms.float32))
+        return parts, wide
+
+
+class Finish(nn.Cell):
+    """From summed gradients to updated weights.
+
+    Args:
+        optimizer: updates on the device; None hands the clipped gradients out instead.
+        clip_norm: see :func:`~mistral_ms.training.clipping.clip_by_global_norm`.
+    """
+
+    def __init__(self, optimizer: DeviceOptimizer | None, clip_norm: float | None) -> None:
+        super().__init__(auto_prefix=False)
+        self.optimizer, self.clip_norm = optimizer, clip_norm
+
+    def construct(
+        self, gradients: tuple[Tensor, ...], total: Tensor, scales: Tensor, coefficients: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Clips, and updates where loss and gradients are finite; otherwise nothing changes.
+
+        Returns:
+            The gradients' global norm, each one's norm, and the clipped gradients (none when the
+            update is made here).
+        """
+        clipped, norm, norms_n = clip_by_global_norm(gradients, self.clip_norm, 1.0 / scales[2])
+        if self.optimizer is None:
+            return norm, norms_n, clipped
+        if ops.logical_and(_is_finite(norm), _is_finite(total)):
+            done = self.optimizer(clipped, coefficients)
+        else:
+            done = coefficients[0]
+        return ops.depend(norm, done), norms_n, ()
+
+
+class FusedUpdate(nn.Cell):
+    """An update of one micro-batch as one graph.
+
+    Args:
+        micro: the gradients.
+        finish: the update.
+    """
+
+    def __init__(self, micro: MicroGradients, finish: Finish) -> None:
+        super().__init__(auto_prefix=False)
+        self.micro, self.finish = micro, finish
+
+    def construct(
+        self,
+        ids_BS: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor,
+        scales: Tensor,
+        coefficients: Tensor,
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, tuple[Tensor, ...]]:
+        """The losses as :class:`MicroGradients` gives them, and what :class:`Finish` gives."""
+        parts, gradients = self.micro(ids_BS, labels_BS, positions_BS, segments_BS, scales)
+        norm, norms_n, clipped = self.finish(gradients, parts[0], scales, coefficients)
+        return parts, norm, norms_n, clipped
+
+
+class Accumulate(nn.Cell):
+    """Adds the gradients of one micro-batch to the sums.
+
+    Args:
+        micro: the gradients.
+        weights: what is trained, by name.
+
+    Attributes:
+        sums: the gradients so far, float32.
+    """
+
+    def __init__(self, micro: MicroGradients, weights: Mapping[str, Parameter]) -> None:
+        super().__init__(auto_prefix=False)
+        self.micro = micro
+        self.sums = ParameterTuple(
+            Parameter(
+                initializer("zeros", weight.shape, ms.float32),
+                name=f"gradient.{name}",
+                requires_grad=False,
+            )
+            for name, weight in weights.items()
+        )
+
+    def construct(
+        self,
+        ids_BS: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor,
+        scales: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """The losses as :class:`MicroGradients` gives them."""
+        parts, gradients = self.micro(ids_BS, labels_BS, positions_BS, segments_BS, scales)
+        done = scales[0]
+        for i in range(len(self.sums)):
+            done = ops.depend(done, ops.assign_add(self.sums[i], gradients[i]))
+        return (ops.depend(parts[0], done), *parts[1:])
+
+
+class FinishAccumulated(nn.Cell):
+    """An update from summed gradients, which are zero afterwards.
+
+    Args:
+        sums: the gradients.
+        finish: the update.
+    """
+
+    def __init__(self, sums: ParameterTuple, finish: Finish) -> None:
+        super().__init__(auto_prefix=False)
+        self.sums, self.finish = sums, finish
+
+    def construct(
+        self, total: Tensor, scales: Tensor, coefficients: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """What :class:`Finish` gives, for the summed total loss of all micro-batches."""
+        gradients: tuple[Tensor, ...] = ()
+        for i in range(len(self.sums)):
+            gradients = (*gradients, self.sums[i])
+        norm, norms_n, clipped = self.finish(gradients, total, scales, coefficients)
+        done = norm if len(clipped) == 0 else ops.depend(norm, clipped)
+        for i in range(len(self.sums)):
+            cleared = ops.depend(_zeros_like(self.sums[i]), done)
+            done = ops.depend(done, ops.assign(self.sums[i], cleared))
+        return done, norms_n, clipped

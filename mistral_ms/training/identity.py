@@ -1,0 +1,87 @@
+"""What makes two trainings the same one: a resume with anything else is refused, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mistral_ms.config import ModelConfig, RoutingConfig, TrainingConfig
+from mistral_ms.errors import TrainingError
+
+FIXED = ("seed", "seq_length", "global_batch_size", "dtype")
+"""Of the training: to change one would be another training under the old one's name."""
+STORAGE = ("torch_dtype",)
+"""Of the model: says how files hold it, not what it computes."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A training as its checkpoints describe it.
+
+    Attributes:
+        model: the architecture.
+        routing: the routing policy.
+        training: the training, its epochs counted out.
+        dataset: a digest of the windows.
+    """
+
+    model: ModelConfig
+    routing: RoutingConfig
+    training: TrainingConfig
+    dataset: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``state.json``."""
+        return {
+            "dataset": self.dataset,
+            "model": self.model.model_dump(mode="json", exclude=set(STORAGE)),
+            "training": self.training.model_dump(mode="json"),
+            "routing": self.routing.model_dump(mode="json"),
+        }
+
+    def compare(self, state: Mapping[str, Any], where: object) -> list[str]:
+        """Checks that ``state`` is of this training.
+
+        Args:
+            state: the content of a ``state.json``.
+            where: its checkpoint, for the message.
+
+        Returns:
+            What has changed that may change, a line each: the rest of the run is not what the
+            same command would have given from the start.
+
+        Raises:
+            TrainingError: another model, dataset, seed, batch or dtype.
+        """
+        ours = _flat(self.as_dict())
+        theirs = _flat({key: state.get(key, {}) for key in self.as_dict()})
+        changed = []
+        for key in sorted(set(ours) | set(theirs)):
+            now, then = ours.get(key), theirs.get(key)
+            if now == then:
+                continue
+            group, _, name = key.partition(".")
+            if group in ("model", "dataset") or (group == "training" and name in FIXED):
+                raise TrainingError(
+                    f"resume with another {group if group != 'training' else name}",
+                    where=key,
+                    value=f"now {now!r}, in {where} {then!r}",
+                    rule="a training goes on with the model, data, seed and batch that it began "
+                    "with",
+                    todo="start a new run with init_from to train these weights differently",
+                )
+            changed.append(f"{key}: {then!r} before, {now!r} from here on")
+        return changed
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    return dict(_items(values, prefix))
+
+
+def _items(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _items(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,53 @@
+"""The records as TensorBoard events."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+from mistral_ms.training.metrics import StepRecord
+
+
+class TensorBoardWriter:
+    """An observer that writes events; ``tensorboard --logdir`` shows them.
+
+    Args:
+        directory: where to; a resumed training adds a file there.
+        first_step: events from this step on are overwritten, for a training that is resumed.
+    """
+
+    def __init__(self, directory: Path, first_step: int = 1) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory), purge_step=first_step, flush_secs=10)
+
+    def __call__(self, record: StepRecord) -> None:
+        """Writes the figures of one step."""
+        figures = {
+            "loss/total": record.loss,
+            "loss/language_model": record.lm_loss,
+            "loss/load_balancing": record.aux_loss,
+            "loss/router_z": record.z_loss,
+            "training/learning_rate": record.lr,
+            "training/gradient_norm": record.grad_norm,
+            "training/loss_scale": record.loss_scale,
+            "training/tokens_per_s": record.tokens_per_s,
+            "routing/dropped_fraction": record.dropped_fraction,
+        }
+        for layer, load in enumerate(record.expert_load):
+            # 1 when every expert is asked equally often
+            figures[f"routing/busiest_expert/layer_{layer}"] = max(load) * len(load)
+            figures[f"routing/idlest_expert/layer_{layer}"] = min(load) * len(load)
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, record.step)
+
+    def __enter__(self) -> TensorBoardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.close()

@@ -1,0 +1,93 @@
+"""The optimizer on the host: the bits of the one on the device, without its bytes there."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from support.training import as_reported, bits, run_steps
+
+from mistral_ms.datasets import InMemoryWindows
+from mistral_ms.training import memory_report
+from mistral_ms.training.offload import HostOptimizer
+
+STEPS = 20
+MODES = {"float32": {}, "float16-accumulated": {"dtype": "float16", "micro_batches": 2}}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def strict_graphs():
+    before = ms.get_context("jit_syntax_level")
+    ms.set_context(jit_syntax_level=ms.STRICT)
+    yield
+    ms.set_context(jit_syntax_level=before)
+
+
+@pytest.fixture
+def data(training, text):
+    return InMemoryWindows(text, training.seq_length, training.global_batch_size, training.seed)
+
+
+def make(make_update, offload, **options):
+    return make_update(steps=STEPS, offload_optimizer=offload, **options)
+
+
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+def test_host_and_device_give_the_same_bits(make_update, data, options):
+    runs = {}
+    for offload in ("none", "host"):
+        update = make(make_update, offload, **options)
+        results = run_steps(update, data, STEPS)
+        runs[offload] = bits(update), [as_reported(result) for result in results]
+    assert runs["none"] == runs["host"]
+    assert results[-1].lm_loss < results[0].lm_loss - 0.3, "the weights must have moved"
+
+
+def test_the_size_of_the_buckets_does_not_matter(make_update, data):
+    """One tensor a bucket, or several: a tensor is never cut."""
+    states = []
+    for nbytes in (1, 10_000):
+        update = make(make_update, "host")
+        update.optimizer = HostOptimizer(update.weights, update.config.optimizer, nbytes)
+        run_steps(update, data, 3)
+        states.append(bits(update))
+    assert states[0] == states[1]
+
+
+BYTES = {
+    ("float32", "none"): (12, 0),
+    ("float32", "host"): (4, 12),
+    ("float16", "none"): (14, 0),
+    ("float16", "host"): (2, 12),
+}
+
+
+@pytest.mark.parametrize(("dtype", "offload"), BYTES)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_bytes_that_are_kept(make_update, dtype, offload, micro_batches):
+    """Counted over the parameters of the compiled cells: 12 or 14 a parameter, or 4 or 2."""
+    report = memory_report(make(make_update, offload, dtype=dtype, micro_batches=micro_batches))
+    device, host = BYTES[dtype, offload]
+    assert report.device_bytes_per_parameter == device
+    assert report.host_optimizer == host * report.parameters
+    assert report.device_gradients == (4 * report.parameters if micro_batches > 1 else 0)
+    assert report.device_weights == (2 if dtype == "float16" else 4) * report.parameters
+
+
+def test_the_count_sees_what_the_compiled_graph_holds(make_update, data):
+    """After it was compiled: weights and optimizer state, and nothing else."""
+    update = make(make_update, "none")
+    run_steps(update, data, 1)
+    [cell] = update.cells()
+    held = {id(p) for p in cell.get_parameters()}
+    kept = {**update.model.weights(), **update.optimizer.state()}
+    assert held == {id(p) for p in kept.values()}
+
+
+def test_the_host_keeps_its_masters_to_itself(make_update, data):
+    """float32 masters are the weights: they are no part of a checkpoint, and follow a restore."""
+    update = make(make_update, "host")
+    assert set(bits(update)) == set(bits(make(make_update, "none")))
+    weight = next(iter(update.weights.values()))
+    weight.set_data(ms.Tensor(np.full(weight.shape, 0.5, np.float32)))
+    update.optimizer.restored()
+    run_steps(update, data, 1)
+    assert np.abs(weight.asnumpy() - 0.5).max() < 0.1

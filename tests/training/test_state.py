@@ -1,0 +1,155 @@
+"""7 steps, a checkpoint, 13 more in a fresh training: the bits of 20 steps in one go."""
+
+import json
+
+import mindspore as ms
+import pytest
+from support.training import as_reported, bits, run_steps
+
+from mistral_ms.checkpoint import open_checkpoint
+from mistral_ms.config import LossScaleConfig
+from mistral_ms.datasets import InMemoryWindows
+from mistral_ms.errors import CheckpointError, TrainingError
+from mistral_ms.training.identity import Identity
+from mistral_ms.training.state import restore, take_snapshot
+
+STEPS, FIRST = 20, 7
+# overflows at first, and grows again before the end: the count of good steps matters, too
+SCALE = LossScaleConfig(initial=2.0**26, growth_interval=3)
+MODES = {
+    "device": ({}, {}),
+    "host, accumulated": ({"offload_optimizer": "host", "micro_batches": 2},) * 2,
+    "float16, scaled": ({"dtype": "float16", "loss_scale": SCALE},) * 2,
+    "float16 from device to host": (
+        {"dtype": "float16", "loss_scale": SCALE},
+        {"dtype": "float16", "loss_scale": SCALE, "offload_optimizer": "host"},
+    ),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def strict_graphs():
+    before = ms.get_context("jit_syntax_level")
+    ms.set_context(jit_syntax_level=ms.STRICT)
+    yield
+    ms.set_context(jit_syntax_level=before)
+
+
+@pytest.fixture
+def data(training, text):
+    return InMemoryWindows(text, training.seq_length, training.global_batch_size, training.seed)
+
+
+@pytest.fixture
+def identity(sparse, capacity):
+    def make(update, **changes):
+        values = dict(model=sparse, routing=capacity, training=update.config, dataset="digest")
+        return Identity(**values | changes)
+
+    return make
+
+
+@pytest.mark.parametrize(("before", "after"), MODES.values(), ids=MODES)
+def test_resume_is_exact(make_update, data, identity, tmp_path, before, after):
+    whole = make_update(steps=STEPS, **before)
+    want = run_steps(whole, data, STEPS)
+
+    first = make_update(steps=STEPS, **before)
+    results = run_steps(first, data, FIRST)
+    take_snapshot(first, identity(first)).write(tmp_path / "checkpoint", {})
+    # weights of another training: everything must come from the checkpoint
+    second = make_update(steps=STEPS, **after | {"seed": 99})
+    restore(second, tmp_path / "checkpoint")
+    assert second.progress == first.progress
+    results += run_steps(second, data, STEPS - FIRST)
+
+    assert [as_reported(r) for r in results] == [as_reported(r) for r in want]
+    assert bits(second) == bits(whole)
+    assert second.progress == whole.progress
+    if "dtype" in before:
+        skipped = STEPS - whole.progress.updates
+        assert 2 < skipped < 15, "the scale must have moved for this to mean anything"
+        assert whole.progress.scale.good or whole.progress.scale.value < SCALE.initial
+
+
+class TestSnapshot:
+    def test_nobody_changes_it_any_more(self, make_update, data, identity, tmp_path):
+        """It is written in the background while the training goes on in the same buffers."""
+        update = make_update()
+        run_steps(update, data, 1)
+        before = bits(update)
+        snapshot = take_snapshot(update, identity(update))
+        run_steps(update, data, 1)
+        assert bits(update) != before
+        held = {name: array.tobytes() for name, (array, _) in
+                {**snapshot.weights, **snapshot.optimizer}.items()}  # fmt: skip
+        assert held == before
+
+    def test_is_a_checkpoint_like_any_other(self, make_update, identity, tmp_path):
+        update = make_update(dtype="float16")
+        take_snapshot(update, identity(update)).write(tmp_path / "checkpoint", {})
+        with open_checkpoint(tmp_path / "checkpoint") as source:
+            assert source.config.torch_dtype == "float16"
+            assert {source.dtype(name) for name in source.names()} == {"float16"}
+        state = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
+        assert (state["step"], state["updates"]) == (0, 0)
+        assert state["loss_scale"] == {"value": 65536.0, "good": 0}
+
+
+class TestRefused:
+    @pytest.fixture
+    def saved(self, make_update, identity, tmp_path):
+        update = make_update()
+        take_snapshot(update, identity(update)).write(tmp_path / "checkpoint", {})
+        return tmp_path / "checkpoint"
+
+    def test_another_optimizers_state(self, make_update, saved):
+        with pytest.raises(CheckpointError, match=r"another optimizer's state: .*: master\."):
+            restore(make_update(dtype="float16"), saved)
+
+    def test_a_checkpoint_that_is_not_of_a_training(self, make_update, saved):
+        (saved / "state.json").unlink()
+        with pytest.raises(CheckpointError, match=r"state\.json"):
+            restore(make_update(), saved)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                dict(model={"hidden_size": 32}),
+                r"another model: model\.hidden_size: now 32, in C 16",
+            ),
+            (dict(training={"seed": 5}), r"another seed: training\.seed: now 5, in C 0"),
+            (dict(training={"seq_length": 16}), r"another seq_length: .*now 16, in C 8"),
+            (dict(training={"global_batch_size": 8}), r"another global_batch_size: .*8, in C 4"),
+            (dict(training={"dtype": "float16"}), r"another dtype: .*'float16', in C 'float32'"),
+            (dict(dataset="other"), r"another dataset: dataset: now 'other', in C 'digest'"),
+        ],
+    )
+    def test_another_training(self, make_update, identity, change, message):
+        update = make_update()
+        state = identity(update).as_dict()
+        changed = {
+            key: getattr(identity(update), key).model_copy(update=value)
+            if isinstance(value, dict)
+            else value
+            for key, value in change.items()
+        }
+        with pytest.raises(TrainingError, match=message):
+            identity(update, **changed).compare(state, "C")
+
+    def test_what_may_change_is_told(self, make_update, identity):
+        update = make_update()
+        state = identity(update).as_dict()
+        assert identity(update).compare(state, "C") == []
+        longer = update.config.model_copy(update={"steps": 60, "micro_batches": 2})
+        told = identity(update, training=longer).compare(state, "C")
+        assert told == [
+            "training.micro_batches: 1 before, 2 from here on",
+            "training.steps: 6 before, 60 from here on",
+        ]
+
+    def test_how_files_hold_the_weights_is_no_other_model(self, make_update, identity, sparse):
+        update = make_update()
+        stored = sparse.model_copy(update={"torch_dtype": "float16"})
+        assert identity(update, model=stored).compare(identity(update).as_dict(), "C") == []
