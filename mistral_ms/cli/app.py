@@ -31,5 +31,7 @@ def main() -> None:
     try:
         app()
     except MistralMsError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"error: {error}", style="red", markup=False
+        )
         sys.exit(2)

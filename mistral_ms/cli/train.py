@@ -108,3 +108,5 @@ def report(console: Console, result: RunResult) -> None:
         ("summary", files.summary),
     ):
         console.print(f"{what:11}  {path}", markup=False)
+    if not summary.finished:
+        console.print(f"go on with   --resume {files.root}", markup=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,12 +94,12 @@ class TrainingRun:
         training = run.training.with_steps(self.data.windows)
         self.run = run.model_copy(update={"training": training})
         self.identity = Identity(run.model, run.routing, training, self.data.info.digest)
-        self.side_files = _side_files(run, tokenizer)
         self.series = CheckpointSeries(self.files.checkpoints, run.checkpoint.keep_last)
         model = CausalLM(run.model, run.routing, dtype=training.dtype)
         found = self._newest() if resume else None
         if found is None:
             _initialize(model, run, say)
+        self.side_files = _side_files(found or run.init_from, tokenizer)
         self.update = TrainStep(model, training, pooled_aux=run.routing.aux_loss == "pooled")
         self.history: list[StepRecord] = []
         self._saved: int | None = None
@@ -259,11 +259,12 @@ def _tokenizer(run: RunConfig) -> Tokenizer | None:
         )
 
 
-def _side_files(run: RunConfig, tokenizer: Tokenizer | None) -> Mapping[str, bytes | Path]:
-    """What checkpoints carry beside the weights."""
-    if run.init_from is not None:
-        return tokenizer_files(run.init_from)
-    return dict(tokenizer.files) if tokenizer is not None else {}
+def _side_files(begun_from: Path | None, tokenizer: Tokenizer | None) -> dict[str, bytes | Path]:
+    """What checkpoints carry beside the weights: what lay beside those that were read, if any."""
+    files = {} if begun_from is None else tokenizer_files(begun_from)
+    if files or tokenizer is None:
+        return files
+    return dict(tokenizer.files)
 
 
 def _initialize(model: CausalLM, run: RunConfig, say: Say) -> None:
