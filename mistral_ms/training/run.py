@@ -259,12 +259,15 @@ def _tokenizer(run: RunConfig) -> Tokenizer | None:
         )
 
 
-def _side_files(begun_from: Path | None, tokenizer: Tokenizer | None) -> dict[str, bytes | Path]:
-    """What checkpoints carry beside the weights: what lay beside those that were read, if any."""
+def _side_files(begun_from: Path | None, tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """What checkpoints carry beside the weights: what lay beside those that were read, if any.
+
+    Read now: the checkpoint that a training goes on from may be pruned before the next is written.
+    """
     files = {} if begun_from is None else tokenizer_files(begun_from)
-    if files or tokenizer is None:
-        return files
-    return dict(tokenizer.files)
+    if not files and tokenizer is not None:
+        files = dict(tokenizer.files)
+    return {n: data if isinstance(data, bytes) else data.read_bytes() for n, data in files.items()}
 
 
 def _initialize(model: CausalLM, run: RunConfig, say: Say) -> None:

@@ -48,7 +48,7 @@ class Snapshot:
     optimizer: Arrays
     state: Mapping[str, Any]
 
-    def write(self, path: Path, files: Mapping[str, bytes | Path]) -> None:
+    def write(self, path: Path, files: Mapping[str, bytes]) -> None:
         """Writes the checkpoint, replacing one that is there.
 
         Args:

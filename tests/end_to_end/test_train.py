@@ -1,0 +1,203 @@
+"""``train`` as users run it: learns by heart, stops politely, survives kills bit by bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from mistral_ms.checkpoint import CheckpointSeries
+from mistral_ms.data import demo_text
+from mistral_ms.training import read_metrics
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "configs" / "run" / "pretrain_mixtral_tiny_200ep.yaml"
+LEARNT = 0.1
+"""The recipe on a tenth of the text. It ends near 0.02; a model that has not learnt the order of
+the words stays above 3."""
+KILLS = 5
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "run_mixtral.py"), *map(str, arguments)]
+
+
+def run(*arguments, cwd):
+    done = subprocess.run(
+        command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=900, check=False
+    )
+    return done
+
+
+class TestLearnsByHeart:
+    """The recipe of 200 epochs, shortened to a minute by a shorter text."""
+
+    @pytest.fixture(scope="class")
+    def trained(self, tmp_path_factory):
+        root = tmp_path_factory.mktemp("by_heart")
+        (root / "text.txt").write_text("\n".join(demo_text().split("\n")[:9]))
+        done = run(
+            "train", "--config", RECIPE, "data.inputs=[text.txt]", "output=out",
+            "training.global_batch_size=8", "--json", "summary.json", cwd=root,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        summary = json.loads((root / "summary.json").read_text())
+        return SimpleNamespace(root=root, stdout=done.stdout, stderr=done.stderr, summary=summary)
+
+    def test_the_loss_goes_from_a_blind_guess_to_next_to_nothing(self, trained):
+        assert trained.summary["epochs"] == 200
+        assert 10.2 < trained.summary["first_lm_loss"] < 10.6
+        assert trained.summary["final_lm_loss"] < LEARNT
+
+    def test_recites_a_line_that_it_was_trained_on(self, trained):
+        line = demo_text().split("\n")[6]  # the first long paragraph
+        words = line.split()
+        done = run(
+            "generate", trained.summary["checkpoint"], "--prompt", " ".join(words[:8]),
+            "--max-new-tokens", 24, "--json", "out.json", cwd=trained.root,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        text = json.loads((trained.root / "out.json").read_text())["outputs"][0]["text"]
+        assert line.startswith(" ".join(words[:8]) + " " + text.strip()[:60])
+
+    def test_evaluate_agrees_that_it_knows_the_text(self, trained):
+        done = run(
+            "evaluate", trained.summary["checkpoint"], "--data", "out/dataset",
+            "--json", "evaluation.json", cwd=trained.root,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found = json.loads((trained.root / "evaluation.json").read_text())
+        assert found["accuracy"] > 0.97
+        assert found["perplexity"] < 1.3  # dropless here, with a capacity while training
+
+    def test_says_what_was_written_where(self, trained):
+        assert trained.stderr == ""
+        for said in ("packed", "10.6 million", "memory on the device", "lm loss 10."):
+            assert said in trained.stdout
+        for name in ("checkpoint ", "metrics", "pictures", "TensorBoard", "summary"):
+            [line] = [x for x in trained.stdout.splitlines() if x.startswith(name)]
+            assert (trained.root / line.split()[-1]).exists()
+
+
+SMALL = dict(
+    model=dict(
+        vocab_size=32000, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+        moe=dict(num_local_experts=4),
+    ),
+    data=dict(inputs=["text.txt"], tokenizer="packaged-v1"),
+    training=dict(
+        steps=60, seq_length=16, global_batch_size=2, micro_batches=2, aux_coef=0.02,
+        offload_optimizer="host", optimizer=dict(learning_rate=1e-2),
+    ),
+    checkpoint=dict(every=1, keep_last=2),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A training of a second that saves every step, and what it ends with undisturbed."""
+    root = tmp_path_factory.mktemp("small")
+    (root / "text.txt").write_text(demo_text()[:4000])
+    (root / "run.yaml").write_text(yaml.safe_dump(SMALL))
+    done = run("train", "--config", "run.yaml", "output=undisturbed", cwd=root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return SimpleNamespace(root=root, want=state(root / "undisturbed"))
+
+
+def state(output):
+    """Every bit of the last checkpoint, and every figure but the speed."""
+    last = CheckpointSeries(output / "checkpoints").newest()
+    shards = {p.name: p.read_bytes() for p in sorted(last.path.glob("*.safetensors"))}
+    figures = []
+    for record in read_metrics(output / "metrics.jsonl"):
+        values = {name: getattr(record, name) for name in record.__slots__}
+        del values["tokens_per_s"]
+        figures.append(values)
+    return last.step, shards, figures
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(small):
+    """SIGKILL, anywhere: while starting, compiling, training, writing."""
+    moments = random.Random(4)
+    passed_over = 0
+    for attempt in range(KILLS + 1):
+        # the first start is a fresh one, unless nothing was saved yet: then the next is, too
+        saved = CheckpointSeries(small.root / "killed" / "checkpoints").steps()
+        if attempt and not saved:
+            subprocess.run(["rm", "-rf", "killed"], cwd=small.root, check=True)
+        how = ["--resume", "killed"] if saved else ["output=killed"]
+        process = subprocess.Popen(
+            command("train", "--config", "run.yaml", *how),
+            cwd=small.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        if attempt < KILLS:
+            wait_for_steps(process, small.root / "killed" / "metrics.jsonl", moments.randint(2, 9))
+            time.sleep(moments.random() * 0.1)
+            process.kill()
+        said = process.communicate(timeout=600)[0]
+        passed_over += "passed over" in said
+    assert process.returncode == 0, said
+    assert state(small.root / "killed") == small.want
+    assert passed_over == 0, "what a kill leaves behind never looks like a checkpoint"
+
+
+def wait_for_steps(process, path, steps):
+    """Until a process has made so many steps more."""
+    first, deadline = None, time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        count = path.read_bytes().count(b"\n") if path.exists() else 0
+        first = count if first is None or count < first else first
+        if count >= first + steps:
+            return
+        time.sleep(0.005)
+    raise AssertionError(process.communicate()[0])
+
+
+def test_sigterm_finishes_the_step_saves_and_exits(small):
+    process = subprocess.Popen(
+        command("train", "--config", "run.yaml", "output=stopped"),
+        cwd=small.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for_steps(process, small.root / "stopped" / "metrics.jsonl", 5)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "stopped before the end" in said
+    assert "--resume stopped" in said
+    steps = len(read_metrics(small.root / "stopped" / "metrics.jsonl"))
+    assert 5 <= steps < 60
+    assert CheckpointSeries(small.root / "stopped" / "checkpoints").newest().step == steps
+    done = run("train", "--config", "run.yaml", "--resume", "stopped", cwd=small.root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resuming from stopped/checkpoints/step-{steps:08d}" in done.stdout
+    assert state(small.root / "stopped") == small.want
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["training.stepz=3"], "unknown key: run.yaml: training.stepz: 3: no key is ignored"),
+        (["training.epochs=3", "training.steps=3"], "give either steps or epochs"),
+        (["training.loss_scale.initial=8"], "loss_scale is for dtype float16"),
+        (["training.micro_batches=3"], "micro_batches (3) must divide global_batch_size (2)"),
+        (["--resume", "nowhere"], "nothing to resume: nowhere: no such directory"),
+        (["--resume", "undisturbed", "training.seed=7"], "training.seed: now 7, in undisturbed"),
+        (["output=undisturbed"], "output exists: undisturbed"),
+        (["output=a", "--resume", "b"], "two directories: output: a: --resume goes on in b"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(small, arguments, message):
+    before = sorted(os.listdir(small.root))  # noqa: PTH208
+    done = run("train", "--config", "run.yaml", *arguments, cwd=small.root)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert sorted(os.listdir(small.root)) == before  # noqa: PTH208
