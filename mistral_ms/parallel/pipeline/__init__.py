@@ -1,0 +1,1 @@
+"""Stages and schedules of the pipeline: arithmetic and pictures, without MindSpore."""
