@@ -1,5 +1,6 @@
 """Which process belongs to which group, and which part of the weights it holds: arithmetic."""
 
+from mistral_ms.parallel.topology import traffic
 from mistral_ms.parallel.topology.groups import Group, GroupKind
 from mistral_ms.parallel.topology.places import Place, Topology
 from mistral_ms.parallel.topology.slices import ExpertSlice, expert_slice
@@ -13,4 +14,5 @@ __all__ = [
     "Topology",
     "Traffic",
     "expert_slice",
+    "traffic",
 ]
