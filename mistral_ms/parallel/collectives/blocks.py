@@ -18,6 +18,8 @@ _gather = ops.Gather()
 _range = ops.Range()
 _sum = ops.ReduceSum()
 _cumsum = ops.CumSum()
+# primitives where there is a choice: GRAPH_MODE may lose ops.zeros_like inside a bprop
+_zeros_like = ops.ZerosLike()
 
 Filling: TypeAlias = tuple[Tensor, Tensor]
 """What fills each of S places, in this order: ``source_S`` int32, the row that fills it (0 where
@@ -40,7 +42,7 @@ def filling(
     offset_SN = _numbers(places).reshape(-1, 1) - target_start_N.reshape(1, -1)
     inside_SN = ops.logical_and(offset_SN >= 0, offset_SN < count_N.reshape(1, -1))
     source_SN = offset_SN + source_start_N.reshape(1, -1)
-    source_S = _sum(ops.select(inside_SN, source_SN, ops.zeros_like(source_SN)), 1)
+    source_S = _sum(ops.select(inside_SN, source_SN, _zeros_like(source_SN)), 1)
     filled_S = _sum(ops.cast(inside_SN, ms.float32), 1)
     return ops.stop_gradient(source_S), ops.stop_gradient(filled_S)
 

@@ -19,6 +19,11 @@ from mistral_ms.parallel.collectives import blocks
 from mistral_ms.parallel.collectives.base import Collectives
 from mistral_ms.parallel.topology import Group
 
+# primitives where there is a choice: GRAPH_MODE may lose ops.zeros_like inside a bprop
+_range = ops.Range()
+_concat = ops.Concat(0)
+_zeros = ops.Zeros()
+_zeros_like = ops.ZerosLike()
 _HALF = 1 << 16
 
 
@@ -68,7 +73,7 @@ class CpuCollectives(Collectives):
         everyones_PRH = self.all_gather(rows_RH)
         # where in each member's rows those for this one begin
         first_P = blocks.starts(self.all_gather(send_P), 1)[:, self.position]
-        buffer_P = ops.cast(ops.arange(0, self.size * R, R), ms.int32)
+        buffer_P = ops.cast(_range(0, self.size * R, R), ms.int32)
         source_S, _ = blocks.filling(
             buffer_P + first_P, blocks.starts(receive_P), receive_P, received_S.shape[0]
         )
@@ -89,12 +94,12 @@ class CpuCollectives(Collectives):
     def _from_everyone(self, x: Tensor) -> Tensor:
         own = ops.expand_dims(x, 0)
         if self.before:
-            own = ops.concat((ops.zeros((self.before, *x.shape), x.dtype), own), 0)
+            own = _concat((_zeros((self.before, *x.shape), x.dtype), own))
         if self.after:
-            own = ops.concat((own, ops.zeros((self.after, *x.shape), x.dtype)), 0)
+            own = _concat((own, _zeros((self.after, *x.shape), x.dtype)))
         return self.add_up(own)
 
     def _only_from(self, x: Tensor, sender: int) -> Tensor:
         if x.dtype == ms.int32:
             return self.all_gather(x)[sender]
-        return self.add_up(x if self.position == sender else ops.zeros_like(x))
+        return self.add_up(x if self.position == sender else _zeros_like(x))

@@ -25,6 +25,9 @@ from mindspore import Tensor, nn, ops
 
 from mistral_ms.parallel.collectives.base import Collectives
 
+# the primitive, not ops.zeros_like: GRAPH_MODE may lose that Python function inside a bprop
+_zeros_like = ops.ZerosLike()
+
 
 class _OfGroup(nn.Cell):
     """A mapping of a group."""
@@ -173,8 +176,8 @@ class AllToAllV(_OfGroup):
         d_rows_RH = self.group.all_to_all_v(dout, receive_P, send_P, sent_R)
         return (
             d_rows_RH,
-            ops.zeros_like(send_P),
-            ops.zeros_like(receive_P),
-            ops.zeros_like(sent_R),
-            ops.zeros_like(received_S),
+            _zeros_like(send_P),
+            _zeros_like(receive_P),
+            _zeros_like(sent_R),
+            _zeros_like(received_S),
         )
