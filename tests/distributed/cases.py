@@ -98,6 +98,11 @@ def batch(name: str, dp: int) -> Batch:
     return Batch(normal(T, H), experts, rng.random((T, K), np.float32), valid, normal(T, H))
 
 
+def batches(case: Case) -> tuple[str, ...]:
+    """All of them, and with eight processes, where every operation is slow, the two extremes."""
+    return ("random", "one_expert") if case.dp * case.mp == 8 else tuple(BATCHES)
+
+
 def factor(expert: np.ndarray) -> np.ndarray:
     """What a stand-in for expert ``expert`` multiplies squares by: other experts, other results."""
     return (1 + expert / 16).astype(np.float32)

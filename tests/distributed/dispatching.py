@@ -7,13 +7,13 @@ from dataclasses import astuple
 import mindspore as ms
 import numpy as np
 from distributed.cases import (
-    BATCHES,
     CASES,
     GRAPH,
     Batch,
     Case,
     E,
     batch,
+    batches,
     expert_weights,
     factor,
     model,
@@ -101,7 +101,7 @@ def dispatch_all(worker: Worker) -> None:
         dispatcher = make_dispatcher(E, case.routing, case.parallel, groups)
         part = expert_slice(model(), case.topology, worker.rank)
         stand_in = StandIn(dispatcher, factor(np.array(part.experts)) / np.float32(case.mp))
-        for name in BATCHES:
+        for name in batches(case):
             run_stand_in(worker, case, stand_in, batch(name, groups.place.dp), f"pynative/{name}")
         if case in GRAPH:
             worker.mode("graph")
