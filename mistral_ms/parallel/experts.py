@@ -6,27 +6,20 @@ the place of the one in a model that was built as for one device::
 
     block.moe.experts = routed_experts(model_config, routing, parallel, groups)
 
-Which gradient is summed over which group afterwards (sums, not means; all are then divided by the
-same number of tokens):
-
-* weights of the experts: the ``EXPERT_DATA`` group. The tokens of the expert group's other ranks
-  have already been counted: their rows and gradients came here by the exchange.
-* all others, the router's among them: the ``DATA`` group. Along the tensor group nothing is summed:
-  the activations' gradients are already whole on every rank.
+Its weights are :func:`~mistral_ms.parallel.topology.weight_slice` of the whole ones. Their
+gradients are added up over the ``EXPERT_DATA`` group alone, see
+:func:`~mistral_ms.parallel.topology.gradient_group`: the rows of the expert group's other ranks,
+and the gradients of their results, have come here by the exchange.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-
-import numpy as np
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.errors import TopologyError
 from mistral_ms.moe import RoutedExperts
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.dispatchers import make_dispatcher
-from mistral_ms.parallel.topology import ExpertSlice, expert_slice
+from mistral_ms.parallel.topology import expert_slice
 
 
 def routed_experts(
@@ -57,8 +50,3 @@ def routed_experts(
     dispatcher = make_dispatcher(model.moe.num_local_experts, routing, parallel, groups)
     share = model.model_copy(update={"intermediate_size": len(part.columns)})
     return RoutedExperts(share, routing, dispatcher, len(part.experts), dtype)
-
-
-def cut(weights: Mapping[str, np.ndarray], part: ExpertSlice) -> dict[str, np.ndarray]:
-    """This rank's part of whole stacked weights ``w1``, ``w2``, ``w3``, as copies."""
-    return {name: np.ascontiguousarray(whole[part.of(name)]) for name, whole in weights.items()}

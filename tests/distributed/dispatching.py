@@ -25,8 +25,8 @@ from mindspore import Tensor, nn
 from mistral_ms.moe import Dispatcher
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.dispatchers import make_dispatcher
-from mistral_ms.parallel.experts import cut, routed_experts
-from mistral_ms.parallel.topology import Traffic, expert_slice
+from mistral_ms.parallel.experts import routed_experts
+from mistral_ms.parallel.topology import Traffic, expert_slice, weight_slice
 
 
 def total(sent: list[Traffic]) -> np.ndarray:
@@ -116,8 +116,10 @@ def dispatch_all(worker: Worker) -> None:
         worker.keep(f"{case.name}/traffic", total(recorded.sent))
         if case.policy != "choice_major":
             region = routed_experts(model(), case.routing, case.parallel, groups)
-            for name, values in cut(expert_weights(), part).items():
-                getattr(region, name).set_data(Tensor(values))
+            for name, whole in expert_weights().items():
+                path = f"layers.0.moe.experts.{name}"
+                cut = weight_slice(path, whole.shape, case.topology, worker.rank)
+                getattr(region, name).set_data(Tensor(np.ascontiguousarray(whole[cut])))
             run_region(worker, case, Region(region), one)
 
 

@@ -195,14 +195,6 @@ def test_every_part_of_every_expert_is_held_once_per_copy():
         assert topology.place(ranks[0]).ep == e // 4
 
 
-def test_slices_of_the_three_weights():
-    part = expert_slice(model(), Topology(Sizes(2, 2, 1, 2)), 3)
-    assert part.of("w1") == part.of("w3") == (slice(4, 8), slice(48, 96), slice(None))
-    assert part.of("w2") == (slice(4, 8), slice(None), slice(48, 96))
-    with pytest.raises(KeyError):
-        part.of("w4")
-
-
 def test_slices_need_experts_that_divide():
     with pytest.raises(TopologyError, match="no experts"):
         expert_slice(model(moe=None), Topology(Sizes(1, 1, 1, 1)), 0)

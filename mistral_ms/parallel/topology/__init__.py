@@ -3,7 +3,12 @@
 from mistral_ms.parallel.topology import traffic
 from mistral_ms.parallel.topology.groups import Group, GroupKind
 from mistral_ms.parallel.topology.places import Place, Topology
-from mistral_ms.parallel.topology.slices import ExpertSlice, expert_slice
+from mistral_ms.parallel.topology.slices import (
+    ExpertSlice,
+    expert_slice,
+    gradient_group,
+    weight_slice,
+)
 from mistral_ms.parallel.topology.traffic import Traffic
 
 __all__ = [
@@ -14,5 +19,7 @@ __all__ = [
     "Topology",
     "Traffic",
     "expert_slice",
+    "gradient_group",
     "traffic",
+    "weight_slice",
 ]
