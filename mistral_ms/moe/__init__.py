@@ -1,7 +1,7 @@
 """The sparse layer: routing, dispatch, experts, combine, losses."""
 
 from mistral_ms.moe.capacity import expert_capacity
-from mistral_ms.moe.dispatcher import Dispatcher, LocalDispatcher
+from mistral_ms.moe.dispatcher import Dispatcher, LocalDispatcher, Record
 from mistral_ms.moe.experts import Experts, RoutedExperts
 from mistral_ms.moe.layer import MoELayer
 from mistral_ms.moe.losses import (
@@ -18,6 +18,7 @@ __all__ = [
     "Experts",
     "LocalDispatcher",
     "MoELayer",
+    "Record",
     "RoutedExperts",
     "Router",
     "RouterSums",

@@ -6,6 +6,8 @@ those that communicate live in ``mistral_ms.parallel`` and are injected from the
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from mindspore import Tensor, nn
 
 from mistral_ms.config import RoutingConfig
@@ -13,13 +15,15 @@ from mistral_ms.moe.capacity import expert_capacity
 from mistral_ms.ops import reference
 from mistral_ms.ops.reference import SlotTable
 
+Record: TypeAlias = tuple[Tensor, ...]
+"""What happened to the choices: first the four tensors of a :data:`SlotTable` of this process's own
+tokens, then whatever the dispatcher needs to bring results back."""
+
 
 class Dispatcher(nn.Cell):
     """The contract. ``dispatch`` returns a record of what happened; ``combine`` takes it."""
 
-    def dispatch(
-        self, x_TH: Tensor, experts_TK: Tensor, valid_T: Tensor
-    ) -> tuple[Tensor, SlotTable]:
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, valid_T: Tensor) -> tuple[Tensor, Record]:
         """Brings rows to their experts.
 
         Args:
@@ -33,8 +37,12 @@ class Dispatcher(nn.Cell):
         """
         raise NotImplementedError
 
-    def combine(self, y_LCH: Tensor, weights_TK: Tensor, record: SlotTable) -> Tensor:
-        """Brings results back and adds them up by weight: [L, C, H] -> [T, H]."""
+    def combine(self, y_LCH: Tensor, weights_TK: Tensor, record: Record) -> Tensor:
+        """Brings results back and adds them up by weight: [L, C, H] -> [T, H].
+
+        Where several processes hold shares of the same experts, ``y_LCH`` is this one's partial
+        sum: the dispatcher adds the partial sums up on the way.
+        """
         raise NotImplementedError
 
 

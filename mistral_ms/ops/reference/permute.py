@@ -13,6 +13,8 @@ from mindspore import Tensor, nn, ops
 _gather = ops.Gather()
 _sum_keep = ops.ReduceSum(keep_dims=True)
 _concat_columns = ops.Concat(1)
+# the primitive, not ops.zeros_like: GRAPH_MODE may lose that Python function inside a bprop
+_zeros_like = ops.ZerosLike()
 
 
 class Dispatch(nn.Cell):
@@ -91,4 +93,4 @@ def _as_column(values: Tensor, like: Tensor) -> Tensor:
 
 def _no_gradient(*indices: Tensor) -> tuple[Tensor, ...]:
     a, b, c, d = indices
-    return ops.zeros_like(a), ops.zeros_like(b), ops.zeros_like(c), ops.zeros_like(d)
+    return _zeros_like(a), _zeros_like(b), _zeros_like(c), _zeros_like(d)

@@ -1,0 +1,87 @@
+"""How a run is divided among processes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mistral_ms.config.base import Frozen
+from mistral_ms.config.layout import Rules, Sizes, advice, check_layout
+from mistral_ms.config.model import ModelConfig
+from mistral_ms.errors import ConfigError
+
+
+class ParallelConfig(Frozen):
+    """A layout of dp * mp * pp processes. The default is one process.
+
+    The rank order has pp outermost, then dp, then mp: consecutive ranks are tensor-parallel.
+    Experts are shared by ep consecutive data-parallel ranks of one stage with the same place
+    among the tensor-parallel ranks; there are dp / ep copies of every expert.
+
+    Attributes:
+        dp: data-parallel copies of the dense model.
+        mp: tensor parallelism: shares of every matrix, of every expert along intermediate_size.
+        pp: pipeline stages.
+        ep: expert parallelism; divides dp and num_local_experts.
+        cp: context parallelism, reserved; only 1 is legal.
+        devices_per_node: processes on one machine; ranks fill one node after the other.
+        schedule: order of the micro-batches in the pipeline.
+        optimizer_parallel: each data-parallel rank keeps its share of the optimizer's state.
+        all_to_all: how token rows travel between the ranks of an expert group: ``flat`` directly;
+            ``hierarchical`` inside the node, then between equal places of the nodes;
+            ``group_wise`` directly, each tensor-parallel rank carrying a share of every row,
+            which is then gathered within the tensor group.
+        interleave: parts of a micro-batch whose communication and computation may overlap.
+    """
+
+    dp: int = Field(default=1, ge=1)
+    mp: int = Field(default=1, ge=1)
+    pp: int = Field(default=1, ge=1)
+    ep: int = Field(default=1, ge=1)
+    cp: Literal[1] = 1
+    devices_per_node: int = Field(default=8, ge=1)
+    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    optimizer_parallel: bool = False
+    all_to_all: Literal["flat", "hierarchical", "group_wise"] = "flat"
+    interleave: Literal[1, 2] = 1
+
+    @model_validator(mode="after")
+    def _possible(self) -> ParallelConfig:
+        rules = self.rules()
+        if rule := rules.broken_by(self.sizes):
+            raise ValueError(f"{rule}: {advice(self.sizes, rules)}")
+        return self
+
+    @property
+    def sizes(self) -> Sizes:
+        """The four sizes alone."""
+        return Sizes(self.dp, self.mp, self.pp, self.ep)
+
+    @property
+    def world(self) -> int:
+        """Processes in all: dp * mp * pp."""
+        return self.sizes.world
+
+    def rules(self, world: int | None = None, model: ModelConfig | None = None) -> Rules:
+        """What the sizes must fit, beside the rest of this configuration.
+
+        Args:
+            world: processes that are there; None = as many as the layout has.
+            model: the model to divide; None = any.
+        """
+        return Rules(
+            world=world,
+            devices_per_node=self.devices_per_node,
+            hierarchical=self.all_to_all == "hierarchical",
+            shared_rows=self.all_to_all == "group_wise",
+            model=model,
+        )
+
+    def check(self, model: ModelConfig, world: int | None = None) -> None:
+        """Raises if this layout cannot divide ``model`` among ``world`` processes.
+
+        Raises:
+            ConfigError: names the rule, the layout and the nearest legal layouts.
+        """
+        check_layout(self.sizes, self.rules(world, model), ConfigError, "parallel")

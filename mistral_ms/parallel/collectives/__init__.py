@@ -1,0 +1,33 @@
+"""What a group of processes can do together, on CPU and on Ascend, and its gradients."""
+
+from mistral_ms.parallel.collectives.ascend import AscendCollectives
+from mistral_ms.parallel.collectives.base import Collectives
+from mistral_ms.parallel.collectives.cpu import CpuCollectives
+from mistral_ms.parallel.collectives.groups import Groups
+from mistral_ms.parallel.collectives.mappings import (
+    AllToAll,
+    AllToAllV,
+    CollectShares,
+    CopyToGroup,
+    GatherShares,
+    SpreadShares,
+    SumOverGroup,
+    TakeShare,
+)
+from mistral_ms.parallel.collectives.single import SingleCollectives
+
+__all__ = [
+    "AllToAll",
+    "AllToAllV",
+    "AscendCollectives",
+    "CollectShares",
+    "Collectives",
+    "CopyToGroup",
+    "CpuCollectives",
+    "GatherShares",
+    "Groups",
+    "SingleCollectives",
+    "SpreadShares",
+    "SumOverGroup",
+    "TakeShare",
+]

@@ -1,0 +1,183 @@
+"""Collective operations with gradients.
+
+In the tensor group every rank sees the same tokens. A tensor there is *whole* (equal on all
+ranks), a *share* (a part of the last axis), or a *partial sum* (the ranks' tensors add up to it).
+The gradient of a whole tensor that every rank used in its own way is a partial sum, and vice versa;
+so each mapping's gradient is another mapping's forward (Megatron-LM, arXiv:1909.08053, section 3):
+
+============== =============================== ===============================
+mapping        forward                         gradient
+============== =============================== ===============================
+CopyToGroup    whole -> whole                  partial sum -> whole
+SumOverGroup   partial sum -> whole            whole -> whole
+TakeShare      whole -> share                  share -> whole
+GatherShares   share -> whole                  whole -> share
+SpreadShares   share -> whole, used apart      partial sum -> share
+CollectShares  partial sum -> share            share -> whole
+============== =============================== ===============================
+
+GatherShares is for what all ranks then do alike, SpreadShares for what each then does its own way.
+"""
+
+from __future__ import annotations
+
+from mindspore import Tensor, nn, ops
+
+from mistral_ms.parallel.collectives.base import Collectives
+
+# the primitive, not ops.zeros_like: GRAPH_MODE may lose that Python function inside a bprop
+_zeros_like = ops.ZerosLike()
+
+
+class _OfGroup(nn.Cell):
+    """A mapping of a group."""
+
+    def __init__(self, group: Collectives) -> None:
+        super().__init__()
+        self.group = group
+
+    def gather_last_axis(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., P * h]."""
+        h, P = x.shape[-1], self.group.size
+        shares_PRh = self.group.all_gather(x.reshape(-1, h))
+        return shares_PRh.transpose(1, 0, 2).reshape(*x.shape[:-1], P * h)
+
+    def own_share(self, x: Tensor) -> Tensor:
+        """[..., P * h] -> [..., h]."""
+        h = x.shape[-1] // self.group.size
+        start = self.group.position * h
+        return x[..., start : start + h]
+
+    def sum_to_shares(self, x: Tensor) -> Tensor:
+        """[..., P * h] -> [..., h], added up over the group."""
+        P = self.group.size
+        h = x.shape[-1] // P
+        shares_PRh = x.reshape(-1, P, h).transpose(1, 0, 2)
+        return self.group.reduce_scatter(shares_PRh).reshape(*x.shape[:-1], h)
+
+
+class CopyToGroup(_OfGroup):
+    """Nothing forward; gradients are added up."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Whole -> whole."""
+        return x
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Partial sum -> whole."""
+        return (self.group.all_reduce(dout),)
+
+
+class SumOverGroup(_OfGroup):
+    """Adds up; the gradient of the sum is that of every summand."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Partial sum -> whole."""
+        return self.group.all_reduce(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Whole -> whole."""
+        return (dout,)
+
+
+class TakeShare(_OfGroup):
+    """Each rank keeps its part of the last axis."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Whole [..., H] -> share [..., H / P]."""
+        return self.own_share(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Share -> whole."""
+        return (self.gather_last_axis(dout),)
+
+
+class GatherShares(_OfGroup):
+    """All parts of the last axis, for what all ranks then do alike."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Share [..., H / P] -> whole [..., H]."""
+        return self.gather_last_axis(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Whole -> share."""
+        return (self.own_share(dout),)
+
+
+class SpreadShares(_OfGroup):
+    """All parts of the last axis, for what each rank then does in its own way."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Share [..., H / P] -> whole [..., H]."""
+        return self.gather_last_axis(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Partial sum -> share."""
+        return (self.sum_to_shares(dout),)
+
+
+class CollectShares(_OfGroup):
+    """Adds up, each rank its part of the last axis."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Partial sum [..., H] -> share [..., H / P]."""
+        return self.sum_to_shares(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Share -> whole."""
+        return (self.gather_last_axis(dout),)
+
+
+class AllToAll(_OfGroup):
+    """Equal parts to everyone; the gradients travel back the same way."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        """[P, ...] -> [P, ...]."""
+        return self.group.all_to_all(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """The same exchange."""
+        return (self.group.all_to_all(dout),)
+
+
+class AllToAllV(_OfGroup):
+    """Rows in unequal numbers; the gradients travel back with the counts exchanged."""
+
+    def construct(
+        self,
+        rows_RH: Tensor,
+        send_P: Tensor,
+        receive_P: Tensor,
+        sent_R: Tensor,
+        received_S: Tensor,
+    ) -> Tensor:
+        """[R, H] -> [S, H]; see :meth:`Collectives.all_to_all_v`.
+
+        Args:
+            rows_RH: packed rows.
+            send_P: int32, rows for each member.
+            receive_P: int32, rows from each member.
+            sent_R: float, 1 for the counted rows: the room of the gradient.
+            received_S: float, 1 for the rows that arrive: the room of the result.
+        """
+        return self.group.all_to_all_v(rows_RH, send_P, receive_P, received_S)
+
+    def bprop(
+        self,
+        rows_RH: Tensor,
+        send_P: Tensor,
+        receive_P: Tensor,
+        sent_R: Tensor,
+        received_S: Tensor,
+        out: Tensor,
+        dout: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """The gradient of a row goes to where the row came from."""
+        d_rows_RH = self.group.all_to_all_v(dout, receive_P, send_P, sent_R)
+        return (
+            d_rows_RH,
+            _zeros_like(send_P),
+            _zeros_like(receive_P),
+            _zeros_like(sent_R),
+            _zeros_like(received_S),
+        )

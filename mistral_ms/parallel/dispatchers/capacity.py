@@ -1,0 +1,80 @@
+"""Expert parallelism with equal numbers of rows: every rank sends C places of every expert."""
+
+from __future__ import annotations
+
+from mindspore import Tensor
+
+from mistral_ms.config import RoutingConfig
+from mistral_ms.moe import Dispatcher, LocalDispatcher, Record, expert_capacity
+from mistral_ms.parallel.dispatchers.carriers import Carrier
+from mistral_ms.parallel.dispatchers.routes import Route
+from mistral_ms.parallel.topology import Traffic
+
+
+class CapacityDispatcher(Dispatcher):
+    """The local dispatcher of this rank's tokens, and an exchange of its places.
+
+    Capacity is counted per rank: each gives every expert C of its own T tokens' choices, so an
+    expert computes P * C places, sender by sender. Empty places travel as zeros.
+
+    Args:
+        num_experts: E, of the whole layer.
+        routing: policy and capacity; ``dropless`` works too, with C = T places for everyone.
+        route: between the expert group's ranks; member p holds the experts p * L .. (p + 1) * L.
+        carrier: what each tensor-parallel rank carries.
+    """
+
+    def __init__(
+        self, num_experts: int, routing: RoutingConfig, route: Route, carrier: Carrier
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.routing = num_experts, routing
+        self.local_experts = num_experts // route.members
+        self.local = LocalDispatcher(num_experts, routing)
+        self.route, self.carrier = route, carrier
+
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, valid_T: Tensor) -> tuple[Tensor, Record]:
+        """See the contract: [L, P * C, H]; the record is that of the local dispatcher."""
+        loaded = self.carrier.load(x_TH)
+        rows_ECh, record = self.local.dispatch(loaded, experts_TK, valid_T)
+        arrived = self.route.exchange(self.by_member(rows_ECh))
+        return self.carrier.unload(self.by_expert(arrived)), record
+
+    def combine(self, y_LCH: Tensor, weights_TK: Tensor, record: Record) -> Tensor:
+        """See the contract."""
+        loaded = self.carrier.load_back(y_LCH)
+        arrived = self.route.exchange(self.by_sender(loaded))
+        rows_ECh = arrived.reshape(self.num_experts, -1, arrived.shape[-1])
+        return self.local.combine(self.carrier.unload_back(rows_ECh), weights_TK, record)
+
+    def by_member(self, rows_ECH: Tensor) -> Tensor:
+        """Local, before the exchange: [E, C, H] -> [P, L, C, H], the places of each member."""
+        _, C, H = rows_ECH.shape
+        return rows_ECH.reshape(self.route.members, self.local_experts, C, H)
+
+    def by_expert(self, arrived_PLCH: Tensor) -> Tensor:
+        """Local, after the exchange: [P, L, C, H] -> [L, P * C, H], sender by sender."""
+        P, L, C, H = arrived_PLCH.shape
+        return arrived_PLCH.transpose(1, 0, 2, 3).reshape(L, P * C, H)
+
+    def by_sender(self, rows_LMH: Tensor) -> Tensor:
+        """Local, before the way back: [L, P * C, H] -> [P, L, C, H]."""
+        L, M, H = rows_LMH.shape
+        P = self.route.members
+        return rows_LMH.reshape(L, P, M // P, H).transpose(1, 0, 2, 3)
+
+    def traffic(self, tokens: int, top_k: int, hidden_size: int, itemsize: int = 4) -> Traffic:
+        """What this rank sends in one dispatch and combine, forward; the backward pass sends as
+        much between expert ranks.
+
+        Args:
+            tokens: T of this rank.
+            top_k: K.
+            hidden_size: H.
+            itemsize: bytes per element of a row.
+        """
+        E, P, L = self.num_experts, self.route.members, self.local_experts
+        C = expert_capacity(tokens, E, top_k, self.routing)
+        there = (P, L, C, self.carrier.width(hidden_size))
+        in_group = self.carrier.traffic((E, C, hidden_size), (L, P * C, hidden_size), itemsize)
+        return self.route.traffic(there, itemsize) * 2 + in_group

@@ -1,0 +1,51 @@
+"""From a configuration to a dispatcher."""
+
+from __future__ import annotations
+
+from mistral_ms.config import ParallelConfig, RoutingConfig
+from mistral_ms.moe import Dispatcher, LocalDispatcher
+from mistral_ms.parallel.collectives import Groups
+from mistral_ms.parallel.dispatchers.capacity import CapacityDispatcher
+from mistral_ms.parallel.dispatchers.carriers import Carrier, SharedRows, WholeRows
+from mistral_ms.parallel.dispatchers.counted_routes import (
+    CountedRoute,
+    FlatCountedRoute,
+    HierarchicalCountedRoute,
+)
+from mistral_ms.parallel.dispatchers.dropless import DroplessDispatcher
+from mistral_ms.parallel.dispatchers.routes import FlatRoute, HierarchicalRoute, Route
+from mistral_ms.parallel.topology import GroupKind
+
+
+def make_dispatcher(
+    num_experts: int, routing: RoutingConfig, parallel: ParallelConfig, groups: Groups
+) -> Dispatcher:
+    """The dispatcher of one rank; the local one where nothing has to travel.
+
+    Args:
+        num_experts: E, of the whole layer.
+        routing: the policy.
+        parallel: the layout and how tokens travel.
+        groups: this rank's groups.
+
+    Raises:
+        TopologyError: a hierarchical exchange where expert groups do not lie evenly on the nodes.
+    """
+    if parallel.ep == 1 and parallel.mp == 1:
+        return LocalDispatcher(num_experts, routing)
+    tensor = groups.of(GroupKind.TENSOR)
+    shared = parallel.all_to_all == "group_wise"
+    carrier: Carrier = SharedRows(tensor) if shared else WholeRows(tensor)
+    if parallel.all_to_all == "hierarchical":
+        hops = groups.of(GroupKind.EXPERT_NODE), groups.of(GroupKind.EXPERT_CROSS)
+        if routing.policy == "dropless":
+            counted: CountedRoute = HierarchicalCountedRoute(*hops)
+            return DroplessDispatcher(num_experts, routing, counted, carrier, hops[0].size)
+        route: Route = HierarchicalRoute(*hops)
+    else:
+        expert = groups.of(GroupKind.EXPERT)
+        if routing.policy == "dropless":
+            counted = FlatCountedRoute(expert)
+            return DroplessDispatcher(num_experts, routing, counted, carrier)
+        route = FlatRoute(expert)
+    return CapacityDispatcher(num_experts, routing, route, carrier)

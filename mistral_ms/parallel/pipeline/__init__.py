@@ -1,0 +1,23 @@
+"""Stages and schedules of the pipeline: arithmetic and a picture, without MindSpore."""
+
+from mistral_ms.parallel.pipeline.checks import check_objective
+from mistral_ms.parallel.pipeline.costs import LayerCosts, layer_costs
+from mistral_ms.parallel.pipeline.picture import schedule_png
+from mistral_ms.parallel.pipeline.program import Transfer, program
+from mistral_ms.parallel.pipeline.schedule import Phase, Schedule, Step, make_schedule
+from mistral_ms.parallel.pipeline.stages import Stage, balance
+
+__all__ = [
+    "LayerCosts",
+    "Phase",
+    "Schedule",
+    "Stage",
+    "Step",
+    "Transfer",
+    "balance",
+    "check_objective",
+    "layer_costs",
+    "make_schedule",
+    "program",
+    "schedule_png",
+]

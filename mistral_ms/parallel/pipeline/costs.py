@@ -1,0 +1,45 @@
+"""What each layer costs, relative to the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mistral_ms.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Forward floating-point operations per token; the backward pass costs twice as much of each.
+
+    Attributes:
+        embedding: of the lookup: none, it reads a row.
+        layers: of every decoder block.
+        head: of the output head.
+    """
+
+    embedding: float
+    layers: tuple[float, ...]
+    head: float
+
+
+def layer_costs(model: ModelConfig, seq_length: int) -> LayerCosts:
+    """Two operations per multiplication and addition; norms, rotations and softmax left out.
+
+    Args:
+        model: the architecture.
+        seq_length: S; a query's scores are counted for all keys that it could see, S or the
+            sliding window, as kernels without causal skipping compute them.
+    """
+    H, D = model.hidden_size, model.head_size
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    keys = min(seq_length, model.sliding_window or seq_length)
+    attention = 2 * H * D * (2 * heads + 2 * kv_heads) + 4 * keys * heads * D
+    dense = 6 * H * model.intermediate_size
+    sparse = 0
+    if model.moe is not None:
+        sparse = model.moe.num_experts_per_tok * dense + 2 * H * model.moe.num_local_experts
+    layers = tuple(
+        float(attention + (sparse if model.is_sparse(layer) else dense))
+        for layer in range(model.num_hidden_layers)
+    )
+    return LayerCosts(0.0, layers, 2.0 * H * model.vocab_size)

@@ -1,0 +1,90 @@
+"""Cross-entropy of logits that are divided along the vocabulary: nobody ever holds all of them."""
+
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from mistral_ms.config import IGNORE_INDEX
+from mistral_ms.parallel.collectives import Collectives
+from mistral_ms.parallel.tensor.vocabulary import own_ids
+
+_largest = ops.ReduceMax(keep_dims=True)
+_sum = ops.ReduceSum(keep_dims=True)
+_pick = ops.GatherD()
+_add_at = ops.TensorScatterAdd()
+_range = ops.Range()
+_exp, _log = ops.Exp(), ops.Log()
+_concat_columns = ops.Concat(1)
+_zeros_like = ops.ZerosLike()
+
+
+class _ShareNLL(nn.Cell):
+    """-log softmax(logits)[label] of every row, with the gradient written out."""
+
+    def __init__(self, tensor: Collectives, rows: int) -> None:
+        super().__init__()
+        self.group = tensor
+        self.first, self.rows = tensor.position * rows, rows
+
+    def construct(self, logits_TW: Tensor, labels_T1: Tensor) -> tuple[Tensor, Tensor]:
+        """Float32 share of the logits, W = V / P; int32 labels 0 .. V: whole losses [T, 1], and
+        this rank's share of the probabilities.
+
+        Three small messages per token: the largest logit, the label's, the sum of exponentials.
+        """
+        largest_PT1 = self.group.all_gather(_largest(logits_TW, 1))
+        shifted_TW = logits_TW - _largest(largest_PT1, 0)[0]
+        exp_TW = _exp(shifted_TW)
+        row_T1, own_T1 = own_ids(labels_T1, self.first, self.rows)
+        label_T1 = _pick(shifted_TW, 1, row_T1) * ops.cast(own_T1, ms.float32)
+        total_T1 = self.group.all_reduce(_sum(exp_TW, 1))
+        return _log(total_T1) - self.group.all_reduce(label_T1), exp_TW / total_T1
+
+    def bprop(
+        self,
+        logits_TW: Tensor,
+        labels_T1: Tensor,
+        out: tuple[Tensor, ...],
+        dout: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor]:
+        """(softmax - one_hot(label)) * dout of this rank's share; needs no message."""
+        scale_T1 = dout[0]
+        row_T1, own_T1 = own_ids(labels_T1, self.first, self.rows)
+        numbers_T1 = ops.cast(_range(0, labels_T1.shape[0], 1).reshape(-1, 1), ms.int32)
+        minus_T = -(scale_T1 * ops.cast(own_T1, ms.float32)).reshape(-1)
+        d_logits_TW = _add_at(out[1] * scale_T1, _concat_columns((numbers_T1, row_T1)), minus_T)
+        return d_logits_TW, _zeros_like(labels_T1)
+
+
+class VocabularyNLL(nn.Cell):
+    """The counterpart of :func:`mistral_ms.layers.token_nll` for a share of the logits.
+
+    The share is ``output_logits(hidden, weight)`` with this rank's rows of the head; the hidden
+    states come from a :class:`~mistral_ms.parallel.tensor.NormForShares`, which adds up the
+    gradients of the shares.
+
+    Args:
+        tensor: the tensor group.
+        vocab_size: V; P divides it.
+    """
+
+    def __init__(self, tensor: Collectives, vocab_size: int) -> None:
+        super().__init__()
+        self.nll = _ShareNLL(tensor, vocab_size // tensor.size)
+
+    def construct(self, logits_TW: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of every label, and which of them count; whole on all ranks.
+
+        Args:
+            logits_TW: this rank's share, any float dtype; W = V / P.
+            labels_T: int32 token ids, IGNORE_INDEX where there is nothing to predict.
+
+        Returns:
+            float32 [T], zero where ignored, and float32 [T], 1 where counted.
+        """
+        counted_T = labels_T != IGNORE_INDEX
+        mask_T = ops.cast(counted_T, ms.float32)
+        safe_T1 = ops.select(counted_T, labels_T, _zeros_like(labels_T)).reshape(-1, 1)
+        nll_T1, _ = self.nll(ops.cast(logits_TW, ms.float32), safe_T1)
+        return nll_T1.reshape(-1) * mask_T, mask_T

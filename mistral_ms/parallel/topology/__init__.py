@@ -1,0 +1,25 @@
+"""Which process belongs to which group, and which part of the weights it holds: arithmetic."""
+
+from mistral_ms.parallel.topology import traffic
+from mistral_ms.parallel.topology.groups import Group, GroupKind
+from mistral_ms.parallel.topology.places import Place, Topology
+from mistral_ms.parallel.topology.slices import (
+    ExpertSlice,
+    expert_slice,
+    gradient_group,
+    weight_slice,
+)
+from mistral_ms.parallel.topology.traffic import Traffic
+
+__all__ = [
+    "ExpertSlice",
+    "Group",
+    "GroupKind",
+    "Place",
+    "Topology",
+    "Traffic",
+    "expert_slice",
+    "gradient_group",
+    "traffic",
+    "weight_slice",
+]

@@ -1,0 +1,120 @@
+"""Starts a script in several processes under msrun and collects what each of them computed.
+
+Workers compute, tests judge: a worker saves arrays by name, the test process compares them with
+oracles of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+TAIL = 40
+
+
+@dataclass(frozen=True)
+class Report:
+    """What all ranks saved.
+
+    Attributes:
+        ranks: arrays by name, rank by rank.
+    """
+
+    ranks: tuple[dict[str, np.ndarray], ...]
+
+    def get(self, rank: int, name: str) -> np.ndarray:
+        return self.ranks[rank][name]
+
+    def everywhere(self, name: str) -> list[np.ndarray]:
+        return [arrays[name] for arrays in self.ranks]
+
+
+def run(script: str, workers: int, directory: Path, timeout: int) -> Report:
+    """Runs ``script`` of this directory; a failure shows the log of the rank that failed first.
+
+    Args:
+        script: file name; called with the directory to save into.
+        workers: number of processes.
+        directory: empty; takes logs and results.
+        timeout: seconds until all processes are ended.
+    """
+    logs = directory / "logs"
+    command = [
+        str(Path(sys.executable).parent / "msrun"),
+        f"--worker_num={workers}",
+        f"--local_worker_num={workers}",
+        f"--master_port={free_port()}",
+        f"--log_dir={logs}",
+        "--join=True",
+        "--cluster_time_out=60",
+        str(HERE / script),
+        str(directory),
+    ]
+    with (directory / "msrun.log").open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=directory,
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout)
+            ending = f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            code, ending = 1, f"no end after {timeout} s"
+        finally:
+            end(process)
+    results = [directory / f"rank_{rank}.npz" for rank in range(workers)]
+    missing = [path.stem for path in results if not path.exists()]
+    if code or missing:
+        pytest.fail(f"{script}, {workers} workers: {ending}; no result of {missing}\n{tails(logs)}")
+    return Report(tuple(dict(np.load(path)) for path in results))
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends msrun and the workers that it left behind: they share its session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def environment() -> dict[str, str]:
+    """The Python that runs the tests for the workers, one thread each, the tests importable."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    roots = [str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": os.pathsep.join(filter(None, roots)),
+        "OMP_NUM_THREADS": "1",
+        "GLOG_v": "3",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def tails(logs: Path) -> str:
+    """The end of every worker's log, those with a Python error first and at length."""
+    texts = {path.name: path.read_text(errors="replace") for path in logs.glob("worker_*.log")}
+    failed = sorted(texts, key=lambda name: ("Traceback" not in texts[name], name))
+    parts = []
+    for number, name in enumerate(failed):
+        lines = texts[name].splitlines()[-(TAIL if number == 0 else 5) :]
+        parts.append("\n".join([f"--- {name}", *lines]))
+    return "\n".join(parts)

@@ -1,0 +1,116 @@
+"""A whole language model, built as for one device and then divided; run in the workers."""
+
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+from distributed.worker import Worker
+from mindspore import Tensor, nn
+from support.configs import model as small_model
+from support.models import next_labels, positions
+
+from mistral_ms.config import DROPLESS, ModelConfig, ParallelConfig
+from mistral_ms.layers import Attention, FeedForward, Linear, draw, output_logits
+from mistral_ms.models import CausalLM
+from mistral_ms.parallel.collectives import Groups
+from mistral_ms.parallel.experts import routed_experts
+from mistral_ms.parallel.tensor import (
+    NormForShares,
+    RowLinear,
+    VocabularyEmbedding,
+    VocabularyNLL,
+    share_of_model,
+)
+from mistral_ms.parallel.topology import GroupKind, Topology, weight_slice
+
+CONFIG = small_model(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    moe={"sparse_layers": (1,)},
+)
+LAYOUTS = {
+    2: {
+        "ep2": ParallelConfig(dp=2, ep=2),
+        "mp2": ParallelConfig(mp=2, all_to_all="group_wise"),
+    },
+    4: {
+        "mp2ep2-flat": ParallelConfig(dp=2, mp=2, ep=2),
+        "mp2ep2-group_wise": ParallelConfig(dp=2, mp=2, ep=2, all_to_all="group_wise"),
+        "ep2of4": ParallelConfig(dp=4, ep=2),
+    },
+}
+GRAPH = ("ep2",)
+ROWS, WIDTH = 4, 6
+
+
+def weights() -> dict[str, np.ndarray]:
+    shapes = {name: p.shape for name, p in CausalLM(CONFIG, positions=WIDTH).weights().items()}
+    return {name: draw(name, shape, 0.3, 1) for name, shape in shapes.items()}
+
+
+def windows() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, labels and positions of the global batch, ragged."""
+    ids = np.random.default_rng(2).integers(0, 32, (ROWS, WIDTH)).astype(np.int32)
+    places = positions([6, 4, 5, 6], WIDTH)
+    return ids, next_labels(ids, places), places
+
+
+class SumLoss(nn.Cell):
+    """Summed negative log-likelihood of this rank's windows."""
+
+    def __init__(self, model: CausalLM, nll: nn.Cell) -> None:
+        super().__init__()
+        self.model, self.nll = model, nll
+
+    def construct(self, ids, labels, places):
+        hidden_TH, _ = self.model.hidden_states(ids, places)
+        logits = output_logits(hidden_TH, self.model.head_weight())
+        return self.nll(logits, labels.reshape(-1))[0].sum()
+
+
+def divide(model: CausalLM, config: ModelConfig, parallel: ParallelConfig, groups: Groups) -> None:
+    """Replaces what has to talk; the names of the weights stay."""
+    tensor, share, H = groups.of(GroupKind.TENSOR), share_of_model(config, parallel), 16
+    eps = config.rms_norm_eps
+    for block in model.layers:
+        block.input_layernorm = NormForShares(H, eps, tensor)
+        block.attention = Attention(share)
+        heads = config.num_attention_heads * config.head_size
+        block.attention.o_proj = RowLinear(heads, H, tensor)
+        if block.sparse:
+            block.moe.experts = routed_experts(config, DROPLESS, parallel, groups)
+        else:
+            block.post_attention_layernorm = NormForShares(H, eps, tensor)
+            block.feed_forward = FeedForward(share)
+            block.feed_forward.w2 = RowLinear(config.intermediate_size, H, tensor)
+    model.embed_tokens = VocabularyEmbedding(config.vocab_size, H, tensor)
+    model.norm = NormForShares(H, eps, tensor)
+    model.lm_head = Linear(H, config.vocab_size // parallel.mp)
+
+
+def run_models(worker: Worker) -> None:
+    for name, parallel in LAYOUTS[worker.world].items():
+        topology = Topology.of(parallel, worker.world)
+        groups = Groups(topology, worker.rank, "CPU")
+        model = CausalLM(CONFIG, positions=WIDTH)
+        divide(model, CONFIG, parallel, groups)
+        held = model.weights()
+        for path, whole in weights().items():
+            cut = weight_slice(path, whole.shape, topology, worker.rank)
+            held[path].set_data(Tensor(np.ascontiguousarray(whole[cut])))
+        rows = ROWS // parallel.dp
+        mine = slice(groups.place.dp * rows, (groups.place.dp + 1) * rows)
+        given = [Tensor(array[mine]) for array in windows()]
+        net = SumLoss(model, VocabularyNLL(groups.of(GroupKind.TENSOR), CONFIG.vocab_size))
+        paths, parameters = list(held), list(held.values())
+        for mode in ("pynative", "graph") if name in GRAPH else ("pynative",):
+            worker.mode(mode)
+            loss, gradients = ms.value_and_grad(net, None, parameters)(*given)
+            worker.keep(f"model/{name}/{mode}/loss", loss)
+            for path, gradient in zip(paths, gradients, strict=True):
+                worker.keep(f"model/{name}/{mode}/{path}", gradient)
+        worker.mode("pynative")

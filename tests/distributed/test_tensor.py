@@ -1,0 +1,127 @@
+"""Layers divided among tensor-parallel ranks equal the whole ones."""
+
+import functools
+
+import mindspore as ms
+import numpy as np
+import pytest
+from distributed.tensors import (
+    CONFIG,
+    EPS,
+    WEIGHTS,
+    context,
+    inputs,
+    pair_data,
+    whole_weights,
+)
+from mindspore import Tensor, nn
+
+from mistral_ms.config.layout import Sizes
+from mistral_ms.layers import (
+    Attention,
+    Embedding,
+    FeedForward,
+    Linear,
+    RMSNorm,
+    output_logits,
+    token_nll,
+)
+from mistral_ms.parallel.topology import Topology, weight_slice
+
+each_world = pytest.mark.parametrize("world", [2, 4])
+each_mode = pytest.mark.parametrize("mode", ["pynative", "graph"])
+
+
+class Whole(nn.Cell):
+    """The same layers in one process."""
+
+    def __init__(self):
+        super().__init__()
+        H = CONFIG.hidden_size
+        self.embed_tokens = Embedding(CONFIG.vocab_size, H)
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(H, EPS), RMSNorm(H, EPS)
+        self.attention, self.feed_forward = Attention(CONFIG), FeedForward(CONFIG)
+        self.norm, self.lm_head = RMSNorm(H, EPS), Linear(H, CONFIG.vocab_size)
+
+    def construct(self, ids_T, labels_T, cos, sin, visible, rows):
+        embedded = self.embed_tokens(ids_T)
+        x_TH = embedded + self.attention(self.input_layernorm(embedded), (cos, sin, visible, rows))
+        x_TH = x_TH + self.feed_forward(self.post_attention_layernorm(x_TH))
+        logits = output_logits(self.norm(x_TH), self.lm_head.weight)
+        nll_T, mask_T = token_nll(logits, labels_T)
+        return nll_T.sum() / mask_T.sum(), nll_T, mask_T, embedded, logits
+
+
+@functools.cache
+def alone() -> dict[str, np.ndarray]:
+    net = Whole()
+    for name, parameter in net.parameters_and_names():
+        parameter.set_data(Tensor(whole_weights()[name]))
+    gradient = ms.value_and_grad(net, None, net.trainable_params(), has_aux=True)
+    values, gradients = gradient(*(Tensor(a) for a in inputs()), *context())
+    names = [name for name, _ in net.parameters_and_names()]
+    found = dict(zip(("loss", "nll", "mask", "embedded", "logits"), values, strict=True))
+    found |= dict(zip(names, gradients, strict=True))
+    return {name: value.numpy() for name, value in found.items()}
+
+
+@each_world
+@each_mode
+def test_embedding_gives_the_same_bits(report, world, mode):
+    for rank in range(world):
+        got = report(world).get(rank, f"tensor/{mode}/embedded")
+        np.testing.assert_array_equal(got, whole_weights()["embed_tokens.weight"][inputs()[0]])
+
+
+@each_world
+@each_mode
+def test_losses_are_those_of_whole_logits(report, world, mode):
+    """Against float64, and which labels count."""
+    labels = inputs()[1]
+    logits = alone()["logits"].astype(np.float64)
+    log_z = np.log(np.exp(logits).sum(1))
+    counted = labels != -100
+    want = np.where(counted, log_z - logits[np.arange(len(labels)), labels * counted], 0)
+    for rank in range(world):
+        got = report(world).get(rank, f"tensor/{mode}/nll")
+        # float32 logits of size 3, added up in another order
+        np.testing.assert_allclose(got, want, atol=3e-6)
+        np.testing.assert_array_equal(report(world).get(rank, f"tensor/{mode}/mask"), counted)
+        first = report(world).get(0, f"tensor/{mode}/nll")
+        np.testing.assert_array_equal(got, first)
+
+
+@each_world
+@each_mode
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_gradients_of_every_weight(report, world, mode, name):
+    topology, want = Topology(Sizes(1, world, 1, 1)), alone()[name]
+    for rank in range(world):
+        got = report(world).get(rank, f"tensor/{mode}/{name}")
+        cut = weight_slice(name, want.shape, topology, rank)
+        # float32 noise: the same sums in another order
+        np.testing.assert_allclose(got, want[cut], rtol=0, atol=3e-6 * np.abs(want).max())
+    assert np.abs(want).max() > 1e-3
+
+
+@each_world
+def test_a_column_map_and_a_row_map(report, world):
+    """y = x A^T B^T and its gradients in float64."""
+    x, first, second, dout = (
+        pair_data()[n].astype(np.float64) for n in ("x", "first", "second", "dout")
+    )
+    hidden = x @ first.T
+    whole = {
+        "y": hidden @ second.T,
+        "dx": dout @ second @ first,
+        "first": (dout @ second).T @ x,
+        "second": dout.T @ hidden,
+    }
+    part = 12 // world
+    for rank in range(world):
+        held = slice(rank * part, (rank + 1) * part)
+        want = {**whole, "first": whole["first"][held], "second": whole["second"][:, held]}
+        for name, value in want.items():
+            got = report(world).get(rank, f"pair/{name}")
+            # float32 sums of products up to 16 * 12 terms of size 1
+            np.testing.assert_allclose(got, value, atol=2e-5, rtol=1e-5, err_msg=name)

@@ -1,0 +1,15 @@
+"""Everything that is checked with 2 processes; run by msrun."""
+
+from distributed.collectives import run_collectives, run_pipeline
+from distributed.dispatching import dispatch_all
+from distributed.models import run_models
+from distributed.tensors import run_tensor
+from distributed.worker import Worker
+
+worker = Worker()
+run_collectives(worker)
+run_pipeline(worker)
+run_tensor(worker)
+run_models(worker)
+dispatch_all(worker)
+worker.save()

@@ -1,0 +1,8 @@
+"""Everything that is checked with 8 processes; run by msrun."""
+
+from distributed.dispatching import dispatch_all
+from distributed.worker import Worker
+
+worker = Worker()
+dispatch_all(worker)
+worker.save()
