@@ -11,8 +11,18 @@ from mistral_ms.errors import TrainingError
 
 FIXED = ("seed", "seq_length", "global_batch_size", "dtype")
 """Of the training: to change one would be another training under the old one's name."""
-STORAGE = ("torch_dtype",)
-"""Of the model: says how files hold it, not what it computes."""
+_BESIDES = ("torch_dtype", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Of the model: says how it is stored, drawn or ended, not what it computes."""
+
+
+def computation(model: ModelConfig) -> dict[str, Any]:
+    """What decides a model's tensors and mathematics, one way of saying it for each model."""
+    values = model.model_dump(mode="json", exclude=set(_BESIDES))
+    values["head_dim"] = model.head_size
+    if model.moe is not None:
+        values["moe"]["sparse_layers"] = list(model.sparse_layers)
+        del values["moe"]["router_aux_loss_coef"]
+    return values
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Identity:
         """Plain data for ``state.json``."""
         return {
             "dataset": self.dataset,
-            "model": self.model.model_dump(mode="json", exclude=set(STORAGE)),
+            "model": computation(self.model),
             "training": self.training.model_dump(mode="json"),
             "routing": self.routing.model_dump(mode="json"),
         }

@@ -29,7 +29,7 @@ from mistral_ms.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from mistral_ms.training.failure import write_failure
 from mistral_ms.training.figures import write_figures
 from mistral_ms.training.files import RunFiles
-from mistral_ms.training.identity import STORAGE, Identity
+from mistral_ms.training.identity import Identity, computation
 from mistral_ms.training.interrupt import stop_on_signals
 from mistral_ms.training.loop import Observer, TrainingSummary, train
 from mistral_ms.training.memory import MemoryReport, memory_report
@@ -280,8 +280,7 @@ def _initialize(model: CausalLM, run: RunConfig, say: Say) -> None:
         model.initialize(run.training.seed)
         return
     with open_checkpoint(run.init_from) as source:
-        ours = run.model.model_dump(exclude=set(STORAGE))
-        theirs = source.config.model_dump(exclude=set(STORAGE))
+        ours, theirs = computation(run.model), computation(source.config)
         differing = [key for key in ours if ours[key] != theirs[key]]
         if differing:
             key = differing[0]

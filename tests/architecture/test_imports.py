@@ -76,7 +76,7 @@ TABLE = {
         "numpy mindspore",
         mindspore_only_in="mistral_ms.datasets.mindrecord",
     ),
-    "training": room(BELOW_TRAINING, "mindspore numpy rich matplotlib"),
+    "training": room(BELOW_TRAINING, "mindspore numpy rich matplotlib tensorboardX yaml"),
     "inference": room(BELOW_TRAINING, "mindspore numpy"),
     "lifelong": room(BELOW_TRAINING, "mindspore numpy"),
     "alignment": room(f"{BELOW_TRAINING} inference", "mindspore numpy torch transformers"),

@@ -1,16 +1,21 @@
 """Training and run configuration: what is refused, what a run file may say."""
 
+import json
+from pathlib import Path
+
 import pytest
 import yaml
 from pydantic import ValidationError
 
 from mistral_ms.config import (
+    LossScaleConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
     TrainingConfig,
     load_run_config,
+    to_hf,
 )
 from mistral_ms.errors import ConfigError
 
@@ -126,3 +131,121 @@ class TestRunFile:
         longer = TrainingConfig(**TRAINING | {"seq_length": 33})
         with pytest.raises(ValidationError, match=r"seq_length \(33\).*embeddings \(32\)"):
             RunConfig(model=ModelConfig(**MODEL), training=longer)
+
+
+class TestSteps:
+    def test_either_steps_or_epochs(self):
+        for values in ({}, {"steps": 3, "epochs": 1}):
+            with pytest.raises(ValidationError, match="give either steps or epochs"):
+                TrainingConfig(seq_length=8, global_batch_size=4, **values)
+
+    @pytest.mark.parametrize(
+        ("epochs", "windows", "steps"),
+        [(200, 62, 3100), (1, 8, 2), (1, 9, 3), (0.1, 8, 1), (2.5, 8, 5), (0.3, 40, 3)],
+    )
+    def test_epochs_are_counted_out(self, epochs, windows, steps):
+        config = TrainingConfig(epochs=epochs, seq_length=8, global_batch_size=4)
+        counted = config.with_steps(windows)
+        assert (counted.steps, counted.epochs, counted.last_step) == (steps, None, steps)
+        assert counted.with_steps(99) == counted
+
+    def test_a_warmup_longer_than_the_epochs(self):
+        config = TrainingConfig(
+            epochs=1, seq_length=8, global_batch_size=4, schedule=ScheduleConfig(warmup_steps=3)
+        )
+        message = r"training \(epochs 1\).*warmup_steps \(3\) must not exceed steps \(2\)"
+        with pytest.raises(ConfigError, match=message):
+            config.with_steps(8)
+
+    def test_micro_batches_divide_the_batch(self):
+        with pytest.raises(ValidationError, match=r"micro_batches \(3\) must divide .*\(4\)"):
+            TrainingConfig(**TRAINING, micro_batches=3)
+
+
+class TestLossScale:
+    def test_is_for_float16_which_has_one_anyway(self):
+        assert TrainingConfig(**TRAINING).scaling is None
+        assert TrainingConfig(**TRAINING, dtype="bfloat16").scaling is None
+        assert TrainingConfig(**TRAINING, dtype="float16").scaling == LossScaleConfig()
+        mine = LossScaleConfig(initial=8)
+        assert TrainingConfig(**TRAINING, dtype="float16", loss_scale=mine).scaling == mine
+        with pytest.raises(ValidationError, match="loss_scale is for dtype float16; float32"):
+            TrainingConfig(**TRAINING, loss_scale=mine)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            (dict(initial=3.0), r"initial \(3\) must be a power of two"),
+            (dict(initial=4.0, minimum=8.0), r"minimum \(8\) must not exceed initial"),
+            (dict(growth_interval=0), "growth_interval"),
+        ],
+    )
+    def test_refused(self, values, message):
+        with pytest.raises(ValidationError, match=message):
+            LossScaleConfig(**values)
+
+
+class TestData:
+    def write(self, run_file, **data):
+        values = {"model": MODEL, "training": TRAINING, "data": data}
+        run_file.write_text(yaml.safe_dump(values))
+        return run_file
+
+    def test_paths_in_the_file_are_beside_it(self, run_file):
+        self.write(run_file, inputs=["a.txt", "/b.txt"], tokenizer="t.model")
+        data = load_run_config(run_file).data
+        assert data.inputs == (run_file.parent / "a.txt", Path("/b.txt"))
+        assert data.tokenizer == str(run_file.parent / "t.model")
+
+    def test_paths_on_the_command_line_are_where_you_are(self, run_file):
+        self.write(run_file, dataset="set")
+        assert load_run_config(run_file).data.dataset == run_file.parent / "set"
+        run = load_run_config(run_file, ["data.dataset=mine", "init_from=theirs", "output=out"])
+        assert run.data.dataset == Path("mine")
+        assert (run.init_from, run.output) == (Path("theirs"), Path("out"))
+
+    def test_packaged_tokenizers_are_names(self, run_file):
+        self.write(run_file, inputs=["a.txt"], tokenizer="packaged-v3")
+        assert load_run_config(run_file).data.tokenizer == "packaged-v3"
+
+    def test_what_is_overridden_replaces_its_rival(self, run_file):
+        self.write(run_file, inputs=["a.txt"], tokenizer="packaged-v1")
+        run = load_run_config(run_file, ["data.dataset=set", "training.epochs=2"])
+        assert run.data.dataset == Path("set") and not run.data.inputs
+        assert (run.training.epochs, run.training.steps) == (2, None)
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            ({}, "give either data.dataset or data.inputs"),
+            (dict(dataset="a", inputs=["b"]), "give either data.dataset or data.inputs"),
+            (dict(inputs=["b"]), "data.inputs need data.tokenizer"),
+            (dict(dataset="a", packing={"add_bos": False}), "a dataset is packed already"),
+        ],
+    )
+    def test_refused(self, run_file, data, message):
+        with pytest.raises(ConfigError, match=message):
+            load_run_config(self.write(run_file, **data))
+
+
+class TestModelOfACheckpoint:
+    @pytest.fixture
+    def checkpoint(self, tmp_path):
+        (tmp_path / "hf").mkdir()
+        config = to_hf(ModelConfig(**MODEL))
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+        return tmp_path / "hf"
+
+    def test_is_taken_when_the_run_names_none(self, run_file, checkpoint):
+        run_file.write_text(yaml.safe_dump({"training": TRAINING}))
+        run = load_run_config(run_file, [f"init_from={checkpoint}"])
+        assert run.model == ModelConfig(**MODEL, head_dim=4)
+        assert run.init_from == checkpoint
+
+    def test_can_be_named_like_a_model_file(self, run_file, checkpoint):
+        run = load_run_config(run_file, [f"model={checkpoint}", "model.num_hidden_layers=1"])
+        assert run.model.num_hidden_layers == 1
+
+    def test_a_directory_without_one(self, run_file, tmp_path):
+        with pytest.raises(ConfigError, match=r"no model: .*config\.json or params\.json"):
+            load_run_config(run_file, [f"model={tmp_path / 'run'}"])

@@ -8,7 +8,13 @@ import pytest
 from mistral_ms.config import ModelConfig
 from mistral_ms.data import TOKENIZER_CONFIG
 from mistral_ms.errors import TokenizerError
-from mistral_ms.tokenizer import check_vocabulary, copy_files, load_tokenizer, packaged_tokenizer
+from mistral_ms.tokenizer import (
+    check_vocabulary,
+    copy_files,
+    find_tokenizer,
+    load_tokenizer,
+    packaged_tokenizer,
+)
 from mistral_ms.tokenizer.json_model import JsonTokenizer
 from mistral_ms.tokenizer.load import PACKAGED
 from mistral_ms.tokenizer.sentencepiece_model import SentencePieceTokenizer
@@ -148,3 +154,14 @@ def test_copying_onto_itself_changes_nothing(tmp_path):
     before = path.read_bytes()
     assert copy_files(load_tokenizer(tmp_path), tmp_path)[0] == path
     assert path.read_bytes() == before
+
+
+class TestFind:
+    def test_a_name_or_a_path(self, tmp_path):
+        put(tmp_path, "v3", "tokenizer.model")
+        assert find_tokenizer("packaged-v1").vocab_size == 32000
+        assert find_tokenizer(str(tmp_path)).vocab_size == 32768
+
+    def test_an_unknown_name(self):
+        with pytest.raises(TokenizerError, match=r"unknown tokenizer: 'v9': packaged: v1, v2"):
+            find_tokenizer("packaged-v9")

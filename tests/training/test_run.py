@@ -198,6 +198,11 @@ class TestInitFrom:
                 assert np.array_equal(weight.asnumpy(), source.read(name))
         assert "tokenizer.model" in made.side_files
 
+    def test_a_model_file_may_say_the_same_in_other_words(self, prepare, finished):
+        """The checkpoint spells head_dim out; how it is stored or drawn is no other model."""
+        run = prepare(f"init_from={finished.checkpoint}", "model.initializer_range=0.1")
+        assert run.run.model.head_dim is None
+
     def test_another_model_names_both(self, prepare, finished):
         message = r"checkpoint of another model: model\.hidden_size: 16: init_from .* has 8"
         with pytest.raises(ConfigError, match=message):

@@ -1,0 +1,68 @@
+"""Perplexity and accuracy: each window once, whatever the batch."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from support.hf import make_pair
+from support.models import fill
+
+from mistral_ms.checkpoint import save_native
+from mistral_ms.config import DataConfig, ModelConfig
+from mistral_ms.datasets import MindRecordWindows, build_dataset
+from mistral_ms.errors import DataError
+from mistral_ms.models import CausalLM
+from mistral_ms.tokenizer import packaged_tokenizer
+from mistral_ms.training.evaluate import evaluate, load_for_evaluation
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    (root / "text.txt").write_text("A rope, a lamp, a ladder; the tide, the tower.\n" * 4)
+    config = DataConfig(seq_length=12)
+    build_dataset([root / "text.txt"], packaged_tokenizer(), config, root / "set")
+    return MindRecordWindows(root / "set", 1, 0)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return make_pair("mixtral", vocab_size=32000, num_hidden_layers=1)
+
+
+def test_equals_torch_over_the_whole_dataset(pair, data):
+    nll, right, tokens = 0.0, 0, 0
+    for number in range(data.windows):
+        batch = data.read(np.array([number]))
+        real = int(batch.present)
+        with torch.no_grad():
+            logits = pair.hf(torch.tensor(batch.ids_BS[:, :real]).long()).logits[0]
+        labels = torch.tensor(batch.labels_BS[0, :real]).long()
+        nll += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        right += int((logits.argmax(-1) == labels).sum())
+        tokens += int((labels >= 0).sum())
+    model = fill(CausalLM(pair.config), pair.weights())
+    calls = []
+    found = evaluate(model, data, 4, lambda done, total: calls.append((done, total)))
+    assert data.windows % 4, "the last batch must be short"
+    assert found.tokens == tokens == data.info.counts.predicted
+    assert found.loss == pytest.approx(nll / tokens, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-4)
+    assert found.accuracy == right / tokens
+    assert calls[-1] == (data.windows, data.windows)
+    one_by_one = evaluate(model, data, 1)
+    assert one_by_one.loss == pytest.approx(found.loss, rel=1e-6)  # order of a sum
+    assert one_by_one.accuracy == found.accuracy
+
+
+def test_another_vocabulary_is_refused(data, tmp_path):
+    config = ModelConfig(
+        vocab_size=320, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, torch_dtype="float32",
+    )  # fmt: skip
+    weights = CausalLM(config).weights()
+    arrays = ((n, w.shape, "float32", w.asnumpy()) for n, w in weights.items())
+    save_native(tmp_path / "c", config, arrays)
+    with pytest.raises(DataError, match=r"tokenised with another vocabulary: .*32000 ids.*320"):
+        load_for_evaluation(tmp_path / "c", data)
