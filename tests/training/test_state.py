@@ -114,8 +114,8 @@ class TestRefused:
         ("change", "message"),
         [
             (
-                dict(model={"hidden_size": 32}),
-                r"another model: model\.hidden_size: now 32, in C 16",
+                dict(model={"intermediate_size": 32}),
+                r"another model: model\.intermediate_size: now 32, in C 24",
             ),
             (dict(training={"seed": 5}), r"another seed: training\.seed: now 5, in C 0"),
             (dict(training={"seq_length": 16}), r"another seq_length: .*now 16, in C 8"),
