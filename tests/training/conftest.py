@@ -1,5 +1,6 @@
 """A model small enough to train in a second, and a text that it can learn."""
 
+import mindspore as ms
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from mistral_ms.config import (
     ScheduleConfig,
     TrainingConfig,
 )
+from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.models import CausalLM
 from mistral_ms.training import TrainStep
 
@@ -81,3 +83,17 @@ def make_update(make_model, sparse, capacity, training):
         return TrainStep(model, config)
 
     return make
+
+
+@pytest.fixture
+def data(training, text):
+    return InMemoryWindows(text, training.seq_length, training.global_batch_size, training.seed)
+
+
+@pytest.fixture(scope="module")
+def strict_graphs():
+    """Nothing in a graph may fall back to the Python interpreter."""
+    before = ms.get_context("jit_syntax_level")
+    ms.set_context(jit_syntax_level=ms.STRICT)
+    yield
+    ms.set_context(jit_syntax_level=before)

@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.training import NotFiniteError
 from mistral_ms.training.failure import layer_statistics, write_failure
-
-
-@pytest.fixture
-def data(training, text):
-    return InMemoryWindows(text, training.seq_length, training.global_batch_size, training.seed)
 
 
 def test_names_the_samples_and_the_first_layer_that_broke(make_update, data, tmp_path):

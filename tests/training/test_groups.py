@@ -1,6 +1,5 @@
 """Micro-batches are dispatch groups: what their gradients add up to."""
 
-import mindspore as ms
 import numpy as np
 import pytest
 import torch
@@ -15,18 +14,12 @@ from mistral_ms.models import CausalLM, LossReport, Objective
 from mistral_ms.training.graphs import MicroGradients
 from mistral_ms.training.modes import graph_mode
 
+pytestmark = pytest.mark.usefixtures("strict_graphs")
+
 GRADIENT = 1e-5
 """Of each tensor's largest element: what two formulations of a float32 gradient may differ by
 (1e-6 to 5e-6 measured)."""
 AUX, Z = 0.02, 0.001
-
-
-@pytest.fixture(autouse=True, scope="module")
-def strict_graphs():
-    before = ms.get_context("jit_syntax_level")
-    ms.set_context(jit_syntax_level=ms.STRICT)
-    yield
-    ms.set_context(jit_syntax_level=before)
 
 
 @pytest.fixture(scope="module")

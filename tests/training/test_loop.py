@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.training import NotFiniteError, Progress, StepResult, TrainStep, train
-
-
-@pytest.fixture
-def data(training, text):
-    return InMemoryWindows(text, training.seq_length, training.global_batch_size, training.seed)
 
 
 def test_learns_and_reports_every_step(make_model, sparse, capacity, training, data):

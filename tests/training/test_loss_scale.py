@@ -5,16 +5,10 @@ import pytest
 from support.training import bits, run_steps
 
 from mistral_ms.config import LossScaleConfig
-from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.training import NotFiniteError, Progress
 from mistral_ms.training.loss_scale import LossScale
 
 SCALING = LossScaleConfig(initial=1024.0, growth_interval=3, minimum=256.0)
-
-
-@pytest.fixture
-def data(training, text):
-    return InMemoryWindows(text, training.seq_length, training.global_batch_size, training.seed)
 
 
 class TestScale:

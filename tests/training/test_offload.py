@@ -5,25 +5,13 @@ import numpy as np
 import pytest
 from support.training import as_reported, bits, run_steps
 
-from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.training import memory_report
 from mistral_ms.training.offload import HostOptimizer
 
+pytestmark = pytest.mark.usefixtures("strict_graphs")
+
 STEPS = 20
 MODES = {"float32": {}, "float16-accumulated": {"dtype": "float16", "micro_batches": 2}}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def strict_graphs():
-    before = ms.get_context("jit_syntax_level")
-    ms.set_context(jit_syntax_level=ms.STRICT)
-    yield
-    ms.set_context(jit_syntax_level=before)
-
-
-@pytest.fixture
-def data(training, text):
-    return InMemoryWindows(text, training.seq_length, training.global_batch_size, training.seed)
 
 
 def make(make_update, offload, **options):

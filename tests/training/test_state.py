@@ -3,16 +3,16 @@
 import json
 from dataclasses import replace
 
-import mindspore as ms
 import pytest
 from support.training import as_reported, bits, run_steps
 
 from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.config import LossScaleConfig
-from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.errors import CheckpointError, TrainingError
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.state import restore, take_snapshot
+
+pytestmark = pytest.mark.usefixtures("strict_graphs")
 
 STEPS, FIRST = 20, 7
 # overflows at first, and grows again before the end: the count of good steps matters, too
@@ -23,19 +23,6 @@ MODES = {
     "host, accumulated": ({"offload_optimizer": "host", "micro_batches": 2},) * 2,
     "float16, scaled, from device to host": (SCALED, {**SCALED, "offload_optimizer": "host"}),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def strict_graphs():
-    before = ms.get_context("jit_syntax_level")
-    ms.set_context(jit_syntax_level=ms.STRICT)
-    yield
-    ms.set_context(jit_syntax_level=before)
-
-
-@pytest.fixture
-def data(training, text):
-    return InMemoryWindows(text, training.seq_length, training.global_batch_size, training.seed)
 
 
 @pytest.fixture

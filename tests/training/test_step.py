@@ -12,20 +12,13 @@ from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.models import CausalLM
 from mistral_ms.training import TrainStep, learning_rate
 
+pytestmark = pytest.mark.usefixtures("strict_graphs")
+
 COEF = 0.02
 LOSS = 1e-5
 """Relative, over a handful of steps: the promise that longer trainings are held to."""
 NORM = 1e-4
 """Relative: gradients agree to 1e-5 of each tensor's largest element."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def strict_graphs():
-    """Nothing in the graph may fall back to the Python interpreter."""
-    before = ms.get_context("jit_syntax_level")
-    ms.set_context(jit_syntax_level=ms.STRICT)
-    yield
-    ms.set_context(jit_syntax_level=before)
 
 
 def run(model, text, config):
