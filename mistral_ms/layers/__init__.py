@@ -5,7 +5,7 @@ from mistral_ms.layers.embedding import Embedding
 from mistral_ms.layers.feed_forward import FeedForward
 from mistral_ms.layers.kv_cache import CacheSpec, KeyPositions, KVCache
 from mistral_ms.layers.linear import Linear, output_logits
-from mistral_ms.layers.loss import HeadLoss, token_nll
+from mistral_ms.layers.loss import HeadLoss, TokenNLL, token_nll
 from mistral_ms.layers.norm import RMSNorm
 from mistral_ms.layers.parameter import draw, is_buffer
 from mistral_ms.layers.rope import RotaryTable, rope_angles
@@ -22,6 +22,7 @@ __all__ = [
     "Linear",
     "RMSNorm",
     "RotaryTable",
+    "TokenNLL",
     "draw",
     "is_buffer",
     "output_logits",

@@ -72,6 +72,14 @@ def token_nll(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
     return nll_T1.reshape(-1) * mask_T, mask_T
 
 
+class TokenNLL(nn.Cell):
+    """:func:`token_nll` as a Cell, where another may take its place."""
+
+    def construct(self, logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+        """See :func:`token_nll`."""
+        return token_nll(logits_TV, labels_T)
+
+
 class HeadLoss(nn.Cell):
     """Summed cross-entropy of hidden states under an output head, never holding all logits.
 
@@ -80,11 +88,13 @@ class HeadLoss(nn.Cell):
 
     Args:
         chunk: tokens per piece; T need not be a multiple of it.
+        nll: of logits and labels; :class:`TokenNLL` when None.
     """
 
-    def __init__(self, chunk: int) -> None:
+    def __init__(self, chunk: int, nll: nn.Cell | None = None) -> None:
         super().__init__()
         self.chunk = chunk
+        self.token_nll = TokenNLL() if nll is None else nll
         self.piece_gradient = ops.GradOperation(get_all=True, sens_param=True)
 
     def construct(self, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:
@@ -117,5 +127,5 @@ class HeadLoss(nn.Cell):
 
     def piece(self, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor) -> Tensor:
         """The loss of one chunk."""
-        nll_T, _ = token_nll(output_logits(hidden_TH, weight_VH), labels_T)
+        nll_T, _ = self.token_nll(output_logits(hidden_TH, weight_VH), labels_T)
         return _sum(nll_T)

@@ -3,6 +3,15 @@
 from mistral_ms.models.block import DecoderBlock
 from mistral_ms.models.causal_lm import CausalLM, NextTokenLogits
 from mistral_ms.models.objective import LossReport, Objective
+from mistral_ms.models.parts import Parts
 from mistral_ms.models.scores import Scores
 
-__all__ = ["CausalLM", "DecoderBlock", "LossReport", "NextTokenLogits", "Objective", "Scores"]
+__all__ = [
+    "CausalLM",
+    "DecoderBlock",
+    "LossReport",
+    "NextTokenLogits",
+    "Objective",
+    "Parts",
+    "Scores",
+]

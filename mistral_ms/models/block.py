@@ -4,39 +4,29 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn
 
-from mistral_ms.config import ModelConfig, RoutingConfig
-from mistral_ms.layers import Attention, AttentionContext, CacheSpec, FeedForward, RMSNorm
-from mistral_ms.moe import MoELayer, RouterSums
+from mistral_ms.layers import AttentionContext
+from mistral_ms.models.parts import Parts
+from mistral_ms.moe import RouterSums
 
 
 class DecoderBlock(nn.Cell):
     """Pre-norm attention, then a dense feed-forward or a sparse layer, each with a residual.
 
     Args:
-        config: sizes; decides by ``layer`` which feed-forward this is.
-        layer: index of the block.
-        routing: the routing policy of a sparse layer.
-        cache: sizes of the key/value cache; None without.
-        dtype: dtype of the weights.
+        parts: makes the pieces.
+        layer: index of the block; decides which feed-forward it has.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        layer: int,
-        routing: RoutingConfig,
-        cache: CacheSpec | None = None,
-        dtype: str = "float32",
-    ) -> None:
+    def __init__(self, parts: Parts, layer: int) -> None:
         super().__init__()
-        self.sparse = config.is_sparse(layer)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.attention = Attention(config, cache, dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.sparse = parts.config.is_sparse(layer)
+        self.input_layernorm = parts.norm()
+        self.attention = parts.attention()
+        self.post_attention_layernorm = parts.norm(shared=not self.sparse)
         if self.sparse:
-            self.moe = MoELayer(config, routing, dtype)
+            self.moe = parts.moe()
         else:
-            self.feed_forward = FeedForward(config, dtype)
+            self.feed_forward = parts.feed_forward()
 
     def construct(
         self, x_TH: Tensor, context: AttentionContext, valid_T: Tensor

@@ -15,10 +15,7 @@ from mistral_ms.errors import ConfigError
 from mistral_ms.layers import (
     AttentionContext,
     CacheSpec,
-    Embedding,
     KeyPositions,
-    Linear,
-    RMSNorm,
     RotaryTable,
     draw,
     is_buffer,
@@ -26,6 +23,7 @@ from mistral_ms.layers import (
     visible_keys,
 )
 from mistral_ms.models.block import DecoderBlock
+from mistral_ms.models.parts import Parts
 from mistral_ms.moe import RouterSums
 
 _gather = ops.Gather()
@@ -41,6 +39,8 @@ class CausalLM(nn.Cell):
         cache: sizes of the key/value cache; None computes whole sequences.
         dtype: dtype of weights and activations; "float32" on CPU.
         positions: rows of the rotary tables; the model's max_position_embeddings when None.
+        parts: makes the pieces; those of one device when None. A maker knows its own dtype and
+            routing, which must then be these.
     """
 
     def __init__(
@@ -51,20 +51,19 @@ class CausalLM(nn.Cell):
         cache: CacheSpec | None = None,
         dtype: str = "float32",
         positions: int | None = None,
+        parts: Parts | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
+        parts = Parts(config, routing, cache, dtype) if parts is None else parts
+        self.embed_tokens = parts.embedding()
         self.layers = nn.CellList(
-            [
-                DecoderBlock(config, layer, routing, cache, dtype)
-                for layer in range(config.num_hidden_layers)
-            ]
+            [DecoderBlock(parts, layer) for layer in range(config.num_hidden_layers)]
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.norm = parts.norm()
         self.tied = config.tie_word_embeddings
         if not self.tied:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype)
+            self.lm_head = parts.head()
         rows = config.max_position_embeddings if positions is None else positions
         self.rotary = RotaryTable(config, rows)
         self.sliding_window = config.sliding_window

@@ -8,7 +8,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import IGNORE_INDEX
-from mistral_ms.layers import HeadLoss, output_logits, token_nll
+from mistral_ms.layers import HeadLoss, TokenNLL, output_logits
 from mistral_ms.models.causal_lm import CausalLM
 from mistral_ms.moe import load_balancing_loss, router_z_loss
 
@@ -57,6 +57,8 @@ class Objective(nn.Cell):
         pooled_aux: whether aux pools all layers (Hugging Face) or averages per layer.
         loss_chunk: tokens whose logits are held at a time; None chooses: all where they fit in
             256 MiB, as many as fit otherwise.
+        token_nll: of logits [T, V] and labels [T], see :func:`mistral_ms.layers.token_nll`; for
+            a model whose logits are divided, one that brings them together.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class Objective(nn.Cell):
         z_coef: float = 0.0,
         pooled_aux: bool = True,
         loss_chunk: int | None = None,
+        token_nll: nn.Cell | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.aux_coef, self.z_coef, self.pooled_aux = aux_coef, z_coef, pooled_aux
         self.chunk = loss_chunk or tokens_at_a_time(model.config.vocab_size)
-        self.head_loss = HeadLoss(self.chunk)
+        self.token_nll = TokenNLL() if token_nll is None else token_nll
+        self.head_loss = HeadLoss(self.chunk, self.token_nll)
 
     def construct(
         self,
@@ -113,7 +117,7 @@ class Objective(nn.Cell):
         """Summed negative log-likelihood, in chunks where the logits would not fit."""
         weight_VH = self.model.head_weight()
         if labels_T.shape[0] <= self.chunk:
-            nll_T, _ = token_nll(output_logits(hidden_TH, weight_VH), labels_T)
+            nll_T, _ = self.token_nll(output_logits(hidden_TH, weight_VH), labels_T)
             return _sum(nll_T)
         return self.head_loss(hidden_TH, weight_VH, labels_T)
 

@@ -18,14 +18,23 @@ class MoELayer(nn.Cell):
         config: sizes.
         routing: the routing policy.
         dtype: dtype of the weights.
+        experts: the routed region; all experts on this device when None.
     """
 
-    def __init__(self, config: ModelConfig, routing: RoutingConfig, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        routing: RoutingConfig,
+        dtype: str = "float32",
+        experts: RoutedExperts | None = None,
+    ) -> None:
         super().__init__()
         assert config.moe is not None
         self.router = Router(config, routing, dtype)
-        dispatcher = LocalDispatcher(config.moe.num_local_experts, routing)
-        self.experts = RoutedExperts(config, routing, dispatcher, dtype=dtype)
+        if experts is None:
+            dispatcher = LocalDispatcher(config.moe.num_local_experts, routing)
+            experts = RoutedExperts(config, routing, dispatcher, dtype=dtype)
+        self.experts = experts
 
     def construct(self, x_TH: Tensor, valid_T: Tensor) -> tuple[Tensor, RouterSums]:
         """[T, H] -> [T, H] and the sums that losses and statistics are made of.

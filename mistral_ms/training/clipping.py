@@ -5,13 +5,27 @@ from __future__ import annotations
 from mindspore import Tensor, ops
 
 _sum = ops.ReduceSum()
+_stack = ops.Stack()
 
 NORM_EPS = 1e-6
 """Keeps the quotient finite (PyTorch's constant)."""
 
 
+def sums_of_squares(gradients: tuple[Tensor, ...]) -> Tensor:
+    """Float32 [n]: of each gradient."""
+    squares: tuple[Tensor, ...] = ()
+    for gradient in gradients:
+        square = gradient * gradient
+        # Rows first: one sum over all axes takes five times as long on CPU.
+        squares = (*squares, _sum(_sum(square, -1)))
+    return _stack(squares)
+
+
 def clip_by_global_norm(
-    gradients: tuple[Tensor, ...], limit: float | None, unscale: Tensor | float = 1.0
+    gradients: tuple[Tensor, ...],
+    limit: float | None,
+    unscale: Tensor | float = 1.0,
+    squares_n: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Scales all gradients by min(1, limit / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_.
 
@@ -20,17 +34,15 @@ def clip_by_global_norm(
         limit: the largest norm that is left alone; None only measures.
         unscale: what the gradients must be multiplied by first, float32: one over the loss scale,
             a power of two. One multiplication does both.
+        squares_n: the sums of their squares, where ``gradients`` are parts of the whole ones.
 
     Returns:
         The gradients; the norm they had, a float32 scalar; and each one's norm, float32 [n].
     """
-    squares: tuple[Tensor, ...] = ()
-    for gradient in gradients:
-        square = gradient * gradient
-        # Rows first: one sum over all axes takes five times as long on CPU.
-        squares = (*squares, _sum(_sum(square, -1)))
-    norm = ops.sqrt(ops.addn(squares)) * unscale
-    norms_n = ops.sqrt(ops.stack(squares)) * unscale
+    if squares_n is None:
+        squares_n = sums_of_squares(gradients)
+    norm = ops.sqrt(_sum(squares_n)) * unscale
+    norms_n = ops.sqrt(squares_n) * unscale
     scale = ops.ones_like(norm)
     if limit is not None:
         scale = ops.minimum(limit / (norm + NORM_EPS), scale)

@@ -15,7 +15,8 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
 from mistral_ms.models import Objective
-from mistral_ms.training.clipping import clip_by_global_norm
+from mistral_ms.parallel.reduction import Reduction
+from mistral_ms.training.clipping import clip_by_global_norm, sums_of_squares
 from mistral_ms.training.optimizer import DeviceOptimizer
 
 _cast = ops.Cast()
@@ -93,11 +94,17 @@ class Finish(nn.Cell):
     Args:
         optimizer: updates on the device; None hands the clipped gradients out instead.
         clip_norm: see :func:`~mistral_ms.training.clipping.clip_by_global_norm`.
+        reduction: adds up over the processes; None when this one is alone.
     """
 
-    def __init__(self, optimizer: DeviceOptimizer | None, clip_norm: float | None) -> None:
+    def __init__(
+        self,
+        optimizer: DeviceOptimizer | None,
+        clip_norm: float | None,
+        reduction: Reduction | None = None,
+    ) -> None:
         super().__init__(auto_prefix=False)
-        self.optimizer, self.clip_norm = optimizer, clip_norm
+        self.optimizer, self.clip_norm, self.reduction = optimizer, clip_norm, reduction
 
     def construct(
         self, gradients: tuple[Tensor, ...], total: Tensor, scales: Tensor, coefficients: Tensor
@@ -108,7 +115,14 @@ class Finish(nn.Cell):
             The gradients' global norm, each one's norm, and the clipped gradients (none when the
             update is made here).
         """
-        clipped, norm, norms_n = clip_by_global_norm(gradients, self.clip_norm, 1.0 / scales[2])
+        if self.reduction is not None:
+            gradients = self.reduction.gradients(gradients)
+        squares_n = sums_of_squares(gradients)
+        if self.reduction is not None:
+            squares_n, total = self.reduction.squares(squares_n, total)
+        clipped, norm, norms_n = clip_by_global_norm(
+            gradients, self.clip_norm, 1.0 / scales[2], squares_n
+        )
         if self.optimizer is None:
             return norm, norms_n, clipped
         if ops.logical_and(_is_finite(norm), _is_finite(total)):

@@ -12,6 +12,7 @@ from mistral_ms.config import TrainingConfig
 from mistral_ms.datasets.batches import Batch
 from mistral_ms.errors import TrainingError
 from mistral_ms.models import CausalLM, LossReport, Objective
+from mistral_ms.parallel.apply import Division
 from mistral_ms.training.graphs import (
     Accumulate,
     Finish,
@@ -113,6 +114,8 @@ class TrainStep:
         model: what is trained, in place, with its initial weights.
         config: objective, optimizer, schedule; its steps are counted out.
         pooled_aux: how the load-balancing loss combines layers (see RoutingConfig.aux_loss).
+        division: which part of model and batch this process has; None when it is alone. Each
+            data-parallel rank's micro-batches are dispatch groups of their own.
 
     Attributes:
         weights: the parameters that are trained, by name.
@@ -120,23 +123,36 @@ class TrainStep:
         progress: how far the training is; may be set before the first step.
     """
 
-    def __init__(self, model: CausalLM, config: TrainingConfig, *, pooled_aux: bool = True) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        config: TrainingConfig,
+        *,
+        pooled_aux: bool = True,
+        division: Division | None = None,
+    ) -> None:
         self.model, self.config = model, config
+        self._division = division
         self.weights: dict[str, Parameter] = {
             name: weight for name, weight in model.weights().items() if weight.requires_grad
         }
+        self._reduction = None if division is None else division.reduction(self.weights)
         self.progress = Progress(scale=LossScale.start(config.scaling))
         objective = Objective(
-            model, aux_coef=config.aux_coef, z_coef=config.z_coef, pooled_aux=pooled_aux
+            model,
+            aux_coef=config.aux_coef,
+            z_coef=config.z_coef,
+            pooled_aux=pooled_aux,
+            token_nll=None if division is None else division.token_nll(model.config),
         )
         micro = MicroGradients(objective, self.weights)
         self.optimizer: DeviceOptimizer | HostOptimizer
         if config.offload_optimizer == "host":
             self.optimizer = HostOptimizer(self.weights, config.optimizer)
-            finish = Finish(None, config.clip_norm)
+            finish = Finish(None, config.clip_norm, self._reduction)
         else:
             self.optimizer = DeviceOptimizer(self.weights, config.optimizer)
-            finish = Finish(self.optimizer, config.clip_norm)
+            finish = Finish(self.optimizer, config.clip_norm, self._reduction)
         self._fused: FusedUpdate | None = None
         self._accumulate: Accumulate | None = None
         self._finish: FinishAccumulated | None = None
@@ -162,12 +178,17 @@ class TrainStep:
         coefficients = Tensor(adam_coefficients(config.optimizer, progress.updates, rate))
         shares = [1.0 / max(1, batch.tokens), 1.0 / max(1, batch.present), scale]
         scales = Tensor(np.array(shares, np.float32))
+        mine = batch
+        if self._division is not None:
+            number, parts = self._division.data_parallel
+            mine = batch.split(parts)[number]
         with graph_mode():
             if self._fused is not None:
-                parts, norm, norms_n, clipped = self._fused(*_tensors(batch), scales, coefficients)
-                sums = [part.asnumpy() for part in parts]
+                losses, norm, norms_n, clipped = self._fused(*_tensors(mine), scales, coefficients)
+                sums = [part.asnumpy() for part in losses]
             else:
-                sums, norm, norms_n, clipped = self._accumulated(batch, scales, coefficients)
+                sums, norm, norms_n, clipped = self._accumulated(mine, scales, coefficients)
+            sums = self._of_all_ranks(sums)
             result = self._result(sums, norm, norms_n, rate, scale)
             if isinstance(self.optimizer, HostOptimizer) and result.finite:
                 self.optimizer.update(clipped, coefficients)
@@ -201,6 +222,15 @@ class TrainStep:
             for column in zip(*groups, strict=True)
         ]
         return sums, *self._finish(Tensor(sums[0]), scales, coefficients)
+
+    def _of_all_ranks(self, sums: list[np.ndarray]) -> list[np.ndarray]:
+        """Adds up what the ranks' dispatch groups contributed, in one message."""
+        if self._reduction is None:
+            return sums
+        flat = np.concatenate([np.ravel(each) for each in sums]).astype(np.float32)
+        ends = np.cumsum([each.size for each in sums])[:-1]
+        parts = np.split(self._reduction(Tensor(flat)).asnumpy(), ends)
+        return [part.reshape(each.shape) for part, each in zip(parts, sums, strict=True)]
 
     def _result(
         self, sums: list[np.ndarray], norm: Tensor, norms_n: Tensor, rate: float, scale: float

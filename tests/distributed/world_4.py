@@ -4,6 +4,7 @@ from distributed.collectives import run_collectives, run_pipeline
 from distributed.dispatching import dispatch_all
 from distributed.models import run_models
 from distributed.tensors import run_tensor
+from distributed.training import run_training
 from distributed.worker import Worker
 
 worker = Worker()
@@ -12,4 +13,5 @@ run_pipeline(worker)
 run_tensor(worker)
 run_models(worker)
 dispatch_all(worker)
+run_training(worker)
 worker.save()

@@ -7,7 +7,9 @@ from mistral_ms.parallel.topology.slices import (
     ExpertSlice,
     expert_slice,
     gradient_group,
+    is_divided,
     weight_slice,
+    whole_shape,
 )
 from mistral_ms.parallel.topology.traffic import Traffic
 
@@ -20,6 +22,8 @@ __all__ = [
     "Traffic",
     "expert_slice",
     "gradient_group",
+    "is_divided",
     "traffic",
     "weight_slice",
+    "whole_shape",
 ]

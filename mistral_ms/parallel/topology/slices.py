@@ -90,6 +90,30 @@ def weight_slice(
     return tuple(cut)
 
 
+def whole_shape(name: str, shape: tuple[int, ...], topology: Topology) -> tuple[int, ...]:
+    """The shape of a whole weight, from that of the part that each rank holds.
+
+    Raises:
+        TopologyError: a name that no table knows.
+    """
+    whole = list(shape)
+    axis = _divided_axis(name)
+    if axis is not None:
+        whole[axis] *= topology.sizes.mp
+    if _EXPERTS in f".{name}":
+        whole[0] *= topology.sizes.ep
+    return tuple(whole)
+
+
+def is_divided(name: str) -> bool:
+    """Whether tensor-parallel ranks hold different parts of a weight.
+
+    Raises:
+        TopologyError: a name that no table knows.
+    """
+    return _divided_axis(name) is not None
+
+
 def gradient_group(name: str) -> GroupKind:
     """The ranks that hold the same part of a weight and whose gradients of it are added up.
 

@@ -1,0 +1,61 @@
+"""The pieces that a model is put together from, and the place where others are injected."""
+
+from __future__ import annotations
+
+from mindspore import nn
+
+from mistral_ms.config import ModelConfig, RoutingConfig
+from mistral_ms.layers import Attention, CacheSpec, Embedding, FeedForward, Linear, RMSNorm
+from mistral_ms.moe import MoELayer
+
+
+class Parts:
+    """Makes the pieces of a model for one device.
+
+    Models ask for pieces and know nothing of processes; a maker in ``mistral_ms.parallel`` hands
+    out pieces of the same contract that hold a part and talk to the others.
+
+    Args:
+        config: the architecture.
+        routing: the routing policy of the sparse layers.
+        cache: sizes of the key/value cache; None without.
+        dtype: dtype of the weights.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        routing: RoutingConfig,
+        cache: CacheSpec | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        self.config, self.routing, self.cache, self.dtype = config, routing, cache, dtype
+
+    def embedding(self) -> nn.Cell:
+        """[T] int32 -> [T, H]."""
+        return Embedding(self.config.vocab_size, self.config.hidden_size, self.dtype)
+
+    def norm(self, shared: bool = True) -> nn.Cell:
+        """[T, H] -> [T, H].
+
+        Args:
+            shared: what follows is one of the pieces that another maker divides; the router and
+                its experts see to that themselves.
+        """
+        return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, self.dtype)
+
+    def attention(self) -> nn.Cell:
+        """Normalised states and an AttentionContext -> [T, H]."""
+        return Attention(self.config, self.cache, self.dtype)
+
+    def feed_forward(self) -> nn.Cell:
+        """[T, H] -> [T, H]."""
+        return FeedForward(self.config, self.dtype)
+
+    def moe(self) -> nn.Cell:
+        """[T, H] and the mask of tokens -> [T, H] and the router's sums."""
+        return MoELayer(self.config, self.routing, self.dtype)
+
+    def head(self) -> nn.Cell:
+        """Holds the output head [V, H]."""
+        return Linear(self.config.hidden_size, self.config.vocab_size, self.dtype)

@@ -1,0 +1,138 @@
+"""The only wiring: one rank's part of a model, of a batch, and of what is added up.
+
+Models, losses and training steps are written as for one device; what differs on many is handed to
+them from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
+from mistral_ms.errors import ConfigError
+from mistral_ms.layers import draw
+from mistral_ms.models import CausalLM
+from mistral_ms.parallel.collectives import Groups
+from mistral_ms.parallel.parts import DividedParts
+from mistral_ms.parallel.reduction import Reduction
+from mistral_ms.parallel.tensor import VocabularyNLL
+from mistral_ms.parallel.topology import GroupKind, Topology, weight_slice, whole_shape
+
+
+class Division:
+    """A run's layout as one process sees it.
+
+    ``mindspore.communication.init()`` must have been called, unless the world is one process.
+
+    Args:
+        parallel: the layout.
+        rank: this process.
+        world: how many there are; must be those of the layout.
+
+    Raises:
+        ConfigError: an impossible layout, or one that training does not know yet.
+        TopologyError: another number of processes.
+    """
+
+    def __init__(self, parallel: ParallelConfig, rank: int = 0, world: int | None = None) -> None:
+        _check_known(parallel)
+        self.parallel = parallel
+        self.topology = Topology.of(parallel, world)
+        self.groups = Groups(self.topology, rank)
+        self.rank, self.world = rank, self.topology.sizes.world
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    @property
+    def data_parallel(self) -> tuple[int, int]:
+        """Which part of the batch this rank sees, and how many parts there are."""
+        return self.groups.place.dp, self.topology.sizes.dp
+
+    def build_model(
+        self, config: ModelConfig, routing: RoutingConfig, dtype: str = "float32"
+    ) -> CausalLM:
+        """This rank's part of the model, its weights zero, under the whole model's names.
+
+        Raises:
+            ConfigError: the layout does not divide the model.
+        """
+        self.parallel.check(config)
+        if self.world == 1:
+            return CausalLM(config, routing, dtype=dtype)
+        if config.tie_word_embeddings and self.parallel.mp > 1:
+            raise ConfigError(
+                "not known yet",
+                where="model.tie_word_embeddings",
+                value=f"true with parallel.mp={self.parallel.mp}",
+                rule="a divided embedding is not shared with the head so far",
+                todo="use mp=1",
+            )
+        parts = DividedParts(config, routing, self.parallel, self.groups, dtype)
+        return CausalLM(config, routing, dtype=dtype, parts=parts)
+
+    def token_nll(self, config: ModelConfig) -> nn.Cell | None:
+        """The loss of logits that are divided along the vocabulary; None when they are not."""
+        tensor = self.groups.of(GroupKind.TENSOR)
+        return None if tensor.size == 1 else VocabularyNLL(tensor, config.vocab_size)
+
+    def reduction(self, weights: Mapping[str, Parameter]) -> Reduction | None:
+        """What is added up at the end of a step; None for one process."""
+        return None if self.world == 1 else Reduction(weights, self.groups)
+
+    def whole_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a whole weight of which a rank holds a part of ``shape``."""
+        return whole_shape(name, shape, self.topology)
+
+    def part(self, name: str, whole: np.ndarray, rank: int | None = None) -> np.ndarray:
+        """What a rank (this one when None) holds of a whole weight."""
+        cut = weight_slice(name, whole.shape, self.topology, self.rank if rank is None else rank)
+        return np.ascontiguousarray(whole[cut])
+
+    def initialize(self, model: CausalLM, seed: int) -> None:
+        """Draws what one process would draw, and keeps this rank's parts."""
+        std = model.config.initializer_range
+        for name, parameter in model.weights().items():
+            values = draw(name, self.whole_shape(name, tuple(parameter.shape)), std, seed)
+            parameter.set_data(Tensor(self.part(name, values)).astype(parameter.dtype))
+
+    def gather(self, name: str, values: np.ndarray) -> np.ndarray:
+        """The whole weight (or state of its shape) of which every rank gives its part.
+
+        Args:
+            name: of the weight.
+            values: this rank's part, float32 or float16. All ranks call this in the same order.
+        """
+        if self.world == 1:
+            return values
+        parts = self.groups.of(GroupKind.WORLD).all_gather(Tensor(values)).asnumpy()
+        whole = np.empty(self.whole_shape(name, values.shape), values.dtype)
+        for rank in range(self.world):
+            whole[weight_slice(name, whole.shape, self.topology, rank)] = parts[rank]
+        return whole
+
+    def wait_for_all(self) -> None:
+        """Returns when every process has come here."""
+        if self.world > 1:
+            self.groups.of(GroupKind.WORLD).all_reduce(Tensor(np.zeros(1, np.float32))).asnumpy()
+
+
+def _check_known(parallel: ParallelConfig) -> None:
+    """What has its arithmetic and its tests, but is not part of a training yet."""
+    for name, value, known in (
+        ("pp", parallel.pp, 1),
+        ("optimizer_parallel", parallel.optimizer_parallel, False),
+        ("interleave", parallel.interleave, 1),
+    ):
+        if value != known:
+            raise ConfigError(
+                "not known yet",
+                where=f"parallel.{name}",
+                value=value,
+                rule=f"training knows {known} so far",
+            )

@@ -1,0 +1,116 @@
+"""What the ranks of a layout add up at the end of a step: gradients, their norms, losses.
+
+Gradients are sums over tokens divided by the whole batch's counts, so the ranks' gradients are
+added up, never averaged: those of dense weights over the ranks that see other tokens, those of
+experts over the ranks that hold the same experts (their expert group's tokens have come to them).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from mistral_ms.parallel.collectives import Collectives, Groups
+from mistral_ms.parallel.topology import GroupKind, gradient_group, is_divided
+
+BUFFER_BYTES = 64 << 20
+"""Gradients that are added up in one message."""
+_concat = ops.Concat(0)
+
+
+class Reduction(nn.Cell):
+    """Adds up over the right groups; every rank gets the same results.
+
+    Args:
+        weights: this rank's trained weights, by name.
+        groups: this rank's groups.
+    """
+
+    def __init__(self, weights: Mapping[str, Parameter], groups: Groups) -> None:
+        super().__init__(auto_prefix=False)
+        sizes = groups.topology.sizes
+        dense, expert = groups.of(GroupKind.DATA), groups.of(GroupKind.EXPERT_DATA)
+        kinds = [gradient_group(name) for name in weights]
+        self.shapes = tuple(weight.shape for weight in weights.values())
+        self.data, self.experts = dense, expert
+        self.dense_buffers = _fill(self.shapes, [kind is GroupKind.DATA for kind in kinds])
+        self.expert_buffers = _fill(self.shapes, [kind is not GroupKind.DATA for kind in kinds])
+        # how many ranks of the stage hold the same part of each weight
+        copies = [
+            (sizes.dp if kind is GroupKind.DATA else sizes.dp // sizes.ep)
+            * (1 if is_divided(name) else sizes.mp)
+            for name, kind in zip(weights, kinds, strict=True)
+        ]
+        # the loss of a data-parallel rank is known to all its tensor-parallel ranks
+        shares = [1.0 / each for each in (*copies, sizes.mp)]
+        self.shares = Tensor(np.array(shares, np.float32))
+        self.stage = groups.of(GroupKind.STAGE)
+
+    def gradients(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Float32 gradients of this rank's tokens -> of all tokens, in the weights' order."""
+        gradients = self.summed(gradients, self.dense_buffers, self.data)
+        return self.summed(gradients, self.expert_buffers, self.experts)
+
+    def squares(self, squares_n: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of squares over whole weights and the batch's loss, for all ranks alike.
+
+        Args:
+            squares_n: of this rank's parts of the gradients, which are summed already.
+            total: the loss of this rank's tokens.
+
+        Returns:
+            Of the whole weights, each element counted once; and of the whole batch.
+        """
+        parts = _concat((squares_n, total.reshape(1))) * self.shares
+        sums = self.stage.all_reduce(parts)
+        return sums[:-1], sums[-1]
+
+    def losses(self, sums: Tensor) -> Tensor:
+        """The parts of a loss report that this rank's groups gave, flat -> of the whole batch."""
+        return self.data.all_reduce(sums)
+
+    def construct(self, sums: Tensor) -> Tensor:
+        """The same, as a compiled cell."""
+        return self.losses(sums)
+
+    def summed(
+        self,
+        gradients: tuple[Tensor, ...],
+        buffers: tuple[tuple[int, ...], ...],
+        group: Collectives,
+    ) -> tuple[Tensor, ...]:
+        """Adds up the gradients whose indices stand in ``buffers``, a buffer a message."""
+        if group.size == 1:
+            return gradients
+        found = list(gradients)
+        for buffer in buffers:
+            flat: tuple[Tensor, ...] = ()
+            for index in buffer:
+                flat = (*flat, found[index].reshape(-1))
+            joined = group.all_reduce(_concat(flat))
+            start = 0
+            for index in buffer:
+                size = math.prod(self.shapes[index])
+                found[index] = joined[start : start + size].reshape(self.shapes[index])
+                start = start + size
+        return tuple(found)
+
+
+def _fill(shapes: tuple[tuple[int, ...], ...], wanted: list[bool]) -> tuple[tuple[int, ...], ...]:
+    """Indices of the wanted gradients, in buffers of a limited size."""
+    limit = BUFFER_BYTES // 4
+    buffers: list[list[int]] = []
+    room = 0
+    for index, (shape, take) in enumerate(zip(shapes, wanted, strict=True)):
+        size = math.prod(shape)
+        if not take:
+            continue
+        if not buffers or size > room:
+            buffers.append([])
+            room = limit
+        buffers[-1].append(index)
+        room -= size
+    return tuple(map(tuple, buffers))

@@ -1,0 +1,118 @@
+"""Twenty steps of training in several layouts; run in the workers."""
+
+from __future__ import annotations
+
+import numpy as np
+from distributed.worker import Worker
+from support.configs import model as small_model
+
+from mistral_ms.config import (
+    OptimizerConfig,
+    ParallelConfig,
+    RoutingConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+from mistral_ms.datasets import InMemoryWindows
+from mistral_ms.parallel.apply import Division
+from mistral_ms.training import TrainStep
+
+STEPS = 20
+MODEL = small_model(
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=32,
+    initializer_range=0.1,
+)
+LAYOUTS = {
+    2: {
+        "dp2": ParallelConfig(dp=2),
+        "dp2 ep2": ParallelConfig(dp=2, ep=2),
+        "mp2": ParallelConfig(mp=2),
+    },
+    4: {
+        "dp4 ep4": ParallelConfig(dp=4, ep=4),
+        "dp4 ep2": ParallelConfig(dp=4, ep=2),
+        "dp2 mp2 ep2": ParallelConfig(dp=2, mp=2, ep=2, all_to_all="group_wise"),
+    },
+    8: {
+        "dp8 ep8, 2 nodes": ParallelConfig(
+            dp=8, ep=8, devices_per_node=4, all_to_all="hierarchical"
+        ),
+    },
+}
+FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "kept_LE")
+VARIANTS = {
+    "plain": {},
+    "host, two micro-batches, dropless": {"offload_optimizer": "host", "micro_batches": 2},
+    "float16": {"dtype": "float16"},
+}
+"""Of the training; the second and third with one layout each."""
+CASES = [(world, name, "plain") for world, names in LAYOUTS.items() for name in names]
+CASES += [(2, "dp2 ep2", "host, two micro-batches, dropless"), (2, "dp2 ep2", "float16")]
+
+
+def routing(variant: str) -> RoutingConfig:
+    policy = "dropless" if "dropless" in variant else "capacity"
+    return RoutingConfig(policy=policy, capacity_factor=1.1, aux_loss="per_layer")
+
+
+def training(variant: str, groups: int = 1) -> TrainingConfig:
+    """A training; in one process with as many micro-batches as all ranks together have."""
+    values = {
+        "steps": STEPS, "seq_length": 8, "global_batch_size": 16, "aux_coef": 0.02,
+        "z_coef": 0.001, "clip_norm": 0.5, "optimizer": OptimizerConfig(learning_rate=1e-3),
+        "schedule": ScheduleConfig(kind="constant"), **VARIANTS[variant],
+    }  # fmt: skip
+    values["micro_batches"] = values.get("micro_batches", 1) * groups
+    return TrainingConfig(**values)
+
+
+def data() -> InMemoryWindows:
+    """147 tokens: 18 windows of eight and one of three, most of which is padding."""
+    text = np.random.default_rng(3).integers(3, 48, 148).tolist()
+    return InMemoryWindows(text, 8, 16, 0)
+
+
+def train(division: Division, variant: str) -> tuple[list, dict[str, np.ndarray]]:
+    """The results of all steps, and the whole weights at the end."""
+    config = training(variant)
+    model = division.build_model(MODEL, routing(variant), config.dtype)
+    division.initialize(model, 0)
+    update = TrainStep(model, config, pooled_aux=False, division=division)
+    windows = data()
+    results = [update(windows.batch(step)) for step in range(STEPS)]
+    weights = {
+        name: division.gather(name, parameter.asnumpy())
+        for name, parameter in model.weights().items()
+    }
+    return results, weights
+
+
+def run_training(worker: Worker) -> None:
+    worker.mode("graph")
+    for world, name, variant in CASES:
+        if world != worker.world:
+            continue
+        division = Division(LAYOUTS[world][name], worker.rank, world)
+        results, weights = train(division, variant)
+        key = f"training/{name}/{variant}"
+        for figure in (
+            "loss",
+            "lm_loss",
+            "aux_loss",
+            "z_loss",
+            "grad_norm",
+            "routed_LE",
+            "kept_LE",
+        ):
+            worker.keep(f"{key}/{figure}", np.array([getattr(r, figure) for r in results]))
+        norms = [list(r.gradient_norms.values()) for r in results]
+        worker.keep(f"{key}/norms", np.array(norms))
+        for path, values in weights.items():
+            worker.keep(f"{key}/weights/{path}", values)
+    worker.mode("pynative")
