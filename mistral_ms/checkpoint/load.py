@@ -16,16 +16,19 @@ def load_weights(
     source: Source,
     parameters: Mapping[str, Parameter],
     progress: Callable[[int], None] | None = None,
+    part: Callable[[str, np.ndarray], np.ndarray] | None = None,
 ) -> None:
     """Reads every tensor of ``source`` into the parameter of the same name.
 
     Values are cast to the parameter's dtype (round to nearest even). No tensor is left unread and
-    no parameter unfilled; names and shapes are compared before the first one is read.
+    no parameter unfilled; names, and of whole weights shapes, are compared before the first one
+    is read.
 
     Args:
         source: an open checkpoint of any known format.
         parameters: the model's weights under our names.
         progress: called with the bytes of each tensor that was read.
+        part: what the parameter holds of a whole tensor, by its name; None: all of it.
 
     Raises:
         CheckpointError: a tensor without a parameter, a parameter without a tensor, or a shape
@@ -40,18 +43,26 @@ def load_weights(
             rule="the model needs it" if missing else "the model has no such weight",
         )
     for name, parameter in parameters.items():
-        if tuple(parameter.shape) != tensors[name]:
-            raise CheckpointError(
-                "wrong shape",
-                where=f"{source.path}: {name}",
-                value=list(tensors[name]),
-                rule=f"the model's weight is {list(parameter.shape)}",
-            )
+        if part is None:
+            _check_shape(source, name, tensors[name], parameter)
     for name, parameter in parameters.items():
         values = source.read(name, dtype=_name(parameter.dtype))
+        if part is not None:
+            values = part(name, values)
+            _check_shape(source, name, values.shape, parameter)
         set_values(parameter, values)
         if progress is not None:
             progress(values.nbytes)
+
+
+def _check_shape(source: Source, name: str, shape: tuple[int, ...], parameter: Parameter) -> None:
+    if tuple(parameter.shape) != tuple(shape):
+        raise CheckpointError(
+            "wrong shape",
+            where=f"{source.path}: {name}",
+            value=list(shape),
+            rule=f"the model's weight is {list(parameter.shape)}",
+        )
 
 
 def set_values(parameter: Parameter, values: np.ndarray) -> None:

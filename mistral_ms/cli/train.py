@@ -10,6 +10,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mistral_ms.config import RunConfig
+    from mistral_ms.parallel.apply import Division
     from mistral_ms.training import RunResult
 
 
@@ -38,8 +40,9 @@ def train(
     from mistral_ms.config import load_run_config
     from mistral_ms.errors import ConfigError
 
-    console = Console(highlight=False, soft_wrap=True)
     run = load_run_config(config, overrides or [])
+    division = join_processes(run)
+    console = Console(highlight=False, soft_wrap=True, quiet=not division.is_first)
     output = run.output or Path("runs") / config.stem
     if resume is not None:
         if run.output is not None and run.output.resolve() != resume.resolve():
@@ -51,19 +54,37 @@ def train(
                 todo="leave output out",
             )
         output = resume
-    result = _execute(console, run, output, resuming=resume is not None)
-    if json is not None:
+    result = _execute(console, run, output, division, resuming=resume is not None)
+    if json is not None and division.is_first:
         write_json(json, result.summary_values())
     if result.stopped_by is not None:
         raise typer.Exit(128 + result.stopped_by)
 
 
-def _execute(console: Console, run: object, output: Path, *, resuming: bool) -> RunResult:
-    from mistral_ms.cli.backend_log import backend_log
-    from mistral_ms.config import RunConfig
-    from mistral_ms.training import RunFiles, TrainingRun, show_progress
+def join_processes(run: RunConfig) -> Division:
+    """Which part of the run this process has; under msrun it first finds the others.
 
-    assert isinstance(run, RunConfig)
+    Raises:
+        TopologyError: the layout is for another number of processes.
+    """
+    import os
+
+    from mistral_ms.parallel.apply import Division
+
+    world = int(os.environ.get("MS_WORKER_NUM", "1"))  # set by msrun
+    if world == 1:
+        return Division(run.parallel, 0, 1)
+    from mindspore.communication import get_group_size, get_rank, init
+
+    init()
+    return Division(run.parallel, get_rank(), get_group_size())
+
+
+def _execute(
+    console: Console, run: RunConfig, output: Path, division: Division, *, resuming: bool
+) -> RunResult:
+    from mistral_ms.cli.backend_log import backend_log
+    from mistral_ms.training import RunFiles, TrainingRun, show_progress
 
     def say(line: str) -> None:
         console.print(line, markup=False)
@@ -71,10 +92,11 @@ def _execute(console: Console, run: object, output: Path, *, resuming: bool) -> 
     files = RunFiles(output)
     if resuming:
         files.again()
-    else:
+    elif division.is_first:
         files.begin()
-    with backend_log(files.log):
-        training = TrainingRun(run, output, resume=resuming, say=say)
+    division.wait_for_all()
+    with backend_log(files.log(division.rank)):
+        training = TrainingRun(run, output, resume=resuming, say=say, division=division)
         parameters = training.memory.parameters
         steps = training.run.training.last_step
         begun = training.update.progress.step

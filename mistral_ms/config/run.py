@@ -14,6 +14,7 @@ from mistral_ms.config.data import DataSourceConfig
 from mistral_ms.config.foreign import from_hf, from_mistral
 from mistral_ms.config.load import apply_overrides, read_yaml
 from mistral_ms.config.model import ModelConfig
+from mistral_ms.config.parallel import ParallelConfig
 from mistral_ms.config.routing import RoutingConfig
 from mistral_ms.config.training import TrainingConfig
 from mistral_ms.errors import ConfigError
@@ -39,6 +40,7 @@ class RunConfig(Frozen):
             directory, or the model's keys in place. Left out, it is that of ``init_from``.
         routing: the routing policy of the sparse layers.
         training: the training.
+        parallel: how many processes share it, and how.
         data: what is learnt.
         init_from: a checkpoint of any known format whose weights the training starts with;
             without one they are drawn.
@@ -50,6 +52,7 @@ class RunConfig(Frozen):
     model: ModelConfig
     routing: RoutingConfig = RoutingConfig(policy="capacity")
     training: TrainingConfig
+    parallel: ParallelConfig = ParallelConfig()
     data: DataSourceConfig | None = None
     init_from: Path | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -63,6 +66,13 @@ class RunConfig(Frozen):
                 f"training.seq_length ({length}) must not exceed "
                 f"model.max_position_embeddings ({longest})"
             )
+        batch, groups = self.training.global_batch_size, self.training.micro_batches
+        if batch % (self.parallel.dp * groups):
+            raise ValueError(
+                f"parallel.dp * training.micro_batches ({self.parallel.dp} * {groups}) must divide "
+                f"training.global_batch_size ({batch})"
+            )
+        self.parallel.check(self.model)
         return self
 
 

@@ -6,7 +6,7 @@ them from here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -89,17 +89,22 @@ class Division:
         """The shape of a whole weight of which a rank holds a part of ``shape``."""
         return whole_shape(name, shape, self.topology)
 
-    def part(self, name: str, whole: np.ndarray, rank: int | None = None) -> np.ndarray:
-        """What a rank (this one when None) holds of a whole weight."""
-        cut = weight_slice(name, whole.shape, self.topology, self.rank if rank is None else rank)
-        return np.ascontiguousarray(whole[cut])
+    @property
+    def part(self) -> Callable[[str, np.ndarray], np.ndarray] | None:
+        """Cuts what this rank holds out of a whole weight of a name; None when it holds all."""
+        return None if self.world == 1 else self._cut
 
     def initialize(self, model: CausalLM, seed: int) -> None:
         """Draws what one process would draw, and keeps this rank's parts."""
         std = model.config.initializer_range
         for name, parameter in model.weights().items():
-            values = draw(name, self.whole_shape(name, tuple(parameter.shape)), std, seed)
-            parameter.set_data(Tensor(self.part(name, values)).astype(parameter.dtype))
+            shape = self.whole_shape(name, tuple(parameter.shape))
+            values = self._cut(name, draw(name, shape, std, seed))
+            parameter.set_data(Tensor(values).astype(parameter.dtype))
+
+    def _cut(self, name: str, whole: np.ndarray) -> np.ndarray:
+        cut = weight_slice(name, whole.shape, self.topology, self.rank)
+        return np.ascontiguousarray(whole[cut])
 
     def gather(self, name: str, values: np.ndarray) -> np.ndarray:
         """The whole weight (or state of its shape) of which every rank gives its part.
@@ -116,10 +121,16 @@ class Division:
             whole[weight_slice(name, whole.shape, self.topology, rank)] = parts[rank]
         return whole
 
+    def anybody(self, yes: bool) -> bool:
+        """Whether any process says yes; all get the same answer, and all must ask."""
+        if self.world == 1:
+            return yes
+        told = Tensor(np.array([float(yes)], np.float32))
+        return bool(self.groups.of(GroupKind.WORLD).all_reduce(told).asnumpy()[0] > 0)
+
     def wait_for_all(self) -> None:
         """Returns when every process has come here."""
-        if self.world > 1:
-            self.groups.of(GroupKind.WORLD).all_reduce(Tensor(np.zeros(1, np.float32))).asnumpy()
+        self.anybody(False)
 
 
 def _check_known(parallel: ParallelConfig) -> None:

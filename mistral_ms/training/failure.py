@@ -16,14 +16,15 @@ from mistral_ms.models import CausalLM
 from mistral_ms.training.step import NotFiniteError
 
 
-def write_failure(path: Path, model: CausalLM, error: NotFiniteError, groups: int) -> None:
+def write_failure(path: Path, model: CausalLM, error: NotFiniteError, groups: int | None) -> None:
     """Writes what is known about a failed step as JSON.
 
     Args:
         path: the file.
         model: with the weights of that step: they were not changed by it.
         error: the failure.
-        groups: micro-batches; the forward pass is repeated part by part.
+        groups: micro-batches; the forward pass is repeated part by part. None leaves it out: of
+            a divided model the other processes would have to take part.
     """
     result = error.result
     report = {
@@ -37,7 +38,7 @@ def write_failure(path: Path, model: CausalLM, error: NotFiniteError, groups: in
         "grad_norm": result.grad_norm,
         "lr": result.learning_rate,
         "loss_scale": result.loss_scale,
-        "layers": layer_statistics(model, error.batch, groups),
+        "layers": [] if groups is None else layer_statistics(model, error.batch, groups),
         "weights": weight_statistics(model, result.gradient_norms),
         "expert_choices": result.routed_LE.tolist(),
     }

@@ -53,10 +53,9 @@ class RunFiles:
         """What the run came to."""
         return self.root / "summary.json"
 
-    @property
-    def log(self) -> Path:
-        """What MindSpore said."""
-        return self.root / "backend.log"
+    def log(self, rank: int = 0) -> Path:
+        """What MindSpore said in a process."""
+        return self.root / ("backend.log" if rank == 0 else f"backend-rank-{rank}.log")
 
     def failure(self, step: int) -> Path:
         """The report on a step whose loss was not finite."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mistral_ms.config import ModelConfig, RoutingConfig, TrainingConfig
+from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig, TrainingConfig
 from mistral_ms.errors import TrainingError
 
 FIXED = ("seed", "seq_length", "global_batch_size", "dtype")
@@ -33,12 +33,14 @@ class Identity:
         model: the architecture.
         routing: the routing policy.
         training: the training, its epochs counted out.
+        parallel: the layout; another one goes on exactly only if its dispatch groups are the same.
         dataset: a digest of the windows.
     """
 
     model: ModelConfig
     routing: RoutingConfig
     training: TrainingConfig
+    parallel: ParallelConfig
     dataset: str
 
     def as_dict(self) -> dict[str, Any]:
@@ -48,6 +50,7 @@ class Identity:
             "model": computation(self.model),
             "training": self.training.model_dump(mode="json"),
             "routing": self.routing.model_dump(mode="json"),
+            "parallel": self.parallel.model_dump(mode="json"),
         }
 
     def compare(self, state: Mapping[str, Any], where: object) -> list[str]:

@@ -39,7 +39,7 @@ class TrainingSummary:
     seconds: float
     tokens_per_s: float
     finished: bool
-    world_size: int = 1
+    world_size: int
 
 
 def train(
@@ -49,6 +49,7 @@ def train(
     *,
     history: Sequence[StepRecord] = (),
     stop: Callable[[], bool] = lambda: False,
+    world_size: int = 1,
 ) -> TrainingSummary:
     """Trains on from wherever ``update`` is, up to the last step of its configuration.
 
@@ -58,6 +59,7 @@ def train(
         observers: called in this order after every step.
         history: records of the steps before, of a training that is resumed.
         stop: asked before each step; True ends the loop early.
+        world_size: processes that train together.
 
     Raises:
         NotFiniteError: see :class:`~mistral_ms.training.step.TrainStep`.
@@ -92,6 +94,7 @@ def train(
         seconds=round(time.perf_counter() - started, 3),
         tokens_per_s=round(rate.tokens_per_s, 1),
         finished=progress.step == config.last_step,
+        world_size=world_size,
     )
 
 

@@ -23,6 +23,11 @@ MASTER, MEAN, MEAN_SQUARE = "master", "adam_mean", "adam_mean_square"
 _cast = ops.Cast()
 
 
+def weight_of(name: str) -> str:
+    """The weight that a tensor of an optimizer's state belongs to, by the names of checkpoints."""
+    return name.partition(".")[2]
+
+
 def adam_coefficients(config: OptimizerConfig, updates: int, rate: float) -> np.ndarray:
     """The numbers that an update needs beside the gradients: float32 [3].
 

@@ -4,41 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mindspore as ms
 import yaml
 
-from mistral_ms.checkpoint import (
-    BackgroundWriter,
-    CheckpointSeries,
-    open_checkpoint,
-    read_state,
-    tokenizer_files,
-)
-from mistral_ms.checkpoint.load import load_weights
-from mistral_ms.config import DataConfig, RunConfig
-from mistral_ms.datasets import MindRecordWindows, build_dataset
-from mistral_ms.errors import ConfigError, TokenizerError, TrainingError
-from mistral_ms.models import CausalLM
-from mistral_ms.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from mistral_ms.checkpoint import BackgroundWriter, CheckpointSeries, read_state
+from mistral_ms.config import RunConfig
+from mistral_ms.errors import TrainingError
+from mistral_ms.parallel.apply import Division
 from mistral_ms.training.failure import write_failure
 from mistral_ms.training.figures import write_figures
 from mistral_ms.training.files import RunFiles
-from mistral_ms.training.identity import Identity, computation
+from mistral_ms.training.identity import Identity
 from mistral_ms.training.interrupt import stop_on_signals
 from mistral_ms.training.loop import Observer, TrainingSummary, train
 from mistral_ms.training.memory import MemoryReport, memory_report
 from mistral_ms.training.metrics import MetricsWriter, StepRecord, read_metrics
+from mistral_ms.training.prepare import Say, check_device, initialize, open_data, side_files
 from mistral_ms.training.state import restore, take_snapshot
 from mistral_ms.training.step import NotFiniteError, TrainStep
 from mistral_ms.training.tensorboard import TensorBoardWriter
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -77,34 +66,51 @@ class TrainingRun:
         output: the run's directory.
         resume: go on with the training that is there; otherwise the directory must hold none.
         say: told in a line each what is being done.
+        division: which part of the run this process has; None when it is alone.
 
     Raises:
         MistralMsError: whatever is wrong with configuration, data, checkpoint or directory; a new
             run has then left nothing behind but its dataset.
     """
 
-    def __init__(self, run: RunConfig, output: Path, *, resume: bool, say: Say) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        output: Path,
+        *,
+        resume: bool,
+        say: Say,
+        division: Division | None = None,
+    ) -> None:
         self.files, self._say = RunFiles(output), say
-        _check_device(run)
+        self.division = Division(run.parallel) if division is None else division
+        check_device(run)
         if resume:
             self.files.again()
-        else:
+        elif self.division.is_first:
             self.files.begin()
-        self.data, tokenizer = _open_data(run, self.files, say)
+        self.data, tokenizer = open_data(run, self.files, self.division, say)
         training = run.training.with_steps(self.data.windows)
         self.run = run.model_copy(update={"training": training})
-        self.identity = Identity(run.model, run.routing, training, self.data.info.digest)
+        self.identity = Identity(
+            run.model, run.routing, training, run.parallel, self.data.info.digest
+        )
         self.series = CheckpointSeries(self.files.checkpoints, run.checkpoint.keep_last)
-        model = CausalLM(run.model, run.routing, dtype=training.dtype)
+        model = self.division.build_model(run.model, run.routing, training.dtype)
         found = self._newest() if resume else None
         if found is None:
-            _initialize(model, run, say)
-        self.side_files = _side_files(found or run.init_from, tokenizer)
-        self.update = TrainStep(model, training, pooled_aux=run.routing.aux_loss == "pooled")
+            initialize(model, run, self.division, say)
+        self.side_files = side_files(found or run.init_from, tokenizer)
+        self.update = TrainStep(
+            model,
+            training,
+            pooled_aux=run.routing.aux_loss == "pooled",
+            division=self.division,
+        )
         self.history: list[StepRecord] = []
         self._saved: int | None = None
         if found is not None:
-            restore(self.update, found)
+            restore(self.update, found, self.division)
             self._saved = self.update.progress.step
             if self.files.metrics.exists():
                 step = self.update.progress.step
@@ -113,8 +119,10 @@ class TrainingRun:
 
     def _newest(self) -> Path:
         """The checkpoint to go on with; says why others are not taken."""
-        for leftover in self.series.clean():
-            self._say(f"removed what a killed writer left: {leftover}")
+        if self.division.is_first:
+            for leftover in self.series.clean():
+                self._say(f"removed what a killed writer left: {leftover}")
+        self.division.wait_for_all()
         found = self.series.newest()
         if found is None:
             raise TrainingError(
@@ -142,19 +150,25 @@ class TrainingRun:
             CheckpointError: a checkpoint could not be written; older ones are still there.
         """
         files, update = self.files, self.update
-        files.config.write_text(_spelled_out(self.run), encoding="utf-8")
         records = list(self.history)
         with ExitStack() as stack:
             writer = stack.enter_context(BackgroundWriter())
             stop = stack.enter_context(stop_on_signals())
-            metrics = stack.enter_context(MetricsWriter(files.metrics, self.history))
-            first = update.progress.step + 1
-            events = stack.enter_context(TensorBoardWriter(files.tensorboard, first))
-            saver = self._saver(writer)
-            own: tuple[Observer, ...] = (records.append, metrics, events, saver)
+            own: list[Observer] = [records.append]
+            if self.division.is_first:
+                files.config.write_text(_spelled_out(self.run), encoding="utf-8")
+                own.append(stack.enter_context(MetricsWriter(files.metrics, self.history)))
+                first = update.progress.step + 1
+                own.append(stack.enter_context(TensorBoardWriter(files.tensorboard, first)))
+            own.append(self._saver(writer))
             try:
                 summary = train(
-                    update, self.data, (*own, *observers), history=self.history, stop=stop
+                    update,
+                    self.data,
+                    (*own, *observers),
+                    history=self.history,
+                    stop=lambda: self.division.anybody(stop()),
+                    world_size=self.division.world,
                 )
             except NotFiniteError as error:
                 self._explain(error, writer)
@@ -162,9 +176,10 @@ class TrainingRun:
             self._save(writer)
         path = self.series.path(update.progress.step)
         result = RunResult(files, summary, path, self.memory, stop.number)
-        write_figures(files.figures, records, self.run)
-        text = json.dumps(result.summary_values(), indent=2) + "\n"
-        files.summary.write_text(text, encoding="utf-8")
+        if self.division.is_first:
+            write_figures(files.figures, records, self.run)
+            text = json.dumps(result.summary_values(), indent=2) + "\n"
+            files.summary.write_text(text, encoding="utf-8")
         return result
 
     def _saver(self, writer: BackgroundWriter) -> Observer:
@@ -183,116 +198,26 @@ class TrainingRun:
         if step == self._saved:
             return
         self._saved = step
-        snapshot = take_snapshot(self.update, self.identity)
+        snapshot = take_snapshot(self.update, self.identity, self.division)
 
         def write(path: Path) -> None:
             snapshot.write(path, self.side_files)
 
-        writer.submit(lambda: self.series.save(step, write))
+        if self.division.is_first:
+            writer.submit(lambda: self.series.save(step, write))
 
     def _explain(self, error: NotFiniteError, writer: BackgroundWriter) -> None:
         path = self.files.failure(error.step)
-        write_failure(path, self.update.model, error, self.run.training.micro_batches)
+        if self.division.is_first:
+            alone = self.division.world == 1
+            groups = self.run.training.micro_batches if alone else None
+            write_failure(path, self.update.model, error, groups)
         self._save(writer)
         self._say(
             f"report with the samples and the statistics of every layer: {path}; "
             f"the state before the step: {self.series.path(error.step - 1)} "
             f"(--resume {self.files.root} replays it)"
         )
-
-
-def _check_device(run: RunConfig) -> None:
-    device = ms.get_context("device_target")
-    if run.training.dtype == "bfloat16" and device == "CPU":
-        raise ConfigError(
-            "dtype without kernels",
-            where="training.dtype",
-            value="bfloat16 on CPU",
-            rule="MindSpore's CPU back end multiplies float32 and (slowly) float16 matrices only",
-            todo="use float32 here; bfloat16 is for Ascend",
-        )
-
-
-def _open_data(
-    run: RunConfig, files: RunFiles, say: Say
-) -> tuple[MindRecordWindows, Tokenizer | None]:
-    """The windows, packed first where the run names texts; and the tokenizer, if one is known."""
-    data, training = run.data, run.training
-    if data is None:
-        raise ConfigError(
-            "nothing to learn", where="data", rule="name data.dataset, or data.inputs"
-        )
-    tokenizer = _tokenizer(run)
-    if data.dataset is not None:
-        directory = data.dataset
-    else:
-        directory = files.dataset
-        if not directory.exists():
-            assert tokenizer is not None
-            config = DataConfig(seq_length=training.seq_length, **data.packing.model_dump())
-            counts = build_dataset(data.inputs, tokenizer, config, directory).info.counts
-            say(f"packed {counts.tokens} tokens into {counts.windows} windows: {directory}")
-    windows = MindRecordWindows(directory, training.global_batch_size, training.seed)
-    if windows.seq_length != training.seq_length:
-        raise ConfigError(
-            "windows of another length",
-            where="training.seq_length",
-            value=training.seq_length,
-            rule=f"the dataset {directory} has windows of {windows.seq_length} tokens",
-            todo="pack it again, or train with its length",
-        )
-    windows.check_model(run.model, tokenizer)
-    return windows, tokenizer
-
-
-def _tokenizer(run: RunConfig) -> Tokenizer | None:
-    """The one that the run names, or that of the checkpoint it starts from."""
-    if run.data is not None and run.data.tokenizer is not None:
-        return find_tokenizer(run.data.tokenizer)
-    if run.init_from is None:
-        return None
-    try:
-        return load_tokenizer(run.init_from)
-    except TokenizerError:
-        return (
-            None  # a checkpoint need not have one; then the sizes of the vocabularies are compared
-        )
-
-
-def _side_files(begun_from: Path | None, tokenizer: Tokenizer | None) -> dict[str, bytes]:
-    """What checkpoints carry beside the weights: what lay beside those that were read, if any.
-
-    Read now: the checkpoint that a training goes on from may be pruned before the next is written.
-    """
-    files = {} if begun_from is None else tokenizer_files(begun_from)
-    if not files and tokenizer is not None:
-        files = dict(tokenizer.files)
-    return {n: data if isinstance(data, bytes) else data.read_bytes() for n, data in files.items()}
-
-
-def _initialize(model: CausalLM, run: RunConfig, say: Say) -> None:
-    """Draws the weights, or reads them from the checkpoint that the run names.
-
-    Raises:
-        ConfigError: the checkpoint is of another model.
-    """
-    if run.init_from is None:
-        model.initialize(run.training.seed)
-        return
-    with open_checkpoint(run.init_from) as source:
-        ours, theirs = computation(run.model), computation(source.config)
-        differing = [key for key in ours if ours[key] != theirs[key]]
-        if differing:
-            key = differing[0]
-            raise ConfigError(
-                "checkpoint of another model",
-                where=f"model.{key}",
-                value=ours[key],
-                rule=f"init_from {run.init_from} has {theirs[key]}",
-                todo="leave model out of the run to take the checkpoint's",
-            )
-        load_weights(source, model.weights())
-    say(f"weights from {run.init_from}")
 
 
 def _spelled_out(run: RunConfig) -> str:

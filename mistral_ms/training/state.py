@@ -23,8 +23,10 @@ from mistral_ms.checkpoint import (
 from mistral_ms.checkpoint.load import load_weights, set_values, to_numpy
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError
+from mistral_ms.parallel.apply import Division
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.loss_scale import LossScale
+from mistral_ms.training.optimizer import weight_of
 from mistral_ms.training.step import Progress, TrainStep
 
 FORMAT = 1
@@ -68,15 +70,33 @@ class Snapshot:
         )
 
 
-def take_snapshot(update: TrainStep, identity: Identity) -> Snapshot:
-    """Copies everything that a resume needs."""
-    weights = {name: _copied(p) for name, p in update.model.weights().items()}
+def take_snapshot(
+    update: TrainStep, identity: Identity, division: Division | None = None
+) -> Snapshot:
+    """Copies everything that a resume needs.
+
+    Args:
+        update: the training.
+        identity: its description.
+        division: which part of it this process has. All processes must call this; each gets the
+            whole, part by part from the others.
+    """
+
+    def copied(weight: str, parameter: Any) -> tuple[np.ndarray, str]:
+        values, dtype = to_numpy(parameter)
+        if division is not None and division.world > 1:
+            return division.gather(weight, values), dtype
+        return np.array(values, copy=True), dtype
+
+    weights = {name: copied(name, p) for name, p in update.model.weights().items()}
     dtype = next(iter(weights.values()))[1]
     progress = update.progress
     return Snapshot(
         model=update.model.config.model_copy(update={"torch_dtype": dtype}),
         weights=weights,
-        optimizer={name: _copied(p) for name, p in update.optimizer.state().items()},
+        optimizer={
+            name: copied(weight_of(name), p) for name, p in update.optimizer.state().items()
+        },
         state={
             "format": FORMAT,
             "step": progress.step,
@@ -89,12 +109,13 @@ def take_snapshot(update: TrainStep, identity: Identity) -> Snapshot:
     )
 
 
-def restore(update: TrainStep, path: Path) -> None:
-    """Puts a training back to where a checkpoint was taken.
+def restore(update: TrainStep, path: Path, division: Division | None = None) -> None:
+    """Puts a training back to where a checkpoint was taken, in whatever layout it was.
 
     Args:
         update: freshly made, of the same training.
         path: the checkpoint.
+        division: which part of everything this process has; None: all.
 
     Raises:
         CheckpointError: it is damaged, not of a training, or holds another optimizer's state.
@@ -107,8 +128,9 @@ def restore(update: TrainStep, path: Path) -> None:
             value=state.get("format"),
             rule=f"this release reads format {FORMAT}",
         )
+    part = None if division is None else division.part
     with open_checkpoint(path) as source:
-        load_weights(source, update.model.weights())
+        load_weights(source, update.model.weights(), part=part)
     wanted = update.optimizer.state()
     with open_tensor_set(path, OPTIMIZER) as stored:
         if differing := sorted(set(wanted) ^ set(stored.names())):
@@ -120,14 +142,16 @@ def restore(update: TrainStep, path: Path) -> None:
                 todo="continue with the dtype that the training began with",
             )
         for name, parameter in wanted.items():
-            if tuple(parameter.shape) != stored.shape(name):
+            values = stored.read(name)
+            values = values if part is None else part(weight_of(name), values)
+            if tuple(parameter.shape) != values.shape:
                 raise CheckpointError(
                     "wrong shape",
                     where=f"{path}: {name}",
-                    value=list(stored.shape(name)),
+                    value=list(values.shape),
                     rule=f"the training has {list(parameter.shape)}",
                 )
-            set_values(parameter, stored.read(name))
+            set_values(parameter, values)
     update.optimizer.restored()
     try:
         scale = LossScale(**state["loss_scale"])
@@ -136,11 +160,6 @@ def restore(update: TrainStep, path: Path) -> None:
         raise CheckpointError(
             "damaged state", where=path / "state.json", value=repr(error)
         ) from error
-
-
-def _copied(parameter: Any) -> tuple[np.ndarray, str]:
-    values, dtype = to_numpy(parameter)
-    return np.array(values, copy=True), dtype
 
 
 def _named(arrays: Arrays) -> list[tuple[str, tuple[int, ...], str, np.ndarray]]:

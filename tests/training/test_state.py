@@ -7,7 +7,7 @@ import pytest
 from support.training import as_reported, bits, run_steps
 
 from mistral_ms.checkpoint import open_checkpoint
-from mistral_ms.config import LossScaleConfig
+from mistral_ms.config import LossScaleConfig, ParallelConfig
 from mistral_ms.errors import CheckpointError, TrainingError
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.state import restore, take_snapshot
@@ -28,7 +28,13 @@ MODES = {
 @pytest.fixture
 def identity(sparse, capacity):
     def make(update, **changes):
-        values = dict(model=sparse, routing=capacity, training=update.config, dataset="digest")
+        values = dict(
+            model=sparse,
+            routing=capacity,
+            training=update.config,
+            parallel=ParallelConfig(),
+            dataset="digest",
+        )
         return Identity(**values | changes)
 
     return make

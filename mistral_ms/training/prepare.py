@@ -1,0 +1,126 @@
+"""What a run needs before its first step: data, tokenizer, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mindspore as ms
+
+from mistral_ms.checkpoint import open_checkpoint, tokenizer_files
+from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.config import DataConfig, RunConfig
+from mistral_ms.datasets import MindRecordWindows, build_dataset
+from mistral_ms.errors import ConfigError, TokenizerError
+from mistral_ms.models import CausalLM
+from mistral_ms.parallel.apply import Division
+from mistral_ms.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from mistral_ms.training.files import RunFiles
+from mistral_ms.training.identity import computation
+
+Say = Callable[[str], None]
+
+
+def check_device(run: RunConfig) -> None:
+    """Checks that the device has kernels for the run's dtype.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    device = ms.get_context("device_target")
+    if run.training.dtype == "bfloat16" and device == "CPU":
+        raise ConfigError(
+            "dtype without kernels",
+            where="training.dtype",
+            value="bfloat16 on CPU",
+            rule="MindSpore's CPU back end multiplies float32 and (slowly) float16 matrices only",
+            todo="use float32 here; bfloat16 is for Ascend",
+        )
+
+
+def open_data(
+    run: RunConfig, files: RunFiles, division: Division, say: Say
+) -> tuple[MindRecordWindows, Tokenizer | None]:
+    """The windows, packed first where the run names texts; and the tokenizer, if one is known.
+
+    Raises:
+        ConfigError: no data, or windows of another length than the run's.
+        DataError: texts or a dataset that cannot be read, or that are not for this model.
+    """
+    data, training = run.data, run.training
+    if data is None:
+        raise ConfigError(
+            "nothing to learn", where="data", rule="name data.dataset, or data.inputs"
+        )
+    tokenizer = _tokenizer(run)
+    if data.dataset is not None:
+        directory = data.dataset
+    else:
+        directory = files.dataset
+        if division.is_first and not directory.exists():
+            assert tokenizer is not None
+            config = DataConfig(seq_length=training.seq_length, **data.packing.model_dump())
+            counts = build_dataset(data.inputs, tokenizer, config, directory).info.counts
+            say(f"packed {counts.tokens} tokens into {counts.windows} windows: {directory}")
+    division.wait_for_all()
+    windows = MindRecordWindows(directory, training.global_batch_size, training.seed)
+    if windows.seq_length != training.seq_length:
+        raise ConfigError(
+            "windows of another length",
+            where="training.seq_length",
+            value=training.seq_length,
+            rule=f"the dataset {directory} has windows of {windows.seq_length} tokens",
+            todo="pack it again, or train with its length",
+        )
+    windows.check_model(run.model, tokenizer)
+    return windows, tokenizer
+
+
+def _tokenizer(run: RunConfig) -> Tokenizer | None:
+    """The one that the run names, or that of the checkpoint it starts from."""
+    if run.data is not None and run.data.tokenizer is not None:
+        return find_tokenizer(run.data.tokenizer)
+    if run.init_from is None:
+        return None
+    try:
+        return load_tokenizer(run.init_from)
+    except TokenizerError:
+        return (
+            None  # a checkpoint need not have one; then the sizes of the vocabularies are compared
+        )
+
+
+def side_files(begun_from: Path | None, tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """What checkpoints carry beside the weights: what lay beside those that were read, if any.
+
+    Read now: the checkpoint that a training goes on from may be pruned before the next is written.
+    """
+    files = {} if begun_from is None else tokenizer_files(begun_from)
+    if not files and tokenizer is not None:
+        files = dict(tokenizer.files)
+    return {n: data if isinstance(data, bytes) else data.read_bytes() for n, data in files.items()}
+
+
+def initialize(model: CausalLM, run: RunConfig, division: Division, say: Say) -> None:
+    """Draws the weights, or reads them from the checkpoint that the run names.
+
+    Raises:
+        ConfigError: the checkpoint is of another model.
+    """
+    if run.init_from is None:
+        division.initialize(model, run.training.seed)
+        return
+    with open_checkpoint(run.init_from) as source:
+        ours, theirs = computation(run.model), computation(source.config)
+        differing = [key for key in ours if ours[key] != theirs[key]]
+        if differing:
+            key = differing[0]
+            raise ConfigError(
+                "checkpoint of another model",
+                where=f"model.{key}",
+                value=ours[key],
+                rule=f"init_from {run.init_from} has {theirs[key]}",
+                todo="leave model out of the run to take the checkpoint's",
+            )
+        load_weights(source, model.weights(), part=division.part)
+    say(f"weights from {run.init_from}")
