@@ -26,6 +26,7 @@ INSTALLED_TWIN = HERE.parent / "mistral_ms" / "ops" / "custom" / "lib" / "libmis
 # contraction would fuse a product and a sum that the device rounds separately
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-strict-aliasing")
 STRICT = ("-Wall", "-Wextra", "-Werror")
+"""For tests; a user's compiler may warn about what ours does not know."""
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 
 
@@ -50,7 +51,9 @@ def operators() -> list[str]:
 
 def twin_units() -> list[Unit]:
     """Everything of the twin's library but the kernels."""
-    return [Unit(path) for path in sorted((TWIN / "src").glob("*.cpp")) if path.stem != "kernel_entry"]
+    return [
+        Unit(path) for path in sorted((TWIN / "src").glob("*.cpp")) if path.stem != "kernel_entry"
+    ]
 
 
 def kernel_unit(name: str, source: Path, tiling_header: Path) -> Unit:
@@ -93,7 +96,11 @@ def compiler() -> str:
 
 
 def build_twin(
-    target: Path, units: Sequence[Unit] | None = None, *, sanitize: bool = False, jobs: int | None = None
+    target: Path,
+    units: Sequence[Unit] | None = None,
+    *,
+    strict: bool = False,
+    sanitize: bool = False,
 ) -> Path:
     """Compiles the operators against the CPU twin into a shared library.
 
@@ -102,8 +109,8 @@ def build_twin(
     Args:
         target: the library to write; its directory is made.
         units: what to compile; everything when None.
+        strict: warnings are errors.
         sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
-        jobs: compilers at a time; as many as processors when None.
 
     Returns:
         ``target``.
@@ -112,7 +119,7 @@ def build_twin(
         KernelError: no compiler, or a source that does not compile.
     """
     tool = compiler()
-    flags = (*FLAGS, *STRICT, *(SANITIZE if sanitize else ()))
+    flags = (*FLAGS, *(STRICT if strict else ()), *(SANITIZE if sanitize else ()))
     flags += tuple(f"-I{path}" for path in (TWIN / "include", TWIN / "host", TWIN / "src"))
     headers = _digest_of_headers()
     objects = OBJECTS / ("sanitize" if sanitize else "release")
@@ -120,7 +127,8 @@ def build_twin(
 
     def compile_unit(unit: Unit) -> Path:
         key = hashlib.sha256(repr((flags, unit.macros)).encode() + headers)
-        key.update(unit.source.read_bytes())
+        for path in (unit.source, *sorted(unit.source.parent.glob("*.h"))):
+            key.update(path.read_bytes())
         for macro in unit.macros:  # the kernel that kernel_entry.cpp includes
             file = Path(macro.partition("=")[2].strip('"'))
             if file.is_file():
@@ -132,7 +140,7 @@ def build_twin(
             part.replace(made)
         return made
 
-    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = list(pool.map(compile_unit, all_units() if units is None else units))
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")

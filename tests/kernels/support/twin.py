@@ -239,7 +239,9 @@ class Twin:
             ctypes.c_uint64(ub_bytes), counters.ctypes.data_as(ctypes.c_void_p),
         )  # fmt: skip
         total, per_block = _counters(counters)
-        return Result({f"o{i}": a for i, (r, a) in enumerate(buffers) if r == "o"}, total, per_block)
+        return Result(
+            {f"o{i}": a for i, (r, a) in enumerate(buffers) if r == "o"}, total, per_block
+        )
 
     def _tensors(
         self, name: str, inputs: Mapping[str, np.ndarray | None], dtypes: Mapping[str, str]
@@ -304,7 +306,7 @@ def _counters(table: np.ndarray) -> tuple[dict[str, int], list[dict[str, int]]]:
 def build(sanitize: bool = False) -> Twin:
     """The library with all operators; compiled when a source has changed since the last time."""
     name = "libmistral_ms_twin_sanitize.so" if sanitize else "libmistral_ms_twin.so"
-    return Twin(builder.build_twin(builder.OBJECTS / name, sanitize=sanitize))
+    return Twin(builder.build_twin(builder.OBJECTS / name, strict=True, sanitize=sanitize))
 
 
 def run(
