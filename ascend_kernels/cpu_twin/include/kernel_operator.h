@@ -10,6 +10,7 @@
 #include "twin/copy.h"
 #include "twin/elementwise.h"
 #include "twin/gather.h"
+#include "twin/gather_mask.h"
 #include "twin/launch.h"
 #include "twin/queue.h"
 #include "twin/reduce.h"
