@@ -1,5 +1,5 @@
 // The operators as MindSpore's ops.Custom (func_type "aot") calls them on CPU: one C function each,
-// named by OpType. The last input is an int64 tensor with the attributes in the definition's order;
+// named by OpType. The last input is an int32 tensor with the attributes in the definition's order;
 // an optional input may be left out when all optional ones are.
 #include <cstdio>
 
@@ -34,7 +34,7 @@ int run_operator(const char* type, int count, void** data, int* dims, int64_t** 
             const bool absent = !whole && input->option != ops::REQUIRED;
             inputs.push_back(absent ? twin::Tensor() : *next++);
         }
-        const auto* attrs = static_cast<const int64_t*>(data[present]);
+        const auto* attrs = static_cast<const int32_t*>(data[present]);
         std::map<std::string, double> values;
         for (size_t i = 0; i < definition.attrs.size(); ++i) {
             values[definition.attrs[i]->name] = static_cast<double>(attrs[i]);

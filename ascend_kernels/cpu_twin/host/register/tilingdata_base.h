@@ -35,10 +35,10 @@ inline std::vector<TilingField>& tiling_fields()
     return fields;
 }
 
-inline void note_tiling_field(const char* type, const char* name, const void* base,
-                              const void* field, size_t count)
+inline void note_tiling_field(const char* type, const char* name, void* base, void* field,
+                              size_t count)
 {
-    const size_t offset = static_cast<const char*>(field) - static_cast<const char*>(base);
+    const size_t offset = static_cast<char*>(field) - static_cast<char*>(base);
     if (offset == 0) {
         tiling_fields().clear();
     }
