@@ -1,7 +1,7 @@
 """One primitive per operator of ``ascend_kernels``: names, attributes, shapes, data types.
 
-Primitives whose attributes depend on shapes are made where they are called: a graph makes them once,
-while it is compiled; in PyNative that costs 0.4 ms a call on a CPU.
+Primitives whose attributes depend on shapes are made where they are called: a graph makes them
+once, while it is compiled; in PyNative that costs 0.4 ms a call on a CPU.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class Kernel(ops.Custom):
             super().__init__(op_type, shapes, dtypes, "aot", reg_info=registration)
         else:
             super().__init__(f"{library.twin_library()}:{op_type}", shapes, dtypes, "aot")
+        for name, value in attrs.items():
+            # MindSpore takes primitives of equal attributes for the same and reuses their shapes
+            self.add_prim_attr(name, value)
 
 
 class MoeGatingTopK(Kernel):
@@ -99,12 +102,12 @@ class MoeExpertCapacity(Kernel):
 
 
 class MoeDispatch(Kernel):
-    """x [T, H], slot_src [E * C] -> expanded_x [E, C, H]."""
+    """x [T, H], slot_src [E * C], expanded_row_idx [T * K] -> expanded_x [E, C, H]."""
 
     def __init__(self, expert_num: int, expert_capacity: int, k: int) -> None:
         super().__init__(
             "MoeDispatch",
-            {"x": ROWS, "slot_src": "int32"},
+            {"x": ROWS, "slot_src": "int32", "expanded_row_idx": "int32"},
             {"expanded_x": ROWS},
             {"expert_num": expert_num, "expert_capacity": expert_capacity, "k": k},
             lambda x, *_: [expert_num, expert_capacity, x[1]],

@@ -26,7 +26,9 @@ class Dispatch(nn.Cell):
     ) -> Tensor:
         """Row of place p = token of the choice that fills p; zero where p is empty."""
         places, H = source_EC.shape[0], x_TH.shape[1]
-        inputs = (x_TH, _or_absent(source_EC, filled_EC))
+        # the inverse map spares reading a row once for each of its places
+        choices_Q = _or_absent(slot_TK, kept_TK).reshape(-1)
+        inputs = (x_TH, _or_absent(source_EC, filled_EC), choices_Q)
         attrs = (1, places, slot_TK.shape[1])
         kernel = kernels.MoeDispatch(*attrs)
         rows = kernels.call(kernel, attrs, inputs, self.twin)

@@ -40,7 +40,7 @@ class TwinError(Exception):
     """A kernel broke a rule; the message says which."""
 
 
-class BadRequest(Exception):
+class RequestError(Exception):
     """The operator's host code refused, or the call does not fit its definition."""
 
 
@@ -188,7 +188,7 @@ class Twin:
 
         Raises:
             TwinError: the kernel broke a rule.
-            BadRequest: the host code refuses these inputs.
+            RequestError: the host code refuses these inputs.
         """
         given = self._tensors(name, inputs, dtypes or {})
         present = {key: value for key, value in inputs.items() if value is not None}
@@ -262,7 +262,7 @@ class Twin:
         message = ctypes.create_string_buffer(4096)
         status = getattr(self.library, function)(*arguments, message, ctypes.c_size_t(4096))
         if status:
-            raise (TwinError if status == 2 else BadRequest)(message.value.decode())
+            raise (TwinError if status == 2 else RequestError)(message.value.decode())
 
     def _text(self, function: str, *arguments: object) -> str:
         text = ctypes.create_string_buffer(1 << 14)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kernels.support import twin
 
 from ascend_kernels import build as builder
-from kernels.support import twin
 
 KERNELS = Path(__file__).parent / "kernels"
 
 
 @pytest.fixture(scope="session")
-def lab(request):
+def lab(compiles):
     """Runs one of the kernels in ``kernels/`` on the twin."""
     units = builder.twin_units()
     units += [builder.Unit(path, (f"-I{KERNELS}",)) for path in sorted(KERNELS.glob("*.cpp"))]

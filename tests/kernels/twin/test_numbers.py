@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from kernels.support.twin import TwinError, from_bf16, to_bf16
 
 TILE = 1024

@@ -1,7 +1,7 @@
 """Every rule of the twin, with a kernel that breaks it: caught, by name; and, mended, it passes.
 
-The kernels are in ``kernels/defects_*.cpp``; each is right or wrong by its tiling data, so that what
-is caught can only be the one thing that differs.
+The kernels are in ``kernels/defects_*.cpp``; each is right or wrong by its tiling data, so that
+what is caught can only be the one thing that differs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from kernels.support.twin import TwinError
 
 CAUGHT = {
@@ -43,7 +42,7 @@ CAUGHT = {
     "uninitialised_scalar": r"GetValue: reads UB byte \d+, which nobody has written",
     "uninitialised_padding": r"Adds: reads UB byte 20, which nobody has written",
     "stale_queue_buffer": r"Adds: reads UB byte 0, which nobody has written",
-    "uninitialised_workspace": "DataCopy GM->UB: reads byte 0 of workspace, which nobody has written",
+    "uninitialised_workspace": "GM->UB: reads byte 0 of workspace, which nobody has written",
     "output_left_unwritten": "output o1: byte 252 of 256 was never written",
     # queues
     "enque_twice": r"EnQue: the tensor is not allocated \(still in the queue\)",
@@ -65,7 +64,7 @@ CAUGHT = {
     "event_not_released": "AllocEventID V_S id 0: not released",
     "event_released_twice": "ReleaseEventID: event id 0 of V_S was not allocated",
     "event_released_while_set": "ReleaseEventID: event id 0 of V_S was set and is not waited for",
-    "fetched_id_taken_by_a_queue": "V_MTE2 is in use by SetFlag but not reserved: FetchEventID does",
+    "fetched_id_taken_by_a_queue": "V_MTE2 is in use by SetFlag but not reserved: FetchEventID",
     # hazards between pipes
     "read_after_write_in_v": r"Adds: hazard, read after write: .*needs PipeBarrier<PIPE_V>",
     "write_after_write_in_v": r"Duplicate: hazard, write after write: .*needs PipeBarrier<PIPE_V>",
@@ -125,7 +124,7 @@ def test_every_planted_defect_is_tested():
 
 
 def test_a_message_names_kernel_and_block(lab):
-    with pytest.raises(TwinError, match="^vector_alignment: block 0 of 1: Duplicate: "):
+    with pytest.raises(TwinError, match=r"^vector_alignment: block 0 of 1: Duplicate: "):
         run(lab, "vector_alignment", bad=True)
 
 
