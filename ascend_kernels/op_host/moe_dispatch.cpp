@@ -3,7 +3,7 @@
 #include "moe_rows_tiling.h"
 
 namespace {
-enum Input { X, SLOT_SRC };
+enum Input { X, SLOT_SRC, EXPANDED_ROW_IDX };
 enum Attribute { EXPERT_NUM, EXPERT_CAPACITY, K };
 
 ge::graphStatus InferShape(gert::InferShapeContext* context)
@@ -25,7 +25,7 @@ ge::graphStatus InferDataType(gert::InferDataTypeContext* context)
     return context->SetOutputDataType(0, context->GetInputDataType(X));
 }
 
-// UB of a block: a 64th for slot_src, an 8th for zeros (16 KB at most), the rest for two buffers of
+// UB of a block: a 64th for each table, an 8th for zeros (16 KB at most), the rest for two buffers of
 // rows (64 KB each at most: more would only delay the first store).
 ge::graphStatus Tile(gert::TilingContext* context)
 {
@@ -41,6 +41,12 @@ ge::graphStatus Tile(gert::TilingContext* context)
     if (x.GetDimNum() != 2 || experts < 1 || capacity < 1 || slots != experts * capacity) {
         return Refuse(op, "shapes: x must be [T, H] and slot_src [E * C] = %ld, not %ld",
             static_cast<long>(experts * capacity), static_cast<long>(slots));
+    }
+    const gert::StorageShape* rowIdx = context->GetOptionalInputShape(EXPANDED_ROW_IDX);
+    if (rowIdx != nullptr && rowIdx->GetStorageShape().GetShapeSize() != x.GetDim(0) * k) {
+        return Refuse(op, "shapes: expanded_row_idx must be [T * K] = %ld, not %ld",
+            static_cast<long>(x.GetDim(0) * k),
+            static_cast<long>(rowIdx->GetStorageShape().GetShapeSize()));
     }
     const RowSizes sizes{x.GetDim(0), k, slots, x.GetDim(1)};
     const int32_t dtype = DtypeNumber(context->GetInputDesc(X)->GetDataType());
@@ -58,7 +64,7 @@ ge::graphStatus Tile(gert::TilingContext* context)
     const uint32_t rowBytes = static_cast<uint32_t>(sizes.hidden) * DtypeBytes(dtype);
     const uint32_t tableBytes = AlignDown(machine.ubBytes / 64, BLOCK_BYTES);
     const uint32_t zeroBytes = std::min(MOST_ZEROS, AlignDown(machine.ubBytes / 8, BLOCK_BYTES));
-    const uint32_t rest = machine.ubBytes - tableBytes - zeroBytes;
+    const uint32_t rest = machine.ubBytes - 2 * tableBytes - zeroBytes;
     const uint32_t bufferBytes = std::min(MOST_BUFFER, AlignDown(rest / BUFFERS, BLOCK_BYTES));
 
     optiling::MoeDispatchTilingData tiling;
@@ -70,8 +76,14 @@ ge::graphStatus Tile(gert::TilingContext* context)
     tiling.set_bufferBytes(bufferBytes);
     tiling.set_zeroBytes(zeroBytes);
     const bool whole = AlignUp(rowBytes, BLOCK_BYTES) <= bufferBytes;
-    return Commit(context, tiling, BlocksFor(machine, static_cast<uint32_t>(slots)),
-        whole ? MOE_DISPATCH_WHOLE_ROWS : MOE_DISPATCH_SPLIT_ROWS, machine);
+    const bool byToken = rowIdx != nullptr;
+    const uint64_t key = byToken
+        ? (whole ? MOE_DISPATCH_BY_TOKEN_WHOLE_ROWS : MOE_DISPATCH_BY_TOKEN_SPLIT_ROWS)
+        : (whole ? MOE_DISPATCH_BY_PLACE_WHOLE_ROWS : MOE_DISPATCH_BY_PLACE_SPLIT_ROWS);
+    // by token the larger of both shares decides: tokens to move, or places to zero
+    const int64_t work = byToken ? std::max(sizes.tokens, slots) : slots;
+    return Commit(
+        context, tiling, BlocksFor(machine, static_cast<uint32_t>(work)), key, machine);
 }
 }  // namespace
 
@@ -84,6 +96,8 @@ public:
         this->Input("x").ParamType(REQUIRED).DataType(RowTypes())
             .Format(AnyLayout()).UnknownShapeFormat(AnyLayout());
         this->Input("slot_src").ParamType(REQUIRED).DataType(Always(ge::DT_INT32))
+            .Format(AnyLayout()).UnknownShapeFormat(AnyLayout());
+        this->Input("expanded_row_idx").ParamType(OPTIONAL).DataType(Always(ge::DT_INT32))
             .Format(AnyLayout()).UnknownShapeFormat(AnyLayout());
         this->Output("expanded_x").ParamType(REQUIRED).DataType(RowTypes())
             .Format(AnyLayout()).UnknownShapeFormat(AnyLayout());

@@ -5,9 +5,8 @@
 //
 // Blocks share the tokens, so that a row of dy is read once for all its choices and the d_scales
 // of a block are consecutive. Then they share the places, to zero the empty ones.
+#include "moe_empty_places.h"
 #include "moe_tiling_keys.h"
-#include "moe_table_part.h"
-#include "moe_zero_rows.h"
 
 namespace moe {
 template <typename T>
@@ -21,11 +20,9 @@ public:
         slots_ = tiling.slots;
         chunk_ = tiling.chunk;
         tileTokens_ = tiling.tileTokens;
-        tableSize_ = tiling.tableSize;
         dotsPitch_ = AlignUp(tileTokens_ * k_, BLOCK_FLOATS);
         choices_ = tiling.tokens * k_;
         tokenShare_ = ShareOfBlock(tiling.tokens);
-        slotShare_ = ShareOfBlock(slots_);
 
         dy_.SetGlobalBuffer((__gm__ T*)dy, static_cast<uint64_t>(tiling.tokens) * hidden_);
         expandedX_.SetGlobalBuffer((__gm__ T*)expandedX, static_cast<uint64_t>(slots_) * hidden_);
@@ -47,8 +44,8 @@ public:
         pipe_.InitBuffer(rowIdxBuffer_, dotsPitch_ * sizeof(int32_t));
         pipe_.InitBuffer(scaleBuffer_, dotsPitch_ * sizeof(float));
         pipe_.InitBuffer(dots_, CeilDiv(hidden_, chunk_) * dotsPitch_ * sizeof(float));
-        table_.Init(pipe_, slotSrc, slots_, tableSize_);
-        zeros_.Init(pipe_, tiling.zeroBytes);
+        emptyPlaces_.Init(
+            pipe_, slotSrc, slots_, choices_, tiling.tableSize, tiling.zeroBytes);
     }
 
     __aicore__ inline void Process()
@@ -56,7 +53,7 @@ public:
         for (uint32_t first = tokenShare_.begin; first < tokenShare_.end; first += tileTokens_) {
             Tile(first, Smaller(tileTokens_, tokenShare_.end - first));
         }
-        ZeroEmptyPlaces();
+        emptyPlaces_.Zero(dExpandedX_, hidden_);
     }
 
 private:
@@ -145,32 +142,6 @@ private:
         rowQueue_.FreeTensor(row);
     }
 
-    __aicore__ inline void ZeroEmptyPlaces()
-    {
-        for (uint32_t first = slotShare_.begin; first < slotShare_.end; first += tableSize_) {
-            const uint32_t count = Smaller(tableSize_, slotShare_.end - first);
-            table_.Read(first, count);
-            uint32_t i = 0;
-            while (i < count) {
-                const uint32_t start = i;
-                while (i < count && IsEmpty(i)) {
-                    ++i;
-                }
-                const uint64_t at = static_cast<uint64_t>(first + start) * hidden_;
-                zeros_.Fill(dExpandedX_, at, static_cast<uint64_t>(i - start) * hidden_);
-                while (i < count && !IsEmpty(i)) {
-                    ++i;
-                }
-            }
-        }
-    }
-
-    __aicore__ inline bool IsEmpty(uint32_t i) const
-    {
-        const int32_t choice = table_.Get(i);
-        return choice < 0 || static_cast<uint32_t>(choice) >= choices_;
-    }
-
     TPipe pipe_;
     TQue<TPosition::VECIN, DOUBLE_BUFFER> dyQueue_;
     TQue<TPosition::VECIN, DOUBLE_BUFFER> rowQueue_;
@@ -181,8 +152,7 @@ private:
     TBuf<TPosition::VECCALC> rowIdxBuffer_;
     TBuf<TPosition::VECCALC> scaleBuffer_;
     TBuf<TPosition::VECCALC> dots_;
-    TablePart table_;
-    ZeroRows zeros_;
+    EmptyPlaces<T> emptyPlaces_;
     GlobalTensor<T> dy_;
     GlobalTensor<T> expandedX_;
     GlobalTensor<T> dExpandedX_;
@@ -190,14 +160,12 @@ private:
     GlobalTensor<float> scales_;
     GlobalTensor<float> dScales_;
     Range tokenShare_{0, 0};
-    Range slotShare_{0, 0};
     uint32_t k_ = 0;
     uint32_t hidden_ = 0;
     uint32_t slots_ = 0;
     uint32_t choices_ = 0;
     uint32_t chunk_ = 0;
     uint32_t tileTokens_ = 0;
-    uint32_t tableSize_ = 0;
     uint32_t dotsPitch_ = 0;
 };
 

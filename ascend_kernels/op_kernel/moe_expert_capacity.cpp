@@ -228,9 +228,17 @@ private:
                 queue * static_cast<uint32_t>(sizeof(int32_t)), tile_);
             VectorBarrier();
         }
-        Cast(expertsFloat_.Get<float>(), experts, RoundMode::CAST_NONE, tile_);
+        LocalTensor<float> known = expertsFloat_.Get<float>();
+        LocalTensor<uint8_t> bits = bits_.Get<uint8_t>();
+        Cast(known, experts, RoundMode::CAST_NONE, tile_);
         VectorBarrier();
-        oneHot_.SetQueue(expertsFloat_.Get<float>());
+        // numbers from E on are no expert, also where the last group has columns for them
+        CompareScalar(bits, known, static_cast<float>(experts_) - 0.5f, CMPMODE::LT, tile_);
+        VectorBarrier();
+        Select(known, bits, known, static_cast<float>(NOTHING),
+            SELMODE::VSEL_TENSOR_SCALAR_MODE, tile_);
+        VectorBarrier();
+        oneHot_.SetQueue(known);
     }
 
     // slot_src: per expert, the numbers of its choices, packed in their order by GatherMask.

@@ -18,9 +18,12 @@
 #define MOE_CAPACITY_ONE_QUEUE 1
 #define MOE_CAPACITY_QUEUE_PER_CHOICE 2
 
-// Dispatch. WHOLE_ROWS: several rows fit a buffer. SPLIT_ROWS: a row is moved in pieces.
-#define MOE_DISPATCH_WHOLE_ROWS 1
-#define MOE_DISPATCH_SPLIT_ROWS 2
+// Dispatch. BY_PLACE: slot_src alone. BY_TOKEN: with expanded_row_idx.
+// WHOLE_ROWS: a row fits a buffer. SPLIT_ROWS: a row is moved in pieces.
+#define MOE_DISPATCH_BY_PLACE_WHOLE_ROWS 11
+#define MOE_DISPATCH_BY_PLACE_SPLIT_ROWS 12
+#define MOE_DISPATCH_BY_TOKEN_WHOLE_ROWS 21
+#define MOE_DISPATCH_BY_TOKEN_SPLIT_ROWS 22
 
 // Combine and the gradients of dispatch and combine: the dtype of the rows.
 #define MOE_ROWS_FLOAT 1

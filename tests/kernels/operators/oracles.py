@@ -35,19 +35,14 @@ def gating(
     k: int,
     renorm: bool,
     finished_T: NDArray[np.bool_] | None = None,
-    ranked_by_TE: Floats | None = None,
 ) -> Gating:
-    """Softmax, the k best (lower expert first among equals), optionally divided by their sum.
-
-    `ranked_by_TE`: probabilities that decide the order, when they were rounded differently.
-    """
+    """Softmax, the k best (lower expert first among equals), optionally divided by their sum."""
     probs_TE = softmax(logits_TE)
     T, E = probs_TE.shape
     y_TK = np.zeros((T, k))
     experts_TK = np.zeros((T, k), np.int32)
-    rank_TE = probs_TE if ranked_by_TE is None else ranked_by_TE
     for t in range(T):
-        order = sorted(range(E), key=lambda e: (-rank_TE[t, e], e))[:k]
+        order = sorted(range(E), key=lambda e: (-probs_TE[t, e], e))[:k]
         y_TK[t] = probs_TE[t, order]
         if renorm:
             y_TK[t] /= y_TK[t].sum()
@@ -58,20 +53,19 @@ def gating(
     return Gating(y_TK, experts_TK, rows_TK, probs_TE)
 
 
-def gating_value(
+def gating_values(
     logits_TE: Floats, experts_TK: Ints, renorm: bool, dy_TK: Floats, dprobs_TE: Floats
-) -> float:
-    """<dy, y> + <dprobs, probs> with the choice of experts held fixed: what finite differences of
-    the gradient are taken of."""
+) -> Floats:
+    """Per token <dy, y> + <dprobs, probs> with its experts held fixed: what the gradient is the
+    slope of. A token of padding (expert E) has no y."""
     probs_TE = softmax(logits_TE)
     T, E = probs_TE.shape
-    total = float((dprobs_TE * probs_TE).sum())
+    values_T = (dprobs_TE * probs_TE).sum(-1)
     for t in range(T):
-        if experts_TK[t, 0] >= E:
-            continue
-        chosen = probs_TE[t, experts_TK[t]]
-        total += float((dy_TK[t] * (chosen / chosen.sum() if renorm else chosen)).sum())
-    return total
+        if experts_TK[t, 0] < E:
+            chosen = probs_TE[t, experts_TK[t]]
+            values_T[t] += (dy_TK[t] * (chosen / chosen.sum() if renorm else chosen)).sum()
+    return values_T
 
 
 @dataclass(frozen=True)
