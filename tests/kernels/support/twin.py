@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ascend_kernels import build as builder
+from ascend_kernels import build_twin as builder
 
 UB_BYTES = 196608
 """192 KB, as the device reports; CANN keeps the last 8 KB for temporaries."""

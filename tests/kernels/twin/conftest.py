@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from kernels.support import twin
 
-from ascend_kernels import build as builder
+from ascend_kernels import build_twin as builder
 
 KERNELS = Path(__file__).parent / "kernels"
 
