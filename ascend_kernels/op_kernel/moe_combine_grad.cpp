@@ -66,6 +66,9 @@ private:
         Duplicate(dots, 0.0f, static_cast<int32_t>(pieces * dotsPitch_));
         VectorBarrier();
         for (uint32_t t = 0; t < tokens; ++t) {
+            if (!IsKept(t)) {
+                continue;  // dy of a token without places is not read
+            }
             for (uint32_t piece = 0; piece < pieces; ++piece) {
                 const uint32_t column = piece * chunk_;
                 Token(t, first + t, column, Smaller(chunk_, hidden_ - column), dots[piece * dotsPitch_]);
@@ -87,6 +90,23 @@ private:
         Sync<HardEvent::MTE2_S>();
     }
 
+    // The place of a choice of the tile, or -1.
+    __aicore__ inline int32_t Place(uint32_t choice)
+    {
+        const int32_t slot = rowIdxBuffer_.Get<int32_t>().GetValue(choice);
+        return slot >= 0 && static_cast<uint32_t>(slot) < slots_ ? slot : -1;
+    }
+
+    __aicore__ inline bool IsKept(uint32_t token)
+    {
+        for (uint32_t choice = token * k_; choice < (token + 1) * k_; ++choice) {
+            if (Place(choice) >= 0) {
+                return true;
+            }
+        }
+        return false;
+    }
+
     // Columns [column, column + count) of all that one token takes part in.
     __aicore__ inline void Token(uint32_t localToken, uint32_t token, uint32_t column,
         uint32_t count, const LocalTensor<float>& dots)
@@ -97,8 +117,8 @@ private:
         dy = dyQueue_.template DeQue<T>();
         const LocalTensor<float> dyValues = AsFloat<T>(dy, dyFloat_, count);
         for (uint32_t choice = localToken * k_; choice < (localToken + 1) * k_; ++choice) {
-            const int32_t slot = rowIdxBuffer_.Get<int32_t>().GetValue(choice);
-            if (slot < 0 || static_cast<uint32_t>(slot) >= slots_) {
+            const int32_t slot = Place(choice);
+            if (slot < 0) {
                 continue;
             }
             const uint64_t at = static_cast<uint64_t>(slot) * hidden_ + column;

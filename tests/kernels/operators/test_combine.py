@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernels.operators import oracles
-from kernels.operators.dtypes import ALL, BFLOAT16, FLOAT_ROUNDING, FLOAT32, Dtype, assert_close
+from kernels.operators.dtypes import ALL, BFLOAT16, FLOAT32, FLOAT_ROUNDING, Dtype, assert_close
 from kernels.operators.routes import ROUTES, Route, route
 from kernels.support import twin
 
