@@ -283,7 +283,9 @@ def flags() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compares, times, reports."""
     given = flags().parse_args(arguments)
-    npu = custom.on_ascend()
+    npu = ms.device_context.ascend.is_available()
+    if npu:
+        ms.set_device("Ascend")
     small = [Sizes(67, 40, 8, 2, 20), Sizes(5, 7, 4, 1, 2), Sizes(40, 33, 12, 3, 9)]
     try:
         if npu:

@@ -90,7 +90,13 @@ ge::graphStatus Tile(gert::TilingContext* context)
     const uint32_t queues = priority == CHOICE_MAJOR ? choices : 1;
     const uint32_t items = static_cast<uint32_t>(experts.GetShapeSize()) / queues;
     const uint32_t expertsPad = AlignUp(static_cast<uint32_t>(expertNum), 8);
+    // a block with fewer rows than the smallest tile would wait for the barrier, not work
+    const uint32_t blocks = BlocksFor(machine, CeilDiv(items, SMALLEST_TILE));
+    // no tile larger than a block's share needs: what is padding costs as much as choices do
     uint32_t tile = LARGEST_TILE;
+    while (tile > SMALLEST_TILE && tile / 2 >= CeilDiv(items, blocks)) {
+        tile /= 2;
+    }
     while (tile > SMALLEST_TILE && UbBytes(tile, queues, expertsPad) > machine.ubBytes) {
         tile /= 2;
     }
@@ -98,8 +104,6 @@ ge::graphStatus Tile(gert::TilingContext* context)
         return Refuse(op, "UB: %u bytes are not enough: %u is the least here", machine.ubBytes,
             UbBytes(tile, queues, expertsPad));
     }
-    // a block with fewer rows than the smallest tile would wait for the barrier, not work
-    const uint32_t blocks = BlocksFor(machine, CeilDiv(items, SMALLEST_TILE));
 
     optiling::MoeExpertCapacityTilingData tiling;
     tiling.set_items(items);

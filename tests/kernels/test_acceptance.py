@@ -95,3 +95,24 @@ def test_its_bytes_are_those_that_the_twin_counts(script):
     counters = twin.run("moe_expert_capacity", chosen, sizes, blocks=1).counters
     moved = counters["read_bytes"] + counters["write_bytes"]
     assert moved - least["expert_capacity"] == 2 * E * 4  # its own counters, out and back
+
+
+def test_the_readme_states_these_bytes(script):
+    text = (SCRIPT.parents[1] / "ascend_kernels" / "README.md").read_text()
+    least = script.least_bytes(script.Sizes(8192, 4096, 8, 2, 2253), row_bytes=2 * 4096)
+    rows = {
+        "MoeGatingTopK": "gating_top_k",
+        "MoeGatingTopKGrad": "gating_top_k_grad",
+        "MoeDispatch with expanded_row_idx": "dispatch",
+        "MoeDispatchGrad": "dispatch_grad",
+        "MoeCombine": "combine",
+        "MoeCombineGrad": "combine_grad",
+    }
+    for title, name in rows.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"| {title} | "))
+        megabytes, memory = line.split("|")[2], line.split("|")[4]
+        digits = 2 if least[name] < 1e6 else 1
+        assert megabytes.strip() == f"{least[name] / 1e6:.{digits}f} MB"
+        seconds = least[name] / script.BANDWIDTH
+        digits = 1 if seconds < 1e-6 else 0
+        assert memory.strip() == f"{seconds * 1e6:.{digits}f} us"

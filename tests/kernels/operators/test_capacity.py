@@ -14,7 +14,8 @@ SHAPES = [
     (1, 2, 8, 1),
     (37, 2, 8, 4),
     (64, 2, 8, 16),
-    (513, 2, 8, 140),  # one more than a tile
+    (513, 2, 8, 140),
+    (1283, 2, 8, 140),  # 513 or 514 a block: just more than a tile
     (1501, 2, 8, 400),  # several tiles a block
     (333, 1, 4, 1),
     (129, 3, 7, 50),

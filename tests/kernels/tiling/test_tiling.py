@@ -246,6 +246,11 @@ def test_inference_says_what_comes_out():
     ]
 
 
+def test_tiles_of_capacity_are_no_larger_than_a_share_needs():
+    for T, want in ((64, 128), (65, 256), (1000, 512)):
+        assert tile("moe_expert_capacity", blocks=1, T=T)["tile"] == want
+
+
 def test_many_experts_and_blocks_share_the_workspace_of_capacity():
     r = route(0, 4000, 8, 256, 4)
     inputs = {"expert_idx": np.zeros((r.tokens, r.k), np.int32)}
