@@ -1,4 +1,4 @@
-"""Runs every operator in a process with AddressSanitizer loaded; called by ``twin/test_sanitizers.py``.
+"""Runs every operator under AddressSanitizer; ``twin/test_sanitizers.py`` starts it as a process.
 
 usage: sanitized.py LIBRARY RESULTS        all operators; outputs go to RESULTS (npz)
        sanitized.py LIBRARY --kernel NAME  one kernel over two buffers of 64 floats

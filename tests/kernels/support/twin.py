@@ -10,6 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -156,7 +157,7 @@ class Twin:
         blocks: int = 8,
         ub_bytes: int = UB_BYTES,
         dtypes: Mapping[str, str] | None = None,
-    ) -> dict[str, int]:
+    ) -> dict[str, Any]:
         """The tiling for a machine: block_dim, key, schedule_mode, workspace, and all fields."""
         given = self._tensors(name, inputs, dtypes or {})
         text = self._text(
@@ -164,7 +165,7 @@ class Twin:
             ctypes.c_uint32(blocks), ctypes.c_uint64(ub_bytes),
         )  # fmt: skip
         pairs = (line.partition("=") for line in text.splitlines())
-        return {key: int(value) for key, _, value in pairs}
+        return {key: _number(value) for key, _, value in pairs}
 
     def run(
         self,
@@ -289,6 +290,12 @@ def _dtype_name(array: np.ndarray) -> str:
 def _tensor(array: np.ndarray, dtype: str) -> _Tensor:
     shape = (ctypes.c_int64 * 8)(*array.shape)
     return _Tensor(array.ctypes.data, dtype.encode(), array.ndim, shape)
+
+
+def _number(text: str) -> Any:
+    """A field of tiling data: a number, or a list of them."""
+    numbers = [int(part) if part.isdigit() else float(part) for part in text.split()]
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _attrs(attrs: Mapping[str, float]) -> bytes:
