@@ -94,7 +94,7 @@ private:
     __aicore__ inline int32_t Place(uint32_t choice)
     {
         const int32_t slot = rowIdxBuffer_.Get<int32_t>().GetValue(choice);
-        return slot >= 0 && static_cast<uint32_t>(slot) < slots_ ? slot : -1;
+        return static_cast<uint32_t>(slot) < slots_ ? slot : -1;
     }
 
     __aicore__ inline bool IsKept(uint32_t token)

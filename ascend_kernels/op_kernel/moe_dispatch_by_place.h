@@ -41,11 +41,12 @@ public:
     }
 
 private:
-    // The token that fills entry `i` of the table, or -1. A choice out of range fills nothing.
+    // The token that fills entry `i` of the table, or -1. A choice out of range (-1 is the largest
+    // number without a sign) fills nothing.
     __aicore__ inline int32_t Token(uint32_t i) const
     {
         const int32_t choice = table_.Get(i);
-        if (choice < 0 || static_cast<uint32_t>(choice) >= tokens_ * k_) {
+        if (static_cast<uint32_t>(choice) >= tokens_ * k_) {
             return -1;
         }
         return choice / static_cast<int32_t>(k_);

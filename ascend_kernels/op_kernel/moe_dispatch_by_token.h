@@ -53,7 +53,7 @@ private:
     __aicore__ inline int32_t Place(uint32_t choice) const
     {
         const int32_t place = table_.Get(choice);
-        return place >= 0 && static_cast<uint32_t>(place) < slots_ ? place : -1;
+        return static_cast<uint32_t>(place) < slots_ ? place : -1;
     }
 
     __aicore__ inline bool IsKept(uint32_t token) const

@@ -45,8 +45,7 @@ public:
 private:
     __aicore__ inline bool IsEmpty(uint32_t i) const
     {
-        const int32_t choice = table_.Get(i);
-        return choice < 0 || static_cast<uint32_t>(choice) >= choices_;
+        return static_cast<uint32_t>(table_.Get(i)) >= choices_;  // -1 is the largest number
     }
 
     TablePart table_;

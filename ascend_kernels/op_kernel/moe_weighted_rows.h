@@ -75,9 +75,9 @@ private:
         }
         bool empty = true;
         for (uint32_t choice = localToken * k_; choice < (localToken + 1) * k_; ++choice) {
-            const int32_t slot = rowIdx.GetValue(choice);
-            if (slot < 0 || static_cast<uint32_t>(slot) >= slots_) {
-                continue;  // dropped: the row is not even read
+            const uint32_t slot = static_cast<uint32_t>(rowIdx.GetValue(choice));
+            if (slot >= slots_) {
+                continue;  // dropped (-1 is the largest number): the row is not even read
             }
             AddRow(sum, static_cast<uint64_t>(slot) * hidden_ + column, count, Weight(choice), empty);
             empty = false;
