@@ -56,8 +56,8 @@ ge::graphStatus Tile(gert::TilingContext* context)
     const uint32_t k = static_cast<uint32_t>(sizes.k);
     const auto ubBytes = [&](uint32_t tile) {
         const GatingBytes b(sizes, tile);
-        // queues: x, softmax, y, experts, rows
-        uint32_t bytes = BUFFERS * (b.logits + b.matrix + 3 * b.chosen);
+        // queues: x, softmax | with one buffer: y, experts, rows
+        uint32_t bytes = BUFFERS * (b.logits + b.matrix) + 3 * b.chosen;
         // probs, scratch | spread | bits | numbers | column, values, chosen | gathered, offsets,
         // rowPattern
         bytes += 2 * b.matrix + b.spread + b.bits + b.numbers + (1 + 2 * k) * b.column + 3 * b.chosen;

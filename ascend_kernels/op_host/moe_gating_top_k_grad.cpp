@@ -42,8 +42,8 @@ ge::graphStatus Tile(gert::TilingContext* context)
     }
     const auto ubBytes = [&](uint32_t tile) {
         const GatingBytes b(sizes, tile);
-        // queues: x, dx, experts, dy, d_softmax
-        uint32_t bytes = BUFFERS * (2 * b.logits + 2 * b.chosen + (dSoftmax ? b.floats : 0));
+        // queues: x, dx, d_softmax | with one buffer: experts, dy
+        uint32_t bytes = BUFFERS * (2 * b.logits + (dSoftmax ? b.floats : 0)) + 2 * b.chosen;
         // probs, dProbs, scratch | spread | bits | numbers | column, sum, offsets, integers |
         // chosen, dChosen, probsChosen
         return bytes + 3 * b.matrix + b.spread + b.bits + b.numbers +

@@ -35,9 +35,10 @@ public:
         const uint32_t columnBytes = columnPitch_ * sizeof(float);
         pipe_.InitBuffer(xQueue_, DOUBLE_BUFFER, tileTokens_ * rowBytes);
         pipe_.InitBuffer(softmaxQueue_, DOUBLE_BUFFER, matrixBytes);
-        pipe_.InitBuffer(yQueue_, DOUBLE_BUFFER, chosenBytes);
-        pipe_.InitBuffer(expertQueue_, DOUBLE_BUFFER, chosenBytes);
-        pipe_.InitBuffer(rowQueue_, DOUBLE_BUFFER, chosenBytes);
+        // small and last in a tile: one buffer each, which also spares event ids (8 in all)
+        pipe_.InitBuffer(yQueue_, 1, chosenBytes);
+        pipe_.InitBuffer(expertQueue_, 1, chosenBytes);
+        pipe_.InitBuffer(rowQueue_, 1, chosenBytes);
         pipe_.InitBuffer(probs_, matrixBytes);
         pipe_.InitBuffer(scratch_, matrixBytes);
         pipe_.InitBuffer(spread_, tileTokens_ * BLOCK_BYTES);
@@ -246,9 +247,9 @@ private:
     TQue<TPosition::VECIN, DOUBLE_BUFFER> xQueue_;
     TQue<TPosition::VECIN, DOUBLE_BUFFER> finishedQueue_;
     TQue<TPosition::VECOUT, DOUBLE_BUFFER> softmaxQueue_;
-    TQue<TPosition::VECOUT, DOUBLE_BUFFER> yQueue_;
-    TQue<TPosition::VECOUT, DOUBLE_BUFFER> expertQueue_;
-    TQue<TPosition::VECOUT, DOUBLE_BUFFER> rowQueue_;
+    TQue<TPosition::VECOUT, 1> yQueue_;
+    TQue<TPosition::VECOUT, 1> expertQueue_;
+    TQue<TPosition::VECOUT, 1> rowQueue_;
     TBuf<TPosition::VECCALC> probs_;         // [tile, width]
     TBuf<TPosition::VECCALC> scratch_;       // [tile, width]
     TBuf<TPosition::VECCALC> spread_;        // [tile] blocks

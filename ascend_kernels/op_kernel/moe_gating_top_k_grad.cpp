@@ -33,8 +33,9 @@ public:
         const uint32_t chosenBytes = AlignUp(tileTokens_ * k_ * sizeof(float), BLOCK_BYTES);
         const uint32_t columnBytes = columnPitch_ * sizeof(float);
         pipe_.InitBuffer(xQueue_, DOUBLE_BUFFER, tileTokens_ * rowBytes);
-        pipe_.InitBuffer(expertQueue_, DOUBLE_BUFFER, chosenBytes);
-        pipe_.InitBuffer(dyQueue_, DOUBLE_BUFFER, chosenBytes);
+        // small, and free again early in a tile: one buffer each, which also spares event ids
+        pipe_.InitBuffer(expertQueue_, 1, chosenBytes);
+        pipe_.InitBuffer(dyQueue_, 1, chosenBytes);
         pipe_.InitBuffer(dxQueue_, DOUBLE_BUFFER, tileTokens_ * rowBytes);
         if (hasDSoftmax_) {
             dSoftmaxOut_.SetGlobalBuffer((__gm__ float*)dSoftmaxOut, tiling.tokens * experts_);
@@ -248,8 +249,8 @@ private:
 
     TPipe pipe_;
     TQue<TPosition::VECIN, DOUBLE_BUFFER> xQueue_;
-    TQue<TPosition::VECIN, DOUBLE_BUFFER> expertQueue_;
-    TQue<TPosition::VECIN, DOUBLE_BUFFER> dyQueue_;
+    TQue<TPosition::VECIN, 1> expertQueue_;
+    TQue<TPosition::VECIN, 1> dyQueue_;
     TQue<TPosition::VECIN, DOUBLE_BUFFER> dSoftmaxQueue_;
     TQue<TPosition::VECOUT, DOUBLE_BUFFER> dxQueue_;
     TBuf<TPosition::VECCALC> probs_;        // [tile, width]
