@@ -373,7 +373,7 @@ extern "C" __global__ __aicore__ void moe_expert_capacity(GM_ADDR expert_idx,
     GM_ADDR expanded_row_idx, GM_ADDR slot_src, GM_ADDR expert_tokens_before_capacity,
     GM_ADDR workspace, GM_ADDR tiling)
 {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIV_1_0);  // vector cores only, with SyncAll
     GET_TILING_DATA(tilingData, tiling);
     GM_ADDR counts = AscendC::GetUserWorkspace(workspace);
     if (TILING_KEY_IS(MOE_CAPACITY_ONE_QUEUE)) {

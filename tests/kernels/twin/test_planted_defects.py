@@ -83,6 +83,7 @@ CAUGHT = {
     "two_blocks_write": r"race between blocks \d \(writes\) and \d \(writes\) at byte 0 of o1",
     "read_without_sync_all": r"race between blocks 0 \(writes\) and 1 \(reads\)|"
     r"race between blocks 1 \(reads\) and 0 \(writes\)",
+    "sync_all_in_a_kernel_of_vector_cores_alone": "SyncAll: a kernel of type KERNEL_TYPE_AIV_ONLY",
     "sync_all_without_a_block": "SyncAll: block 0 waits for block 1, which has ended",
     # single instructions
     "partial_overlap": "Adds: source and destination overlap without coinciding",

@@ -43,7 +43,8 @@ public:
     Counters counters;
     std::vector<Buffer> buffers;
     AscendC::TPipe* pipe = nullptr;
-    bool atomic = false;  // SetAtomicAdd is on: stores add
+    bool atomic = false;    // SetAtomicAdd is on: stores add
+    bool aiv_only = false;  // the kernel's type is KERNEL_TYPE_AIV_ONLY
 
     // Takes `bytes` from UB for a buffer and returns its index.
     int take(size_t bytes, bool of_queue)

@@ -72,5 +72,5 @@ inline GM_ADDR GetUserWorkspace(GM_ADDR workspace)
 #define TILING_KEY_IS(key) (twin::core().grid->tiling_key == (key))
 
 enum KernelMetaType { KERNEL_TYPE_AIV_ONLY, KERNEL_TYPE_MIX_AIV_1_0 };
-#define KERNEL_TASK_TYPE_DEFAULT(type) static_assert((type) >= 0, "a kernel type")
+#define KERNEL_TASK_TYPE_DEFAULT(type) (twin::core().aiv_only = (type) == KERNEL_TYPE_AIV_ONLY)
 #define KERNEL_TASK_TYPE(key, type) static_assert((type) >= 0, "a kernel type")

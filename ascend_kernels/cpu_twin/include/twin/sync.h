@@ -36,6 +36,10 @@ template <bool isAIVOnly = true>
 inline void SyncAll()
 {
     twin::Core& core = twin::core();
+    if (core.aiv_only) {
+        twin::fail("SyncAll: a kernel of type KERNEL_TYPE_AIV_ONLY has no barrier between cores: its "
+                   "type must be KERNEL_TYPE_MIX_AIV_1_0");
+    }
     ++core.counters.sync_alls;
     core.clocks.barrier(PIPE_ALL);
     core.grid->sync_all();

@@ -387,6 +387,15 @@ DEFECT(read_without_sync_all)
     }
 }
 
+DEFECT(sync_all_in_a_kernel_of_vector_cores_alone)
+{
+    KERNEL_TASK_TYPE_DEFAULT(bad ? KERNEL_TYPE_AIV_ONLY : KERNEL_TYPE_MIX_AIV_1_0);
+    Duplicate(bench.scratch(0), 1.0f, kCount);
+    wait_here<HardEvent::V_MTE3>(bench.pipe);
+    SyncAll();
+    DataCopy(bench.y, bench.scratch(0), kCount);
+}
+
 DEFECT(sync_all_without_a_block)
 {
     const uint32_t half_count = kCount / 2;
