@@ -162,6 +162,38 @@ def test_capacity_takes_the_largest_tile_that_fits(E, K, choice_major):
     assert tiling["tile"] in (256, 512)
 
 
+def smallest_accepted_ub(name: str, inputs: dict, attrs: dict) -> int:
+    """Bisects for the least UB, in blocks of 32 bytes, that the tiling does not refuse."""
+    refused, accepted = 8 * KB, 256 * KB
+    while accepted - refused > 32:
+        middle = (refused + accepted) // 64 * 32
+        try:
+            twin.build().tile(name, inputs, attrs, blocks=2, ub_bytes=middle)
+            accepted = middle
+        except twin.RequestError:
+            refused = middle
+    return accepted
+
+
+@pytest.mark.parametrize("sizes", [{}, {"E": 256, "K": 8}, {"E": 9, "K": 3, "T": 500}])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_least_ub_that_is_accepted_is_enough(name, sizes):
+    inputs, attrs = call(name, **sizes)
+    ub_bytes = smallest_accepted_ub(name, inputs, attrs)
+    result = twin.run(name, inputs, attrs, blocks=2, ub_bytes=ub_bytes)
+    assert result.counters["ub_peak_bytes"] <= ub_bytes - 8 * KB
+
+
+@pytest.mark.parametrize("choice_major", [0, 1])
+@pytest.mark.parametrize(("E", "K"), [(8, 2), (256, 8)])
+def test_capacity_asks_for_exactly_what_it_takes(E, K, choice_major):
+    inputs, attrs = call("moe_expert_capacity", T=500, E=E, K=K)
+    attrs["drop_priority"] = choice_major
+    ub_bytes = smallest_accepted_ub("moe_expert_capacity", inputs, attrs)
+    result = twin.run("moe_expert_capacity", inputs, attrs, blocks=2, ub_bytes=ub_bytes)
+    assert result.counters["ub_peak_bytes"] == ub_bytes - 8 * KB
+
+
 @pytest.mark.parametrize("H", [1, 63, 64, 4096, 14336, 100_000])
 @pytest.mark.parametrize("name", ["moe_dispatch_grad", "moe_combine", "moe_combine_grad"])
 def test_rows_are_cut_at_whole_repeats_if_at_all(name, H):
