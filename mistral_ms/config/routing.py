@@ -26,6 +26,9 @@ class RoutingConfig(Frozen):
         router_dtype: dtype of the gate's matrix product; the softmax is always float32.
         aux_loss: ``pooled`` averages over all layers' tokens before multiplying (HF);
             ``per_layer`` multiplies per layer and averages the products.
+        kernels: which implementation of gating, slots, dispatch and combine runs. ``reference``:
+            plain MindSpore. ``custom``: the operators of ``ascend_kernels``, which must be built.
+            ``cann``: CANN's own where MindSpore has one that matches (Ascend only).
     """
 
     policy: Literal["dropless", "capacity"] = "dropless"
@@ -34,6 +37,7 @@ class RoutingConfig(Frozen):
     rescale_survivors: bool = False
     router_dtype: DType = "float32"
     aux_loss: Literal["pooled", "per_layer"] = "pooled"
+    kernels: Literal["reference", "custom", "cann"] = "reference"
 
 
 DROPLESS = RoutingConfig()

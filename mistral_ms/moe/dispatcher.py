@@ -12,7 +12,7 @@ from mindspore import Tensor, nn
 
 from mistral_ms.config import RoutingConfig
 from mistral_ms.moe.capacity import expert_capacity
-from mistral_ms.ops import reference
+from mistral_ms.ops import select
 from mistral_ms.ops.reference import SlotTable
 
 Record: TypeAlias = tuple[Tensor, ...]
@@ -51,16 +51,17 @@ class LocalDispatcher(Dispatcher):
 
     Args:
         num_experts: E.
-        routing: policy and capacity.
+        routing: policy, capacity, and which kernels run.
     """
 
     def __init__(self, num_experts: int, routing: RoutingConfig) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.routing = routing
-        self.choice_major = routing.drop_priority == "choice_major"
-        self.place_rows = reference.Dispatch()
-        self.add_up = reference.Combine()
+        choice_major = routing.drop_priority == "choice_major"
+        self.assign_slots = select.assign_slots(routing.kernels, num_experts, choice_major)
+        self.place_rows = select.dispatch(routing.kernels)
+        self.add_up = select.combine(routing.kernels)
 
     def dispatch(
         self, x_TH: Tensor, experts_TK: Tensor, valid_T: Tensor
@@ -68,9 +69,7 @@ class LocalDispatcher(Dispatcher):
         """See the contract; L = E."""
         T, K = experts_TK.shape
         capacity = expert_capacity(T, self.num_experts, K, self.routing)
-        table = reference.assign_slots(
-            experts_TK, valid_T, self.num_experts, capacity, self.choice_major
-        )
+        table = self.assign_slots(experts_TK, valid_T, capacity)
         slot_TK, kept_TK, source_EC, filled_EC = table
         rows = self.place_rows(x_TH, slot_TK, kept_TK, source_EC, filled_EC)
         return rows.reshape(self.num_experts, capacity, x_TH.shape[-1]), table

@@ -9,7 +9,7 @@ from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import ModelConfig, RoutingConfig
 from mistral_ms.layers.parameter import weight
-from mistral_ms.ops import reference
+from mistral_ms.ops import reference, select
 
 Choice: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 """What the router decided, in this order:
@@ -26,15 +26,15 @@ class Router(nn.Cell):
 
     Args:
         config: sizes and whether the K weights are normalised.
-        routing: dtype of the gate's matrix product.
+        routing: dtype of the gate's matrix product, and which kernels run.
         dtype: dtype of the weight.
     """
 
     def __init__(self, config: ModelConfig, routing: RoutingConfig, dtype: str = "float32") -> None:
         super().__init__()
         assert config.moe is not None
-        self.top_k = config.moe.num_experts_per_tok
-        self.normalize = config.moe.norm_topk_prob
+        top_k, normalize = config.moe.num_experts_per_tok, config.moe.norm_topk_prob
+        self.gating_top_k = select.gating_top_k(routing.kernels, top_k, normalize)
         self.compute_dtype = getattr(ms, routing.router_dtype)
         self.weight = weight(config.moe.num_local_experts, config.hidden_size, dtype=dtype)
 
@@ -44,7 +44,5 @@ class Router(nn.Cell):
             ops.cast(x_TH, self.compute_dtype), ops.cast(self.weight, self.compute_dtype)
         )
         logits_TE = ops.cast(logits_TE, ms.float32)
-        weights_TK, experts_TK, probs_TE = reference.gating_top_k(
-            logits_TE, self.top_k, self.normalize
-        )
+        weights_TK, experts_TK, probs_TE = self.gating_top_k(logits_TE)
         return weights_TK, experts_TK, probs_TE, logits_TE

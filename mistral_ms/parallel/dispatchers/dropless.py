@@ -14,7 +14,7 @@ from mindspore import Tensor, ops
 
 from mistral_ms.config import RoutingConfig
 from mistral_ms.moe import Dispatcher, Record
-from mistral_ms.ops import reference
+from mistral_ms.ops import reference, select
 from mistral_ms.ops.reference import SlotTable
 from mistral_ms.parallel.collectives import blocks
 from mistral_ms.parallel.dispatchers.carriers import Carrier
@@ -30,7 +30,8 @@ class DroplessDispatcher(Dispatcher):
 
     Args:
         num_experts: E, of the whole layer.
-        routing: only the order of service matters, and that for nothing but the order of rows.
+        routing: the order of service, which matters for nothing but the order of rows, and which
+            kernels run.
         route: between the expert group's ranks; member p holds the experts p * L .. (p + 1) * L.
         carrier: what each tensor-parallel rank carries.
         places_on_node: how many members of the expert group share a node, D: a hierarchical route
@@ -49,9 +50,11 @@ class DroplessDispatcher(Dispatcher):
         self.num_experts = num_experts
         self.local_experts = num_experts // route.members
         self.relayed_experts = num_experts // places_on_node
-        self.choice_major = routing.drop_priority == "choice_major"
+        choice_major = routing.drop_priority == "choice_major"
+        self.assign_slots = select.assign_slots(routing.kernels, num_experts, choice_major)
         self.route, self.carrier = route, carrier
-        self.place_rows, self.add_up = reference.Dispatch(), reference.Combine()
+        self.place_rows = select.dispatch(routing.kernels)
+        self.add_up = select.combine(routing.kernels)
         self.move_rows = blocks.MoveRows()
 
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor, valid_T: Tensor) -> tuple[Tensor, Record]:
@@ -88,9 +91,7 @@ class DroplessDispatcher(Dispatcher):
         """
         T, K = experts_TK.shape
         E = self.num_experts
-        slot_TK, kept_TK, source_ET, _ = reference.assign_slots(
-            experts_TK, valid_T, E, T, self.choice_major
-        )
+        slot_TK, kept_TK, source_ET, _ = self.assign_slots(experts_TK, valid_T, T)
         _, kept_E = reference.count_choices(experts_TK, valid_T, kept_TK, E)
         counts_E = ops.cast(kept_E, ms.int32)
         loose_E = ops.cast(_range(0, E * T, T), ms.int32)

@@ -1,0 +1,1 @@
+"""AscendC operators for MoE routing, and what builds them: see README.md."""

@@ -1,0 +1,4 @@
+// Stand-in for the header of this name in CANN.
+#pragma once
+
+#include "twin_host/types.h"

@@ -1,0 +1,229 @@
+// Pipes, events, and the vector clocks that tell whether one instruction waits for another.
+//
+// A core issues instructions to pipes that run at the same time. Each pipe numbers its instructions;
+// `seen[p][q]` is the number of the latest instruction of pipe q that pipe p is known to run after.
+// Only flags and barriers move it. Two instructions that touch the same bytes, one of them writing,
+// must be ordered by `seen`, or the result depends on luck.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+#include "twin/error.h"
+
+typedef enum {
+    PIPE_S = 0,  // scalar unit
+    PIPE_V,      // vector unit
+    PIPE_MTE2,   // global memory -> UB
+    PIPE_MTE3,   // UB -> global memory
+    PIPE_ALL,
+} pipe_t;
+
+typedef enum {
+    EVENT_ID0 = 0,
+    EVENT_ID1,
+    EVENT_ID2,
+    EVENT_ID3,
+    EVENT_ID4,
+    EVENT_ID5,
+    EVENT_ID6,
+    EVENT_ID7,
+} event_t;
+
+using TEventID = int8_t;
+
+namespace AscendC {
+
+// Source and destination pipe of a flag.
+enum class HardEvent : uint8_t {
+    MTE2_V,
+    V_MTE2,
+    MTE3_V,
+    V_MTE3,
+    S_V,
+    V_S,
+    S_MTE2,
+    MTE2_S,
+    S_MTE3,
+    MTE3_S,
+    MTE2_MTE3,
+    MTE3_MTE2,
+    MAX,
+};
+
+}  // namespace AscendC
+
+namespace twin {
+
+using AscendC::HardEvent;
+
+constexpr int kPipes = 4;
+constexpr int kEvents = static_cast<int>(HardEvent::MAX);
+constexpr int kEventIds = 8;
+
+using Clock = std::array<uint32_t, kPipes>;
+
+inline const char* name(pipe_t pipe)
+{
+    static const char* const names[] = {"S", "V", "MTE2", "MTE3", "ALL"};
+    return names[pipe];
+}
+
+struct Ends {
+    pipe_t from, to;
+};
+
+constexpr Ends ends(HardEvent event)
+{
+    constexpr Ends table[kEvents] = {
+        {PIPE_MTE2, PIPE_V}, {PIPE_V, PIPE_MTE2}, {PIPE_MTE3, PIPE_V},    {PIPE_V, PIPE_MTE3},
+        {PIPE_S, PIPE_V},    {PIPE_V, PIPE_S},    {PIPE_S, PIPE_MTE2},    {PIPE_MTE2, PIPE_S},
+        {PIPE_S, PIPE_MTE3}, {PIPE_MTE3, PIPE_S}, {PIPE_MTE2, PIPE_MTE3}, {PIPE_MTE3, PIPE_MTE2},
+    };
+    return table[static_cast<int>(event)];
+}
+
+inline std::string name(HardEvent event)
+{
+    return std::string(name(ends(event).from)) + "_" + name(ends(event).to);
+}
+
+// The clocks of one core and its flags: eight ids for each ordered pair of pipes.
+class Clocks {
+public:
+    // Numbers the next instruction of a pipe.
+    uint32_t issue(pipe_t pipe) { return ++now_[pipe]; }
+
+    // Does the next instruction of `pipe` run after instruction `time` of `other`? The scalar unit
+    // runs its own instructions strictly one after the other; the other pipes need a barrier.
+    bool ordered(pipe_t pipe, pipe_t other, uint32_t time) const
+    {
+        return (pipe == PIPE_S && other == PIPE_S) || seen_[pipe][other] >= time;
+    }
+
+    void barrier(pipe_t pipe)
+    {
+        if (pipe == PIPE_ALL) {
+            seen_.fill(now_);
+        } else {
+            seen_[pipe][pipe] = now_[pipe];
+        }
+    }
+
+    // What a pipe has finished and knows to be finished, as of its latest instruction.
+    Clock snapshot(pipe_t pipe) const
+    {
+        Clock clock = seen_[pipe];
+        clock[pipe] = now_[pipe];
+        return clock;
+    }
+
+    void learn(pipe_t pipe, const Clock& clock)
+    {
+        for (int q = 0; q < kPipes; ++q) {
+            seen_[pipe][q] = std::max(seen_[pipe][q], clock[q]);
+        }
+    }
+
+    // An id for a flag that nobody holds; queues and AllocEventID draw from the same eight.
+    TEventID allocate(HardEvent event)
+    {
+        const TEventID id = free_id(event);
+        Flag& flag = at(event, id);
+        if (flag.set) {
+            fail("event id ", int(id), " of ", name(event),
+                 " is in use by SetFlag but not reserved: FetchEventID does not reserve, use "
+                 "AllocEventID");
+        }
+        flag.reserved = true;
+        return id;
+    }
+
+    // The first id that nobody has reserved.
+    TEventID free_id(HardEvent event)
+    {
+        for (int id = 0; id < kEventIds; ++id) {
+            if (!at(event, id).reserved) {
+                return static_cast<TEventID>(id);
+            }
+        }
+        fail("all 8 event ids of ", name(event), " are in use: too many buffers or events at once");
+    }
+
+    void release(HardEvent event, int id)
+    {
+        Flag& flag = at(event, id);
+        if (!flag.reserved) {
+            fail("ReleaseEventID: event id ", id, " of ", name(event), " was not allocated");
+        }
+        if (flag.set) {
+            fail("ReleaseEventID: event id ", id, " of ", name(event),
+                 " was set and is not waited for");
+        }
+        flag.reserved = false;
+    }
+
+    void set(HardEvent event, int id)
+    {
+        Flag& flag = at(event, id);
+        if (flag.set) {
+            fail("SetFlag ", name(event), " id ", id,
+                 ": set twice without a WaitFlag between (the second is lost)");
+        }
+        flag.set = true;
+        flag.clock = snapshot(ends(event).from);
+    }
+
+    void wait(HardEvent event, int id)
+    {
+        Flag& flag = at(event, id);
+        if (!flag.set) {
+            fail("WaitFlag ", name(event), " id ", id,
+                 ": no SetFlag before it (the core would hang)");
+        }
+        flag.set = false;
+        learn(ends(event).to, flag.clock);
+    }
+
+    // At the end of a block: a flag left set would be met by the next kernel.
+    void check_all_waited_for(bool reserved_too) const
+    {
+        for (int e = 0; e < kEvents; ++e) {
+            for (int id = 0; id < kEventIds; ++id) {
+                const Flag& flag = flags_[e][id];
+                if (flag.set && !flag.by_queue) {
+                    fail("SetFlag ", name(HardEvent(e)), " id ", id,
+                         ": still set at the end of the kernel (missing WaitFlag)");
+                }
+                if (reserved_too && flag.reserved && !flag.by_queue) {
+                    fail("AllocEventID ", name(HardEvent(e)), " id ", id,
+                         ": not released at the end of the kernel");
+                }
+            }
+        }
+    }
+
+    // A queue's flags are paired by the queue itself; the framework waits for the last ones.
+    void mark_as_queue(HardEvent event, int id, bool by_queue) { at(event, id).by_queue = by_queue; }
+
+private:
+    struct Flag {
+        bool set = false, reserved = false, by_queue = false;
+        Clock clock{};
+    };
+
+    Flag& at(HardEvent event, int id)
+    {
+        if (id < 0 || id >= kEventIds) {
+            fail("event id ", id, " of ", name(event), ": must be 0 to 7");
+        }
+        return flags_[static_cast<int>(event)][id];
+    }
+
+    Clock now_{};
+    std::array<Clock, kPipes> seen_{};
+    std::array<std::array<Flag, kEventIds>, kEvents> flags_{};
+};
+
+}  // namespace twin

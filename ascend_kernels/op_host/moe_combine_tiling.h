@@ -1,0 +1,20 @@
+// What the tiling of MoeCombine hands to its kernel.
+#ifndef MOE_COMBINE_TILING_H
+#define MOE_COMBINE_TILING_H
+
+#include "register/tilingdata_base.h"
+
+namespace optiling {
+BEGIN_TILING_DATA_DEF(MoeCombineTilingData)
+    TILING_DATA_FIELD_DEF(uint32_t, tokens);          // T
+    TILING_DATA_FIELD_DEF(uint32_t, k);               // K
+    TILING_DATA_FIELD_DEF(uint32_t, slots);           // E * C
+    TILING_DATA_FIELD_DEF(uint32_t, hidden);          // H
+    TILING_DATA_FIELD_DEF(uint32_t, chunk);           // elements of a row at a time
+    TILING_DATA_FIELD_DEF(uint32_t, tileTokens);      // tokens of a part of the tables
+END_TILING_DATA_DEF;
+
+REGISTER_TILING_DATA_CLASS(MoeCombine, MoeCombineTilingData)
+}  // namespace optiling
+
+#endif  // MOE_COMBINE_TILING_H

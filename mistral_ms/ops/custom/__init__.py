@@ -1,0 +1,20 @@
+"""The operators of ``ascend_kernels`` with their gradients, as Cells.
+
+On Ascend they run from the installed operator package, by the names of their types. On CPU the very
+same kernel sources run in the library of the CPU twin, which checks every instruction: slow, and
+meant for tests. What they compute is what ``mistral_ms.ops.reference`` computes.
+"""
+
+from mistral_ms.ops.custom.library import check_installed, on_ascend, use_twin
+from mistral_ms.ops.custom.permute import Combine, Dispatch
+from mistral_ms.ops.custom.routing import AssignSlots, GatingTopK
+
+__all__ = [
+    "AssignSlots",
+    "Combine",
+    "Dispatch",
+    "GatingTopK",
+    "check_installed",
+    "on_ascend",
+    "use_twin",
+]

@@ -1,0 +1,131 @@
+"""What the operators mean, as NumPy float64 loops written apart from kernels and model.
+
+Places are counted with Python integers, one choice after the other; rows are moved one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Gating:
+    """Outputs of the gating operator."""
+
+    y_TK: Floats
+    experts_TK: Ints
+    rows_TK: Ints
+    probs_TE: Floats
+
+
+def softmax(logits_TE: Floats) -> Floats:
+    shifted = np.asarray(logits_TE, np.float64)
+    shifted = np.exp(shifted - shifted.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)
+
+
+def gating(
+    logits_TE: Floats,
+    k: int,
+    renorm: bool,
+    finished_T: NDArray[np.bool_] | None = None,
+) -> Gating:
+    """Softmax, the k best (lower expert first among equals), optionally divided by their sum."""
+    probs_TE = softmax(logits_TE)
+    T, E = probs_TE.shape
+    y_TK = np.zeros((T, k))
+    experts_TK = np.zeros((T, k), np.int32)
+    for t in range(T):
+        order = sorted(range(E), key=lambda e: (-probs_TE[t, e], e))[:k]
+        y_TK[t] = probs_TE[t, order]
+        if renorm:
+            y_TK[t] /= y_TK[t].sum()
+        experts_TK[t] = order
+        if finished_T is not None and finished_T[t]:
+            y_TK[t], experts_TK[t] = 0.0, E
+    rows_TK = np.arange(T, dtype=np.int32)[:, None] + T * np.arange(k, dtype=np.int32)
+    return Gating(y_TK, experts_TK, rows_TK, probs_TE)
+
+
+def gating_values(
+    logits_TE: Floats, experts_TK: Ints, renorm: bool, dy_TK: Floats, dprobs_TE: Floats
+) -> Floats:
+    """Per token <dy, y> + <dprobs, probs> with its experts held fixed: what the gradient is the
+    slope of. A token of padding (expert E) has no y."""
+    probs_TE = softmax(logits_TE)
+    T, E = probs_TE.shape
+    values_T = (dprobs_TE * probs_TE).sum(-1)
+    for t in range(T):
+        if experts_TK[t, 0] < E:
+            chosen = probs_TE[t, experts_TK[t]]
+            values_T[t] += (dy_TK[t] * (chosen / chosen.sum() if renorm else chosen)).sum()
+    return values_T
+
+
+@dataclass(frozen=True)
+class Places:
+    """Outputs of the capacity operator."""
+
+    rows_Q: Ints
+    sources_S: Ints
+    tokens_E: Ints
+
+
+def places(experts_TK: Ints, num_experts: int, capacity: int, choice_major: bool) -> Places:
+    """One loop over the queue: each choice takes the next free place of its expert."""
+    T, K = experts_TK.shape
+    rows = np.full(T * K, -1, np.int32)
+    sources = np.full(num_experts * capacity, -1, np.int32)
+    tokens = np.zeros(num_experts, np.int32)
+    order = [(t, k) for k in range(K) for t in range(T)] if choice_major else np.ndindex(T, K)
+    for t, k in order:
+        expert = int(experts_TK[t, k])
+        if not 0 <= expert < num_experts:
+            continue
+        place = int(tokens[expert])
+        tokens[expert] += 1
+        if place < capacity:
+            rows[t * K + k] = expert * capacity + place
+            sources[expert * capacity + place] = t * K + k
+    return Places(rows, sources, tokens)
+
+
+def dispatch(x_TH: Floats, sources_S: Ints, k: int) -> Floats:
+    out = np.zeros((len(sources_S), x_TH.shape[1]))
+    for slot, choice in enumerate(sources_S):
+        if choice >= 0:
+            out[slot] = x_TH[choice // k]
+    return out
+
+
+def combine(rows_SH: Floats, rows_Q: Ints, scales_TK: Floats) -> Floats:
+    T, K = scales_TK.shape
+    out = np.zeros((T, rows_SH.shape[1]))
+    for choice, slot in enumerate(rows_Q):
+        if slot >= 0:
+            out[choice // K] += float(scales_TK.reshape(-1)[choice]) * rows_SH[slot]
+    return out
+
+
+def dispatch_grad(dout_SH: Floats, rows_Q: Ints, k: int) -> Floats:
+    return combine(dout_SH, rows_Q, np.ones((len(rows_Q) // k, k)))
+
+
+def combine_grad(
+    dy_TH: Floats, rows_SH: Floats, rows_Q: Ints, scales_TK: Floats
+) -> tuple[Floats, Floats]:
+    K = scales_TK.shape[1]
+    drows_SH = np.zeros_like(rows_SH, dtype=np.float64)
+    dscales = np.zeros(scales_TK.size)
+    for choice, slot in enumerate(rows_Q):
+        if slot >= 0:
+            dy = dy_TH[choice // K]
+            drows_SH[slot] = float(scales_TK.reshape(-1)[choice]) * dy
+            dscales[choice] = float((dy * rows_SH[slot]).sum())
+    return drows_SH, dscales.reshape(scales_TK.shape)

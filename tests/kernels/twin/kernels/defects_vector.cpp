@@ -1,0 +1,106 @@
+// Rules of single vector instructions.
+#include "lab.h"
+
+using namespace lab;
+
+DEFECT(partial_overlap)
+{
+    Duplicate(bench.scratch(0), 1.0f, kCount);
+    PipeBarrier<PIPE_V>();
+    Adds(bench.buffer.Get<float>()[bad ? 8 : 64], bench.scratch(0), 1.0f, kCount);
+    bench.save_zeros();
+}
+
+DEFECT(gather_offset_inside_an_element)
+{
+    Duplicate(bench.scratch(0), 1.0f, kCount);
+    Duplicate(bench.scratch<uint32_t>(1), bad ? 6u : 4u, 8);
+    PipeBarrier<PIPE_V>();
+    Gather(bench.scratch(2), bench.scratch(0), bench.scratch<uint32_t>(1), 0, 8);
+    bench.save_zeros();
+}
+
+DEFECT(gather_past_buffer)
+{
+    Duplicate(bench.scratch(0), 1.0f, kCount);
+    Duplicate(bench.scratch<uint32_t>(1), bad ? 256u : 252u, 8);
+    PipeBarrier<PIPE_V>();
+    Gather(bench.scratch(2), bench.scratch(0), bench.scratch<uint32_t>(1), 0, 8);
+    bench.save_zeros();
+}
+
+DEFECT(compare_part_of_a_repeat)
+{
+    Duplicate(bench.scratch(0), 1.0f, kCount);
+    PipeBarrier<PIPE_V>();
+    CompareScalar(bench.scratch<uint8_t>(1), bench.scratch(0), 1.0f, CMPMODE::EQ, bad ? 32 : 64);
+    bench.save_zeros();
+}
+
+DEFECT(compare_integers)
+{
+    Duplicate(bench.scratch<int32_t>(0), 1, kCount);
+    PipeBarrier<PIPE_V>();
+    Compare(bench.scratch<uint8_t>(1), bench.scratch<int32_t>(0), bench.scratch<int32_t>(0),
+            bad ? CMPMODE::LT : CMPMODE::EQ, kCount);
+    bench.save_zeros();
+}
+
+DEFECT(compare_with_a_mask)
+{
+    Duplicate(bench.scratch(0), 1.0f, kCount);
+    PipeBarrier<PIPE_V>();
+    Compare(bench.scratch<uint8_t>(1), bench.scratch(0), bench.scratch(0), CMPMODE::EQ,
+            static_cast<uint64_t>(bad ? 8 : 64), 1, {});
+    bench.save_zeros();
+}
+
+DEFECT(select_mode)
+{
+    Duplicate(bench.scratch(0), 1.0f, kCount);
+    PipeBarrier<PIPE_V>();
+    CompareScalar(bench.scratch<uint8_t>(1), bench.scratch(0), 1.0f, CMPMODE::EQ, 64);
+    PipeBarrier<PIPE_V>();
+    const SELMODE mode = bad ? SELMODE::VSEL_TENSOR_TENSOR_MODE : SELMODE::VSEL_TENSOR_SCALAR_MODE;
+    Select(bench.scratch(2), bench.scratch<uint8_t>(1), bench.scratch(0), 0.0f, mode, kCount);
+    bench.save_zeros();
+}
+
+DEFECT(mask_too_wide)
+{
+    Duplicate(bench.scratch(0), 1.0f, static_cast<uint64_t>(bad ? 65 : 64), 1, 1, 8);
+    bench.save_zeros();
+}
+
+DEFECT(repeats_past_buffer)
+{
+    Duplicate(bench.buffer.Get<float>(), 1.0f, 64ull, bad ? 5 : 4, 1, 8);
+    bench.save_zeros();
+}
+
+DEFECT(reduce_repeats)
+{
+    Duplicate(bench.scratch(0), 1.0f, kCount);
+    PipeBarrier<PIPE_V>();
+    WholeReduceSum(bench.scratch(1), bench.scratch(0), 64, bad ? 256 : 1, 1, 1, 0);
+    bench.save_zeros();
+}
+
+DEFECT(cast_mode)
+{
+    Duplicate(bench.scratch(0), 1.0f, kCount);
+    PipeBarrier<PIPE_V>();
+    Cast(bench.scratch<int32_t>(1), bench.scratch(0),
+         bad ? RoundMode::CAST_NONE : RoundMode::CAST_RINT, kCount);
+    bench.save_zeros();
+}
+
+DEFECT(tensor_without_a_buffer)
+{
+    LocalTensor<float> nothing;
+    if (!bad) {
+        nothing = bench.scratch(0);
+    }
+    Duplicate(nothing, 1.0f, 8);
+    bench.save_zeros();
+}

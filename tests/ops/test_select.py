@@ -1,0 +1,83 @@
+"""One value decides which implementation runs; it is logged once, and an error if missing."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from mistral_ms.config import RoutingConfig
+from mistral_ms.config.base import validate
+from mistral_ms.errors import ConfigError, KernelError
+from mistral_ms.moe import LocalDispatcher
+from mistral_ms.ops import cann, custom, reference, select
+from mistral_ms.ops.custom import library
+
+OPERATIONS = {
+    "gating_top_k": lambda kernels: select.gating_top_k(kernels, 2, True),
+    "assign_slots": lambda kernels: select.assign_slots(kernels, 8, False),
+    "dispatch": select.dispatch,
+    "combine": select.combine,
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(select, "_logged", set())
+    monkeypatch.setattr(library, "_chosen", [])
+    monkeypatch.setattr(library, "TWIN", tmp_path / "libmistral_ms_twin.so")
+    monkeypatch.setattr(library, "PACKAGE_RECORD", tmp_path / "opp_path.txt")
+
+
+def test_the_reference_is_the_default():
+    dispatcher = LocalDispatcher(8, RoutingConfig())
+    assert type(dispatcher.place_rows) is reference.Dispatch
+    assert type(dispatcher.add_up) is reference.Combine
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_choice_is_logged_once(operation, caplog):
+    with caplog.at_level(logging.INFO, logger="mistral_ms.ops.select"):
+        for _ in range(3):
+            OPERATIONS[operation]("reference")
+    assert [record.message for record in caplog.records] == [f"{operation}: reference"]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_custom_without_a_build_says_how_to_build(operation):
+    with pytest.raises(KernelError, match=r"missing: .*twin.so: .*build_kernels.sh --target twin"):
+        OPERATIONS[operation]("custom")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_cann_exists_on_ascend_only(operation):
+    with pytest.raises(KernelError, match=f"missing: {operation}: kernels=cann: .*Ascend only"):
+        OPERATIONS[operation]("cann")
+
+
+def test_custom_on_ascend_wants_the_installed_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "on_ascend", lambda: True)
+    with pytest.raises(KernelError, match=r"opp_path.txt: .*build_kernels.sh --target npu"):
+        custom.check_installed()
+    library.PACKAGE_RECORD.write_text(f"{tmp_path / 'gone'}\n")
+    with pytest.raises(KernelError, match=r"gone: .*build_kernels.sh --target npu"):
+        custom.check_installed()
+    library.PACKAGE_RECORD.write_text(f"{tmp_path}\n")
+    custom.check_installed()
+
+
+def test_cann_has_one_match_and_the_log_says_what_else_runs(monkeypatch, caplog):
+    monkeypatch.setattr(custom, "on_ascend", lambda: True)
+    with caplog.at_level(logging.INFO, logger="mistral_ms.ops.select"):
+        cells = {name: make("cann") for name, make in OPERATIONS.items()}
+    assert type(cells["gating_top_k"]) is cann.GatingTopK
+    assert type(cells["dispatch"]) is reference.Dispatch
+    messages = [record.message for record in caplog.records]
+    assert messages[0] == "gating_top_k: cann"
+    for name, message in zip(list(OPERATIONS)[1:], messages[1:], strict=True):
+        assert message == f"{name}: reference (CANN has no matching primitive)"
+
+
+def test_another_value_is_refused_by_the_configuration():
+    with pytest.raises(ConfigError, match="kernels"):
+        validate(RoutingConfig, {"kernels": "fastest"}, "run.yaml")
