@@ -9,6 +9,7 @@ from conftest import switch_mode
 from mindspore import Tensor
 from support.configs import model as model_config
 from support.moe import moe_config, moe_layer
+from support.training import run_steps
 
 from mistral_ms.config import OptimizerConfig, RoutingConfig, TrainingConfig
 from mistral_ms.datasets import InMemoryWindows
@@ -99,7 +100,7 @@ def test_a_tiny_model_trains_as_with_the_reference():
             parameter.set_data(Tensor(values.astype(np.float32)))
         update = TrainStep(model, training)
         data = InMemoryWindows(text, 16, 2, 0)
-        steps = [update(step, data.batch(step)) for step in range(training.steps)]
+        steps = run_steps(update, data, training.steps)
         losses[kernels] = np.array([(s.lm_loss, s.aux_loss, s.z_loss) for s in steps])
         assert any(step.dropped_fraction > 0 for step in steps)
     assert losses["custom"][-1, 0] < losses["custom"][0, 0] - 0.1, "it must learn"
