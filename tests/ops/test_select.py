@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 
+import mindspore as ms
+import numpy as np
 import pytest
+from mindspore import Tensor
 
 from mistral_ms.config import RoutingConfig
 from mistral_ms.config.base import validate
@@ -81,3 +84,27 @@ def test_cann_has_one_match_and_the_log_says_what_else_runs(monkeypatch, caplog)
 def test_another_value_is_refused_by_the_configuration():
     with pytest.raises(ConfigError, match="kernels"):
         validate(RoutingConfig, {"kernels": "fastest"}, "run.yaml")
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_what_surrounds_the_primitive_of_cann_is_the_reference(normalize):
+    """The primitive runs on Ascend only; with its experts found otherwise, the rest runs here."""
+    rng = np.random.default_rng(0)
+    logits = Tensor((2 * rng.normal(size=(9, 6))).astype(np.float32))
+    mix, share = (Tensor(rng.normal(size=(9, n)).astype(np.float32)) for n in (2, 6))
+    cell = cann.GatingTopK(2, normalize)
+    cell.find = lambda x, finished, k: (None, reference.gating_top_k(x, k, True)[1], None)
+
+    def loss(gating):
+        def total(x):
+            weights, experts, probs = gating(x)
+            return (weights * mix).sum() + (probs * share).sum(), experts
+
+        return ms.value_and_grad(total, has_aux=True)(logits)
+
+    (want, chosen), gradient = loss(lambda x: reference.gating_top_k(x, 2, normalize))
+    (got, experts), found = loss(cell)
+    np.testing.assert_array_equal(experts.numpy(), chosen.numpy())
+    # float32 sums of a few terms of size one, in another order
+    np.testing.assert_allclose(got.numpy(), want.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(found.numpy(), gradient.numpy(), atol=1e-6)

@@ -37,6 +37,8 @@ CAUGHT = {
     "no_bursts": "DataCopyPad GM->UB: blockCount 0 is not in 1 to 4095",
     "empty_burst": "DataCopyPad GM->UB: blockLen 0 is not in 1 to 2097151",
     "wide_padding": "DataCopyPad GM->UB: more than 32 bytes of padding",
+    "burst_starts_inside_an_element": "GM->UB: a burst starts inside an element of global memory",
+    "stored_burst_starts_inside_an_element": "UB->GM: a burst starts inside an element of global",
     # values nobody has written
     "uninitialised_ub": r"Adds: reads UB byte \d+, which nobody has written",
     "uninitialised_scalar": r"GetValue: reads UB byte \d+, which nobody has written",
@@ -53,6 +55,7 @@ CAUGHT = {
     "freed_in_the_queue": "FreeTensor: the tensor is still in the queue",
     "another_queue": "FreeTensor: the tensor belongs to another queue",
     "used_after_free": "Adds: the tensor is used after FreeTensor",
+    "handle_of_an_earlier_round": "FreeTensor: the tensor was freed and its buffer allocated anew",
     "queue_without_buffers": "AllocTensor: the queue was never given buffers",
     "queue_deeper_than_said": "EnQue: more than 1 tensors in a queue of depth 1",
     # events
@@ -79,6 +82,7 @@ CAUGHT = {
     "load_before_own_store": "hazard in global memory: pipe MTE2 .* own store on pipe MTE3",
     "scalar_load_before_own_store": "hazard in global memory: pipe S .* own store on pipe MTE3",
     "atomic_left_on": "SetAtomicAdd: still on at the end",
+    "atomic_of_a_type_that_cannot_add": "SetAtomicAdd: this type cannot be added",
     # between blocks
     "two_blocks_write": r"race between blocks \d \(writes\) and \d \(writes\) at byte 0 of o1",
     "read_without_sync_all": r"race between blocks 0 \(writes\) and 1 \(reads\)|"
@@ -93,6 +97,8 @@ CAUGHT = {
     "compare_integers": "Compare: int32 can only be compared by EQ",
     "compare_with_a_mask": "Compare: in the repeat form the mask must cover all 64 elements",
     "select_mode": "Select: with a scalar the mode is VSEL_TENSOR_SCALAR_MODE",
+    "select_two_tensors_by_scalar": "Select: VSEL_TENSOR_SCALAR_MODE takes a scalar",
+    "gather_mask_without_counter": "GatherMask: the twin knows counter mode",
     "mask_too_wide": "Duplicate: mask 65 is not in 1 to 64",
     "repeats_past_buffer": "Duplicate: elements 256 to 264 leave the buffer of 256",
     "reduce_repeats": "WholeReduceSum: repeatTimes 256 is not in 0 to 255",

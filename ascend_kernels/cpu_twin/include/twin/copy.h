@@ -107,7 +107,7 @@ void store_bursts(Instruction& save, const GlobalTensor<T>& destination,
     for (size_t b = 0; b < bursts; ++b) {
         const size_t from = b * (length + source_gap), to = b * (length + destination_gap);
         if (to % sizeof(T)) {
-            fail(save.what(), ": a burst ends inside an element of global memory");
+            fail(save.what(), ": a burst starts inside an element of global memory");
         }
         const T* row = save.in(source, from / sizeof(T), length / sizeof(T));
         T* address = destination.touch_at(PIPE_MTE3, save.time(), to / sizeof(T), length, true,

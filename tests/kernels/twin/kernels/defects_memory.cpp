@@ -239,3 +239,20 @@ DEFECT(wide_padding)
     DataCopyPad(bench.scratch(0), bench.x, {1, 8, 0, 0, 0}, {true, 0, right, 0.0f});
     bench.save_zeros();
 }
+
+DEFECT(burst_starts_inside_an_element)
+{
+    DataCopyPad(bench.scratch(0), bench.x, {2, 8, bad ? 2u : 4u, 0, 0}, {false, 0, 0, 0.0f});
+    bench.save_zeros();
+}
+
+DEFECT(stored_burst_starts_inside_an_element)
+{
+    LocalTensor<float> b = bench.out.AllocTensor<float>();
+    Duplicate(b, 1.0f, kCount);
+    bench.out.EnQue(b);
+    b = bench.out.DeQue<float>();
+    DataCopy(bench.y, b, kCount);
+    DataCopyPad(bench.y, b, {2, 8, 0, bad ? 2u : 4u, 0});
+    bench.out.FreeTensor(b);
+}

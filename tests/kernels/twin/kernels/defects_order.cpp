@@ -407,3 +407,35 @@ DEFECT(sync_all_without_a_block)
         SyncAll();
     }
 }
+
+// The handle of an earlier round, after its buffer went round the queue once more.
+DEFECT(handle_of_an_earlier_round)
+{
+    LocalTensor<float> old = bench.load();
+    LocalTensor<float> again = old;
+    bench.in.FreeTensor(old);
+    LocalTensor<float> second = bench.load();
+    bench.in.FreeTensor(second);
+    LocalTensor<float> third = bench.load();  // the buffer of the first
+    if (bad) {
+        bench.in.FreeTensor(again);
+    } else {
+        bench.in.FreeTensor(third);
+    }
+    bench.save_zeros();
+}
+
+DEFECT(atomic_of_a_type_that_cannot_add)
+{
+    bench.save_zeros();
+    PipeBarrier<PIPE_ALL>();
+    SetAtomicAdd<float>();
+    if (bad) {
+        GlobalTensor<uint32_t> bits;
+        bits.SetGlobalBuffer(reinterpret_cast<uint32_t*>(bench.y_bytes), kCount);
+        Duplicate(bench.scratch<uint32_t>(0), 1u, kCount);
+        PipeBarrier<PIPE_ALL>();
+        DataCopy(bits, bench.scratch<uint32_t>(0), kCount);
+    }
+    SetAtomicNone();
+}

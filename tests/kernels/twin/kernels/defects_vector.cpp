@@ -104,3 +104,25 @@ DEFECT(tensor_without_a_buffer)
     Duplicate(nothing, 1.0f, 8);
     bench.save_zeros();
 }
+
+DEFECT(gather_mask_without_counter)
+{
+    Duplicate(bench.scratch(0), 1.0f, kCount);
+    Duplicate(bench.scratch<uint32_t>(1), 0xffffffffu, 8);
+    PipeBarrier<PIPE_V>();
+    uint64_t found = 0;
+    GatherMask(bench.scratch(2), bench.scratch(0), bench.scratch<uint32_t>(1), !bad, kCount,
+               {1, 1, 8, 8}, found);
+    bench.save_zeros();
+}
+
+DEFECT(select_two_tensors_by_scalar)
+{
+    Duplicate(bench.scratch(0), 1.0f, kCount);
+    Duplicate(bench.scratch<uint16_t>(1), static_cast<uint16_t>(0), 16);
+    PipeBarrier<PIPE_V>();
+    const SELMODE mode = bad ? SELMODE::VSEL_TENSOR_SCALAR_MODE : SELMODE::VSEL_TENSOR_TENSOR_MODE;
+    Select(bench.scratch(2), bench.scratch<uint8_t>(1), bench.scratch(0), bench.scratch(0), mode,
+           kCount);
+    bench.save_zeros();
+}
