@@ -1,4 +1,5 @@
-# make demo: the main job. make test: everything that must hold. Both need Python 3.11 and pip only.
+# make demo: the main job. make test: everything that must hold. Both need Python 3.11 and pip only
+# (g++ lets the tests run the AscendC operators on their CPU twin).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
