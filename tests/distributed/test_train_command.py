@@ -1,0 +1,126 @@
+"""``train`` under msrun as users run it: four processes, one voice, a whole checkpoint."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from distributed.harness import end, environment, free_port, tails
+
+from mistral_ms.checkpoint import CheckpointSeries, open_checkpoint
+from mistral_ms.data import demo_text
+from mistral_ms.training import read_metrics
+
+ROOT = Path(__file__).parents[2]
+WORKERS, TIMEOUT = 4, 400
+RUN = dict(
+    model=dict(
+        vocab_size=32000, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+        moe=dict(num_local_experts=4),
+    ),
+    data=dict(inputs=["text.txt"], tokenizer="packaged-v1"),
+    routing=dict(policy="capacity", aux_loss="per_layer"),
+    training=dict(
+        steps=6, seq_length=16, global_batch_size=4, aux_coef=0.02,
+        optimizer=dict(learning_rate=1e-3), schedule=dict(kind="constant"),
+    ),
+    checkpoint=dict(every=4),
+)  # fmt: skip
+LAYOUT = ["parallel.dp=2", "parallel.ep=2", "parallel.mp=2"]
+
+
+def alone(root, *arguments):
+    command = [sys.executable, str(ROOT / "run_mixtral.py"), "train", "--config", "run.yaml"]
+    return subprocess.run(
+        [*command, *arguments], cwd=root, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The same run by four processes, and by one with the same dispatch groups."""
+    root = tmp_path_factory.mktemp("command")
+    (root / "text.txt").write_text(demo_text()[:3000])
+    (root / "run.yaml").write_text(yaml.safe_dump(RUN))
+    one = alone(root, "training.micro_batches=2", "output=one")
+    assert one.returncode == 0, one.stdout + one.stderr
+    command = [
+        str(Path(sys.executable).parent / "msrun"), f"--worker_num={WORKERS}",
+        f"--local_worker_num={WORKERS}", f"--master_port={free_port()}", "--log_dir=logs",
+        "--join=True", "--cluster_time_out=60", str(ROOT / "run_mixtral.py"), "train",
+        "--config", "run.yaml", *LAYOUT, "output=four", "--json", "four.json",
+    ]  # fmt: skip
+    with (root / "msrun.log").open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=root, env=environment(), stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(TIMEOUT)
+        finally:
+            end(process)
+    assert code == 0, tails(root / "logs")
+    return SimpleNamespace(root=root, said=(root / "msrun.log").read_text())
+
+
+def test_the_course_is_that_of_one_process(trained):
+    one, four = (read_metrics(trained.root / name / "metrics.jsonl") for name in ("one", "four"))
+    for field in ("loss", "lm_loss", "aux_loss", "grad_norm", "epoch", "dropped_fraction"):
+        got, want = ([getattr(record, field) for record in each] for each in (four, one))
+        # sums of float32 in another order
+        np.testing.assert_allclose(got, want, rtol=1e-4 if field == "grad_norm" else 1e-5)
+    assert [r.expert_load for r in four] == [r.expert_load for r in one]
+
+
+def test_the_checkpoint_is_whole_and_any_layout_goes_on_from_it(trained):
+    checkpoints = [
+        CheckpointSeries(trained.root / name / "checkpoints").newest().path
+        for name in ("one", "four")
+    ]
+    with open_checkpoint(checkpoints[0]) as one, open_checkpoint(checkpoints[1]) as four:
+        assert one.names() == four.names()
+        for name in one.names():
+            want, got = np.float64(one.read(name)), np.float64(four.read(name))
+            # as in test_training: Adam makes full steps of rounding noise
+            assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want), name
+    done = alone(trained.root, "--resume", "four", "training.micro_batches=2", "training.steps=8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "parallel.dp: 2 before, 1 from here on" in done.stdout
+    reference = alone(trained.root, "training.micro_batches=2", "training.steps=8", "output=eight")
+    assert reference.returncode == 0, reference.stdout + reference.stderr
+    got, want = (
+        [r.lm_loss for r in read_metrics(trained.root / name / "metrics.jsonl")]
+        for name in ("four", "eight")
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_one_process_speaks_and_writes(trained):
+    lines = [x for x in trained.said.splitlines() if x.startswith("lm loss")]
+    assert len(lines) == 1
+    summary = json.loads((trained.root / "four.json").read_text())
+    assert summary["world_size"] == WORKERS
+    names = {p.name for p in (trained.root / "four").iterdir() if "backend" not in p.name}
+    assert names >= {"metrics.jsonl", "checkpoints", "summary.json", "figures", "tensorboard"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.dp=2"], "must be the number of processes (1)"),
+        (["parallel.dp=3", "parallel.ep=2"], "ep (2) must divide dp (3)"),
+        (["parallel.dp=8"], "(8 * 1) must divide training.global_batch_size (4)"),
+        (["parallel.pp=2"], "not known yet: parallel.pp: 2: training knows 1 so far"),
+        (["parallel.mp=3"], "num_attention_heads"),
+    ],
+)
+def test_a_layout_that_cannot_be(trained, overrides, message):
+    done = alone(trained.root, *overrides, "output=impossible")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (trained.root / "impossible").exists()
