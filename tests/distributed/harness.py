@@ -20,6 +20,8 @@ import pytest
 
 HERE = Path(__file__).parent
 TAIL = 40
+MARK = "MISTRAL_MS_TEST_RUN"
+"""Variable of the environment that all processes of a run have."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def run(script: str, workers: int, directory: Path, timeout: int) -> Report:
         process = subprocess.Popen(
             command,
             cwd=directory,
-            env=environment(),
+            env=environment(directory),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -75,7 +77,7 @@ def run(script: str, workers: int, directory: Path, timeout: int) -> Report:
         except subprocess.TimeoutExpired:
             code, ending = 1, f"no end after {timeout} s"
         finally:
-            end(process)
+            end(process, directory)
     results = [directory / f"rank_{rank}.npz" for rank in range(workers)]
     missing = [path.stem for path in results if not path.exists()]
     if code or missing:
@@ -83,15 +85,27 @@ def run(script: str, workers: int, directory: Path, timeout: int) -> Report:
     return Report(tuple(dict(np.load(path)) for path in results))
 
 
-def end(process: subprocess.Popen) -> None:
-    """Ends msrun and the workers that it left behind: they share its session."""
+def end(process: subprocess.Popen, directory: Path) -> None:
+    """Ends msrun and the workers that it left behind.
+
+    msrun gives every worker a session of its own; they are found by the mark in their environment.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    mark = f"{MARK}={directory}".encode()
+    for found in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or is not ours to read
+            if mark in found.read_bytes().split(b"\0"):
+                os.kill(int(found.parent.name), signal.SIGKILL)
 
 
-def environment() -> dict[str, str]:
-    """The Python that runs the tests for the workers, one thread each, the tests importable."""
+def environment(directory: Path) -> dict[str, str]:
+    """The Python that runs the tests for the workers, one thread each, the tests importable.
+
+    Args:
+        directory: of the run; marks its processes.
+    """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     roots = [str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     return {
@@ -99,6 +113,7 @@ def environment() -> dict[str, str]:
         "PATH": path,
         "PYTHONPATH": os.pathsep.join(filter(None, roots)),
         "OMP_NUM_THREADS": "1",
+        MARK: str(directory),
         "GLOG_v": "3",
     }
 

@@ -57,13 +57,13 @@ def trained(tmp_path_factory):
     ]  # fmt: skip
     with (root / "msrun.log").open("w") as output:
         process = subprocess.Popen(
-            command, cwd=root, env=environment(), stdout=output, stderr=subprocess.STDOUT,
+            command, cwd=root, env=environment(root), stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         try:
             code = process.wait(TIMEOUT)
         finally:
-            end(process)
+            end(process, root)
     assert code == 0, tails(root / "logs")
     return SimpleNamespace(root=root, said=(root / "msrun.log").read_text())
 
