@@ -56,5 +56,7 @@ class BackgroundWriter:
     ) -> None:
         """Finishes the save that is running, even on the way out of an error."""
         self._pool.shutdown()
-        if kind is None:
+        if error is None:
             self._wait()
+        elif self._running is not None and (failure := self._running.exception()) is not None:
+            error.add_note(f"and the checkpoint that was being written failed: {failure}")

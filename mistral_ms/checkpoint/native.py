@@ -59,6 +59,10 @@ def save_native(
     groups = {"model": weights}
     for stem, extra in (extra_tensors or {}).items():
         groups[stem] = [_entry(*tensor) for tensor in extra]
+        if not groups[stem]:
+            raise CheckpointError(
+                "no tensors", where=path, value=stem, rule="a further set has at least one"
+            )
     with TargetDirectory(path, overwrite=overwrite, manifest=True) as target:
         target.write_json(*encode_config(config, "mistral_ms"))
         for name, content in (extra_files or {}).items():

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral_ms.checkpoint.files import MANIFEST
+from mistral_ms.checkpoint.files import MANIFEST, unknown_entries
 from mistral_ms.checkpoint.manifest import read_manifest, verify_digests
+from mistral_ms.checkpoint.source import open_checkpoint
 from mistral_ms.errors import CheckpointError
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -68,6 +69,7 @@ class CheckpointSeries:
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, not {keep_last}")
         self.directory, self.keep_last = Path(directory), keep_last
+        self._damaged: set[Path] = set()  # found out by newest()
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of ``step`` is, or would be."""
@@ -98,6 +100,7 @@ class CheckpointSeries:
             path = self.path(step)
             if (reason := _defect(path, progress)) is None:
                 return Found(path, step, tuple(passed_over))
+            self._damaged.add(path)
             passed_over.append(PassedOver(path, reason))
         if passed_over:
             raise CheckpointError(
@@ -126,11 +129,18 @@ class CheckpointSeries:
                 and an old one could not be removed.
         """
         path = self.path(step)
+        if path.is_symlink():
+            raise CheckpointError(
+                "cannot write",
+                where=path,
+                value=f"a link to {path.resolve()}",
+                rule="what a link leads to is not replaced",
+                todo="remove the link",
+            )
         write(path)
+        self._damaged.discard(path)
         if self.keep_last is not None:
-            # only what is whole counts: a damaged one must not push a good one out
-            whole = [each for each in self.steps() if _is_complete(self.path(each))]
-            older = [each for each in whole if each < step]
+            older = [each for each in self.steps() if each < step and self._counts(each)]
             for each in older[: max(0, len(older) + 1 - self.keep_last)]:
                 self._prune(self.path(each))
         return path
@@ -154,6 +164,15 @@ class CheckpointSeries:
                 shutil.rmtree(path, ignore_errors=True)
             dealt_with.append(path)
         return tuple(dealt_with)
+
+    def _counts(self, step: int) -> bool:
+        """Whether a checkpoint is among those of which some are kept and the rest removed.
+
+        A damaged one must not push a good one out; and one that somebody put files of his own
+        into is not ours to remove.
+        """
+        path = self.path(step)
+        return path not in self._damaged and _is_complete(path) and not unknown_entries(path)
 
     def _leftovers(self) -> Iterator[tuple[int, Path]]:
         if not self.directory.is_dir():
@@ -200,6 +219,7 @@ def _defect(path: Path, progress: Callable[[int, int], None] | None) -> str | No
     """What is wrong with a checkpoint; None when nothing is."""
     try:
         different = verify_digests(path, read_manifest(path), progress)
+        open_checkpoint(path, "mistral_ms").close()
     except CheckpointError as error:
         return str(error)
     except OSError as error:

@@ -91,8 +91,9 @@ def read_state(path: Path) -> dict[str, Any]:
     """The content of a training checkpoint's ``state.json``.
 
     Raises:
-        CheckpointError: the checkpoint is not of a training, or the file is damaged.
+        CheckpointError: the checkpoint is incomplete or not of a training, or the file is damaged.
     """
+    read_manifest(Path(path))
     if not (Path(path) / STATE).is_file():
         raise CheckpointError(
             "not a checkpoint of a training",

@@ -74,3 +74,10 @@ def test_on_the_way_out_of_an_error_the_save_is_finished_and_the_error_stays():
         writer.submit(lambda: (threading.Event().wait(0.05), done.append(1)))
         raise KeyboardInterrupt
     assert done
+
+
+def test_an_error_of_the_save_is_told_with_the_one_that_ended_the_training():
+    with pytest.raises(KeyboardInterrupt) as caught, BackgroundWriter() as writer:
+        writer.submit(failing)
+        raise KeyboardInterrupt
+    assert "disk full: somewhere" in caught.value.__notes__[0]

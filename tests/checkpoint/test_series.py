@@ -50,6 +50,9 @@ DAMAGE = {
     "an empty manifest": (lambda p: (p / "COMPLETE").write_bytes(b""), r"not JSON: .*COMPLETE"),
     "a cut manifest": (lambda p: cut(p / "COMPLETE"), r"not JSON: .*COMPLETE"),
     "another manifest": (lambda p: (p / "COMPLETE").write_text("{}"), r"damaged manifest"),
+    "a manifest of nothing": (
+        lambda p: (p / "COMPLETE").write_text('{"format": 1, "files": {}}'), r"extra shard",
+    ),
     "nothing in it": (
         lambda p: (shutil.rmtree(p), p.mkdir()), r"incomplete checkpoint: .*step-00000015",
     ),
@@ -123,6 +126,33 @@ class TestKeepLast:
         (series.path(2) / "COMPLETE").unlink()
         self.save(series, 3)
         assert series.steps() == (1, 2, 3), "1 and 3 are the two whole ones"
+
+    def test_nor_those_whose_bytes_have_changed(self, tmp_path):
+        """Of the same sizes: only reading them tells, and that was done by newest()."""
+        series = CheckpointSeries(tmp_path, keep_last=2)
+        self.save(series, 1, 2)
+        flip(series.path(2) / "model-00001-of-00001.safetensors")
+        assert series.newest().step == 1
+        self.save(series, 3)
+        assert series.steps() == (1, 2, 3)
+        self.save(series, 2)  # the training comes by again
+        self.save(series, 4)
+        assert series.steps() == (3, 4)
+
+    def test_somebodys_own_files_are_not_removed(self, tmp_path):
+        series = CheckpointSeries(tmp_path, keep_last=1)
+        self.save(series, 1)
+        (series.path(1) / "notes.txt").write_text("mine")
+        self.save(series, 2, 3)
+        assert series.steps() == (1, 3)
+        assert (series.path(1) / "notes.txt").read_text() == "mine"
+
+    def test_what_a_link_leads_to_is_not_replaced(self, series, tmp_path):
+        write_checkpoint(tmp_path / "elsewhere", 1)
+        series.path(20).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(CheckpointError, match=r"cannot write: .*20: a link to .*elsewhere"):
+            series.save(20, lambda path: write_checkpoint(path, 2))
+        assert contents(tmp_path / "elsewhere") == TENSORS(1)
 
     def test_what_comes_later_stays(self, tmp_path):
         """A training that went back to step 1 must not lose what it may still need."""

@@ -69,7 +69,22 @@ def test_an_index_that_promises_more(saved):
         open_tensor_set(saved, "optimizer")
 
 
-def test_weights_alone_are_no_training(saved):
-    (saved / "state.json").unlink()
+def test_weights_alone_are_no_training(tmp_path):
+    weights, _ = arrays(1)
+    save_native(tmp_path / "c", CONFIG, [(n, a.shape, "float32", a) for n, a in weights.items()])
     with pytest.raises(CheckpointError, match=r"not a checkpoint of a training: .*init_from"):
+        read_state(tmp_path / "c")
+
+
+def test_nothing_is_read_from_an_incomplete_checkpoint(saved):
+    (saved / "COMPLETE").unlink()
+    with pytest.raises(CheckpointError, match="incomplete checkpoint"):
         read_state(saved)
+
+
+def test_an_empty_set_is_refused(tmp_path):
+    weights, _ = arrays(1)
+    tensors = [(n, a.shape, "float32", a) for n, a in weights.items()]
+    with pytest.raises(CheckpointError, match=r"no tensors: .*: optimizer: .*at least one"):
+        save_native(tmp_path / "c", CONFIG, tensors, extra_tensors={"optimizer": []})
+    assert not (tmp_path / "c").exists()
