@@ -111,7 +111,7 @@ class TestFailedCheck:
 
 class TestChecks:
     def summary(self, first, final):
-        return TrainingSummary(first, final, 1.0, 10, 1.0, 1.0)
+        return TrainingSummary(first, final, 1.0, 10, 0, 1.0, 1.0, True, 1)
 
     @pytest.mark.parametrize(
         ("first", "final", "learns", "held"),
