@@ -67,11 +67,12 @@ class RunConfig(Frozen):
                 f"model.max_position_embeddings ({longest})"
             )
         batch, groups = self.training.global_batch_size, self.training.micro_batches
-        if batch % (self.parallel.dp * groups):
-            raise ValueError(
-                f"parallel.dp * training.micro_batches ({self.parallel.dp} * {groups}) must divide "
-                f"training.global_batch_size ({batch})"
-            )
+        copies = self.parallel.interleave
+        if batch % (self.parallel.dp * groups * copies):
+            names, values = "parallel.dp * training.micro_batches", f"{self.parallel.dp} * {groups}"
+            if copies > 1:
+                names, values = f"{names} * parallel.interleave", f"{values} * {copies}"
+            raise ValueError(f"{names} ({values}) must divide training.global_batch_size ({batch})")
         self.parallel.check(self.model)
         return self
 

@@ -5,6 +5,7 @@ from mistral_ms.models.causal_lm import CausalLM, NextTokenLogits
 from mistral_ms.models.objective import LossReport, Objective
 from mistral_ms.models.parts import Parts
 from mistral_ms.models.scores import Scores
+from mistral_ms.models.segment import Segment
 
 __all__ = [
     "CausalLM",
@@ -14,4 +15,5 @@ __all__ = [
     "Objective",
     "Parts",
     "Scores",
+    "Segment",
 ]

@@ -24,6 +24,7 @@ from mistral_ms.layers import (
 )
 from mistral_ms.models.block import DecoderBlock
 from mistral_ms.models.parts import Parts
+from mistral_ms.models.segment import Segment
 from mistral_ms.moe import RouterSums
 
 _gather = ops.Gather()
@@ -41,6 +42,11 @@ class CausalLM(nn.Cell):
         positions: rows of the rotary tables; the model's max_position_embeddings when None.
         parts: makes the pieces; those of one device when None. A maker knows its own dtype and
             routing, which must then be these.
+        segment: the run of layers that this is; the whole model when None. What it does not hold
+            does not exist: without the embedding it is given hidden states instead of tokens.
+
+    Raises:
+        ConfigError: a segment of a model whose embedding is its head, too.
     """
 
     def __init__(
@@ -52,22 +58,26 @@ class CausalLM(nn.Cell):
         dtype: str = "float32",
         positions: int | None = None,
         parts: Parts | None = None,
+        segment: Segment | None = None,
     ) -> None:
         super().__init__()
         self.config = config
+        self.segment = Segment.whole(config) if segment is None else segment
+        self.segment.check(config)
         parts = Parts(config, routing, cache, dtype) if parts is None else parts
-        self.embed_tokens = parts.embedding()
-        self.layers = nn.CellList(
-            [DecoderBlock(parts, layer) for layer in range(config.num_hidden_layers)]
-        )
-        self.norm = parts.norm()
+        if self.segment.embeds:
+            self.embed_tokens = parts.embedding()
+        self.layers = nn.CellList([DecoderBlock(parts, layer) for layer in self.segment.layers])
         self.tied = config.tie_word_embeddings
-        if not self.tied:
-            self.lm_head = parts.head()
+        self.predicts = self.segment.predicts
+        if self.predicts:
+            self.norm = parts.norm()
+            if not self.tied:
+                self.lm_head = parts.head()
         rows = config.max_position_embeddings if positions is None else positions
         self.rotary = RotaryTable(config, rows)
         self.sliding_window = config.sliding_window
-        self.sparse = bool(config.sparse_layers)
+        self.sparse = any(layer.sparse for layer in self.layers)
         self.cached = cache is not None
         if cache is not None:
             self.key_positions = KeyPositions(cache, config.num_key_value_heads)
@@ -93,7 +103,18 @@ class CausalLM(nn.Cell):
             The states, and the sums stacked over the sparse layers, [layers, E] and [layers];
             None for a dense model.
         """
-        x_TH = self.embed_tokens(ids_BS.reshape(-1))
+        return self.decode(self.embed(ids_BS), positions_BS, segments_BS)
+
+    def embed(self, ids_BS: Tensor) -> Tensor:
+        """[B * S, H] of int32 tokens."""
+        return self.embed_tokens(ids_BS.reshape(-1))
+
+    def decode(
+        self, x_TH: Tensor, positions_BS: Tensor, segments_BS: Tensor | None = None
+    ) -> tuple[Tensor, RouterSums | None]:
+        """From embedded tokens, or what the segment before gave, to the result of the last layer
+        that is held, normalised where it is the model's last; and the router sums as above.
+        """
         context = self.attention_context(positions_BS, segments_BS)
         valid_T = ops.cast(positions_BS.reshape(-1) >= 0, ms.float32)
         probs, routed, kept, z, tokens = [], [], [], [], []
@@ -105,7 +126,8 @@ class CausalLM(nn.Cell):
                 kept.append(sums[2])
                 z.append(sums[3])
                 tokens.append(sums[4])
-        x_TH = self.norm(x_TH)
+        if self.predicts:
+            x_TH = self.norm(x_TH)
         if not self.sparse:
             return x_TH, None
         return x_TH, (
@@ -142,8 +164,11 @@ class CausalLM(nn.Cell):
             layer.attention.cache.clear()
 
     def weights(self) -> dict[str, ms.Parameter]:
-        """All weights, frozen ones too, by the names that our checkpoints use."""
-        return {n: p for n, p in self.parameters_and_names() if not is_buffer(p)}
+        """All weights, frozen ones too, by the names that our checkpoints use; those of a segment
+        by their names in the whole model.
+        """
+        name = self.segment.name_in_model
+        return {name(n): p for n, p in self.parameters_and_names() if not is_buffer(p)}
 
     def initialize(self, seed: int) -> None:
         """Draws fresh weights: normal(0, initializer_range), norms one; a function of the seed."""

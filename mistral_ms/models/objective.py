@@ -8,11 +8,14 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import IGNORE_INDEX
+from mistral_ms.errors import ConfigError
 from mistral_ms.layers import HeadLoss, TokenNLL, output_logits
 from mistral_ms.models.causal_lm import CausalLM
+from mistral_ms.models.segment import Segment
 from mistral_ms.moe import load_balancing_loss, router_z_loss
 
 _sum = ops.ReduceSum()
+_concat = ops.Concat(0)
 
 WHOLE_LOGITS_LIMIT = 1 << 26
 """Logits of up to so many elements (256 MiB of float32) are held whole."""
@@ -50,15 +53,24 @@ class LossReport(NamedTuple):
 class Objective(nn.Cell):
     """lm + aux_coef * aux + z_coef * z.
 
+    Of a segment it is that segment's part: the router losses of its own layers, and lm where it
+    predicts. The parts of all segments of a model add up, as long as aux is not pooled.
+
     Args:
-        model: the model to train.
+        model: the model to train, or a segment of it.
         aux_coef: coefficient of the load-balancing loss.
         z_coef: coefficient of the router z-loss.
         pooled_aux: whether aux pools all layers (Hugging Face) or averages per layer.
         loss_chunk: tokens whose logits are held at a time; None chooses: all where they fit in
             256 MiB, as many as fit otherwise.
+        copies: parts of the batch, equal in rows, that are dispatch groups of their own and go
+            through the model side by side in one graph: nothing in one waits for the other, so
+            that the communication of one may hide behind the computation of the other.
         token_nll: of logits [T, V] and labels [T], see :func:`mistral_ms.layers.token_nll`; for
             a model whose logits are divided, one that brings them together.
+
+    Raises:
+        ConfigError: pooled aux of a segment.
     """
 
     def __init__(
@@ -69,10 +81,27 @@ class Objective(nn.Cell):
         z_coef: float = 0.0,
         pooled_aux: bool = True,
         loss_chunk: int | None = None,
+        copies: int = 1,
         token_nll: nn.Cell | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        if pooled_aux and aux_coef > 0 and model.segment != Segment.whole(model.config):
+            raise ConfigError(
+                "impossible objective",
+                where="routing.aux_loss",
+                value="pooled, of a segment of the model",
+                rule="the pooled load-balancing loss couples all layers",
+                todo="set routing.aux_loss=per_layer",
+            )
+        self.model, self.copies = model, copies
+        self.embeds, self.predicts = model.segment.embeds, model.segment.predicts
+        sparse = model.config.sparse_layers
+        held = [layer for layer in sparse if layer in model.segment.layers]
+        self.fraction = len(held) / max(1, len(sparse))
+        experts = 0 if model.config.moe is None else model.config.moe.num_local_experts
+        before = len([layer for layer in sparse if layer < model.segment.layers.start])
+        self.rows_before = before, experts
+        self.rows_after = len(sparse) - before - len(held), experts
         self.aux_coef, self.z_coef, self.pooled_aux = aux_coef, z_coef, pooled_aux
         self.chunk = loss_chunk or tokens_at_a_time(model.config.vocab_size)
         self.token_nll = TokenNLL() if token_nll is None else token_nll
@@ -96,22 +125,97 @@ class Objective(nn.Cell):
             shares: float32 [2]: one over the counted labels of the whole batch, one over its
                 tokens that are not padding. None: this is the whole batch.
         """
-        hidden_TH, sums = self.model.hidden_states(ids_BS, positions_BS, segments_BS)
-        labels_T = labels_BS.reshape(-1)
-        counted = _count(labels_T != IGNORE_INDEX)
-        present = _count(positions_BS.reshape(-1) >= 0)
         if shares is None:
+            counted = _count(labels_BS != IGNORE_INDEX)
+            present = _count(positions_BS >= 0)
             one = ops.ones((), ms.float32)
             shares = 1.0 / ops.maximum(ops.stack((counted, present)), one)
-        lm = self.nll(hidden_TH, labels_T) * shares[0]
+        total, _, parts = self.segment(ids_BS, labels_BS, positions_BS, segments_BS, shares)
+        return total, parts
+
+    def segment(
+        self,
+        x: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor | None,
+        shares: Tensor,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """This segment's part of the total loss, what it hands on, and its parts of the report.
+
+        Args:
+            x: int32 tokens [B, S] where the segment embeds, hidden states [B * S, H] otherwise.
+            labels_BS: as above, and so are the others.
+            positions_BS: int32.
+            segments_BS: int32.
+            shares: float32 [2].
+        """
+        if self.copies == 1:
+            return self.one_copy(x, labels_BS, positions_BS, segments_BS, shares)
+        total, states, parts = self.one_copy(
+            self.rows(x, 0),
+            self.rows(labels_BS, 0),
+            self.rows(positions_BS, 0),
+            self.rows(segments_BS, 0),
+            shares,
+        )
+        for number in range(1, self.copies):
+            other, more_states, others = self.one_copy(
+                self.rows(x, number),
+                self.rows(labels_BS, number),
+                self.rows(positions_BS, number),
+                self.rows(segments_BS, number),
+                shares,
+            )
+            total = total + other
+            states = _concat((states, more_states))
+            added: tuple[Tensor, ...] = ()
+            for i in range(len(parts)):
+                added = (*added, parts[i] + others[i])
+            parts = added
+        return total, states, parts
+
+    def one_copy(
+        self,
+        x: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor | None,
+        shares: Tensor,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """The same of one dispatch group."""
+        x_TH = self.model.embed(x) if self.embeds else x
+        hidden_TH, sums = self.model.decode(x_TH, positions_BS, segments_BS)
         zero = ops.zeros((), ms.float32)
+        lm = zero
+        if self.predicts:
+            lm = self.nll(hidden_TH, labels_BS.reshape(-1)) * shares[0]
         if sums is None:
-            return lm, (lm, zero, zero, zero, zero)
-        weight = present * shares[1]
+            none = zero if self.rows_before[1] == 0 else self.counts(None)
+            return lm, hidden_TH, (lm, zero, zero, none, none)
+        weight = _count(positions_BS.reshape(-1) >= 0) * shares[1] * self.fraction
         aux = load_balancing_loss(sums, self.pooled_aux) * weight
         z = router_z_loss(sums) * weight
         total = lm + self.aux_coef * aux + self.z_coef * z
-        return total, (lm, aux, z, sums[1], sums[2])
+        return total, hidden_TH, (lm, aux, z, self.counts(sums[1]), self.counts(sums[2]))
+
+    def rows(self, x: Tensor | None, number: int) -> Tensor | None:
+        """The rows of one copy."""
+        if x is None:
+            return None
+        size = x.shape[0] // self.copies
+        return x[number * size : (number + 1) * size]
+
+    def counts(self, held_LE: Tensor | None) -> Tensor:
+        """Counts of the layers that are held -> of all sparse layers, zero for the others."""
+        if held_LE is None:
+            rows, experts = self.rows_before[0] + self.rows_after[0], self.rows_before[1]
+            return ops.zeros((rows, experts), ms.float32)
+        if self.rows_before[0] > 0:
+            held_LE = _concat((ops.zeros(self.rows_before, ms.float32), held_LE))
+        if self.rows_after[0] > 0:
+            held_LE = _concat((held_LE, ops.zeros(self.rows_after, ms.float32)))
+        return held_LE
 
     def nll(self, hidden_TH: Tensor, labels_T: Tensor) -> Tensor:
         """Summed negative log-likelihood, in chunks where the logits would not fit."""

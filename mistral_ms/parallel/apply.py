@@ -17,7 +17,10 @@ from mistral_ms.layers import draw
 from mistral_ms.models import CausalLM
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.parts import DividedParts
+from mistral_ms.parallel.pipeline import Schedule, make_schedule
 from mistral_ms.parallel.reduction import Reduction
+from mistral_ms.parallel.sharded import ShardedReduction
+from mistral_ms.parallel.stage import StageLinks, segment_of
 from mistral_ms.parallel.tensor import VocabularyNLL
 from mistral_ms.parallel.topology import GroupKind, Topology, weight_slice, whole_shape
 
@@ -33,12 +36,11 @@ class Division:
         world: how many there are; must be those of the layout.
 
     Raises:
-        ConfigError: an impossible layout, or one that training does not know yet.
+        ConfigError: an impossible layout.
         TopologyError: another number of processes.
     """
 
     def __init__(self, parallel: ParallelConfig, rank: int = 0, world: int | None = None) -> None:
-        _check_known(parallel)
         self.parallel = parallel
         self.topology = Topology.of(parallel, world)
         self.groups = Groups(self.topology, rank)
@@ -74,7 +76,8 @@ class Division:
                 todo="use mp=1",
             )
         parts = DividedParts(config, routing, self.parallel, self.groups, dtype)
-        return CausalLM(config, routing, dtype=dtype, parts=parts)
+        segment = segment_of(config, self.parallel.pp, self.groups.place.pp)
+        return CausalLM(config, routing, dtype=dtype, parts=parts, segment=segment)
 
     def token_nll(self, config: ModelConfig) -> nn.Cell | None:
         """The loss of logits that are divided along the vocabulary; None when they are not."""
@@ -82,8 +85,28 @@ class Division:
         return None if tensor.size == 1 else VocabularyNLL(tensor, config.vocab_size)
 
     def reduction(self, weights: Mapping[str, Parameter]) -> Reduction | None:
-        """What is added up at the end of a step; None for one process."""
-        return None if self.world == 1 else Reduction(weights, self.groups)
+        """What is added up at the end of a step; None for one process.
+
+        Raises:
+            ConfigError: an optimizer that cannot be shared out among so many.
+        """
+        if self.world == 1:
+            return None
+        kind = ShardedReduction if self.parallel.optimizer_parallel else Reduction
+        return kind(weights, self.groups)
+
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether batches pass several stages."""
+        return self.parallel.pp > 1
+
+    def schedule(self, micro_batches: int) -> Schedule:
+        """Which stage works on which of so many micro-batches when."""
+        return make_schedule(self.parallel.schedule, self.parallel.pp, micro_batches)
+
+    def links(self) -> StageLinks:
+        """The ways to the stages beside this rank's own."""
+        return StageLinks(self.groups)
 
     def whole_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a whole weight of which a rank holds a part of ``shape``."""
@@ -131,19 +154,3 @@ class Division:
     def wait_for_all(self) -> None:
         """Returns when every process has come here."""
         self.anybody(False)
-
-
-def _check_known(parallel: ParallelConfig) -> None:
-    """What has its arithmetic and its tests, but is not part of a training yet."""
-    for name, value, known in (
-        ("pp", parallel.pp, 1),
-        ("optimizer_parallel", parallel.optimizer_parallel, False),
-        ("interleave", parallel.interleave, 1),
-    ):
-        if value != known:
-            raise ConfigError(
-                "not known yet",
-                where=f"parallel.{name}",
-                value=value,
-                rule=f"training knows {known} so far",
-            )

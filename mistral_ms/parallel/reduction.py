@@ -19,6 +19,7 @@ from mistral_ms.parallel.topology import GroupKind, gradient_group, is_divided
 BUFFER_BYTES = 64 << 20
 """Gradients that are added up in one message."""
 _concat = ops.Concat(0)
+_sum = ops.ReduceSum()
 
 
 class Reduction(nn.Cell):
@@ -27,6 +28,9 @@ class Reduction(nn.Cell):
     Args:
         weights: this rank's trained weights, by name.
         groups: this rank's groups.
+
+    Attributes:
+        updated: the names of the weights that this rank updates, in order.
     """
 
     def __init__(self, weights: Mapping[str, Parameter], groups: Groups) -> None:
@@ -34,43 +38,51 @@ class Reduction(nn.Cell):
         sizes = groups.topology.sizes
         dense, expert = groups.of(GroupKind.DATA), groups.of(GroupKind.EXPERT_DATA)
         kinds = [gradient_group(name) for name in weights]
-        self.shapes = tuple(weight.shape for weight in weights.values())
+        self.sizes, self.updated = sizes, tuple(weights)
+        self.shapes = tuple(tuple(weight.shape) for weight in weights.values())
         self.data, self.experts = dense, expert
         self.dense_buffers = _fill(self.shapes, [kind is GroupKind.DATA for kind in kinds])
         self.expert_buffers = _fill(self.shapes, [kind is not GroupKind.DATA for kind in kinds])
-        # how many ranks of the stage hold the same part of each weight
-        copies = [
-            (sizes.dp if kind is GroupKind.DATA else sizes.dp // sizes.ep)
-            * (1 if is_divided(name) else sizes.mp)
-            for name, kind in zip(weights, kinds, strict=True)
-        ]
         # the loss of a data-parallel rank is known to all its tensor-parallel ranks
-        shares = [1.0 / each for each in (*copies, sizes.mp)]
+        shares = [1.0 / each for each in (*map(self.copies, weights), sizes.mp)]
         self.shares = Tensor(np.array(shares, np.float32))
-        self.stage = groups.of(GroupKind.STAGE)
+        self.stage, self.pipeline = groups.of(GroupKind.STAGE), groups.of(GroupKind.PIPELINE)
+
+    def copies(self, name: str) -> int:
+        """How many ranks of the stage count each element of a weight's gradient."""
+        dense = gradient_group(name) is GroupKind.DATA
+        holders = self.sizes.dp if dense else self.sizes.dp // self.sizes.ep
+        return holders if is_divided(name) else holders * self.sizes.mp
 
     def gradients(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Float32 gradients of this rank's tokens -> of all tokens, in the weights' order."""
+        """Float32 gradients of this rank's tokens, in the weights' order -> of all tokens, of the
+        weights that this rank updates.
+        """
         gradients = self.summed(gradients, self.dense_buffers, self.data)
         return self.summed(gradients, self.expert_buffers, self.experts)
 
-    def squares(self, squares_n: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    def squares(self, squares_n: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of squares over whole weights and the batch's loss, for all ranks alike.
 
         Args:
-            squares_n: of this rank's parts of the gradients, which are summed already.
-            total: the loss of this rank's tokens.
+            squares_n: of what :meth:`gradients` gave.
+            total: the loss of this rank's tokens, or its stage's part of it.
 
         Returns:
-            Of the whole weights, each element counted once; and of the whole batch.
+            Of each weight of this stage as a whole, each element counted once; of the weights of
+            all stages together; and the loss of the whole batch.
         """
         parts = _concat((squares_n, total.reshape(1))) * self.shares
         sums = self.stage.all_reduce(parts)
-        return sums[:-1], sums[-1]
+        both = ops.stack((_sum(sums[:-1]), sums[-1]))
+        if self.pipeline.size > 1:
+            both = self.pipeline.all_reduce(both)
+        return sums[:-1], both[0], both[1]
 
     def losses(self, sums: Tensor) -> Tensor:
         """The parts of a loss report that this rank's groups gave, flat -> of the whole batch."""
-        return self.data.all_reduce(sums)
+        sums = self.data.all_reduce(sums)
+        return self.pipeline.all_reduce(sums) if self.pipeline.size > 1 else sums
 
     def construct(self, sums: Tensor) -> Tensor:
         """The same, as a compiled cell."""

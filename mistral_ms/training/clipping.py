@@ -26,6 +26,7 @@ def clip_by_global_norm(
     limit: float | None,
     unscale: Tensor | float = 1.0,
     squares_n: Tensor | None = None,
+    square: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Scales all gradients by min(1, limit / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_.
 
@@ -35,13 +36,16 @@ def clip_by_global_norm(
         unscale: what the gradients must be multiplied by first, float32: one over the loss scale,
             a power of two. One multiplication does both.
         squares_n: the sums of their squares, where ``gradients`` are parts of the whole ones.
+        square: the sum over all, where there are more than these.
 
     Returns:
         The gradients; the norm they had, a float32 scalar; and each one's norm, float32 [n].
     """
     if squares_n is None:
         squares_n = sums_of_squares(gradients)
-    norm = ops.sqrt(_sum(squares_n)) * unscale
+    if square is None:
+        square = _sum(squares_n)
+    norm = ops.sqrt(square) * unscale
     norms_n = ops.sqrt(squares_n) * unscale
     scale = ops.ones_like(norm)
     if limit is not None:

@@ -1,19 +1,21 @@
 """The graphs of an update. Tensors in, tensors out; weights and state change in place.
 
 One micro-batch: :class:`FusedUpdate` is everything in one graph. Several: each goes through
-:class:`Accumulate`, and :class:`FinishAccumulated` makes the update. Both are composed of the same
-two pieces: :class:`MicroGradients` (a dispatch group's losses and gradients) and :class:`Finish`
-(unscale, measure, clip, update unless something is not finite).
+:class:`Accumulate` (:class:`InTurn`), and :class:`FinishAccumulated` makes the update. Both are
+composed of the same two pieces: :class:`MicroGradients` (a dispatch group's losses and gradients)
+and :class:`Finish` (unscale, measure, clip, update unless something is not finite).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import mindspore as ms
+import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
+from mistral_ms.datasets.batches import Batch
 from mistral_ms.models import Objective
 from mistral_ms.parallel.reduction import Reduction
 from mistral_ms.training.clipping import clip_by_global_norm, sums_of_squares
@@ -25,6 +27,33 @@ _zeros_like = ops.ZerosLike()
 
 Losses = tuple[Tensor, tuple[Tensor, ...]]
 """The total and the parts of a LossReport."""
+
+
+def batch_tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids, labels, positions and segments, int32 [B, S]."""
+    arrays = (batch.ids_BS, batch.labels_BS, batch.positions_BS, batch.segments_BS)
+    ids, labels, positions, segments = (Tensor(np.ascontiguousarray(array)) for array in arrays)
+    return ids, labels, positions, segments
+
+
+def gradient_sums(weights: Mapping[str, Parameter]) -> ParameterTuple:
+    """Zeros to add gradients up in, float32, one per weight."""
+    return ParameterTuple(
+        Parameter(
+            initializer("zeros", weight.shape, ms.float32),
+            name=f"gradient.{name}",
+            requires_grad=False,
+        )
+        for name, weight in weights.items()
+    )
+
+
+def to_float32(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients of weights of any dtype."""
+    wide: tuple[Tensor, ...] = ()
+    for gradient in gradients:
+        wide = (*wide, _cast(gradient, ms.float32))
+    return wide
 
 
 class _Scaled(nn.Cell):
@@ -82,10 +111,7 @@ class MicroGradients(nn.Cell):
             The total and the parts of a LossReport; the scaled gradients, float32.
         """
         (_, parts), gradients = self.gradient(ids_BS, labels_BS, positions_BS, segments_BS, scales)
-        wide: tuple[Tensor, ...] = ()
-        for gradient in gradients:
-            wide = (*wide, _cast(gradient, ms.float32))
-        return parts, wide
+        return parts, to_float32(gradients)
 
 
 class Finish(nn.Cell):
@@ -117,11 +143,11 @@ class Finish(nn.Cell):
         """
         if self.reduction is not None:
             gradients = self.reduction.gradients(gradients)
-        squares_n = sums_of_squares(gradients)
+        squares_n, square = sums_of_squares(gradients), None
         if self.reduction is not None:
-            squares_n, total = self.reduction.squares(squares_n, total)
+            squares_n, square, total = self.reduction.squares(squares_n, total)
         clipped, norm, norms_n = clip_by_global_norm(
-            gradients, self.clip_norm, 1.0 / scales[2], squares_n
+            gradients, self.clip_norm, 1.0 / scales[2], squares_n, square
         )
         if self.optimizer is None:
             return norm, norms_n, clipped
@@ -173,14 +199,7 @@ class Accumulate(nn.Cell):
     def __init__(self, micro: MicroGradients, weights: Mapping[str, Parameter]) -> None:
         super().__init__(auto_prefix=False)
         self.micro = micro
-        self.sums = ParameterTuple(
-            Parameter(
-                initializer("zeros", weight.shape, ms.float32),
-                name=f"gradient.{name}",
-                requires_grad=False,
-            )
-            for name, weight in weights.items()
-        )
+        self.sums = gradient_sums(weights)
 
     def construct(
         self,
@@ -196,6 +215,46 @@ class Accumulate(nn.Cell):
         for i in range(len(self.sums)):
             done = ops.depend(done, ops.assign_add(self.sums[i], gradients[i]))
         return (ops.depend(parts[0], done), *parts[1:])
+
+
+class InTurn:
+    """Gradients of a batch whose micro-batches are computed one after the other.
+
+    Args:
+        objective: the loss and its parts.
+        weights: what is trained, by name.
+
+    Attributes:
+        sums: the gradients so far.
+    """
+
+    def __init__(self, objective: Objective, weights: Mapping[str, Parameter]) -> None:
+        self._accumulate = Accumulate(MicroGradients(objective, weights), weights)
+        self.sums = self._accumulate.sums
+
+    def __call__(self, parts: Sequence[Batch], scales: Tensor) -> list[np.ndarray]:
+        """Adds the gradients of all micro-batches to the sums.
+
+        Args:
+            parts: the micro-batches.
+            scales: as of :class:`MicroGradients`.
+
+        Returns:
+            Total and report, added up over the micro-batches.
+        """
+        return added_up([self._accumulate(*batch_tensors(part), scales) for part in parts])
+
+    def cells(self) -> tuple[nn.Cell, ...]:
+        """The cells that are compiled for the device."""
+        return (self._accumulate,)
+
+
+def added_up(losses: Sequence[Sequence[Tensor]]) -> list[np.ndarray]:
+    """Total and reports of several micro-batches, in float32, on the host."""
+    return [
+        np.sum([part.asnumpy() for part in column], 0, dtype=np.float32)
+        for column in zip(*losses, strict=True)
+    ]
 
 
 class FinishAccumulated(nn.Cell):

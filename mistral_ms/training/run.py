@@ -16,6 +16,7 @@ from mistral_ms.checkpoint import BackgroundWriter, CheckpointSeries, read_state
 from mistral_ms.config import RunConfig
 from mistral_ms.errors import TrainingError
 from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.pipeline import check_objective
 from mistral_ms.training.failure import write_failure
 from mistral_ms.training.figures import write_figures
 from mistral_ms.training.files import RunFiles
@@ -90,6 +91,7 @@ class TrainingRun:
         elif self.division.is_first:
             self.files.begin()
         self.data, tokenizer = open_data(run, self.files, self.division, say)
+        check_objective(run.model, run.routing, run.parallel, run.training.aux_coef)
         training = run.training.with_steps(self.data.windows)
         self.run = run.model_copy(update={"training": training})
         self.identity = Identity(

@@ -13,17 +13,20 @@ from mistral_ms.datasets.batches import Batch
 from mistral_ms.errors import TrainingError
 from mistral_ms.models import CausalLM, LossReport, Objective
 from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.sharded import ShardedReduction
 from mistral_ms.training.graphs import (
-    Accumulate,
     Finish,
     FinishAccumulated,
     FusedUpdate,
+    InTurn,
     MicroGradients,
+    batch_tensors,
 )
 from mistral_ms.training.loss_scale import LossScale
 from mistral_ms.training.modes import graph_mode
 from mistral_ms.training.offload import HostOptimizer
 from mistral_ms.training.optimizer import DeviceOptimizer, adam_coefficients
+from mistral_ms.training.pipelined import Pipelined
 from mistral_ms.training.schedule import learning_rate
 
 
@@ -56,7 +59,7 @@ class StepResult:
         loss_scale: the scale of this step; 1 without scaling.
         routed_LE: choices per sparse layer and expert, before the capacity; [0, 0] when dense.
         kept_LE: choices that got a place.
-        gradient_norms: of each trained weight.
+        gradient_norms: of each trained weight of this process's stage.
     """
 
     loss: float
@@ -143,24 +146,33 @@ class TrainStep:
             aux_coef=config.aux_coef,
             z_coef=config.z_coef,
             pooled_aux=pooled_aux,
+            copies=1 if division is None else division.parallel.interleave,
             token_nll=None if division is None else division.token_nll(model.config),
         )
-        micro = MicroGradients(objective, self.weights)
+        updated = dict(self.weights)
+        self._spread: nn.Cell | None = None
+        if isinstance(self._reduction, ShardedReduction):
+            updated = {name: self.weights[name] for name in self._reduction.updated}
+            self._spread = self._reduction.spread(self.weights)
         self.optimizer: DeviceOptimizer | HostOptimizer
         if config.offload_optimizer == "host":
-            self.optimizer = HostOptimizer(self.weights, config.optimizer)
+            self.optimizer = HostOptimizer(updated, config.optimizer)
             finish = Finish(None, config.clip_norm, self._reduction)
         else:
-            self.optimizer = DeviceOptimizer(self.weights, config.optimizer)
+            self.optimizer = DeviceOptimizer(updated, config.optimizer)
             finish = Finish(self.optimizer, config.clip_norm, self._reduction)
         self._fused: FusedUpdate | None = None
-        self._accumulate: Accumulate | None = None
+        self._gradients: InTurn | Pipelined | None = None
         self._finish: FinishAccumulated | None = None
-        if config.micro_batches == 1:
-            self._fused = FusedUpdate(micro, finish)
+        if division is not None and division.is_pipelined:
+            schedule, links = division.schedule(config.micro_batches), division.links()
+            self._gradients = Pipelined(objective, self.weights, schedule, links)
+        elif config.micro_batches > 1:
+            self._gradients = InTurn(objective, self.weights)
+        if self._gradients is None:
+            self._fused = FusedUpdate(MicroGradients(objective, self.weights), finish)
         else:
-            self._accumulate = Accumulate(micro, self.weights)
-            self._finish = FinishAccumulated(self._accumulate.sums, finish)
+            self._finish = FinishAccumulated(self._gradients.sums, finish)
 
     def __call__(self, batch: Batch) -> StepResult:
         """Runs the next step and waits for it.
@@ -184,7 +196,9 @@ class TrainStep:
             mine = batch.split(parts)[number]
         with graph_mode():
             if self._fused is not None:
-                losses, norm, norms_n, clipped = self._fused(*_tensors(mine), scales, coefficients)
+                losses, norm, norms_n, clipped = self._fused(
+                    *batch_tensors(mine), scales, coefficients
+                )
                 sums = [part.asnumpy() for part in losses]
             else:
                 sums, norm, norms_n, clipped = self._accumulated(mine, scales, coefficients)
@@ -192,6 +206,8 @@ class TrainStep:
             result = self._result(sums, norm, norms_n, rate, scale)
             if isinstance(self.optimizer, HostOptimizer) and result.finite:
                 self.optimizer.update(clipped, coefficients)
+            if self._spread is not None and result.finite:
+                self._spread()
         scaling = config.scaling
         if not result.finite and (scaling is None or scale <= scaling.minimum):
             raise NotFiniteError(progress.step + 1, batch, result, scaling is not None)
@@ -202,25 +218,19 @@ class TrainStep:
 
     def cells(self) -> tuple[nn.Cell, ...]:
         """The cells that are compiled for the device."""
-        found = (self._fused, self._accumulate, self._finish)
+        computing = () if self._gradients is None else self._gradients.cells()
+        found = (self._fused, *computing, self._finish, self._spread)
         return tuple(cell for cell in found if cell is not None)
 
     def gradient_sums(self) -> tuple[Parameter, ...]:
         """What micro-batches add their gradients up in; empty when there is only one."""
-        return () if self._accumulate is None else tuple(self._accumulate.sums)
+        return () if self._gradients is None else tuple(self._gradients.sums)
 
     def _accumulated(
         self, batch: Batch, scales: Tensor, coefficients: Tensor
     ) -> tuple[list[np.ndarray], Tensor, Tensor, tuple[Tensor, ...]]:
-        assert self._accumulate is not None and self._finish is not None
-        groups = [
-            self._accumulate(*_tensors(part), scales)
-            for part in batch.split(self.config.micro_batches)
-        ]
-        sums = [
-            np.sum([part.asnumpy() for part in column], 0, dtype=np.float32)
-            for column in zip(*groups, strict=True)
-        ]
+        assert self._gradients is not None and self._finish is not None
+        sums = self._gradients(batch.split(self.config.micro_batches), scales)
         return sums, *self._finish(Tensor(sums[0]), scales, coefficients)
 
     def _of_all_ranks(self, sums: list[np.ndarray]) -> list[np.ndarray]:
@@ -249,11 +259,6 @@ class TrainStep:
             kept_LE=_table(report.kept_LE),
             gradient_norms=dict(norms),
         )
-
-
-def _tensors(batch: Batch) -> tuple[Tensor, ...]:
-    arrays = (batch.ids_BS, batch.labels_BS, batch.positions_BS, batch.segments_BS)
-    return tuple(Tensor(np.ascontiguousarray(array)) for array in arrays)
 
 
 def _table(counts: np.ndarray) -> np.ndarray:

@@ -4,10 +4,11 @@ import functools
 
 import numpy as np
 import pytest
-from distributed.training import CASES, LAYOUTS, MODEL, STEPS, data, routing, training
+from distributed.training import CASES, LAYOUTS, STEPS, data, groups, model, routing, training
 from support.training import run_steps
 
 from mistral_ms.models import CausalLM
+from mistral_ms.parallel.topology import Topology, weight_slice
 from mistral_ms.training import TrainStep
 
 LOSS = 1e-5
@@ -17,18 +18,35 @@ WEIGHTS = 1e-4
 a step of full size."""
 HALF = 2e-3
 """For float16, whose roundings (5e-4) depend on the order of sums."""
+MODELS = {
+    model(name).num_hidden_layers: model(name) for names in LAYOUTS.values() for name in names
+}
 each_case = pytest.mark.parametrize(("world", "name", "variant"), CASES)
 
 
 @functools.cache
-def alone(groups, variant):
-    """One process with ``groups`` times the micro-batches."""
-    config = training(variant, groups)
-    model = CausalLM(MODEL, routing(variant), dtype=config.dtype)
-    model.initialize(0)
-    update = TrainStep(model, config, pooled_aux=False)
+def trained(layers, times, variant):
+    """One process with ``times`` as many micro-batches, a model of so many layers."""
+    config = training(variant, times)
+    whole = CausalLM(MODELS[layers], routing(variant), dtype=config.dtype)
+    whole.initialize(0)
+    update = TrainStep(whole, config, pooled_aux=False)
     results = run_steps(update, data(), STEPS)
-    return results, {name: p.asnumpy() for name, p in model.weights().items()}
+    return results, {name: p.asnumpy() for name, p in whole.weights().items()}
+
+
+def alone(world, name, variant):
+    """What one process gets with the dispatch groups of a layout."""
+    return trained(model(name).num_hidden_layers, groups(world, name), variant)
+
+
+def held(arrays, prefix):
+    """What one rank saved under a prefix, by the rest of the name."""
+    return {
+        name.removeprefix(prefix): values
+        for name, values in arrays.items()
+        if name.startswith(prefix)
+    }
 
 
 def tolerance(variant, usual):
@@ -38,7 +56,7 @@ def tolerance(variant, usual):
 @each_case
 @pytest.mark.parametrize("figure", ["loss", "lm_loss", "aux_loss", "z_loss", "grad_norm"])
 def test_figures_are_those_of_one_process_on_every_rank(report, world, name, variant, figure):
-    want = [getattr(r, figure) for r in alone(LAYOUTS[world][name].dp, variant)[0]]
+    want = [getattr(r, figure) for r in alone(world, name, variant)[0]]
     rel = tolerance(variant, 1e-4 if figure == "grad_norm" else LOSS)
     for got in report(world).everywhere(f"training/{name}/{variant}/{figure}"):
         np.testing.assert_allclose(got, want, rtol=rel)
@@ -47,16 +65,17 @@ def test_figures_are_those_of_one_process_on_every_rank(report, world, name, var
 
 @each_case
 def test_gradient_norms_count_every_element_once(report, world, name, variant):
-    results = alone(LAYOUTS[world][name].dp, variant)[0]
-    want = np.array([list(r.gradient_norms.values()) for r in results])
-    for got in report(world).everywhere(f"training/{name}/{variant}/norms"):
-        np.testing.assert_allclose(got, want, rtol=tolerance(variant, 2e-4) * 10, atol=1e-7)
+    results = alone(world, name, variant)[0]
+    for rank in report(world).ranks:
+        for path, got in held(rank, f"training/{name}/{variant}/norms/").items():
+            want = [result.gradient_norms[path] for result in results]
+            np.testing.assert_allclose(got, want, rtol=tolerance(variant, 2e-4) * 10, atol=1e-7)
 
 
 # a near-tie that float16 breaks in another way moves a choice
 @pytest.mark.parametrize(("world", "name", "variant"), [c for c in CASES if c[2] != "float16"])
 def test_choices_are_counted_over_all_ranks(report, world, name, variant):
-    results = alone(LAYOUTS[world][name].dp, variant)[0]
+    results = alone(world, name, variant)[0]
     for figure in ("routed_LE", "kept_LE"):
         want = np.array([getattr(r, figure) for r in results])
         for got in report(world).everywhere(f"training/{name}/{variant}/{figure}"):
@@ -65,17 +84,50 @@ def test_choices_are_counted_over_all_ranks(report, world, name, variant):
 
 @each_case
 def test_weights_end_where_one_process_ends(report, world, name, variant):
-    want = alone(LAYOUTS[world][name].dp, variant)[1]
-    for path, values in want.items():
-        for got in report(world).everywhere(f"training/{name}/{variant}/weights/{path}"):
-            difference = np.linalg.norm(np.float64(got) - values) / np.linalg.norm(
-                np.float64(values)
-            )
-            assert difference <= tolerance(variant, WEIGHTS), path
+    want = alone(world, name, variant)[1]
+    topology, found = Topology.of(LAYOUTS[world][name]), set()
+    for rank, arrays in enumerate(report(world).ranks):
+        for path, got in held(arrays, f"training/{name}/{variant}/weights/").items():
+            values = want[path][weight_slice(path, want[path].shape, topology, rank)]
+            assert got.shape == values.shape, path
+            difference = np.linalg.norm(np.float64(got) - values)
+            limit = tolerance(variant, WEIGHTS) * np.linalg.norm(np.float64(values))
+            assert difference <= limit, (path, rank)
+            found.add(path)
+    assert found == set(want)
+
+
+@each_case
+def test_each_stage_holds_its_own_weights_only(report, world, name, variant):
+    want = alone(world, name, variant)[1]
+    pp = LAYOUTS[world][name].pp
+    stages = [
+        set(held(arrays, f"training/{name}/{variant}/weights/")) for arrays in report(world).ranks
+    ]
+    first = stages[:: world // pp]
+    assert len(first) == pp
+    assert sum(map(len, first)) == len(want)
+
+
+@pytest.mark.parametrize(
+    ("world", "name", "variant"),
+    [(world, name, variant) for world, name, variant in CASES if "shared out" in name],
+)
+def test_optimizer_state_is_shared_out(report, world, name, variant):
+    """Together the ranks keep what one keeps otherwise, experts apart, of which each has its own;
+    and none keeps much more than its share.
+    """
+    layout = LAYOUTS[world][name]
+    want = alone(world, name, variant)[1]
+    copies = 3 if variant == "float16" else 2  # two means, and a master
+    whole = copies * sum(values.size for values in want.values())
+    sizes = [int(size) for size in report(world).everywhere(f"training/{name}/{variant}/state")]
+    assert sum(sizes) == whole
+    assert max(sizes) <= 1.1 * whole / layout.dp
 
 
 def test_something_was_dropped_clipped_and_learnt():
-    results, _ = alone(2, "plain")
+    results, _ = alone(2, "dp2", "plain")
     assert sum(r.dropped_fraction for r in results) > 0
     assert max(r.grad_norm for r in results) > 0.5
     assert results[-1].lm_loss < results[0].lm_loss

@@ -7,6 +7,7 @@ from distributed.worker import Worker
 from support.configs import model as small_model
 
 from mistral_ms.config import (
+    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RoutingConfig,
@@ -18,28 +19,42 @@ from mistral_ms.parallel.apply import Division
 from mistral_ms.training import TrainStep
 
 STEPS = 20
-MODEL = small_model(
-    vocab_size=48,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=32,
-    initializer_range=0.1,
-)
+
+
+def model(name: str) -> ModelConfig:
+    """Two layers, or as many as a layout has stages."""
+    return small_model(
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4 if name == "pp4" else 2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.1,
+    )
+
+
 LAYOUTS = {
     2: {
         "dp2": ParallelConfig(dp=2),
         "dp2 ep2": ParallelConfig(dp=2, ep=2),
         "mp2": ParallelConfig(mp=2),
+        "pp2 1f1b": ParallelConfig(pp=2),
+        "pp2 gpipe": ParallelConfig(pp=2, schedule="gpipe"),
+        "dp2 ep2 shared out": ParallelConfig(dp=2, ep=2, optimizer_parallel=True),
+        "dp2 ep2 copies": ParallelConfig(dp=2, ep=2, interleave=2),
     },
     4: {
         "dp4 ep4": ParallelConfig(dp=4, ep=4),
         "dp4 ep2": ParallelConfig(dp=4, ep=2),
         "dp2 mp2 ep2": ParallelConfig(dp=2, mp=2, ep=2, all_to_all="group_wise"),
+        "dp2 pp2 ep2": ParallelConfig(dp=2, pp=2, ep=2),
+        "pp4": ParallelConfig(pp=4),
+        "dp4 ep2 shared out": ParallelConfig(dp=4, ep=2, optimizer_parallel=True),
     },
     8: {
+        "dp4 pp2 ep2": ParallelConfig(dp=4, pp=2, ep=2, optimizer_parallel=True, interleave=2),
         "dp8 ep8, 2 nodes": ParallelConfig(
             dp=8, ep=8, devices_per_node=4, all_to_all="hierarchical"
         ),
@@ -48,12 +63,31 @@ LAYOUTS = {
 FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "kept_LE")
 VARIANTS = {
     "plain": {},
+    "four micro-batches": {"micro_batches": 4},
     "host, two micro-batches, dropless": {"offload_optimizer": "host", "micro_batches": 2},
     "float16": {"dtype": "float16"},
 }
-"""Of the training; the second and third with one layout each."""
-CASES = [(world, name, "plain") for world, names in LAYOUTS.items() for name in names]
-CASES += [(2, "dp2 ep2", "host, two micro-batches, dropless"), (2, "dp2 ep2", "float16")]
+"""Of the training."""
+PIPELINED = ("pp2 1f1b", "pp2 gpipe", "dp2 pp2 ep2", "pp4")
+CASES = [
+    (world, name, "four micro-batches" if name in PIPELINED else "plain")
+    for world, names in LAYOUTS.items()
+    for name in names
+]
+CASES += [
+    (2, "dp2 ep2", "host, two micro-batches, dropless"),
+    (2, "dp2 ep2 shared out", "host, two micro-batches, dropless"),
+    (2, "pp2 1f1b", "host, two micro-batches, dropless"),
+    (2, "dp2 ep2", "float16"),
+    (2, "dp2 ep2 shared out", "float16"),
+    (2, "pp2 1f1b", "float16"),
+]
+
+
+def groups(world: int, name: str) -> int:
+    """Dispatch groups of a layout for each micro-batch of one process."""
+    layout = LAYOUTS[world][name]
+    return layout.dp * layout.interleave
 
 
 def routing(variant: str) -> RoutingConfig:
@@ -78,19 +112,15 @@ def data() -> InMemoryWindows:
     return InMemoryWindows(text, 8, 16, 0)
 
 
-def train(division: Division, variant: str) -> tuple[list, dict[str, np.ndarray]]:
-    """The results of all steps, and the whole weights at the end."""
+def train(name: str, division: Division, variant: str) -> tuple[list, TrainStep]:
+    """The results of all steps, and the training with this rank's weights at the end."""
     config = training(variant)
-    model = division.build_model(MODEL, routing(variant), config.dtype)
-    division.initialize(model, 0)
-    update = TrainStep(model, config, pooled_aux=False, division=division)
+    part = division.build_model(model(name), routing(variant), config.dtype)
+    division.initialize(part, 0)
+    update = TrainStep(part, config, pooled_aux=False, division=division)
     windows = data()
     results = [update(windows.batch(step)) for step in range(STEPS)]
-    weights = {
-        name: division.gather(name, parameter.asnumpy())
-        for name, parameter in model.weights().items()
-    }
-    return results, weights
+    return results, update
 
 
 def run_training(worker: Worker) -> None:
@@ -99,7 +129,7 @@ def run_training(worker: Worker) -> None:
         if world != worker.world:
             continue
         division = Division(LAYOUTS[world][name], worker.rank, world)
-        results, weights = train(division, variant)
+        results, update = train(name, division, variant)
         key = f"training/{name}/{variant}"
         for figure in (
             "loss",
@@ -111,8 +141,10 @@ def run_training(worker: Worker) -> None:
             "kept_LE",
         ):
             worker.keep(f"{key}/{figure}", np.array([getattr(r, figure) for r in results]))
-        norms = [list(r.gradient_norms.values()) for r in results]
-        worker.keep(f"{key}/norms", np.array(norms))
-        for path, values in weights.items():
-            worker.keep(f"{key}/weights/{path}", values)
+        for path, weight in update.model.weights().items():
+            worker.keep(f"{key}/weights/{path}", weight.asnumpy())
+            norms = [result.gradient_norms[path] for result in results]
+            worker.keep(f"{key}/norms/{path}", np.array(norms))
+        state = sum(parameter.size for parameter in update.optimizer.state().values())
+        worker.keep(f"{key}/state", np.array(state))
     worker.mode("pynative")

@@ -5,7 +5,7 @@ from mistral_ms.parallel.pipeline.costs import LayerCosts, layer_costs
 from mistral_ms.parallel.pipeline.picture import schedule_png
 from mistral_ms.parallel.pipeline.program import Transfer, program
 from mistral_ms.parallel.pipeline.schedule import Phase, Schedule, Step, make_schedule
-from mistral_ms.parallel.pipeline.stages import Stage, balance
+from mistral_ms.parallel.pipeline.stages import Stage, balance, stages_of
 
 __all__ = [
     "LayerCosts",
@@ -20,4 +20,5 @@ __all__ = [
     "make_schedule",
     "program",
     "schedule_png",
+    "stages_of",
 ]

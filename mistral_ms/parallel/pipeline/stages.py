@@ -7,8 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
+from mistral_ms.config import ModelConfig
 from mistral_ms.errors import TopologyError
-from mistral_ms.parallel.pipeline.costs import LayerCosts
+from mistral_ms.parallel.pipeline.costs import LayerCosts, layer_costs
+
+USUAL_LENGTH = 4096
+"""Tokens of a sequence for which stages are balanced, whatever a run's windows are: which rank
+holds what then depends on nothing but the model and the layout.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,20 @@ class Stage:
     embedding: bool
     head: bool
     cost: float
+
+
+def stages_of(model: ModelConfig, pp: int) -> tuple[Stage, ...]:
+    """The stages of a model.
+
+    Args:
+        model: the whole model.
+        pp: how many stages.
+
+    Raises:
+        TopologyError: more stages than layers.
+    """
+    length = min(model.max_position_embeddings, USUAL_LENGTH)
+    return balance(layer_costs(model, length), pp)
 
 
 def balance(costs: LayerCosts, stages: int) -> tuple[Stage, ...]:

@@ -2,6 +2,7 @@
 
 from mistral_ms.parallel.topology import traffic
 from mistral_ms.parallel.topology.groups import Group, GroupKind
+from mistral_ms.parallel.topology.ownership import owners
 from mistral_ms.parallel.topology.places import Place, Topology
 from mistral_ms.parallel.topology.slices import (
     ExpertSlice,
@@ -23,6 +24,7 @@ __all__ = [
     "expert_slice",
     "gradient_group",
     "is_divided",
+    "owners",
     "traffic",
     "weight_slice",
     "whole_shape",

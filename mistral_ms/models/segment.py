@@ -1,0 +1,58 @@
+"""A run of consecutive layers: what one of several models holds that make up a whole one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mistral_ms.config import ModelConfig
+from mistral_ms.errors import ConfigError
+
+_LAYERS = "layers."
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Which part of a model is there.
+
+    Attributes:
+        layers: indices of its decoder blocks in the whole model, consecutive.
+        embeds: whether it begins with the embedding.
+        predicts: whether it ends with the final norm and the output head.
+    """
+
+    layers: range
+    embeds: bool
+    predicts: bool
+
+    @classmethod
+    def whole(cls, config: ModelConfig) -> Segment:
+        """All of a model."""
+        return cls(range(config.num_hidden_layers), embeds=True, predicts=True)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises if a model cannot be cut like this.
+
+        Raises:
+            ConfigError: its embedding is its head, too, and only one of them would be here.
+        """
+        if config.tie_word_embeddings and not (self.embeds and self.predicts):
+            raise ConfigError(
+                "impossible segment",
+                where="model.tie_word_embeddings",
+                value="true with parallel.pp > 1",
+                rule="embedding and head are one weight and would lie on two stages",
+                todo="use pp=1",
+            )
+
+    def name_in_model(self, name: str) -> str:
+        """A weight's name in the whole model, from its name in the segment alone."""
+        if not name.startswith(_LAYERS):
+            return name
+        number, rest = name.removeprefix(_LAYERS).split(".", 1)
+        return f"{_LAYERS}{self.layers[int(number)]}.{rest}"
+
+    def holds(self, name: str) -> bool:
+        """Whether a weight of the whole model is in the segment."""
+        if name.startswith(_LAYERS):
+            return int(name.split(".")[1]) in self.layers
+        return self.embeds if name.startswith("embed_tokens.") else self.predicts

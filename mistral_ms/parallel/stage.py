@@ -1,0 +1,72 @@
+"""One pipeline stage's place in the model, and its ways to the stages beside it."""
+
+from __future__ import annotations
+
+from mindspore import Tensor, nn
+
+from mistral_ms.config import ModelConfig
+from mistral_ms.models import Segment
+from mistral_ms.parallel.collectives import Collectives, Groups
+from mistral_ms.parallel.pipeline import Phase, Transfer, stages_of
+
+
+def segment_of(model: ModelConfig, pp: int, stage: int) -> Segment:
+    """What a stage holds of a model.
+
+    Args:
+        model: the whole model.
+        pp: how many stages there are.
+        stage: which of them.
+
+    Raises:
+        TopologyError: more stages than layers.
+        ConfigError: the model cannot be cut.
+    """
+    held = stages_of(model, pp)[stage]
+    return Segment(held.layers, held.embedding, held.head)
+
+
+class _PassOn(nn.Cell):
+    """Activations, forward."""
+
+    def __init__(self, pair: Collectives) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.pair.pass_on(x)
+
+
+class _PassBack(nn.Cell):
+    """Gradients, backward."""
+
+    def __init__(self, pair: Collectives) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.pair.pass_back(x)
+
+
+class StageLinks:
+    """A rank's ways to its own place in the stages before and after its own.
+
+    Args:
+        groups: the rank's groups. All ranks must make their links at the same time.
+
+    Attributes:
+        stage: the rank's stage.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self.stage, last = groups.place.pp, groups.topology.sizes.pp - 1
+        self._ways: dict[tuple[int, Phase], nn.Cell] = {}
+        for pair in range(max(0, self.stage - 1), min(self.stage, last - 1) + 1):
+            neighbours = groups.neighbours(pair)
+            self._ways[pair, Phase.FORWARD] = _PassOn(neighbours)
+            self._ways[pair, Phase.BACKWARD] = _PassBack(neighbours)
+
+    def exchange(self, transfer: Transfer, x: Tensor) -> Tensor:
+        """The sender's ``x``, for both; the receiver gives any tensor of its shape and dtype."""
+        way = self._ways[transfer.pair, transfer.phase]
+        return way(x)

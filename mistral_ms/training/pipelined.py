@@ -1,0 +1,201 @@
+"""The gradients of a batch whose micro-batches pass several stages.
+
+A stage keeps what it was given of each micro-batch that is under way, nothing else: its backward
+step computes the forward pass again. The order of the steps and of the messages between them is a
+table (:mod:`mistral_ms.parallel.pipeline`); both schedules run the backward steps in the order of
+the micro-batches, so gradients are added up as in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+
+from mistral_ms.datasets.batches import Batch
+from mistral_ms.models import Objective
+from mistral_ms.parallel.pipeline import Phase, Schedule, Transfer, program
+from mistral_ms.parallel.stage import StageLinks
+from mistral_ms.training.graphs import added_up, batch_tensors, gradient_sums, to_float32
+
+_cast = ops.Cast()
+_sum = ops.ReduceSum()
+
+
+class StageForward(nn.Cell):
+    """What a stage hands on.
+
+    Args:
+        objective: of its segment.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__(auto_prefix=False)
+        self.objective = objective
+
+    def construct(
+        self,
+        x: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor,
+        shares: Tensor,
+    ) -> Tensor:
+        """[B * S, H]; the arguments are those of :meth:`Objective.segment`."""
+        return self.objective.segment(x, labels_BS, positions_BS, segments_BS, shares)[1]
+
+
+class _Pulled(nn.Cell):
+    """A scalar with the gradients of the whole batch's scaled loss: this segment's part of it,
+    and what it hands on times the gradient that came back for that.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__(auto_prefix=False)
+        self.objective, self.predicts = objective, objective.predicts
+
+    def construct(
+        self,
+        x: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor,
+        scales: Tensor,
+        pull_TH: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        total, states_TH, parts = self.objective.segment(
+            x, labels_BS, positions_BS, segments_BS, scales[:2]
+        )
+        scaled = total * scales[2]
+        if not self.predicts:
+            scaled = scaled + _sum(_cast(states_TH, ms.float32) * _cast(pull_TH, ms.float32))
+        return scaled, (total, *parts)
+
+
+class StageBackward(nn.Cell):
+    """Adds a micro-batch's gradients to the sums.
+
+    Args:
+        objective: of the stage's segment.
+        weights: what is trained of it, by name.
+
+    Attributes:
+        sums: the gradients so far, float32.
+    """
+
+    def __init__(self, objective: Objective, weights: Mapping[str, Parameter]) -> None:
+        super().__init__(auto_prefix=False)
+        self.pulled = _Pulled(objective)
+        self.embeds = objective.embeds
+        position = None if self.embeds else 0
+        trained = ParameterTuple(weights.values())
+        self.gradient = ms.value_and_grad(self.pulled, position, trained, has_aux=True)
+        self.sums = gradient_sums(weights)
+
+    def construct(
+        self,
+        x: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor,
+        scales: Tensor,
+        pull_TH: Tensor,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The stage's parts of total and report, and the gradient of ``x``.
+
+        Args:
+            x: what the stage was given.
+            labels_BS: int32.
+            positions_BS: int32.
+            segments_BS: int32.
+            scales: as of :class:`~mistral_ms.training.graphs.MicroGradients`.
+            pull_TH: the gradient of what the stage handed on; of no meaning for the last one.
+        """
+        (_, parts), gradients = self.gradient(
+            x, labels_BS, positions_BS, segments_BS, scales, pull_TH
+        )
+        back = scales
+        if not self.embeds:
+            back, gradients = gradients
+        wide = to_float32(gradients)
+        done = scales[0]
+        for i in range(len(self.sums)):
+            done = ops.depend(done, ops.assign_add(self.sums[i], wide[i]))
+        return (ops.depend(parts[0], done), *parts[1:]), back
+
+
+class Pipelined:
+    """Runs one stage's part of a schedule.
+
+    Args:
+        objective: of the stage's segment.
+        weights: what is trained of it, by name.
+        schedule: of all stages.
+        links: the stage's ways to its neighbours.
+
+    Attributes:
+        sums: the summed gradients.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        weights: Mapping[str, Parameter],
+        schedule: Schedule,
+        links: StageLinks,
+    ) -> None:
+        self._program = program(schedule, links.stage)
+        self._links, self._stage = links, links.stage
+        self._forward = None if objective.predicts else StageForward(objective)
+        self._backward = StageBackward(objective, weights)
+        self._embeds = objective.embeds
+        self._width = objective.model.config.hidden_size
+        self._dtype = next(iter(weights.values())).dtype
+        self.sums = self._backward.sums
+
+    def __call__(self, parts: Sequence[Batch], scales: Tensor) -> list[np.ndarray]:
+        """Adds the gradients of all micro-batches to the sums.
+
+        Args:
+            parts: the micro-batches of this rank.
+            scales: as of :class:`~mistral_ms.training.graphs.MicroGradients`.
+
+        Returns:
+            The stage's parts of total and report, added up over the micro-batches.
+        """
+        tensors = [batch_tensors(part) for part in parts]
+        given: dict[int, Tensor] = {}
+        made: dict[int, Tensor] = {}
+        pulls: dict[int, Tensor] = {}
+        backs: dict[int, Tensor] = {}
+        losses: list[tuple[Tensor, ...]] = []
+        nothing = ops.zeros((parts[0].ids_BS.size, self._width), self._dtype)
+        if self._embeds:
+            given = {number: ids_BS for number, (ids_BS, *_) in enumerate(tensors)}
+        for event in self._program:
+            number = event.micro_batch
+            if isinstance(event, Transfer):
+                sent = made if event.phase is Phase.FORWARD else backs
+                kept = given if event.phase is Phase.FORWARD else pulls
+                sending = event.sender == self._stage
+                message = sent.pop(number) if sending else nothing
+                arrived = self._links.exchange(event, message)
+                if not sending:
+                    kept[number] = arrived
+            elif event.phase is Phase.FORWARD:
+                if self._forward is not None:
+                    _, *rest = tensors[number]
+                    made[number] = self._forward(given[number], *rest, scales[:2])
+            else:
+                _, *rest = tensors[number]
+                pull = pulls.pop(number, nothing)
+                found, back = self._backward(given.pop(number), *rest, scales, pull)
+                losses.append(found)
+                backs[number] = back
+        return added_up(losses)
+
+    def cells(self) -> tuple[nn.Cell, ...]:
+        """The cells that are compiled for the device."""
+        return (self._backward,) if self._forward is None else (self._forward, self._backward)
