@@ -18,12 +18,11 @@ from distributed.cases import (
     factor,
     model,
 )
-from distributed.recording import RecordedGroups
 from distributed.worker import Worker
 from mindspore import Tensor, nn
 
 from mistral_ms.moe import Dispatcher
-from mistral_ms.parallel.collectives import Groups
+from mistral_ms.parallel.collectives import Groups, RecordedGroups
 from mistral_ms.parallel.dispatchers import make_dispatcher
 from mistral_ms.parallel.experts import routed_experts
 from mistral_ms.parallel.topology import Traffic, expert_slice, weight_slice

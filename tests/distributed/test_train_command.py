@@ -115,7 +115,7 @@ def test_one_process_speaks_and_writes(trained):
         (["parallel.dp=2"], "must be the number of processes (1)"),
         (["parallel.dp=3", "parallel.ep=2"], "ep (2) must divide dp (3)"),
         (["parallel.dp=8"], "(8 * 1) must divide training.global_batch_size (4)"),
-        (["parallel.pp=2"], "not known yet: parallel.pp: 2: training knows 1 so far"),
+        (["parallel.interleave=3"], "parallel.interleave"),
         (["parallel.mp=3"], "num_attention_heads"),
     ],
 )

@@ -1,6 +1,7 @@
 """Everything that is checked with 2 processes; run by msrun."""
 
 from distributed.collectives import run_collectives, run_pipeline
+from distributed.corners import run_corners
 from distributed.dispatching import dispatch_all
 from distributed.models import run_models
 from distributed.tensors import run_tensor
@@ -14,4 +15,5 @@ run_tensor(worker)
 run_models(worker)
 dispatch_all(worker)
 run_training(worker)
+run_corners(worker)
 worker.save()

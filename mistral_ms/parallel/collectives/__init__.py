@@ -14,6 +14,7 @@ from mistral_ms.parallel.collectives.mappings import (
     SumOverGroup,
     TakeShare,
 )
+from mistral_ms.parallel.collectives.recorded import RecordedGroups, replay
 from mistral_ms.parallel.collectives.single import SingleCollectives
 
 __all__ = [
@@ -26,8 +27,10 @@ __all__ = [
     "CpuCollectives",
     "GatherShares",
     "Groups",
+    "RecordedGroups",
     "SingleCollectives",
     "SpreadShares",
     "SumOverGroup",
     "TakeShare",
+    "replay",
 ]
