@@ -36,7 +36,10 @@ LAYOUTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mp2", {"mp": 2}),
     ("pp2", {"pp": 2}),
     ("dp4 ep4", {"dp": 4, "ep": 4}),
-    ("dp4 ep4, hierarchical 2 x 2", {"dp": 4, "ep": 4, "devices_per_node": 2, "all_to_all": "hierarchical"}),
+    (
+        "dp4 ep4, hierarchical 2 x 2",
+        {"dp": 4, "ep": 4, "devices_per_node": 2, "all_to_all": "hierarchical"},
+    ),
     ("dp2 pp2 ep2", {"dp": 2, "pp": 2, "ep": 2}),
 )  # fmt: skip
 
