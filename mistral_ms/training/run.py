@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,6 +109,7 @@ class TrainingRun:
         )
         self.history: list[StepRecord] = []
         self._saved: int | None = None
+        self._phase: Callable[[str], None] = lambda name: None
         if found is not None:
             restore(self.update, found, self.division)
             self._saved = self.update.progress.step
@@ -138,18 +139,24 @@ class TrainingRun:
         self._say(f"resuming from {found.path}")
         return found.path
 
-    def execute(self, observers: Sequence[Observer] = ()) -> RunResult:
+    def execute(
+        self,
+        observers: Sequence[Observer] = (),
+        phase: Callable[[str], None] = lambda name: None,
+    ) -> RunResult:
         """Trains to the end, or until a signal asks to stop; both save a checkpoint.
 
         Args:
             observers: called with each step's record, after the run's own.
+            phase: told the name of whatever takes time and is not a step.
 
         Raises:
             NotFiniteError: a loss that is not finite; a report and a checkpoint from before the
                 step were written.
             CheckpointError: a checkpoint could not be written; older ones are still there.
         """
-        files, update = self.files, self.update
+        files, update, self._phase = self.files, self.update, phase
+        phase("first step")
         records = list(self.history)
         with ExitStack() as stack:
             writer = stack.enter_context(BackgroundWriter())
@@ -198,6 +205,7 @@ class TrainingRun:
         if step == self._saved:
             return
         self._saved = step
+        self._phase("saving")
         snapshot = take_snapshot(self.update, self.identity, self.division)
 
         def write(path: Path) -> None:
