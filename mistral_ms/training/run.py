@@ -14,7 +14,7 @@ import yaml
 
 from mistral_ms.checkpoint import BackgroundWriter, CheckpointSeries, read_state
 from mistral_ms.config import RunConfig
-from mistral_ms.errors import TrainingError
+from mistral_ms.errors import CheckpointError, TrainingError
 from mistral_ms.parallel.apply import Division
 from mistral_ms.training.failure import write_failure
 from mistral_ms.training.figures import write_figures
@@ -24,6 +24,7 @@ from mistral_ms.training.interrupt import stop_on_signals
 from mistral_ms.training.loop import Observer, TrainingSummary, train
 from mistral_ms.training.memory import MemoryReport, memory_report
 from mistral_ms.training.metrics import MetricsWriter, StepRecord, read_metrics
+from mistral_ms.training.parts import save_parts, take_part
 from mistral_ms.training.prepare import Say, check_device, initialize, open_data, side_files
 from mistral_ms.training.state import restore, take_snapshot
 from mistral_ms.training.step import NotFiniteError, TrainStep
@@ -124,7 +125,7 @@ class TrainingRun:
             for leftover in self.series.clean():
                 self._say(f"removed what a killed writer left: {leftover}")
         self.division.wait_for_all()
-        found = self.series.newest()
+        found = self._verified()
         if found is None:
             raise TrainingError(
                 "nothing to resume",
@@ -132,12 +133,24 @@ class TrainingRun:
                 rule="the run that is resumed must have saved a checkpoint",
                 todo="start it again without --resume, into another directory",
             )
-        for other in found.passed_over:
-            self._say(f"passed over {other.path}: {other.reason}")
-        for change in self.identity.compare(read_state(found.path), found.path):
+        for change in self.identity.compare(read_state(found), found):
             self._say(f"changed since the checkpoint: {change}")
-        self._say(f"resuming from {found.path}")
-        return found.path
+        self._say(f"resuming from {found}")
+        return found
+
+    def _verified(self) -> Path | None:
+        """The newest whole checkpoint: the first process reads every byte, the others ask it."""
+        found = None
+        try:
+            if self.division.is_first:
+                found = self.series.newest()
+        except CheckpointError:
+            self.division.told(0)
+            raise
+        number = self.division.told(0 if found is None else found.step + 1)
+        for other in found.passed_over if found is not None else ():
+            self._say(f"passed over {other.path}: {other.reason}")
+        return None if number == 0 else self.series.path(number - 1)
 
     def execute(
         self,
@@ -206,13 +219,16 @@ class TrainingRun:
             return
         self._saved = step
         self._phase("saving")
-        snapshot = take_snapshot(self.update, self.identity, self.division)
+        if self.division.world > 1:
+            part = take_part(self.update, self.identity, self.division)
+            save_parts(part, self.series, self.side_files, self.division, writer)
+            return
+        snapshot = take_snapshot(self.update, self.identity)
 
         def write(path: Path) -> None:
             snapshot.write(path, self.side_files)
 
-        if self.division.is_first:
-            writer.submit(lambda: self.series.save(step, write))
+        writer.submit(lambda: self.series.save(step, write))
 
     def _explain(self, error: NotFiniteError, writer: BackgroundWriter) -> None:
         path = self.files.failure(error.step)

@@ -12,6 +12,7 @@ from mistral_ms.parallel.topology.slices import (
     whole_shape,
 )
 from mistral_ms.parallel.topology.traffic import Traffic
+from mistral_ms.parallel.topology.writing import Window, writers, writes_owned, written_parts
 
 __all__ = [
     "ExpertSlice",
@@ -20,10 +21,14 @@ __all__ = [
     "Place",
     "Topology",
     "Traffic",
+    "Window",
     "expert_slice",
     "gradient_group",
     "is_divided",
     "traffic",
     "weight_slice",
     "whole_shape",
+    "writers",
+    "writes_owned",
+    "written_parts",
 ]
