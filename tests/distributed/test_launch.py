@@ -140,3 +140,33 @@ def test_a_failure_on_one_machine_ends_the_other(root):
     assert [node.returncode for node in nodes] == [1, 1], "\n".join(said)
     assert "another machine says: rank 1 failed in step 4: killed by SIGKILL" in said[0]
     assert not left_behind(root)
+
+
+def test_a_polite_end_saves_on_all_ranks(root):
+    """SIGTERM to the launcher: every rank ends its step, all save, and the run goes on later."""
+    process = start(
+        root, "--workers", "2", "--port", str(free_port()), "--log-dir", "logs",
+        overrides=["parallel.dp=2", "training.steps=100000", "checkpoint.every=100000"],
+    )  # fmt: skip
+    metrics = root / "out" / "metrics.jsonl"
+    deadline = time.time() + TIMEOUT
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.2)
+    process.terminate()
+    said = finish(process)
+    assert process.returncode == 128 + 15, said
+    newest = CheckpointSeries(root / "out" / "checkpoints").newest()
+    assert newest.step == read_metrics(metrics)[-1].step
+    assert not left_behind(root)
+
+
+def test_a_run_that_cannot_begin_says_why(root):
+    process = start(
+        root, "--workers", "2", "--port", str(free_port()), "--log-dir", "logs",
+        overrides=["parallel.dp=2", "--resume", "nowhere"],
+    )  # fmt: skip
+    said = finish(process)
+    assert process.returncode == 1, said
+    assert re.search(r"error: rank [01] failed.*log logs/worker_[01]\.log", said.splitlines()[-1])
+    assert "nothing to resume" in said or "two directories" in said
