@@ -8,6 +8,7 @@ a file in the directory of the heartbeats, if they see the same one.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -69,7 +70,7 @@ class Supervisor:
         self._environ = job_environment(options, self.job, environ)
         self._pids: dict[int, int] = {}  # rank of each process that was ever seen
         self._notes = self._other_notes()
-        self._signals = 0
+        self._signals, self._signal = 0, 0
 
     def run(self) -> int:
         """Starts everything and waits for the end; the exit code: 0, 1, or 128 + a signal."""
@@ -114,52 +115,48 @@ class Supervisor:
     def _wait(self, msrun: subprocess.Popen[bytes]) -> Failure | None:
         limits = Limits(self.options.step_limit, self.options.slow_limit)
         watch = Watch(self.options.local_ranks, limits, time.monotonic())
-        deadline: float | None = None
         failure: Failure | None = None
+        deadline = math.inf
         while True:
-            now = time.monotonic()
-            code = msrun.poll()
-            alive = processes(self.job)
-            self._pids |= {each.pid: each.rank for each in alive if each.rank is not None}
+            now, code, alive = time.monotonic(), msrun.poll(), processes(self.job)
+            workers = [each for each in alive if each.rank is not None]
+            self._pids |= {each.pid: each.rank for each in workers if each.rank is not None}
             beats = {r: read_beat(self.options.heartbeats, r) for r in self.options.local_ranks}
             late = watch.look(beats, now)
-            if failure is None:
-                failure = self._failure(beats, alive, late)
-                if failure is not None:
-                    deadline = now + GRACE_SECONDS
-            if self._signals and deadline is None:
-                deadline = now + POLITE_SECONDS
+            if failure is None and not self._signals:
+                failure = self._failure(beats, workers, late)
+            if deadline == math.inf and (failure is not None or self._signals):
+                deadline = now + (POLITE_SECONDS if self._signals else GRACE_SECONDS)
             if code is not None:
-                ended_badly = code != 0 and not self._signals
-                return failure or (self._unexplained(code, beats) if ended_badly else None)
-            stuck = failure is not None and not (late or self._others_failed())
-            if failure is not None and not stuck:
-                return failure  # nobody in a stuck job needs time to exit
-            if deadline is not None and now > deadline:
+                if failure is None and code != 0 and not self._signals:
+                    failure = self._failure(beats, [], []) or Failure(
+                        None, None, f"msrun ended with {code}"
+                    )
                 return failure
-            if failure is not None and not any(each.rank is not None for each in alive):
+            # what is stuck needs no time to exit, nor does what waits for another machine
+            hopeless = failure is not None and (late or not workers or self._others_failed())
+            if hopeless or now > deadline:
                 return failure
             time.sleep(POLL_SECONDS)
 
     def _failure(
-        self, beats: dict[int, Beat | None], alive: list[Worker], late: list[Overdue]
+        self, beats: dict[int, Beat | None], workers: list[Worker], late: list[Overdue]
     ) -> Failure | None:
         for rank, beat in beats.items():
             if beat is not None and beat.phase == FAILED:
                 return Failure(rank, beat.step + 1, beat.detail)
         if exited := self._exited():
             pid, code = exited
-            known = self._pids.get(pid)
+            known = self._pids.get(pid, self._complaining())
             ending = f"killed by {_signal_name(-code)}" if code < 0 else f"exit code {code}"
             return Failure(known, _step(beats.get(known) if known is not None else None), ending)
         if note := self._others_failed():
             return Failure(None, None, f"another machine says: {note}")
-        return self._stuck(beats, alive, late) if late else None
+        return self._stuck(beats, workers, late) if late else None
 
     def _stuck(
-        self, beats: dict[int, Beat | None], alive: list[Worker], late: list[Overdue]
+        self, beats: dict[int, Beat | None], workers: list[Worker], late: list[Overdue]
     ) -> Failure:
-        workers = [each for each in alive if each.rank is not None]
         stopped = [each.rank for each in workers if each.stopped and each.rank is not None]
         # only who has written its file has installed the handler; others the signal would end
         able = [each for each in workers if each.rank is not None and beats.get(each.rank)]
@@ -184,13 +181,19 @@ class Supervisor:
             f"are in {folder}",
         )
 
+    def _complaining(self) -> int | None:
+        """The first rank with an error in its log: one that ended too soon to be seen alive."""
+        for rank in self.options.local_ranks:
+            log = self.options.log(rank)
+            text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+            if "Traceback" in text or "error:" in text:
+                return rank
+        return None
+
     def _exited(self) -> tuple[int, int] | None:
         path = self.options.log_dir / f"msrun_{self.options.node_rank}.log"
         found = _EXITED.search(path.read_text(encoding="utf-8", errors="replace"))
         return (int(found[1]), int(found[2])) if found else None
-
-    def _unexplained(self, code: int, beats: dict[int, Beat | None]) -> Failure:
-        return self._failure(beats, [], []) or Failure(None, None, f"msrun ended with {code}")
 
     @property
     def _note(self) -> Path:
