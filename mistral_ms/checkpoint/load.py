@@ -49,7 +49,7 @@ def load_weights(
         held = tensors[name] if part is None else tuple(each.stop - each.start for each in part)
         _check_shape(source, name, held, parameter)
     for name, parameter in parameters.items():
-        part, dtype = windows[name], _name(parameter.dtype)
+        part, dtype = windows[name], dtype_name(parameter.dtype)
         values = source.read(name, dtype) if part is None else source.read_window(name, part, dtype)
         set_values(parameter, values)
         if progress is not None:
@@ -78,7 +78,7 @@ def set_values(parameter: Parameter, values: np.ndarray) -> None:
 
 def to_numpy(parameter: Parameter) -> tuple[np.ndarray, str]:
     """A parameter's values and dtype name; bfloat16 as its bits in uint16, for NumPy has none."""
-    dtype = _name(parameter.dtype)
+    dtype = dtype_name(parameter.dtype)
     if parameter.dtype != ms.bfloat16:
         return parameter.asnumpy(), dtype
     bits = parameter.astype(ms.float32).asnumpy().view(np.uint32) >> 16
@@ -92,5 +92,6 @@ def _tensor(values: np.ndarray, dtype: ms.Type) -> Tensor:
     return Tensor.from_numpy(wide).astype(ms.bfloat16)
 
 
-def _name(dtype: ms.Type) -> str:
+def dtype_name(dtype: ms.Type) -> str:
+    """What configurations call a dtype."""
     return {ms.float32: "float32", ms.float16: "float16", ms.bfloat16: "bfloat16"}[dtype]

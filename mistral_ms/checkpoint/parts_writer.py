@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -157,7 +157,6 @@ def finish_parts(
     files: Mapping[str, bytes],
     *,
     wait_seconds: float = WAIT_SECONDS,
-    watch: Callable[[], None] = lambda: None,
 ) -> None:
     """Makes a checkpoint of what all ranks have written; called by the first rank, once.
 
@@ -167,7 +166,6 @@ def finish_parts(
         config: the model.
         files: further files by name.
         wait_seconds: how long to wait for the other ranks.
-        watch: called while waiting.
 
     Raises:
         CheckpointError: a rank failed, wrote too late, another save, or not what was promised; or
@@ -176,7 +174,7 @@ def finish_parts(
     """
     directory = parts_directory(path)
     with TargetDirectory(path, overwrite=True, manifest=True, begun=directory) as target:
-        notes = _collect(directory, stamp, time.monotonic() + wait_seconds, watch)
+        notes = _collect(directory, stamp, time.monotonic() + wait_seconds)
         sets = _joined(notes, directory)
         weights = {name: pieces.shape for name, pieces in sets[WEIGHTS].items()}
         expected = our_shapes(config)
@@ -219,9 +217,7 @@ def _leave(directory: Path, rank: int, ending: str, text: str) -> None:
     fresh.replace(path)
 
 
-def _collect(
-    directory: Path, stamp: Stamp, deadline: float, watch: Callable[[], None]
-) -> list[dict[str, Any]]:
+def _collect(directory: Path, stamp: Stamp, deadline: float) -> list[dict[str, Any]]:
     """The notes of all ranks, in their order."""
     missing = set(range(stamp.world))
     while missing:
@@ -244,7 +240,6 @@ def _collect(
                 todo="look into that rank's log",
             )
         if missing:
-            watch()
             time.sleep(_POLL_SECONDS)
     notes = [
         json.loads(_note(directory, rank, "done").read_text(encoding="utf-8"))

@@ -92,15 +92,13 @@ def join_processes(run: RunConfig) -> Division:
     from mistral_ms.parallel.apply import Division
 
     world = int(os.environ.get("MS_WORKER_NUM", "1"))  # set by msrun
+    idle = world == 1 or os.environ.get("MISTRAL_MS_NODE_RANK", "0") != "0"
+    if idle and os.environ.get("MS_ROLE") == "MS_SCHED":
+        # msrun starts a scheduler wherever the master's address is local, even when another
+        # launcher on this machine has done so, and even for a process that is alone
+        raise typer.Exit(0)
     if world == 1:
         return Division(run.parallel, 0, 1)
-    if (
-        os.environ.get("MS_ROLE") == "MS_SCHED"
-        and os.environ.get("MISTRAL_MS_NODE_RANK", "0") != "0"
-    ):
-        # msrun starts a scheduler wherever the master's address is local: two launchers on one
-        # machine would have two
-        raise typer.Exit(0)
     from mindspore.communication import get_group_size, get_rank, init
 
     init()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mistral_ms.checkpoint import BackgroundWriter, CheckpointSeries
-from mistral_ms.checkpoint.load import to_numpy
+from mistral_ms.checkpoint.load import dtype_name, to_numpy
 from mistral_ms.checkpoint.parts_writer import Part, Stamp, begin_parts, finish_parts, write_part
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError
@@ -73,7 +73,7 @@ def take_part(update: TrainStep, identity: Identity, division: Division) -> Part
         window = weight_slice(weight, shapes[weight], division.topology, division.rank)
         return Part(name, shapes[weight], window, dtype, np.array(values, copy=True))
 
-    dtype = to_numpy(next(iter(weights.values())))[1]
+    dtype = dtype_name(next(iter(weights.values())).dtype)
     return PartSnapshot(
         rank=division.rank,
         stamp=Stamp(division.world, str(division.parallel.sizes), update.progress.step),
