@@ -306,7 +306,7 @@ def test_a_file_too_many(two):
     assert "extra shard" in passed_over(two)
 
 
-@pytest.mark.parametrize("what", ["start", "size", "file", "shape"])
+@pytest.mark.parametrize("what", ["start", "size", "file", "shape", "dtype"])
 def test_an_index_that_lies(written, tmp_path, what):
     """Without digests, as `generate` opens it."""
     path = tmp_path / "copy"
@@ -317,6 +317,8 @@ def test_an_index_that_lies(written, tmp_path, what):
     first, second = entry["pieces"][:2]
     if what == "shape":
         entry["shape"][0] += 1
+    elif what == "dtype":
+        entry["dtype"] = "F16"
     else:
         first[what], second[what] = (
             (second[what], first[what]) if what in ("start", "file") else ([2, 20, 16], [0, 20, 16])
@@ -330,5 +332,6 @@ def test_an_index_that_lies(written, tmp_path, what):
     if what == "file":  # two equal parts that changed places: only the digest can tell
         assert not inspect(path, verify=True).ok
         return
-    with pytest.raises(CheckpointError, match="parts that do not fit"):
+    found = "wrong part" if what == "dtype" else "parts that do not fit"
+    with pytest.raises(CheckpointError, match=found):
         open_checkpoint(path)
