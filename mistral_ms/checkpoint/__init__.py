@@ -6,6 +6,7 @@ from mistral_ms.checkpoint.detect import KINDS, detect
 from mistral_ms.checkpoint.inspection import Inspection, inspect
 from mistral_ms.checkpoint.layout import our_shapes
 from mistral_ms.checkpoint.native import save_native, tokenizer_files
+from mistral_ms.checkpoint.presplit import presplit
 from mistral_ms.checkpoint.series import CheckpointSeries, Found, PassedOver
 from mistral_ms.checkpoint.source import Source, open_checkpoint
 from mistral_ms.checkpoint.tensor_set import TensorSet, open_tensor_set, read_state
@@ -26,6 +27,7 @@ __all__ = [
     "open_checkpoint",
     "open_tensor_set",
     "our_shapes",
+    "presplit",
     "read_state",
     "save_native",
     "tokenizer_files",

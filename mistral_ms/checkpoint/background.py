@@ -28,7 +28,7 @@ class BackgroundWriter:
         Raises:
             CheckpointError: the one before failed; this one is not started.
         """
-        self._wait()
+        self.wait()
         self._running = self._pool.submit(save)
 
     def check(self) -> None:
@@ -38,9 +38,14 @@ class BackgroundWriter:
             CheckpointError: the last save has failed.
         """
         if self._running is not None and self._running.done():
-            self._wait()
+            self.wait()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Waits for the save that is running.
+
+        Raises:
+            CheckpointError: it failed.
+        """
         running, self._running = self._running, None
         if running is not None:
             running.result()
@@ -57,6 +62,6 @@ class BackgroundWriter:
         """Finishes the save that is running, even on the way out of an error."""
         self._pool.shutdown()
         if error is None:
-            self._wait()
+            self.wait()
         elif self._running is not None and (failure := self._running.exception()) is not None:
             error.add_note(f"and the checkpoint that was being written failed: {failure}")

@@ -45,7 +45,7 @@ _SETS: tuple[tuple[str, Literal["safetensors", "pickle"], str, str, str | None],
         "hf",
         "safetensors",
         "model",
-        r"model(-\d+-of-\d+)?\.safetensors",
+        r"model(-\d+-of-\d+|-rank-\d+)?\.safetensors",
         "model.safetensors.index.json",
     ),
     (

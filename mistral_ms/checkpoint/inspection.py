@@ -180,6 +180,8 @@ def _readable_config(path: Path, kind: str) -> tuple[ModelConfig | None, tuple[s
 
 def _describe(weights: WeightFiles) -> str:
     count = len(weights.files)
+    if count and all("-rank-" in path.name for path in weights.files):
+        return f"parts of {count} rank{'s' if count != 1 else ''}"
     return f"{count} {weights.container} file{'s' if count != 1 else ''}"
 
 

@@ -16,40 +16,41 @@ def load_weights(
     source: Source,
     parameters: Mapping[str, Parameter],
     progress: Callable[[int], None] | None = None,
-    part: Callable[[str, np.ndarray], np.ndarray] | None = None,
+    window: Callable[[str, tuple[int, ...]], tuple[slice, ...]] | None = None,
 ) -> None:
     """Reads every tensor of ``source`` into the parameter of the same name.
 
     Values are cast to the parameter's dtype (round to nearest even). No tensor is left unread and
-    no parameter unfilled; names, and of whole weights shapes, are compared before the first one
-    is read.
+    no parameter unfilled; names and shapes are compared before the first one is read.
 
     Args:
         source: an open checkpoint of any known format.
         parameters: the model's weights under our names.
         progress: called with the bytes of each tensor that was read.
-        part: what the parameter holds of a whole tensor, by its name; None: all of it.
+        window: what a rank holds of a whole tensor, by its name and shape; only that is read, and
+            ``parameters`` may be some of the model's. None: all of everything.
 
     Raises:
         CheckpointError: a tensor without a parameter, a parameter without a tensor, or a shape
             that differs.
     """
     tensors = {name: source.shape(name) for name in source.names()}
-    for name in sorted(set(tensors) ^ set(parameters)):
+    unread = set() if window is not None else set(tensors) - set(parameters)
+    for name in sorted(unread | (set(parameters) - set(tensors))):
         missing = name not in tensors
         raise CheckpointError(
             "missing tensor" if missing else "extra tensor",
             where=f"{source.path}: {name}",
             rule="the model needs it" if missing else "the model has no such weight",
         )
+    windows = {name: None if window is None else window(name, tensors[name]) for name in parameters}
     for name, parameter in parameters.items():
-        if part is None:
-            _check_shape(source, name, tensors[name], parameter)
+        part = windows[name]
+        held = tensors[name] if part is None else tuple(each.stop - each.start for each in part)
+        _check_shape(source, name, held, parameter)
     for name, parameter in parameters.items():
-        values = source.read(name, dtype=_name(parameter.dtype))
-        if part is not None:
-            values = part(name, values)
-            _check_shape(source, name, values.shape, parameter)
+        part, dtype = windows[name], dtype_name(parameter.dtype)
+        values = source.read(name, dtype) if part is None else source.read_window(name, part, dtype)
         set_values(parameter, values)
         if progress is not None:
             progress(values.nbytes)
@@ -77,7 +78,7 @@ def set_values(parameter: Parameter, values: np.ndarray) -> None:
 
 def to_numpy(parameter: Parameter) -> tuple[np.ndarray, str]:
     """A parameter's values and dtype name; bfloat16 as its bits in uint16, for NumPy has none."""
-    dtype = _name(parameter.dtype)
+    dtype = dtype_name(parameter.dtype)
     if parameter.dtype != ms.bfloat16:
         return parameter.asnumpy(), dtype
     bits = parameter.astype(ms.float32).asnumpy().view(np.uint32) >> 16
@@ -91,5 +92,6 @@ def _tensor(values: np.ndarray, dtype: ms.Type) -> Tensor:
     return Tensor.from_numpy(wide).astype(ms.bfloat16)
 
 
-def _name(dtype: ms.Type) -> str:
+def dtype_name(dtype: ms.Type) -> str:
+    """What configurations call a dtype."""
     return {ms.float32: "float32", ms.float16: "float16", ms.bfloat16: "bfloat16"}[dtype]

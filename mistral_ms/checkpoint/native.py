@@ -97,7 +97,7 @@ def _entry(name: str, shape: tuple[int, ...], dtype: str, values: Values) -> Ent
             rule=f"must be one of {', '.join(FROM_CONFIG)}",
         )
     stored, shape = FROM_CONFIG[dtype], tuple(int(length) for length in shape)
-    return Entry(name, shape, stored, partial(_chunks, name, shape, stored, values))
+    return Entry(name, shape, stored, partial(chunks_of, name, shape, stored, values))
 
 
 def _check_complete(config: ModelConfig, entries: list[Entry]) -> list[Entry]:
@@ -125,9 +125,10 @@ def _check_complete(config: ModelConfig, entries: list[Entry]) -> list[Entry]:
     return [given[name] for name in expected]
 
 
-def _chunks(
+def chunks_of(
     name: str, shape: tuple[int, ...], stored: str, values: Values, workspace: Workspace
 ) -> Iterator[np.ndarray]:
+    """The elements of a tensor in memory, rounded to the dtype on disk, for an ``Entry``."""
     array = values() if callable(values) else values
     if array.shape != shape or array.dtype not in _STORED:
         raise CheckpointError(

@@ -158,8 +158,20 @@ def check_tensors(
         CheckpointError: missing or extra tensors (a few are named, all are counted), or a wrong
             shape.
     """
-    missing = [name for name in expected if name not in tensors]
-    extra = [name for name in tensors if name not in expected]
+    files = {name: info.file for name, info in tensors.items()}
+    check_shapes({name: info.shape for name, info in tensors.items()}, expected, where, files)
+
+
+def check_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    where: object,
+    files: Mapping[str, object] | None = None,
+) -> None:
+    """The same for bare shapes; ``files`` says where each tensor is, for the message."""
+    files = files or {}
+    missing = [name for name in expected if name not in shapes]
+    extra = [name for name in shapes if name not in expected]
     todo = "the files and the configuration must be of the same model"
     if missing:
         raise CheckpointError(
@@ -173,17 +185,17 @@ def check_tensors(
     if extra:
         raise CheckpointError(
             "extra tensor",
-            where=tensors[extra[0]].file,
+            where=files.get(extra[0], where),
             value=_some(extra),
             rule=f"the configuration asks for {len(expected)} tensors, {len(extra)} more are there",
             todo=todo,
         )
     for name, shape in expected.items():
-        if tensors[name].shape != shape:
+        if shapes[name] != shape:
             raise CheckpointError(
                 "wrong shape",
-                where=f"{tensors[name].file}: {name}",
-                value=list(tensors[name].shape),
+                where=f"{files.get(name, where)}: {name}",
+                value=list(shapes[name]),
                 rule=f"the configuration asks for {list(shape)}",
                 todo=todo,
             )

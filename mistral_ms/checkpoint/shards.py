@@ -6,10 +6,13 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from mistral_ms.checkpoint.boxes import PARTS, decode_index
 from mistral_ms.checkpoint.detect import WeightFiles
 from mistral_ms.checkpoint.dtypes import TO_CONFIG, WEIGHT_DTYPES
 from mistral_ms.checkpoint.files import inside, read_json
+from mistral_ms.checkpoint.parts_store import PartsStore
 from mistral_ms.checkpoint.pickle_file import PickleStore
 from mistral_ms.checkpoint.safetensors_file import SafetensorsStore, TensorInfo, read_header
 from mistral_ms.checkpoint.stream import Store
@@ -28,6 +31,8 @@ def open_weights(directory: Path, weights: WeightFiles) -> Store:
             or quantised weights.
         MissingExtraError: pickles, and torch is not installed.
     """
+    if weights.index is not None and PARTS in (index := read_json(weights.index)):
+        return _open_parts(directory, weights, index)
     weight_map = None if weights.index is None else _read_index(weights.index)
     if weight_map is None:
         files = _without_index(directory, weights)
@@ -45,6 +50,25 @@ def open_weights(directory: Path, weights: WeightFiles) -> Store:
         if weight_map is not None and weights.index is not None:
             _check_index(weights.index, weight_map, store.tensors)
         _check_dtypes(store.tensors)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _open_parts(directory: Path, weights: WeightFiles, index: Mapping[str, Any]) -> Store:
+    """A checkpoint that many ranks have written, each its part."""
+    assert weights.index is not None
+    if weights.kind != "mistral_ms":
+        raise CheckpointError(
+            "incomplete checkpoint",
+            where=directory,
+            rule="one in parts has a manifest and a configuration of ours",
+            todo="copy it again",
+        )
+    store = PartsStore(directory, weights.index, decode_index(index, weights.index))
+    try:
+        _check_stray(weights, [directory / name for name in store.files])
     except BaseException:
         store.close()
         raise

@@ -11,12 +11,14 @@ from types import TracebackType
 import numpy as np
 
 from mistral_ms.checkpoint import keys
+from mistral_ms.checkpoint.boxes import Box
 from mistral_ms.checkpoint.config_file import read_config
 from mistral_ms.checkpoint.detect import choose_weights
-from mistral_ms.checkpoint.dtypes import FROM_CONFIG, TO_CONFIG, WEIGHT_DTYPES, itemsize
+from mistral_ms.checkpoint.dtypes import FROM_CONFIG, TO_CONFIG, WEIGHT_DTYPES, cast, itemsize
 from mistral_ms.checkpoint.files import side_files
 from mistral_ms.checkpoint.layout import FormatLayout, format_layout
 from mistral_ms.checkpoint.manifest import read_manifest
+from mistral_ms.checkpoint.parts_store import read_box
 from mistral_ms.checkpoint.plan import Assembly, Piece, check_tensors, make_plan, target_dtype
 from mistral_ms.checkpoint.safetensors_file import TensorInfo
 from mistral_ms.checkpoint.shards import open_weights
@@ -101,6 +103,51 @@ class Source:
         """What one of our tensors is assembled of, in its order."""
         return self._assembly(name).pieces
 
+    def read_window(
+        self, name: str, window: tuple[slice, ...], dtype: str = "float32"
+    ) -> np.ndarray:
+        """Reads a rectangle of one of our tensors: of the files only the rows that it meets.
+
+        Args:
+            name: our name.
+            window: one slice with plain bounds for each axis.
+            dtype: as for :meth:`read`.
+
+        Raises:
+            CheckpointError: as for :meth:`read`.
+        """
+        assembly, box = self._assembly(name), Box.of(window)
+        if self.kind != "mistral_ms":
+            rows = self.read(name, dtype, (box.start[0], box.stop[0]))
+            return np.ascontiguousarray(rows[(slice(None), *window[1:])])
+        values = read_box(self.store, name, box)
+        stored = self._stored(assembly, dtype)
+        have = self.tensors[name].dtype
+        if have == stored:
+            return values
+        out = np.empty(values.size, WEIGHT_DTYPES[stored])
+        if overflowed := cast(values.reshape(-1), have, stored, out):
+            raise CheckpointError(
+                "overflow",
+                where=f"{self.path}: {name}",
+                value=f"{overflowed} values",
+                rule=f"must fit {TO_CONFIG[stored]}",
+                todo="keep the dtype, or choose one with a larger range",
+            )
+        return out.reshape(values.shape)
+
+    def _stored(self, assembly: Assembly, dtype: str) -> str:
+        if dtype == "keep":
+            return target_dtype(assembly, self.tensors, "keep")
+        if dtype in FROM_CONFIG:
+            return FROM_CONFIG[dtype]
+        raise CheckpointError(
+            "unknown dtype",
+            where="dtype",
+            value=repr(dtype),
+            rule=f"must be one of keep, {', '.join(FROM_CONFIG)}",
+        )
+
     def read(
         self, name: str, dtype: str = "float32", rows: tuple[int, int] | None = None
     ) -> np.ndarray:
@@ -129,17 +176,7 @@ class Source:
                 value=f"{first} to {last}",
                 rule=f"it has {assembly.shape[0]}",
             )
-        if dtype == "keep":
-            stored = target_dtype(assembly, self.tensors, "keep")
-        elif dtype in FROM_CONFIG:
-            stored = FROM_CONFIG[dtype]
-        else:
-            raise CheckpointError(
-                "unknown dtype",
-                where="dtype",
-                value=repr(dtype),
-                rule=f"must be one of keep, {', '.join(FROM_CONFIG)}",
-            )
+        stored = self._stored(assembly, dtype)
         return read_array(self.store, assembly, stored, (first, last))
 
 

@@ -8,35 +8,16 @@ target has not been touched. After the rename the new checkpoint stands, whateve
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+from mistral_ms.checkpoint.file_set import FileSet, write_error
 from mistral_ms.checkpoint.files import MANIFEST, unknown_entries
-from mistral_ms.checkpoint.manifest import FileRecord, encode_manifest
+from mistral_ms.checkpoint.manifest import encode_manifest
 from mistral_ms.errors import CheckpointError
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CHUNK_BYTES = 8 << 20
-
-
-def _write_error(path: Path, error: OSError) -> CheckpointError:
-    full = error.errno in _FULL
-    return CheckpointError(
-        "disk full" if full else "cannot write",
-        where=path,
-        value=error.strerror,
-        rule="nothing was changed",
-        todo="free some space, or choose another place" if full else None,
-    )
 
 
 def _sync_directory(path: Path) -> None:
@@ -47,64 +28,7 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-class FileWriter:
-    """One file, written front to back, hashed beside the writing when a digest is wanted.
-
-    Args:
-        path: the file; must not exist.
-        hashed: compute the SHA-256. A second thread does it while the kernel copies the chunk.
-    """
-
-    def __init__(self, path: Path, hashed: bool) -> None:
-        self.path = path
-        self.size = 0
-        self._digest = hashlib.sha256() if hashed else None
-        self._hasher = ThreadPoolExecutor(1) if hashed else None
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-
-    def write(self, data: Any) -> None:
-        """Appends a bytes-like object or an array; it may be reused afterwards.
-
-        Raises:
-            CheckpointError: the disk is full, or refuses in another way.
-        """
-        view = memoryview(data)
-        if view.nbytes == 0:  # a cast of an empty view is an error
-            return
-        view = view.cast("B")
-        pending: Future[None] | None = None
-        if self._digest is not None and self._hasher is not None:
-            pending = self._hasher.submit(self._digest.update, view)
-        try:
-            written = 0
-            while written < len(view):
-                written += os.write(self._descriptor, view[written:])
-        except OSError as error:
-            raise _write_error(self.path, error) from error
-        finally:
-            if pending is not None:
-                pending.result()
-        self.size += len(view)
-
-    def close(self, sync: bool = True) -> None:
-        """Closes the file; with ``sync`` only after its bytes are on the disk."""
-        if self._hasher is not None:
-            self._hasher.shutdown()
-        try:
-            if sync:
-                os.fsync(self._descriptor)
-        except OSError as error:
-            raise _write_error(self.path, error) from error
-        finally:
-            os.close(self._descriptor)
-
-    @property
-    def record(self) -> FileRecord:
-        """Size and digest (empty when none was wanted) of what was written so far."""
-        return FileRecord(self.size, self._digest.hexdigest() if self._digest else "")
-
-
-class TargetDirectory:
+class TargetDirectory(FileSet):
     """A checkpoint directory in the making; a context manager.
 
     Leaving the context without an exception puts the directory in its place.
@@ -113,34 +37,44 @@ class TargetDirectory:
         path: where the checkpoint shall be; missing parents are created.
         overwrite: replace an existing checkpoint directory (and nothing else).
         manifest: write ``COMPLETE`` as the last file.
+        begun: a temporary sibling that others have begun to fill; None makes one.
 
     Raises:
         CheckpointError: the target exists and may not be replaced, or its place is not writable.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool = False, manifest: bool = False) -> None:
-        self.path = Path(path)
-        self.records: dict[str, FileRecord] = {}
-        self._manifest, self._overwrite = manifest, overwrite
+    def __init__(
+        self,
+        path: Path,
+        *,
+        overwrite: bool = False,
+        manifest: bool = False,
+        begun: Path | None = None,
+    ) -> None:
+        super().__init__(Path(path), hashed=manifest)
+        self._manifest, self._overwrite, self._begun = manifest, overwrite, begun
         check_target(self.path, overwrite)
         self._final = Path(os.path.realpath(self.path))  # a link stays, what it leads to changes
         self._made: list[Path] = []
-        self._temporary: Path | None = None
+        self._directory = None
 
     def __enter__(self) -> TargetDirectory:
         parent = self._final.parent
+        if self._begun is not None:
+            self._directory = self._begun
+            return self
         try:
             for missing in [p for p in (parent, *parent.parents) if not p.exists()][::-1]:
                 missing.mkdir()
                 self._made.append(missing)
             name = tempfile.mkdtemp(prefix=f".{self._final.name}.partial-", dir=parent)
-            self._temporary = Path(name)
+            self._directory = Path(name)
             mask = os.umask(0)
             os.umask(mask)
-            self._temporary.chmod(0o777 & ~mask)  # mkdtemp makes private ones
+            self._directory.chmod(0o777 & ~mask)  # mkdtemp makes private ones
         except OSError as error:
             self._discard()
-            raise _write_error(parent, error) from error
+            raise write_error(parent, error) from error
         return self
 
     def __exit__(
@@ -158,69 +92,10 @@ class TargetDirectory:
             self._install()
         except OSError as failure:
             self._discard()
-            raise _write_error(self.path, failure) from failure
+            raise write_error(self.path, failure) from failure
         except BaseException:
             self._discard()
             raise
-
-    @property
-    def directory(self) -> Path:
-        """The temporary directory that is being filled."""
-        if self._temporary is None:
-            raise RuntimeError("the target is not open")
-        return self._temporary
-
-    @contextlib.contextmanager
-    def file(self, name: str) -> Iterator[FileWriter]:
-        """Opens one new file of the checkpoint; it is on the disk when the context ends."""
-        path = self.directory / name
-        try:
-            writer = FileWriter(path, hashed=self._manifest)
-        except OSError as error:
-            raise _write_error(path, error) from error
-        try:
-            yield writer
-        except BaseException:
-            writer.close(sync=False)
-            raise
-        writer.close()
-        self.records[name] = writer.record
-
-    def write(self, name: str, data: bytes) -> None:
-        """Writes a small file."""
-        with self.file(name) as writer:
-            writer.write(data)
-
-    def write_json(self, name: str, data: Mapping[str, Any]) -> None:
-        """Writes a JSON object, indented."""
-        self.write(name, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
-
-    def copy(self, source: Path, name: str | None = None) -> None:
-        """Copies a file, under its own name or another."""
-        with self.file(name or source.name) as writer:
-            try:
-                stream = source.open("rb")
-            except OSError as error:
-                raise CheckpointError("cannot read", where=source, value=error.strerror) from error
-            with stream:
-                while chunk := stream.read(_CHUNK_BYTES):
-                    writer.write(chunk)
-
-    def require_space(self, nbytes: int) -> None:
-        """Fails now rather than in an hour when the disk cannot take ``nbytes`` more.
-
-        Raises:
-            CheckpointError: not enough free space.
-        """
-        free = shutil.disk_usage(self.directory).free
-        if free < nbytes:
-            raise CheckpointError(
-                "disk full",
-                where=self.path,
-                value=f"{free / 1e9:.2f} GB free",
-                rule=f"{nbytes / 1e9:.2f} GB are needed; nothing was changed",
-                todo="free some space, or choose another place",
-            )
 
     def _install(self) -> None:
         """Renames the directory into its place; an old one steps aside first and returns on error.
@@ -241,7 +116,7 @@ class TargetDirectory:
             if aside is not None:
                 self._step_back(aside)
             raise
-        self._temporary = None
+        self._directory = None
         try:
             _sync_directory(self._final.parent)
         except OSError as error:
@@ -283,9 +158,9 @@ class TargetDirectory:
             ) from error
 
     def _discard(self) -> None:
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-            self._temporary = None
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
         for parent in reversed(self._made):
             with contextlib.suppress(OSError):
                 parent.rmdir()

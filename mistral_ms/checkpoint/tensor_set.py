@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from mistral_ms.checkpoint.boxes import Box
 from mistral_ms.checkpoint.detect import WeightFiles
 from mistral_ms.checkpoint.dtypes import WEIGHT_DTYPES
 from mistral_ms.checkpoint.files import read_json
 from mistral_ms.checkpoint.manifest import read_manifest
+from mistral_ms.checkpoint.parts_store import read_box
 from mistral_ms.checkpoint.shards import open_weights
 from mistral_ms.checkpoint.stream import Store
 from mistral_ms.errors import CheckpointError
@@ -49,8 +51,15 @@ class TensorSet:
         """Shape of one of them."""
         return self._store.tensors[name].shape
 
-    def read(self, name: str) -> np.ndarray:
-        """The values of one of them, in a new array; bfloat16 as bits in uint16."""
+    def read(self, name: str, window: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The values of one of them, in a new array; bfloat16 as bits in uint16.
+
+        Args:
+            name: its name.
+            window: the part that is wanted, one slice with plain bounds for each axis.
+        """
+        if window is not None:
+            return read_box(self._store, name, Box.of(window))
         info = self._store.tensors[name]
         values = np.empty(info.size, WEIGHT_DTYPES[info.dtype])
         self._store.read_into(name, 0, values)
@@ -70,7 +79,7 @@ def open_tensor_set(path: Path, stem: str) -> TensorSet:
     """
     path = Path(path)
     records = read_manifest(path)
-    pattern = re.compile(rf"{re.escape(stem)}-\d+-of-\d+\.safetensors")
+    pattern = re.compile(rf"{re.escape(stem)}-(\d+-of|rank)-\d+\.safetensors")
     files = tuple(sorted(entry for entry in path.iterdir() if pattern.fullmatch(entry.name)))
     index = path / f"{stem}.safetensors.index.json"
     if not files or not index.is_file():

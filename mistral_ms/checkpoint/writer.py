@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mistral_ms.checkpoint.dtypes import WEIGHT_DTYPES, itemsize
+from mistral_ms.checkpoint.file_set import FileSet
 from mistral_ms.checkpoint.safetensors_file import encode_header
 from mistral_ms.checkpoint.stream import Workspace
 from mistral_ms.checkpoint.target import TargetDirectory
@@ -121,7 +122,7 @@ def write_tensors(
     workers = max(1, min(workers, len(shards), os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:
         futures = [
-            pool.submit(_write_shard, target, name, shard, strings, meter)
+            pool.submit(write_shard, target, name, shard, strings, meter)
             for name, shard in zip(names, shards, strict=True)
         ]
         try:
@@ -139,12 +140,12 @@ def write_tensors(
         target.write_json(f"{stem}.safetensors.index.json", index)
 
 
-def _write_shard(
-    target: TargetDirectory,
+def write_shard(
+    target: FileSet,
     name: str,
     entries: Sequence[Entry],
     metadata: Mapping[str, str],
-    meter: _Meter,
+    meter: _Meter | None = None,
 ) -> None:
     """Writes one shard: the header first, it follows from the shapes; then chunk after chunk."""
     # Wider elements first keeps every tensor aligned to its elements, whatever the shapes.
@@ -158,7 +159,8 @@ def _write_shard(
             for chunk in entry.chunks(workspace):
                 if chunk.dtype != WEIGHT_DTYPES[entry.dtype]:
                     raise TypeError(f"{entry.name}: {chunk.dtype} chunk of a {entry.dtype} tensor")
-                meter.add(chunk.nbytes)
+                if meter is not None:
+                    meter.add(chunk.nbytes)
                 file.write(chunk)
             if file.size != expected:
                 raise CheckpointError(

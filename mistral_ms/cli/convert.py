@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from mistral_ms.checkpoint import ConvertResult
 
 
 class TargetFormat(StrEnum):
@@ -52,6 +55,10 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DST.")
     ] = False,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Write a file for every rank of this run file's layout (mindspore)."),
+    ] = None,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
     ] = None,
@@ -65,8 +72,13 @@ def convert(
     from mistral_ms.cli.output import byte_progress, size_text, write_json
 
     console = Console()
-    with byte_progress(console, "converting") as progress:
-        result = checkpoint.convert(src, dst, to, dtype, overwrite, kind=source, progress=progress)
+    if run is not None:
+        result = _presplit(src, dst, to, dtype, overwrite, source, run)
+    else:
+        with byte_progress(console, "converting") as progress:
+            result = checkpoint.convert(
+                src, dst, to, dtype, overwrite, kind=source, progress=progress
+            )
     rate = size_text(result.bytes / max(result.seconds, 1e-9))
     files = sorted(path.name for path in dst.iterdir())
     shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if files[8:] else "")
@@ -81,3 +93,44 @@ def convert(
     )
     if json is not None:
         write_json(json, asdict(result))
+
+
+def _presplit(
+    src: Path,
+    dst: Path,
+    to: TargetFormat | None,
+    dtype: DType,
+    overwrite: bool,
+    source: SourceFormat | None,
+    run_file: Path,
+) -> ConvertResult:
+    """Cuts a checkpoint up for a run's layout.
+
+    Raises:
+        ConfigError: another target format, or a layout that does not divide the model.
+    """
+    from mistral_ms.checkpoint import open_checkpoint, our_shapes, presplit
+    from mistral_ms.config import load_run_config
+    from mistral_ms.errors import ConfigError
+    from mistral_ms.parallel.pipeline import balance, held_names, layer_costs
+    from mistral_ms.parallel.topology import Topology, written_parts
+
+    if to not in (None, TargetFormat.MINDSPORE):
+        raise ConfigError(
+            "only our own format has parts",
+            where="--to",
+            value=to,
+            rule="--run cuts a checkpoint up for the ranks of a run",
+            todo="leave --to out",
+        )
+    parallel = load_run_config(run_file).parallel
+    with open_checkpoint(src, source) as opened:
+        model = opened.config
+    parallel.check(model)
+    topology, shapes = Topology.of(parallel), our_shapes(model)
+    stages = balance(layer_costs(model, min(model.max_position_embeddings, 4096)), parallel.pp)
+    ranks = []
+    for place in topology.places:
+        held = {name: shapes[name] for name in held_names(stages[place.pp], shapes)}
+        ranks.append(written_parts(held, topology, place.rank))
+    return presplit(src, dst, ranks, str(parallel.sizes), dtype, overwrite, kind=source)

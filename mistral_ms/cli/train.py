@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mistral_ms.config import RunConfig
+    from mistral_ms.launch import Heartbeat
     from mistral_ms.parallel.apply import Division
     from mistral_ms.training import RunResult
 
@@ -54,11 +57,28 @@ def train(
                 todo="leave output out",
             )
         output = resume
-    result = _execute(console, run, output, division, resuming=resume is not None)
+    with heartbeat_of(division) as heartbeat:
+        result = _execute(console, run, output, division, heartbeat, resuming=resume is not None)
+        # a rank that ends before the others have written is taken for a failed one
+        division.wait_for_all()
     if json is not None and division.is_first:
         write_json(json, result.summary_values())
     if result.stopped_by is not None:
         raise typer.Exit(128 + result.stopped_by)
+
+
+@contextmanager
+def heartbeat_of(division: Division) -> Iterator[Heartbeat]:
+    """This process's signs of life, for whoever launched it; they end with how it ends."""
+    from mistral_ms.launch import Heartbeat
+
+    heartbeat = Heartbeat.of_environment(division.rank)
+    try:
+        yield heartbeat
+    except BaseException as error:
+        heartbeat.phase("failed", f"{type(error).__name__}: {error}")
+        raise
+    heartbeat.phase("finished")
 
 
 def join_processes(run: RunConfig) -> Division:
@@ -72,6 +92,11 @@ def join_processes(run: RunConfig) -> Division:
     from mistral_ms.parallel.apply import Division
 
     world = int(os.environ.get("MS_WORKER_NUM", "1"))  # set by msrun
+    idle = world == 1 or os.environ.get("MISTRAL_MS_NODE_RANK", "0") != "0"
+    if idle and os.environ.get("MS_ROLE") == "MS_SCHED":
+        # msrun starts a scheduler wherever the master's address is local, even when another
+        # launcher on this machine has done so, and even for a process that is alone
+        raise typer.Exit(0)
     if world == 1:
         return Division(run.parallel, 0, 1)
     from mindspore.communication import get_group_size, get_rank, init
@@ -81,7 +106,13 @@ def join_processes(run: RunConfig) -> Division:
 
 
 def _execute(
-    console: Console, run: RunConfig, output: Path, division: Division, *, resuming: bool
+    console: Console,
+    run: RunConfig,
+    output: Path,
+    division: Division,
+    heartbeat: Heartbeat,
+    *,
+    resuming: bool,
 ) -> RunResult:
     from mistral_ms.cli.backend_log import backend_log
     from mistral_ms.training import RunFiles, TrainingRun, show_progress
@@ -106,7 +137,7 @@ def _execute(
         )
         say(f"memory {training.memory}")
         with show_progress(console, steps) as progress:
-            result = training.execute([progress])
+            result = training.execute([progress, heartbeat], heartbeat.phase)
     report(console, result)
     return result
 

@@ -113,9 +113,11 @@ class Division:
         return whole_shape(name, shape, self.topology)
 
     @property
-    def part(self) -> Callable[[str, np.ndarray], np.ndarray] | None:
-        """Cuts what this rank holds out of a whole weight of a name; None when it holds all."""
-        return None if self.world == 1 else self._cut
+    def window(self) -> Callable[[str, tuple[int, ...]], tuple[slice, ...]] | None:
+        """What this rank holds of a whole weight of a name and shape; None when it holds all."""
+        if self.world == 1:
+            return None
+        return lambda name, shape: weight_slice(name, shape, self.topology, self.rank)
 
     def initialize(self, model: CausalLM, seed: int) -> None:
         """Draws what one process would draw, and keeps this rank's parts."""
@@ -150,6 +152,13 @@ class Division:
             return yes
         told = Tensor(np.array([float(yes)], np.float32))
         return bool(self.groups.of(GroupKind.WORLD).all_reduce(told).asnumpy()[0] > 0)
+
+    def told(self, number: int) -> int:
+        """The first rank's number (0 to 2**24); all must ask."""
+        if self.world == 1:
+            return number
+        said = Tensor(np.array([float(number if self.is_first else 0)], np.float32))
+        return int(self.groups.of(GroupKind.WORLD).all_reduce(said).asnumpy()[0])
 
     def wait_for_all(self) -> None:
         """Returns when every process has come here."""

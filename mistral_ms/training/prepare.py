@@ -122,5 +122,5 @@ def initialize(model: CausalLM, run: RunConfig, division: Division, say: Say) ->
                 rule=f"init_from {run.init_from} has {theirs[key]}",
                 todo="leave model out of the run to take the checkpoint's",
             )
-        load_weights(source, model.weights(), part=division.part)
+        load_weights(source, model.weights(), window=division.window)
     say(f"weights from {run.init_from}")

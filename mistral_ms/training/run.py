@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import yaml
 
 from mistral_ms.checkpoint import BackgroundWriter, CheckpointSeries, read_state
 from mistral_ms.config import RunConfig
-from mistral_ms.errors import TrainingError
+from mistral_ms.errors import CheckpointError, TrainingError
 from mistral_ms.parallel.apply import Division
 from mistral_ms.parallel.pipeline import check_objective
 from mistral_ms.training.failure import write_failure
@@ -25,6 +25,7 @@ from mistral_ms.training.interrupt import stop_on_signals
 from mistral_ms.training.loop import Observer, TrainingSummary, train
 from mistral_ms.training.memory import MemoryReport, memory_report
 from mistral_ms.training.metrics import MetricsWriter, StepRecord, read_metrics
+from mistral_ms.training.parts import save_parts, take_part
 from mistral_ms.training.prepare import Say, check_device, initialize, open_data, side_files
 from mistral_ms.training.state import restore, take_snapshot
 from mistral_ms.training.step import NotFiniteError, TrainStep
@@ -111,6 +112,7 @@ class TrainingRun:
         )
         self.history: list[StepRecord] = []
         self._saved: int | None = None
+        self._phase: Callable[[str], None] = lambda name: None
         if found is not None:
             restore(self.update, found, self.division)
             self._saved = self.update.progress.step
@@ -125,7 +127,7 @@ class TrainingRun:
             for leftover in self.series.clean():
                 self._say(f"removed what a killed writer left: {leftover}")
         self.division.wait_for_all()
-        found = self.series.newest()
+        found = self._verified()
         if found is None:
             raise TrainingError(
                 "nothing to resume",
@@ -133,25 +135,43 @@ class TrainingRun:
                 rule="the run that is resumed must have saved a checkpoint",
                 todo="start it again without --resume, into another directory",
             )
-        for other in found.passed_over:
-            self._say(f"passed over {other.path}: {other.reason}")
-        for change in self.identity.compare(read_state(found.path), found.path):
+        for change in self.identity.compare(read_state(found), found):
             self._say(f"changed since the checkpoint: {change}")
-        self._say(f"resuming from {found.path}")
-        return found.path
+        self._say(f"resuming from {found}")
+        return found
 
-    def execute(self, observers: Sequence[Observer] = ()) -> RunResult:
+    def _verified(self) -> Path | None:
+        """The newest whole checkpoint: the first process reads every byte, the others ask it."""
+        found = None
+        try:
+            if self.division.is_first:
+                found = self.series.newest()
+        except CheckpointError:
+            self.division.told(0)
+            raise
+        number = self.division.told(0 if found is None else found.step + 1)
+        for other in found.passed_over if found is not None else ():
+            self._say(f"passed over {other.path}: {other.reason}")
+        return None if number == 0 else self.series.path(number - 1)
+
+    def execute(
+        self,
+        observers: Sequence[Observer] = (),
+        phase: Callable[[str], None] = lambda name: None,
+    ) -> RunResult:
         """Trains to the end, or until a signal asks to stop; both save a checkpoint.
 
         Args:
             observers: called with each step's record, after the run's own.
+            phase: told the name of whatever takes time and is not a step.
 
         Raises:
             NotFiniteError: a loss that is not finite; a report and a checkpoint from before the
                 step were written.
             CheckpointError: a checkpoint could not be written; older ones are still there.
         """
-        files, update = self.files, self.update
+        files, update, self._phase = self.files, self.update, phase
+        phase("first step")
         records = list(self.history)
         with ExitStack() as stack:
             writer = stack.enter_context(BackgroundWriter())
@@ -200,13 +220,17 @@ class TrainingRun:
         if step == self._saved:
             return
         self._saved = step
-        snapshot = take_snapshot(self.update, self.identity, self.division)
+        self._phase("saving")
+        if self.division.world > 1:
+            part = take_part(self.update, self.identity, self.division)
+            save_parts(part, self.series, self.side_files, self.division, writer)
+            return
+        snapshot = take_snapshot(self.update, self.identity)
 
         def write(path: Path) -> None:
             snapshot.write(path, self.side_files)
 
-        if self.division.is_first:
-            writer.submit(lambda: self.series.save(step, write))
+        writer.submit(lambda: self.series.save(step, write))
 
     def _explain(self, error: NotFiniteError, writer: BackgroundWriter) -> None:
         path = self.files.failure(error.step)

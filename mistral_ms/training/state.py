@@ -64,49 +64,45 @@ class Snapshot:
             path,
             self.model,
             _named(self.weights),
-            {**files, "state.json": _json(self.state)},
+            {**files, "state.json": encode_state(self.state)},
             extra_tensors={OPTIMIZER: _named(self.optimizer)},
             overwrite=True,
         )
 
 
-def take_snapshot(
-    update: TrainStep, identity: Identity, division: Division | None = None
-) -> Snapshot:
-    """Copies everything that a resume needs.
+def take_snapshot(update: TrainStep, identity: Identity) -> Snapshot:
+    """Copies everything that a resume of a training in one process needs.
 
     Args:
         update: the training.
         identity: its description.
-        division: which part of it this process has. All processes must call this; each gets the
-            whole, part by part from the others.
     """
 
-    def copied(weight: str, parameter: Any) -> tuple[np.ndarray, str]:
+    def copied(parameter: Any) -> tuple[np.ndarray, str]:
         values, dtype = to_numpy(parameter)
-        if division is not None and division.world > 1:
-            return division.gather(weight, values), dtype
         return np.array(values, copy=True), dtype
 
-    weights = {name: copied(name, p) for name, p in update.model.weights().items()}
+    weights = {name: copied(p) for name, p in update.model.weights().items()}
     dtype = next(iter(weights.values()))[1]
-    progress = update.progress
     return Snapshot(
         model=update.model.config.model_copy(update={"torch_dtype": dtype}),
         weights=weights,
-        optimizer={
-            name: copied(weight_of(name), p) for name, p in update.optimizer.state().items()
-        },
-        state={
-            "format": FORMAT,
-            "step": progress.step,
-            "updates": progress.updates,
-            "loss_scale": asdict(progress.scale),
-            # the data position and the learning rate follow from the step, the order of the
-            # samples from the seed: nothing else in a training is random
-            **identity.as_dict(),
-        },
+        optimizer={name: copied(p) for name, p in update.optimizer.state().items()},
+        state=state_values(update.progress, identity),
     )
+
+
+def state_values(progress: Progress, identity: Identity) -> dict[str, Any]:
+    """What goes into ``state.json``."""
+    return {
+        "format": FORMAT,
+        "step": progress.step,
+        "updates": progress.updates,
+        "loss_scale": asdict(progress.scale),
+        # the data position and the learning rate follow from the step, the order of the
+        # samples from the seed: nothing else in a training is random
+        **identity.as_dict(),
+    }
 
 
 def restore(update: TrainStep, path: Path, division: Division | None = None) -> None:
@@ -128,12 +124,16 @@ def restore(update: TrainStep, path: Path, division: Division | None = None) -> 
             value=state.get("format"),
             rule=f"this release reads format {FORMAT}",
         )
-    part = None if division is None else division.part
+    window = None if division is None else division.window
     with open_checkpoint(path) as source:
-        load_weights(source, update.model.weights(), part=part)
+        load_weights(source, update.model.weights(), window=window)
     wanted = update.optimizer.state()
     with open_tensor_set(path, OPTIMIZER) as stored:
-        if differing := sorted(set(wanted) ^ set(stored.names())):
+        kept = stored.names()
+        if window is not None:  # a part of the weights, and of their kinds of state all
+            kinds = {name.partition(".")[0] for name in wanted}
+            kept = tuple(n for n in kept if n in wanted or n.partition(".")[0] not in kinds)
+        if differing := sorted(set(wanted) ^ set(kept)):
             raise CheckpointError(
                 "another optimizer's state",
                 where=path,
@@ -142,8 +142,9 @@ def restore(update: TrainStep, path: Path, division: Division | None = None) -> 
                 todo="continue with the dtype that the training began with",
             )
         for name, parameter in wanted.items():
-            values = stored.read(name)
-            values = values if part is None else part(weight_of(name), values)
+            shape = stored.shape(name)
+            part = None if window is None else window(weight_of(name), shape)
+            values = stored.read(name, part)
             if tuple(parameter.shape) != values.shape:
                 raise CheckpointError(
                     "wrong shape",
@@ -166,7 +167,8 @@ def _named(arrays: Arrays) -> list[tuple[str, tuple[int, ...], str, np.ndarray]]
     return [(name, array.shape, dtype, array) for name, (array, dtype) in arrays.items()]
 
 
-def _json(values: Mapping[str, Any]) -> bytes:
+def encode_state(values: Mapping[str, Any]) -> bytes:
+    """The content of ``state.json``."""
     import json
 
     return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

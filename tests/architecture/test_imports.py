@@ -80,12 +80,13 @@ TABLE = {
     "inference": room(BELOW_TRAINING, "mindspore numpy"),
     "lifelong": room(BELOW_TRAINING, "mindspore numpy"),
     "alignment": room(f"{BELOW_TRAINING} inference", "mindspore numpy torch transformers"),
+    "launch": room("config"),
     "planner": room("config parallel.topology"),
     "mindformers": room(
         f"{BELOW_TRAINING} training inference lifelong", "mindspore numpy mindformers"
     ),
     "cli": room(
-        f"{BELOW_TRAINING} training inference lifelong alignment planner",
+        f"{BELOW_TRAINING} training inference lifelong alignment planner launch",
         "typer rich mindspore numpy matplotlib",
     ),
 }
@@ -269,6 +270,7 @@ def test_nothing_imports_the_command_line():
         "data",
         "datasets",
         "cli",
+        "launch",
         "parallel.topology",
         "parallel.pipeline",
     ],

@@ -14,10 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from mistral_ms.checkpoint import convert, inspect, stream, writer
+from mistral_ms.checkpoint import convert, file_set, inspect, stream, writer
 from mistral_ms.checkpoint import target as target_module
+from mistral_ms.checkpoint.file_set import FileWriter
 from mistral_ms.checkpoint.files import MANIFEST
-from mistral_ms.checkpoint.target import FileWriter, TargetDirectory
+from mistral_ms.checkpoint.target import TargetDirectory
 from mistral_ms.errors import CheckpointError
 
 
@@ -119,7 +120,7 @@ def test_a_disk_that_fills_up_on_the_way(source, monkeypatch, number):
     def refuse(descriptor, data):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(target_module, "FileWriter", Full)
+    monkeypatch.setattr(file_set, "FileWriter", Full)
     with pytest.raises(CheckpointError, match=r"disk full: .*nothing was changed: free some space"):
         convert(source, source.parent / "dst", "hf")
     assert names(source.parent) == ["src"]
@@ -150,7 +151,7 @@ def test_a_file_size_limit_of_the_system(source):
 
 def test_a_disk_that_is_known_to_be_too_small(source, monkeypatch):
     usage = SimpleNamespace(total=10**9, used=10**9 - 100, free=100)
-    monkeypatch.setattr(target_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(file_set.shutil, "disk_usage", lambda path: usage)
     message = r"disk full: .*dst: 0\.00 GB free: .*are needed; nothing was changed"
     with pytest.raises(CheckpointError, match=message):
         convert(source, source.parent / "dst", "hf")

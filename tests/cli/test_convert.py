@@ -108,7 +108,11 @@ def test_from_chooses_between_two_formats(ours, run, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--to", "gguf"], "--to"), (["--dtype", "int8"], "--dtype"), (["--run", "x"], "--run")],
+    [
+        (["--to", "gguf"], "--to"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--run", "x"], "cannot read: x"),
+    ],
 )
 def test_unknown_options_and_values_are_exit_code_2(ours, run, tmp_path, arguments, message):
     code, _, err = run("convert", ours, tmp_path / "x", *arguments)

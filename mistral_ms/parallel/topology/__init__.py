@@ -13,6 +13,7 @@ from mistral_ms.parallel.topology.slices import (
     whole_shape,
 )
 from mistral_ms.parallel.topology.traffic import Traffic
+from mistral_ms.parallel.topology.writing import Window, writers, writes_owned, written_parts
 
 __all__ = [
     "ExpertSlice",
@@ -21,6 +22,7 @@ __all__ = [
     "Place",
     "Topology",
     "Traffic",
+    "Window",
     "expert_slice",
     "gradient_group",
     "is_divided",
@@ -28,4 +30,7 @@ __all__ = [
     "traffic",
     "weight_slice",
     "whole_shape",
+    "writers",
+    "writes_owned",
+    "written_parts",
 ]

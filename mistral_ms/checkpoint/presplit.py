@@ -1,0 +1,86 @@
+"""Any known checkpoint to one of ours in parts, a file for every rank of a layout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from mistral_ms.checkpoint.converter import ConvertResult, peak_rss_bytes
+from mistral_ms.checkpoint.dtypes import FROM_OPTION, TO_CONFIG
+from mistral_ms.checkpoint.parts_writer import (
+    WEIGHTS,
+    Part,
+    Stamp,
+    begin_parts,
+    finish_parts,
+    write_part,
+)
+from mistral_ms.checkpoint.source import Source, open_checkpoint
+from mistral_ms.checkpoint.target import check_target
+from mistral_ms.errors import CheckpointError
+
+Windows = Mapping[str, tuple[slice, ...]]
+
+
+def presplit(
+    src: Path,
+    dst: Path,
+    ranks: Sequence[Windows],
+    layout: str,
+    dtype: str = "keep",
+    overwrite: bool = False,
+    *,
+    kind: str | None = None,
+) -> ConvertResult:
+    """Writes a checkpoint as the ranks of a layout would have written it, one after the other.
+
+    Memory: the largest part of a tensor, in the source's dtype and in the new one.
+
+    Args:
+        src: a checkpoint of any known format.
+        dst: the new one's directory; it appears when it is whole.
+        ranks: for each rank the weights that it writes, one slice for each axis.
+        layout: how to call the layout.
+        dtype: ``keep``, ``fp32``, ``fp16`` or ``bf16``.
+        overwrite: replace a checkpoint that is at ``dst``.
+        kind: the source's format, when its directory holds several.
+
+    Raises:
+        CheckpointError: a bad source or target, a full disk, values that ``dtype`` cannot hold, or
+            parts that do not tile the model. Nothing is left of the target then.
+    """
+    begun = time.perf_counter()
+    check_target(dst, overwrite)
+    if Path(src).resolve() == Path(dst).resolve():
+        raise CheckpointError("source is the target", where=src, todo="choose another target")
+    stamp = Stamp(len(ranks), layout, 0)
+    with open_checkpoint(src, kind) as source:
+        config = source.config
+        if dtype in FROM_OPTION:
+            config = config.model_copy(update={"torch_dtype": TO_CONFIG[FROM_OPTION[dtype]]})
+        files = {path.name: path.read_bytes() for path in source.side_files}
+        begin_parts(dst)
+        tensors: dict[str, int] = {}
+        for rank, windows in enumerate(ranks):
+            parts = list(_parts(source, windows, dtype))
+            write_part(dst, rank, stamp, {WEIGHTS: parts})
+            for part in parts:
+                tensors[part.name] = tensors.get(part.name, 0) + part.entry().nbytes
+        finish_parts(dst, stamp, config, files)
+        return ConvertResult(
+            source_kind=source.kind,
+            target_kind="mistral_ms",
+            tensors=len(tensors),
+            bytes=sum(tensors.values()),
+            seconds=time.perf_counter() - begun,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
+
+def _parts(source: Source, windows: Windows, dtype: str) -> Iterable[Part]:
+    for name, window in windows.items():
+        stored = TO_CONFIG[FROM_OPTION[dtype]] if dtype in FROM_OPTION else source.dtype(name)
+        read = partial(source.read_window, name, window, stored)
+        yield Part(name, source.shape(name), window, stored, read)

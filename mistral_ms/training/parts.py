@@ -1,0 +1,122 @@
+"""A training of many processes as a checkpoint: each process copies and writes its own part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mistral_ms.checkpoint import BackgroundWriter, CheckpointSeries
+from mistral_ms.checkpoint.load import dtype_name, to_numpy
+from mistral_ms.checkpoint.parts_writer import Part, Stamp, begin_parts, finish_parts, write_part
+from mistral_ms.config import ModelConfig
+from mistral_ms.errors import CheckpointError
+from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.topology import weight_slice, writes_owned, written_parts
+from mistral_ms.training.identity import Identity
+from mistral_ms.training.optimizer import weight_of
+from mistral_ms.training.state import OPTIMIZER, encode_state, state_values
+from mistral_ms.training.step import TrainStep
+
+
+@dataclass(frozen=True)
+class PartSnapshot:
+    """One process's part of a training at one moment, in arrays that nobody changes any more.
+
+    Attributes:
+        rank: the process.
+        stamp: equal on all processes.
+        model: the architecture; its torch_dtype is the weights'.
+        sets: weights and optimizer's state that this process writes.
+        state: what goes into ``state.json``.
+    """
+
+    rank: int
+    stamp: Stamp
+    model: ModelConfig
+    sets: Mapping[str, tuple[Part, ...]]
+    state: Mapping[str, Any]
+
+    def write(self, path: Path) -> None:
+        """Writes this part into the checkpoint in the making."""
+        write_part(path, self.rank, self.stamp, self.sets)
+
+    def finish(self, path: Path, files: Mapping[str, bytes]) -> None:
+        """Makes the checkpoint, on the first rank, of what all have written."""
+        finish_parts(
+            path, self.stamp, self.model, {**files, "state.json": encode_state(self.state)}
+        )
+
+
+def take_part(update: TrainStep, identity: Identity, division: Division) -> PartSnapshot:
+    """Copies what this process shall write; no process asks another one for anything."""
+    weights = update.model.weights()
+    shapes = {n: division.whole_shape(n, tuple(p.shape)) for n, p in weights.items()}
+    mine = written_parts(shapes, division.topology, division.rank)
+    shared_out = division.parallel.optimizer_parallel
+
+    def parts() -> Iterator[Part]:
+        for name, parameter in update.optimizer.state().items():
+            weight = weight_of(name)
+            if shared_out:
+                chosen = writes_owned(weight, division.topology, division.rank)
+            else:
+                chosen = weight in mine
+            if chosen:
+                yield _copied(name, weight, parameter)
+
+    def _copied(name: str, weight: str, parameter: Any) -> Part:
+        values, dtype = to_numpy(parameter)
+        window = weight_slice(weight, shapes[weight], division.topology, division.rank)
+        return Part(name, shapes[weight], window, dtype, np.array(values, copy=True))
+
+    dtype = dtype_name(next(iter(weights.values())).dtype)
+    return PartSnapshot(
+        rank=division.rank,
+        stamp=Stamp(division.world, str(division.parallel.sizes), update.progress.step),
+        model=update.model.config.model_copy(update={"torch_dtype": dtype}),
+        sets={
+            "model": tuple(_copied(name, name, weights[name]) for name in mine),
+            OPTIMIZER: tuple(parts()),
+        },
+        state=state_values(update.progress, identity),
+    )
+
+
+def save_parts(
+    snapshot: PartSnapshot,
+    series: CheckpointSeries,
+    files: Mapping[str, bytes],
+    division: Division,
+    writer: BackgroundWriter,
+) -> None:
+    """Starts to write a checkpoint of all processes; all of them must call this.
+
+    They meet here, on the thread of the training: collective operations are not safe on another.
+    The rest runs in the background.
+
+    Raises:
+        CheckpointError: the save before failed, here or elsewhere.
+    """
+    step = snapshot.stamp.step
+    path, failure = series.path(step), None
+    try:
+        writer.wait()
+        if division.is_first:
+            begin_parts(path)
+    except CheckpointError as error:
+        failure = error
+    if division.anybody(failure is not None):
+        raise failure or CheckpointError(
+            "another rank could not save", where=path, todo="look into the other ranks' logs"
+        )
+
+    def save() -> None:
+        snapshot.write(path)
+        if division.is_first:
+            series.save(step, lambda place: snapshot.finish(place, files))
+
+    writer.submit(save)

@@ -1,0 +1,180 @@
+"""What the scripts would start, argument by argument, and what they refuse to start."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mistral_ms.launch.checks import (
+    check_devices,
+    check_hccl,
+    check_logs,
+    check_port,
+    check_rank_tables,
+    check_run,
+    check_script,
+)
+from mistral_ms.launch.options import Options, parse
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "run" / "pretrain_mixtral_tiny_200ep.yaml"
+
+
+def script(name, *arguments):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(
+        [str(ROOT / "scripts" / name), *arguments], env=environment, cwd=ROOT,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def layout(tmp_path, **parallel):
+    """A run file with a layout of its own."""
+    run = yaml.safe_load(CONFIG.read_text())
+    run["model"] = str((CONFIG.parent / run["model"]).resolve())
+    run["parallel"] = parallel
+    run["training"]["global_batch_size"] = 32
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    return path
+
+
+@pytest.mark.parametrize("node", range(4))
+def test_four_machines_of_eight_cards(tmp_path, node):
+    config = layout(tmp_path, dp=16, ep=8, pp=2)
+    done = script(
+        "pretrain_mixtral_8x7b_4node_32card.sh", "--node-rank", str(node), "--master", "10.0.0.1",
+        "--config", str(config), "--log-dir", "logs", "--print", "--", "training.steps=70",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        "msrun", "--worker_num=32", "--local_worker_num=8", "--master_addr=10.0.0.1",
+        "--master_port=8118", f"--node_rank={node}", "--log_dir=logs", "--join=True",
+        "--cluster_time_out=600", "--tail_worker_log=0", str(ROOT / "run_mixtral.py"), "train",
+        "--config", str(config), "training.steps=70",
+    ]  # fmt: skip
+
+
+def test_msrun_knows_every_flag(tmp_path):
+    """Its own parser reads the command; nothing is started."""
+    from mistral_ms.launch.command import msrun_command
+
+    arguments = msrun_command(Options(Path("run.yaml"), 2, log_dir=tmp_path))[1:]
+    code = (
+        "import sys; from mindspore.parallel.cluster.run import get_args\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "a = get_args(); print(a.worker_num, a.join, a.node_rank, a.task_script_args)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "2 True 0 ['train', '--config', 'run.yaml']"
+
+
+def test_a_layout_for_another_number_of_processes():
+    done = script("msrun_train.sh", "--config", str(CONFIG), "--workers", "3", "--print")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is for 1 processes, but --nodes 1 times --workers 3 are 3" in done.stderr
+
+
+def test_help_names_every_flag():
+    done = script("msrun_train.sh", "--help")
+    assert done.returncode == 0
+    flags = "config workers nodes node-rank master port log-dir print step-limit slow-limit"
+    for flag in flags.split():
+        assert f"--{flag}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workers", "0"], "--workers must be at least 1"),
+        (["--workers", "8", "--nodes", "4"], "--nodes needs --master"),
+        (["--workers", "8", "--node-rank", "1"], "--node-rank must be 0 to 0"),
+    ],
+)
+def test_flags_that_cannot_be(flags, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["--config", "run.yaml", *flags], "launch")
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def only(findings):
+    (found,) = list(findings)
+    return found
+
+
+def options(**values):
+    return Options(**{"config": CONFIG, "workers": 8, **values})
+
+
+def test_a_run_file_that_is_not_there():
+    found = only(check_run(options(config=Path("nowhere.yaml"))))
+    assert found.fatal and "nowhere.yaml" in found.message
+
+
+def test_nodes_that_the_layout_does_not_know(tmp_path):
+    config = layout(tmp_path, dp=16, ep=8, devices_per_node=4, all_to_all="hierarchical")
+    found = only(check_run(options(config=config, nodes=2)))
+    assert found.fatal and "devices_per_node (4) is not --workers (8)" in found.message
+
+
+def test_a_port_that_is_taken():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert "is taken" in only(check_port(options(port=port))).message
+        assert not list(check_port(options(port=port, nodes=2, node_rank=1, master="127.0.0.1")))
+    assert not list(check_port(options(port=port)))
+
+
+def test_a_master_that_is_another_machine():
+    message = only(check_port(options(master="203.0.113.7", nodes=2))).message
+    assert "is not an address of this machine, which has --node-rank 0" in message
+
+
+def test_logs_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    assert "choose another --log-dir" in only(check_logs(tmp_path / "file" / "logs")).message
+    assert not list(check_logs(tmp_path / "a" / "b"))
+
+
+@pytest.mark.parametrize(
+    ("visible", "message"),
+    [("0,1,2", "shows 3 devices for --workers 8"), ("0,1,1", "names a device twice")],
+)
+def test_too_few_devices(visible, message):
+    found = only(check_devices(options(), {"ASCEND_RT_VISIBLE_DEVICES": visible}))
+    assert found.fatal and message in found.message
+
+
+@pytest.mark.parametrize("name", ["RANK_TABLE_FILE", "MINDSPORE_HCCL_CONFIG_PATH", "MS_ROLE"])
+def test_what_contradicts_msrun(name):
+    found = only(check_rank_tables({name: "x"}))
+    assert found.fatal and found.message.startswith(f"{name}=x")
+
+
+def test_another_python_than_msruns(tmp_path):
+    for folder, program in (("a", "python"), ("b", "python"), ("b", "msrun")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / program).touch()
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert "put msrun's directory first" in only(check_script({"PATH": f"{a}:{b}"})).message
+    assert not list(check_script({"PATH": f"{b}:{a}"}))
+    assert "not on the PATH" in only(check_script({"PATH": str(a)})).message
+
+
+def test_advice_on_hccl_never_stops_a_job():
+    several = options(nodes=2, master="10.0.0.1")
+    found = list(check_hccl(several, {}))
+    assert [f.fatal for f in found] == [False, False]
+    assert not list(check_hccl(options(), {}))
+    good = {"HCCL_CONNECT_TIMEOUT": "1200", "HCCL_SOCKET_IFNAME": "eth0"}
+    assert not list(check_hccl(several, good))
+    short = only(check_hccl(several, {**good, "HCCL_EXEC_TIMEOUT": "60"}))
+    assert not short.fatal and "short" in short.message
+    assert only(check_hccl(several, {**good, "HCCL_EXEC_TIMEOUT": "1h"})).fatal

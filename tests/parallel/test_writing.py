@@ -1,0 +1,67 @@
+"""Who writes what: every element of every tensor once, whatever the layout, and evenly."""
+
+import numpy as np
+import pytest
+from support.parts import MODEL, held, owner
+
+from mistral_ms.checkpoint import our_shapes
+from mistral_ms.config.layout import Rules, Sizes, factorisations
+from mistral_ms.parallel.topology import Topology, weight_slice, writes_owned, written_parts
+
+WORLDS = (1, 2, 4, 8, 16)
+ALL = [
+    sizes
+    for world in WORLDS
+    for sizes in factorisations(world)
+    if Rules(world, model=MODEL).broken_by(sizes) is None
+    and MODEL.num_hidden_layers % sizes.pp == 0
+]
+
+
+def test_many_layouts_are_looked_at():
+    assert len(ALL) > 40
+    assert {sizes.pp for sizes in ALL} == {1, 2, 4}
+    assert any(s.dp > s.ep > 1 and s.mp > 1 and s.pp > 1 for s in ALL)
+
+
+@pytest.mark.parametrize("sizes", ALL, ids=str)
+def test_every_element_is_written_exactly_once(sizes):
+    topology = Topology(sizes)
+    counts = {name: np.zeros(shape, np.int64) for name, shape in our_shapes(MODEL).items()}
+    for rank in range(sizes.world):
+        for name, window in written_parts(held(topology, rank), topology, rank).items():
+            assert window == weight_slice(name, counts[name].shape, topology, rank), "holds it"
+            counts[name][window] += 1
+    for name, count in counts.items():
+        assert (count == 1).all(), name
+
+
+@pytest.mark.parametrize("sizes", ALL, ids=str)
+def test_a_shared_out_state_is_written_exactly_once(sizes):
+    """Whatever rule says which rank of a gradient group has the state of a weight."""
+    topology = Topology(sizes)
+    counts = {name: np.zeros(shape, np.int64) for name, shape in our_shapes(MODEL).items()}
+    for rank in range(sizes.world):
+        for name, shape in held(topology, rank).items():
+            if owner(name, topology, rank) and writes_owned(name, topology, rank):
+                counts[name][weight_slice(name, shape, topology, rank)] += 1
+    for name, count in counts.items():
+        assert (count == 1).all(), name
+
+
+@pytest.mark.parametrize(
+    "sizes", [Sizes(8, 1, 1, 1), Sizes(8, 1, 1, 4), Sizes(4, 2, 1, 2), Sizes(4, 1, 2, 2)], ids=str
+)
+def test_ranks_of_a_stage_write_about_as_much(sizes):
+    topology = Topology(sizes)
+    loads = {}
+    for rank in range(sizes.world):
+        shapes = held(topology, rank)
+        parts = written_parts(shapes, topology, rank)
+        sliced = (np.prod([s.stop - s.start for s in window]) for window in parts.values())
+        loads.setdefault(topology.place(rank).pp, []).append(int(sum(sliced)))
+    largest = max(int(np.prod(shape)) for shape in our_shapes(MODEL).values())
+    for each in loads.values():
+        # tensors are not cut for this: no rank has more than one largest part above another
+        assert max(each) - min(each) <= largest
+        assert min(each) > 0
