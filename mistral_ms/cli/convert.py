@@ -112,7 +112,7 @@ def _presplit(
     from mistral_ms.checkpoint import open_checkpoint, our_shapes, presplit
     from mistral_ms.config import load_run_config
     from mistral_ms.errors import ConfigError
-    from mistral_ms.parallel.pipeline import balance, held_names, layer_costs
+    from mistral_ms.parallel.pipeline import held_names, stages_of
     from mistral_ms.parallel.topology import Topology, written_parts
 
     if to not in (None, TargetFormat.MINDSPORE):
@@ -128,7 +128,7 @@ def _presplit(
         model = opened.config
     parallel.check(model)
     topology, shapes = Topology.of(parallel), our_shapes(model)
-    stages = balance(layer_costs(model, min(model.max_position_embeddings, 4096)), parallel.pp)
+    stages = stages_of(model, parallel.pp)
     ranks = []
     for place in topology.places:
         held = {name: shapes[name] for name in held_names(stages[place.pp], shapes)}

@@ -50,9 +50,3 @@ class Segment:
             return name
         number, rest = name.removeprefix(_LAYERS).split(".", 1)
         return f"{_LAYERS}{self.layers[int(number)]}.{rest}"
-
-    def holds(self, name: str) -> bool:
-        """Whether a weight of the whole model is in the segment."""
-        if name.startswith(_LAYERS):
-            return int(name.split(".")[1]) in self.layers
-        return self.embeds if name.startswith("embed_tokens.") else self.predicts
