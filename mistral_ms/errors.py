@@ -63,6 +63,10 @@ class TopologyError(MistralMsError):
     """A parallel layout that cannot exist."""
 
 
+class DryrunError(MistralMsError):
+    """A graph that cannot be compiled for Ascend, or a machine on which none can."""
+
+
 class KernelError(MistralMsError):
     """A custom operator that is missing or cannot be built."""
 
