@@ -41,7 +41,7 @@ CONFIG = small_model(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    moe={"num_local_experts": E, "sparse_layers": (1,)},
+    moe={"sparse_layers": (1,)},
 )
 
 
