@@ -64,7 +64,11 @@ class TopologyError(MistralMsError):
 
 
 class DryrunError(MistralMsError):
-    """A graph that cannot be compiled for Ascend, or a machine on which none can."""
+    """A machine on which no graph can be compiled for Ascend, or a graph that cannot be read."""
+
+
+class GraphError(DryrunError):
+    """A graph that cannot be compiled for Ascend: a check that failed, not bad input."""
 
 
 class KernelError(MistralMsError):

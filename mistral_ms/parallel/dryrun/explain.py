@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mistral_ms.errors import DryrunError
+from mistral_ms.errors import GraphError
 
 _FRAME = re.compile(r"# \d+ In file (?P<file>[^:\n]+):(?P<line>\d+)")
 _PACKAGE = Path(__file__).parents[2]
 
 
-def explain(result: Mapping[str, Any], target: str, rank: int, log: Path) -> DryrunError:
+def explain(result: Mapping[str, Any], target: str, rank: int, log: Path) -> GraphError:
     """The error to raise.
 
     Args:
@@ -22,7 +22,7 @@ def explain(result: Mapping[str, Any], target: str, rank: int, log: Path) -> Dry
         rank: of the request.
         log: where everything stands.
     """
-    return DryrunError(
+    return GraphError(
         "the graph does not compile",
         where=place(result["message"], result["frames"], target) or f"rank {rank}",
         value=f"{result['kind']} on rank {rank}",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mistral_ms.errors import DryrunError
+from mistral_ms.errors import DryrunError, GraphError
 from mistral_ms.parallel.dryrun.explain import explain
 from mistral_ms.parallel.dryrun.standins import Runtime
 
@@ -93,7 +93,7 @@ def compiled(
         time_limit: seconds.
 
     Raises:
-        DryrunError: the graph is not legal, or the process was too slow or died; names the log.
+        GraphError: the graph is not legal, or the process was too slow or died; names the log.
     """
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"rank_{request.rank}.log"
@@ -104,7 +104,7 @@ def compiled(
         code = _run(told, environment(request, runtime, environ, directory), log, time_limit)
         result_file = directory / "result.json"
         if not result_file.exists():
-            raise DryrunError(
+            raise GraphError(
                 "the compiler died",
                 where=f"rank {request.rank}",
                 value=_death(code),
@@ -169,7 +169,7 @@ def _run(told: Path, variables: Mapping[str, str], log: Path, time_limit: float)
         try:
             return process.wait(time_limit)
         except subprocess.TimeoutExpired as error:
-            raise DryrunError(
+            raise GraphError(
                 "too slow",
                 where="compiling",
                 value=f"{time_limit:g} s",
