@@ -1,8 +1,8 @@
 """The process that compiles one rank: ``python -m mistral_ms.parallel.dryrun.child REQUEST``.
 
-MindSpore is told that it is rank R of N on Ascend; the target builds a cell and its inputs; the cell
-is compiled, and MindSpore writes what it compiled beside the request. What went well, or not, is
-written to ``result.json`` as facts; sentences are made of them elsewhere.
+MindSpore is told that it is rank R of N on Ascend; the target builds a cell and its inputs; the
+cell is compiled, and MindSpore writes what it compiled beside the request. What went well, or
+not, is written to ``result.json`` as facts; sentences are made of them elsewhere.
 """
 
 from __future__ import annotations

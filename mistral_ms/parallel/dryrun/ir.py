@@ -20,7 +20,8 @@ from mistral_ms.errors import DryrunError
 Phase = Literal["forward", "backward", "recompute", "optimizer"]
 
 OPERATORS = frozenset({
-    "AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AlltoAllV", "Send", "Receive", "Broadcast",
+    "AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AlltoAllV", "Send", "Receive",
+    "Broadcast",
 })  # fmt: skip
 """The communication operators that are read."""
 _UNREAD = re.compile(
@@ -32,8 +33,8 @@ _STATE = re.compile(
     r"(^|\.)(adam_mean|adam_mean_square|master|adam_m|adam_v|moment1|moment2|moments)\."
 )
 ITEM_BYTES = {
-    "Bool": 1, "Int8": 1, "UInt8": 1, "Float16": 2, "BFloat16": 2, "Int16": 2, "Float32": 4, "Int32": 4,
-    "UInt32": 4, "Float64": 8, "Int64": 8, "UInt64": 8,
+    "Bool": 1, "Int8": 1, "UInt8": 1, "Float16": 2, "BFloat16": 2, "Int16": 2, "Float32": 4,
+    "Int32": 4, "UInt32": 4, "Float64": 8, "Int64": 8, "UInt64": 8,
 }  # fmt: skip
 
 _ENTRY = re.compile(r"^# IR entry: @(\S+)")

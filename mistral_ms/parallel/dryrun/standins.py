@@ -1,8 +1,8 @@
 """Stand-ins for CANN's shared libraries, so that MindSpore's Ascend plugin loads without CANN.
 
-A stand-in computes nothing: a C function returns 0, a C++ one a pointer to zeros. That is enough for
-MindSpore's dry run at level 0, which parses, infers, shards and optimises a graph and never asks
-CANN for a result. They are built with gcc once per version of MindSpore, and cached.
+A stand-in computes nothing: a C function returns 0, a C++ one a pointer to zeros. That is enough
+for MindSpore's dry run at level 0, which parses, infers, shards and optimises a graph and never
+asks CANN for a result. They are built with gcc once per version of MindSpore, and cached.
 """
 
 from __future__ import annotations
