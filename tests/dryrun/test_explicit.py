@@ -152,7 +152,7 @@ MUTATIONS = {
     "one operator more": lambda text, *_: text.replace(" = PrimFunc_Transpose(", " = AlltoAll(", 1),
     "another operator": lambda text, *_: text.replace(" = ReduceScatter(", " = AllReduce(", 1),
     "half the bytes": lambda text, *_: text.replace("(8, 1, 9, 8)", "(4, 1, 9, 8)"),
-    "half the width": lambda text, *_: text.replace("<Tensor[Float32], (8, 1", "<Tensor[Float16], (8, 1"),
+    "half the width": lambda text, *_: text.replace("[Float32], (8, 1", "[Float16], (8, 1"),
     "no gradient": lambda text, *_: text.replace(" def bprop(", " def other("),
 }  # fmt: skip
 
