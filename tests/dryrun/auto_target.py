@@ -35,14 +35,15 @@ def set_context(run: RunConfig) -> None:
 
 
 class Region(nn.Cell):
-    """[dp, E, C, H] to the experts, one matrix product, and back."""
+    """[dp, E, C, H], scaled, to the experts, one matrix product, and back."""
 
     def __init__(self, dp: int, ep: int) -> None:
         super().__init__()
         self.dp, self.ep, self.copies = dp, ep, dp // ep
         layout = ms.Layout((self.copies, ep), ("copy", "ep"))
         self.weight = Parameter(Tensor(np.ones((E, H, H), np.float32)), name="layers.0.moe.w")
-        self.before = ops.Mul().shard(((dp, 1, 1, 1), ()))
+        self.scale = Parameter(Tensor(np.ones(H, np.float32)), name="scale")
+        self.before = ops.Mul().shard(((dp, 1, 1, 1), (1,)))
         self.there = ops.Transpose().shard((layout("copy", X, "ep", X, X),))
         self.product = ops.BatchMatMul().shard((layout("ep", "copy", X), layout("ep", X, X)))
         self.back = ops.Transpose().shard((layout("ep", "copy", X, X, X),))
@@ -50,7 +51,7 @@ class Region(nn.Cell):
         self.mean = ops.ReduceMean().shard(((dp, 1, 1, 1),))
 
     def construct(self, x):
-        x = self.before(x, 2.0)
+        x = self.before(x, self.scale)
         rows = self.there(x.reshape(self.copies, self.ep, E, C, H), (2, 0, 1, 3, 4))
         y = self.product(rows.reshape(E, self.dp * C, H), self.weight)
         y = self.back(y.reshape(E, self.copies, self.ep, C, H), (1, 2, 0, 3, 4))
