@@ -90,8 +90,13 @@ class Heartbeat:
         self._say(int(record.step), STEPPING)
 
     def phase(self, name: str, detail: str = "") -> None:
-        """Something other than a step begins, which may take longer."""
-        self._say(self._beat.step, name, detail)
+        """Something other than a step begins, which may take longer.
+
+        Args:
+            name: what.
+            detail: of a failure, its message; the first line is kept.
+        """
+        self._say(self._beat.step, name, detail.strip().partition("\n")[0])
 
     def _say(self, step: int, phase: str, detail: str = "") -> None:
         self._beat = Beat(self._beat.rank, step, phase, self._beat.count + 1, detail)

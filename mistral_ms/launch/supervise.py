@@ -30,8 +30,14 @@ GRACE_SECONDS = 10.0
 """For a rank that has said that it failed, or a scheduler whose workers are gone, to exit."""
 POLITE_SECONDS = 600.0
 """For all ranks to save when the launcher is asked to end; a second signal ends the wait."""
+PATIENCE_SECONDS = 3.0
+"""For msrun to say which rank is gone, when others have lost patience with it."""
 TAIL_LINES = 20
 _EXITED = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
+
+_WAITED = re.compile("AllReduce|AllGather|AlltoAll|ReduceScatter|Broadcast|Send|Receive|HCCL|mccl")
+"""In the message of a rank that has waited for another one in vain."""
+Beats = dict[int, Beat | None]
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class Supervisor:
         self._pids: dict[int, int] = {}  # rank of each process that was ever seen
         self._notes = self._other_notes()
         self._signals, self._signal = 0, 0
+        self._suspect: tuple[int, str] | None = None  # who was seen to be stuck, and why
+        self._gave_up_at = math.inf
 
     def run(self) -> int:
         """Starts everything and waits for the end; the exit code: 0, 1, or 128 + a signal."""
@@ -116,20 +124,26 @@ class Supervisor:
         limits = Limits(self.options.step_limit, self.options.slow_limit)
         watch = Watch(self.options.local_ranks, limits, time.monotonic())
         failure: Failure | None = None
-        deadline = math.inf
+        deadline, looked = math.inf, False
         while True:
             now, code, alive = time.monotonic(), msrun.poll(), processes(self.job)
             workers = [each for each in alive if each.rank is not None]
             self._pids |= {each.pid: each.rank for each in workers if each.rank is not None}
-            beats = {r: read_beat(self.options.heartbeats, r) for r in self.options.local_ranks}
+            beats: Beats = {
+                r: read_beat(self.options.heartbeats, r) for r in self.options.local_ranks
+            }
             late = watch.look(beats, now)
+            quiet = bool(late) or watch.is_quiet(now)
+            if quiet and (late or not looked):
+                self._suspect = self._look_closer(beats, workers) or self._suspect
+            looked = quiet
             if failure is None and not self._signals:
-                failure = self._failure(beats, workers, late)
+                failure = self._failure(beats, late, now)
             if deadline == math.inf and (failure is not None or self._signals):
                 deadline = now + (POLITE_SECONDS if self._signals else GRACE_SECONDS)
             if code is not None:
                 if failure is None and code != 0 and not self._signals:
-                    failure = self._failure(beats, [], []) or Failure(
+                    failure = self._failure(beats, [], math.inf) or Failure(
                         None, None, f"msrun ended with {code}"
                     )
                 return failure
@@ -139,46 +153,67 @@ class Supervisor:
                 return failure
             time.sleep(POLL_SECONDS)
 
-    def _failure(
-        self, beats: dict[int, Beat | None], workers: list[Worker], late: list[Overdue]
-    ) -> Failure | None:
-        for rank, beat in beats.items():
-            if beat is not None and beat.phase == FAILED:
+    def _failure(self, beats: Beats, late: list[Overdue], now: float) -> Failure | None:
+        """What is known to have failed; a rank that only waited for another is not at fault."""
+        failed = {rank: beat for rank, beat in beats.items() if beat and beat.phase == FAILED}
+        for rank, beat in failed.items():
+            if not _WAITED.search(beat.detail):
                 return Failure(rank, beat.step + 1, beat.detail)
-        if exited := self._exited():
+        exited = self._exited()
+        if exited is not None and self._pids.get(exited[0]) not in failed:
             pid, code = exited
             known = self._pids.get(pid, self._complaining())
             ending = f"killed by {_signal_name(-code)}" if code < 0 else f"exit code {code}"
             return Failure(known, _step(beats.get(known) if known is not None else None), ending)
         if note := self._others_failed():
             return Failure(None, None, f"another machine says: {note}")
-        return self._stuck(beats, workers, late) if late else None
+        if late:
+            return self._stuck(beats, late)
+        if failed:
+            return self._waited_in_vain(beats, failed, now)
+        return None
 
-    def _stuck(
-        self, beats: dict[int, Beat | None], workers: list[Worker], late: list[Overdue]
-    ) -> Failure:
+    def _waited_in_vain(self, beats: Beats, failed: dict[int, Beat], now: float) -> Failure | None:
+        """Ranks gave up a collective operation: because of one that had been seen to be stuck, or
+        of one of which msrun will speak within a second; otherwise nobody here is to blame.
+        """
+        rank, beat = next(iter(failed.items()))
+        if self._suspect is not None:
+            suspect, why = self._suspect
+            reason = f"stuck: others gave up waiting for it ({beat.detail}); {why}"
+            return Failure(suspect, _step(beats.get(suspect)), reason)
+        self._gave_up_at = min(self._gave_up_at, now)
+        if now - self._gave_up_at < PATIENCE_SECONDS:
+            return None
+        return Failure(rank, beat.step + 1, f"it gave up waiting for other ranks: {beat.detail}")
+
+    def _look_closer(self, beats: Beats, workers: list[Worker]) -> tuple[int, str] | None:
+        """Asks all ranks for their stacks; the rank that the others wait for, if one stands out."""
         stopped = [each.rank for each in workers if each.stopped and each.rank is not None]
         # only who has written its file has installed the handler; others the signal would end
         able = [each for each in workers if each.rank is not None and beats.get(each.rank)]
+        files = {rank: stack_path(self.options.heartbeats, rank) for rank in beats}
+        before = {rank: path.stat().st_size for rank, path in files.items() if path.exists()}
         send(able, STACK_SIGNAL)
         time.sleep(1.0)
-        folder = self.options.heartbeats
         stacks = {
-            rank: stack_path(folder, rank).read_text(encoding="utf-8", errors="replace")
-            for rank in beats
-            if stack_path(folder, rank).exists()
+            rank: files[rank].read_bytes()[size:].decode(errors="replace")
+            for rank, size in before.items()
         }
+        return stands_out(beats, stopped, stacks)
+
+    def _stuck(self, beats: Beats, late: list[Overdue]) -> Failure:
         worst = max(late, key=lambda each: each.seconds)
         silence = f"no sign of life for {worst.seconds:.0f} s ({worst.limit:.0f} are allowed)"
-        if found := stands_out(beats, stopped, stacks):
-            rank, why = found
+        if self._suspect is not None:
+            rank, why = self._suspect
             return Failure(rank, _step(beats.get(rank)), f"stuck: {silence}; {why}")
         ranks = ", ".join(str(each.rank) for each in late)
         return Failure(
             None,
             _step(worst.beat),
             f"stuck: {silence} of ranks {ranks}, which all wait in the same place; their stacks "
-            f"are in {folder}",
+            f"are in {self.options.heartbeats}",
         )
 
     def _complaining(self) -> int | None:

@@ -84,9 +84,14 @@ class Watch:
                 late.append(Overdue(rank, seen.beat, silent, limit))
         return late
 
-    def last(self, rank: int) -> Beat | None:
-        """The last sign of life of a rank."""
-        return self._seen[rank].beat
+    def is_quiet(self, now: float) -> bool:
+        """Whether some rank has used up half of what a step may take: time to look closer."""
+        return any(
+            seen.beat is not None
+            and seen.beat.phase == STEPPING
+            and now - seen.at > self._limit(seen) / 2
+            for seen in self._seen.values()
+        )
 
     def _change(self, seen: _Seen, beat: Beat, now: float) -> None:
         before = seen.beat

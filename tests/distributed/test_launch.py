@@ -77,9 +77,11 @@ FAULTS = {
 
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_rank_that_fails_ends_the_job_by_name(root, kind):
+    # once without: MindSpore's own collectives give up at about the same time
+    limit = [] if kind == "sleep" else ["--step-limit", str(STEP_LIMIT)]
     process = start(
         root, "--workers", "4", "--port", str(free_port()), "--log-dir", "logs",
-        "--step-limit", str(STEP_LIMIT), overrides=["parallel.dp=4", "parallel.ep=4"],
+        *limit, overrides=["parallel.dp=4", "parallel.ep=4"],
         FAULT=f"1:4:{kind}", FAULT_TIME=str(root / "fault"),
     )  # fmt: skip
     said = finish(process)

@@ -102,3 +102,11 @@ def test_without_a_launcher_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.delenv("MISTRAL_MS_HEARTBEAT", raising=False)
     Heartbeat.of_environment(0).phase("saving")
     assert not list(tmp_path.iterdir())
+
+
+def test_half_the_time_is_quiet():
+    watch, now, step = watch_after([100.0, 1.0], Limits(step=8.0))
+    assert not watch.is_quiet(now + 4.0)
+    assert watch.is_quiet(now + 4.1)
+    watch.look(stepped(step, phase="saving", count=99), now)
+    assert not watch.is_quiet(now + 7.0), "saving may take long"
