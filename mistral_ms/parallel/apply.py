@@ -138,6 +138,7 @@ def _check_known(parallel: ParallelConfig) -> None:
     for name, value, known in (
         ("pp", parallel.pp, 1),
         ("optimizer_parallel", parallel.optimizer_parallel, False),
+        ("recompute", parallel.recompute, "none"),
         ("interleave", parallel.interleave, 1),
     ):
         if value != known:
