@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore.communication import get_rank
@@ -154,4 +153,4 @@ def _inputs(run: RunConfig) -> tuple[Tensor, ...]:
     B, S = run.training.global_batch_size, run.training.seq_length
     batch = tuple(Tensor(np.zeros((B, S), np.int32)) for _ in range(4))
     shares = Tensor(np.zeros((B, 3), np.float32))
-    return (*batch, shares, Tensor(np.zeros(3, np.float32)), Tensor(1.0, ms.float32))
+    return (*batch, shares)

@@ -1,4 +1,4 @@
-"""What tensor-parallel ranks carry of the rows that travel, inside a region.
+"""The exchange, and what tensor-parallel ranks carry of the rows that travel, inside a region.
 
 The contract of :class:`~mistral_ms.parallel.dispatchers.carriers.Carrier`. Its gradients differ
 from those of the explicit path, because copies have parts of a gradient here (see
@@ -7,10 +7,27 @@ from those of the explicit path, because copies have parts of a gradient here (s
 
 from __future__ import annotations
 
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from mistral_ms.parallel.collectives import Collectives
 from mistral_ms.parallel.dispatchers.carriers import Carrier
+
+
+class Exchange(nn.Cell):
+    """An all-to-all whose gradient is the primitive's own: the same exchange, which the compiler
+    knows to be of the backward pass.
+
+    Args:
+        group: the members.
+    """
+
+    def __init__(self, group: Collectives) -> None:
+        super().__init__()
+        self.group = group
+
+    def construct(self, x: Tensor) -> Tensor:
+        """[P, ...] -> [P, ...]."""
+        return self.group.all_to_all(x)
 
 
 class RegionCarrier(Carrier):

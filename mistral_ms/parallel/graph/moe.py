@@ -27,7 +27,7 @@ from mistral_ms.ops import reference, select
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.dispatchers.capacity import CapacityDispatcher
 from mistral_ms.parallel.dispatchers.routes import FlatRoute, HierarchicalRoute, Route
-from mistral_ms.parallel.graph.carriers import RegionCarrier, SharedRegionCarrier
+from mistral_ms.parallel.graph.carriers import Exchange, RegionCarrier, SharedRegionCarrier
 from mistral_ms.parallel.graph.region import Region, Shape
 from mistral_ms.parallel.sharding import Sharding
 from mistral_ms.parallel.topology import GroupKind
@@ -205,7 +205,7 @@ def region_dispatcher(
     route: Route
     if parallel.all_to_all == "hierarchical":
         hops = groups.of(GroupKind.EXPERT_NODE), groups.of(GroupKind.EXPERT_CROSS)
-        route = HierarchicalRoute(*hops)
+        route = HierarchicalRoute(*hops, Exchange)
     else:
-        route = FlatRoute(groups.of(GroupKind.EXPERT))
+        route = FlatRoute(groups.of(GroupKind.EXPERT), Exchange)
     return CapacityDispatcher(experts, routing, route, carrier)

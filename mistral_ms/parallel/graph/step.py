@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from mindspore import ParameterTuple, Tensor, nn, ops
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from mistral_ms.parallel.graph.update import NORM_EPS, GlobalNorm, GraphAdamW, _hyper_map, _scale
+from mistral_ms.parallel.graph.update import NORM_EPS, GlobalNorm, GraphAdamW
 
 _is_finite = ops.IsFinite()
 
@@ -18,6 +19,11 @@ class TrainingGraph(nn.Cell):
         norm: the gradients' global norm.
         clip_norm: gradients are scaled down to this norm; None only measures.
         reducer: of a pipeline's or an accumulation's gradients; None for a single micro-batch.
+
+    Attributes:
+        settings: float32 [4], to be assigned before each step: the three coefficients of
+            :class:`GraphAdamW`, and one over the loss scale. A parameter, not an input: the
+            compiler takes every input of a graph for a part of the batch.
     """
 
     def __init__(
@@ -32,6 +38,9 @@ class TrainingGraph(nn.Cell):
         self.net, self.optimizer, self.norm = net, optimizer, norm
         self.clip_norm, self.reducer = clip_norm, reducer
         self.weights: ParameterTuple = optimizer.weights
+        self.settings = Parameter(
+            Tensor(np.array([0, 0, 0, 1], np.float32)), name="settings", requires_grad=False
+        )
         self.net.set_grad()
         self.gradient = ops.value_and_grad(net, None, self.weights)
 
@@ -42,8 +51,6 @@ class TrainingGraph(nn.Cell):
         positions_BS: Tensor,
         segments_BS: Tensor,
         shares_B3: Tensor,
-        coefficients: Tensor,
-        unscale: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The scaled loss and the gradients' global norm before clipping.
 
@@ -55,17 +62,14 @@ class TrainingGraph(nn.Cell):
             positions_BS: likewise.
             segments_BS: likewise.
             shares_B3: likewise.
-            coefficients: of the update, see :class:`GraphAdamW`.
-            unscale: float32 scalar, one over the loss scale.
         """
         loss, gradients = self.gradient(ids_BS, labels_BS, positions_BS, segments_BS, shares_B3)
         if self.reducer is not None:
             gradients = self.reducer(gradients)
+        unscale = self.settings[3]
         norm = self.norm(gradients) * unscale
         factor = unscale
         if self.clip_norm is not None:
             factor = ops.minimum(self.clip_norm / (norm + NORM_EPS), ops.ones_like(norm)) * unscale
-        clipped = _hyper_map(ops.partial(_scale, factor), gradients)
-        if _is_finite(norm):
-            norm = ops.depend(norm, self.optimizer(clipped, coefficients))
-        return loss, norm
+        done = self.optimizer(gradients, factor, self.settings[:3], _is_finite(norm))
+        return loss, ops.depend(norm, done)

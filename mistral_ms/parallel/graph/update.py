@@ -22,9 +22,9 @@ NORM_EPS = 1e-6
 _hyper_map = ops.HyperMap()
 _cast = ops.Cast()
 _sum = ops.ReduceSum()
+_zeros_like = ops.ZerosLike()
 
 _square = ops.MultitypeFuncGraph("sum_of_squares")
-_scale = ops.MultitypeFuncGraph("scale")
 _update = ops.MultitypeFuncGraph("adamw")
 
 
@@ -34,18 +34,15 @@ def _sum_of_squares(share: float, gradient: Tensor) -> Tensor:
     return _sum(wide * wide) * share
 
 
-@_scale.register("Tensor", "Tensor")
-def _scaled(factor: Tensor, gradient: Tensor) -> Tensor:
-    return _cast(gradient, ms.float32) * factor
-
-
 @_update.register(
-    "Function", "Function", "Tensor", "Tensor", "Tensor", "Tensor",
+    "Function", "Function", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor",
     "Bool", "Tensor", "Tensor", "Tensor", "Tensor",
 )  # fmt: skip
 def _adamw(
     adam: ops.Primitive,
     shrink: ops.Primitive,
+    finite: Tensor,
+    factor: Tensor,
     coefficients: Tensor,
     beta1: Tensor,
     beta2: Tensor,
@@ -57,6 +54,8 @@ def _adamw(
     gradient: Tensor,
 ) -> Tensor:
     size, eps, decay = coefficients[0], coefficients[1], coefficients[2]
+    gradient = _cast(gradient, ms.float32) * factor
+    gradient = ops.select(finite, gradient, _zeros_like(gradient))
     if decayed:
         gradient = ops.depend(gradient, shrink(weight, decay, weight))
     return adam(
@@ -112,26 +111,41 @@ class GraphAdamW(nn.Cell):
         self.beta1 = Tensor(config.beta1, ms.float32)
         self.beta2 = Tensor(config.beta2, ms.float32)
         self.no_power = Tensor(0.0, ms.float32)
+        self.one = Tensor(1.0, ms.float32)
         self.adam, self.shrink = ops.Adam(), ops.ApplyGradientDescent()
         if on_host:
             self.adam.set_device("CPU")
             self.shrink.set_device("CPU")
 
-    def construct(self, gradients: tuple[Tensor, ...], coefficients: Tensor) -> tuple[Tensor, ...]:
+    def construct(
+        self,
+        gradients: tuple[Tensor, ...],
+        factor: Tensor,
+        coefficients: Tensor,
+        finite: Tensor,
+    ) -> tuple[Tensor, ...]:
         """Updates all weights and means in place.
 
+        Without ``finite`` nothing changes, and there is no branch: one would keep the pipeline's
+        graph from being found. Both betas become one, rate, decay and gradients zero.
+
         Args:
-            gradients: float32, one per weight.
+            gradients: one per weight.
+            factor: float32 scalar, what each is multiplied by.
             coefficients: float32 [3]: rate * sqrt(1 - beta2^t) / (1 - beta1^t),
                 eps * sqrt(1 - beta2^t), rate * decay.
+            finite: bool scalar.
         """
+        yes = _cast(finite, ms.float32)
         update = ops.partial(
             _update,
             self.adam,
             self.shrink,
-            coefficients,
-            self.beta1,
-            self.beta2,
+            finite,
+            factor,
+            coefficients * ops.stack((yes, self.one, yes)),
+            self.beta1 * yes + (1.0 - yes),
+            self.beta2 * yes + (1.0 - yes),
             self.no_power,
         )
         return _hyper_map(
