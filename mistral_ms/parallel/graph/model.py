@@ -157,7 +157,7 @@ class GraphModel(nn.Cell):
         for layer in self.layers:
             x_TH, losses = layer(x_TH, (positions_BS, segments_BS), positions_BS)
             if losses is not None:
-                losses_B2 = losses if losses_B2 is None else self.add(losses_B2, losses)
+                losses_B2 = losses
         if losses_B2 is None:
             losses_B2 = shares_B3  # a dense model: both coefficients are zero
         return self.loss(self.norm(x_TH), self.lm_head.weight, labels_BS, losses_B2, shares_B3)

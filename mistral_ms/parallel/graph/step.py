@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
@@ -21,9 +22,14 @@ class TrainingGraph(nn.Cell):
         reducer: of a pipeline's or an accumulation's gradients; None for a single micro-batch.
 
     Attributes:
-        settings: float32 [4], to be assigned before each step: the three coefficients of
-            :class:`GraphAdamW`, and one over the loss scale. A parameter, not an input: the
-            compiler takes every input of a graph for a part of the batch.
+        size: float32 scalar, to be assigned before each step like the next three: the first
+            coefficient of :class:`GraphAdamW`. Parameters, not inputs: the compiler takes every
+            input of a graph for a part of the batch.
+        eps: its second.
+        decay: its third.
+        unscale: one over the loss scale.
+        norm_seen: float32 [1], the global norm of the last step's gradients before clipping. Not
+            an output: a pipeline's graph has none but the loss.
     """
 
     def __init__(
@@ -38,8 +44,10 @@ class TrainingGraph(nn.Cell):
         self.net, self.optimizer, self.norm = net, optimizer, norm
         self.clip_norm, self.reducer = clip_norm, reducer
         self.weights: ParameterTuple = optimizer.weights
-        self.settings = Parameter(
-            Tensor(np.array([0, 0, 0, 1], np.float32)), name="settings", requires_grad=False
+        self.size, self.eps, self.decay = _setting("size"), _setting("eps"), _setting("decay")
+        self.unscale = _setting("unscale", 1.0)
+        self.norm_seen = Parameter(
+            Tensor(np.zeros(1, np.float32)), name="norm_seen", requires_grad=False
         )
         self.net.set_grad()
         self.gradient = ops.value_and_grad(net, None, self.weights)
@@ -51,8 +59,8 @@ class TrainingGraph(nn.Cell):
         positions_BS: Tensor,
         segments_BS: Tensor,
         shares_B3: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The scaled loss and the gradients' global norm before clipping.
+    ) -> Tensor:
+        """The scaled loss; of a pipeline's last stage.
 
         A step whose gradients are not finite changes nothing.
 
@@ -66,10 +74,14 @@ class TrainingGraph(nn.Cell):
         loss, gradients = self.gradient(ids_BS, labels_BS, positions_BS, segments_BS, shares_B3)
         if self.reducer is not None:
             gradients = self.reducer(gradients)
-        unscale = self.settings[3]
-        norm = self.norm(gradients) * unscale
-        factor = unscale
+        norm = self.norm(gradients) * self.unscale
+        factor = self.unscale
         if self.clip_norm is not None:
-            factor = ops.minimum(self.clip_norm / (norm + NORM_EPS), ops.ones_like(norm)) * unscale
-        done = self.optimizer(gradients, factor, self.settings[:3], _is_finite(norm))
-        return loss, ops.depend(norm, done)
+            factor = ops.minimum(self.clip_norm / (norm + NORM_EPS), ops.ones_like(norm)) * self.unscale
+        coefficients = self.size, self.eps, self.decay
+        done = self.optimizer(gradients, factor, coefficients, _is_finite(norm))
+        return ops.depend(loss, (ops.assign(self.norm_seen, norm), done))
+
+
+def _setting(name: str, value: float = 0.0) -> Parameter:
+    return Parameter(Tensor(value, ms.float32), name=name, requires_grad=False)

@@ -22,6 +22,7 @@ NORM_EPS = 1e-6
 _hyper_map = ops.HyperMap()
 _cast = ops.Cast()
 _sum = ops.ReduceSum()
+_expand = ops.ExpandDims()
 _zeros_like = ops.ZerosLike()
 
 _square = ops.MultitypeFuncGraph("sum_of_squares")
@@ -31,19 +32,21 @@ _update = ops.MultitypeFuncGraph("adamw")
 @_square.register("Number", "Tensor")
 def _sum_of_squares(share: float, gradient: Tensor) -> Tensor:
     wide = _cast(gradient, ms.float32)
-    return _sum(wide * wide) * share
+    return _expand(_sum(wide * wide, ()) * share, 0)
 
 
 @_update.register(
     "Function", "Function", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor",
-    "Bool", "Tensor", "Tensor", "Tensor", "Tensor",
+    "Tensor", "Tensor", "Bool", "Tensor", "Tensor", "Tensor", "Tensor",
 )  # fmt: skip
 def _adamw(
     adam: ops.Primitive,
     shrink: ops.Primitive,
     finite: Tensor,
     factor: Tensor,
-    coefficients: Tensor,
+    size: Tensor,
+    eps: Tensor,
+    decay: Tensor,
     beta1: Tensor,
     beta2: Tensor,
     no_power: Tensor,
@@ -53,7 +56,6 @@ def _adamw(
     mean_square: Tensor,
     gradient: Tensor,
 ) -> Tensor:
-    size, eps, decay = coefficients[0], coefficients[1], coefficients[2]
     gradient = _cast(gradient, ms.float32) * factor
     gradient = ops.select(finite, gradient, _zeros_like(gradient))
     if decayed:
@@ -78,17 +80,18 @@ class GlobalNorm(nn.Cell):
         super().__init__()
         self.shares = tuple(1.0 / each for each in copies)
         self.divided = divided
+        self.add_n = ops.AddN()
         if divided:
             self.add_up = ops.AllReduce(group=GlobalComm.WORLD_COMM_GROUP)
 
     def construct(self, gradients: tuple[Tensor, ...]) -> Tensor:
-        """A float32 scalar."""
-        total = ops.zeros((1,), ms.float32)
-        for square in _hyper_map(_square, self.shares, gradients):
-            total = total + square
+        """Float32 [1]."""
+        # AddN of the tuple: a pipeline's stage drops the entries of the other stages' weights from
+        # tuples, but from a chain of additions it would drop everything behind the first of them
+        total = self.add_n(_hyper_map(_square, self.shares, gradients))
         if self.divided:
             total = self.add_up(total)
-        return ops.sqrt(total).reshape(())
+        return ops.sqrt(total)
 
 
 class GraphAdamW(nn.Cell):
@@ -111,7 +114,6 @@ class GraphAdamW(nn.Cell):
         self.beta1 = Tensor(config.beta1, ms.float32)
         self.beta2 = Tensor(config.beta2, ms.float32)
         self.no_power = Tensor(0.0, ms.float32)
-        self.one = Tensor(1.0, ms.float32)
         self.adam, self.shrink = ops.Adam(), ops.ApplyGradientDescent()
         if on_host:
             self.adam.set_device("CPU")
@@ -121,7 +123,7 @@ class GraphAdamW(nn.Cell):
         self,
         gradients: tuple[Tensor, ...],
         factor: Tensor,
-        coefficients: Tensor,
+        coefficients: tuple[Tensor, Tensor, Tensor],
         finite: Tensor,
     ) -> tuple[Tensor, ...]:
         """Updates all weights and means in place.
@@ -131,19 +133,22 @@ class GraphAdamW(nn.Cell):
 
         Args:
             gradients: one per weight.
-            factor: float32 scalar, what each is multiplied by.
-            coefficients: float32 [3]: rate * sqrt(1 - beta2^t) / (1 - beta1^t),
+            factor: float32 [1], what each is multiplied by.
+            coefficients: float32 scalars: rate * sqrt(1 - beta2^t) / (1 - beta1^t),
                 eps * sqrt(1 - beta2^t), rate * decay.
-            finite: bool scalar.
+            finite: bool [1].
         """
-        yes = _cast(finite, ms.float32)
+        size, eps, decay = coefficients
+        yes = _sum(_cast(finite, ms.float32), ())
         update = ops.partial(
             _update,
             self.adam,
             self.shrink,
-            finite,
+            yes > 0.0,
             factor,
-            coefficients * ops.stack((yes, self.one, yes)),
+            size * yes,
+            eps,
+            decay * yes,
             self.beta1 * yes + (1.0 - yes),
             self.beta2 * yes + (1.0 - yes),
             self.no_power,
