@@ -14,6 +14,7 @@ from mistral_ms.layers import is_buffer
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.graph.checks import check_run
 from mistral_ms.parallel.graph.model import GraphModel, LazyGraphModel
+from mistral_ms.parallel.graph.moe import LossCoefficients
 from mistral_ms.parallel.graph.parts import GraphParts
 from mistral_ms.parallel.graph.step import TrainingGraph
 from mistral_ms.parallel.graph.update import GlobalNorm, GraphAdamW
@@ -83,6 +84,7 @@ def build(run: RunConfig, layers: int | None = None) -> GraphStep:
     segmented = run.data is not None and run.data.packing.boundaries == "attention"
     window = config.sliding_window
     causal = not segmented and (window is None or window >= training.seq_length)
+    sparse = max(1, len(config.sparse_layers))
     with no_init_parameters():
         parts = GraphParts(
             config,
@@ -91,6 +93,7 @@ def build(run: RunConfig, layers: int | None = None) -> GraphStep:
             sequence=training.seq_length,
             causal=causal,
             parallel=parallel,
+            losses=LossCoefficients(training.aux_coef / sparse, training.z_coef / sparse),
             sharding=sharding,
             groups=groups,
         )
@@ -99,7 +102,7 @@ def build(run: RunConfig, layers: int | None = None) -> GraphStep:
             stage.number for stage in balance(costs, parallel.pp) for _ in stage.layers
         )
         kind = LazyGraphModel if parallel.pp > 1 else GraphModel
-        model = kind(parts, stages, training.aux_coef, training.z_coef)
+        model = kind(parts, stages)
         _recompute(model, parallel.recompute)
         weights = {n: p for n, p in model.parameters_and_names() if not is_buffer(p)}
         cell = _step(run, model, weights, sharding)

@@ -15,13 +15,8 @@ from mistral_ms.config import ModelConfig
 from mistral_ms.layers import RotaryTable, visible_keys
 from mistral_ms.layers.parameter import weight
 from mistral_ms.ops import reference, select
-from mistral_ms.parallel.graph.region import Region, Shape
+from mistral_ms.parallel.graph.region import Region, Shape, first_shape
 from mistral_ms.parallel.sharding import Sharding
-
-
-def first_shape(x: Shape, *others: Shape) -> Any:
-    """The output has the shape of the first input."""
-    return x
 
 
 def row_shape(ids: Shape, table: Shape) -> Any:

@@ -7,16 +7,20 @@ and the carriers of tensor-parallel ranks.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.layers.parameter import weight
 from mistral_ms.moe import (
+    Choice,
     Dispatcher,
     LocalDispatcher,
+    Record,
     Router,
     load_balancing_loss,
     router_sums,
@@ -28,9 +32,12 @@ from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.dispatchers.capacity import CapacityDispatcher
 from mistral_ms.parallel.dispatchers.routes import FlatRoute, HierarchicalRoute, Route
 from mistral_ms.parallel.graph.carriers import Exchange, RegionCarrier, SharedRegionCarrier
-from mistral_ms.parallel.graph.region import Region, Shape
+from mistral_ms.parallel.graph.region import Region, first_shape
 from mistral_ms.parallel.sharding import Sharding
 from mistral_ms.parallel.topology import GroupKind
+
+_cast = ops.Cast()
+_zeros_like = ops.ZerosLike()
 
 
 class MatrixExperts(nn.Cell):
@@ -53,9 +60,35 @@ class MatrixExperts(nn.Cell):
         self.w2 = weight(rows, config.intermediate_size)
 
 
-def sparse_shapes(x: Shape, positions: Shape, *weights: Shape) -> Any:
-    """The states' own shape, and two losses per sample."""
-    return x, [positions[0], 2]
+class AttachLosses(nn.Cell):
+    """Passes states on and sends the router's losses their gradient on the way back.
+
+    A loss that is formed in the middle of a pipeline would have to travel to its end, to be added
+    to the others and to get a gradient that is known from the start: its coefficient.
+    """
+
+    def construct(self, y_TH: Tensor, losses: Tensor, coefficients: Tensor) -> Tensor:
+        """The states, unchanged; losses and coefficients have the same shape."""
+        return y_TH
+
+    def bprop(
+        self, y_TH: Tensor, losses: Tensor, coefficients: Tensor, out: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The coefficients are the losses' gradient."""
+        return dout, coefficients, _zeros_like(coefficients)
+
+
+@dataclass(frozen=True)
+class LossCoefficients:
+    """Of the router's losses, over the number of sparse layers.
+
+    Attributes:
+        aux: of the load-balancing loss.
+        z: of the z-loss.
+    """
+
+    aux: float = 0.0
+    z: float = 0.0
 
 
 class SparseRegion(Region):
@@ -66,6 +99,7 @@ class SparseRegion(Region):
         routing: the policy, which must be a capacity.
         dispatcher: brings rows to the experts and back.
         router: chooses.
+        coefficients: of the router's losses.
         groups: dispatch groups; their communication and computation may overlap.
         sharding: the table; None on one device.
     """
@@ -76,41 +110,41 @@ class SparseRegion(Region):
         routing: RoutingConfig,
         dispatcher: Dispatcher,
         router: Router,
+        coefficients: LossCoefficients,
         groups: int,
         sharding: Sharding | None,
     ) -> None:
         super().__init__(
             sharding,
-            ("whole_rows", "samples", "matrix", "experts", "experts", "experts"),
-            ("whole_rows", "samples"),
-            sparse_shapes,
-            (0, ms.float32),
+            ("whole_rows", "samples", "samples", "matrix", "experts", "experts", "experts"),
+            ("whole_rows",),
+            first_shape,
+            (0,),
         )
         self.hidden_size, self.groups = config.hidden_size, groups
         self.rescale = routing.rescale_survivors
         self.dispatcher, self.router = dispatcher, router
         self.swiglu = select.swiglu_halves(select.dense_kernels())
+        self.attach = AttachLosses()
+        # the tensor-parallel ranks form the same losses: each is responsible for its share
+        shares = 1 if sharding is None else sharding.parallel.mp
+        each = [coefficients.aux / shares, coefficients.z / shares]
+        self.coefficients = Tensor(np.array(each, np.float32))
 
     def compute(
         self,
         x_TH: Tensor,
         positions_BS: Tensor,
+        shares_B3: Tensor,
         gate_EH: Tensor,
         w1_LH_I: Tensor,
         w3_LH_I: Tensor,
         w2_LH_I: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """[T, H] -> [T, H], and the router's losses.
-
-        Returns:
-            The states, and [B, 2] float32: in the first row load-balancing and z-loss, each
-            group's times its tokens, summed over the groups of this rank; zeros below.
-        """
-        valid_T = ops.cast(positions_BS.reshape(-1) >= 0, ms.float32)
-        H, size = self.hidden_size, x_TH.shape[0] // self.groups
-        gate_up = ops.cat((w1_LH_I.reshape(-1, H, w1_LH_I.shape[-1]),
-                           w3_LH_I.reshape(-1, H, w3_LH_I.shape[-1])), -1)
-        down = w2_LH_I.reshape(-1, H, w2_LH_I.shape[-1])
+    ) -> Tensor:
+        """[T, H] -> [T, H], with the router's losses attached."""
+        valid_T = _cast(positions_BS.reshape(-1) >= 0, ms.float32)
+        gate_up, down = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
+        size = x_TH.shape[0] // self.groups
         sent: tuple[Any, ...] = ()
         for i in range(self.groups):
             x = x_TH[i * size : (i + 1) * size]
@@ -118,8 +152,9 @@ class SparseRegion(Region):
             choice = self.router.choose(x, gate_EH)
             rows, record = self.dispatcher.dispatch(x, choice[1], valid)
             sent = (*sent, (choice, rows, record, valid))
+        # share of the batch in its tokens, times the loss scale
+        coefficients = self.coefficients * (shares_B3[0, 1] * shares_B3[0, 2])
         out: tuple[Tensor, ...] = ()
-        losses = ops.zeros((2,), ms.float32)
         for i in range(self.groups):
             choice, rows, record, valid = sent[i]
             hidden = self.swiglu(reference.batched_matmul(rows, gate_up))
@@ -127,17 +162,19 @@ class SparseRegion(Region):
             weights_TK = choice[0]
             if self.rescale:
                 weights_TK = surviving_weights(weights_TK, record[1])
-            out = (*out, self.dispatcher.combine(y, weights_TK, record))
-            losses = losses + _losses(choice, record, valid)
-        y_TH = out[0] if self.groups == 1 else ops.cat(out, 0)
-        first = losses.reshape(1, 2)
-        B = positions_BS.shape[0]
-        if B > 1:
-            first = ops.cat((first, ops.zeros((B - 1, 2), ms.float32)), 0)
-        return y_TH, first
+            y_TH = self.dispatcher.combine(y, weights_TK, record)
+            out = (*out, self.attach(y_TH, _losses(choice, record, valid), coefficients))
+        return out[0] if self.groups == 1 else ops.cat(out, 0)
+
+    def matrices(self, w1: Tensor, w3: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+        """[L * H, I] each -> gate and up side by side [L, H, 2 * I], and down [L, H, I]."""
+        H, share = self.hidden_size, w1.shape[1]
+        gate, up = w1.reshape(-1, H, share), w3.reshape(-1, H, share)
+        return ops.cat((gate, up), -1), w2.reshape(-1, H, share)
 
 
-def _losses(choice: Any, record: Any, valid_T: Tensor) -> Tensor:
+def _losses(choice: Choice, record: Record, valid_T: Tensor) -> Tensor:
+    """Load-balancing and z-loss of a dispatch group, times its tokens: float32 [2]."""
     probs_E, routed_E, kept_E, z, tokens = router_sums(choice, record, valid_T)
     one_layer = (
         probs_E.reshape(1, -1),
@@ -158,6 +195,7 @@ class GraphMoE(nn.Cell):
         routing: the policy.
         dtype: what is computed in.
         dispatcher: brings rows to the experts and back.
+        coefficients: of the router's losses.
         interleave: dispatch groups of a micro-batch.
         sharding: the table; None on one device.
     """
@@ -168,22 +206,32 @@ class GraphMoE(nn.Cell):
         routing: RoutingConfig,
         dtype: str,
         dispatcher: Dispatcher,
+        coefficients: LossCoefficients,
         interleave: int,
         sharding: Sharding | None,
     ) -> None:
         super().__init__()
         self.router = Router(config, routing)
         self.experts = MatrixExperts(config)
-        region = SparseRegion(config, routing, dispatcher, self.router, interleave, sharding)
-        self.region = region
+        self.region = SparseRegion(
+            config, routing, dispatcher, self.router, coefficients, interleave, sharding
+        )
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
 
-    def construct(self, x_TH: Tensor, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, H] and positions -> [T, H] and the losses, see :meth:`SparseRegion.compute`."""
+    def construct(self, x_TH: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
+        """[T, H] -> [T, H]; the losses are attached, so there are no sums.
+
+        Args:
+            x_TH: token rows.
+            batch: positions [B, S] and shares [B, 3], see
+                :class:`~mistral_ms.parallel.graph.model.GraphModel`.
+        """
+        positions_BS, shares_B3 = batch
         w1 = self.cast(self.experts.w1, self.dtype)
         w3 = self.cast(self.experts.w3, self.dtype)
         w2 = self.cast(self.experts.w2, self.dtype)
-        return self.region(x_TH, positions_BS, self.router.weight, w1, w3, w2)
+        gate_EH = self.router.weight
+        return self.region(x_TH, positions_BS, shares_B3, gate_EH, w1, w3, w2), None
 
 
 def region_dispatcher(

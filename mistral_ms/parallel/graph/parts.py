@@ -14,7 +14,7 @@ from mistral_ms.parallel.graph.dense import (
     GraphNorm,
     Weight,
 )
-from mistral_ms.parallel.graph.moe import GraphMoE, region_dispatcher
+from mistral_ms.parallel.graph.moe import GraphMoE, LossCoefficients, region_dispatcher
 from mistral_ms.parallel.sharding import Sharding
 
 
@@ -28,6 +28,7 @@ class GraphParts(Parts):
         sequence: S.
         causal: nothing but the causal rule hides keys from queries.
         parallel: the layout of the run.
+        losses: coefficients of the router's losses.
         sharding: the table; None on one device.
         groups: this rank's groups; None on one device.
     """
@@ -41,11 +42,12 @@ class GraphParts(Parts):
         sequence: int,
         causal: bool,
         parallel: ParallelConfig,
+        losses: LossCoefficients,
         sharding: Sharding | None = None,
         groups: Groups | None = None,
     ) -> None:
         super().__init__(config, routing, None, dtype)
-        self.sequence, self.causal = sequence, causal
+        self.sequence, self.causal, self.losses = sequence, causal, losses
         self.parallel, self.sharding, self.groups = parallel, sharding, groups
 
     def embedding(self) -> nn.Cell:
@@ -65,13 +67,18 @@ class GraphParts(Parts):
         return GraphFeedForward(self.config, self.dtype, self.sharding)
 
     def moe(self) -> nn.Cell:
-        """See the base; takes positions for the mask, returns losses for the sums."""
+        """See the base; takes positions and shares for the mask, and returns no sums."""
         assert self.config.moe is not None
         experts = self.config.moe.num_local_experts
         dispatcher = region_dispatcher(experts, self.routing, self.parallel, self.groups)
-        interleave = self.parallel.interleave
         return GraphMoE(
-            self.config, self.routing, self.dtype, dispatcher, interleave, self.sharding
+            self.config,
+            self.routing,
+            self.dtype,
+            dispatcher,
+            self.losses,
+            self.parallel.interleave,
+            self.sharding,
         )
 
     def head(self) -> nn.Cell:
