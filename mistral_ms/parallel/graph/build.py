@@ -124,7 +124,10 @@ def _step(
         reducer = nn.PipelineGradReducer(
             optimizer.weights, opt_shard=parallel.optimizer_parallel
         )
-    copies = tuple(_copies(name, sharding, parallel.optimizer_parallel) for name in weights)
+    copies = tuple(
+        copies_of(name, tuple(weight.shape), sharding, parallel.optimizer_parallel)
+        for name, weight in weights.items()
+    )
     norm = GlobalNorm(copies, sharding is not None)
     step = TrainingGraph(net, optimizer, norm, training.clip_norm, reducer)
     step.set_train()
@@ -136,10 +139,25 @@ def layout_of(name: str) -> str:
     return next(layout for end, layout in WEIGHT_LAYOUTS.items() if name.endswith(end))
 
 
-def _copies(name: str, sharding: Sharding | None, optimizer_parallel: bool) -> int:
+def copies_of(
+    name: str, shape: tuple[int, ...], sharding: Sharding | None, optimizer_parallel: bool
+) -> int:
+    """How many ranks of a stage hold the same part of a weight's gradient at the update.
+
+    Optimizer parallelism divides the first axis of a rank's part among those who hold it, unless
+    it is too short.
+
+    Args:
+        name: of the weight.
+        shape: of the whole weight.
+        sharding: the table; None on one device.
+        optimizer_parallel: whether it is on.
+    """
     if sharding is None:
         return 1
-    return 1 if optimizer_parallel else sharding.copies_of(layout_of(name))
+    layout = layout_of(name)
+    copies, rows = sharding.copies_of(layout), shape[0] // sharding.parts(layout)[0]
+    return 1 if optimizer_parallel and rows % copies == 0 else copies
 
 
 def _recompute(model: GraphModel, amount: str) -> None:
