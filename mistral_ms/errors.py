@@ -63,6 +63,14 @@ class TopologyError(MistralMsError):
     """A parallel layout that cannot exist."""
 
 
+class DryrunError(MistralMsError):
+    """A machine on which no graph can be compiled for Ascend, or a graph that cannot be read."""
+
+
+class GraphError(DryrunError):
+    """A graph that cannot be compiled for Ascend: a check that failed, not bad input."""
+
+
 class KernelError(MistralMsError):
     """A custom operator that is missing or cannot be built."""
 

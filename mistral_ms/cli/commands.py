@@ -11,6 +11,7 @@ def register(app: typer.Typer) -> None:
     from mistral_ms.cli.convert import convert
     from mistral_ms.cli.data import data
     from mistral_ms.cli.demo import demo
+    from mistral_ms.cli.dryrun import dryrun
     from mistral_ms.cli.evaluate import evaluate
     from mistral_ms.cli.generate import generate
     from mistral_ms.cli.inspect import inspect
@@ -24,3 +25,4 @@ def register(app: typer.Typer) -> None:
     app.command("data")(data)
     app.command("train")(train)
     app.command("evaluate")(evaluate)
+    app.command("dryrun")(dryrun)

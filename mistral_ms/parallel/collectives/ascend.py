@@ -1,7 +1,8 @@
 """The interface on Ascend: HCCL's own primitives.
 
 Written from MindSpore's documentation of the primitives. It has not run on an NPU so far: there
-was none. What a CPU can check is that the cells are built and which arguments the primitives get.
+was none. What is checked is which arguments the primitives get, and that everything built of them
+compiles for Ascend, forward and backward, in MindSpore's dry run.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from mindspore import Tensor, ops
 from mistral_ms.parallel.collectives import blocks
 from mistral_ms.parallel.collectives.base import Collectives
 from mistral_ms.parallel.topology import Group
+
+# primitives where there is a choice: GRAPH_MODE may lose ops.zeros_like inside a bprop
+_zeros = ops.Zeros()
+_zeros_like = ops.ZerosLike()
 
 
 class AscendCollectives(Collectives):
@@ -61,10 +66,10 @@ class AscendCollectives(Collectives):
         send = ops.cast(send_P, ms.int64) * H
         receive = ops.cast(receive_P, ms.int64) * H
         got = self.exchange_unequal(rows_RH.reshape(-1), send, receive).reshape(-1)
-        room = ops.zeros((S * H,), rows_RH.dtype)
+        room = _zeros((S * H,), rows_RH.dtype)
         rows_SH = ops.concat((got, room), 0)[: S * H].reshape(S, H)
         arrived_SH = ops.broadcast_to(blocks.as_column(received_S, rows_SH) > 0, (S, H))
-        return ops.select(arrived_SH, rows_SH, ops.zeros_like(rows_SH))
+        return ops.select(arrived_SH, rows_SH, _zeros_like(rows_SH))
 
     def broadcast(self, x: Tensor) -> Tensor:
         """See the interface."""

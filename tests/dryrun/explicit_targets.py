@@ -1,0 +1,173 @@
+"""Cells of the explicit path, built as on rank RANK_ID of Ascend; compiled by the dry run.
+
+Not a test: the process that compiles imports it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore.nn.utils import no_init_parameters
+from support.configs import model as small_model
+
+from mistral_ms.config import ParallelConfig, RoutingConfig
+from mistral_ms.models import CausalLM, Objective
+from mistral_ms.parallel.collectives import Groups
+from mistral_ms.parallel.dispatchers import make_dispatcher
+from mistral_ms.parallel.parts import DividedParts
+from mistral_ms.parallel.tensor import VocabularyNLL
+from mistral_ms.parallel.topology import GroupKind, Topology
+
+RANK = int(os.environ.get("RANK_ID", "0"))
+E, K, H, T = 8, 2, 16, 24
+FLAT = ParallelConfig(dp=16, mp=2, ep=8)
+LAYOUTS = {
+    "flat": FLAT,
+    "hierarchical": FLAT.model_copy(update={"all_to_all": "hierarchical"}),
+    "group_wise": FLAT.model_copy(update={"all_to_all": "group_wise"}),
+}
+ROUTINGS = {
+    "capacity": RoutingConfig(policy="capacity", capacity_factor=1.5),
+    "dropless": RoutingConfig(),
+}
+CONFIG = small_model(
+    vocab_size=64,
+    hidden_size=H,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    moe={"sparse_layers": (1,)},
+)
+
+
+class Step(NamedTuple):
+    cell: nn.Cell
+    inputs: tuple[Tensor, ...]
+
+
+class Gradients(nn.Cell):
+    """Forward and backward."""
+
+    def __init__(self, net: nn.Cell, weights=None) -> None:
+        super().__init__()
+        self.net = net
+        self.both = ms.value_and_grad(net, None if weights else 0, weights)
+
+    def construct(self, *inputs):
+        return self.both(*inputs)
+
+
+class RoundTrip(nn.Cell):
+    """There and back, summed up."""
+
+    def __init__(self, dispatcher: nn.Cell) -> None:
+        super().__init__()
+        self.dispatcher = dispatcher
+
+    def construct(self, x_TH, weights_TK, experts_TK, valid_T):
+        rows_LCH, record = self.dispatcher.dispatch(x_TH, experts_TK, valid_T)
+        y_TH = self.dispatcher.combine(rows_LCH * rows_LCH, weights_TK, record)
+        return y_TH.sum()
+
+
+def dispatcher(way: str, policy: str) -> Step:
+    parallel = LAYOUTS[way]
+    groups = Groups(Topology.of(parallel), RANK, "Ascend")
+    net = RoundTrip(make_dispatcher(E, ROUTINGS[policy], parallel, groups))
+    inputs = (
+        Tensor(np.ones((T, H), np.float32)),
+        Tensor(np.ones((T, K), np.float32)),
+        Tensor(np.zeros((T, K), np.int32)),
+        Tensor(np.ones(T, np.float32)),
+    )
+    return Step(Gradients(net), inputs)
+
+
+def flat_capacity() -> Step:
+    return dispatcher("flat", "capacity")
+
+
+def flat_dropless() -> Step:
+    return dispatcher("flat", "dropless")
+
+
+def hierarchical_capacity() -> Step:
+    return dispatcher("hierarchical", "capacity")
+
+
+def hierarchical_dropless() -> Step:
+    return dispatcher("hierarchical", "dropless")
+
+
+def group_wise_capacity() -> Step:
+    return dispatcher("group_wise", "capacity")
+
+
+def group_wise_dropless() -> Step:
+    return dispatcher("group_wise", "dropless")
+
+
+class Total(nn.Cell):
+    """The loss alone."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def construct(self, ids, labels, positions):
+        return self.objective(ids, labels, positions)[0]
+
+
+def language_model() -> Step:
+    """A whole divided model with its objective, forward and backward."""
+    parallel, routing = LAYOUTS["group_wise"], ROUTINGS["capacity"]
+    groups = Groups(Topology.of(parallel), RANK, "Ascend")
+    with no_init_parameters():
+        model = CausalLM(CONFIG, routing, parts=DividedParts(CONFIG, routing, parallel, groups))
+    nll = VocabularyNLL(groups.of(GroupKind.TENSOR), CONFIG.vocab_size)
+    objective = Objective(model, aux_coef=0.02, z_coef=0.001, token_nll=nll)
+    ids = Tensor(np.ones((2, T // 2), np.int32))
+    weights = list(model.weights().values())
+    return Step(Gradients(Total(objective), weights), (ids, ids, ids))
+
+
+class Collective(nn.Cell):
+    """One operation of a group, by name."""
+
+    def __init__(self, group, operation: str) -> None:
+        super().__init__()
+        self.group, self.operation = group, operation
+
+    def construct(self, x):
+        if self.operation == "broadcast":
+            return self.group.broadcast(x)
+        if self.operation == "pass_on":
+            return self.group.pass_on(x)
+        return self.group.pass_back(x)
+
+
+PIPELINE = ParallelConfig(pp=4, dp=8, ep=8)
+
+
+def _between_stages(operation: str) -> Step:
+    groups = Groups(Topology.of(PIPELINE), RANK, "Ascend")
+    return Step(Collective(groups.neighbours(1), operation), (Tensor(np.ones((T, H), np.float32)),))
+
+
+def pass_on() -> Step:
+    return _between_stages("pass_on")
+
+
+def pass_back() -> Step:
+    return _between_stages("pass_back")
+
+
+def broadcast() -> Step:
+    groups = Groups(Topology.of(PIPELINE), RANK, "Ascend")
+    group = groups.of(GroupKind.DATA)
+    return Step(Collective(group, "broadcast"), (Tensor(np.ones((T, H), np.float32)),))
