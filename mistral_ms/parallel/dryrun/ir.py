@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,7 +41,9 @@ _ENTRY = re.compile(r"^# IR entry: @(\S+)")
 _SUBGRAPH = re.compile(r"^subgraph @([^(\s]+)\(")
 _PARAMETER = re.compile(r"^%para\d+_(\S+?): <Ref\[Tensor(?:\(\w+\))?\[(\w+)\]\], (\([-\d, ]*\))")
 _NODE = re.compile(r"^\s*%\d+\(.*?\) = (?:PrimFunc_)?(\w+)\(")
-_CHILD = re.compile(r"= call @([^(,\s]+)|Partial\(@([^(,\s)]+)")
+# a closure is named where it is made and where it is called; only the latter runs it
+_CALL = re.compile(r"= call @([^(,\s]+)|\[@(?:Partial\(@)?([^(),\]\s]+)")
+_CLOSURE = re.compile(r"= Partial\(@([^(,\s)]+)")
 _TENSOR = re.compile(r"Tensor(?:\(\w+\))?\[(\w+)\](?:\])?,? (?:TupleShape\()?(\([-\d, ]*\))")
 
 
@@ -108,13 +110,21 @@ class Graph:
 
     @property
     def parameter_bytes(self) -> int:
-        """Of everything but optimizer state."""
-        return sum(t.nbytes or 0 for n, t in self.parameters.items() if not _is_state(n))
+        """Of weights, and of a few numbers that MindSpore keeps beside them."""
+        return self._bytes("weight")
 
     @property
     def optimizer_bytes(self) -> int:
         """Of optimizer state."""
-        return sum(t.nbytes or 0 for n, t in self.parameters.items() if _is_state(n))
+        return self._bytes("state")
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the buffers that micro-batches are added up in."""
+        return self._bytes("gradient")
+
+    def _bytes(self, kind: str) -> int:
+        return sum(t.nbytes or 0 for n, t in self.parameters.items() if _kind(n) == kind)
 
 
 @dataclass
@@ -171,7 +181,8 @@ def read(text: str, rank: int, world: int, groups: Mapping[str, tuple[int, ...]]
     """
     parameters: dict[str, TensorType] = {}
     nodes: list[_Node] = []
-    calls: dict[str, Counter[str]] = {}
+    calls: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    closures: defaultdict[str, Counter[str]] = defaultdict(Counter)
     root = subgraph = ""
     node: _Node | None = None
     for line in text.splitlines():
@@ -184,15 +195,15 @@ def read(text: str, rank: int, world: int, groups: Mapping[str, tuple[int, ...]]
         elif line.startswith("}"):
             node = None
         elif line.lstrip().startswith("%") or line.lstrip().startswith("Return("):
-            for one in _CHILD.findall(line):
-                calls.setdefault(subgraph, Counter())[one[0] or one[1]] += 1
+            calls[subgraph].update(a or b for a, b in _CALL.findall(line))
+            closures[subgraph].update(_CLOSURE.findall(line))
             found = _NODE.match(line)
             node = _Node(found.group(1), subgraph, [line]) if found else None
             if node is not None:
                 nodes.append(node)
         elif node is not None:
             node.lines.append(line)
-    times = _executions(root, calls)
+    times = _executions(root, calls, closures)
     on_host = Counter(n.operator for n in nodes if n.text("primitive_target") == "CPU")
     communication = []
     for node in nodes:
@@ -220,12 +231,12 @@ def _communication(
     if node.operator in ("Send", "Receive"):
         peer = _peer(node, ranks)
         ranks = () if peer is None else tuple(sorted((rank, peer)))
-    if not ranks or not given or not got:
+    if not ranks or not given or not got or not times:
         raise DryrunError(
             "unknown communication",
             where=node.scope,
             value=node.head.strip()[:200],
-            rule="its ranks and its tensors must be known",
+            rule="its ranks, its tensors and its executions must be known",
         )
     moved = got[0] if node.operator == "Receive" else given[0]
     return Communication(
@@ -255,12 +266,22 @@ def _phase(node: _Node) -> Phase:
     return "backward" if written or derived or marked or "◂" in node.subgraph else "forward"
 
 
-def _executions(root: str, calls: Mapping[str, Counter[str]]) -> dict[str, int]:
-    """How often each subgraph runs in one step: the number of paths from the entry."""
-    callers: dict[str, dict[str, int]] = {}
+def _executions(
+    root: str, calls: Mapping[str, Counter[str]], closures: Mapping[str, Counter[str]]
+) -> dict[str, int]:
+    """How often each subgraph runs in one step: the number of paths from the entry.
+
+    A closure that no line calls by its name is taken to run where it is made.
+    """
+    callers: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for parent, children in calls.items():
         for child, number in children.items():
-            callers.setdefault(child, {})[parent] = number
+            callers[child][parent] = number
+    called = set(callers)
+    for parent, children in closures.items():
+        for child, number in children.items():
+            if child not in called:
+                callers[child][parent] = number
     known = {root: 1}
 
     def visit(name: str, below: frozenset[str]) -> int:
@@ -273,11 +294,13 @@ def _executions(root: str, calls: Mapping[str, Counter[str]]) -> dict[str, int]:
             )
         return known[name]
 
-    return {name: visit(name, frozenset()) for name in (root, *callers)}
+    return {name: visit(name, frozenset()) for name in (root, *list(callers))}
 
 
-def _is_state(name: str) -> bool:
-    return _STATE.search(name) is not None
+def _kind(name: str) -> str:
+    if name.startswith("accu_grads."):  # MindSpore's, of a pipeline
+        return "gradient"
+    return "state" if _STATE.search(name) else "weight"
 
 
 def _types(text: str) -> list[TensorType]:
