@@ -32,6 +32,8 @@ class ParallelConfig(Frozen):
             ``hierarchical`` inside the node, then between equal places of the nodes;
             ``group_wise`` directly, each tensor-parallel rank carrying a share of every row,
             which is then gathered within the tensor group.
+        recompute: what the backward pass of the auto-parallel graph computes again instead of
+            keeping it: ``selective`` attention and norms, ``full`` whole decoder blocks.
         interleave: parts of a micro-batch whose communication and computation may overlap.
     """
 
@@ -44,6 +46,7 @@ class ParallelConfig(Frozen):
     schedule: Literal["gpipe", "1f1b"] = "1f1b"
     optimizer_parallel: bool = False
     all_to_all: Literal["flat", "hierarchical", "group_wise"] = "flat"
+    recompute: Literal["none", "selective", "full"] = "none"
     interleave: Literal[1, 2] = 1
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from mistral_ms.moe.capacity import expert_capacity
 from mistral_ms.moe.dispatcher import Dispatcher, LocalDispatcher, Record
-from mistral_ms.moe.experts import Experts, RoutedExperts
+from mistral_ms.moe.experts import Experts, RoutedExperts, surviving_weights
 from mistral_ms.moe.layer import MoELayer
 from mistral_ms.moe.losses import (
     RouterSums,
@@ -26,4 +26,5 @@ __all__ = [
     "load_balancing_loss",
     "router_sums",
     "router_z_loss",
+    "surviving_weights",
 ]

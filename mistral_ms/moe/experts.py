@@ -69,7 +69,12 @@ class RoutedExperts(Experts):
         weights_TK, experts_TK, _, _ = choice
         rows, record = self.dispatcher.dispatch(x_TH, experts_TK, valid_T)
         if self.rescale:
-            survivors = weights_TK * record[1]
-            total = _sum_keep(survivors, -1)
-            weights_TK = survivors / ops.select(total > 0, total, ops.ones_like(total))
+            weights_TK = surviving_weights(weights_TK, record[1])
         return self.dispatcher.combine(self.compute(rows), weights_TK, record), record
+
+
+def surviving_weights(weights_TK: Tensor, kept_TK: Tensor) -> Tensor:
+    """Weights of the choices that got a place, divided by their sum; zero where none did."""
+    survivors = weights_TK * kept_TK
+    total = _sum_keep(survivors, -1)
+    return survivors / ops.select(total > 0, total, ops.ones_like(total))

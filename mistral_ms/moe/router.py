@@ -40,8 +40,12 @@ class Router(nn.Cell):
 
     def construct(self, x_TH: Tensor) -> Choice:
         """[T, H] -> the choice of every token."""
+        return self.choose(x_TH, self.weight)
+
+    def choose(self, x_TH: Tensor, weight_EH: Tensor) -> Choice:
+        """The choice of every token under a gate that is handed in."""
         logits_TE = reference.linear(
-            ops.cast(x_TH, self.compute_dtype), ops.cast(self.weight, self.compute_dtype)
+            ops.cast(x_TH, self.compute_dtype), ops.cast(weight_EH, self.compute_dtype)
         )
         logits_TE = ops.cast(logits_TE, ms.float32)
         weights_TK, experts_TK, probs_TE = self.gating_top_k(logits_TE)

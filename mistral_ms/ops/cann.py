@@ -6,6 +6,7 @@ Written from their documentation; they exist on Ascend only and have not run for
 from __future__ import annotations
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn, ops
 
 _softmax = ops.Softmax(-1)
@@ -42,3 +43,75 @@ class GatingTopK(nn.Cell):
         if self.normalize:
             weights_TK = weights_TK / _sum(weights_TK, -1)
         return weights_TK, experts_TK, probs_TE
+
+
+class RMSNorm(nn.Cell):
+    """``reference.rms_norm`` by RmsNorm.
+
+    Args:
+        eps: added to the mean square.
+    """
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.norm = ops.RmsNorm(eps)
+
+    def construct(self, x_TH: Tensor, weight_H: Tensor) -> Tensor:
+        """[T, H] and [H] -> [T, H]."""
+        return self.norm(x_TH, ops.cast(weight_H, x_TH.dtype))[0]
+
+
+class SwiGLUHalves(nn.Cell):
+    """``reference.swiglu_halves`` by Swiglu."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from mindspore.ops.auto_generate import Swiglu
+
+        self.swiglu = Swiglu()
+
+    def construct(self, gate_up: Tensor) -> Tensor:
+        """[..., 2 * I] -> [..., I]."""
+        return self.swiglu(gate_up, -1)
+
+
+COMPRESSED_MASK = 2048
+"""Side of the triangle that stands for the causal mask of any length (CANN's sparse mode 2)."""
+
+
+class FlashAttention(nn.Cell):
+    """Attention among a sequence's own tokens by FlashAttentionScore, layout BSH.
+
+    Args:
+        heads: N of this process.
+        kv_heads: G of this process.
+        head_dim: D.
+        causal: every query sees all earlier positions and nothing else: no mask is read. Tokens
+            that are padding must then come after all others. Else the mask that is given counts.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, causal: bool) -> None:
+        super().__init__()
+        from mindspore.ops.auto_generate import FlashAttentionScore
+
+        self.causal = causal
+        self.attend = FlashAttentionScore(
+            head_num=heads,
+            keep_prob=1.0,
+            scale_value=head_dim**-0.5,
+            next_tokens=0 if causal else 2**31 - 1,
+            input_layout="BSH",
+            sparse_mode=2 if causal else 0,
+        )
+        triangle = np.triu(np.ones((COMPRESSED_MASK, COMPRESSED_MASK), np.uint8), 1)
+        self.triangle = Tensor(triangle) if causal else None
+
+    def construct(
+        self, q_BSQ: Tensor, k_BSP: Tensor, v_BSP: Tensor, visible_B1SM: Tensor | None
+    ) -> Tensor:
+        """Rotated queries [B, S, N * D], keys and values [B, S, G * D] -> [B, S, N * D]."""
+        if self.causal:
+            hidden = self.triangle
+        else:
+            hidden = ops.cast(ops.logical_not(visible_B1SM), ms.uint8)
+        return self.attend(q_BSQ, k_BSP, v_BSP, None, None, None, hidden, None)[3]

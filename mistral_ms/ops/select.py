@@ -11,7 +11,12 @@ assign_slots   MindSpore   MoeExpertCapacity none: MoeInitRoutingV2 assigns and 
 dispatch       MindSpore   MoeDispatch       none: see above; MoeTokenPermute has no capacity
 combine        MindSpore   MoeCombine        none: MoeFinalizeRouting wants a residual and has no
                                              gradient; MoeTokenUnpermute takes no dropped choices
+rms_norm       MindSpore   none              RmsNorm
+swiglu_halves  MindSpore   none              Swiglu
+attention      MindSpore   none              FlashAttentionScore
 =============  ==========  ================  ====================================================
+
+The last three belong to the auto-parallel graph, which takes :func:`dense_kernels`.
 
 Where ``cann`` has none, the reference runs, and the log says so.
 """
@@ -21,11 +26,10 @@ from __future__ import annotations
 import logging
 from typing import Literal, TypeAlias
 
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from mistral_ms.errors import KernelError
-from mistral_ms.ops import custom, reference
-from mistral_ms.ops.cann import GatingTopK as CannGatingTopK
+from mistral_ms.ops import cann, custom, reference
 from mistral_ms.ops.reference import SlotTable
 
 Kernels: TypeAlias = Literal["reference", "custom", "cann"]
@@ -48,7 +52,7 @@ def gating_top_k(kernels: Kernels, k: int, normalize: bool) -> nn.Cell:
     if _choose("gating_top_k", kernels, cann="MoeGatingTopKSoftmax") == "custom":
         return custom.GatingTopK(k, normalize)
     if kernels == "cann":
-        return CannGatingTopK(k, normalize)
+        return cann.GatingTopK(k, normalize)
     return ReferenceGating(k, normalize)
 
 
@@ -84,6 +88,94 @@ def combine(kernels: Kernels) -> nn.Cell:
         KernelError: the implementation is not there.
     """
     return custom.Combine() if _choose("combine", kernels) == "custom" else reference.Combine()
+
+
+def dense_kernels() -> Kernels:
+    """What the operations outside the routing run with: CANN's on Ascend, the reference elsewhere."""
+    return "cann" if custom.on_ascend() else "reference"
+
+
+def rms_norm(kernels: Kernels, eps: float) -> nn.Cell:
+    """The Cell of ``reference.rms_norm``: rows [T, H] and weight [H] -> [T, H].
+
+    Args:
+        kernels: which implementation.
+        eps: added to the mean square.
+
+    Raises:
+        KernelError: the implementation is not there.
+    """
+    if _choose("rms_norm", kernels, cann="RmsNorm") == "cann":
+        return cann.RMSNorm(eps)
+    return ReferenceNorm(eps)
+
+
+def swiglu_halves(kernels: Kernels) -> nn.Cell:
+    """The Cell of ``reference.swiglu_halves``: [..., 2 * I] -> [..., I].
+
+    Raises:
+        KernelError: the implementation is not there.
+    """
+    if _choose("swiglu_halves", kernels, cann="Swiglu") == "cann":
+        return cann.SwiGLUHalves()
+    return ReferenceSwiGLU()
+
+
+def attention(kernels: Kernels, heads: int, kv_heads: int, head_dim: int, causal: bool) -> nn.Cell:
+    """The Cell of attention among a sequence's own tokens: [B, S, N * D], twice [B, S, G * D] and
+    the visibility [B, 1, S, S] -> [B, S, N * D].
+
+    Args:
+        kernels: which implementation.
+        heads: N of this process.
+        kv_heads: G of this process.
+        head_dim: D.
+        causal: nothing but the causal rule hides keys; a fused operator then needs no visibility.
+
+    Raises:
+        KernelError: the implementation is not there.
+    """
+    if _choose("attention", kernels, cann="FlashAttentionScore") == "cann":
+        return cann.FlashAttention(heads, kv_heads, head_dim, causal)
+    return ReferenceAttention(heads, kv_heads, head_dim)
+
+
+class ReferenceNorm(nn.Cell):
+    """``reference.rms_norm`` with its setting."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def construct(self, x_TH: Tensor, weight_H: Tensor) -> Tensor:
+        """[T, H]."""
+        return reference.rms_norm(x_TH, ops.cast(weight_H, x_TH.dtype), self.eps)
+
+
+class ReferenceSwiGLU(nn.Cell):
+    """``reference.swiglu_halves``."""
+
+    def construct(self, gate_up: Tensor) -> Tensor:
+        """[..., I]."""
+        return reference.swiglu_halves(gate_up)
+
+
+class ReferenceAttention(nn.Cell):
+    """``reference.attention`` for heads that lie side by side."""
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+
+    def construct(
+        self, q_BSQ: Tensor, k_BSP: Tensor, v_BSP: Tensor, visible_B1SM: Tensor
+    ) -> Tensor:
+        """[B, S, N * D]."""
+        B, S = q_BSQ.shape[:2]
+        q = q_BSQ.reshape(B, S, self.heads, self.head_dim)
+        k = k_BSP.reshape(B, S, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        v = v_BSP.reshape(B, S, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        return reference.attention(q, k, v, visible_B1SM)
 
 
 class ReferenceGating(nn.Cell):

@@ -41,6 +41,7 @@ class Division:
     """
 
     def __init__(self, parallel: ParallelConfig, rank: int = 0, world: int | None = None) -> None:
+        _check_recompute(parallel)
         self.parallel = parallel
         self.topology = Topology.of(parallel, world)
         self.groups = Groups(self.topology, rank)
@@ -163,3 +164,15 @@ class Division:
     def wait_for_all(self) -> None:
         """Returns when every process has come here."""
         self.anybody(False)
+
+
+def _check_recompute(parallel: ParallelConfig) -> None:
+    """Stages of a pipeline compute their forward pass again in any case; nothing else does."""
+    if parallel.recompute != "none":
+        raise ConfigError(
+            "not known here",
+            where="parallel.recompute",
+            value=parallel.recompute,
+            rule="only the auto-parallel graph can be told what to recompute",
+            todo="use none",
+        )

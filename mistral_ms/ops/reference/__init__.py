@@ -15,9 +15,9 @@ O   any output size                 D   head dimension
 ==  ==============================  ==  =======================
 """
 
-from mistral_ms.ops.reference.activation import swiglu
+from mistral_ms.ops.reference.activation import swiglu, swiglu_halves
 from mistral_ms.ops.reference.attention import attention
-from mistral_ms.ops.reference.matmul import batched_linear, linear
+from mistral_ms.ops.reference.matmul import batched_linear, batched_matmul, linear
 from mistral_ms.ops.reference.norm import rms_norm
 from mistral_ms.ops.reference.permute import Combine, Dispatch
 from mistral_ms.ops.reference.rope import rotate
@@ -30,10 +30,12 @@ __all__ = [
     "assign_slots",
     "attention",
     "batched_linear",
+    "batched_matmul",
     "count_choices",
     "gating_top_k",
     "linear",
     "rms_norm",
     "rotate",
     "swiglu",
+    "swiglu_halves",
 ]

@@ -11,13 +11,37 @@ from __future__ import annotations
 from mindspore import Tensor, nn, ops
 
 _gather = ops.Gather()
+_cast = ops.Cast()
 _sum_keep = ops.ReduceSum(keep_dims=True)
-_concat_columns = ops.Concat(1)
 # the primitive, not ops.zeros_like: GRAPH_MODE may lose that Python function inside a bprop
 _zeros_like = ops.ZerosLike()
 
 
-class Dispatch(nn.Cell):
+class _Rows(nn.Cell):
+    """What both directions and both gradients are made of.
+
+    Methods and primitives, not functions of the module: where forward pass and bprop share one
+    (two cells, or two layers), a graph that is expanded in between loses it.
+    """
+
+    def weighted_rows(self, rows_EC_H: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Sum over k of weights[:, k] * rows[slot[:, k]]."""
+        weights_TK = _cast(weights_TK, rows_EC_H.dtype)
+        total = _gather(rows_EC_H, slot_TK[:, 0], 0) * weights_TK[:, 0:1]
+        for k in range(1, slot_TK.shape[1]):
+            total = total + _gather(rows_EC_H, slot_TK[:, k], 0) * weights_TK[:, k : k + 1]
+        return total
+
+    def as_column(self, values: Tensor, like: Tensor) -> Tensor:
+        """[R] -> [R, 1] in the dtype of ``like``."""
+        return _cast(values, like.dtype).reshape(-1, 1)
+
+    def no_gradient(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+        """Of a slot table."""
+        return _zeros_like(a), _zeros_like(b), _zeros_like(c), _zeros_like(d)
+
+
+class Dispatch(_Rows):
     """Places token rows where their experts compute: [T, H] -> [E * C, H]."""
 
     def construct(
@@ -25,7 +49,7 @@ class Dispatch(nn.Cell):
     ) -> Tensor:
         """Row of place p = token of the choice that fills p; zero where p is empty."""
         K = slot_TK.shape[1]
-        return _gather(x_TH, source_EC // K, 0) * _as_column(filled_EC, x_TH)
+        return _gather(x_TH, source_EC // K, 0) * self.as_column(filled_EC, x_TH)
 
     def bprop(
         self,
@@ -38,11 +62,11 @@ class Dispatch(nn.Cell):
         dout: Tensor,
     ) -> tuple[Tensor, ...]:
         """A token collects the gradients of the places its kept choices fill."""
-        dx_TH = _weighted_rows(dout, slot_TK, kept_TK)
-        return (dx_TH, *_no_gradient(slot_TK, kept_TK, source_EC, filled_EC))
+        dx_TH = self.weighted_rows(dout, slot_TK, kept_TK)
+        return (dx_TH, *self.no_gradient(slot_TK, kept_TK, source_EC, filled_EC))
 
 
-class Combine(nn.Cell):
+class Combine(_Rows):
     """Adds up what a token's experts computed: [E * C, H] -> [T, H]."""
 
     def construct(
@@ -55,7 +79,7 @@ class Combine(nn.Cell):
         filled_EC: Tensor,
     ) -> Tensor:
         """Sum over the kept choices of weight * row of the choice's place."""
-        return _weighted_rows(y_EC_H, slot_TK, weights_TK * kept_TK)
+        return self.weighted_rows(y_EC_H, slot_TK, weights_TK * kept_TK)
 
     def bprop(
         self,
@@ -72,25 +96,7 @@ class Combine(nn.Cell):
         K = slot_TK.shape[1]
         dout_EC_H = _gather(dout, source_EC // K, 0)
         weight_EC = _gather(weights_TK.reshape(-1), source_EC, 0) * filled_EC
-        dy_EC_H = dout_EC_H * _as_column(weight_EC, dout)
+        dy_EC_H = dout_EC_H * self.as_column(weight_EC, dout)
         product_EC = _sum_keep(dout_EC_H * y_EC_H, -1).reshape(-1)
-        dweights_TK = ops.cast(_gather(product_EC, slot_TK, 0), weights_TK.dtype) * kept_TK
-        return (dy_EC_H, dweights_TK, *_no_gradient(slot_TK, kept_TK, source_EC, filled_EC))
-
-
-def _weighted_rows(rows_EC_H: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Sum over k of weights[:, k] * rows[slot[:, k]]."""
-    weights_TK = ops.cast(weights_TK, rows_EC_H.dtype)
-    total = _gather(rows_EC_H, slot_TK[:, 0], 0) * weights_TK[:, 0:1]
-    for k in range(1, slot_TK.shape[1]):
-        total = total + _gather(rows_EC_H, slot_TK[:, k], 0) * weights_TK[:, k : k + 1]
-    return total
-
-
-def _as_column(values: Tensor, like: Tensor) -> Tensor:
-    return ops.cast(values, like.dtype).reshape(-1, 1)
-
-
-def _no_gradient(*indices: Tensor) -> tuple[Tensor, ...]:
-    a, b, c, d = indices
-    return _zeros_like(a), _zeros_like(b), _zeros_like(c), _zeros_like(d)
+        dweights_TK = _cast(_gather(product_EC, slot_TK, 0), weights_TK.dtype) * kept_TK
+        return (dy_EC_H, dweights_TK, *self.no_gradient(slot_TK, kept_TK, source_EC, filled_EC))

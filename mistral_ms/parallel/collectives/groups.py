@@ -74,12 +74,16 @@ class Groups:
         return _BACKENDS[self.backend](group, self.place.rank, communicator)
 
 
-@functools.cache
-def _create(ranks: tuple[int, ...]) -> str:
-    """MindSpore's group of these ranks; the name depends on nothing but the ranks, so that all
-    members choose the same one.
+def communicator(ranks: tuple[int, ...]) -> str:
+    """The name of MindSpore's group of these ranks; it depends on nothing but the ranks, so that
+    all members choose the same one.
     """
     digest = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
-    name = f"mistral_ms_{ranks[0]}_{len(ranks)}_{digest}"
+    return f"mistral_ms_{ranks[0]}_{len(ranks)}_{digest}"
+
+
+@functools.cache
+def _create(ranks: tuple[int, ...]) -> str:
+    name = communicator(ranks)
     create_group(name, list(ranks))
     return name

@@ -7,7 +7,7 @@ so one method serves both directions and the results are the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mindspore import Tensor, nn
 
@@ -38,13 +38,16 @@ class FlatRoute(Route):
 
     Args:
         expert: the expert group.
+        exchange: makes the all-to-all of a group.
     """
 
-    def __init__(self, expert: Collectives) -> None:
+    def __init__(
+        self, expert: Collectives, exchange: Callable[[Collectives], nn.Cell] = AllToAll
+    ) -> None:
         super().__init__()
         self.members = expert.size
         self.group = expert
-        self.all_to_all = AllToAll(expert)
+        self.all_to_all = exchange(expert)
 
     def exchange(self, x: Tensor) -> Tensor:
         """See the contract."""
@@ -66,13 +69,19 @@ class HierarchicalRoute(Route):
     Args:
         on_node: the expert group's ranks on this node, D.
         across: the expert group's ranks with this rank's place on their nodes, A.
+        exchange: makes the all-to-all of a group.
     """
 
-    def __init__(self, on_node: Collectives, across: Collectives) -> None:
+    def __init__(
+        self,
+        on_node: Collectives,
+        across: Collectives,
+        exchange: Callable[[Collectives], nn.Cell] = AllToAll,
+    ) -> None:
         super().__init__()
         self.members = on_node.size * across.size
         self.on_node, self.across = on_node, across
-        self.inside, self.between = AllToAll(on_node), AllToAll(across)
+        self.inside, self.between = exchange(on_node), exchange(across)
 
     def exchange(self, x: Tensor) -> Tensor:
         """See the contract; ranks are numbered (node, place on the node)."""

@@ -1,0 +1,173 @@
+"""From a run to its training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+from mindspore.communication import get_rank
+from mindspore.nn.utils import no_init_parameters
+
+from mistral_ms.config import RunConfig
+from mistral_ms.layers import is_buffer
+from mistral_ms.parallel.collectives import Groups
+from mistral_ms.parallel.graph.checks import check_run
+from mistral_ms.parallel.graph.model import GraphModel, LazyGraphModel
+from mistral_ms.parallel.graph.moe import LossCoefficients
+from mistral_ms.parallel.graph.parts import GraphParts
+from mistral_ms.parallel.graph.step import TrainingGraph
+from mistral_ms.parallel.graph.update import GlobalNorm, GraphAdamW
+from mistral_ms.parallel.pipeline import balance, layer_costs
+from mistral_ms.parallel.sharding import Sharding
+from mistral_ms.parallel.topology import Topology
+
+WEIGHT_LAYOUTS = {
+    "embed_tokens.weight": "matrix",
+    "lm_head.weight": "matrix",
+    "q_proj.weight": "output_divided",
+    "k_proj.weight": "output_divided",
+    "v_proj.weight": "output_divided",
+    "o_proj.weight": "input_divided",
+    "feed_forward.w1.weight": "output_divided",
+    "feed_forward.w3.weight": "output_divided",
+    "feed_forward.w2.weight": "input_divided",
+    "experts.w1": "experts",
+    "experts.w3": "experts",
+    "experts.w2": "experts",
+    "router.weight": "matrix",
+    "norm.weight": "vector",
+}
+"""The layout of each weight, by the end of its name."""
+
+
+@dataclass(frozen=True)
+class GraphStep:
+    """A training step that is ready to be compiled: ``step.cell.compile(*step.inputs)``.
+
+    Attributes:
+        cell: the step.
+        inputs: tensors of the shapes and dtypes that the step takes, all zero.
+        model: the net inside it.
+        segmented: whether attention keeps documents apart. When false it is causal and needs all
+            padding at the end of a window.
+    """
+
+    cell: TrainingGraph
+    inputs: tuple[Tensor, ...]
+    model: GraphModel
+    segmented: bool
+
+
+def build(run: RunConfig, layers: int | None = None) -> GraphStep:
+    """The training step of a run; its weights are not initialised.
+
+    With one process it is an ordinary graph for any device. With more, :func:`set_context` must
+    have been called.
+
+    Args:
+        run: the run.
+        layers: builds only so many decoder blocks.
+
+    Raises:
+        ConfigError: the run cannot be expressed, see
+            :func:`~mistral_ms.parallel.graph.checks.check_run`.
+    """
+    config, parallel, training = run.model, run.parallel, run.training
+    if layers is not None:
+        config = config.model_copy(update={"num_hidden_layers": layers})
+    parallel.check(config)
+    check_run(run, config.num_hidden_layers)
+    divided = parallel.world > 1
+    sharding = Sharding(parallel) if divided else None
+    groups = Groups(Topology.of(parallel), get_rank()) if divided else None
+    segmented = run.data is not None and run.data.packing.boundaries == "attention"
+    window = config.sliding_window
+    causal = not segmented and (window is None or window >= training.seq_length)
+    sparse = max(1, len(config.sparse_layers))
+    with no_init_parameters():
+        parts = GraphParts(
+            config,
+            run.routing,
+            training.dtype,
+            sequence=training.seq_length,
+            causal=causal,
+            parallel=parallel,
+            losses=LossCoefficients(training.aux_coef / sparse, training.z_coef / sparse),
+            sharding=sharding,
+            groups=groups,
+        )
+        costs = layer_costs(config, training.seq_length)
+        stages = tuple(stage.number for stage in balance(costs, parallel.pp) for _ in stage.layers)
+        kind = LazyGraphModel if parallel.pp > 1 else GraphModel
+        model = kind(parts, stages)
+        _recompute(model, parallel.recompute)
+        weights = {n: p for n, p in model.parameters_and_names() if not is_buffer(p)}
+        cell = _step(run, model, weights, sharding)
+    return GraphStep(cell, _inputs(run), model, segmented)
+
+
+def _step(
+    run: RunConfig, model: GraphModel, weights: dict[str, Parameter], sharding: Sharding | None
+) -> TrainingGraph:
+    training, parallel = run.training, run.parallel
+    host = training.offload_optimizer == "host"
+    optimizer = GraphAdamW(weights, training.optimizer, host)
+    net, reducer = model, None
+    if parallel.pp > 1:
+        net = nn.PipelineCell(model, training.micro_batches)
+    elif training.micro_batches > 1:
+        net = nn.GradAccumulationCell(model, training.micro_batches)
+    if training.micro_batches > 1:
+        reducer = nn.PipelineGradReducer(optimizer.weights, opt_shard=parallel.optimizer_parallel)
+    copies = tuple(
+        copies_of(name, tuple(weight.shape), sharding, parallel.optimizer_parallel)
+        for name, weight in weights.items()
+    )
+    norm = GlobalNorm(copies, sharding is not None)
+    step = TrainingGraph(net, optimizer, norm, training.clip_norm, reducer)
+    step.set_train()
+    return step
+
+
+def layout_of(name: str) -> str:
+    """The layout of a weight."""
+    return next(layout for end, layout in WEIGHT_LAYOUTS.items() if name.endswith(end))
+
+
+def copies_of(
+    name: str, shape: tuple[int, ...], sharding: Sharding | None, optimizer_parallel: bool
+) -> int:
+    """How many ranks of a stage hold the same part of a weight's gradient at the update.
+
+    Optimizer parallelism divides the first axis of a rank's part among those who hold it, unless
+    it is too short.
+
+    Args:
+        name: of the weight.
+        shape: of the whole weight.
+        sharding: the table; None on one device.
+        optimizer_parallel: whether it is on.
+    """
+    if sharding is None:
+        return 1
+    layout = layout_of(name)
+    copies, rows = sharding.copies_of(layout), shape[0] // sharding.parts(layout)[0]
+    return 1 if optimizer_parallel and rows % copies == 0 else copies
+
+
+def _recompute(model: GraphModel, amount: str) -> None:
+    for block in model.layers:
+        if amount == "full":
+            block.recompute()
+        elif amount == "selective":
+            block.input_layernorm.recompute()
+            block.attention.core.recompute()
+            block.post_attention_layernorm.recompute()
+
+
+def _inputs(run: RunConfig) -> tuple[Tensor, ...]:
+    B, S = run.training.global_batch_size, run.training.seq_length
+    batch = tuple(Tensor(np.zeros((B, S), np.int32)) for _ in range(4))
+    shares = Tensor(np.zeros((B, 3), np.float32))
+    return (*batch, shares)

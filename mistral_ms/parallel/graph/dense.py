@@ -1,0 +1,262 @@
+"""The dense pieces of the auto-parallel graph: matrix products with layouts, regions around them.
+
+Weights are float32, their names those of our checkpoints; they are rounded to the dtype of the
+computation where they are used, so the optimizer needs no masters beside them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from mistral_ms.config import ModelConfig
+from mistral_ms.layers import RotaryTable, visible_keys
+from mistral_ms.layers.parameter import weight
+from mistral_ms.ops import reference, select
+from mistral_ms.parallel.graph.region import Region, Shape, first_shape
+from mistral_ms.parallel.sharding import Sharding
+
+
+def row_shape(ids: Shape, table: Shape) -> Any:
+    """A row of the table for each id."""
+    return [*ids, table[1]]
+
+
+def gate_up_shape(x: Shape, w1: Shape, w3: Shape) -> Any:
+    """The rows of the input, the outputs of one weight."""
+    return [x[0], w1[0]]
+
+
+class GraphNorm(Region):
+    """RMSNorm of this rank's rows (sequence parallel).
+
+    Args:
+        size: H.
+        eps: added to the mean square.
+        sharding: the table; None on one device.
+    """
+
+    def __init__(self, size: int, eps: float, sharding: Sharding | None) -> None:
+        super().__init__(sharding, ("rows", "vector"), ("rows",), first_shape, (0,))
+        self.weight = weight(size, init="ones")
+        self.norm = select.rms_norm(select.dense_kernels(), eps)
+
+    def compute(self, x_TH: Tensor, weight_H: Tensor) -> Tensor:
+        """[T, H] -> [T, H]."""
+        return self.norm(x_TH, weight_H)
+
+    def construct(self, x_TH: Tensor) -> Tensor:
+        """[T, H] -> [T, H]."""
+        if self.morph is not None:
+            return self.morph(x_TH, self.weight)
+        return self.compute(x_TH, self.weight)
+
+
+class GraphLinear(nn.Cell):
+    """y = x W^T with W [output, input], divided by either axis.
+
+    Args:
+        inputs: I.
+        outputs: O.
+        dtype: what is computed in.
+        divided: ``output``: [T, I] whole on the tensor-parallel ranks to their columns of [T, O];
+            ``input``: columns of [T, I] to rows of [T, O], partial sums added up on the way.
+        sharding: the table; None on one device.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, dtype: str, divided: str, sharding: Sharding | None
+    ) -> None:
+        super().__init__()
+        self.weight = weight(outputs, inputs)
+        self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
+        self.product = ops.MatMul(transpose_b=True)
+        if sharding is not None:
+            before, after = (
+                ("whole_rows", "columns") if divided == "output" else ("columns", "rows")
+            )
+            self.product.shard(
+                in_strategy=(sharding(before), sharding(f"{divided}_divided")),
+                out_strategy=(sharding(after),),
+            )
+
+    def construct(self, x_TI: Tensor) -> Tensor:
+        """[T, I] -> [T, O]."""
+        return self.product(x_TI, self.cast(self.weight, self.dtype))
+
+
+class GraphEmbedding(Region):
+    """A row of the weight for each token of this rank.
+
+    Args:
+        config: V and H.
+        dtype: of the rows.
+        sharding: the table; None on one device.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: str, sharding: Sharding | None) -> None:
+        self.dtype = getattr(ms, dtype)
+        super().__init__(sharding, ("tokens", "matrix"), ("rows",), row_shape, (self.dtype,))
+        self.dtype = getattr(ms, dtype)
+        self.weight = weight(config.vocab_size, config.hidden_size)
+        self.gather, self.cast = ops.Gather(), ops.Cast()
+
+    def compute(self, ids_T: Tensor, weight_VH: Tensor) -> Tensor:
+        """[T] int32 -> [T, H]."""
+        return self.cast(self.gather(weight_VH, ids_T, 0), self.dtype)
+
+    def construct(self, ids_BS: Tensor) -> Tensor:
+        """[B, S] int32 -> [T, H]."""
+        ids_T = ids_BS.reshape(-1)
+        if self.morph is not None:
+            return self.morph(ids_T, self.weight)
+        return self.compute(ids_T, self.weight)
+
+
+class AttentionRegion(Region):
+    """Rotation and attention of this rank's samples and heads.
+
+    Args:
+        config: sizes.
+        sequence: S.
+        causal: nothing but the causal rule hides keys.
+        sharding: the table; None on one device.
+    """
+
+    def __init__(
+        self, config: ModelConfig, sequence: int, causal: bool, sharding: Sharding | None
+    ) -> None:
+        super().__init__(
+            sharding,
+            ("columns", "columns", "columns", "samples", "samples"),
+            ("columns",),
+            first_shape,
+            (0,),
+        )
+        parts = 1 if sharding is None else sharding.parallel.mp
+        self.heads, self.kv_heads = (
+            config.num_attention_heads // parts,
+            config.num_key_value_heads // parts,
+        )
+        self.head_dim, self.window = config.head_size, config.sliding_window
+        self.rotary = RotaryTable(config, sequence)
+        self.kernels = select.dense_kernels()
+        self.mask_needed = self.kernels == "reference" or not causal
+        self.attend = select.attention(
+            self.kernels, self.heads, self.kv_heads, self.head_dim, causal
+        )
+
+    def compute(
+        self,
+        q_TQ: Tensor,
+        k_TP: Tensor,
+        v_TP: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor,
+    ) -> Tensor:
+        """[T, N * D] and twice [T, G * D] -> [T, N * D]."""
+        B, S = positions_BS.shape
+        N, G, D = self.heads, self.kv_heads, self.head_dim
+        cos_BS1R, sin_BS1R = self.rotary(positions_BS)
+        q = reference.rotate(q_TQ.reshape(B, S, N, D), cos_BS1R, sin_BS1R)
+        k = reference.rotate(k_TP.reshape(B, S, G, D), cos_BS1R, sin_BS1R)
+        visible = None
+        if self.mask_needed:
+            visible = visible_keys(positions_BS, positions_BS, self.window, segments_BS)
+        q, k = q.reshape(B, S, N * D), k.reshape(B, S, G * D)
+        return self.attend(q, k, v_TP.reshape(B, S, G * D), visible).reshape(B * S, N * D)
+
+
+class GraphAttention(nn.Cell):
+    """Attention in the place of :class:`~mistral_ms.layers.Attention`, by the same names.
+
+    Args:
+        config: sizes.
+        dtype: what is computed in.
+        sequence: S.
+        causal: nothing but the causal rule hides keys.
+        sharding: the table; None on one device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        sequence: int,
+        causal: bool,
+        sharding: Sharding | None,
+    ) -> None:
+        super().__init__()
+        H, D = config.hidden_size, config.head_size
+        heads, kv_heads = config.num_attention_heads * D, config.num_key_value_heads * D
+        self.q_proj = GraphLinear(H, heads, dtype, "output", sharding)
+        self.k_proj = GraphLinear(H, kv_heads, dtype, "output", sharding)
+        self.v_proj = GraphLinear(H, kv_heads, dtype, "output", sharding)
+        self.o_proj = GraphLinear(heads, H, dtype, "input", sharding)
+        self.core = AttentionRegion(config, sequence, causal, sharding)
+
+    def construct(self, x_TH: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+        """[T, H] and (positions, segments) -> [T, H]."""
+        positions_BS, segments_BS = context
+        q, k, v = self.q_proj(x_TH), self.k_proj(x_TH), self.v_proj(x_TH)
+        return self.o_proj(self.core(q, k, v, positions_BS, segments_BS))
+
+
+class GateUpRegion(Region):
+    """silu(w1 x) * w3 x with this rank's rows of w1 and w3, as one product.
+
+    Args:
+        sharding: the table; None on one device.
+    """
+
+    def __init__(self, sharding: Sharding | None) -> None:
+        super().__init__(
+            sharding,
+            ("whole_rows", "output_divided", "output_divided"),
+            ("columns",),
+            gate_up_shape,
+            (0,),
+        )
+        self.swiglu = select.swiglu_halves(select.dense_kernels())
+
+    def compute(self, x_TH: Tensor, w1_IH: Tensor, w3_IH: Tensor) -> Tensor:
+        """[T, H] -> [T, I]."""
+        return self.swiglu(reference.linear(x_TH, ops.cat((w1_IH, w3_IH), 0)))
+
+
+class Weight(nn.Cell):
+    """Holds a weight [O, I] under the name that checkpoints give it.
+
+    Args:
+        outputs: O.
+        inputs: I.
+    """
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = weight(outputs, inputs)
+
+
+class GraphFeedForward(nn.Cell):
+    """The dense feed-forward in the place of :class:`~mistral_ms.layers.FeedForward`.
+
+    Args:
+        config: sizes.
+        dtype: what is computed in.
+        sharding: the table; None on one device.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: str, sharding: Sharding | None) -> None:
+        super().__init__()
+        H, I = config.hidden_size, config.intermediate_size  # noqa: E741
+        self.w1, self.w3 = Weight(I, H), Weight(I, H)
+        self.w2 = GraphLinear(I, H, dtype, "input", sharding)
+        self.gate_up = GateUpRegion(sharding)
+        self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
+
+    def construct(self, x_TH: Tensor) -> Tensor:
+        """[T, H] -> [T, H]."""
+        w1 = self.cast(self.w1.weight, self.dtype)
+        return self.w2(self.gate_up(x_TH, w1, self.cast(self.w3.weight, self.dtype)))

@@ -1,0 +1,133 @@
+"""From tokens to the loss of one micro-batch, as one net whose cells lie on pipeline stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor, lazy_inline, nn, ops
+
+from mistral_ms.layers import output_logits, token_nll
+from mistral_ms.models import DecoderBlock
+from mistral_ms.parallel.graph.parts import GraphParts
+from mistral_ms.parallel.graph.region import Region, Shape
+from mistral_ms.parallel.sharding import Sharding
+
+_cast = ops.Cast()
+_sum = ops.ReduceSum()
+
+
+class LossRegion(Region):
+    """Logits and losses of this rank's rows.
+
+    Rows are divided among all ranks of the stage, so each forms the whole vocabulary's logits of
+    its own ones: no reduction over a divided vocabulary, and no logits that are held twice.
+
+    Args:
+        dtype: what the logits are computed in.
+        sharding: the table; None on one device.
+    """
+
+    def __init__(self, dtype: str, sharding: Sharding | None) -> None:
+        ranks = 1 if sharding is None else sharding.ranks
+
+        def shapes(*given: Shape) -> Any:
+            return [ranks]
+
+        inputs = "rows", "matrix", "tokens", "samples"
+        super().__init__(sharding, inputs, ("tokens",), shapes, (ms.float32,))
+        self.dtype = getattr(ms, dtype)
+
+    def compute(
+        self, x_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, shares_B3: Tensor
+    ) -> Tensor:
+        """This rank's part of the scaled loss, float32 [1]."""
+        logits_TV = output_logits(x_TH, _cast(weight_VH, self.dtype))
+        nll_T, _ = token_nll(logits_TV, labels_T)
+        return (_sum(nll_T) * (shares_B3[0, 0] * shares_B3[0, 2])).reshape(1)
+
+
+class Loss(nn.Cell):
+    """The loss of normalised states, brought together from all ranks of the last stage.
+
+    Args:
+        dtype: what the logits are computed in.
+        sharding: the table; None on one device.
+    """
+
+    def __init__(self, dtype: str, sharding: Sharding | None) -> None:
+        super().__init__()
+        self.region = LossRegion(dtype, sharding)
+        self.sum = ops.ReduceSum()
+        if sharding is not None:
+            self.sum.shard(((sharding.ranks,),))
+
+    def construct(
+        self, x_TH: Tensor, weight_VH: Tensor, labels_BS: Tensor, shares_B3: Tensor
+    ) -> Tensor:
+        """A float32 scalar, scaled."""
+        return self.sum(self.region(x_TH, weight_VH, labels_BS.reshape(-1), shares_B3))
+
+
+class GraphModel(nn.Cell):
+    """Embedding, decoder blocks, head and loss; the blocks are the ordinary ones.
+
+    Not a :class:`~mistral_ms.models.CausalLM`: what all its layers share (rotations, visibility)
+    and what it collects from them would travel from stage to stage, as would every operator that
+    stands between cells. Here each cell makes what it needs of the batch, which all stages have,
+    and each layer's router losses are attached to its states.
+
+    Args:
+        parts: makes the pieces.
+        stages: the stage of each layer.
+    """
+
+    def __init__(self, parts: GraphParts, stages: tuple[int, ...]) -> None:
+        super().__init__()
+        self.embed_tokens = parts.embedding()
+        blocks = [DecoderBlock(parts, layer) for layer in range(parts.config.num_hidden_layers)]
+        self.layers = nn.CellList(blocks)
+        self.norm = parts.norm()
+        self.lm_head = parts.head()
+        self.loss = Loss(parts.dtype, parts.sharding)
+        if max(stages) > 0:
+            self.embed_tokens.pipeline_stage = 0
+            for block, stage in zip(blocks, stages, strict=True):
+                block.pipeline_stage = stage
+            for cell in (self.norm, self.lm_head, self.loss):
+                cell.pipeline_stage = max(stages)
+
+    def construct(
+        self,
+        ids_BS: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor,
+        shares_B3: Tensor,
+    ) -> Tensor:
+        """The scaled language-model loss of a micro-batch; those of all micro-batches add up.
+
+        The gradient is that of all losses: those of the routers are attached to the states.
+
+        Args:
+            ids_BS: int32.
+            labels_BS: int32, IGNORE_INDEX where nothing is predicted.
+            positions_BS: int32, -1 for padding.
+            segments_BS: int32.
+            shares_B3: float32, equal rows: one over the counted labels of the whole batch, one
+                over its tokens that are not padding, the loss scale.
+        """
+        x_TH = self.embed_tokens(ids_BS)
+        for layer in self.layers:
+            x_TH, _ = layer(x_TH, (positions_BS, segments_BS), (positions_BS, shares_B3))
+        return self.loss(self.norm(x_TH), self.lm_head.weight, labels_BS, shares_B3)
+
+
+class LazyGraphModel(GraphModel):
+    """The same, compiled once for all micro-batches: a pipeline with regions needs it on Ascend,
+    and the CPU backend cannot do it.
+    """
+
+    @lazy_inline
+    def __init__(self, parts: GraphParts, stages: tuple[int, ...]) -> None:
+        super().__init__(parts, stages)

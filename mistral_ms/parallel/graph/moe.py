@@ -1,0 +1,259 @@
+"""The sparse layer as one region: gate, dispatch, experts, combine, and the router's losses.
+
+All of it is the code of the explicit path: the router's choice, the slot table, the capacity
+dispatcher with its flat or hierarchical route, the losses. Only where weights come from differs,
+and the carriers of tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
+from mistral_ms.layers.parameter import weight
+from mistral_ms.moe import (
+    Choice,
+    Dispatcher,
+    LocalDispatcher,
+    Record,
+    Router,
+    load_balancing_loss,
+    router_sums,
+    router_z_loss,
+    surviving_weights,
+)
+from mistral_ms.ops import reference, select
+from mistral_ms.parallel.collectives import Groups
+from mistral_ms.parallel.dispatchers.capacity import CapacityDispatcher
+from mistral_ms.parallel.dispatchers.routes import FlatRoute, HierarchicalRoute, Route
+from mistral_ms.parallel.graph.carriers import Exchange, RegionCarrier, SharedRegionCarrier
+from mistral_ms.parallel.graph.region import Region, first_shape
+from mistral_ms.parallel.sharding import Sharding
+from mistral_ms.parallel.topology import GroupKind
+
+_cast = ops.Cast()
+_zeros_like = ops.ZerosLike()
+
+
+class MatrixExperts(nn.Cell):
+    """The experts' weights as matrices [E * H, I], all three alike.
+
+    Optimizer parallelism divides the first axis alone: of [E, ...] there is nothing to divide once
+    a rank holds one expert. The second axis is the one that tensor parallelism divides. So w1 and
+    w3 lie here as [E, H, I], transposed against our checkpoints' [E, I, H]; w2 as it is there.
+
+    Args:
+        config: sizes.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.moe is not None
+        rows = config.moe.num_local_experts * config.hidden_size
+        self.w1 = weight(rows, config.intermediate_size)
+        self.w3 = weight(rows, config.intermediate_size)
+        self.w2 = weight(rows, config.intermediate_size)
+
+
+class AttachLosses(nn.Cell):
+    """Passes states on and sends the router's losses their gradient on the way back.
+
+    A loss that is formed in the middle of a pipeline would have to travel to its end, to be added
+    to the others and to get a gradient that is known from the start: its coefficient.
+    """
+
+    def construct(self, y_TH: Tensor, losses: Tensor, coefficients: Tensor) -> Tensor:
+        """The states, unchanged; losses and coefficients have the same shape."""
+        return y_TH
+
+    def bprop(
+        self, y_TH: Tensor, losses: Tensor, coefficients: Tensor, out: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The coefficients are the losses' gradient."""
+        return dout, coefficients, _zeros_like(coefficients)
+
+
+@dataclass(frozen=True)
+class LossCoefficients:
+    """Of the router's losses, over the number of sparse layers.
+
+    Attributes:
+        aux: of the load-balancing loss.
+        z: of the z-loss.
+    """
+
+    aux: float = 0.0
+    z: float = 0.0
+
+
+class SparseRegion(Region):
+    """Gate, dispatch, experts and combine of this rank's tokens.
+
+    Args:
+        config: sizes.
+        routing: the policy, which must be a capacity.
+        dispatcher: brings rows to the experts and back.
+        router: chooses.
+        coefficients: of the router's losses.
+        groups: dispatch groups; their communication and computation may overlap.
+        sharding: the table; None on one device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        routing: RoutingConfig,
+        dispatcher: Dispatcher,
+        router: Router,
+        coefficients: LossCoefficients,
+        groups: int,
+        sharding: Sharding | None,
+    ) -> None:
+        super().__init__(
+            sharding,
+            ("whole_rows", "samples", "samples", "matrix", "experts", "experts", "experts"),
+            ("whole_rows",),
+            first_shape,
+            (0,),
+        )
+        self.hidden_size, self.groups = config.hidden_size, groups
+        self.rescale = routing.rescale_survivors
+        self.dispatcher, self.router = dispatcher, router
+        self.swiglu = select.swiglu_halves(select.dense_kernels())
+        self.attach = AttachLosses()
+        # the tensor-parallel ranks form the same losses: each is responsible for its share
+        shares = 1 if sharding is None else sharding.parallel.mp
+        each = [coefficients.aux / shares, coefficients.z / shares]
+        self.coefficients = Tensor(np.array(each, np.float32))
+
+    def compute(
+        self,
+        x_TH: Tensor,
+        positions_BS: Tensor,
+        shares_B3: Tensor,
+        gate_EH: Tensor,
+        w1_LH_I: Tensor,
+        w3_LH_I: Tensor,
+        w2_LH_I: Tensor,
+    ) -> Tensor:
+        """[T, H] -> [T, H], with the router's losses attached."""
+        valid_T = _cast(positions_BS.reshape(-1) >= 0, ms.float32)
+        gate_up, down = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
+        size = x_TH.shape[0] // self.groups
+        sent: tuple[Any, ...] = ()
+        for i in range(self.groups):
+            x = x_TH[i * size : (i + 1) * size]
+            valid = valid_T[i * size : (i + 1) * size]
+            choice = self.router.choose(x, gate_EH)
+            rows, record = self.dispatcher.dispatch(x, choice[1], valid)
+            sent = (*sent, (choice, rows, record, valid))
+        # share of the batch in its tokens, times the loss scale
+        coefficients = self.coefficients * (shares_B3[0, 1] * shares_B3[0, 2])
+        out: tuple[Tensor, ...] = ()
+        for i in range(self.groups):
+            choice, rows, record, valid = sent[i]
+            hidden = self.swiglu(reference.batched_matmul(rows, gate_up))
+            y = reference.batched_linear(hidden, down)
+            weights_TK = choice[0]
+            if self.rescale:
+                weights_TK = surviving_weights(weights_TK, record[1])
+            y_TH = self.dispatcher.combine(y, weights_TK, record)
+            out = (*out, self.attach(y_TH, _losses(choice, record, valid), coefficients))
+        return out[0] if self.groups == 1 else ops.cat(out, 0)
+
+    def matrices(self, w1: Tensor, w3: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+        """[L * H, I] each -> gate and up side by side [L, H, 2 * I], and down [L, H, I]."""
+        H, share = self.hidden_size, w1.shape[1]
+        gate, up = w1.reshape(-1, H, share), w3.reshape(-1, H, share)
+        return ops.cat((gate, up), -1), w2.reshape(-1, H, share)
+
+
+def _losses(choice: Choice, record: Record, valid_T: Tensor) -> Tensor:
+    """Load-balancing and z-loss of a dispatch group, times its tokens: float32 [2]."""
+    probs_E, routed_E, kept_E, z, tokens = router_sums(choice, record, valid_T)
+    one_layer = (
+        probs_E.reshape(1, -1),
+        routed_E.reshape(1, -1),
+        kept_E.reshape(1, -1),
+        z.reshape(1),
+        tokens.reshape(1),
+    )
+    each = ops.stack((load_balancing_loss(one_layer, False), router_z_loss(one_layer)))
+    return each * tokens
+
+
+class GraphMoE(nn.Cell):
+    """The sparse layer in the place of :class:`~mistral_ms.moe.MoELayer`, by the same names.
+
+    Args:
+        config: sizes.
+        routing: the policy.
+        dtype: what is computed in.
+        dispatcher: brings rows to the experts and back.
+        coefficients: of the router's losses.
+        interleave: dispatch groups of a micro-batch.
+        sharding: the table; None on one device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        routing: RoutingConfig,
+        dtype: str,
+        dispatcher: Dispatcher,
+        coefficients: LossCoefficients,
+        interleave: int,
+        sharding: Sharding | None,
+    ) -> None:
+        super().__init__()
+        self.router = Router(config, routing)
+        self.experts = MatrixExperts(config)
+        self.region = SparseRegion(
+            config, routing, dispatcher, self.router, coefficients, interleave, sharding
+        )
+        self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
+
+    def construct(self, x_TH: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
+        """[T, H] -> [T, H]; the losses are attached, so there are no sums.
+
+        Args:
+            x_TH: token rows.
+            batch: positions [B, S] and shares [B, 3], see
+                :class:`~mistral_ms.parallel.graph.model.GraphModel`.
+        """
+        positions_BS, shares_B3 = batch
+        w1 = self.cast(self.experts.w1, self.dtype)
+        w3 = self.cast(self.experts.w3, self.dtype)
+        w2 = self.cast(self.experts.w2, self.dtype)
+        gate_EH = self.router.weight
+        return self.region(x_TH, positions_BS, shares_B3, gate_EH, w1, w3, w2), None
+
+
+def region_dispatcher(
+    experts: int, routing: RoutingConfig, parallel: ParallelConfig, groups: Groups | None
+) -> Dispatcher:
+    """The dispatcher inside a region; the local one where nothing has to travel.
+
+    Args:
+        experts: E.
+        routing: the policy.
+        parallel: how tokens travel.
+        groups: this rank's; None on one device.
+    """
+    if groups is None or (parallel.ep == 1 and parallel.mp == 1):
+        return LocalDispatcher(experts, routing)
+    tensor = groups.of(GroupKind.TENSOR)
+    shared = parallel.all_to_all == "group_wise"
+    carrier = SharedRegionCarrier(tensor) if shared else RegionCarrier(tensor)
+    route: Route
+    if parallel.all_to_all == "hierarchical":
+        hops = groups.of(GroupKind.EXPERT_NODE), groups.of(GroupKind.EXPERT_CROSS)
+        route = HierarchicalRoute(*hops, Exchange)
+    else:
+        route = FlatRoute(groups.of(GroupKind.EXPERT), Exchange)
+    return CapacityDispatcher(experts, routing, route, carrier)

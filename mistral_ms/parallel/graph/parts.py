@@ -1,0 +1,86 @@
+"""The pieces of the auto-parallel graph, for the ordinary decoder block."""
+
+from __future__ import annotations
+
+from mindspore import nn
+
+from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
+from mistral_ms.models import Parts
+from mistral_ms.parallel.collectives import Groups
+from mistral_ms.parallel.graph.dense import (
+    GraphAttention,
+    GraphEmbedding,
+    GraphFeedForward,
+    GraphNorm,
+    Weight,
+)
+from mistral_ms.parallel.graph.moe import GraphMoE, LossCoefficients, region_dispatcher
+from mistral_ms.parallel.sharding import Sharding
+
+
+class GraphParts(Parts):
+    """Pieces whose operators carry layouts. Their weights are whole: the compiler divides them.
+
+    Args:
+        config: the architecture.
+        routing: the routing policy.
+        dtype: what is computed in.
+        sequence: S.
+        causal: nothing but the causal rule hides keys from queries.
+        parallel: the layout of the run.
+        losses: coefficients of the router's losses.
+        sharding: the table; None on one device.
+        groups: this rank's groups; None on one device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        routing: RoutingConfig,
+        dtype: str,
+        *,
+        sequence: int,
+        causal: bool,
+        parallel: ParallelConfig,
+        losses: LossCoefficients,
+        sharding: Sharding | None = None,
+        groups: Groups | None = None,
+    ) -> None:
+        super().__init__(config, routing, None, dtype)
+        self.sequence, self.causal, self.losses = sequence, causal, losses
+        self.parallel, self.sharding, self.groups = parallel, sharding, groups
+
+    def embedding(self) -> nn.Cell:
+        """[B, S] int32 -> [T, H]."""
+        return GraphEmbedding(self.config, self.dtype, self.sharding)
+
+    def norm(self, shared: bool = True) -> nn.Cell:
+        """See the base."""
+        return GraphNorm(self.config.hidden_size, self.config.rms_norm_eps, self.sharding)
+
+    def attention(self) -> nn.Cell:
+        """See the base; the context is (positions, segments)."""
+        return GraphAttention(self.config, self.dtype, self.sequence, self.causal, self.sharding)
+
+    def feed_forward(self) -> nn.Cell:
+        """See the base."""
+        return GraphFeedForward(self.config, self.dtype, self.sharding)
+
+    def moe(self) -> nn.Cell:
+        """See the base; takes positions and shares for the mask, and returns no sums."""
+        assert self.config.moe is not None
+        experts = self.config.moe.num_local_experts
+        dispatcher = region_dispatcher(experts, self.routing, self.parallel, self.groups)
+        return GraphMoE(
+            self.config,
+            self.routing,
+            self.dtype,
+            dispatcher,
+            self.losses,
+            self.parallel.interleave,
+            self.sharding,
+        )
+
+    def head(self) -> nn.Cell:
+        """Holds the output head [V, H]."""
+        return Weight(self.config.vocab_size, self.config.hidden_size)

@@ -1,0 +1,78 @@
+"""Shard-local regions: code of one device inside the auto-parallel graph.
+
+The compiler divides single operators well and whole algorithms badly: routing, slot tables and
+rotations know no strategies. A region is a Cell whose ``compute`` is written as for one device and
+sees only this rank's parts of its inputs; layouts by name say what those parts are, and between
+regions the compiler moves what must be moved. MindSpore's ``Morph`` carries it into the graph
+before it is divided and is replaced by the function itself before the gradient is taken.
+
+**Gradients.** In this graph the copies of a tensor on several ranks have gradients that are *parts*:
+they add up to the true one, and whoever made copies adds them up (the compiler for weights and for
+its own redistributions). Inside a region each communication primitive's own gradient does the
+right thing under that rule; the mappings of ``parallel.collectives``, where every copy has the
+whole gradient, would not.
+
+On one device nothing is divided and the region is its function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from mistral_ms.parallel.sharding import Sharding
+
+Shape = Sequence[int]
+
+
+class Region(nn.Cell):
+    """The base: a subclass has ``compute``, with the arguments that ``construct`` gets.
+
+    Args:
+        sharding: the table; None on one device.
+        inputs: layout of each input, by name.
+        outputs: layout of each output.
+        shapes: of the whole inputs, the shapes of the whole outputs.
+        dtypes: dtype of each output, or the number of the input that has it.
+    """
+
+    def __init__(
+        self,
+        sharding: Sharding | None,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        shapes: Callable[..., Any],
+        dtypes: Sequence[ms.Type | int],
+    ) -> None:
+        super().__init__()
+        self.morph: ops.Morph | None = None
+        if sharding is not None:
+
+            def infer_dtypes(*given: Any) -> Any:
+                found = tuple(given[each] if isinstance(each, int) else each for each in dtypes)
+                return found if len(found) > 1 else found[0]
+
+            morph = ops.Morph(self.compute, shapes, infer_dtypes)
+            morph.add_prim_attr("self_define_shard", True)
+            self.morph = morph.shard(
+                in_strategy=tuple(map(sharding, inputs)),
+                out_strategy=tuple(map(sharding, outputs)),
+            )
+
+    def compute(self, *inputs: Tensor) -> Any:
+        """What this rank computes on its parts."""
+        raise NotImplementedError
+
+    def construct(self, *inputs: Tensor) -> Any:
+        """The whole result of the whole inputs."""
+        if self.morph is not None:
+            return self.morph(*inputs)
+        return self.compute(*inputs)
+
+
+def first_shape(x: Shape, *others: Shape) -> Any:
+    """For a region whose output has the shape of its first input."""
+    return x

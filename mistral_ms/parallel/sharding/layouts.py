@@ -1,0 +1,75 @@
+"""The table of layouts.
+
+The ranks of a pipeline stage form a matrix (copy, expert, tensor) = (dp / ep, ep, mp), in rank
+order: an expert group is one row of ``expert``, the copies of an expert one column of ``copy``. A
+layout says which of these axes divide each axis of a tensor; what is not divided is the same on
+all ranks. Plain strategies (tuples of numbers) cannot tell copies from experts once dp exceeds ep,
+so the graph uses nothing but this table.
+"""
+
+from __future__ import annotations
+
+import mindspore as ms
+
+from mistral_ms.config import ParallelConfig
+
+COPY, EXPERT, TENSOR = "copy", "expert", "tensor"
+DATA = (COPY, EXPERT)
+ALL = (COPY, EXPERT, TENSOR)
+Axis = str | tuple[str, ...] | None
+
+LAYOUTS: dict[str, tuple[Axis, ...]] = {
+    # activations
+    "rows": (ALL, None),  # [T, H] of norms, residuals, embedding, head: sequence parallel
+    "whole_rows": (DATA, None),  # [T, H], whole on each tensor-parallel rank
+    "columns": (DATA, TENSOR),  # [T, N * D] and [T, I]
+    "samples": (DATA, None),  # [B, S], and anything with a row per sample
+    "tokens": (ALL,),  # [T], and one number per rank
+    # weights
+    "matrix": (None, None),
+    "vector": (None,),
+    "output_divided": (TENSOR, None),  # [O, I] of q, k, v, w1, w3
+    "input_divided": (None, TENSOR),  # [O, I] of o and w2
+    "experts": (EXPERT, TENSOR),  # [E * H, I] of an expert layer's w1, w3 and w2
+}
+"""Which axes of (copy, expert, tensor) divide the axes of each kind of tensor."""
+
+
+class Sharding:
+    """The table for one run.
+
+    Args:
+        parallel: the layout of the run.
+    """
+
+    def __init__(self, parallel: ParallelConfig) -> None:
+        self.parallel = parallel
+        self.copies = parallel.dp // parallel.ep
+        self.matrix = {COPY: self.copies, EXPERT: parallel.ep, TENSOR: parallel.mp}
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of a stage."""
+        return self.parallel.dp * self.parallel.mp
+
+    def __call__(self, name: str) -> ms.Layout:
+        """The layout of a kind of tensor, for ``shard``."""
+        axes = ["None" if axis is None else axis for axis in LAYOUTS[name]]
+        return ms.Layout(tuple(self.matrix.values()), tuple(self.matrix))(*axes)
+
+    def parts(self, name: str) -> tuple[int, ...]:
+        """Into how many parts each axis of a kind of tensor is divided."""
+        found = []
+        for axis in LAYOUTS[name]:
+            parts = 1
+            for each in (axis,) if isinstance(axis, str) else axis or ():
+                parts *= self.matrix[each]
+            found.append(parts)
+        return tuple(found)
+
+    def copies_of(self, name: str) -> int:
+        """How many ranks of a stage hold the same part of a kind of tensor."""
+        parts = 1
+        for each in self.parts(name):
+            parts *= each
+        return self.ranks // parts
