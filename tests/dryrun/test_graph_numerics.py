@@ -3,14 +3,13 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, ops
+from mindspore import Tensor
+from support import configs
 
 from mistral_ms.config import IGNORE_INDEX, RunConfig
 from mistral_ms.models import CausalLM, Objective
 from mistral_ms.parallel import graph
 from mistral_ms.training.modes import graph_mode
-from mistral_ms.training.optimizer import DeviceOptimizer, adam_coefficients
-from support import configs
 
 B, S = 3, 16
 AUX, Z = 0.05, 0.01
