@@ -1,4 +1,4 @@
-"""``train`` under msrun as users run it: four processes, one voice, a whole checkpoint."""
+"""``train`` under msrun as users run it: four processes, one voice, a checkpoint for any layout."""
 
 import json
 import subprocess
@@ -31,7 +31,13 @@ RUN = dict(
     ),
     checkpoint=dict(every=4),
 )  # fmt: skip
-LAYOUT = ["parallel.dp=2", "parallel.ep=2", "parallel.mp=2"]
+FIRST = ["parallel.dp=4", "parallel.ep=4"]
+THEN = [
+    "parallel.dp=2", "parallel.pp=2", "parallel.ep=2", "parallel.optimizer_parallel=true",
+    "training.micro_batches=2",
+]  # fmt: skip
+GROUPS = "training.micro_batches=4"
+"""Dispatch groups of one process: as many as either layout has."""
 
 
 def alone(root, *arguments):
@@ -41,21 +47,15 @@ def alone(root, *arguments):
     )
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The same run by four processes, and by one with the same dispatch groups."""
-    root = tmp_path_factory.mktemp("command")
-    (root / "text.txt").write_text(demo_text()[:3000])
-    (root / "run.yaml").write_text(yaml.safe_dump(RUN))
-    one = alone(root, "training.micro_batches=2", "output=one")
-    assert one.returncode == 0, one.stdout + one.stderr
+def together(root, name, *arguments):
+    """A job of four processes; what it said."""
     command = [
         str(Path(sys.executable).parent / "msrun"), f"--worker_num={WORKERS}",
-        f"--local_worker_num={WORKERS}", f"--master_port={free_port()}", "--log_dir=logs",
+        f"--local_worker_num={WORKERS}", f"--master_port={free_port()}", f"--log_dir={name}_logs",
         "--join=True", "--cluster_time_out=60", str(ROOT / "run_mixtral.py"), "train",
-        "--config", "run.yaml", *LAYOUT, "output=four", "--json", "four.json",
+        "--config", "run.yaml", *arguments,
     ]  # fmt: skip
-    with (root / "msrun.log").open("w") as output:
+    with (root / f"{name}.log").open("w") as output:
         process = subprocess.Popen(
             command, cwd=root, env=environment(root), stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -64,8 +64,21 @@ def trained(tmp_path_factory):
             code = process.wait(TIMEOUT)
         finally:
             end(process, root)
-    assert code == 0, tails(root / "logs")
-    return SimpleNamespace(root=root, said=(root / "msrun.log").read_text())
+    assert code == 0, tails(root / f"{name}_logs")
+    return (root / f"{name}.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Six steps by one process; and by four, three in one layout and the rest in another."""
+    root = tmp_path_factory.mktemp("command")
+    (root / "text.txt").write_text(demo_text()[:3000])
+    (root / "run.yaml").write_text(yaml.safe_dump(RUN))
+    one = alone(root, GROUPS, "output=one")
+    assert one.returncode == 0, one.stdout + one.stderr
+    together(root, "first", *FIRST, "training.steps=3", "output=four")
+    said = together(root, "then", *THEN, "--resume", "four", "--json", "four.json")
+    return SimpleNamespace(root=root, said=said)
 
 
 def test_the_course_is_that_of_one_process(trained):
@@ -88,10 +101,11 @@ def test_the_checkpoint_is_whole_and_any_layout_goes_on_from_it(trained):
             want, got = np.float64(one.read(name)), np.float64(four.read(name))
             # as in test_training: Adam makes full steps of rounding noise
             assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want), name
-    done = alone(trained.root, "--resume", "four", "training.micro_batches=2", "training.steps=8")
+    done = alone(trained.root, "--resume", "four", GROUPS, "training.steps=8")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "parallel.dp: 2 before, 1 from here on" in done.stdout
-    reference = alone(trained.root, "training.micro_batches=2", "training.steps=8", "output=eight")
+    assert "parallel.dp: 4 before, 2 from here on" in trained.said
+    reference = alone(trained.root, GROUPS, "training.steps=8", "output=eight")
     assert reference.returncode == 0, reference.stdout + reference.stderr
     got, want = (
         [r.lm_loss for r in read_metrics(trained.root / name / "metrics.jsonl")]

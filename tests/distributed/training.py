@@ -78,7 +78,6 @@ CASES += [
     (2, "dp2 ep2", "host, two micro-batches, dropless"),
     (2, "dp2 ep2 shared out", "host, two micro-batches, dropless"),
     (2, "pp2 1f1b", "host, two micro-batches, dropless"),
-    (2, "dp2 ep2", "float16"),
     (2, "dp2 ep2 shared out", "float16"),
     (2, "pp2 1f1b", "float16"),
 ]
