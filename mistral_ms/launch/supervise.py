@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_ms.launch.command import job_environment, msrun_command
-from mistral_ms.launch.heartbeat import FAILED, STACK_SIGNAL, Beat, read_beat, stack_path
+from mistral_ms.launch.heartbeat import FAILED, STACK_SIGNAL, Beat, stack_path
 from mistral_ms.launch.options import Options
 from mistral_ms.launch.processes import Worker, processes, send
 from mistral_ms.launch.watch import Limits, Overdue, Watch, stands_out
@@ -129,9 +129,7 @@ class Supervisor:
             now, code, alive = time.monotonic(), msrun.poll(), processes(self.job)
             workers = [each for each in alive if each.rank is not None]
             self._pids |= {each.pid: each.rank for each in workers if each.rank is not None}
-            beats: Beats = {
-                r: read_beat(self.options.heartbeats, r) for r in self.options.local_ranks
-            }
+            beats = self._beats()
             late = watch.look(beats, now)
             quiet = bool(late) or watch.is_quiet(now)
             if quiet and (late or not looked):
