@@ -151,6 +151,9 @@ class Supervisor:
                 return failure
             time.sleep(POLL_SECONDS)
 
+    def _beats(self) -> Beats:
+        return {r: read_beat(self.options.heartbeats, r) for r in self.options.local_ranks}
+
     def _failure(self, beats: Beats, late: list[Overdue], now: float) -> Failure | None:
         """What is known to have failed; a rank that only waited for another is not at fault."""
         failed = {rank: beat for rank, beat in beats.items() if beat and beat.phase == FAILED}
