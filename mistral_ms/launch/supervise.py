@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_ms.launch.command import job_environment, msrun_command
-from mistral_ms.launch.heartbeat import FAILED, STACK_SIGNAL, Beat, stack_path
+from mistral_ms.launch.heartbeat import FAILED, STACK_SIGNAL, Beat, read_beat, stack_path
 from mistral_ms.launch.options import Options
 from mistral_ms.launch.processes import Worker, processes, send
 from mistral_ms.launch.watch import Limits, Overdue, Watch, stands_out
