@@ -129,9 +129,7 @@ class Supervisor:
             now, code, alive = time.monotonic(), msrun.poll(), processes(self.job)
             workers = [each for each in alive if each.rank is not None]
             self._pids |= {each.pid: each.rank for each in workers if each.rank is not None}
-            beats: Beats = {
-                r: read_beat(self.options.heartbeats, r) for r in self.options.local_ranks
-            }
+            beats = self._beats()
             late = watch.look(beats, now)
             quiet = bool(late) or watch.is_quiet(now)
             if quiet and (late or not looked):
@@ -152,6 +150,9 @@ class Supervisor:
             if hopeless or now > deadline:
                 return failure
             time.sleep(POLL_SECONDS)
+
+    def _beats(self) -> Beats:
+        return {r: read_beat(self.options.heartbeats, r) for r in self.options.local_ranks}
 
     def _failure(self, beats: Beats, late: list[Overdue], now: float) -> Failure | None:
         """What is known to have failed; a rank that only waited for another is not at fault."""
