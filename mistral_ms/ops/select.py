@@ -91,7 +91,7 @@ def combine(kernels: Kernels) -> nn.Cell:
 
 
 def dense_kernels() -> Kernels:
-    """What the operations outside the routing run with: CANN's on Ascend, the reference elsewhere."""
+    """What runs outside the routing: CANN's operations on Ascend, the reference elsewhere."""
     return "cann" if custom.on_ascend() else "reference"
 
 

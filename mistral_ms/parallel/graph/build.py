@@ -99,7 +99,7 @@ def build(run: RunConfig, layers: int | None = None) -> GraphStep:
         )
         costs = layer_costs(config, training.seq_length)
         stages = tuple(stage.number for stage in balance(costs, parallel.pp) for _ in stage.layers)
-        kind = LazyGraphModel if parallel.pp > 1 else GraphModel
+        kind = LazyGraphModel if divided and training.micro_batches > 1 else GraphModel
         model = kind(parts, stages)
         _recompute(model, parallel.recompute)
         weights = {n: p for n, p in model.parameters_and_names() if not is_buffer(p)}
