@@ -63,10 +63,13 @@ class ShardedReduction(Reduction):
 
     def gradients(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Float32 gradients of this rank's tokens -> those that it updates, of all tokens."""
+        # each message waits for the one before: ranks own different weights, so their graphs
+        # differ, and a compiler that chose the order itself could choose another one on each
+        done = gradients[0]
         for buffer in self.dense_shards:
-            gradients = self.sum_to_owners(gradients, buffer, self.data)
+            gradients, done = self.sum_to_owners(gradients, buffer, self.data, done)
         for buffer in self.expert_shards:
-            gradients = self.sum_to_owners(gradients, buffer, self.experts)
+            gradients, done = self.sum_to_owners(gradients, buffer, self.experts, done)
         own: tuple[Tensor, ...] = ()
         for index in range(len(self.place_n)):
             if self.place_n[index] >= 0:
@@ -88,21 +91,23 @@ class ShardedReduction(Reduction):
         return _Spread(ParameterTuple(weights.values()), shards)
 
     def sum_to_owners(
-        self, gradients: tuple[Tensor, ...], buffer: Buffer, group: Collectives
-    ) -> tuple[Tensor, ...]:
-        """The same gradients, but those of one buffer that this rank owns are summed."""
+        self, gradients: tuple[Tensor, ...], buffer: Buffer, group: Collectives, after: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The same gradients, but those of one buffer that this rank owns are summed; and what is
+        ready when that is done. Nothing is sent before ``after`` is ready.
+        """
         members, length = buffer
         found = list(gradients)
         rows: tuple[Tensor, ...] = ()
         for indices in members:
             rows = (*rows, _packed(found, indices, length))
-        own = group.reduce_scatter(_stack(rows))
+        own = group.reduce_scatter(ops.depend(_stack(rows), after))
         start = 0
         for index in members[group.position]:
             size = math.prod(self.shapes[index])
             found[index] = own[start : start + size].reshape(self.shapes[index])
             start = start + size
-        return tuple(found)
+        return tuple(found), own
 
     def _shards(
         self, names: Sequence[str], owner: Mapping[str, int], kind: GroupKind, size: int
