@@ -92,7 +92,8 @@ def check_script(environ: Mapping[str, str]) -> Iterator[Finding]:
 
 def check_logs(directory: Path) -> Iterator[Finding]:
     """Logs can be written."""
-    probe = directory / ".mistral_ms_probe"
+    # a name of one's own: launchers on other machines look at the same directory at the same time
+    probe = directory / f".mistral_ms_probe-{socket.gethostname()}-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.touch()

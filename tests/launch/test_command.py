@@ -143,6 +143,18 @@ def test_logs_that_cannot_be_written(tmp_path):
     assert not list(check_logs(tmp_path / "a" / "b"))
 
 
+def test_launchers_check_one_directory_at_the_same_time(tmp_path):
+    """As processes: each looks a hundred times while the others do."""
+    code = (
+        "from pathlib import Path\n"
+        "from mistral_ms.launch.checks import check_logs\n"
+        f"assert not [f for _ in range(100) for f in check_logs(Path({str(tmp_path)!r}))]"
+    )
+    racing = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(3)]
+    assert [each.wait(60) for each in racing] == [0, 0, 0]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("visible", "message"),
     [("0,1,2", "shows 3 devices for --workers 8"), ("0,1,1", "names a device twice")],
