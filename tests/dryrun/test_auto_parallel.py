@@ -17,13 +17,13 @@ from mistral_ms.parallel.dryrun.process import Request, compiled
 from mistral_ms.parallel.topology import GroupKind, Topology
 
 WORLD, RANK, LAYERS, MICRO = 32, 11, 4, 4
-H, I, E, K, S, V = 64, 128, 8, 2, 256, 512
+H, WIDE, E, S, V = 64, 128, 8, 256, 512
 C = 71  # ceil(1.1 * 2 * 256 / 8)
-BF16, FLOAT = 2, 4
+BF16 = 2
 MODEL = {
     "vocab_size": V,
     "hidden_size": H,
-    "intermediate_size": I,
+    "intermediate_size": WIDE,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -110,7 +110,7 @@ def test_a_stage_holds_its_own_layers_and_their_state(compile_run):
     for expert in EXPERTS:
         for prefix in ("", "adam_mean.", "adam_mean_square."):
             held = graph.parameters[f"{prefix}layers.1.moe.experts.{expert}"]
-            assert held.shape == (H, I)  # one expert of eight
+            assert held.shape == (H, WIDE)  # one expert of eight
 
 
 def reduced(graph):
@@ -128,7 +128,7 @@ COPIES = {"dp": 32, "ep": 8}
 
 def test_expert_gradients_are_reduced_over_the_copies_of_the_expert_only(compile_run):
     _, graph = compile_run(COPIES, micro=1)
-    shape = (H, I)
+    shape = (H, WIDE)
     ranks = {where for (size, where), _ in reduced(graph).items() if size == shape}
     assert ranks == {group(COPIES, GroupKind.EXPERT_DATA)} == {(3, 11, 19, 27)}
     assert reduced(graph)[shape, (3, 11, 19, 27)] == 3 * LAYERS
@@ -147,7 +147,9 @@ def test_hierarchical_exchange_has_two_hops_each_way(compile_run):
     for (phase, ranks, _), times in exchanges(graph).items():
         found[phase, ranks] += times
     assert found == {
-        (phase, ranks): 2 * LAYERS for phase in ("forward", "backward") for ranks in (inside, across)
+        (phase, ranks): 2 * LAYERS
+        for phase in ("forward", "backward")
+        for ranks in (inside, across)
     }
 
 
@@ -171,7 +173,7 @@ def test_optimizer_parallelism_divides_every_matrix_experts_too(compile_run):
         }
         for layer in range(LAYERS):
             for expert in EXPERTS:  # four copies share one expert's rows
-                assert shapes[f"layers.{layer}.moe.experts.{expert}"] == (H // 4, I)
+                assert shapes[f"layers.{layer}.moe.experts.{expert}"] == (H // 4, WIDE)
             for name, rows in (("q", H), ("k", H // 2), ("v", H // 2), ("o", H)):
                 held = shapes[f"layers.{layer}.attention.{name}_proj.weight"]
                 assert held == (rows // 32, H)

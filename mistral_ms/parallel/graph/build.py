@@ -98,9 +98,7 @@ def build(run: RunConfig, layers: int | None = None) -> GraphStep:
             groups=groups,
         )
         costs = layer_costs(config, training.seq_length)
-        stages = tuple(
-            stage.number for stage in balance(costs, parallel.pp) for _ in stage.layers
-        )
+        stages = tuple(stage.number for stage in balance(costs, parallel.pp) for _ in stage.layers)
         kind = LazyGraphModel if divided and training.micro_batches > 1 else GraphModel
         model = kind(parts, stages)
         _recompute(model, parallel.recompute)
@@ -121,9 +119,7 @@ def _step(
     elif training.micro_batches > 1:
         net = nn.GradAccumulationCell(model, training.micro_batches)
     if training.micro_batches > 1:
-        reducer = nn.PipelineGradReducer(
-            optimizer.weights, opt_shard=parallel.optimizer_parallel
-        )
+        reducer = nn.PipelineGradReducer(optimizer.weights, opt_shard=parallel.optimizer_parallel)
     copies = tuple(
         copies_of(name, tuple(weight.shape), sharding, parallel.optimizer_parallel)
         for name, weight in weights.items()

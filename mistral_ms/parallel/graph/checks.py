@@ -57,6 +57,13 @@ def check_run(run: RunConfig, layers: int) -> None:
             f"{4 * parallel.pp} keep it busy",
         ),
         (
+            parallel.world == 1 and training.micro_batches > 1,
+            "training.micro_batches",
+            training.micro_batches,
+            "the graph of one process takes its batch at once",
+            "set training.micro_batches=1, or train with the train command",
+        ),
+        (
             parallel.pp > 1 and parallel.schedule != "1f1b",
             "parallel.schedule",
             parallel.schedule,
@@ -88,6 +95,4 @@ def check_run(run: RunConfig, layers: int) -> None:
         ),
     ):
         if bad:
-            raise ConfigError(
-                "impossible graph", where=where, value=value, rule=rule, todo=todo
-            )
+            raise ConfigError("impossible graph", where=where, value=value, rule=rule, todo=todo)

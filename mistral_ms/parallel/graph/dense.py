@@ -74,7 +74,9 @@ class GraphLinear(nn.Cell):
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
         self.product = ops.MatMul(transpose_b=True)
         if sharding is not None:
-            before, after = ("whole_rows", "columns") if divided == "output" else ("columns", "rows")
+            before, after = (
+                ("whole_rows", "columns") if divided == "output" else ("columns", "rows")
+            )
             self.product.shard(
                 in_strategy=(sharding(before), sharding(f"{divided}_divided")),
                 out_strategy=(sharding(after),),

@@ -77,7 +77,9 @@ class TrainingGraph(nn.Cell):
         norm = self.norm(gradients) * self.unscale
         factor = self.unscale
         if self.clip_norm is not None:
-            factor = ops.minimum(self.clip_norm / (norm + NORM_EPS), ops.ones_like(norm)) * self.unscale
+            factor = (
+                ops.minimum(self.clip_norm / (norm + NORM_EPS), ops.ones_like(norm)) * self.unscale
+            )
         coefficients = self.size, self.eps, self.decay
         done = self.optimizer(gradients, factor, coefficients, _is_finite(norm))
         return ops.depend(loss, (ops.assign(self.norm_seen, norm), done))

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
-from mindspore.common.initializer import initializer
 from mindspore.communication import GlobalComm
 
 from mistral_ms.config import OptimizerConfig
