@@ -59,5 +59,5 @@ def test_each_stage_needs_a_layer():
     ],
 )
 def test_layouts_that_do_not_divide_the_model_are_refused_by_the_configuration(parallel, rule):
-    with pytest.raises(ValueError, match=rule):
+    with pytest.raises(ConfigError, match=rule):
         run(parallel={"pp": 2, **parallel}, training={"global_batch_size": 64})
