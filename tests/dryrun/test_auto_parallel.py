@@ -193,3 +193,13 @@ def test_fused_operators_take_the_place_of_the_references(compile_run):
     text, _ = compile_run(PIPELINE)
     for operator in ("FlashAttentionScore(", "RmsNorm(", "Swiglu("):
         assert f"= {operator}" in text or f"PrimFunc_{operator}" in text, operator
+
+
+def test_recomputing_blocks_exchanges_once_more_and_calls_no_python(compile_run):
+    parallel = {"dp": 16, "ep": 8, "pp": 2, "recompute": "full"}  # two layers a stage
+    _, graph = compile_run(parallel)
+    ranks = group(parallel, GroupKind.EXPERT)
+    here, size = 2 * MICRO * (LAYERS // 2), E * C * H * BF16
+    phases = ("forward", "recompute", "backward")
+    assert exchanges(graph) == {(phase, ranks, size): here for phase in phases}
+    assert graph.on_host == {}
