@@ -110,8 +110,7 @@ class FlashAttention(nn.Cell):
         self, q_BSQ: Tensor, k_BSP: Tensor, v_BSP: Tensor, visible_B1SM: Tensor | None
     ) -> Tensor:
         """Rotated queries [B, S, N * D], keys and values [B, S, G * D] -> [B, S, N * D]."""
-        if self.causal:  # noqa: SIM108 - the compiler takes either branch, not an expression
-            hidden = self.triangle
-        else:
+        hidden = self.triangle
+        if not self.causal:
             hidden = ops.cast(ops.logical_not(visible_B1SM), ms.uint8)
         return self.attend(q_BSQ, k_BSP, v_BSP, None, None, None, hidden, None)[3]

@@ -91,7 +91,7 @@ def combine(kernels: Kernels) -> nn.Cell:
 
 
 def dense_kernels() -> Kernels:
-    """What runs outside the routing: CANN's operations on Ascend, the reference elsewhere."""
+    """What operations outside the routing run with: CANN's on Ascend, else the reference."""
     return "cann" if custom.on_ascend() else "reference"
 
 

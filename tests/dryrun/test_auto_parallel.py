@@ -17,9 +17,9 @@ from mistral_ms.parallel.dryrun.process import Request, compiled
 from mistral_ms.parallel.topology import GroupKind, Topology
 
 WORLD, RANK, LAYERS, MICRO = 32, 11, 4, 4
-H, WIDE, E, K, S, V = 64, 128, 8, 2, 256, 512
+H, WIDE, E, S, V = 64, 128, 8, 256, 512
 C = 71  # ceil(1.1 * 2 * 256 / 8)
-BF16, FLOAT = 2, 4
+BF16 = 2
 MODEL = {
     "vocab_size": V,
     "hidden_size": H,
@@ -193,3 +193,13 @@ def test_fused_operators_take_the_place_of_the_references(compile_run):
     text, _ = compile_run(PIPELINE)
     for operator in ("FlashAttentionScore(", "RmsNorm(", "Swiglu("):
         assert f"= {operator}" in text or f"PrimFunc_{operator}" in text, operator
+
+
+def test_recomputing_blocks_exchanges_once_more_and_calls_no_python(compile_run):
+    parallel = {"dp": 16, "ep": 8, "pp": 2, "recompute": "full"}  # two layers a stage
+    _, graph = compile_run(parallel)
+    ranks = group(parallel, GroupKind.EXPERT)
+    here, size = 2 * MICRO * (LAYERS // 2), E * C * H * BF16
+    phases = ("forward", "recompute", "backward")
+    assert exchanges(graph) == {(phase, ranks, size): here for phase in phases}
+    assert graph.on_host == {}

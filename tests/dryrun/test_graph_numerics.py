@@ -3,7 +3,7 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, ops
 from support import configs
 
 from mistral_ms.config import IGNORE_INDEX, RunConfig
@@ -121,3 +121,58 @@ def test_losses_and_gradients_are_those_of_one_process(case):
     for name, (mine, theirs) in gradients.items():
         error = np.abs(mine / 8.0 - theirs).max()
         assert error <= 1e-5 * np.abs(theirs).max(), name
+
+
+RATE, DECAY = 1e-2, 0.1
+
+
+def stepped(scale, poison=False):
+    """One step from the settings of a first update; weights, means and norm before and after."""
+    config = run(parallel={})
+    _, step = build(config)
+    arrays = batch(config.model)
+    shares = [1 / (arrays[1] != IGNORE_INDEX).sum(), 1 / (arrays[2] >= 0).sum(), scale]
+    shares[0] = np.nan if poison else shares[0]
+    inputs = [Tensor(each) for each in arrays]
+    inputs.append(Tensor(np.tile(np.array(shares, np.float32), (B, 1))))
+    weights = step.cell.weights
+    state = (*weights, *step.cell.optimizer.mean, *step.cell.optimizer.mean_square)
+    before = [each.asnumpy().copy() for each in state]
+    beta1, beta2, eps = np.float64(np.float32(0.9)), np.float64(np.float32(0.95)), 1e-8
+    root = np.sqrt(1 - beta2)
+    for setting, value in (
+        (step.cell.size, RATE * root / (1 - beta1)),
+        (step.cell.eps, eps * root),
+        (step.cell.decay, RATE * DECAY),
+        (step.cell.unscale, 1 / scale),
+    ):
+        ops.assign(setting, Tensor(value, ms.float32))
+    with graph_mode():
+        gradients = ms.grad(step.model, None, weights)(*inputs)
+        gradients = [each.asnumpy().astype(np.float64) / scale for each in gradients]
+        step.cell(*inputs)
+    return before, [each.asnumpy() for each in state], gradients, float(step.cell.norm_seen[0])
+
+
+def test_an_update_is_adamw_with_clipping():
+    before, after, gradients, seen = stepped(scale=16.0)
+    norm = np.sqrt(sum((each**2).sum() for each in gradients))
+    assert norm > 0.5  # clipped
+    assert seen == pytest.approx(norm, rel=1e-5)
+    count = len(gradients)
+    for old, new, mean, gradient in zip(before, after, after[count:], gradients, strict=False):
+        clipped = gradient * 0.5 / (norm + 1e-6)
+        np.testing.assert_allclose(mean, 0.1 * clipped, rtol=2e-5, atol=1e-9)
+        # the first update: both bias-corrected means are those of one gradient
+        old = old * (1 - RATE * DECAY) if old.ndim > 1 else old
+        expected = old - RATE * clipped / (np.abs(clipped) + 1e-8)
+        # gradients near eps: float32 noise of 1e-9 decides the direction
+        large = np.abs(clipped) > 1e-6
+        np.testing.assert_allclose(new[large], expected[large], rtol=1e-5, atol=2e-6)
+
+
+def test_gradients_that_are_not_finite_change_nothing():
+    before, after, _, seen = stepped(scale=1.0, poison=True)
+    assert np.isnan(seen)
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(new, old)

@@ -263,7 +263,11 @@ def _phase(node: _Node) -> Phase:
     written = any(" def bprop(" in line for line in node.lines)  # a gradient written by hand
     derived = "Gradients/" in node.scope or "forward_node_name" in node.head
     marked = node.text("is_bp") == "Bool(1)" or "grad" in (node.text("instance name") or "")
-    return "backward" if written or derived or marked or "◂" in node.subgraph else "forward"
+    if "◂" in node.subgraph:
+        # a whole cell that is computed again keeps the name of its forward pass
+        again = node.scope.startswith("recompute_") and not (written or derived or marked)
+        return "recompute" if again else "backward"
+    return "backward" if written or derived or marked else "forward"
 
 
 def _executions(

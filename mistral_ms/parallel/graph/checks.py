@@ -57,6 +57,13 @@ def check_run(run: RunConfig, layers: int) -> None:
             f"{4 * parallel.pp} keep it busy",
         ),
         (
+            parallel.world == 1 and training.micro_batches > 1,
+            "training.micro_batches",
+            training.micro_batches,
+            "the graph of one process takes its batch at once",
+            "set training.micro_batches=1, or train with the train command",
+        ),
+        (
             parallel.pp > 1 and parallel.schedule != "1f1b",
             "parallel.schedule",
             parallel.schedule,
@@ -76,14 +83,6 @@ def check_run(run: RunConfig, layers: int) -> None:
             training.seq_length,
             f"the {tokens} tokens of a rank's micro-batch must be divisible by parallel.mp "
             f"({parallel.mp}): norms and residuals divide them",
-            None,
-        ),
-        (
-            tokens % parallel.interleave,
-            "training.seq_length",
-            training.seq_length,
-            f"the {tokens} tokens of a rank's micro-batch must be divisible by "
-            f"parallel.interleave ({parallel.interleave})",
             None,
         ),
     ):

@@ -69,6 +69,16 @@ class Loss(nn.Cell):
         return self.sum(self.region(x_TH, weight_VH, labels_BS.reshape(-1), shares_B3))
 
 
+class GraphBlock(DecoderBlock):
+    """The ordinary block without its sums: there are none, and the None that would stand for them
+    becomes a call of Python in the compiled graph where blocks are computed again.
+    """
+
+    def construct(self, x_TH: Tensor, context: Any, valid_T: Any) -> Any:
+        """[T, H] -> [T, H]; context and mask are what the pieces of :class:`GraphParts` take."""
+        return super().construct(x_TH, context, valid_T)[0]
+
+
 class GraphModel(nn.Cell):
     """Embedding, decoder blocks, head and loss; the blocks are the ordinary ones.
 
@@ -85,7 +95,7 @@ class GraphModel(nn.Cell):
     def __init__(self, parts: GraphParts, stages: tuple[int, ...]) -> None:
         super().__init__()
         self.embed_tokens = parts.embedding()
-        blocks = [DecoderBlock(parts, layer) for layer in range(parts.config.num_hidden_layers)]
+        blocks = [GraphBlock(parts, layer) for layer in range(parts.config.num_hidden_layers)]
         self.layers = nn.CellList(blocks)
         self.norm = parts.norm()
         self.lm_head = parts.head()
@@ -119,7 +129,7 @@ class GraphModel(nn.Cell):
         """
         x_TH = self.embed_tokens(ids_BS)
         for layer in self.layers:
-            x_TH, _ = layer(x_TH, (positions_BS, segments_BS), (positions_BS, shares_B3))
+            x_TH = layer(x_TH, (positions_BS, segments_BS), (positions_BS, shares_B3))
         return self.loss(self.norm(x_TH), self.lm_head.weight, labels_BS, shares_B3)
 
 
