@@ -132,7 +132,8 @@ def _execute(
         steps = training.run.training.last_step
         begun = training.update.progress.step
         say(
-            f"training {parameters / 1e6:.1f} million parameters on {training.data.windows} "
+            f"training {parameters / 1e6:.1f} million parameters"
+            f"{' on this rank,' if division.world > 1 else ''} on {training.data.windows} "
             f"windows of {training.data.seq_length} tokens: steps {begun + 1} to {steps}"
         )
         say(f"memory {training.memory}")

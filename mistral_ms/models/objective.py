@@ -150,22 +150,10 @@ class Objective(nn.Cell):
             segments_BS: int32.
             shares: float32 [2].
         """
-        if self.copies == 1:
-            return self.one_copy(x, labels_BS, positions_BS, segments_BS, shares)
-        total, states, parts = self.one_copy(
-            self.rows(x, 0),
-            self.rows(labels_BS, 0),
-            self.rows(positions_BS, 0),
-            self.rows(segments_BS, 0),
-            shares,
-        )
+        total, states, parts = self.one_copy(x, labels_BS, positions_BS, segments_BS, shares, 0)
         for number in range(1, self.copies):
             other, more_states, others = self.one_copy(
-                self.rows(x, number),
-                self.rows(labels_BS, number),
-                self.rows(positions_BS, number),
-                self.rows(segments_BS, number),
-                shares,
+                x, labels_BS, positions_BS, segments_BS, shares, number
             )
             total = total + other
             states = _concat((states, more_states))
@@ -182,8 +170,12 @@ class Objective(nn.Cell):
         positions_BS: Tensor,
         segments_BS: Tensor | None,
         shares: Tensor,
+        number: int,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """The same of one dispatch group."""
+        """The same of one dispatch group, the rows of copy ``number``."""
+        x, labels_BS = self.rows(x, number), self.rows(labels_BS, number)
+        positions_BS = self.rows(positions_BS, number)
+        segments_BS = None if segments_BS is None else self.rows(segments_BS, number)
         x_TH = self.model.embed(x) if self.embeds else x
         hidden_TH, sums = self.model.decode(x_TH, positions_BS, segments_BS)
         zero = ops.zeros((), ms.float32)
@@ -199,10 +191,10 @@ class Objective(nn.Cell):
         total = lm + self.aux_coef * aux + self.z_coef * z
         return total, hidden_TH, (lm, aux, z, self.counts(sums[1]), self.counts(sums[2]))
 
-    def rows(self, x: Tensor | None, number: int) -> Tensor | None:
+    def rows(self, x: Tensor, number: int) -> Tensor:
         """The rows of one copy."""
-        if x is None:
-            return None
+        if self.copies == 1:
+            return x
         size = x.shape[0] // self.copies
         return x[number * size : (number + 1) * size]
 

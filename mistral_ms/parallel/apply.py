@@ -132,21 +132,6 @@ class Division:
         cut = weight_slice(name, whole.shape, self.topology, self.rank)
         return np.ascontiguousarray(whole[cut])
 
-    def gather(self, name: str, values: np.ndarray) -> np.ndarray:
-        """The whole weight (or state of its shape) of which every rank gives its part.
-
-        Args:
-            name: of the weight.
-            values: this rank's part, float32 or float16. All ranks call this in the same order.
-        """
-        if self.world == 1:
-            return values
-        parts = self.groups.of(GroupKind.WORLD).all_gather(Tensor(values)).asnumpy()
-        whole = np.empty(self.whole_shape(name, values.shape), values.dtype)
-        for rank in range(self.world):
-            whole[weight_slice(name, whole.shape, self.topology, rank)] = parts[rank]
-        return whole
-
     def anybody(self, yes: bool) -> bool:
         """Whether any process says yes; all get the same answer, and all must ask."""
         if self.world == 1:
@@ -167,12 +152,14 @@ class Division:
 
 
 def _check_recompute(parallel: ParallelConfig) -> None:
-    """Stages of a pipeline compute their forward pass again in any case; nothing else does."""
-    if parallel.recompute != "none":
+    """Stages of a pipeline compute their whole forward pass again in any case, which is as much as
+    any run can ask for; without a pipeline nothing is.
+    """
+    if parallel.recompute != "none" and parallel.pp == 1:
         raise ConfigError(
             "not known here",
             where="parallel.recompute",
-            value=parallel.recompute,
-            rule="only the auto-parallel graph can be told what to recompute",
+            value=f"{parallel.recompute} with parallel.pp=1",
+            rule="without a pipeline only the auto-parallel graph recomputes",
             todo="use none",
         )

@@ -18,7 +18,7 @@ from mistral_ms.parallel.graph.moe import LossCoefficients
 from mistral_ms.parallel.graph.parts import GraphParts
 from mistral_ms.parallel.graph.step import TrainingGraph
 from mistral_ms.parallel.graph.update import GlobalNorm, GraphAdamW
-from mistral_ms.parallel.pipeline import balance, layer_costs
+from mistral_ms.parallel.pipeline import stages_of
 from mistral_ms.parallel.sharding import Sharding
 from mistral_ms.parallel.topology import Topology
 
@@ -97,8 +97,8 @@ def build(run: RunConfig, layers: int | None = None) -> GraphStep:
             sharding=sharding,
             groups=groups,
         )
-        costs = layer_costs(config, training.seq_length)
-        stages = tuple(stage.number for stage in balance(costs, parallel.pp) for _ in stage.layers)
+        held = stages_of(config, parallel.pp)
+        stages = tuple(stage.number for stage in held for _ in stage.layers)
         kind = LazyGraphModel if divided and training.micro_batches > 1 else GraphModel
         model = kind(parts, stages)
         _recompute(model, parallel.recompute)
