@@ -109,10 +109,10 @@ def measure(layout: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 def run(name: str, layout: dict[str, Any], steps: int) -> dict[str, Any]:
-    """One job; the figures of its slowest process."""
+    """One job; each figure is that of the process where it is largest."""
     world = layout.get("dp", 1) * layout.get("mp", 1) * layout.get("pp", 1)
     with tempfile.TemporaryDirectory() as directory:
-        worker = [__file__, "--worker", json.dumps(layout), "--steps", str(steps)]
+        worker = [__file__, "--layout", json.dumps(layout), "--steps", str(steps)]
         worker += ["--output", directory]
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "GLOG_v": "3"}
@@ -137,11 +137,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--layout", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.worker is not None:
-        row = measure(json.loads(arguments.worker), arguments.steps)
+    if arguments.layout is not None:
+        row = measure(json.loads(arguments.layout), arguments.steps)
         number = os.environ.get("RANK_ID", "0")
         (arguments.output / f"rank_{number}.json").write_text(json.dumps(row))
         return
