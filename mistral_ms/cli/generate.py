@@ -59,12 +59,16 @@ def generate(
     pynative: Annotated[
         bool, typer.Option("--pynative", help="Run operator by operator instead of compiled.")
     ] = False,
+    dp: Annotated[int, typer.Option(help="Under msrun: ranks that share the prompts.")] = 1,
+    mp: Annotated[int, typer.Option(help="Under msrun: shares of every matrix.")] = 1,
+    pp: Annotated[int, typer.Option(help="Under msrun: pipeline stages.")] = 1,
+    ep: Annotated[int, typer.Option(help="Under msrun: ranks that share the experts.")] = 1,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
     ] = None,
 ) -> None:
     """Generate text, streamed as it becomes certain."""
-    from mistral_ms.config import GenerationConfig
+    from mistral_ms.config import GenerationConfig, ParallelConfig
     from mistral_ms.config.base import validate
 
     if interactive == bool(prompt):
@@ -84,15 +88,25 @@ def generate(
         },
         "generate",
     )
+    parallel = validate(ParallelConfig, {"dp": dp, "mp": mp, "pp": pp, "ep": ep}, "generate")
     options: dict[str, Any] = {
         "kind": source,
         "graph": not pynative,
         "dtype": DTYPES[dtype],
     }
+    if interactive and parallel.world > 1:
+        raise typer.BadParameter("--interactive is for one process; give --prompt instead")
+    from mistral_ms.cli.train import heartbeat_of, join_processes
+
+    division = join_processes(parallel)
     if interactive:
         _chat_loop(ckpt, request, max_length, options)
-    else:
+        return
+    options["division"] = division
+    with heartbeat_of(division):
         _complete(ckpt, list(prompt or ()), request, chat, max_length, options, json)
+        # a rank that ends before the others is taken for a failed one
+        division.wait_for_all()
 
 
 def _complete(
@@ -104,7 +118,10 @@ def _complete(
     options: dict[str, Any],
     json: Path | None,
 ) -> None:
-    """Continues each prompt; one prompt streams, several are printed in order when done."""
+    """Continues each prompt; one prompt streams, several are printed in order when done.
+
+    All processes compute, the first one speaks.
+    """
     from mistral_ms.checkpoint import open_checkpoint
     from mistral_ms.inference import Engine
     from mistral_ms.inference.engine import required_length
@@ -120,6 +137,9 @@ def _complete(
         needed = required_length(checkpoint.config, ids, request)
         length = needed if max_length is None else max_length
     engine = Engine.load(ckpt, batch=len(ids), max_length=length, **options)
+    if not options["division"].is_first:
+        engine.generate(ids, request, continues=not chat)
+        return
 
     def stream(number: int, text: str) -> None:
         if len(prompts) == 1:

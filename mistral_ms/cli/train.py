@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mistral_ms.config import RunConfig
+    from mistral_ms.config import ParallelConfig, RunConfig
     from mistral_ms.launch import Heartbeat
     from mistral_ms.parallel.apply import Division
     from mistral_ms.training import RunResult
@@ -44,7 +44,7 @@ def train(
     from mistral_ms.errors import ConfigError
 
     run = load_run_config(config, overrides or [])
-    division = join_processes(run)
+    division = join_processes(run.parallel)
     console = Console(highlight=False, soft_wrap=True, quiet=not division.is_first)
     output = run.output or Path("runs") / config.stem
     if resume is not None:
@@ -81,8 +81,8 @@ def heartbeat_of(division: Division) -> Iterator[Heartbeat]:
     heartbeat.phase("finished")
 
 
-def join_processes(run: RunConfig) -> Division:
-    """Which part of the run this process has; under msrun it first finds the others.
+def join_processes(parallel: ParallelConfig) -> Division:
+    """Which part of a layout this process has; under msrun it first finds the others.
 
     Raises:
         TopologyError: the layout is for another number of processes.
@@ -98,11 +98,11 @@ def join_processes(run: RunConfig) -> Division:
         # launcher on this machine has done so, and even for a process that is alone
         raise typer.Exit(0)
     if world == 1:
-        return Division(run.parallel, 0, 1)
+        return Division(parallel, 0, 1)
     from mindspore.communication import get_group_size, get_rank, init
 
     init()
-    return Division(run.parallel, get_rank(), get_group_size())
+    return Division(parallel, get_rank(), get_group_size())
 
 
 def _execute(

@@ -15,16 +15,17 @@ from pathlib import Path
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
-from mistral_ms.config import DType, GenerationConfig, ModelConfig
+from mistral_ms.config import DROPLESS, DType, GenerationConfig, ModelConfig, ParallelConfig
 from mistral_ms.errors import GenerationError
 from mistral_ms.inference.sampling import Sampler
 from mistral_ms.inference.sequence import FinishReason, RunningSequence
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM, NextTokenLogits
+from mistral_ms.parallel.apply import Division
 from mistral_ms.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 OnText = Callable[[int, str], None]
@@ -88,6 +89,7 @@ class Engine:
         tokenizer: turns ids into text; without one completions have ids only.
         graph: compile the two steps (prefill and decode) into graphs; PyNative starts sooner and
             is many times slower.
+        step: gives the logits of a step, as NextTokenLogits does; that of the model when None.
 
     Raises:
         GenerationError: the model's cache is too short for these settings.
@@ -101,10 +103,11 @@ class Engine:
         chunk: int,
         tokenizer: Tokenizer | None = None,
         graph: bool = True,
+        step: nn.Cell | None = None,
     ) -> None:
         self.config: ModelConfig = model.config
         self.model, self.tokenizer = model, tokenizer
-        step = NextTokenLogits(model)
+        step = NextTokenLogits(model) if step is None else step
         spec = model.key_positions.spec
         needed = CacheSpec.for_model(self.config, spec.batch, max_length, chunk).length
         if spec.length < needed:
@@ -113,7 +116,7 @@ class Engine:
                 value=f"{spec.length} columns",
                 rule=f"max_length {max_length} and chunk {chunk} need {needed}",
             )
-        self.batch, self.max_length, self.chunk = spec.batch, max_length, chunk
+        self.batch, self.max_length, self.chunk = step.batch, max_length, chunk
         step.set_train(False)
         self._step = ms.jit(step.construct) if graph else step
         self._graph, self._compiled = graph, set[int]()
@@ -130,6 +133,7 @@ class Engine:
         graph: bool = True,
         with_tokenizer: bool = True,
         dtype: DType = "float32",
+        division: Division | None = None,
     ) -> Engine:
         """Opens a checkpoint of any known format and loads it.
 
@@ -142,6 +146,7 @@ class Engine:
             graph: see the class.
             dtype: dtype of weights, cache and activations; the CPU backend has no bfloat16.
             with_tokenizer: load the directory's tokenizer; without it completions have no text.
+            division: this process's part of several; all must then do the same with their engines.
 
         Raises:
             CheckpointError: see :func:`open_checkpoint` and :func:`load_weights`.
@@ -162,14 +167,19 @@ class Engine:
             length = config.max_position_embeddings if max_length is None else max_length
             _check_length(config, length, "max_length")
             chunk = min(chunk, length)
-            spec = CacheSpec.for_model(config, batch, length, chunk)
+            division = Division(ParallelConfig()) if division is None else division
+            rows = -(-batch // division.data_parallel[1])
+            spec = CacheSpec.for_model(config, rows, length, chunk)
             tokenizer = None
             if with_tokenizer:
                 tokenizer = load_tokenizer(Path(path))
                 check_vocabulary(tokenizer, config)
-            model = CausalLM(config, cache=spec, positions=length, dtype=dtype)
-            load_weights(source, model.weights())
-        return cls(model, max_length=length, chunk=chunk, tokenizer=tokenizer, graph=graph)
+            model = division.build_model(config, DROPLESS, dtype, cache=spec, positions=length)
+            load_weights(source, model.weights(), window=division.window)
+        step = division.next_token(model, dtype)
+        return cls(
+            model, max_length=length, chunk=chunk, tokenizer=tokenizer, graph=graph, step=step
+        )
 
     def generate(
         self,

@@ -15,7 +15,6 @@ from mistral_ms.errors import ConfigError
 from mistral_ms.layers import (
     AttentionContext,
     CacheSpec,
-    KeyPositions,
     RotaryTable,
     draw,
     is_buffer,
@@ -40,8 +39,8 @@ class CausalLM(nn.Cell):
         cache: sizes of the key/value cache; None computes whole sequences.
         dtype: dtype of weights and activations; "float32" on CPU.
         positions: rows of the rotary tables; the model's max_position_embeddings when None.
-        parts: makes the pieces; those of one device when None. A maker knows its own dtype and
-            routing, which must then be these.
+        parts: makes the pieces; those of one device when None. A maker knows its own dtype,
+            routing and cache, which must then be these.
         segment: the run of layers that this is; the whole model when None. What it does not hold
             does not exist: without the embedding it is given hidden states instead of tokens.
 
@@ -80,7 +79,7 @@ class CausalLM(nn.Cell):
         self.sparse = any(layer.sparse for layer in self.layers)
         self.cached = cache is not None
         if cache is not None:
-            self.key_positions = KeyPositions(cache, config.num_key_value_heads)
+            self.key_positions = parts.key_positions(cache)
         self.no_rows = Tensor(np.zeros(1, np.int32), ms.int32)
 
     def construct(self, ids_BS: Tensor, positions_BS: Tensor) -> Tensor:
@@ -183,6 +182,9 @@ class NextTokenLogits(nn.Cell):
     Args:
         model: a model with a cache.
 
+    Attributes:
+        batch: rows that it takes.
+
     Raises:
         ConfigError: the model has no cache.
     """
@@ -192,6 +194,7 @@ class NextTokenLogits(nn.Cell):
         if not model.cached:
             raise ConfigError("model without a cache", rule="generation needs CausalLM(cache=...)")
         self.model = model
+        self.batch = model.key_positions.spec.batch
 
     def construct(self, ids_BS: Tensor, positions_BS: Tensor, last_B: Tensor) -> Tensor:
         """Float32 [B, V]: logits after column ``last_B`` (int32) of each row."""

@@ -5,7 +5,15 @@ from __future__ import annotations
 from mindspore import nn
 
 from mistral_ms.config import ModelConfig, RoutingConfig
-from mistral_ms.layers import Attention, CacheSpec, Embedding, FeedForward, Linear, RMSNorm
+from mistral_ms.layers import (
+    Attention,
+    CacheSpec,
+    Embedding,
+    FeedForward,
+    KeyPositions,
+    Linear,
+    RMSNorm,
+)
 from mistral_ms.moe import MoELayer
 
 
@@ -47,6 +55,10 @@ class Parts:
     def attention(self) -> nn.Cell:
         """Normalised states and an AttentionContext -> [T, H]."""
         return Attention(self.config, self.cache, self.dtype)
+
+    def key_positions(self, cache: CacheSpec) -> KeyPositions:
+        """What all attentions share of a cache: which position each column holds."""
+        return KeyPositions(cache, self.config.num_key_value_heads)
 
     def feed_forward(self) -> nn.Cell:
         """[T, H] -> [T, H]."""

@@ -13,9 +13,10 @@ from mindspore import Parameter, Tensor, nn
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.errors import ConfigError
-from mistral_ms.layers import draw
-from mistral_ms.models import CausalLM
+from mistral_ms.layers import CacheSpec, draw
+from mistral_ms.models import CausalLM, NextTokenLogits
 from mistral_ms.parallel.collectives import Groups
+from mistral_ms.parallel.inference import DividedNextTokenLogits
 from mistral_ms.parallel.parts import DividedParts
 from mistral_ms.parallel.pipeline import Schedule, make_schedule
 from mistral_ms.parallel.reduction import Reduction
@@ -58,16 +59,29 @@ class Division:
         return self.groups.place.dp, self.topology.sizes.dp
 
     def build_model(
-        self, config: ModelConfig, routing: RoutingConfig, dtype: str = "float32"
+        self,
+        config: ModelConfig,
+        routing: RoutingConfig,
+        dtype: str = "float32",
+        *,
+        cache: CacheSpec | None = None,
+        positions: int | None = None,
     ) -> CausalLM:
         """This rank's part of the model, its weights zero, under the whole model's names.
+
+        Args:
+            config: the whole model.
+            routing: the routing policy.
+            dtype: dtype of weights and activations.
+            cache: sizes of the key/value cache, of this rank's rows; None without.
+            positions: see :class:`~mistral_ms.models.CausalLM`.
 
         Raises:
             ConfigError: the layout does not divide the model.
         """
         self.parallel.check(config)
         if self.world == 1:
-            return CausalLM(config, routing, dtype=dtype)
+            return CausalLM(config, routing, cache=cache, dtype=dtype, positions=positions)
         if config.tie_word_embeddings and self.parallel.mp > 1:
             raise ConfigError(
                 "not known yet",
@@ -76,9 +90,28 @@ class Division:
                 rule="a divided embedding is not shared with the head so far",
                 todo="use mp=1",
             )
-        parts = DividedParts(config, routing, self.parallel, self.groups, dtype)
+        parts = DividedParts(config, routing, self.parallel, self.groups, dtype, cache)
         segment = segment_of(config, self.parallel.pp, self.groups.place.pp)
-        return CausalLM(config, routing, dtype=dtype, parts=parts, segment=segment)
+        return CausalLM(
+            config,
+            routing,
+            cache=cache,
+            dtype=dtype,
+            positions=positions,
+            parts=parts,
+            segment=segment,
+        )
+
+    def next_token(self, model: CausalLM, dtype: str = "float32") -> nn.Cell:
+        """What generation needs of a part with a cache: everybody's logits, on every rank.
+
+        Args:
+            model: made by :meth:`build_model`.
+            dtype: of its activations.
+        """
+        if self.world == 1:
+            return NextTokenLogits(model)
+        return DividedNextTokenLogits(model, self.groups, dtype)
 
     def token_nll(self, config: ModelConfig) -> nn.Cell | None:
         """The loss of logits that are divided along the vocabulary; None when they are not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import nn
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
-from mistral_ms.layers import Attention, FeedForward, Linear
+from mistral_ms.layers import Attention, CacheSpec, FeedForward, KeyPositions, Linear
 from mistral_ms.models import Parts
 from mistral_ms.moe import MoELayer
 from mistral_ms.parallel.collectives import Groups
@@ -30,6 +30,7 @@ class DividedParts(Parts):
         parallel: the layout.
         groups: this rank's groups.
         dtype: dtype of the weights.
+        cache: sizes of the key/value cache, of this rank's rows; None without.
 
     Raises:
         ConfigError: the layout does not divide the model.
@@ -42,8 +43,9 @@ class DividedParts(Parts):
         parallel: ParallelConfig,
         groups: Groups,
         dtype: str = "float32",
+        cache: CacheSpec | None = None,
     ) -> None:
-        super().__init__(config, routing, None, dtype)
+        super().__init__(config, routing, cache, dtype)
         self.share = share_of_model(config, parallel)
         self.parallel, self.groups = parallel, groups
         self.tensor = groups.of(GroupKind.TENSOR)
@@ -65,11 +67,15 @@ class DividedParts(Parts):
 
     def attention(self) -> nn.Cell:
         """See the base: this rank's heads."""
-        attention = Attention(self.share, None, self.dtype)
+        attention = Attention(self.share, self.cache, self.dtype)
         if self.tensor.size > 1:
             heads = self.config.num_attention_heads * self.config.head_size
             attention.o_proj = RowLinear(heads, self.config.hidden_size, self.tensor, self.dtype)
         return attention
+
+    def key_positions(self, cache: CacheSpec) -> KeyPositions:
+        """See the base: for this rank's key/value heads."""
+        return KeyPositions(cache, self.share.num_key_value_heads)
 
     def feed_forward(self) -> nn.Cell:
         """See the base: this rank's columns."""
