@@ -9,4 +9,4 @@ fi
 # msrun starts the first `python` on the PATH: it must be the one beside msrun
 PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"
 export PATH PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec python -m mistral_ms.launch "$@"
+exec python -m mistral_ms.launch train "$@"

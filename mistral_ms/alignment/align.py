@@ -11,8 +11,9 @@ import numpy as np
 from mistral_ms.alignment.compare import TOLERANCE, Comparison, compare
 from mistral_ms.alignment.hugging_face import run_hugging_face
 from mistral_ms.checkpoint import open_checkpoint
-from mistral_ms.config import ModelConfig
+from mistral_ms.config import ModelConfig, ParallelConfig
 from mistral_ms.errors import CheckpointError, GenerationError, TokenizerError
+from mistral_ms.parallel.apply import Division
 from mistral_ms.tokenizer import check_vocabulary, load_tokenizer
 
 DEFAULT_PROMPTS = (
@@ -44,7 +45,8 @@ def align(
     tolerance: float = TOLERANCE,
     kind: str | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> Comparison:
+    division: Division | None = None,
+) -> Comparison | None:
     """Runs prompts through Hugging Face (torch, float32) and through us, and compares.
 
     Args:
@@ -56,6 +58,11 @@ def align(
         tolerance: allowed difference as a share of the largest logit.
         kind: which format to take when ``our_path`` holds several.
         say: told what is being done.
+        division: this process's part of several, which must all call this; Hugging Face's side
+            runs on the first one alone.
+
+    Returns:
+        The comparison; None on all processes but the first.
 
     Raises:
         CheckpointError: a directory that cannot be read, or two models of different sizes.
@@ -76,12 +83,14 @@ def align(
         )
     new_tokens = min(new_tokens, room)
     say(f"Hugging Face: {sum(map(len, ids))} tokens in {len(ids)} prompts, {new_tokens} new each")
-    oracle = run_hugging_face(hf_path, ids, new_tokens)
+    division = Division(ParallelConfig()) if division is None else division
+    oracle = division.first_alone(lambda: run_hugging_face(hf_path, ids, new_tokens))
     gc.collect()  # both models at once might not fit
     say("mistral_ms: the same")
     from mistral_ms.alignment.ours import run_ours
 
-    return compare(oracle, run_ours(ours, ids, new_tokens, kind), tolerance)
+    side = run_ours(ours, ids, new_tokens, kind, division)
+    return None if oracle is None else compare(oracle, side, tolerance)
 
 
 def _check_comparable(oracle: ModelConfig, ours: ModelConfig, where: Path) -> None:

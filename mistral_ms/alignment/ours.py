@@ -8,18 +8,23 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from mistral_ms.alignment.record import Side, Trace
 from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
-from mistral_ms.config import GenerationConfig
+from mistral_ms.config import DROPLESS, GenerationConfig, ModelConfig, ParallelConfig
 from mistral_ms.inference import Engine
 from mistral_ms.models import CausalLM
+from mistral_ms.parallel.apply import Division
 
 
 def run_ours(
-    path: Path, prompts: Sequence[Sequence[int]], new_tokens: int, kind: str | None = None
+    path: Path,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    kind: str | None = None,
+    division: Division | None = None,
 ) -> Side:
     """Runs every prompt alone through our model, dropless, in float32, in PyNative mode.
 
@@ -31,15 +36,19 @@ def run_ours(
         prompts: token ids.
         new_tokens: how many tokens to continue greedily.
         kind: which format to take when the directory holds several.
+        division: this process's part of several, which must all call this; every data-parallel
+            rank then runs the same prompts.
     """
+    division = Division(ParallelConfig()) if division is None else division
     side = Side()
     with open_checkpoint(path, kind) as source:
-        model = CausalLM(source.config, positions=max(map(len, prompts)))
-        load_weights(source, model.weights())
+        model = division.build_model(source.config, DROPLESS, positions=max(map(len, prompts)))
+        load_weights(source, model.weights(), window=division.window)
     model.set_train(False)
+    logits = division.logits(model)
     for prompt in prompts:
-        side.traces.append(_trace(model, prompt))
-    del model
+        side.traces.append(_trace(model, logits, prompt, division))
+    del model, logits
     if not new_tokens:
         side.greedy.extend([] for _ in prompts)
     else:
@@ -49,32 +58,34 @@ def run_ours(
             max_length=max(map(len, prompts)) + new_tokens,
             kind=kind,
             with_tokenizer=False,
+            division=division,
         )
         out = engine.generate(prompts, GenerationConfig(max_new_tokens=new_tokens))
         side.greedy.extend(list(c.token_ids) for c in out.completions)
     return side
 
 
-def _trace(model: CausalLM, prompt: Sequence[int]) -> Trace:
+def _trace(model: CausalLM, logits: nn.Cell, prompt: Sequence[int], division: Division) -> Trace:
     """One forward pass with every block's parts recorded by hooks, which PyNative mode calls."""
-    hidden: dict[str, np.ndarray] = {}
-    experts: dict[int, np.ndarray] = {}
+    held: dict[str, np.ndarray] = {}
 
     def keep(name: str) -> Any:
         def hook(cell: Any, inputs: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
-            hidden[name] = value.asnumpy().astype(np.float32)
+            held[name] = value.asnumpy().astype(np.float32)
 
         return hook
 
-    def keep_experts(layer: int) -> Any:
+    def keep_experts(name: str) -> Any:
         def hook(cell: Any, inputs: Any, output: Any) -> None:
-            experts[layer] = np.sort(output[1].asnumpy(), -1)
+            held[name] = np.sort(output[1].asnumpy(), -1).astype(np.float32)
 
         return hook
 
-    handles = [model.embed_tokens.register_forward_hook(keep("embedding"))]
-    for number, layer in enumerate(model.layers):
+    handles = []
+    if model.segment.embeds:
+        handles.append(model.embed_tokens.register_forward_hook(keep("embedding")))
+    for number, layer in zip(model.segment.layers, model.layers, strict=True):
         block = layer.moe if layer.sparse else layer.feed_forward
         handles += [
             layer.attention.register_forward_hook(keep(f"layer {number} attention")),
@@ -82,15 +93,40 @@ def _trace(model: CausalLM, prompt: Sequence[int]) -> Trace:
             layer.register_forward_hook(keep(f"layer {number}")),
         ]
         if layer.sparse:
-            handles.append(layer.moe.router.register_forward_hook(keep_experts(number)))
+            handles.append(layer.moe.router.register_forward_hook(keep_experts(_experts(number))))
+    S = len(prompt)
+    columns = np.arange(S, dtype=np.int32)
     ids = np.asarray(prompt, np.int32)[None]
-    positions = np.arange(len(prompt), dtype=np.int32)[None]
     mode = ms.get_context("mode")
     ms.set_context(mode=ms.PYNATIVE_MODE)
     try:
-        logits = model(Tensor(ids), Tensor(positions)).asnumpy()[0]
+        found = logits(Tensor(ids), Tensor(columns[None]), Tensor(columns)).asnumpy()
     finally:
         ms.set_context(mode=mode)
         for handle in handles:
             handle.remove()
-    return Trace(logits, hidden, experts)
+    config = model.config
+    places = _places(config)
+    hidden = division.assemble(held, dict.fromkeys(places, (S, config.hidden_size)))
+    chosen = dict.fromkeys(map(_experts, config.sparse_layers), (S, _choices(config)))
+    experts = division.assemble(held, chosen)
+    return Trace(
+        found,
+        hidden,
+        {layer: experts[_experts(layer)].astype(np.int32) for layer in config.sparse_layers},
+    )
+
+
+def _places(config: ModelConfig) -> list[str]:
+    """All places of the network, in the order of computation."""
+    layers = range(config.num_hidden_layers)
+    parts = ("{} attention", "{} feed-forward", "{}")
+    return ["embedding", *(part.format(f"layer {n}") for n in layers for part in parts)]
+
+
+def _experts(layer: int) -> str:
+    return f"layer {layer} experts"
+
+
+def _choices(config: ModelConfig) -> int:
+    return 0 if config.moe is None else config.moe.num_experts_per_tok

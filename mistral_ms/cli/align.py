@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mistral_ms.cli.convert import SourceFormat
+from mistral_ms.cli.processes import DataRanks, ExpertRanks, Stages, TensorRanks
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mistral_ms.alignment import Comparison
 
 
 def align(
@@ -24,6 +30,10 @@ def align(
     source: Annotated[
         SourceFormat | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
     ] = None,
+    dp: DataRanks = 1,
+    mp: TensorRanks = 1,
+    pp: Stages = 1,
+    ep: ExpertRanks = 1,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
     ] = None,
@@ -31,31 +41,45 @@ def align(
     """Run the same prompts through Hugging Face (torch) and here; exit 1 when they part."""
     import mindspore as ms
     from rich.console import Console
-    from rich.table import Table
 
     from mistral_ms.alignment import align as run
     from mistral_ms.cli.output import read_lines, write_json
+    from mistral_ms.cli.processes import heartbeat_of, join_processes, layout
 
-    console = Console(highlight=False)
+    division = join_processes(layout(dp, mp, pp, ep))
+    console = Console(highlight=False, quiet=not division.is_first)
     if ms.get_context("device_target") == "CPU":
         # operator by operator, waiting for each is several times faster than a busy queue
         ms.runtime.launch_blocking()
-    result = run(
-        hf_dir,
-        ckpt,
-        prompts=None if prompts is None else read_lines(prompts),
-        new_tokens=max_new_tokens,
-        tolerance=tolerance,
-        kind=source,
-        say=console.print,
-    )
+    with heartbeat_of(division):
+        result = run(
+            hf_dir,
+            ckpt,
+            prompts=None if prompts is None else read_lines(prompts),
+            new_tokens=max_new_tokens,
+            tolerance=tolerance,
+            kind=source,
+            say=console.print,
+            division=division,
+        )
+        division.wait_for_all()
+    if result is None:  # the first process speaks
+        return
+    if json is not None:
+        write_json(json, result.to_json())
+    _report(console, result)
+    if result.failures:
+        raise typer.Exit(1)
+
+
+def _report(console: Console, result: Comparison) -> None:
+    from rich.table import Table
+
     table = Table("measure", "value", title="alignment with Hugging Face")
     for name, value in result.to_json().items():
         table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
     table.add_row("max_abs_diff / largest logit", f"{result.relative:.3g}")
     console.print(table)
-    if json is not None:
-        write_json(json, result.to_json())
     if not result.failures:
         console.print("aligned")
         return
@@ -67,4 +91,3 @@ def align(
             f"the hidden states first part at: {parting.name} (difference "
             f"{parting.difference:.3g}, {parting.relative:.3g} of the largest value there)"
         )
-    raise typer.Exit(1)

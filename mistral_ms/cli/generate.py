@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mistral_ms.cli.convert import SourceFormat
+from mistral_ms.cli.processes import DataRanks, ExpertRanks, Stages, TensorRanks
 
 if TYPE_CHECKING:
     from mistral_ms.config import GenerationConfig
@@ -59,16 +62,17 @@ def generate(
     pynative: Annotated[
         bool, typer.Option("--pynative", help="Run operator by operator instead of compiled.")
     ] = False,
-    dp: Annotated[int, typer.Option(help="Under msrun: ranks that share the prompts.")] = 1,
-    mp: Annotated[int, typer.Option(help="Under msrun: shares of every matrix.")] = 1,
-    pp: Annotated[int, typer.Option(help="Under msrun: pipeline stages.")] = 1,
-    ep: Annotated[int, typer.Option(help="Under msrun: ranks that share the experts.")] = 1,
+    dp: DataRanks = 1,
+    mp: TensorRanks = 1,
+    pp: Stages = 1,
+    ep: ExpertRanks = 1,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
     ] = None,
 ) -> None:
     """Generate text, streamed as it becomes certain."""
-    from mistral_ms.config import GenerationConfig, ParallelConfig
+    from mistral_ms.cli.processes import heartbeat_of, join_processes, layout
+    from mistral_ms.config import GenerationConfig
     from mistral_ms.config.base import validate
 
     if interactive == bool(prompt):
@@ -88,7 +92,7 @@ def generate(
         },
         "generate",
     )
-    parallel = validate(ParallelConfig, {"dp": dp, "mp": mp, "pp": pp, "ep": ep}, "generate")
+    parallel = layout(dp, mp, pp, ep)
     options: dict[str, Any] = {
         "kind": source,
         "graph": not pynative,
@@ -96,15 +100,13 @@ def generate(
     }
     if interactive and parallel.world > 1:
         raise typer.BadParameter("--interactive is for one process; give --prompt instead")
-    from mistral_ms.cli.train import heartbeat_of, join_processes
-
-    division = join_processes(parallel)
+    options["division"] = division = join_processes(parallel)
     if interactive:
         _chat_loop(ckpt, request, max_length, options)
         return
-    options["division"] = division
-    with heartbeat_of(division):
-        _complete(ckpt, list(prompt or ()), request, chat, max_length, options, json)
+    with heartbeat_of(division) as heartbeat:
+        alive = _once_a_second(lambda: heartbeat.phase("generating"))
+        _complete(ckpt, list(prompt or ()), request, chat, max_length, options, alive, json)
         # a rank that ends before the others is taken for a failed one
         division.wait_for_all()
 
@@ -116,11 +118,12 @@ def _complete(
     chat: bool,
     max_length: int | None,
     options: dict[str, Any],
+    alive: Callable[[], None],
     json: Path | None,
 ) -> None:
     """Continues each prompt; one prompt streams, several are printed in order when done.
 
-    All processes compute, the first one speaks.
+    All processes compute, the first one speaks. ``alive`` is called with every token.
     """
     from mistral_ms.checkpoint import open_checkpoint
     from mistral_ms.inference import Engine
@@ -137,14 +140,16 @@ def _complete(
         needed = required_length(checkpoint.config, ids, request)
         length = needed if max_length is None else max_length
     engine = Engine.load(ckpt, batch=len(ids), max_length=length, **options)
-    if not options["division"].is_first:
-        engine.generate(ids, request, continues=not chat)
-        return
+    speaks = options["division"].is_first
 
     def stream(number: int, text: str) -> None:
-        if len(prompts) == 1:
+        alive()
+        if len(prompts) == 1 and speaks:
             print(text, end="", flush=True)
 
+    if not speaks:
+        engine.generate(ids, request, stream, continues=not chat)
+        return
     if len(prompts) == 1 and not chat:
         print(prompts[0], end="", flush=True)
     result = engine.generate(ids, request, stream, continues=not chat)
@@ -158,6 +163,19 @@ def _complete(
         from mistral_ms.cli.output import write_json
 
         write_json(json, _to_json(prompts, result))
+
+
+def _once_a_second(call: Callable[[], None]) -> Callable[[], None]:
+    """For calls that cost a write to a disk that many share."""
+    last = -1.0
+
+    def maybe() -> None:
+        nonlocal last
+        if time.monotonic() - last >= 1:
+            last = time.monotonic()
+            call()
+
+    return maybe
 
 
 def _chat_loop(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mistral_ms.config import ParallelConfig, RunConfig
+    from mistral_ms.config import RunConfig
     from mistral_ms.launch import Heartbeat
     from mistral_ms.parallel.apply import Division
     from mistral_ms.training import RunResult
@@ -40,6 +38,7 @@ def train(
     from rich.console import Console
 
     from mistral_ms.cli.output import write_json
+    from mistral_ms.cli.processes import heartbeat_of, join_processes
     from mistral_ms.config import load_run_config
     from mistral_ms.errors import ConfigError
 
@@ -65,44 +64,6 @@ def train(
         write_json(json, result.summary_values())
     if result.stopped_by is not None:
         raise typer.Exit(128 + result.stopped_by)
-
-
-@contextmanager
-def heartbeat_of(division: Division) -> Iterator[Heartbeat]:
-    """This process's signs of life, for whoever launched it; they end with how it ends."""
-    from mistral_ms.launch import Heartbeat
-
-    heartbeat = Heartbeat.of_environment(division.rank)
-    try:
-        yield heartbeat
-    except BaseException as error:
-        heartbeat.phase("failed", f"{type(error).__name__}: {error}")
-        raise
-    heartbeat.phase("finished")
-
-
-def join_processes(parallel: ParallelConfig) -> Division:
-    """Which part of a layout this process has; under msrun it first finds the others.
-
-    Raises:
-        TopologyError: the layout is for another number of processes.
-    """
-    import os
-
-    from mistral_ms.parallel.apply import Division
-
-    world = int(os.environ.get("MS_WORKER_NUM", "1"))  # set by msrun
-    idle = world == 1 or os.environ.get("MISTRAL_MS_NODE_RANK", "0") != "0"
-    if idle and os.environ.get("MS_ROLE") == "MS_SCHED":
-        # msrun starts a scheduler wherever the master's address is local, even when another
-        # launcher on this machine has done so, and even for a process that is alone
-        raise typer.Exit(0)
-    if world == 1:
-        return Division(parallel, 0, 1)
-    from mindspore.communication import get_group_size, get_rank, init
-
-    init()
-    return Division(parallel, get_rank(), get_group_size())
 
 
 def _execute(

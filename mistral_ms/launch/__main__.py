@@ -1,4 +1,7 @@
-"""``python -m mistral_ms.launch``: checks, then starts and watches; exit codes as everywhere."""
+"""``python -m mistral_ms.launch train|generate``: checks, then starts and watches.
+
+Exit codes as everywhere.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,16 @@ from mistral_ms.launch.command import msrun_command
 from mistral_ms.launch.options import parse
 from mistral_ms.launch.supervise import Supervisor
 
-PROGRAM = "scripts/msrun_train.sh"
+KINDS = "train", "generate"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the launcher; the exit code: 0 done, 1 a rank failed, 2 bad input, 128 + a signal."""
-    options = parse(sys.argv[1:] if arguments is None else arguments, PROGRAM)
+    kind, *flags = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if kind not in KINDS:
+        print(f"error: {kind!r} is not one of {', '.join(KINDS)}", file=sys.stderr)
+        return 2
+    options = parse(flags, kind)
     findings = list(check_run(options)) if options.print_only else check_all(options, os.environ)
     for finding in findings:
         print(f"{'error' if finding.fatal else 'note'}: {finding.message}", file=sys.stderr)

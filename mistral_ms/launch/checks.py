@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral_ms.config import RunConfig, load_run_config
 from mistral_ms.errors import MistralMsError
 from mistral_ms.launch.command import SCRIPT
 from mistral_ms.launch.options import Options
@@ -51,24 +50,28 @@ def check_all(options: Options, environ: Mapping[str, str]) -> list[Finding]:
 
 
 def check_run(options: Options) -> Iterator[Finding]:
-    """The run file can be read, and its layout is for as many processes as are started."""
-    overrides = [item for item in options.arguments if "=" in item and not item.startswith("-")]
+    """The layout is known and possible, and is for as many processes as are started."""
     try:
-        run: RunConfig = load_run_config(options.config, overrides)
+        parallel = options.task.parallel()
     except MistralMsError as error:
         yield Finding(str(error))
         return
-    sizes = run.parallel.sizes
+    sizes = parallel.sizes
     if sizes.world != options.world:
         yield Finding(
-            f"the layout of {options.config} ({sizes}) is for {sizes.world} processes, but --nodes "
-            f"{options.nodes} times --workers {options.workers} are {options.world}: change either"
+            f"the layout of {options.task.title} ({sizes}) is for {sizes.world} processes, but "
+            f"--nodes {options.nodes} times --workers {options.workers} are "
+            f"{options.world}: change either"
         )
-    if options.nodes > 1 and run.parallel.devices_per_node != options.workers:
+    if (
+        options.nodes > 1
+        and options.task.knows_machines
+        and parallel.devices_per_node != options.workers
+    ):
         yield Finding(
-            f"parallel.devices_per_node ({run.parallel.devices_per_node}) is not --workers "
+            f"parallel.devices_per_node ({parallel.devices_per_node}) is not --workers "
             f"({options.workers}): set it to that, so that groups are laid out as the machines are",
-            fatal=run.parallel.all_to_all == "hierarchical",
+            fatal=parallel.all_to_all == "hierarchical",
         )
 
 

@@ -34,10 +34,7 @@ def msrun_command(options: Options) -> list[str]:
         f"--cluster_time_out={options.join_limit}",
         "--tail_worker_log=0",
         str(SCRIPT),
-        "train",
-        "--config",
-        str(options.config),
-        *options.arguments,
+        *options.task.command,
     ]
 
 

@@ -6,12 +6,25 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-DESCRIPTION = "Trains a run file with several processes on one or more machines, under msrun."
-EPILOG = """
+from mistral_ms.launch.tasks import ReadTask, Task, TrainTask
+
+DESCRIPTIONS = {
+    "train": "Trains a run file with several processes on one or more machines, under msrun.",
+    "generate": "Generates, or aligns, with several processes on one or more machines.",
+}
+EPILOGS = {
+    "train": """
 what stands after -- goes to `train`: key.path=value overrides, --resume DIR, --json FILE.
 On several machines run the same command on each, with its own --node-rank; --log-dir and the
-run's output should lie on a file system that all of them see."""
+run's output should lie on a file system that all of them see.""",
+    "generate": """
+what stands after -- goes to `generate`: CKPT --prompt T [--max-new-tokens N] [--json FILE] ...,
+or to `align`: HF_DIR [CKPT] ...
+On several machines run the same command on each, with its own --node-rank; all of them must see
+the checkpoint, and --log-dir should lie on a file system that all see.""",
+}
 
 
 @dataclass(frozen=True)
@@ -19,7 +32,7 @@ class Options:
     """The launcher's flags.
 
     Attributes:
-        config: the run file.
+        task: what the processes do.
         workers: processes on each machine.
         nodes: machines.
         node_rank: number of this machine.
@@ -30,10 +43,9 @@ class Options:
         step_limit: seconds that a step may take; None: ten times the longest so far, at least 30.
         slow_limit: seconds that anything else may take: compiling, the first step, saving.
         join_limit: seconds in which all processes must have found each other.
-        arguments: for ``train``.
     """
 
-    config: Path
+    task: Task
     workers: int
     nodes: int = 1
     node_rank: int = 0
@@ -44,7 +56,6 @@ class Options:
     step_limit: float | None = None
     slow_limit: float = 1800.0
     join_limit: int = 600
-    arguments: tuple[str, ...] = ()
 
     @property
     def world(self) -> int:
@@ -67,22 +78,29 @@ class Options:
         return self.log_dir / "heartbeat"
 
 
-def parse(arguments: Sequence[str], program: str) -> Options:
+def parse(arguments: Sequence[str], kind: str) -> Options:
     """Reads the command line; exits with 2 and a message when it is wrong.
 
     Args:
         arguments: without the program's name.
-        program: what the help calls it.
+        kind: ``train`` or ``generate``, of which each has a script.
     """
     parser = argparse.ArgumentParser(
-        program,
-        description=DESCRIPTION,
-        epilog=EPILOG,
+        f"scripts/msrun_{kind}.sh",
+        description=DESCRIPTIONS[kind],
+        epilog=EPILOGS[kind],
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--config", type=Path, required=True, metavar="F", help="run file, as in configs/run")
+    if kind == "train":
+        add("--config", type=Path, required=True, metavar="F", help="run file, as in configs/run")
+    else:
+        add("--align", action="store_true", help="compare with Hugging Face instead")
+        add("--dp", type=int, default=1, metavar="N", help="ranks that share the prompts")
+        add("--mp", type=int, default=1, metavar="N", help="shares of every matrix")
+        add("--pp", type=int, default=1, metavar="N", help="pipeline stages")
+        add("--ep", type=int, default=1, metavar="N", help="ranks that share the experts")
     add("--workers", type=int, required=True, metavar="N", help="processes on each machine")
     add("--nodes", type=int, default=1, metavar="M", help="machines (default 1)")
     add("--node-rank", type=int, default=0, metavar="R", help="number of this one (default 0)")
@@ -111,7 +129,7 @@ def parse(arguments: Sequence[str], program: str) -> Options:
         metavar="S",
         help="seconds in which all processes must have found each other (default 600)",
     )
-    add("arguments", nargs="*", metavar="-- ARGUMENT", help="for train, see below")
+    add("arguments", nargs="*", metavar="-- ARGUMENT", help="see below")
     found = vars(parser.parse_args(arguments))
     for name in ("workers", "nodes"):
         if found[name] < 1:
@@ -121,4 +139,13 @@ def parse(arguments: Sequence[str], program: str) -> Options:
     if found["nodes"] > 1 and found["master"] is None:
         parser.error("--nodes needs --master, the address of machine 0")
     master = found.pop("master") or "127.0.0.1"
-    return Options(**{**found, "master": master, "arguments": tuple(found["arguments"])})
+    return Options(task=_task(kind, found), master=master, **found)
+
+
+def _task(kind: str, found: dict[str, Any]) -> Task:
+    """Takes out of the flags what belongs to the task."""
+    arguments = tuple(found.pop("arguments"))
+    if kind == "train":
+        return TrainTask(found.pop("config"), arguments)
+    dp, mp, pp, ep = (found.pop(name) for name in ("dp", "mp", "pp", "ep"))
+    return ReadTask("align" if found.pop("align") else "generate", (dp, mp, pp, ep), arguments)

@@ -6,17 +6,20 @@ them from here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
-from mistral_ms.errors import ConfigError
+from mistral_ms.errors import ConfigError, TopologyError
 from mistral_ms.layers import CacheSpec, draw
 from mistral_ms.models import CausalLM, NextTokenLogits
 from mistral_ms.parallel.collectives import Groups
-from mistral_ms.parallel.inference import DividedNextTokenLogits
+from mistral_ms.parallel.inference import DividedLogits, DividedNextTokenLogits
 from mistral_ms.parallel.parts import DividedParts
 from mistral_ms.parallel.pipeline import Schedule, make_schedule
 from mistral_ms.parallel.reduction import Reduction
@@ -24,6 +27,10 @@ from mistral_ms.parallel.sharded import ShardedReduction
 from mistral_ms.parallel.stage import StageLinks, segment_of
 from mistral_ms.parallel.tensor import VocabularyNLL
 from mistral_ms.parallel.topology import GroupKind, Topology, weight_slice, whole_shape
+
+T = TypeVar("T")
+POLL_SECONDS = 0.5
+"""Between looks at what one rank does while the others wait."""
 
 
 class Division:
@@ -113,6 +120,15 @@ class Division:
             return NextTokenLogits(model)
         return DividedNextTokenLogits(model, self.groups, dtype)
 
+    def logits(self, model: CausalLM, dtype: str = "float32") -> nn.Cell:
+        """The logits after some tokens of this rank's windows; see DividedLogits.
+
+        Args:
+            model: made by :meth:`build_model`.
+            dtype: of its activations.
+        """
+        return DividedLogits(model, self.groups, dtype)
+
     def token_nll(self, config: ModelConfig) -> nn.Cell | None:
         """The loss of logits that are divided along the vocabulary; None when they are not."""
         tensor = self.groups.of(GroupKind.TENSOR)
@@ -178,6 +194,46 @@ class Division:
             return number
         said = Tensor(np.array([float(number if self.is_first else 0)], np.float32))
         return int(self.groups.of(GroupKind.WORLD).all_reduce(said).asnumpy()[0])
+
+    def assemble(
+        self, held: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, np.ndarray]:
+        """What the stages hold, for everybody; all must ask.
+
+        Args:
+            held: float32, whole; what the ranks of one stage hold is the same.
+            shapes: of everything that is wanted; each must be on exactly one stage.
+        """
+        if self.world == 1:
+            return {name: held[name] for name in shapes}
+        place, world = self.groups.place, self.groups.of(GroupKind.WORLD)
+        answers = place.dp == 0 and place.mp == 0
+        found = {}
+        for name, shape in shapes.items():
+            part = held[name] if answers and name in held else np.zeros(shape, np.float32)
+            found[name] = world.all_reduce(Tensor(part)).asnumpy()
+        return found
+
+    def first_alone(self, work: Callable[[], T]) -> T | None:
+        """What ``work`` returns, on the first rank; None on the others.
+
+        They wait for it however long it takes, which no single collective operation does.
+
+        Raises:
+            TopologyError: on the others, when it failed on the first.
+        """
+        if self.world == 1:
+            return work()
+        with ThreadPoolExecutor(1) as threads:
+            future = threads.submit(work) if self.is_first else None
+            while self.anybody(future is not None and not future.done()):
+                time.sleep(POLL_SECONDS)
+            failed = self.anybody(future is not None and future.exception() is not None)
+        if future is not None:
+            return future.result()
+        if failed:
+            raise TopologyError("the first rank has failed", todo="see its log")
+        return None
 
     def wait_for_all(self) -> None:
         """Returns when every process has come here."""

@@ -1,6 +1,7 @@
-"""``train`` under msrun as users run it: four processes, one voice, a checkpoint for any layout."""
+"""``train`` under msrun as users run it: many processes, one voice, checkpoints for any layout."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,22 +12,22 @@ import pytest
 import yaml
 from distributed.harness import end, environment, free_port, tails
 
-from mistral_ms.checkpoint import CheckpointSeries, open_checkpoint
+from mistral_ms.checkpoint import CheckpointSeries, convert, open_checkpoint
 from mistral_ms.data import demo_text
 from mistral_ms.training import read_metrics
 
 ROOT = Path(__file__).parents[2]
-WORKERS, TIMEOUT = 4, 400
+TIMEOUT = 400
 RUN = dict(
     model=dict(
         vocab_size=32000, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
-        moe=dict(num_local_experts=4),
+        moe=dict(num_local_experts=8),
     ),
     data=dict(inputs=["text.txt"], tokenizer="packaged-v1"),
     routing=dict(policy="capacity", aux_loss="per_layer"),
     training=dict(
-        steps=6, seq_length=16, global_batch_size=4, aux_coef=0.02,
+        steps=6, seq_length=8, global_batch_size=8, aux_coef=0.02,
         optimizer=dict(learning_rate=1e-3), schedule=dict(kind="constant"),
     ),
     checkpoint=dict(every=4),
@@ -38,6 +39,7 @@ THEN = [
 ]  # fmt: skip
 GROUPS = "training.micro_batches=4"
 """Dispatch groups of one process: as many as either layout has."""
+MORE = ["parallel.dp=8", "parallel.ep=8", "training.steps=8"]
 
 
 def alone(root, *arguments):
@@ -47,11 +49,11 @@ def alone(root, *arguments):
     )
 
 
-def together(root, name, *arguments):
-    """A job of four processes; what it said."""
+def together(root, workers, name, *arguments):
+    """A job of so many processes; what it said."""
     command = [
-        str(Path(sys.executable).parent / "msrun"), f"--worker_num={WORKERS}",
-        f"--local_worker_num={WORKERS}", f"--master_port={free_port()}", f"--log_dir={name}_logs",
+        str(Path(sys.executable).parent / "msrun"), f"--worker_num={workers}",
+        f"--local_worker_num={workers}", f"--master_port={free_port()}", f"--log_dir={name}_logs",
         "--join=True", "--cluster_time_out=60", str(ROOT / "run_mixtral.py"), "train",
         "--config", "run.yaml", *arguments,
     ]  # fmt: skip
@@ -70,55 +72,85 @@ def together(root, name, *arguments):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Six steps by one process; and by four, three in one layout and the rest in another."""
+    """Eight steps by one process; and by four, three in one layout and three in another."""
     root = tmp_path_factory.mktemp("command")
     (root / "text.txt").write_text(demo_text()[:3000])
     (root / "run.yaml").write_text(yaml.safe_dump(RUN))
-    one = alone(root, GROUPS, "output=one")
+    one = alone(root, GROUPS, "training.steps=8", "checkpoint.every=6", "output=one")
     assert one.returncode == 0, one.stdout + one.stderr
-    together(root, "first", *FIRST, "training.steps=3", "output=four")
-    said = together(root, "then", *THEN, "--resume", "four", "--json", "four.json")
+    together(root, 4, "first", *FIRST, "training.steps=3", "output=four")
+    said = together(root, 4, "then", *THEN, "--resume", "four", "--json", "four.json")
+    shutil.copytree(root / "four", root / "more")
+    shutil.copytree(root / "four", root / "fewer")
     return SimpleNamespace(root=root, said=said)
 
 
+def courses(root, *names, field="lm_loss"):
+    """A figure of every step of several runs, as many steps as all of them have."""
+    found = [[getattr(r, field) for r in read_metrics(root / n / "metrics.jsonl")] for n in names]
+    return [values[: min(map(len, found))] for values in found]
+
+
 def test_the_course_is_that_of_one_process(trained):
-    one, four = (read_metrics(trained.root / name / "metrics.jsonl") for name in ("one", "four"))
     for field in ("loss", "lm_loss", "aux_loss", "grad_norm", "epoch", "dropped_fraction"):
-        got, want = ([getattr(record, field) for record in each] for each in (four, one))
+        got, want = courses(trained.root, "four", "one", field=field)
         # sums of float32 in another order
         np.testing.assert_allclose(got, want, rtol=1e-4 if field == "grad_norm" else 1e-5)
-    assert [r.expert_load for r in four] == [r.expert_load for r in one]
+        assert len(got) == 6
+    got, want = courses(trained.root, "four", "one", field="expert_load")
+    assert got == want
 
 
-def test_the_checkpoint_is_whole_and_any_layout_goes_on_from_it(trained):
-    checkpoints = [
-        CheckpointSeries(trained.root / name / "checkpoints").newest().path
-        for name in ("one", "four")
-    ]
-    with open_checkpoint(checkpoints[0]) as one, open_checkpoint(checkpoints[1]) as four:
-        assert one.names() == four.names()
-        for name in one.names():
-            want, got = np.float64(one.read(name)), np.float64(four.read(name))
-            # as in test_training: Adam makes full steps of rounding noise
-            assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want), name
-    done = alone(trained.root, "--resume", "four", GROUPS, "training.steps=8")
+def checkpoint(root, name, step):
+    return root / name / "checkpoints" / f"step-{step:08d}"
+
+
+def test_the_checkpoint_and_its_export_are_those_of_one_process(trained):
+    exports = []
+    for name in ("one", "four"):
+        exports.append(trained.root / f"{name}-hf")
+        convert(checkpoint(trained.root, name, 6), exports[-1], to="hf")
+    for first, second in (
+        [checkpoint(trained.root, name, 6) for name in ("one", "four")],
+        exports,
+    ):
+        with open_checkpoint(first) as one, open_checkpoint(second) as four:
+            assert one.names() == four.names()
+            for name in one.names():
+                want, got = np.float64(one.read(name)), np.float64(four.read(name))
+                # as in test_training: Adam makes full steps of rounding noise
+                assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want), name
+
+
+def test_one_process_goes_on(trained):
+    done = alone(trained.root, "--resume", "fewer", GROUPS, "training.steps=8")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "parallel.dp: 2 before, 1 from here on" in done.stdout
     assert "parallel.dp: 4 before, 2 from here on" in trained.said
-    reference = alone(trained.root, GROUPS, "training.steps=8", "output=eight")
-    assert reference.returncode == 0, reference.stdout + reference.stderr
-    got, want = (
-        [r.lm_loss for r in read_metrics(trained.root / name / "metrics.jsonl")]
-        for name in ("four", "eight")
-    )
+    got, want = courses(trained.root, "fewer", "one")
     np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert len(got) == 8
+
+
+def test_eight_processes_go_on(trained):
+    """As one process does from the same checkpoint with as many dispatch groups."""
+    shutil.copytree(trained.root / "more", trained.root / "more-alone")
+    together(trained.root, 8, "eight", *MORE, "--resume", "more")
+    done = alone(
+        trained.root, "--resume", "more-alone", "training.steps=8", "training.micro_batches=8"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for field in ("loss", "lm_loss", "grad_norm"):
+        got, want = courses(trained.root, "more", "more-alone", field=field)
+        np.testing.assert_allclose(got, want, rtol=1e-4 if field == "grad_norm" else 1e-5)
+        assert len(got) == 8
 
 
 def test_one_process_speaks_and_writes(trained):
     lines = [x for x in trained.said.splitlines() if x.startswith("lm loss")]
     assert len(lines) == 1
     summary = json.loads((trained.root / "four.json").read_text())
-    assert summary["world_size"] == WORKERS
+    assert summary["world_size"] == 4
     names = {p.name for p in (trained.root / "four").iterdir() if "backend" not in p.name}
     assert names >= {"metrics.jsonl", "checkpoints", "summary.json", "figures", "tensorboard"}
 

@@ -2,6 +2,7 @@
 
 from distributed.collectives import run_collectives, run_pipeline
 from distributed.dispatching import dispatch_all
+from distributed.generating import run_generating
 from distributed.models import run_models
 from distributed.tensors import run_tensor
 from distributed.training import run_training
@@ -13,5 +14,6 @@ run_pipeline(worker)
 run_tensor(worker)
 run_models(worker)
 dispatch_all(worker)
+run_generating(worker)
 run_training(worker)
 worker.save()

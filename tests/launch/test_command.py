@@ -1,6 +1,7 @@
 """What the scripts would start, argument by argument, and what they refuse to start."""
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from mistral_ms.launch.checks import (
     check_script,
 )
 from mistral_ms.launch.options import Options, parse
+from mistral_ms.launch.tasks import ReadTask, TrainTask
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "run" / "pretrain_mixtral_tiny_200ep.yaml"
@@ -59,18 +61,73 @@ def test_four_machines_of_eight_cards(tmp_path, node):
     ]  # fmt: skip
 
 
-def test_msrun_knows_every_flag(tmp_path):
+def test_generation_on_two_machines():
+    done = script(
+        "msrun_generate.sh", "--workers", "4", "--nodes", "2", "--node-rank", "1", "--master",
+        "10.0.0.1", "--mp", "2", "--dp", "2", "--pp", "2", "--ep", "2", "--print", "--", "ckpt",
+        "--prompt", "Once upon", "--json", "out.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert shlex.split(done.stdout) == [
+        "msrun", "--worker_num=8", "--local_worker_num=4", "--master_addr=10.0.0.1",
+        "--master_port=8118", "--node_rank=1", "--log_dir=runs/logs", "--join=True",
+        "--cluster_time_out=600", "--tail_worker_log=0", str(ROOT / "run_mixtral.py"), "generate",
+        "ckpt", "--prompt", "Once upon", "--json", "out.json",
+        "--dp", "2", "--mp", "2", "--pp", "2", "--ep", "2",
+    ]  # fmt: skip
+
+
+def test_alignment_with_four_processes():
+    done = script("msrun_generate.sh", "--align", "--workers", "4", "--pp", "4", "--print", "--",
+                  "hf", "ckpt")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[11:15] == ["align", "hf", "ckpt", "--dp"]
+
+
+def test_generation_for_another_number_of_processes():
+    done = script("msrun_generate.sh", "--workers", "3", "--pp", "2", "--print", "--", "ckpt")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "the layout of generate (dp=1 mp=1 pp=2 ep=1) is for 2 processes" in done.stderr
+    done = script("msrun_generate.sh", "--workers", "2", "--dp", "2", "--ep", "3", "--print")
+    assert done.returncode == 2 and "ep (3) must divide dp (2)" in done.stderr
+
+
+def test_a_launcher_that_there_is_not(capsys):
+    from mistral_ms.launch.__main__ import main
+
+    assert main(["sing", "--workers", "2"]) == 2
+    assert "'sing' is not one of train, generate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        TrainTask(Path("run.yaml"), ("--resume", "here", "--json", "f", "a=b")),
+        ReadTask(
+            "generate",
+            (2, 1, 1, 2),
+            (
+                "ckpt", "--prompt", "T", "--max-new-tokens", "1", "--temperature", "0", "--top-p",
+                "1", "--top-k", "0", "--repetition-penalty", "1", "--seed", "0", "--stop", "x",
+                "--chat", "--max-length", "9", "--from", "hf", "--dtype", "fp16", "--pynative",
+                "--json", "f",
+            ),
+        ),
+        ReadTask("align", (1, 2, 1, 1), ("hf", "ckpt", "--prompts", "f", "--tolerance", "1")),
+    ],
+)  # fmt: skip
+def test_msrun_takes_no_flag_for_its_own(tmp_path, task):
     """Its own parser reads the command; nothing is started."""
     from mistral_ms.launch.command import msrun_command
 
-    arguments = msrun_command(Options(Path("run.yaml"), 2, log_dir=tmp_path))[1:]
+    arguments = msrun_command(Options(task, 2, log_dir=tmp_path))[1:]
     code = (
         "import sys; from mindspore.parallel.cluster.run import get_args\n"
         f"sys.argv[1:] = {arguments!r}\n"
         "a = get_args(); print(a.worker_num, a.join, a.node_rank, a.task_script_args)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "2 True 0 ['train', '--config', 'run.yaml']"
+    assert done.stdout.splitlines()[-1] == f"2 True 0 {list(task.command)}"
 
 
 def test_a_layout_for_another_number_of_processes():
@@ -97,7 +154,7 @@ def test_help_names_every_flag():
 )
 def test_flags_that_cannot_be(flags, message, capsys):
     with pytest.raises(SystemExit) as ended:
-        parse(["--config", "run.yaml", *flags], "launch")
+        parse(["--config", "run.yaml", *flags], "train")
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -108,17 +165,17 @@ def only(findings):
 
 
 def options(**values):
-    return Options(**{"config": CONFIG, "workers": 8, **values})
+    return Options(**{"task": TrainTask(CONFIG), "workers": 8, **values})
 
 
 def test_a_run_file_that_is_not_there():
-    found = only(check_run(options(config=Path("nowhere.yaml"))))
+    found = only(check_run(options(task=TrainTask(Path("nowhere.yaml")))))
     assert found.fatal and "nowhere.yaml" in found.message
 
 
 def test_nodes_that_the_layout_does_not_know(tmp_path):
     config = layout(tmp_path, dp=16, ep=8, devices_per_node=4, all_to_all="hierarchical")
-    found = only(check_run(options(config=config, nodes=2)))
+    found = only(check_run(options(task=TrainTask(config), nodes=2)))
     assert found.fatal and "devices_per_node (4) is not --workers (8)" in found.message
 
 

@@ -1,0 +1,72 @@
+"""A command in one process of several: its part, its signs of life."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mistral_ms.config import ParallelConfig
+    from mistral_ms.launch import Heartbeat
+    from mistral_ms.parallel.apply import Division
+
+DataRanks = Annotated[int, typer.Option("--dp", help="Under msrun: ranks that share the prompts.")]
+TensorRanks = Annotated[int, typer.Option("--mp", help="Under msrun: shares of every matrix.")]
+Stages = Annotated[int, typer.Option("--pp", help="Under msrun: pipeline stages.")]
+ExpertRanks = Annotated[
+    int, typer.Option("--ep", help="Under msrun: ranks that share the experts.")
+]
+
+
+def layout(dp: int, mp: int, pp: int, ep: int) -> ParallelConfig:
+    """The layout of a command that has no run file; tokens travel directly between all ranks.
+
+    Raises:
+        ConfigError: an impossible one.
+    """
+    from mistral_ms.config import ParallelConfig
+    from mistral_ms.config.base import validate
+
+    sizes = {"dp": dp, "mp": mp, "pp": pp, "ep": ep}
+    return validate(ParallelConfig, {**sizes, "devices_per_node": max(1, dp * mp * pp)}, "flags")
+
+
+@contextmanager
+def heartbeat_of(division: Division) -> Iterator[Heartbeat]:
+    """This process's signs of life, for whoever launched it; they end with how it ends."""
+    from mistral_ms.launch import Heartbeat
+
+    heartbeat = Heartbeat.of_environment(division.rank)
+    try:
+        yield heartbeat
+    except BaseException as error:
+        heartbeat.phase("failed", f"{type(error).__name__}: {error}")
+        raise
+    heartbeat.phase("finished")
+
+
+def join_processes(parallel: ParallelConfig) -> Division:
+    """Which part of a layout this process has; under msrun it first finds the others.
+
+    Raises:
+        TopologyError: the layout is for another number of processes.
+    """
+    import os
+
+    from mistral_ms.parallel.apply import Division
+
+    world = int(os.environ.get("MS_WORKER_NUM", "1"))  # set by msrun
+    idle = world == 1 or os.environ.get("MISTRAL_MS_NODE_RANK", "0") != "0"
+    if idle and os.environ.get("MS_ROLE") == "MS_SCHED":
+        # msrun starts a scheduler wherever the master's address is local, even when another
+        # launcher on this machine has done so, and even for a process that is alone
+        raise typer.Exit(0)
+    if world == 1:
+        return Division(parallel, 0, 1)
+    from mindspore.communication import get_group_size, get_rank, init
+
+    init()
+    return Division(parallel, get_rank(), get_group_size())
