@@ -12,7 +12,7 @@ import pytest
 import yaml
 from distributed.harness import end, environment, free_port, tails
 
-from mistral_ms.checkpoint import CheckpointSeries, convert, open_checkpoint
+from mistral_ms.checkpoint import convert, open_checkpoint
 from mistral_ms.data import demo_text
 from mistral_ms.training import read_metrics
 

@@ -15,10 +15,13 @@ from mindspore.nn.utils import no_init_parameters
 from support.configs import model as small_model
 
 from mistral_ms.config import ParallelConfig, RoutingConfig
+from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM, Objective
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.dispatchers import make_dispatcher
+from mistral_ms.parallel.inference import DividedNextTokenLogits
 from mistral_ms.parallel.parts import DividedParts
+from mistral_ms.parallel.stage import segment_of
 from mistral_ms.parallel.tensor import VocabularyNLL
 from mistral_ms.parallel.topology import GroupKind, Topology
 
@@ -34,15 +37,12 @@ ROUTINGS = {
     "capacity": RoutingConfig(policy="capacity", capacity_factor=1.5),
     "dropless": RoutingConfig(),
 }
-CONFIG = small_model(
-    vocab_size=64,
-    hidden_size=H,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    moe={"sparse_layers": (1,)},
-)
+SIZES = dict(
+    vocab_size=64, hidden_size=H, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2
+)  # fmt: skip
+CONFIG = small_model(**SIZES, num_hidden_layers=2, moe={"sparse_layers": (1,)})
+STAGED = small_model(**SIZES, num_hidden_layers=4, moe={"sparse_layers": (2,)})
+"""A layer for each stage of PIPELINE; the third is sparse."""
 
 
 class Step(NamedTuple):
@@ -165,6 +165,19 @@ def pass_on() -> Step:
 
 def pass_back() -> Step:
     return _between_stages("pass_back")
+
+
+def next_token_logits() -> Step:
+    """A stage in the middle, generating: a row of three tokens for each data-parallel rank."""
+    groups, rows, width = Groups(Topology.of(PIPELINE), RANK, "Ascend"), PIPELINE.dp, 3
+    cache, dropless = CacheSpec(1, width), ROUTINGS["dropless"]
+    with no_init_parameters():
+        parts = DividedParts(STAGED, dropless, PIPELINE, groups, cache=cache)
+        segment = segment_of(STAGED, PIPELINE.pp, groups.place.pp)
+        model = CausalLM(STAGED, dropless, cache=cache, parts=parts, segment=segment)
+    ids = Tensor(np.ones((rows, width), np.int32))
+    last = Tensor(np.zeros(rows, np.int32))
+    return Step(DividedNextTokenLogits(model, groups), (ids, ids, last))
 
 
 def broadcast() -> Step:

@@ -140,6 +140,37 @@ def test_between_two_stages(compile_graph, target, rank, operator, peer):
     assert each.nbytes == T * H * FLOAT
 
 
+def test_a_stage_that_generates(compile_graph):
+    """Rank 19 is in stage 2 of 4, with eight data-parallel ranks that share the experts."""
+    graph = compile_graph("next_token_logits", RANK)
+    stage, tokens, vocabulary = tuple(range(16, 24)), 3, 64
+    states, logits = tokens * H * FLOAT, vocabulary * FLOAT
+    messages = Counter(
+        (each.operator, each.peer, each.nbytes)
+        for each in graph.communication
+        if each.operator in ("Send", "Receive")
+    )
+    assert messages == Counter(
+        [
+            ("Receive", 11, states),
+            ("Send", 27, states),
+            ("Receive", 27, logits),
+            ("Send", 11, logits),
+        ]
+    )
+    room = P * tokens * FLOAT * H
+    assert Counter(
+        {key: n for key, n in found(graph).items() if key[0] not in ("Send", "Receive")}
+    ) == Counter(
+        [
+            ("AlltoAll", FORWARD, stage, E * INT),
+            ("AlltoAllV", FORWARD, stage, tokens * K * H * FLOAT),
+            ("AlltoAllV", FORWARD, stage, room),
+            ("AllGather", FORWARD, stage, logits),
+        ]
+    )
+
+
 def test_broadcast(compile_graph):
     (each,) = compile_graph("broadcast", RANK).communication
     assert (each.operator, each.ranks) == ("Broadcast", tuple(range(16, 24)))
