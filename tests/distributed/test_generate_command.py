@@ -18,10 +18,10 @@ SCRIPT = ROOT / "scripts" / "msrun_generate.sh"
 NEW = 6
 
 
-def together(root, *arguments):
-    """A job of four processes; what it said."""
+def together(root, workers, *arguments):
+    """A job of so many processes; what it said."""
     command = [
-        str(SCRIPT), "--workers", "4", "--port", str(free_port()), "--join-limit", "60",
+        str(SCRIPT), "--workers", str(workers), "--port", str(free_port()), "--join-limit", "60",
         "--log-dir", str(root / "logs"), *map(str, arguments),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -42,7 +42,7 @@ def model(tmp_path_factory):
 def test_generate_with_experts_stages_and_data_divided(model, tmp_path):
     path, pair = model
     done = together(
-        tmp_path, "--dp", 2, "--pp", 2, "--ep", 2, "--", path, "--prompt", "The harbour",
+        tmp_path, 4, "--dp", 2, "--pp", 2, "--ep", 2, "--", path, "--prompt", "The harbour",
         "--prompt", "Eight workshops share", "--prompt", "Which", "--max-new-tokens", NEW,
         "--json", "out.json",
     )  # fmt: skip
@@ -59,20 +59,26 @@ def test_generate_with_experts_stages_and_data_divided(model, tmp_path):
 
 
 def test_align_with_matrices_and_stages_divided(model, tmp_path):
+    done = together(
+        tmp_path, 4, "--align", "--mp", 2, "--pp", 2, "--", model[0], "--max-new-tokens", NEW,
+        "--json", "a.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines().count("aligned") == 1
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["greedy_match"] and found["routing_agreement"] == 1
+    assert 0 < found["max_abs_diff"] < 1e-4
+
+
+def test_the_first_rank_tells_of_a_defect_in_the_second_stage(model, tmp_path):
     path, pair = model
-    torch.manual_seed(0)
-    with torch.no_grad():  # a defect in the second stage, to be found by the first rank
+    with torch.no_grad():
         saved = pair.hf.model.layers[1].post_attention_layernorm.weight.clone()
         pair.hf.model.layers[1].post_attention_layernorm.weight[0] += 0.5
         pair.hf.save_pretrained(tmp_path / "bad")
         pair.hf.model.layers[1].post_attention_layernorm.weight.copy_(saved)
-    flags = ("--align", "--mp", 2, "--pp", 2, "--", path)
-    good = together(tmp_path, *flags, "--max-new-tokens", NEW, "--json", "a.json")
-    assert good.returncode == 0, good.stdout + good.stderr
-    assert good.stdout.splitlines().count("aligned") == 1
-    found = json.loads((tmp_path / "a.json").read_text())
-    assert found["greedy_match"] and found["routing_agreement"] == 1
-    assert 0 < found["max_abs_diff"] < 1e-4
-    bad = together(tmp_path, *flags, tmp_path / "bad", "--max-new-tokens", "0")
-    assert bad.returncode == 1
-    assert "first part at: layer 1 feed-forward" in bad.stdout
+    done = together(
+        tmp_path, 2, "--align", "--pp", 2, "--", path, tmp_path / "bad", "--max-new-tokens", 0
+    )
+    assert done.returncode == 1
+    assert "first part at: layer 1 feed-forward" in done.stdout
