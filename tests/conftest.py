@@ -17,6 +17,7 @@ SHARED = ("distributed", "dryrun", "kernels")
 """Folders whose files share what is expensive: jobs of many processes, compilations."""
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items):
     """Keeps together, for pytest-xdist, what shares fixtures: a file, or one of those folders."""
     for item in items:
