@@ -118,6 +118,8 @@ class Expected:
             found.append(self.last_stage())
         if self.config.mp > 1:
             found += [self.sequence(), self.vocabulary()]
+            if self.config.pp > 1:
+                found.append(self.messages())
             if self.config.all_to_all == "group_wise":
                 found.append(self.shared_rows())
         return found
@@ -225,17 +227,16 @@ class Expected:
     def sequence(self) -> Difference:
         """Parallelism of rows between the matrices."""
         kind, mp = GroupKind.TENSOR, self.config.mp
-        times = LAYERS * self.micro
+        times = LAYERS // self.config.pp * self.micro
         graph = Counter({
-            self.said("AllGather", FORWARD, kind, STATES // mp): 2 * times,
-            self.said("ReduceScatter", FORWARD, kind, STATES): times,
             self.said("AllGather", BACKWARD, kind, STATES // mp): times,
             self.said("ReduceScatter", BACKWARD, kind, STATES): 2 * times,
         })  # fmt: skip
-        explicit = Counter({
-            self.said("AllReduce", FORWARD, kind, STATES): times,
-            self.said("AllReduce", BACKWARD, kind, STATES): times,
-        })  # fmt: skip
+        explicit = Counter({self.said("AllReduce", BACKWARD, kind, STATES): times})
+        for phase in self._forward:
+            graph[self.said("AllGather", phase, kind, STATES // mp)] += 2 * times
+            graph[self.said("ReduceScatter", phase, kind, STATES)] += times
+            explicit[self.said("AllReduce", phase, kind, STATES)] += times
         return Difference(
             "In the graph tensor-parallel ranks hold a share of the rows between the matrices: it "
             "gathers before attention and scatters after it, which sends what the explicit path's "
@@ -244,27 +245,51 @@ class Expected:
             explicit,
         )
 
+    @property
+    def _forward(self) -> tuple[str, ...]:
+        """How often the blocks go forward: once more where they are recomputed."""
+        return (FORWARD, RECOMPUTE) if self.config.recompute == "full" else (FORWARD,)
+
     def vocabulary(self) -> Difference:
         """Divided, or not."""
         kind, column = GroupKind.TENSOR, S * FLOAT
+        explicit = Counter()
+        if self.stage == 0:
+            for phase in self._forward:
+                explicit[self.said("AllReduce", phase, kind, STATES)] += self.micro
+        if self.last:
+            explicit[self.said("AllReduce", BACKWARD, kind, STATES)] += self.micro
+            explicit[self.said("AllGather", FORWARD, kind, column)] += self.micro
+            explicit[self.said("AllReduce", FORWARD, kind, column)] += 2 * self.micro
         return Difference(
             "The explicit path divides embedding and head by the vocabulary and brings looked-up "
             "rows, the loss's three sums and the gradient before the head together; the graph "
             "divides their rows, and nobody needs the others'.",
             Counter(),
-            Counter(
-                {
-                    self.said("AllReduce", FORWARD, kind, STATES): self.micro,
-                    self.said("AllReduce", BACKWARD, kind, STATES): self.micro,
-                    self.said("AllGather", FORWARD, kind, column): self.micro,
-                    self.said("AllReduce", FORWARD, kind, column): 2 * self.micro,
-                }
-            ),
+            explicit,
+        )
+
+    def messages(self) -> Difference:
+        """Between stages."""
+        found = []
+        for size in (STATES // self.config.mp, STATES):
+            counts = Counter()
+            for pair in (self.stage - 1, self.stage):
+                if 0 <= pair < self.config.pp - 1:
+                    ranks = self.topology.neighbours(pair, self.rank).ranks
+                    there, back = ("Send", "Receive") if pair == self.stage else ("Receive", "Send")
+                    counts[Said(there, FORWARD, ranks, size)] += self.micro
+                    counts[Said(back, BACKWARD, ranks, size)] += self.micro
+            found.append(counts)
+        return Difference(
+            "Tensor-parallel ranks hand a share of the rows each to the next stage in the graph, "
+            "and all of them on the explicit path.",
+            *found,
         )
 
     def shared_rows(self) -> Difference:
         """Of the group-wise exchange, on the way back."""
-        kind, times = GroupKind.TENSOR, LAYERS * self.micro
+        kind, times = GroupKind.TENSOR, LAYERS // self.config.pp * self.micro
         return Difference(
             "Gradients of copies are parts in the graph: where the explicit path takes its share "
             "of the gradient of rows that came home, the graph adds the parts up, and where the "
