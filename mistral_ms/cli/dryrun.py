@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from mistral_ms.config import RunConfig
     from mistral_ms.parallel.dryrun.process import Request
+    from mistral_ms.parallel.dryrun.standins import Runtime
 
 
 def dryrun(
@@ -53,6 +54,7 @@ def dryrun(
     run = load_run_config(config, changes)
     ranks = _ranks(rank, run.parallel.world)
     runtime = find_runtime(os.environ)
+    _refuse(run, layers, target, runtime)
     kept = logs or Path(tempfile.mkdtemp(prefix="mistral_ms-dryrun-logs-"))
     reports: list[dict[str, Any]] = []
     failures: list[str] = []
@@ -72,6 +74,20 @@ def dryrun(
         write_json(json, reports[0] if len(ranks) == 1 else summary(reports))
     if failures:
         raise typer.Exit(1)
+
+
+def _refuse(run: RunConfig, layers: int | None, target: str, runtime: Runtime) -> None:
+    """Raises where it is known beforehand that no rank compiles."""
+    from mistral_ms.parallel.dryrun.process import DEFAULT_TARGET
+    from mistral_ms.parallel.dryrun.servers import check_servers
+    from mistral_ms.parallel.topology import Topology
+
+    if target == DEFAULT_TARGET:
+        from mistral_ms.parallel.graph.checks import check_run
+
+        check_run(run, layers or run.model.num_hidden_layers)
+    if not runtime.is_cann:
+        check_servers(Topology.of(run.parallel))
 
 
 def _ranks(text: str, world: int) -> range:

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
+from mistral_ms.config import ParallelConfig
 from mistral_ms.parallel.dryrun.ir import Graph, read
 from mistral_ms.parallel.dryrun.process import Request, compiled
 from mistral_ms.parallel.dryrun.standins import find_runtime, why_impossible
@@ -31,6 +33,24 @@ def environ(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def runtime(environ):
     return find_runtime(environ)
+
+
+@pytest.fixture(scope="session")
+def compile_small(environ, runtime, tmp_path_factory):
+    """A function of a run (as its file has it) and a rank: the graph as text, and its groups."""
+    known = {}
+
+    def compile_one(run, rank: int):
+        key = yaml.safe_dump([run, rank])
+        if key not in known:
+            path = tmp_path_factory.mktemp("run") / "run.yaml"
+            path.write_text(yaml.safe_dump(run))
+            request = Request(rank, ParallelConfig(**run["parallel"]).world, config=path)
+            with compiled(request, runtime, environ, path.parent, 300) as found:
+                known[key] = found.graph.read_text(errors="replace"), found.groups
+        return known[key]
+
+    return compile_one
 
 
 @pytest.fixture(scope="session")

@@ -82,6 +82,31 @@ def test_an_impossible_rank_is_bad_input(environ, config):
     assert "error: no such rank: --rank: 32: 0 to 31, or all" in done.stderr
 
 
+CAPACITY = ["routing.policy=capacity", "routing.aux_loss=per_layer"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["routing.policy=capacity"], "impossible graph: routing.aux_loss: pooled: "),
+        (
+            [*CAPACITY, "parallel.dp=16", "parallel.pp=2"],
+            "impossible graph: training.micro_batches: 1: a pipeline of 2 stages needs ",
+        ),
+        (
+            [*CAPACITY, "parallel.dp=12", "parallel.ep=1", "parallel.pp=2",
+             "training.micro_batches=2", "training.global_batch_size=24"],
+            "no dry run: parallel: data group of ranks 0, 1, 2, ",
+        ),
+    ],
+)  # fmt: skip
+def test_what_no_rank_can_compile_is_bad_input_before_the_first(environ, config, changes, message):
+    done = command(environ, "--config", config, "--rank", "all", *changes)
+    assert done.returncode == 2, done.stderr + done.stdout
+    assert f"error: {message}" in done.stderr
+    assert "rank 0" not in done.stdout + done.stderr
+
+
 def refused(environ, runtime, logs, target, limit=120.0):
     request = Request(0, 32, f"dryrun.broken_targets:{target}")
     with (

@@ -1,17 +1,23 @@
 """What the compiler would refuse without saying why is a ConfigError before it runs."""
 
+import sys
+
 import pytest
 from support import configs
 
 from mistral_ms.config import RunConfig
-from mistral_ms.errors import ConfigError
+from mistral_ms.config.layout import Sizes
+from mistral_ms.errors import ConfigError, DryrunError, TopologyError
+from mistral_ms.parallel import graph
+from mistral_ms.parallel.dryrun.servers import check_servers
 from mistral_ms.parallel.graph.checks import check_run
+from mistral_ms.parallel.topology import Topology
 
 
 def run(**changes):
     training = {"steps": 1, "seq_length": 16, "global_batch_size": 32, "micro_batches": 4}
     return RunConfig(
-        model=configs.model(**changes.pop("model", {})),
+        model=configs.model(**{"num_attention_heads": 4, **changes.pop("model", {})}),
         routing={"policy": "capacity", "aux_loss": "per_layer", **changes.pop("routing", {})},
         training={**training, **changes.pop("training", {})},
         parallel={"dp": 2, "ep": 2, "pp": 4, **changes.pop("parallel", {})},
@@ -28,6 +34,13 @@ REFUSED = {
         "parallel": {"mp": 2},
         "training": {"seq_length": 7, "global_batch_size": 8},
     },
+    "dp \\* mp \\* pp = 6: MindSpore divides a graph among 2, 4, or a multiple of 8": {
+        "parallel": {"dp": 2, "pp": 3},
+        "training": {"global_batch_size": 24},
+    },
+    "model.head_dim: 24: FlashAttentionScore takes heads of a multiple of 16": {
+        "model": {"head_dim": 24}
+    },
     "takes its batch at once": {"parallel": {"dp": 1, "ep": 1, "pp": 1}},
 }
 
@@ -40,6 +53,24 @@ def test_a_legal_run_passes():
 def test_refused(message):
     with pytest.raises(ConfigError, match=message):
         check_run(run(**REFUSED[message]), 4)
+
+
+@pytest.mark.parametrize("parallel", [{"dp": 2, "pp": 1}, {"dp": 4, "pp": 1, "ep": 4}, {"dp": 6}])
+def test_two_four_and_multiples_of_eight_devices_are_enough(parallel):
+    check_run(run(parallel=parallel, training={"global_batch_size": 48}), 4)
+
+
+def test_one_process_has_no_fused_attention_to_please():
+    alone = {"dp": 1, "ep": 1, "pp": 1}
+    check_run(run(model={"head_dim": 24}, parallel=alone, training={"micro_batches": 1}), 4)
+
+
+def test_as_many_processes_as_the_layout_has(monkeypatch):
+    module = sys.modules[graph.build.__module__]  # the package calls its function by the same name
+    monkeypatch.setattr(module, "get_group_size", lambda: 16)
+    monkeypatch.setattr(module, "get_rank", lambda: 0)
+    with pytest.raises(TopologyError, match=r"= 8\) must be the number of processes \(16\)"):
+        graph.build(run())
 
 
 def test_each_stage_needs_a_layer():
@@ -57,3 +88,28 @@ def test_each_stage_needs_a_layer():
 def test_layouts_that_do_not_divide_the_model_are_refused_by_the_configuration(parallel, rule):
     with pytest.raises(ConfigError, match=rule):
         run(parallel={"pp": 2, **parallel}, training={"global_batch_size": 64})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks"),
+    [
+        (Sizes(12, 1, 2, 1), "data group of ranks 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"),
+        (Sizes(6, 1, 4, 1), "data group of ranks 0, 1, 2, 3, 4, 5"),
+        (Sizes(8, 3, 1, 1), "tensor group of ranks 0, 1, 2"),
+        (Sizes(24, 1, 1, 3), "expert_data group of ranks 0, 3, 6, 9, 12, 15, 18, 21"),
+    ],
+)
+def test_layouts_that_stand_ins_cannot_compile_are_refused_before_they_are_asked(sizes, ranks):
+    with pytest.raises(DryrunError, match=f"^no dry run: parallel: {ranks}: without CANN "):
+        check_servers(Topology(sizes))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(8, 1, 3, 8), Sizes(4, 1, 6, 1), Sizes(3, 8, 1, 1), Sizes(24, 1, 2, 1),
+        Sizes(8, 1, 4, 8), Sizes(32, 1, 1, 8), Sizes(16, 2, 1, 8), Sizes(2, 2, 2, 2),
+    ],
+)  # fmt: skip
+def test_layouts_that_compiled_are_not_refused(sizes):
+    check_servers(Topology(sizes))

@@ -32,6 +32,8 @@ _UNREAD = re.compile(
 _STATE = re.compile(
     r"(^|\.)(adam_mean|adam_mean_square|master|adam_m|adam_v|moment1|moment2|moments)\."
 )
+# cells of the update: ours and those of MindSpore's optimizers
+_UPDATE = re.compile(r"optimizer|-GlobalNorm\b", re.IGNORECASE)
 ITEM_BYTES = {
     "Bool": 1, "Int8": 1, "UInt8": 1, "Float16": 2, "BFloat16": 2, "Int16": 2, "Float32": 4,
     "Int32": 4, "UInt32": 4, "Float64": 8, "Int64": 8, "UInt64": 8,
@@ -258,7 +260,7 @@ def _peer(node: _Node, ranks: tuple[int, ...]) -> int | None:
 def _phase(node: _Node) -> Phase:
     if "duplicated: Bool(1)" in node.head:
         return "recompute"
-    if re.search(r"optimizer", node.scope, re.IGNORECASE):
+    if _UPDATE.search(node.scope):
         return "optimizer"
     written = any(" def bprop(" in line for line in node.lines)  # a gradient written by hand
     derived = "Gradients/" in node.scope or "forward_node_name" in node.head

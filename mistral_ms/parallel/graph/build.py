@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
-from mindspore.communication import get_rank
+from mindspore.communication import get_group_size, get_rank
 from mindspore.nn.utils import no_init_parameters
 
 from mistral_ms.config import RunConfig
@@ -72,6 +72,7 @@ def build(run: RunConfig, layers: int | None = None) -> GraphStep:
     Raises:
         ConfigError: the run cannot be expressed, see
             :func:`~mistral_ms.parallel.graph.checks.check_run`.
+        TopologyError: there are more or fewer processes than the layout has.
     """
     config, parallel, training = run.model, run.parallel, run.training
     if layers is not None:
@@ -80,7 +81,7 @@ def build(run: RunConfig, layers: int | None = None) -> GraphStep:
     check_run(run, config.num_hidden_layers)
     divided = parallel.world > 1
     sharding = Sharding(parallel) if divided else None
-    groups = Groups(Topology.of(parallel), get_rank()) if divided else None
+    groups = Groups(Topology.of(parallel, get_group_size()), get_rank()) if divided else None
     segmented = run.data is not None and run.data.packing.boundaries == "attention"
     window = config.sliding_window
     causal = not segmented and (window is None or window >= training.seq_length)

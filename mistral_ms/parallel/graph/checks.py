@@ -20,7 +20,22 @@ def check_run(run: RunConfig, layers: int) -> None:
     rows = training.global_batch_size // training.micro_batches // parallel.dp
     tokens = rows * training.seq_length
     sparse = bool(model.sparse_layers)
+    divided = parallel.world > 1
     for bad, where, value, rule, todo in (
+        (
+            divided and parallel.world % 8 and parallel.world not in (2, 4),
+            "parallel",
+            f"dp * mp * pp = {parallel.world}",
+            "MindSpore divides a graph among 2, 4, or a multiple of 8 devices",
+            None,
+        ),
+        (
+            divided and (model.head_size % 16 or model.head_size > 512),
+            "model.head_dim",
+            model.head_size,
+            "FlashAttentionScore takes heads of a multiple of 16, at most 512",
+            None,
+        ),
         (
             sparse and run.routing.policy != "capacity",
             "routing.policy",

@@ -1,0 +1,50 @@
+"""Small runs for the auto-parallel graph: two layers, float16, a row per rank and micro-batch.
+
+Not a test. The sizes are names, so that tests can say what bytes are made of.
+"""
+
+from __future__ import annotations
+
+from mistral_ms.config import RunConfig
+
+LAYERS, H, WIDE, V, S = 2, 64, 96, 160, 24
+E, K = 8, 2
+C = 7  # ceil(1.1 * K * S / E)
+QUERIES, KEYS = H, H // 2  # four heads of 16, two of keys
+HALF, FLOAT = 2, 4
+
+
+def small_run(
+    parallel: dict[str, object], micro: int = 1, moe: bool = True, **training: object
+) -> dict[str, object]:
+    """As a run file has it."""
+    model = {
+        "vocab_size": V,
+        "hidden_size": H,
+        "intermediate_size": WIDE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    if moe:
+        model["moe"] = {"num_local_experts": E}
+    return {
+        "model": model,
+        "routing": {"policy": "capacity", "aux_loss": "per_layer"},
+        "training": {
+            "steps": 1,
+            "seq_length": S,
+            "global_batch_size": parallel["dp"] * micro,
+            "micro_batches": micro,
+            "dtype": "float16",
+            "aux_coef": 0.01,
+            **training,
+        },
+        "parallel": parallel,
+    }
+
+
+def explicit(run: dict[str, object]) -> RunConfig:
+    """The same run for the explicit path, which has no choice of what to compute again."""
+    parallel = {**run["parallel"], "recompute": "none"}
+    return RunConfig.model_validate({**run, "parallel": parallel})

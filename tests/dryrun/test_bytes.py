@@ -1,0 +1,165 @@
+"""What the auto-parallel graph says in a step against what the explicit path says, operator by
+operator: how often, in which group, how many bytes.
+
+The graph is compiled for Ascend and read. The explicit path's own training step is run with groups
+that only count. What is left after the reasons in ``differences`` must be the same on both sides.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from dryrun.differences import Expected
+from dryrun.rehearsal import Said, rehearse
+from dryrun.small_runs import HALF, LAYERS, C, E, H, S, explicit, small_run
+
+from mistral_ms.errors import DryrunError
+from mistral_ms.parallel.dryrun.ir import read
+
+PIPELINE = {"dp": 4, "ep": 4, "pp": 2, "recompute": "full"}
+HOPS = {"dp": 4, "ep": 4, "devices_per_node": 2, "all_to_all": "hierarchical"}
+TENSOR = {"dp": 4, "mp": 2, "ep": 2}
+STAGES = {"dp": 2, "mp": 2, "pp": 2, "ep": 2, "all_to_all": "group_wise", "recompute": "full"}
+CASES = {
+    "pipeline, first stage": (PIPELINE, 1, 2),
+    "pipeline, last stage": (PIPELINE, 6, 2),
+    "hierarchical, two nodes of two": (HOPS, 1, 1),
+    "tensor parallel": (TENSOR, 3, 2),
+    "tensor parallel stages, group-wise": (STAGES, 2, 2),
+    "optimizer parallel": ({"dp": 4, "ep": 2, "optimizer_parallel": True}, 3, 1),
+}
+
+
+def of_graph(text, groups, case) -> Counter[Said]:
+    parallel, rank, _ = CASES[case]
+    graph = read(text, rank, Expected(parallel, rank, 1).config.world, groups)
+    counts: Counter[Said] = Counter()
+    for each in graph.communication:
+        counts[Said(each.operator, str(each.phase), each.ranks, each.nbytes)] += each.times
+    return counts
+
+
+@pytest.fixture(scope="module")
+def both(compile_small):
+    """A function of a case: the graph's text and groups, and both counts."""
+    known = {}
+
+    def count(case):
+        if case not in known:
+            parallel, rank, micro = CASES[case]
+            run = small_run(parallel, micro)
+            text, groups = compile_small(run, rank)
+            known[case] = text, groups, rehearse(explicit(run), rank)
+        text, groups, said = known[case]
+        return text, groups, of_graph(text, groups, case), said
+
+    return count
+
+
+def unexplained(graph, said, differences):
+    """What the reasons leave over, and what of it both sides say alike.
+
+    A reason that predicts more than was counted leaves negative counts, which are over too.
+    """
+    graph, said = Counter(graph), Counter(said)
+    for each in differences:
+        graph.subtract(each.graph)
+        said.subtract(each.explicit)
+    same = Counter({key: n for key, n in graph.items() if n and said[key] == n})
+    over = {key: (graph[key], said[key]) for key in graph | said | -graph | -said}
+    return {key: pair for key, pair in over.items() if pair[0] != pair[1] or min(pair) < 0}, same
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_difference_has_a_reason(both, case):
+    _, _, graph, said = both(case)
+    over, same = unexplained(graph, said, Expected(*CASES[case]).all())
+    assert over == {}
+    # no reason hides an exchange, nor a message of stages: they are the same on both sides
+    operators = ("AlltoAll",) if "tensor" in case else ("AlltoAll", "Send", "Receive")
+    for operator in operators:
+        counted = {key: n for key, n in said.items() if key.operator == operator}
+        assert {key: n for key, n in same.items() if key.operator == operator} == counted
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exchanges_per_layer_and_micro_batch(both, case):
+    """By hand: two forward and two backward of E * C rows, in two hops where hierarchical."""
+    _, _, graph, _ = both(case)
+    parallel, rank, micro = CASES[case]
+    expected = Expected(parallel, rank, micro)
+    groups = {
+        "hierarchical, two nodes of two": [(0, 1), (1, 3)],
+        "pipeline, first stage": [(0, 1, 2, 3)],
+        "pipeline, last stage": [(4, 5, 6, 7)],
+        "tensor parallel stages, group-wise": [(0, 2)],
+        "optimizer parallel": [(2, 3)],
+    }.get(case, [(1, 3)])
+    times = 2 * micro * LAYERS // expected.config.pp
+    size = E * C * H * HALF
+    if expected.config.all_to_all == "group_wise":
+        size //= 2
+    phases = ["forward", "backward"]
+    if expected.config.recompute == "full":
+        phases.append("recompute")
+    wanted = {Said("AlltoAll", phase, each, size): times for phase in phases for each in groups}
+    assert {key: n for key, n in graph.items() if key.operator == "AlltoAll"} == wanted
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_reason_is_idle(both, case):
+    """Each predicts something that was counted, and without it the comparison fails."""
+    _, _, graph, said = both(case)
+    reasons = Expected(*CASES[case]).all()
+    for number, left_out in enumerate(reasons):
+        assert left_out.reason.endswith(".")
+        others = reasons[:number] + reasons[number + 1 :]
+        over, _ = unexplained(graph, said, others)
+        assert over, left_out.reason
+
+
+def test_a_gather_and_a_scatter_send_what_a_reduction_sends(both):
+    """The sentence about sequence parallelism: attention costs the same on both paths."""
+    from mistral_ms.parallel.topology import Group, traffic
+
+    pair, states = Group("tensor", (2, 3), (0, 0)), S * H * HALF
+    apart = traffic.ring(pair, 1, states // 2) + traffic.ring(pair, 1, states // 2)
+    assert apart == traffic.all_reduce(pair, 1, states)
+
+
+FIRST, LAST, TWO_HOPS = (
+    "pipeline, first stage", "pipeline, last stage", "hierarchical, two nodes of two",
+)  # fmt: skip
+MUTATIONS = {
+    "an exchange less": (FIRST, " = AlltoAll(", " = Identity("),
+    "a message less": (FIRST, " = Send(", " = Identity("),
+    "half the bytes": (LAST, "(4, 2, 7, 64)", "(4, 1, 7, 64)"),
+    "another dtype": (LAST, "Float16], (4, 2, 7, 64)", "Float32], (4, 2, 7, 64)"),
+    "a reduction more": (TWO_HOPS, " = PrimFunc_Tile(", " = AllReduce("),
+    "another hop": (TWO_HOPS, "(0, 1)", "(1, 3)"),
+    "a reduction for a scatter": ("tensor parallel", " = ReduceScatter(", " = AllReduce("),
+    "a weight that is not gathered": ("optimizer parallel", " = AllGather(", " = Identity("),
+    "a gradient over fewer ranks": ("optimizer parallel", "(0, 1, 2, 3)", "(1, 3)"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_changed_graph_is_noticed(both, mutation):
+    case, old, new = MUTATIONS[mutation]
+    text, groups, _, said = both(case)
+    if old.startswith("(0, 1"):  # a group: the text calls those made by hand by their names
+        ranks = {f"{members}": f'group: "{name}"' for name, members in groups.items()}
+        changed = text.replace(ranks.get(old, f"rank_list: {old}"), ranks.get(new, new))
+        if old not in ranks:
+            changed = text.replace(f"group_rank_ids: {old}", f"group_rank_ids: {new}")
+    else:
+        changed = text.replace(old, new, 1) if old[0] == " " else text.replace(old, new)
+    assert changed != text
+    try:
+        graph = of_graph(changed, groups, case)
+    except DryrunError as error:
+        assert "unknown communication" in str(error)
+    else:
+        over, _ = unexplained(graph, said, Expected(*CASES[case]).all())
+        assert over
