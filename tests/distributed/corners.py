@@ -40,10 +40,10 @@ def _batch(ids_BS: np.ndarray, present_BS: np.ndarray) -> Batch:
     return Batch(ids_BS, labels_BS, positions_BS, segments_BS, np.arange(16, dtype=np.int32))
 
 
-def steps(
-    batch: Batch, variant: str, division: Division | None
-) -> tuple[list[StepResult], CausalLM]:
-    """A few steps with the same batch; in one process with two micro-batches."""
+def steps(variant: str, division: Division | None) -> tuple[dict[str, list[StepResult]], CausalLM]:
+    """A few steps with each batch, one batch after the other, since compiling takes longer than all
+    of them; in one process with two micro-batches.
+    """
     config = training("plain", 1 if division else LAYOUT.dp)
     if division is None:
         part = CausalLM(model("corners"), routing(variant))
@@ -52,17 +52,17 @@ def steps(
         part = division.build_model(model("corners"), routing(variant))
         division.initialize(part, 0)
     update = TrainStep(part, config, pooled_aux=False, division=division)
-    return [update(batch) for _ in range(STEPS)], part
+    return {name: [update(batch) for _ in range(STEPS)] for name, batch in batches().items()}, part
 
 
 def run_corners(worker: Worker) -> None:
     worker.mode("graph")
     for variant in VARIANTS:
-        for name, batch in batches().items():
-            results, part = steps(batch, variant, Division(LAYOUT, worker.rank, worker.world))
-            key = f"corners/{name}/{variant}"
+        corners, part = steps(variant, Division(LAYOUT, worker.rank, worker.world))
+        for name, results in corners.items():
             for figure in ("loss", "aux_loss", "grad_norm", "routed_LE", "kept_LE"):
-                worker.keep(f"{key}/{figure}", np.array([getattr(r, figure) for r in results]))
-            for path, weight in part.weights().items():
-                worker.keep(f"{key}/weights/{path}", weight.asnumpy())
+                values = np.array([getattr(r, figure) for r in results])
+                worker.keep(f"corners/{name}/{variant}/{figure}", values)
+        for path, weight in part.weights().items():
+            worker.keep(f"corners/{variant}/weights/{path}", weight.asnumpy())
     worker.mode("pynative")

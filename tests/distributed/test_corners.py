@@ -16,14 +16,14 @@ steps."""
 
 
 @functools.cache
-def alone(name, variant):
-    return steps(batches()[name], variant, None)
+def alone(variant):
+    return steps(variant, None)
 
 
 @each_corner
 @each_policy
 def test_figures_are_those_of_one_process(report, name, variant):
-    results, _ = alone(name, variant)
+    results = alone(variant)[0][name]
     for figure in ("loss", "aux_loss", "grad_norm"):
         want = [getattr(result, figure) for result in results]
         assert np.isfinite(want).all()
@@ -35,22 +35,21 @@ def test_figures_are_those_of_one_process(report, name, variant):
             np.testing.assert_array_equal(got, want)
 
 
-@each_corner
 @each_policy
-def test_weights_end_where_one_process_ends(report, name, variant):
+def test_weights_end_where_one_process_ends(report, variant):
     topology = Topology.of(LAYOUT)
-    for path, parameter in alone(name, variant)[1].weights().items():
+    for path, parameter in alone(variant)[1].weights().items():
         want = parameter.asnumpy()
         for rank in (0, 1):
-            got = report(2).get(rank, f"corners/{name}/{variant}/weights/{path}")
+            got = report(2).get(rank, f"corners/{variant}/weights/{path}")
             part = np.float64(want[weight_slice(path, want.shape, topology, rank)])
             assert np.linalg.norm(got - part) <= 1e-4 * np.linalg.norm(part), path
 
 
 def test_the_corners_are_what_they_are_called():
-    results = {name: alone(name, "dropless")[0][0] for name in batches()}
+    results = {name: found[0] for name, found in alone("dropless")[0].items()}
     assert results["one rank sees padding only"].routed_LE.sum() == 2 * 64 * 2
     assert results["one token a rank"].routed_LE.sum() == 2 * 2 * 2
     crowded = results["all tokens to the same experts"].routed_LE
     assert ((crowded > 0).sum(1) == 2).all()
-    assert alone("all tokens to the same experts", "plain")[0][0].dropped_fraction > 0.5
+    assert alone("plain")[0]["all tokens to the same experts"][0].dropped_fraction > 0.5
