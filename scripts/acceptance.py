@@ -32,7 +32,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Options, list[str], bool]:
     """The options, the names of the wanted steps, and whether to print commands only."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--small", action="store_true", help="small models that it draws itself, on any machine")
+    add("--small", action="store_true", help="small models that it trains itself, on any machine")
     add("--print", action="store_true", dest="print_only", help="show the commands and end")
     add("--only", action="append", default=[], choices=NAMES, help="this step; may be repeated")
     add("--hf", type=Path, metavar="DIR", help="align: a Hugging Face model that fits one card")
@@ -103,7 +103,7 @@ class Runner:
         begun = time.monotonic()
         with self.log(run).open("wb") as log:
             code = subprocess.run(
-                run.line, env=environment(), stdout=log, stderr=subprocess.STDOUT, check=False
+                run.line, env=self._environment(), stdout=log, stderr=subprocess.STDOUT, check=False
             ).returncode
         print(f"    exit code {code} after {time.monotonic() - begun:.0f} s: {self.log(run)}")
         if code:
@@ -111,21 +111,24 @@ class Runner:
             print("".join(f"    | {line}\n" for line in text.splitlines()[-15:]), end="")
         return code
 
-
-def environment() -> dict[str, str]:
-    """Of the commands: this Python, this package, HCCL's reductions in one order."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {
-        "GLOG_v": "3",
-        "HCCL_DETERMINISTIC": "true",
-        **os.environ,
-        "PYTHON": sys.executable,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
+    def _environment(self) -> dict[str, str]:
+        """This Python, this package; reductions in one order, and on a CPU no more threads than
+        the small form has work for.
+        """
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        return {
+            "GLOG_v": "3",
+            "HCCL_DETERMINISTIC": "true",
+            **({"OMP_NUM_THREADS": "1"} if self.options.small else {}),
+            **os.environ,
+            "PYTHON": sys.executable,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        }
 
 
 def has_npu() -> bool:
     """Is there one?"""
+    os.environ.setdefault("GLOG_v", "3")  # that there is none is no warning here
     import mindspore as ms
 
     return bool(ms.device_context.ascend.is_available())
@@ -143,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # what other machines have begun already is not in the way
         used = [runner.log(run), *([] if options.node_rank else [options.output / run.name])]
         if any(path.exists() for path in used):
-            print(f"error: {options.output} has a run {run.name}: choose another --output")
+            text = f"error: {options.output} has a run {run.name}: choose another --output"
+            print(text, file=sys.stderr)
             return 2
     options.output.mkdir(parents=True, exist_ok=True)
     npu = has_npu()

@@ -19,10 +19,15 @@ TINY = ROOT / "configs" / "run" / "pretrain_mixtral_tiny_200ep.yaml"
 LAUNCHER = ROOT / "scripts" / "msrun_train.sh"
 LAUNCHER_32 = ROOT / "scripts" / "pretrain_mixtral_8x7b_4node_32card.sh"
 STEPS, VOCABULARY, CARDS = 20, 32000, 8
+QUARTER = 0.25
+"""Of an even share, what an expert must have over all steps; a fresh router is not balanced yet."""
 NEAR = 1.5
 """Of the first loss from ln(vocabulary). A drawn head's logits have the variance hidden_size *
 initializer_range**2, 1.6 at 4096, and raise the loss by half of it."""
-SMALL = ("model.hidden_size=64", "model.intermediate_size=128", "model.num_attention_heads=4")
+SMALL = (
+    *("model.hidden_size=32", "model.intermediate_size=64", "model.num_attention_heads=4"),
+    "training.global_batch_size=8",
+)
 RATES_32 = ("training.schedule.warmup_steps=20", "training.optimizer.learning_rate=3.0e-6")
 """The rates of the first 20 of the run file's 2000 warm-up steps to 3e-4."""
 
@@ -32,10 +37,10 @@ class Options:
     """What is asked for.
 
     Attributes:
-        small: on any machine, with small models that the steps draw themselves.
+        small: on any machine, with small models that the steps train themselves.
         workers: processes on this machine.
         output: directory of everything that is written.
-        hf: model in Hugging Face's format; None: one is drawn.
+        hf: model in Hugging Face's format; None: one is trained for a few steps.
         data: windows of 4096 for the 32-card run.
         node_rank: number of this machine in the 32-card run.
         master: address of machine 0 in it.
@@ -111,13 +116,13 @@ def make_steps(o: Options) -> tuple[Step, ...]:
     hierarchical = lines.together("hierarchical", *together, *hops)
     either = f"the same losses: to the last bit on a CPU, to {o.tolerance:g} on an NPU"
     return (
-        _align(lines),
+        _align(lines, one),
         Step(
             "experts",
             f"{STEPS} steps of a tiny Mixtral on {n} ranks (dp {n}, ep {n}), and on one rank with "
             "the same dispatch groups",
             f"losses of both equal to {o.tolerance:g} of each, and falling; every expert of every "
-            "layer is chosen in every step",
+            f"layer is chosen, at least {QUARTER:g} of an even share",
             (one, flat),
             lambda npu: judge_experts(o.output / "flat", o.output / "one", o.tolerance),
         ),
@@ -139,12 +144,11 @@ def make_steps(o: Options) -> tuple[Step, ...]:
     )
 
 
-def _align(lines: _Lines) -> Step:
+def _align(lines: _Lines, one: Run) -> Step:
     o, runs, hf = lines.options, [], lines.options.hf
     if hf is None:
-        hf, newest = o.output / "hf", o.output / "drawn" / "checkpoints" / "step-00000001"
-        drawn = ("training.steps=1", "training.schedule.warmup_steps=0")
-        runs = [lines.alone("drawn", *drawn), lines.command("hf", "convert", newest, hf)]
+        hf, newest = o.output / "hf", o.output / "one" / "checkpoints" / f"step-{STEPS:08}"
+        runs = [one, lines.command("hf", "convert", newest, hf)]
     ours, result = o.output / "converted", o.output / "align.json"
     runs.append(lines.command("converted", "convert", hf, ours))
     more: tuple[object, ...] = ("--max-new-tokens", 16) if o.small else ()
@@ -153,8 +157,8 @@ def _align(lines: _Lines) -> Step:
     runs.append(lines.command("align", "align", hf, ours, "--json", result, *more))
     return Step(
         "align",
-        f"{'a drawn Mixtral' if o.hf is None else hf}, converted, and by Hugging Face's code: four "
-        "prompts, and on from them",
+        f"{'a Mixtral of a few steps' if o.hf is None else hf}, converted, and by Hugging Face's code: "
+        "four prompts, and on from them",
         "logits within the tolerance of `align`; top-1, routes and greedy tokens equal",
         tuple(runs),
         lambda npu: judge_align(result),
@@ -172,7 +176,7 @@ def _cards32(lines: _Lines) -> Step:
             *(f"data.inputs=[{ROOT}/mistral_ms/data/demo.txt]", "data.tokenizer=packaged-v1"),
             *(f"parallel.dp={half}", f"parallel.ep={half}", "parallel.pp=2"),
             *("training.dtype=float32", "training.seq_length=64"),
-            *("training.global_batch_size=16", "training.micro_batches=4"),
+            "training.micro_batches=4",
             *("training.schedule.warmup_steps=5", "training.optimizer.learning_rate=3.0e-3"),
         )
     else:
@@ -263,9 +267,10 @@ def judge_experts(many: Path, one: Path, tolerance: float) -> Verdict:
     same = compare(many, one, tolerance)
     records = records_of(many)
     first, last = records[0].lm_loss, records[-1].lm_loss
-    share = min(share for record in records for row in record.expert_load for share in row)
-    found = f"lm loss {first:.4f} -> {last:.4f}; smallest share of an expert {share:.2%}"
-    return Verdict(same.passed and last < first and share > 0, f"{same.found}; {found}")
+    loads = [[share for row in record.expert_load for share in row] for record in records]
+    share = min(map(statistics.mean, zip(*loads, strict=True))) * len(records[0].expert_load[0])
+    found = f"lm loss {first:.4f} -> {last:.4f}; smallest share of an expert {share:.2f} of even"
+    return Verdict(same.passed and last < first and share >= QUARTER, f"{same.found}; {found}")
 
 
 def judge_offload(host: Path, device: Path, allowed: float) -> Verdict:
