@@ -146,6 +146,7 @@ def make_steps(o: Options) -> tuple[Step, ...]:
 
 def _align(lines: _Lines, one: Run) -> Step:
     o, runs, hf = lines.options, [], lines.options.hf
+    model = "a Mixtral of a few steps" if hf is None else str(hf)
     if hf is None:
         hf, newest = o.output / "hf", o.output / "one" / "checkpoints" / f"step-{STEPS:08}"
         runs = [one, lines.command("hf", "convert", newest, hf)]
@@ -157,8 +158,7 @@ def _align(lines: _Lines, one: Run) -> Step:
     runs.append(lines.command("align", "align", hf, ours, "--json", result, *more))
     return Step(
         "align",
-        f"{'a Mixtral of a few steps' if o.hf is None else hf}, converted, and by Hugging Face's code: "
-        "four prompts, and on from them",
+        f"{model}, converted, and by Hugging Face's code: four prompts, and on from them",
         "logits within the tolerance of `align`; top-1, routes and greedy tokens equal",
         tuple(runs),
         lambda npu: judge_align(result),

@@ -251,21 +251,15 @@ def test_a_command_that_fails_fails_every_step_that_needs_it(script, steps, tmp_
     assert capsys.readouterr().out.count("    | planted\n") == 1
 
 
-def test_the_small_form_of_the_steps_in_one_process(tmp_path):
-    """align and offload: real trainings, a real conversion, Hugging Face's code."""
-    command = [sys.executable, str(SCRIPTS / "acceptance.py"), "--small", "--output"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "out"), "--only", "align", "--only", "offload"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+def test_the_small_form_of_a_step(tmp_path):
+    """Two real trainings; the other steps of the small form take minutes and are run by hand."""
+    command = [sys.executable, str(SCRIPTS / "acceptance.py"), "--small", "--only", "offload"]
+    command += ["--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    *_, first, second, last = done.stdout.splitlines()
-    assert first.startswith("align        PASS largest difference ")
-    assert second.startswith("offload      PASS losses differ by 0 (no difference is allowed)")
-    assert last.startswith("2 of 2 steps passed on a CPU; no NPU took part; logs: ")
-    again = subprocess.run(
-        [*command, str(tmp_path / "out"), "--only", "offload"],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert again.returncode == 2
-    assert "has a run one: choose another --output" in again.stdout + again.stderr
+    *_, verdict, last = done.stdout.splitlines()
+    assert verdict.startswith("offload      PASS losses differ by 0 (no difference is allowed)")
+    assert last.startswith("1 of 1 steps passed on a CPU; no NPU took part; logs: ")
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert "has a run one: choose another --output" in again.stderr
