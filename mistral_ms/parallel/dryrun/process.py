@@ -135,6 +135,8 @@ def environment(
         "RANK_ID": str(request.rank),
         "MS_DEV_SAVE_GRAPHS": "1",
         "MS_DEV_SAVE_GRAPHS_PATH": str(directory / "graphs"),
+        # only what is read here; all passes are a hundred times the bytes and half the time
+        "MS_DEV_DUMP_IR_PASSES": "validate",
         "GLOG_v": "3",
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Pretrains Mixtral 8x7B on 2 machines with 8 cards each: run it on every machine with its own --node-rank.
+exec "$(dirname "$0")/start_run.sh" pretrain_mixtral_8x7b_16card --workers 8 --nodes 2 "$@"

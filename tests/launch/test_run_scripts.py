@@ -1,0 +1,94 @@
+"""Every run file of many processes has a script; what each would start, argument by argument."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mistral_ms.config import load_run_config
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS, RUNS = ROOT / "scripts", ROOT / "configs" / "run"
+TINY = f"model={ROOT}/configs/model/mixtral_tiny.yaml"
+PLAIN = "parallel.recompute=none"  # `train` recomputes in pipelines only
+# script: run file, machines, processes on each, overrides of the script's own
+STARTED = {
+    "pretrain_mistral_7b_1node_8card": ("pretrain_mistral_7b_8card", 1, 8, [PLAIN]),
+    "finetune_mistral_7b_1node_8card": ("finetune_mistral_7b_8card", 1, 8, [PLAIN]),
+    "pretrain_mixtral_8x7b_2node_16card": ("pretrain_mixtral_8x7b_16card", 2, 8, []),
+    "finetune_mixtral_8x7b_2node_16card": ("finetune_mixtral_8x7b_16card", 2, 8, []),
+    "pretrain_mixtral_8x7b_4node_32card": ("pretrain_mixtral_8x7b_32card", 4, 8, []),
+    "finetune_mixtral_8x7b_4node_32card": ("finetune_mixtral_8x7b_32card", 4, 8, []),
+    "pretrain_mixtral_8x7b_8node_64card": ("pretrain_mixtral_8x7b_64card", 8, 8, []),
+    "finetune_mixtral_8x7b_8node_64card": ("finetune_mixtral_8x7b_64card", 8, 8, []),
+    "pretrain_mixtral_8x22b_16node_128card": ("pretrain_mixtral_8x22b_128card", 16, 8, []),
+    "pretrain_mixtral_tiny_200ep": ("pretrain_mixtral_tiny_200ep", 1, 1, []),
+    "pretrain_mixtral_tiny_200ep_ep2pp2": ("pretrain_mixtral_tiny_200ep_ep2pp2", 1, 4, []),
+    "finetune_tiny": ("finetune_tiny", 1, 1, []),
+}
+
+
+def script(name, *arguments):
+    return subprocess.run(
+        [str(SCRIPTS / f"{name}.sh"), *arguments],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_no_run_file_and_no_script_is_forgotten():
+    assert {run for run, *_ in STARTED.values()} == {
+        path.stem
+        for path in RUNS.glob("*.yaml")
+        if path.stem != "demo"  # `demo` starts that one
+    }
+    named = {
+        path.stem for kind in ("pretrain", "finetune") for path in SCRIPTS.glob(f"{kind}_*.sh")
+    }
+    assert named == set(STARTED)
+
+
+@pytest.mark.parametrize("name", STARTED)
+def test_what_a_script_starts(name):
+    run, nodes, workers, own = STARTED[name]
+    machine = ["--master", "10.0.0.1", "--node-rank", str(nodes - 1)] if nodes > 1 else []
+    users = [TINY] if run == "finetune_tiny" else []  # it takes the model of a checkpoint
+    users += ["checkpoint.keep_last=1", "--json", "out.json"]
+    done = script(name, *machine, "--port", "9000", "--print", "--", *users)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    config = RUNS / f"{run}.yaml"
+    assert done.stdout.split() == [
+        "msrun", f"--worker_num={nodes * workers}", f"--local_worker_num={workers}",
+        f"--master_addr={'10.0.0.1' if nodes > 1 else '127.0.0.1'}", "--master_port=9000",
+        f"--node_rank={nodes - 1}", "--log_dir=runs/logs", "--join=True",
+        "--cluster_time_out=600", "--tail_worker_log=0", str(ROOT / "run_mixtral.py"), "train",
+        "--config", str(config), *own, *users,
+    ]  # fmt: skip
+    # `train` knows the explicit path, which refuses this only when it has begun
+    parallel = load_run_config(config, [*own, *users[:-2]]).parallel
+    assert parallel.recompute == "none" or parallel.pp > 1
+
+
+def test_a_users_override_comes_after_the_scripts_own():
+    users = ["parallel.recompute=full", "parallel.pp=2", "parallel.dp=4"]
+    done = script("pretrain_mistral_7b_1node_8card", "--print", "--", *users)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-4:] == [PLAIN, *users]
+
+
+def test_without_arguments_the_flags_are_named():
+    done = script("pretrain_mixtral_8x7b_2node_16card")
+    assert done.returncode == 2
+    assert "--nodes needs --master, the address of machine 0" in done.stderr
+    done = script("start_run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "NAME is a file of configs/run" in done.stdout
+
+
+def test_a_run_file_that_is_not_there():
+    done = script("start_run", "nowhere", "--workers", "1", "--print")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nowhere.yaml" in done.stderr
