@@ -44,7 +44,8 @@ def printed(script, capsys, *arguments):
 
 
 def test_what_is_run_on_npus(script, capsys):
-    python, tiny = sys.executable, TINY.removeprefix(f"{ROOT}/")
+    # the environment may be in the repository
+    python, tiny = (path.removeprefix(f"{ROOT}/") for path in (sys.executable, TINY))
     short = ["training.steps=20", "training.schedule.warmup_steps=5"]
 
     def alone(name, *more):
