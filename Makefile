@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/python run_mixtral.py demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 fast: install
 	$(BIN)/python -m pytest --ignore tests/end_to_end --ignore tests/alignment --ignore tests/cli

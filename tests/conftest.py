@@ -4,26 +4,11 @@ import os
 
 # before anything imports MindSpore or torch
 os.environ.setdefault("GLOG_v", "3")
-# with a second test process beside this one, a core each
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import sys
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
-SHARED = ("distributed", "dryrun", "kernels")
-"""Folders whose files share what is expensive: jobs of many processes, compilations."""
-
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items):
-    """Keeps together, for pytest-xdist, what shares fixtures: a file, or one of those folders."""
-    for item in items:
-        folder, *rest = item.path.relative_to(HERE).parts
-        group = folder if folder in SHARED else "/".join((folder, *rest))
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_finish(session):
