@@ -176,7 +176,7 @@ def _cards32(lines: _Lines) -> Step:
             *(f"data.inputs=[{ROOT}/mistral_ms/data/demo.txt]", "data.tokenizer=packaged-v1"),
             *(f"parallel.dp={half}", f"parallel.ep={half}", "parallel.pp=2"),
             *("training.dtype=float32", "training.seq_length=64"),
-            "training.micro_batches=4",
+            "training.micro_batches=2",
             *("training.schedule.warmup_steps=5", "training.optimizer.learning_rate=3.0e-3"),
         )
     else:
@@ -222,7 +222,7 @@ class _Lines:
 
     def _tiny(self, name: str) -> tuple[str, ...]:
         length = (f"training.steps={STEPS}", "training.schedule.warmup_steps=5")
-        sizes = SMALL if self.options.small else ()
+        sizes = (*SMALL, "model.num_hidden_layers=1") if self.options.small else ()
         return (f"output={self.options.output / name}", *length, *sizes)
 
 
