@@ -1,12 +1,3 @@
 #!/usr/bin/env bash
 # Trains a run file with several processes, on one machine or more. --help shows all flags.
-set -euo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
-if [ -z "${PYTHON:-}" ]; then
-  PYTHON=python3
-  [ -x "$root/.venv/bin/python" ] && PYTHON="$root/.venv/bin/python"
-fi
-# msrun starts the first `python` on the PATH: it must be the one beside msrun
-PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"
-export PATH PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec python -m mistral_ms.launch train "$@"
+exec "$(dirname "$0")/launch.sh" train "$@"

@@ -44,9 +44,10 @@ def align(
 
     from mistral_ms.alignment import align as run
     from mistral_ms.cli.output import read_lines, write_json
-    from mistral_ms.cli.processes import heartbeat_of, join_processes, layout
+    from mistral_ms.cli.processes import heartbeat_of, join_processes
+    from mistral_ms.config import layout_from_flags
 
-    division = join_processes(layout(dp, mp, pp, ep))
+    division = join_processes(layout_from_flags(dp, mp, pp, ep))
     console = Console(highlight=False, quiet=not division.is_first)
     if ms.get_context("device_target") == "CPU":
         # operator by operator, waiting for each is several times faster than a busy queue

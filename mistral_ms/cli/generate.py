@@ -71,8 +71,8 @@ def generate(
     ] = None,
 ) -> None:
     """Generate text, streamed as it becomes certain."""
-    from mistral_ms.cli.processes import heartbeat_of, join_processes, layout
-    from mistral_ms.config import GenerationConfig
+    from mistral_ms.cli.processes import heartbeat_of, join_processes
+    from mistral_ms.config import GenerationConfig, layout_from_flags
     from mistral_ms.config.base import validate
 
     if interactive == bool(prompt):
@@ -92,7 +92,7 @@ def generate(
         },
         "generate",
     )
-    parallel = layout(dp, mp, pp, ep)
+    parallel = layout_from_flags(dp, mp, pp, ep)
     options: dict[str, Any] = {
         "kind": source,
         "graph": not pynative,

@@ -21,19 +21,6 @@ ExpertRanks = Annotated[
 ]
 
 
-def layout(dp: int, mp: int, pp: int, ep: int) -> ParallelConfig:
-    """The layout of a command that has no run file; tokens travel directly between all ranks.
-
-    Raises:
-        ConfigError: an impossible one.
-    """
-    from mistral_ms.config import ParallelConfig
-    from mistral_ms.config.base import validate
-
-    sizes = {"dp": dp, "mp": mp, "pp": pp, "ep": ep}
-    return validate(ParallelConfig, {**sizes, "devices_per_node": max(1, dp * mp * pp)}, "flags")
-
-
 @contextmanager
 def heartbeat_of(division: Division) -> Iterator[Heartbeat]:
     """This process's signs of life, for whoever launched it; they end with how it ends."""

@@ -6,7 +6,7 @@ from mistral_ms.config.foreign import from_hf, from_mistral, to_hf, to_mistral, 
 from mistral_ms.config.generation import GenerationConfig
 from mistral_ms.config.load import apply_overrides, load_model_config, read_yaml
 from mistral_ms.config.model import DType, ModelConfig, MoEArchitecture
-from mistral_ms.config.parallel import ParallelConfig
+from mistral_ms.config.parallel import ParallelConfig, layout_from_flags
 from mistral_ms.config.routing import DROPLESS, RoutingConfig
 from mistral_ms.config.run import CheckpointConfig, RunConfig, load_run_config
 from mistral_ms.config.training import (
@@ -38,6 +38,7 @@ __all__ = [
     "apply_overrides",
     "from_hf",
     "from_mistral",
+    "layout_from_flags",
     "load_model_config",
     "load_run_config",
     "read_yaml",

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mistral_ms.config.base import Frozen
+from mistral_ms.config.base import Frozen, validate
 from mistral_ms.config.layout import Rules, Sizes, advice, check_layout
 from mistral_ms.config.model import ModelConfig
 from mistral_ms.errors import ConfigError
@@ -88,3 +88,14 @@ class ParallelConfig(Frozen):
             ConfigError: names the rule, the layout and the nearest legal layouts.
         """
         check_layout(self.sizes, self.rules(world, model), ConfigError, "parallel")
+
+
+def layout_from_flags(dp: int, mp: int, pp: int, ep: int) -> ParallelConfig:
+    """The layout of a command without a run file. All tokens travel directly, so where one machine
+    ends and the next begins does not matter.
+
+    Raises:
+        ConfigError: an impossible one.
+    """
+    sizes = {"dp": dp, "mp": mp, "pp": pp, "ep": ep}
+    return validate(ParallelConfig, {**sizes, "devices_per_node": max(1, dp * mp * pp)}, "flags")

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mistral_ms.config import ParallelConfig, load_run_config
-from mistral_ms.config.base import validate
+from mistral_ms.config import ParallelConfig, layout_from_flags, load_run_config
 
 
 class Task(Protocol):
@@ -88,7 +87,8 @@ class ReadTask:
     @property
     def command(self) -> tuple[str, ...]:
         """See Task."""
-        flags = [x for name, size in self._named().items() for x in (f"--{name}", str(size))]
+        named = zip(("--dp", "--mp", "--pp", "--ep"), map(str, self.sizes), strict=True)
+        flags = [word for pair in named for word in pair]
         return self.name, *self.arguments, *flags
 
     @property
@@ -98,9 +98,4 @@ class ReadTask:
 
     def parallel(self) -> ParallelConfig:
         """See Task."""
-        dp, mp, pp, _ = self.sizes
-        one_machine = {"devices_per_node": max(1, dp * mp * pp)}
-        return validate(ParallelConfig, {**self._named(), **one_machine}, "flags")
-
-    def _named(self) -> dict[str, int]:
-        return dict(zip(("dp", "mp", "pp", "ep"), self.sizes, strict=True))
+        return layout_from_flags(*self.sizes)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.hf import make_pair
+from support.hf import save_with_tokenizer
 
-from mistral_ms.tokenizer import copy_files, packaged_tokenizer
+from mistral_ms.tokenizer import packaged_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,10 +29,7 @@ def run(*args, stdin=""):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("hf")
-    pair = make_pair("mixtral", vocab_size=32000, hidden_size=32)
-    pair.hf.save_pretrained(path)
-    copy_files(packaged_tokenizer(), path)
-    return path, pair
+    return path, save_with_tokenizer(path)
 
 
 def test_generate_streams_and_writes_json(model, tmp_path):

@@ -130,19 +130,19 @@ def test_two_machines_train_together(root):
 
 def test_a_failure_on_one_machine_ends_the_other(root):
     port = str(free_port())
-    flags = ["--workers", "1", "--nodes", "2", "--master", "127.0.0.1", "--port", port]
-    layout = ["parallel.dp=2", "parallel.devices_per_node=1"]
+    flags = ["--workers", "2", "--nodes", "2", "--master", "127.0.0.1", "--port", port]
+    layout = ["parallel.dp=4", "parallel.devices_per_node=2"]
     nodes = [
         start(
             root, *flags, "--node-rank", str(rank), "--log-dir", "logs", overrides=layout,
-            FAULT="1:3:SIGKILL", FAULT_TIME=str(root / "fault"),
+            FAULT="3:3:SIGKILL", FAULT_TIME=str(root / "fault"),
         )
         for rank in (0, 1)
     ]  # fmt: skip
     said = [finish(node) for node in nodes]
     assert time.time() - float((root / "fault").read_text()) < 60
     assert [node.returncode for node in nodes] == [1, 1], "\n".join(said)
-    assert "another machine says: rank 1 failed in step 4: killed by SIGKILL" in said[0]
+    assert "another machine says: rank 3 failed in step 4: killed by SIGKILL" in said[0]
     assert not left_behind(root)
 
 

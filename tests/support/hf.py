@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, Mixtr
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from mistral_ms.config import ModelConfig, from_hf
+from mistral_ms.tokenizer import copy_files, packaged_tokenizer
 
 torch.set_num_threads(2)
 
@@ -71,6 +73,14 @@ def make_pair(kind: str, seed: int = 0, **overrides) -> Pair:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     config, _ = from_hf(hf.config.to_dict())
     return Pair(hf, config)
+
+
+def save_with_tokenizer(path: Path) -> Pair:
+    """A small Mixtral whose directory has everything that a command asks for."""
+    pair = make_pair("mixtral", vocab_size=32000, hidden_size=32)
+    pair.hf.save_pretrained(path)
+    copy_files(packaged_tokenizer(), path)
+    return pair
 
 
 def hf_logits(pair: Pair, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
