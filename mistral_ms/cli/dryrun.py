@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,9 +11,23 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mistral_ms.config import RunConfig
+    from mistral_ms.config import PredictConfig, RunConfig
     from mistral_ms.parallel.dryrun.process import Request
-    from mistral_ms.parallel.dryrun.standins import Runtime
+
+
+class Step(StrEnum):
+    """Which of a run's graphs is compiled."""
+
+    TRAIN = "train"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+_TARGETS = {
+    Step.TRAIN: "mistral_ms.parallel.graph:build",
+    Step.PREFILL: "mistral_ms.parallel.graph:prefill",
+    Step.DECODE: "mistral_ms.parallel.graph:decode",
+}
 
 
 def dryrun(
@@ -25,13 +40,21 @@ def dryrun(
     layers: Annotated[
         int | None, typer.Option(min=1, help="Compile so many layers only; all when left out.")
     ] = None,
+    step: Annotated[
+        Step | None,
+        typer.Option(
+            help="The graph of a prediction file: a piece of the prompts, or (when left out) one "
+            "token of each sample. A training has one graph.",
+            show_default=False,
+        ),
+    ] = None,
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds for each rank.")] = 1800.0,
     logs: Annotated[
         Path | None, typer.Option(help="Where to keep the compiler's logs; a temporary directory.")
     ] = None,
     target: Annotated[
-        str, typer.Option(hidden=True, help="module:function that builds the graph.")
-    ] = "mistral_ms.parallel.graph:build",
+        str | None, typer.Option(hidden=True, help="module:function that builds the graph.")
+    ] = None,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the report to this file as JSON.")
     ] = None,
@@ -43,18 +66,25 @@ def dryrun(
     from rich.console import Console
 
     from mistral_ms.cli.output import count_progress, write_json
-    from mistral_ms.config import load_run_config
+    from mistral_ms.config import load_any_config
     from mistral_ms.errors import GraphError
     from mistral_ms.parallel.dryrun.process import Request
     from mistral_ms.parallel.dryrun.report import summary
+    from mistral_ms.parallel.dryrun.servers import check_servers
     from mistral_ms.parallel.dryrun.standins import find_runtime
+    from mistral_ms.parallel.topology import Topology
 
     console = Console(highlight=False, soft_wrap=True)
     changes = tuple(overrides or ())
-    run = load_run_config(config, changes)
+    run = load_any_config(config, changes)
     ranks = _ranks(rank, run.parallel.world)
+    step = _step(run, step)
     runtime = find_runtime(os.environ)
-    _refuse(run, layers, target, runtime)
+    if target is None:
+        _refuse(run, layers)
+        target = _TARGETS[step]
+    if not runtime.is_cann:
+        check_servers(Topology.of(run.parallel))
     kept = logs or Path(tempfile.mkdtemp(prefix="mistral_ms-dryrun-logs-"))
     reports: list[dict[str, Any]] = []
     failures: list[str] = []
@@ -76,18 +106,32 @@ def dryrun(
         raise typer.Exit(1)
 
 
-def _refuse(run: RunConfig, layers: int | None, target: str, runtime: Runtime) -> None:
+def _step(run: RunConfig | PredictConfig, asked: Step | None) -> Step:
+    """The graph that is meant.
+
+    Raises:
+        ConfigError: the run has no such graph.
+    """
+    from mistral_ms.config import RunConfig
+    from mistral_ms.errors import ConfigError
+
+    there = (Step.TRAIN,) if isinstance(run, RunConfig) else (Step.DECODE, Step.PREFILL)
+    if asked is not None and asked not in there:
+        kind = "a training" if isinstance(run, RunConfig) else "a prediction"
+        rule = f"{kind} has {' and '.join(there)}"
+        raise ConfigError("no such graph", where="--step", value=asked.value, rule=rule)
+    return there[0] if asked is None else asked
+
+
+def _refuse(run: RunConfig | PredictConfig, layers: int | None) -> None:
     """Raises where it is known beforehand that no rank compiles."""
-    from mistral_ms.parallel.dryrun.process import DEFAULT_TARGET
-    from mistral_ms.parallel.dryrun.servers import check_servers
-    from mistral_ms.parallel.topology import Topology
+    from mistral_ms.config import RunConfig
+    from mistral_ms.parallel.graph.checks import check_prediction, check_run
 
-    if target == DEFAULT_TARGET:
-        from mistral_ms.parallel.graph.checks import check_run
-
+    if isinstance(run, RunConfig):
         check_run(run, layers or run.model.num_hidden_layers)
-    if not runtime.is_cann:
-        check_servers(Topology.of(run.parallel))
+    else:
+        check_prediction(run)
 
 
 def _ranks(text: str, world: int) -> range:
@@ -103,10 +147,15 @@ def _ranks(text: str, world: int) -> range:
 
 
 def _compile(
-    request: Request, runtime: Any, run: RunConfig, logs: Path, time_limit: float
+    request: Request,
+    runtime: Any,
+    run: RunConfig | PredictConfig,
+    logs: Path,
+    time_limit: float,
 ) -> dict[str, Any]:
     import os
 
+    from mistral_ms.config import RunConfig
     from mistral_ms.parallel.dryrun.ir import read
     from mistral_ms.parallel.dryrun.process import compiled
     from mistral_ms.parallel.dryrun.report import report
@@ -116,7 +165,8 @@ def _compile(
         text = found.graph.read_text(encoding="utf-8", errors="replace")
         graph = read(text, request.rank, request.world, found.groups)
     topology = Topology.of(run.parallel)
-    return report(graph, topology, request.rank, found.seconds, run.training.micro_batches)
+    micro_batches = run.training.micro_batches if isinstance(run, RunConfig) else 1
+    return report(graph, topology, request.rank, found.seconds, micro_batches)
 
 
 def _show(console: Console, one: dict[str, Any], whole: bool) -> None:
@@ -129,7 +179,12 @@ def _show(console: Console, one: dict[str, Any], whole: bool) -> None:
     console.print(
         f"rank {one['rank']} (stage {one['stage']}) compiled in {one['compile_seconds']:.1f} s: "
         f"weights {size_text(one['parameter_bytes'])}, "
-        f"optimizer {size_text(one['optimizer_bytes'])}; sends a step "
+        + (
+            f"cache {size_text(cache)}"
+            if (cache := one["cache_bytes"])
+            else f"optimizer {size_text(one['optimizer_bytes'])}"
+        )
+        + "; sends a step "
         f"{size_text(sent['bytes_inside'])} inside its node, "
         f"{size_text(sent['bytes_between'])} to others"
     )

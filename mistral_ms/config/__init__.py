@@ -7,6 +7,7 @@ from mistral_ms.config.generation import GenerationConfig
 from mistral_ms.config.load import apply_overrides, load_model_config, read_yaml
 from mistral_ms.config.model import DType, ModelConfig, MoEArchitecture
 from mistral_ms.config.parallel import ParallelConfig, layout_from_flags
+from mistral_ms.config.predict import PredictConfig, PredictionConfig, load_any_config
 from mistral_ms.config.routing import DROPLESS, RoutingConfig
 from mistral_ms.config.run import CheckpointConfig, RunConfig, load_run_config
 from mistral_ms.config.training import (
@@ -31,6 +32,8 @@ __all__ = [
     "OptimizerConfig",
     "PackingConfig",
     "ParallelConfig",
+    "PredictConfig",
+    "PredictionConfig",
     "RoutingConfig",
     "RunConfig",
     "ScheduleConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "from_hf",
     "from_mistral",
     "layout_from_flags",
+    "load_any_config",
     "load_model_config",
     "load_run_config",
     "read_yaml",

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import mindspore as ms
 import numpy as np
@@ -79,17 +80,37 @@ class Generation:
         return self.decode_tokens / max(self.decode_seconds, 1e-9)
 
 
+class KeySpec(Protocol):
+    """Where a model keeps the sizes of its cache."""
+
+    spec: CacheSpec
+
+
+class CachedModel(Protocol):
+    """What an engine needs of a model beside its logits."""
+
+    config: ModelConfig
+    key_positions: KeySpec
+
+    def reset_cache(self) -> None:
+        """Forgets all cached positions."""
+
+    def clear_cache(self) -> None:
+        """Resets and zeroes the cache."""
+
+
 class Engine:
     """A model with a cache, ready to generate.
 
     Args:
-        model: built with a cache; more prompts than it holds sequences run in groups.
+        model: a :class:`~mistral_ms.models.CausalLM` with a cache, or another that has the same
+            to offer; more prompts than it holds sequences run in groups.
         max_length: positions per sequence, prompt and new tokens together.
         chunk: the most prompt tokens prefilled at a time.
         tokenizer: turns ids into text; without one completions have ids only.
         graph: compile the two steps (prefill and decode) into graphs; PyNative starts sooner and
             is many times slower.
-        step: gives the logits of a step, as NextTokenLogits does; that of the model when None.
+        step: gives the logits of a step, as NextTokenLogits does; that of a CausalLM when None.
 
     Raises:
         GenerationError: the model's cache is too short for these settings.
@@ -97,7 +118,7 @@ class Engine:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: CachedModel,
         *,
         max_length: int,
         chunk: int,
@@ -107,7 +128,9 @@ class Engine:
     ) -> None:
         self.config: ModelConfig = model.config
         self.model, self.tokenizer = model, tokenizer
-        step = NextTokenLogits(model) if step is None else step
+        if step is None:
+            assert isinstance(model, CausalLM)
+            step = NextTokenLogits(model)
         spec = model.key_positions.spec
         needed = CacheSpec.for_model(self.config, spec.batch, max_length, chunk).length
         if spec.length < needed:

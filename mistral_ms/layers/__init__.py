@@ -3,7 +3,7 @@
 from mistral_ms.layers.attention import Attention, AttentionContext, visible_keys
 from mistral_ms.layers.embedding import Embedding
 from mistral_ms.layers.feed_forward import FeedForward
-from mistral_ms.layers.kv_cache import CacheSpec, KeyPositions, KVCache
+from mistral_ms.layers.kv_cache import CacheSpec, Columns, KeyPositions, KVCache, forget, zero
 from mistral_ms.layers.linear import Linear, output_logits
 from mistral_ms.layers.loss import HeadLoss, TokenNLL, token_nll
 from mistral_ms.layers.norm import RMSNorm
@@ -14,6 +14,7 @@ __all__ = [
     "Attention",
     "AttentionContext",
     "CacheSpec",
+    "Columns",
     "Embedding",
     "FeedForward",
     "HeadLoss",
@@ -24,9 +25,11 @@ __all__ = [
     "RotaryTable",
     "TokenNLL",
     "draw",
+    "forget",
     "is_buffer",
     "output_logits",
     "rope_angles",
     "token_nll",
     "visible_keys",
+    "zero",
 ]

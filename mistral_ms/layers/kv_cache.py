@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from mistral_ms.config import ModelConfig
 from mistral_ms.layers.parameter import buffer
@@ -48,6 +48,44 @@ class CacheSpec:
         return self.length + 1
 
 
+class Columns(nn.Cell):
+    """Enters positions into a table of columns that it is given.
+
+    Args:
+        spec: sizes.
+        num_kv_heads: G.
+    """
+
+    def __init__(self, spec: CacheSpec, num_kv_heads: int) -> None:
+        super().__init__()
+        self.spec, self.num_kv_heads = spec, num_kv_heads
+        row = np.arange(spec.batch, dtype=np.int32)
+        self.row_start_B1 = Tensor(row[:, None] * spec.columns, ms.int32)
+        self.head_G1 = Tensor(np.arange(num_kv_heads, dtype=np.int32)[:, None], ms.int32)
+        self.row_B11 = Tensor(row[:, None, None], ms.int32)
+        self.scatter = ops.ScatterUpdate()
+
+    def construct(self, held: Parameter, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Enters the new positions (-1 = padding) in place.
+
+        Args:
+            held: int32 [B * M], which position every column holds.
+            positions_BS: int32.
+
+        Returns:
+            The places in the [B, G, M] rows of every layer's buffers, flat int32 [B * G * S], and
+            the position in every column [B, M].
+        """
+        B, S = positions_BS.shape
+        M, G = self.spec.columns, self.num_kv_heads
+        spare = ops.fill(ms.int32, (B, S), self.spec.length)
+        column_BS = ops.select(positions_BS >= 0, positions_BS % self.spec.length, spare)
+        places = (column_BS + self.row_start_B1).reshape(-1)
+        held = self.scatter(held, places, positions_BS.reshape(-1))
+        rows_BGS = (self.row_B11 * G + self.head_G1) * M + column_BS.reshape(B, 1, S)
+        return rows_BGS.reshape(-1), held.reshape(B, M)
+
+
 class KeyPositions(nn.Cell):
     """Which position every column of the cache holds; shared by all layers.
 
@@ -59,36 +97,23 @@ class KeyPositions(nn.Cell):
     def __init__(self, spec: CacheSpec, num_kv_heads: int) -> None:
         super().__init__()
         self.spec = spec
-        self.num_kv_heads = num_kv_heads
         self.held = buffer(spec.batch * spec.columns, dtype="int32")
-        self.row_start_B1 = Tensor(
-            np.arange(spec.batch, dtype=np.int32)[:, None] * spec.columns, ms.int32
-        )
-        self.head_G1 = Tensor(np.arange(num_kv_heads, dtype=np.int32)[:, None], ms.int32)
-        self.row_B11 = Tensor(np.arange(spec.batch, dtype=np.int32)[:, None, None], ms.int32)
-        self.scatter = ops.ScatterUpdate()
+        self.columns = Columns(spec, num_kv_heads)
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything: no column holds a position."""
-        # assigned in place: a compiled graph does not see what set_data puts there
-        ops.assign(self.held, Tensor(np.full(self.held.shape, -1, np.int32)))
+        forget(self.held)
 
     def construct(self, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Enters the new positions (-1 = padding).
+        """Enters the new positions (-1 = padding); see :class:`Columns` for what it returns."""
+        return self.columns(self.held, positions_BS)
 
-        Returns:
-            The places in the [B, G, M] rows of every layer's buffers, flat int32 [B * G * S], and
-            the position in every column [B, M].
-        """
-        B, S = positions_BS.shape
-        M, G = self.spec.columns, self.num_kv_heads
-        spare = ops.fill(ms.int32, (B, S), self.spec.length)
-        column_BS = ops.select(positions_BS >= 0, positions_BS % self.spec.length, spare)
-        places = (column_BS + self.row_start_B1).reshape(-1)
-        held = self.scatter(self.held, places, positions_BS.reshape(-1))
-        rows_BGS = (self.row_B11 * G + self.head_G1) * M + column_BS.reshape(B, 1, S)
-        return rows_BGS.reshape(-1), held.reshape(B, M)
+
+def forget(held: Parameter) -> None:
+    """Enters -1, no position, into every column of a table."""
+    # assigned in place: a compiled graph does not see what set_data puts there
+    ops.assign(held, Tensor(np.full(held.shape, -1, np.int32)))
 
 
 class KVCache(nn.Cell):
@@ -114,7 +139,7 @@ class KVCache(nn.Cell):
     def clear(self) -> None:
         """Overwrites everything with zeros."""
         for kept in (self.keys, self.values):
-            ops.assign(kept, ops.zeros(kept.shape, kept.dtype))
+            zero(kept)
 
     def construct(self, k_BSGD: Tensor, v_BSGD: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Writes new keys and values at ``rows`` and returns the whole buffers, [B, G, M, D]."""
@@ -122,3 +147,8 @@ class KVCache(nn.Cell):
         k = self.scatter(self.keys, rows, k_BSGD.transpose(0, 2, 1, 3).reshape(-1, D))
         v = self.scatter(self.values, rows, v_BSGD.transpose(0, 2, 1, 3).reshape(-1, D))
         return k.reshape(self.shape), v.reshape(self.shape)
+
+
+def zero(kept: Parameter) -> None:
+    """Overwrites a buffer with zeros, in place."""
+    ops.assign(kept, ops.zeros(kept.shape, kept.dtype))

@@ -20,6 +20,7 @@ class DecoderBlock(nn.Cell):
     def __init__(self, parts: Parts, layer: int) -> None:
         super().__init__()
         self.sparse = parts.config.is_sparse(layer)
+        self.add = parts.residual()
         self.input_layernorm = parts.norm()
         self.attention = parts.attention()
         self.post_attention_layernorm = parts.norm(shared=not self.sparse)
@@ -32,9 +33,9 @@ class DecoderBlock(nn.Cell):
         self, x_TH: Tensor, context: AttentionContext, valid_T: Tensor
     ) -> tuple[Tensor, RouterSums | None]:
         """[T, H] -> [T, H], and the router's sums (None when dense)."""
-        x_TH = x_TH + self.attention(self.input_layernorm(x_TH), context)
+        x_TH = self.add(x_TH, self.attention(self.input_layernorm(x_TH), context))
         normed_TH = self.post_attention_layernorm(x_TH)
         if self.sparse:
             y_TH, sums = self.moe(normed_TH, valid_T)
-            return x_TH + y_TH, sums
-        return x_TH + self.feed_forward(normed_TH), None
+            return self.add(x_TH, y_TH), sums
+        return self.add(x_TH, self.feed_forward(normed_TH)), None

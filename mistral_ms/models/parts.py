@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspore import nn
+from mindspore import nn, ops
 
 from mistral_ms.config import ModelConfig, RoutingConfig
 from mistral_ms.layers import (
@@ -51,6 +51,10 @@ class Parts:
                 its experts see to that themselves.
         """
         return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, self.dtype)
+
+    def residual(self) -> ops.Primitive:
+        """Adds a layer's result to the states: twice [T, H] -> [T, H]."""
+        return ops.Add()
 
     def attention(self) -> nn.Cell:
         """Normalised states and an AttentionContext -> [T, H]."""

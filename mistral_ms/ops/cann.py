@@ -80,7 +80,7 @@ COMPRESSED_MASK = 2048
 
 
 class FlashAttention(nn.Cell):
-    """Attention among a sequence's own tokens by FlashAttentionScore, layout BSH.
+    """Attention by FlashAttentionScore, layout BSH.
 
     Args:
         heads: N of this process.
@@ -107,10 +107,10 @@ class FlashAttention(nn.Cell):
         self.triangle = Tensor(triangle) if causal else None
 
     def construct(
-        self, q_BSQ: Tensor, k_BSP: Tensor, v_BSP: Tensor, visible_B1SM: Tensor | None
+        self, q_BSQ: Tensor, k_BMP: Tensor, v_BMP: Tensor, visible_B1SM: Tensor | None
     ) -> Tensor:
-        """Rotated queries [B, S, N * D], keys and values [B, S, G * D] -> [B, S, N * D]."""
+        """Rotated queries [B, S, N * D], keys and values [B, M, G * D] -> [B, S, N * D]."""
         hidden = self.triangle
         if not self.causal:
             hidden = ops.cast(ops.logical_not(visible_B1SM), ms.uint8)
-        return self.attend(q_BSQ, k_BSP, v_BSP, None, None, None, hidden, None)[3]
+        return self.attend(q_BSQ, k_BMP, v_BMP, None, None, None, hidden, None)[3]

@@ -122,15 +122,16 @@ def swiglu_halves(kernels: Kernels) -> nn.Cell:
 
 
 def attention(kernels: Kernels, heads: int, kv_heads: int, head_dim: int, causal: bool) -> nn.Cell:
-    """The Cell of attention among a sequence's own tokens: [B, S, N * D], twice [B, S, G * D] and
-    the visibility [B, 1, S, S] -> [B, S, N * D].
+    """The Cell of attention for heads that lie side by side: queries [B, S, N * D], keys and values
+    [B, M, G * D] and the visibility [B, 1, S, M] -> [B, S, N * D].
 
     Args:
         kernels: which implementation.
         heads: N of this process.
         kv_heads: G of this process.
         head_dim: D.
-        causal: nothing but the causal rule hides keys; a fused operator then needs no visibility.
+        causal: M = S, and nothing but the causal rule hides keys; a fused operator then needs no
+            visibility.
 
     Raises:
         KernelError: the implementation is not there.
@@ -168,13 +169,13 @@ class ReferenceAttention(nn.Cell):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
 
     def construct(
-        self, q_BSQ: Tensor, k_BSP: Tensor, v_BSP: Tensor, visible_B1SM: Tensor
+        self, q_BSQ: Tensor, k_BMP: Tensor, v_BMP: Tensor, visible_B1SM: Tensor
     ) -> Tensor:
         """[B, S, N * D]."""
-        B, S = q_BSQ.shape[:2]
+        (B, S), M = q_BSQ.shape[:2], k_BMP.shape[1]
         q = q_BSQ.reshape(B, S, self.heads, self.head_dim)
-        k = k_BSP.reshape(B, S, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
-        v = v_BSP.reshape(B, S, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        k = k_BMP.reshape(B, M, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
+        v = v_BMP.reshape(B, M, self.kv_heads, self.head_dim).transpose(0, 2, 1, 3)
         return reference.attention(q, k, v, visible_B1SM)
 
 

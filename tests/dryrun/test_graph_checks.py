@@ -27,7 +27,7 @@ def run(**changes):
 REFUSED = {
     "static shapes": {"routing": {"policy": "dropless"}},
     "layer by layer": {"routing": {"aux_loss": "pooled"}},
-    "different stages": {"model": {"tie_word_embeddings": True}},
+    "embedding and head are two weights": {"model": {"tie_word_embeddings": True}},
     "a pipeline of 4 stages needs": {"training": {"micro_batches": 2}},
     "pipeline is 1f1b": {"parallel": {"schedule": "gpipe"}},
     "norms and residuals divide them": {

@@ -22,7 +22,9 @@ from mistral_ms.parallel.topology import GroupKind, Topology
 ROOT = Path(__file__).parents[2]
 RUNS = ROOT / "configs" / "run"
 PUBLISHED = sorted(
-    path.stem for path in RUNS.glob("*.yaml") if "8x" in path.stem or "mistral_7b" in path.stem
+    path.stem
+    for path in RUNS.glob("*.yaml")
+    if ("8x" in path.stem or "mistral_7b" in path.stem) and not path.stem.startswith("predict_")
 )
 TINY = {
     "demo",
@@ -79,7 +81,9 @@ def compile_run(environ, runtime, tmp_path_factory):
 
 
 def test_no_run_file_is_forgotten():
-    assert {path.stem for path in RUNS.glob("*.yaml")} == {*PUBLISHED, *TINY}
+    # predictions: test_generation_graph
+    trainings = {path.stem for path in RUNS.glob("*.yaml")} - {"predict_mixtral_8x7b_8card"}
+    assert trainings == {*PUBLISHED, *TINY}
     assert len(PUBLISHED) == 9
 
 

@@ -33,9 +33,9 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
         if request["config"] is None:
             step = build()
         else:
-            from mistral_ms.config import load_run_config
+            from mistral_ms.config import load_any_config
 
-            run = load_run_config(Path(request["config"]), request["overrides"])
+            run = load_any_config(Path(request["config"]), request["overrides"])
             if context := _companion(request["target"], "set_context"):
                 context(run)
             step = build(run, layers=request["layers"])

@@ -29,6 +29,7 @@ _UNREAD = re.compile(
     r"|(Inner)?Comm(All|Reduce|Isend|Irecv|Broadcast)\w*"
 )
 # names of optimizer state, ours and those of MindSpore's optimizers
+_CACHE = re.compile(r"attention\.(keys|values)$|key_positions\.held$")
 _STATE = re.compile(
     r"(^|\.)(adam_mean|adam_mean_square|master|adam_m|adam_v|moment1|moment2|moments)\."
 )
@@ -124,6 +125,11 @@ class Graph:
     def gradient_bytes(self) -> int:
         """Of the buffers that micro-batches are added up in."""
         return self._bytes("gradient")
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of keys and values of earlier tokens, and the table of their positions."""
+        return self._bytes("cache")
 
     def _bytes(self, kind: str) -> int:
         return sum(t.nbytes or 0 for n, t in self.parameters.items() if _kind(n) == kind)
@@ -306,6 +312,8 @@ def _executions(
 def _kind(name: str) -> str:
     if name.startswith("accu_grads."):  # MindSpore's, of a pipeline
         return "gradient"
+    if _CACHE.search(name):
+        return "cache"
     return "state" if _STATE.search(name) else "weight"
 
 

@@ -134,6 +134,7 @@ def report(
         "parameter_bytes": graph.parameter_bytes,
         "optimizer_bytes": graph.optimizer_bytes,
         "gradient_bytes": graph.gradient_bytes,
+        "cache_bytes": graph.cache_bytes,
         "compile_seconds": round(seconds, 2),
         "communication": [{**_fields(line), "ranks": list(line.ranks)} for line in lines],
         "alltoall_per_moe_layer": alltoall_per_layer(graph, micro_batches),

@@ -2,5 +2,19 @@
 
 from mistral_ms.parallel.graph.build import GraphStep, build
 from mistral_ms.parallel.graph.context import set_context
+from mistral_ms.parallel.graph.generation import (
+    GraphNextToken,
+    build_generation,
+    decode,
+    prefill,
+)
 
-__all__ = ["GraphStep", "build", "set_context"]
+__all__ = [
+    "GraphNextToken",
+    "GraphStep",
+    "build",
+    "build_generation",
+    "decode",
+    "prefill",
+    "set_context",
+]

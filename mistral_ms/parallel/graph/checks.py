@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from mistral_ms.config import RunConfig
+from collections.abc import Iterable
+from typing import Any
+
+from mistral_ms.config import ModelConfig, ParallelConfig, PredictConfig, RunConfig
 from mistral_ms.errors import ConfigError
+
+Rule = tuple[bool, str, Any, str, str | None]
+"""Whether it is broken, the key, its value, the rule, and what to do."""
 
 
 def check_run(run: RunConfig, layers: int) -> None:
-    """Raises if the auto-parallel graph cannot express a run.
+    """Raises if the auto-parallel graph cannot express a training.
 
     Args:
         run: the run; its layout is legal already.
@@ -20,22 +26,7 @@ def check_run(run: RunConfig, layers: int) -> None:
     rows = training.global_batch_size // training.micro_batches // parallel.dp
     tokens = rows * training.seq_length
     sparse = bool(model.sparse_layers)
-    divided = parallel.world > 1
-    for bad, where, value, rule, todo in (
-        (
-            divided and parallel.world % 8 and parallel.world not in (2, 4),
-            "parallel",
-            f"dp * mp * pp = {parallel.world}",
-            "MindSpore divides a graph among 2, 4, or a multiple of 8 devices",
-            None,
-        ),
-        (
-            divided and (model.head_size % 16 or model.head_size > 512),
-            "model.head_dim",
-            model.head_size,
-            "FlashAttentionScore takes heads of a multiple of 16, at most 512",
-            None,
-        ),
+    rules: tuple[Rule, ...] = (
         (
             sparse and run.routing.policy != "capacity",
             "routing.policy",
@@ -49,13 +40,6 @@ def check_run(run: RunConfig, layers: int) -> None:
             "pooled",
             "the graph forms the load-balancing loss layer by layer",
             "set routing.aux_loss=per_layer or training.aux_coef=0",
-        ),
-        (
-            model.tie_word_embeddings,
-            "model.tie_word_embeddings",
-            True,
-            "embedding and head lie on different stages of the graph",
-            None,
         ),
         (
             parallel.pp > layers,
@@ -86,20 +70,83 @@ def check_run(run: RunConfig, layers: int) -> None:
             None,
         ),
         (
-            model.hidden_size % parallel.mp,
-            "model.hidden_size",
-            model.hidden_size,
-            f"must be divisible by parallel.mp ({parallel.mp})",
-            None,
-        ),
-        (
-            tokens % parallel.mp,
+            bool(tokens % parallel.mp),
             "training.seq_length",
             training.seq_length,
             f"the {tokens} tokens of a rank's micro-batch must be divisible by parallel.mp "
             f"({parallel.mp}): norms and residuals divide them",
             None,
         ),
-    ):
-        if bad:
+    )
+    _refuse((*_of_all_graphs(model, parallel), *rules))
+
+
+def check_prediction(run: PredictConfig) -> None:
+    """Raises if the auto-parallel graph cannot express the generation of a model.
+
+    Args:
+        run: model, layout and cache; its layout is legal already.
+
+    Raises:
+        ConfigError: names the value and the rule.
+    """
+    model, parallel = run.model, run.parallel
+    rules: tuple[Rule, ...] = (
+        (
+            parallel.pp > 1,
+            "parallel.pp",
+            parallel.pp,
+            "the graph of generation has one stage",
+            "divide by mp and ep, or generate on the explicit path",
+        ),
+        *(
+            (True, f"parallel.{name}", value, "there is no gradient", f"leave {name} out")
+            for name, value in (
+                ("optimizer_parallel", parallel.optimizer_parallel),
+                ("recompute", parallel.recompute != "none" and parallel.recompute),
+                ("interleave", parallel.interleave > 1 and parallel.interleave),
+            )
+            if value
+        ),
+    )
+    _refuse((*_of_all_graphs(model, parallel), *rules))
+
+
+def _of_all_graphs(model: ModelConfig, parallel: ParallelConfig) -> tuple[Rule, ...]:
+    divided = parallel.world > 1
+    return (
+        (
+            divided and bool(parallel.world % 8) and parallel.world not in (2, 4),
+            "parallel",
+            f"dp * mp * pp = {parallel.world}",
+            "MindSpore divides a graph among 2, 4, or a multiple of 8 devices",
+            None,
+        ),
+        (
+            divided and (bool(model.head_size % 16) or model.head_size > 512),
+            "model.head_dim",
+            model.head_size,
+            "FlashAttentionScore takes heads of a multiple of 16, at most 512",
+            None,
+        ),
+        (
+            model.tie_word_embeddings,
+            "model.tie_word_embeddings",
+            True,
+            "embedding and head are two weights of the graph",
+            None,
+        ),
+        (
+            bool(model.hidden_size % parallel.mp),
+            "model.hidden_size",
+            model.hidden_size,
+            f"must be divisible by parallel.mp ({parallel.mp})",
+            None,
+        ),
+    )
+
+
+def _refuse(rules: Iterable[Rule]) -> None:
+    for broken, where, value, rule, todo in rules:
+        if broken:
             raise ConfigError("impossible graph", where=where, value=value, rule=rule, todo=todo)

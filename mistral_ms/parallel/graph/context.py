@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from mindspore import context
 
-from mistral_ms.config import RunConfig
+from mistral_ms.config import PredictConfig, RunConfig
 
 
-def set_context(run: RunConfig) -> None:
+def set_context(run: RunConfig | PredictConfig) -> None:
     """Tells MindSpore how the graphs of a run are divided.
 
     The device target must be Ascend and ``mindspore.communication.init()`` must have been called.
     All earlier settings are forgotten.
 
     Args:
-        run: the run.
+        run: a training, or a prediction.
     """
     parallel = run.parallel
     context.reset_auto_parallel_context()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspore import nn
+from mindspore import nn, ops
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.models import Parts
@@ -57,6 +57,14 @@ class GraphParts(Parts):
     def norm(self, shared: bool = True) -> nn.Cell:
         """See the base."""
         return GraphNorm(self.config.hidden_size, self.config.rms_norm_eps, self.sharding)
+
+    def residual(self) -> ops.Primitive:
+        """See the base. Left to itself the compiler divides the rows among all ranks."""
+        add = ops.Add()
+        if self.sharding is not None:
+            rows = self.sharding("rows")
+            add.shard(in_strategy=(rows, rows))
+        return add
 
     def attention(self) -> nn.Cell:
         """See the base; the context is (positions, segments)."""

@@ -25,6 +25,9 @@ LAYOUTS: dict[str, tuple[Axis, ...]] = {
     "columns": (DATA, TENSOR),  # [T, N * D] and [T, I]
     "samples": (DATA, None),  # [B, S], and anything with a row per sample
     "tokens": (ALL,),  # [T], and one number per rank
+    # the key/value cache
+    "cache": (DATA, TENSOR),  # [B * M, G * D], the columns of one sample after the other
+    "table": (DATA,),  # [B * M], and anything flat with a sample's entries side by side
     # weights
     "matrix": (None, None),
     "vector": (None,),
@@ -34,16 +37,21 @@ LAYOUTS: dict[str, tuple[Axis, ...]] = {
 }
 """Which axes of (copy, expert, tensor) divide the axes of each kind of tensor."""
 
+WHOLE_ON_TENSOR_RANKS: dict[str, tuple[Axis, ...]] = {"rows": (DATA, None), "tokens": (DATA,)}
+
 
 class Sharding:
     """The table for one run.
 
     Args:
         parallel: the layout of the run.
+        sequence_parallel: tensor-parallel ranks divide rows outside of matrices. A single token
+            per sample is not worth that; without it, ``rows`` and ``tokens`` are whole on them.
     """
 
-    def __init__(self, parallel: ParallelConfig) -> None:
+    def __init__(self, parallel: ParallelConfig, sequence_parallel: bool = True) -> None:
         self.parallel = parallel
+        self.layouts = LAYOUTS if sequence_parallel else {**LAYOUTS, **WHOLE_ON_TENSOR_RANKS}
         self.copies = parallel.dp // parallel.ep
         self.matrix = {COPY: self.copies, EXPERT: parallel.ep, TENSOR: parallel.mp}
 
@@ -54,13 +62,13 @@ class Sharding:
 
     def __call__(self, name: str) -> ms.Layout:
         """The layout of a kind of tensor, for ``shard``."""
-        axes = ["None" if axis is None else axis for axis in LAYOUTS[name]]
+        axes = ["None" if axis is None else axis for axis in self.layouts[name]]
         return ms.Layout(tuple(self.matrix.values()), tuple(self.matrix))(*axes)
 
     def parts(self, name: str) -> tuple[int, ...]:
         """Into how many parts each axis of a kind of tensor is divided."""
         found = []
-        for axis in LAYOUTS[name]:
+        for axis in self.layouts[name]:
             parts = 1
             for each in (axis,) if isinstance(axis, str) else axis or ():
                 parts *= self.matrix[each]

@@ -1,0 +1,96 @@
+"""Reading the files of ``configs/run``: the model that they name, their paths, overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mistral_ms.config.conventions import PACKAGED_TOKENIZER
+from mistral_ms.config.foreign import from_hf, from_mistral
+from mistral_ms.config.load import apply_overrides, read_yaml
+from mistral_ms.config.model import ModelConfig
+from mistral_ms.errors import ConfigError
+
+
+def read_run_file(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of a run file with those of the model that it names, and overrides applied.
+
+    Args:
+        path: the file.
+        overrides: see :func:`~mistral_ms.config.load_run_config`.
+
+    Raises:
+        ConfigError: see :func:`~mistral_ms.config.load.read_yaml` and
+            :func:`~mistral_ms.config.load.apply_overrides`.
+    """
+    values = _beside(path.parent, read_yaml(path))
+    for item in overrides:
+        for key in ("model", "init_from"):
+            if item.startswith(f"{key}="):
+                values[key] = item.removeprefix(f"{key}=")
+    model = values.get("model", values.get("init_from"))
+    if isinstance(model, str):
+        values["model"] = _read_model(Path(model))
+    elif not isinstance(model, dict):
+        raise ConfigError(
+            "invalid configuration",
+            where=f"{path}: model",
+            value=repr(model),
+            rule="must be the path of a model file or of a checkpoint, or the model's keys",
+        )
+    rest = [item for item in overrides if not item.startswith("model=")]
+    return apply_overrides(_without_rival(values, rest), rest)
+
+
+def _read_model(path: Path) -> dict[str, Any]:
+    """The keys of a model file, or of the model that a checkpoint's directory holds."""
+    if not path.is_dir():
+        return read_yaml(path)
+    for name, read in (("config.json", lambda *a: from_hf(*a)[0]), ("params.json", from_mistral)):
+        if (path / name).is_file():
+            config: ModelConfig = read(read_yaml(path / name), str(path / name))
+            return config.model_dump()
+    raise ConfigError(
+        "no model", where=path, rule="a checkpoint's directory has a config.json or params.json"
+    )
+
+
+def _beside(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Makes the paths in a run file independent of the working directory."""
+
+    def moved(value: Any) -> Any:
+        return str(directory / value) if isinstance(value, str) else value
+
+    values = dict(values)
+    for key in ("model", "init_from"):
+        if key in values:
+            values[key] = moved(values[key])
+    data = values.get("data")
+    if isinstance(data, dict):
+        data = dict(data)
+        if "dataset" in data:
+            data["dataset"] = moved(data["dataset"])
+        if isinstance(data.get("inputs"), list):
+            data["inputs"] = [moved(item) for item in data["inputs"]]
+        if not str(data.get("tokenizer")).startswith(PACKAGED_TOKENIZER):
+            data["tokenizer"] = moved(data.get("tokenizer"))
+        values["data"] = data
+    return values
+
+
+def _without_rival(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Who overrides the steps does not mean the file's epochs, and the other way round."""
+    merged = dict(values)
+    rivals = (
+        ("training.steps", "epochs"),
+        ("training.epochs", "steps"),
+        ("data.dataset", "inputs"),
+        ("data.inputs", "dataset"),
+    )
+    given = {item.partition("=")[0] for item in overrides}
+    for key, rival in rivals:
+        group = key.partition(".")[0]
+        if key in given and isinstance(merged.get(group), dict):
+            merged[group] = {k: v for k, v in merged[group].items() if k != rival}
+    return merged

@@ -1,0 +1,222 @@
+"""The graphs of generation: prompts in pieces of a fixed width, then a token per sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.communication import get_group_size, get_rank
+from mindspore.nn.utils import no_init_parameters
+
+from mistral_ms.config import DROPLESS, ModelConfig, ParallelConfig, PredictConfig
+from mistral_ms.layers import CacheSpec, is_buffer, output_logits
+from mistral_ms.parallel.collectives import Groups
+from mistral_ms.parallel.graph.cached import CachedAttention, KeyTable
+from mistral_ms.parallel.graph.checks import check_prediction
+from mistral_ms.parallel.graph.model import GraphBlock
+from mistral_ms.parallel.graph.moe import LossCoefficients
+from mistral_ms.parallel.graph.parts import GraphParts
+from mistral_ms.parallel.graph.region import Region, Shape
+from mistral_ms.parallel.sharding import Sharding
+from mistral_ms.parallel.topology import Topology
+
+
+class CachedParts(GraphParts):
+    """The pieces of a model with a cache. Nothing is dropped: every expert has a place for every
+    token of a rank.
+
+    Args:
+        config: the architecture.
+        dtype: what is computed in, and the dtype of the cache.
+        cache: sizes of the whole cache.
+        positions: rows of the rotary tables.
+        parallel: the layout.
+        sharding: the table; None on one device.
+        groups: this rank's groups; None on one device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        cache: CacheSpec,
+        positions: int,
+        parallel: ParallelConfig,
+        sharding: Sharding | None = None,
+        groups: Groups | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            DROPLESS,
+            dtype,
+            sequence=positions,
+            causal=False,
+            parallel=parallel,
+            losses=LossCoefficients(),
+            sharding=sharding,
+            groups=groups,
+        )
+        self.whole_cache = cache
+
+    def attention(self) -> nn.Cell:
+        """See the base; the context is (positions, places, positions held)."""
+        return CachedAttention(
+            self.config, self.dtype, self.whole_cache, self.sequence, self.sharding
+        )
+
+    def key_table(self) -> KeyTable:
+        """What all attentions share of the cache."""
+        return KeyTable(self.whole_cache, self.sharding)
+
+
+class LastLogits(Region):
+    """Logits of one token of each sample; tensor-parallel ranks divide the vocabulary.
+
+    Args:
+        dtype: what they are computed in.
+        sharding: the table; None on one device.
+    """
+
+    def __init__(self, dtype: str, sharding: Sharding | None) -> None:
+        def shapes(x: Shape, weight: Shape, last: Shape) -> Any:
+            return [last[0], weight[0]]
+
+        inputs = "whole_rows", "output_divided", "table"
+        super().__init__(sharding, inputs, ("columns",), shapes, (ms.float32,))
+        self.gather, self.range, self.cast = ops.Gather(), ops.Range(), ops.Cast()
+        self.dtype = getattr(ms, dtype)
+
+    def compute(self, x_TH: Tensor, weight_VH: Tensor, last_B: Tensor) -> Tensor:
+        """[B * S, H], this rank's [V, H], int32 [B] -> float32 [B, V]."""
+        B = last_B.shape[0]
+        rows_B = last_B + self.range(0, B, 1) * (x_TH.shape[0] // B)
+        return output_logits(self.gather(x_TH, rows_B, 0), self.cast(weight_VH, self.dtype))
+
+
+class GraphNextToken(nn.Cell):
+    """The contract of :class:`~mistral_ms.models.NextTokenLogits` as a graph that MindSpore
+    divides; :class:`~mistral_ms.inference.Engine` takes it for the model, too. Every rank is given
+    all rows, and all logits.
+
+    Args:
+        parts: makes the pieces.
+
+    Attributes:
+        config: the architecture.
+        key_positions: see :class:`~mistral_ms.parallel.graph.cached.KeyTable`.
+        batch: rows that it takes, those of all ranks.
+    """
+
+    def __init__(self, parts: CachedParts) -> None:
+        super().__init__()
+        self.config, self.batch = parts.config, parts.whole_cache.batch
+        self.embed_tokens = parts.embedding()
+        blocks = [GraphBlock(parts, layer) for layer in range(parts.config.num_hidden_layers)]
+        self.layers = nn.CellList(blocks)
+        self.norm = parts.norm()
+        self.lm_head = parts.head()
+        self.key_positions = parts.key_table()
+        self.last_logits = LastLogits(parts.dtype, parts.sharding)
+        # of the router's losses, which nobody asks for
+        self.no_shares_B3 = Tensor(np.zeros((self.batch, 3), np.float32))
+
+    def construct(self, ids_BS: Tensor, positions_BS: Tensor, last_B: Tensor) -> Tensor:
+        """Float32 [B, V]: logits after column ``last_B`` (int32) of each row; enters the tokens
+        into the cache.
+
+        Args:
+            ids_BS: int32.
+            positions_BS: int32, -1 for padding.
+            last_B: int32.
+        """
+        places_T, held_BM = self.key_positions(positions_BS)
+        context = positions_BS, places_T, held_BM
+        x_TH = self.embed_tokens(ids_BS)
+        for layer in self.layers:
+            x_TH = layer(x_TH, context, (positions_BS, self.no_shares_B3))
+        return self.last_logits(self.norm(x_TH), self.lm_head.weight, last_B)
+
+    def reset_cache(self) -> None:
+        """Forgets all cached positions; the next call starts new sequences."""
+        self.key_positions.reset()
+
+    def clear_cache(self) -> None:
+        """Resets and zeroes the cache; needed after logits that were not finite."""
+        self.reset_cache()
+        for layer in self.layers:
+            layer.attention.clear()
+
+    def weights(self) -> dict[str, Parameter]:
+        """All weights by the names of our checkpoints."""
+        return {n: p for n, p in self.parameters_and_names() if not is_buffer(p)}
+
+
+@dataclass(frozen=True)
+class GenerationGraph:
+    """A graph of generation that is ready to be compiled.
+
+    Attributes:
+        cell: the model with its cache. The graphs of both widths are of one cell.
+        inputs: tensors of the shapes and dtypes that this graph takes, all zero.
+    """
+
+    cell: GraphNextToken
+    inputs: tuple[Tensor, ...]
+
+
+def build_generation(run: PredictConfig, layers: int | None = None) -> GraphNextToken:
+    """The model of a prediction; its weights are not initialised.
+
+    With one process it is an ordinary cell for any device. With more,
+    :func:`~mistral_ms.parallel.graph.set_context` must have been called.
+
+    Args:
+        run: model, layout, and sizes of the cache.
+        layers: builds only so many decoder blocks.
+
+    Raises:
+        ConfigError: the graph cannot be divided like that, see
+            :func:`~mistral_ms.parallel.graph.checks.check_prediction`.
+        TopologyError: there are more or fewer processes than the layout has.
+    """
+    config, parallel, sizes = run.model, run.parallel, run.prediction
+    if layers is not None:
+        config = config.model_copy(update={"num_hidden_layers": layers})
+    check_prediction(run)
+    divided = parallel.world > 1
+    cache = CacheSpec.for_model(config, sizes.batch, sizes.max_length, sizes.chunk)
+    with no_init_parameters():
+        parts = CachedParts(
+            config,
+            sizes.dtype,
+            cache,
+            sizes.max_length,
+            parallel,
+            Sharding(parallel, sequence_parallel=False) if divided else None,
+            Groups(Topology.of(parallel, get_group_size()), get_rank()) if divided else None,
+        )
+        model = GraphNextToken(parts)
+    for weight in model.weights().values():
+        weight.set_dtype(getattr(ms, sizes.dtype))  # nothing is trained: no float32 is needed
+    model.set_train(False)
+    return model
+
+
+def prefill(run: PredictConfig, layers: int | None = None) -> GenerationGraph:
+    """The graph of a piece of every prompt; arguments and errors as of :func:`build_generation`."""
+    return _of_width(build_generation(run, layers), run.prediction.chunk)
+
+
+def decode(run: PredictConfig, layers: int | None = None) -> GenerationGraph:
+    """The graph of one token of every sample; arguments and errors as of
+    :func:`build_generation`.
+    """
+    return _of_width(build_generation(run, layers), 1)
+
+
+def _of_width(model: GraphNextToken, width: int) -> GenerationGraph:
+    ids = Tensor(np.zeros((model.batch, width), np.int32))
+    return GenerationGraph(model, (ids, ids, Tensor(np.zeros(model.batch, np.int32))))
