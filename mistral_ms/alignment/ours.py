@@ -43,7 +43,7 @@ def run_ours(
     side = Side()
     with open_checkpoint(path, kind) as source:
         model = division.build_model(source.config, DROPLESS, positions=max(map(len, prompts)))
-        load_weights(source, model.weights(), window=division.window)
+        load_weights(source, model.weights(), storage=division.storage)
     model.set_train(False)
     logits = division.logits(model)
     for prompt in prompts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import mindspore as ms
 import numpy as np
@@ -12,11 +13,30 @@ from mistral_ms.checkpoint.source import Source
 from mistral_ms.errors import CheckpointError
 
 
+class Storage(Protocol):
+    """How what a process holds lies in a checkpoint.
+
+    Attributes:
+        holds_everything: it is alone, and every tensor of a checkpoint must have its parameter.
+    """
+
+    holds_everything: bool
+
+    def window(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """Which part of a whole tensor it holds."""
+
+    def parameter_shape(self, name: str, held: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the parameter that keeps a part."""
+
+    def to_parameter(self, name: str, values: np.ndarray) -> np.ndarray:
+        """A part as it lies in its parameter."""
+
+
 def load_weights(
     source: Source,
     parameters: Mapping[str, Parameter],
     progress: Callable[[int], None] | None = None,
-    window: Callable[[str, tuple[int, ...]], tuple[slice, ...]] | None = None,
+    storage: Storage | None = None,
 ) -> None:
     """Reads every tensor of ``source`` into the parameter of the same name.
 
@@ -27,15 +47,16 @@ def load_weights(
         source: an open checkpoint of any known format.
         parameters: the model's weights under our names.
         progress: called with the bytes of each tensor that was read.
-        window: what a rank holds of a whole tensor, by its name and shape; only that is read, and
-            ``parameters`` may be some of the model's. None: all of everything.
+        storage: what the process holds, and how; of a process of several only that is read, and
+            ``parameters`` may be some of the model's. None: all of everything, as it is.
 
     Raises:
         CheckpointError: a tensor without a parameter, a parameter without a tensor, or a shape
             that differs.
     """
     tensors = {name: source.shape(name) for name in source.names()}
-    unread = set() if window is not None else set(tensors) - set(parameters)
+    alone = storage is None or storage.holds_everything
+    unread = set(tensors) - set(parameters) if alone else set()
     for name in sorted(unread | (set(parameters) - set(tensors))):
         missing = name not in tensors
         raise CheckpointError(
@@ -43,14 +64,22 @@ def load_weights(
             where=f"{source.path}: {name}",
             rule="the model needs it" if missing else "the model has no such weight",
         )
-    windows = {name: None if window is None else window(name, tensors[name]) for name in parameters}
+    windows = {}
     for name, parameter in parameters.items():
-        part = windows[name]
-        held = tensors[name] if part is None else tuple(each.stop - each.start for each in part)
+        held = tensors[name]
+        if storage is not None:
+            windows[name] = storage.window(name, held)
+            held = tuple(each.stop - each.start for each in windows[name])
+            held = storage.parameter_shape(name, held)
         _check_shape(source, name, held, parameter)
     for name, parameter in parameters.items():
-        part, dtype = windows[name], dtype_name(parameter.dtype)
-        values = source.read(name, dtype) if part is None else source.read_window(name, part, dtype)
+        dtype = dtype_name(parameter.dtype)
+        if alone:
+            values = source.read(name, dtype)
+        else:
+            values = source.read_window(name, windows[name], dtype)
+        if storage is not None:
+            values = storage.to_parameter(name, values)
         set_values(parameter, values)
         if progress is not None:
             progress(values.nbytes)
@@ -87,7 +116,7 @@ def to_numpy(parameter: Parameter) -> tuple[np.ndarray, str]:
 
 def _tensor(values: np.ndarray, dtype: ms.Type) -> Tensor:
     if dtype != ms.bfloat16:
-        return Tensor.from_numpy(values)
+        return Tensor.from_numpy(np.ascontiguousarray(values))
     wide = (values.astype(np.uint32) << 16).view(np.float32)
     return Tensor.from_numpy(wide).astype(ms.bfloat16)
 

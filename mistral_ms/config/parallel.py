@@ -34,6 +34,8 @@ class ParallelConfig(Frozen):
             which is then gathered within the tensor group.
         recompute: what the backward pass of the auto-parallel graph computes again instead of
             keeping it: ``selective`` attention and norms, ``full`` whole decoder blocks.
+        execution: who divides a training: ``explicit`` collectives of ours, on CPU and Ascend, or
+            MindSpore, one auto-parallel ``graph`` on Ascend (of one process on any device).
         interleave: parts of a micro-batch whose communication and computation may overlap.
     """
 
@@ -47,6 +49,7 @@ class ParallelConfig(Frozen):
     optimizer_parallel: bool = False
     all_to_all: Literal["flat", "hierarchical", "group_wise"] = "flat"
     recompute: Literal["none", "selective", "full"] = "none"
+    execution: Literal["explicit", "graph"] = "explicit"
     interleave: Literal[1, 2] = 1
 
     @model_validator(mode="after")

@@ -41,6 +41,10 @@ class Batch:
         """How many tokens are not padding."""
         return int(np.count_nonzero(self.positions_BS >= 0))
 
+    def of_rows(self, rows: np.ndarray) -> Batch:
+        """Some rows, in the order of their numbers in ``rows``."""
+        return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
+
     def split(self, parts: int) -> tuple[Batch, ...]:
         """Equal parts in the order of the rows; ``parts`` divides B."""
         if len(self.samples_B) % parts:

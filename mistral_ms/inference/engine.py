@@ -198,7 +198,7 @@ class Engine:
                 tokenizer = load_tokenizer(Path(path))
                 check_vocabulary(tokenizer, config)
             model = division.build_model(config, DROPLESS, dtype, cache=spec, positions=length)
-            load_weights(source, model.weights(), window=division.window)
+            load_weights(source, model.weights(), storage=division.storage)
         step = division.next_token(model, dtype)
         return cls(
             model, max_length=length, chunk=chunk, tokenizer=tokenizer, graph=graph, step=step

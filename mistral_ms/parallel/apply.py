@@ -16,7 +16,7 @@ from mindspore import Parameter, Tensor, nn
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.errors import ConfigError, TopologyError
-from mistral_ms.layers import CacheSpec, draw
+from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM, NextTokenLogits
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.inference import DividedLogits, DividedNextTokenLogits
@@ -25,8 +25,9 @@ from mistral_ms.parallel.pipeline import Schedule, make_schedule
 from mistral_ms.parallel.reduction import Reduction
 from mistral_ms.parallel.sharded import ShardedReduction
 from mistral_ms.parallel.stage import StageLinks, segment_of
+from mistral_ms.parallel.storage import DividedStorage, Storage
 from mistral_ms.parallel.tensor import VocabularyNLL
-from mistral_ms.parallel.topology import GroupKind, Topology, weight_slice, whole_shape
+from mistral_ms.parallel.topology import GroupKind, Topology
 
 T = TypeVar("T")
 POLL_SECONDS = 0.5
@@ -158,28 +159,28 @@ class Division:
         """The ways to the stages beside this rank's own."""
         return StageLinks(self.groups)
 
-    def whole_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a whole weight of which a rank holds a part of ``shape``."""
-        return whole_shape(name, shape, self.topology)
-
     @property
-    def window(self) -> Callable[[str, tuple[int, ...]], tuple[slice, ...]] | None:
-        """What this rank holds of a whole weight of a name and shape; None when it holds all."""
+    def storage(self) -> Storage:
+        """How this rank's part of a model lies in a checkpoint."""
         if self.world == 1:
-            return None
-        return lambda name, shape: weight_slice(name, shape, self.topology, self.rank)
+            return Storage()
+        return DividedStorage(self.topology, self.rank, self.parallel.optimizer_parallel)
 
     def initialize(self, model: CausalLM, seed: int) -> None:
         """Draws what one process would draw, and keeps this rank's parts."""
-        std = model.config.initializer_range
-        for name, parameter in model.weights().items():
-            shape = self.whole_shape(name, tuple(parameter.shape))
-            values = self._cut(name, draw(name, shape, std, seed))
-            parameter.set_data(Tensor(values).astype(parameter.dtype))
+        self.storage.initialize(model.weights(), model.config.initializer_range, seed)
 
-    def _cut(self, name: str, whole: np.ndarray) -> np.ndarray:
-        cut = weight_slice(name, whole.shape, self.topology, self.rank)
-        return np.ascontiguousarray(whole[cut])
+    def of_all_stages(self, figures: np.ndarray) -> np.ndarray:
+        """Sums over the stages of what all ranks of a stage have alike; all must ask.
+
+        Args:
+            figures: float32.
+        """
+        if self.world == 1:
+            return figures
+        place = self.groups.place
+        mine = figures if place.dp == 0 and place.mp == 0 else np.zeros_like(figures)
+        return self.groups.of(GroupKind.WORLD).all_reduce(Tensor(mine)).asnumpy()
 
     def anybody(self, yes: bool) -> bool:
         """Whether any process says yes; all get the same answer, and all must ask."""
@@ -244,11 +245,11 @@ def _check_recompute(parallel: ParallelConfig) -> None:
     """Stages of a pipeline compute their whole forward pass again in any case, which is as much as
     any run can ask for; without a pipeline nothing is.
     """
-    if parallel.recompute != "none" and parallel.pp == 1:
+    if parallel.recompute != "none" and parallel.pp == 1 and parallel.execution == "explicit":
         raise ConfigError(
             "not known here",
             where="parallel.recompute",
             value=f"{parallel.recompute} with parallel.pp=1",
             rule="without a pipeline only the auto-parallel graph recomputes",
-            todo="use none",
+            todo="use none, or parallel.execution=graph",
         )

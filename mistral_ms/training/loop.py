@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mistral_ms.datasets.batches import BatchSource
 from mistral_ms.training.metrics import StepRecord, make_record
-from mistral_ms.training.step import TrainStep
+from mistral_ms.training.step import Update
 
 Observer = Callable[[StepRecord], None]
 """Called with each step's record: a file of metrics, a progress display, a saver."""
@@ -43,7 +43,7 @@ class TrainingSummary:
 
 
 def train(
-    update: TrainStep,
+    update: Update,
     data: BatchSource,
     observers: Sequence[Observer] = (),
     *,
@@ -62,7 +62,7 @@ def train(
         world_size: processes that train together.
 
     Raises:
-        NotFiniteError: see :class:`~mistral_ms.training.step.TrainStep`.
+        NotFiniteError: see :class:`~mistral_ms.training.step.Update`.
     """
     config, progress = update.config, update.progress
     records = list(history[-1:])

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mindspore import Parameter, nn
+from mindspore import Parameter
 
 from mistral_ms.layers import is_buffer
-from mistral_ms.training.offload import HostOptimizer
-from mistral_ms.training.step import TrainStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +45,32 @@ class MemoryReport:
         )
 
 
-def memory_report(update: TrainStep) -> MemoryReport:
-    """Counts the Parameters that the compiled graphs of an update own, and those of the host."""
-    owned = _unique(p for cell in update.cells() for p in _parameters(cell))
-    weights = {id(p) for p in update.model.weights().values()}
-    sums = {id(p) for p in update.gradient_sums()}
-    host = update.optimizer.host_parameters() if isinstance(update.optimizer, HostOptimizer) else []
+def memory_report(
+    owned: Iterable[Parameter],
+    *,
+    trained: Iterable[Parameter],
+    weights: Iterable[Parameter],
+    sums: Iterable[Parameter] = (),
+    host: Iterable[Parameter] = (),
+) -> MemoryReport:
+    """Counts the Parameters that compiled graphs own, and those of the host.
+
+    Args:
+        owned: by the graphs of the device; whatever else is counted, too.
+        trained: the weights that are trained.
+        weights: all of them.
+        sums: what micro-batches add their gradients up in.
+        host: optimizer state in host memory.
+    """
+    owned, outside = _unique(owned), list(host)
+    held, added = {id(p) for p in weights}, {id(p) for p in sums}
     return MemoryReport(
-        parameters=sum(p.size for p in update.weights.values()),
-        device_weights=_bytes(p for p in owned if id(p) in weights),
-        device_gradients=_bytes(p for p in owned if id(p) in sums),
-        device_optimizer=_bytes(
-            p for p in owned if id(p) not in weights | sums and not is_buffer(p)
-        ),
-        host_optimizer=_bytes(host),
+        parameters=sum(p.size for p in trained),
+        device_weights=_bytes(p for p in owned if id(p) in held),
+        device_gradients=_bytes(p for p in owned if id(p) in added),
+        device_optimizer=_bytes(p for p in owned if id(p) not in held | added and not is_buffer(p)),
+        host_optimizer=_bytes(outside),
     )
-
-
-def _parameters(cell: nn.Cell) -> list[Parameter]:
-    return list(cell.get_parameters())
 
 
 def _unique(parameters: Iterable[Parameter]) -> list[Parameter]:

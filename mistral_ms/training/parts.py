@@ -15,11 +15,10 @@ from mistral_ms.checkpoint.parts_writer import Part, Stamp, begin_parts, finish_
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError
 from mistral_ms.parallel.apply import Division
-from mistral_ms.parallel.topology import weight_slice, writes_owned, written_parts
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.optimizer import weight_of
 from mistral_ms.training.state import OPTIMIZER, encode_state, state_values
-from mistral_ms.training.step import TrainStep
+from mistral_ms.training.step import Update
 
 
 @dataclass(frozen=True)
@@ -51,35 +50,30 @@ class PartSnapshot:
         )
 
 
-def take_part(update: TrainStep, identity: Identity, division: Division) -> PartSnapshot:
+def take_part(update: Update, identity: Identity, division: Division) -> PartSnapshot:
     """Copies what this process shall write; no process asks another one for anything."""
-    weights = update.model.weights()
-    shapes = {n: division.whole_shape(n, tuple(p.shape)) for n, p in weights.items()}
-    mine = written_parts(shapes, division.topology, division.rank)
-    shared_out = division.parallel.optimizer_parallel
-
-    def parts() -> Iterator[Part]:
-        for name, parameter in update.optimizer.state().items():
-            weight = weight_of(name)
-            if shared_out:
-                chosen = writes_owned(weight, division.topology, division.rank)
-            else:
-                chosen = weight in mine
-            if chosen:
-                yield _copied(name, weight, parameter)
+    weights, storage = update.held(), update.storage
+    shapes = {name: storage.whole(name, parameter) for name, parameter in weights.items()}
+    mine = storage.written(shapes)
 
     def _copied(name: str, weight: str, parameter: Any) -> Part:
         values, dtype = to_numpy(parameter)
-        window = weight_slice(weight, shapes[weight], division.topology, division.rank)
-        return Part(name, shapes[weight], window, dtype, np.array(values, copy=True))
+        values = np.array(storage.from_parameter(weight, values), copy=True, order="C")
+        return Part(name, shapes[weight], storage.window(weight, shapes[weight]), dtype, values)
+
+    def parts() -> Iterator[Part]:
+        for name, parameter in update.state().items():
+            weight = weight_of(name)
+            if storage.writes_state(weight, mine):
+                yield _copied(name, weight, parameter)
 
     dtype = dtype_name(next(iter(weights.values())).dtype)
     return PartSnapshot(
         rank=division.rank,
         stamp=Stamp(division.world, str(division.parallel.sizes), update.progress.step),
-        model=update.model.config.model_copy(update={"torch_dtype": dtype}),
+        model=update.architecture.model_copy(update={"torch_dtype": dtype}),
         sets={
-            "model": tuple(_copied(name, name, weights[name]) for name in mine),
+            "model": tuple(_copied(name, name, weights[name]) for name in weights if name in mine),
             OPTIMIZER: tuple(parts()),
         },
         state=state_values(update.progress, identity),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import mindspore as ms
+from mindspore import Parameter
 
 from mistral_ms.checkpoint import open_checkpoint, tokenizer_files
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import DataConfig, RunConfig
 from mistral_ms.datasets import MindRecordWindows, build_dataset
 from mistral_ms.errors import ConfigError, TokenizerError
-from mistral_ms.models import CausalLM
 from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.storage import Storage
 from mistral_ms.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from mistral_ms.training.files import RunFiles
 from mistral_ms.training.identity import computation
@@ -101,14 +102,22 @@ def side_files(begun_from: Path | None, tokenizer: Tokenizer | None) -> dict[str
     return {n: data if isinstance(data, bytes) else data.read_bytes() for n, data in files.items()}
 
 
-def initialize(model: CausalLM, run: RunConfig, division: Division, say: Say) -> None:
+def initialize(
+    weights: Mapping[str, Parameter], storage: Storage, run: RunConfig, say: Say
+) -> None:
     """Draws the weights, or reads them from the checkpoint that the run names.
+
+    Args:
+        weights: what this process holds, by the names of checkpoints.
+        storage: how it lies in a checkpoint.
+        run: the run.
+        say: told where they are from.
 
     Raises:
         ConfigError: the checkpoint is of another model.
     """
     if run.init_from is None:
-        division.initialize(model, run.training.seed)
+        storage.initialize(weights, run.model.initializer_range, run.training.seed)
         return
     with open_checkpoint(run.init_from) as source:
         ours, theirs = computation(run.model), computation(source.config)
@@ -122,5 +131,5 @@ def initialize(model: CausalLM, run: RunConfig, division: Division, say: Say) ->
                 rule=f"init_from {run.init_from} has {theirs[key]}",
                 todo="leave model out of the run to take the checkpoint's",
             )
-        load_weights(source, model.weights(), window=division.window)
+        load_weights(source, weights, storage=storage)
     say(f"weights from {run.init_from}")

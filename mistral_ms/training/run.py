@@ -20,15 +20,16 @@ from mistral_ms.parallel.pipeline import check_objective
 from mistral_ms.training.failure import write_failure
 from mistral_ms.training.figures import write_figures
 from mistral_ms.training.files import RunFiles
+from mistral_ms.training.graph_step import GraphTrainStep
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.interrupt import stop_on_signals
 from mistral_ms.training.loop import Observer, TrainingSummary, train
-from mistral_ms.training.memory import MemoryReport, memory_report
+from mistral_ms.training.memory import MemoryReport
 from mistral_ms.training.metrics import MetricsWriter, StepRecord, read_metrics
 from mistral_ms.training.parts import save_parts, take_part
 from mistral_ms.training.prepare import Say, check_device, initialize, open_data, side_files
 from mistral_ms.training.state import restore, take_snapshot
-from mistral_ms.training.step import NotFiniteError, TrainStep
+from mistral_ms.training.step import NotFiniteError, TrainStep, Update
 from mistral_ms.training.tensorboard import TensorBoardWriter
 
 
@@ -99,27 +100,38 @@ class TrainingRun:
             run.model, run.routing, training, run.parallel, self.data.info.digest
         )
         self.series = CheckpointSeries(self.files.checkpoints, run.checkpoint.keep_last)
-        model = self.division.build_model(run.model, run.routing, training.dtype)
         found = self._newest() if resume else None
-        if found is None:
-            initialize(model, run, self.division, say)
+        self.update = self._update(drawn=found is None)
         self.side_files = side_files(found or run.init_from, tokenizer)
-        self.update = TrainStep(
-            model,
-            training,
-            pooled_aux=run.routing.aux_loss == "pooled",
-            division=self.division,
-        )
         self.history: list[StepRecord] = []
         self._saved: int | None = None
         self._phase: Callable[[str], None] = lambda name: None
         if found is not None:
-            restore(self.update, found, self.division)
+            restore(self.update, found)
             self._saved = self.update.progress.step
             if self.files.metrics.exists():
                 step = self.update.progress.step
                 self.history = read_metrics(self.files.metrics, step)
-        self.memory = memory_report(self.update)
+        self.memory = self.update.memory()
+
+    def _update(self, drawn: bool) -> Update:
+        """The training step, on the path that the run names.
+
+        Args:
+            drawn: its weights are drawn or read now; otherwise a checkpoint's will come.
+        """
+        run, division = self.run, self.division
+        if run.parallel.execution == "graph":
+            segmented = self.data.info.config.boundaries == "attention"
+            update = GraphTrainStep(run, division, segmented=segmented)
+            if drawn:
+                initialize(update.held(), update.storage, run, self._say)
+            return update
+        model = division.build_model(run.model, run.routing, run.training.dtype)
+        if drawn:  # before the optimizer copies them
+            initialize(model.weights(), division.storage, run, self._say)
+        pooled = run.routing.aux_loss == "pooled"
+        return TrainStep(model, run.training, pooled_aux=pooled, division=division)
 
     def _newest(self) -> Path:
         """The checkpoint to go on with; says why others are not taken."""
@@ -235,9 +247,7 @@ class TrainingRun:
     def _explain(self, error: NotFiniteError, writer: BackgroundWriter) -> None:
         path = self.files.failure(error.step)
         if self.division.is_first:
-            alone = self.division.world == 1
-            groups = self.run.training.micro_batches if alone else None
-            write_failure(path, self.update.model, error, groups)
+            write_failure(path, self.update, error)
         self._save(writer)
         self._say(
             f"report with the samples and the statistics of every layer: {path}; "

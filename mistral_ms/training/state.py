@@ -23,11 +23,10 @@ from mistral_ms.checkpoint import (
 from mistral_ms.checkpoint.load import load_weights, set_values, to_numpy
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError
-from mistral_ms.parallel.apply import Division
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.loss_scale import LossScale
 from mistral_ms.training.optimizer import weight_of
-from mistral_ms.training.step import Progress, TrainStep
+from mistral_ms.training.step import Progress, Update
 
 FORMAT = 1
 OPTIMIZER = "optimizer"
@@ -70,7 +69,7 @@ class Snapshot:
         )
 
 
-def take_snapshot(update: TrainStep, identity: Identity) -> Snapshot:
+def take_snapshot(update: Update, identity: Identity) -> Snapshot:
     """Copies everything that a resume of a training in one process needs.
 
     Args:
@@ -78,16 +77,16 @@ def take_snapshot(update: TrainStep, identity: Identity) -> Snapshot:
         identity: its description.
     """
 
-    def copied(parameter: Any) -> tuple[np.ndarray, str]:
+    def copied(weight: str, parameter: Any) -> tuple[np.ndarray, str]:
         values, dtype = to_numpy(parameter)
-        return np.array(values, copy=True), dtype
+        return np.array(update.storage.from_parameter(weight, values), copy=True, order="C"), dtype
 
-    weights = {name: copied(p) for name, p in update.model.weights().items()}
+    weights = {name: copied(name, p) for name, p in update.held().items()}
     dtype = next(iter(weights.values()))[1]
     return Snapshot(
-        model=update.model.config.model_copy(update={"torch_dtype": dtype}),
+        model=update.architecture.model_copy(update={"torch_dtype": dtype}),
         weights=weights,
-        optimizer={name: copied(p) for name, p in update.optimizer.state().items()},
+        optimizer={name: copied(weight_of(name), p) for name, p in update.state().items()},
         state=state_values(update.progress, identity),
     )
 
@@ -105,13 +104,13 @@ def state_values(progress: Progress, identity: Identity) -> dict[str, Any]:
     }
 
 
-def restore(update: TrainStep, path: Path, division: Division | None = None) -> None:
+def restore(update: Update, path: Path) -> None:
     """Puts a training back to where a checkpoint was taken, in whatever layout it was.
 
     Args:
-        update: freshly made, of the same training.
+        update: freshly made, of the same training; its storage says which part of everything this
+            process has.
         path: the checkpoint.
-        division: which part of everything this process has; None: all.
 
     Raises:
         CheckpointError: it is damaged, not of a training, or holds another optimizer's state.
@@ -124,13 +123,13 @@ def restore(update: TrainStep, path: Path, division: Division | None = None) -> 
             value=state.get("format"),
             rule=f"this release reads format {FORMAT}",
         )
-    window = None if division is None else division.window
+    storage = update.storage
     with open_checkpoint(path) as source:
-        load_weights(source, update.model.weights(), window=window)
-    wanted = update.optimizer.state()
+        load_weights(source, update.held(), storage=storage)
+    wanted = update.state()
     with open_tensor_set(path, OPTIMIZER) as stored:
         kept = stored.names()
-        if window is not None:  # a part of the weights, and of their kinds of state all
+        if not storage.holds_everything:  # a part of the weights, and of their kinds of state all
             kinds = {name.partition(".")[0] for name in wanted}
             kept = tuple(n for n in kept if n in wanted or n.partition(".")[0] not in kinds)
         if differing := sorted(set(wanted) ^ set(kept)):
@@ -142,9 +141,9 @@ def restore(update: TrainStep, path: Path, division: Division | None = None) -> 
                 todo="continue with the dtype that the training began with",
             )
         for name, parameter in wanted.items():
-            shape = stored.shape(name)
-            part = None if window is None else window(weight_of(name), shape)
-            values = stored.read(name, part)
+            weight, shape = weight_of(name), stored.shape(name)
+            part = None if storage.holds_everything else storage.window(weight, shape)
+            values = storage.to_parameter(weight, stored.read(name, part))
             if tuple(parameter.shape) != values.shape:
                 raise CheckpointError(
                     "wrong shape",
@@ -153,7 +152,7 @@ def restore(update: TrainStep, path: Path, division: Division | None = None) -> 
                     rule=f"the training has {list(parameter.shape)}",
                 )
             set_values(parameter, values)
-    update.optimizer.restored()
+    update.restored()
     try:
         scale = LossScale(**state["loss_scale"])
         update.progress = Progress(int(state["step"]), int(state["updates"]), scale)

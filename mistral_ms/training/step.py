@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from mistral_ms.config import TrainingConfig
+from mistral_ms.config import ModelConfig, TrainingConfig
 from mistral_ms.datasets.batches import Batch
 from mistral_ms.errors import TrainingError
 from mistral_ms.models import CausalLM, LossReport, Objective
 from mistral_ms.parallel.apply import Division
 from mistral_ms.parallel.sharded import ShardedReduction
+from mistral_ms.parallel.storage import Storage
 from mistral_ms.training.graphs import (
     Finish,
     FinishAccumulated,
@@ -23,11 +25,13 @@ from mistral_ms.training.graphs import (
     batch_tensors,
 )
 from mistral_ms.training.loss_scale import LossScale
+from mistral_ms.training.memory import MemoryReport, memory_report
 from mistral_ms.training.modes import graph_mode
 from mistral_ms.training.offload import HostOptimizer
 from mistral_ms.training.optimizer import DeviceOptimizer, adam_coefficients
 from mistral_ms.training.pipelined import Pipelined
 from mistral_ms.training.schedule import learning_rate
+from mistral_ms.training.statistics import layer_statistics
 
 
 @dataclass(slots=True)
@@ -84,6 +88,44 @@ class StepResult:
         """Share of all choices that found their expert full."""
         routed = float(self.routed_LE.sum())
         return float(routed - self.kept_LE.sum()) / routed if routed else 0.0
+
+
+class Update(Protocol):
+    """A training step with everything that it changes.
+
+    Attributes:
+        config: the training, its steps counted out.
+        progress: how far it is; may be set before the first step.
+    """
+
+    config: TrainingConfig
+    progress: Progress
+
+    def __call__(self, batch: Batch) -> StepResult:
+        """Runs the next step and waits for it."""
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """Of the model that is trained."""
+
+    @property
+    def storage(self) -> Storage:
+        """How weights and state lie in a checkpoint."""
+
+    def held(self) -> dict[str, Parameter]:
+        """All weights of this process by the names of checkpoints, frozen ones too."""
+
+    def state(self) -> dict[str, Parameter]:
+        """Everything that a resume needs beside the weights, by the names of checkpoints."""
+
+    def restored(self) -> None:
+        """To be called when weights or state were set from outside."""
+
+    def memory(self) -> MemoryReport:
+        """Bytes that are kept between steps."""
+
+    def layer_statistics(self, batch: Batch) -> list[dict[str, Any]]:
+        """The outputs of embedding and blocks on a batch; empty where they cannot be had."""
 
 
 class NotFiniteError(TrainingError):
@@ -216,15 +258,50 @@ class TrainStep:
         progress.scale = progress.scale.after(config.scaling, result.finite)
         return result
 
+    @property
+    def architecture(self) -> ModelConfig:
+        """See :class:`Update`."""
+        return self.model.config
+
+    @property
+    def storage(self) -> Storage:
+        """See :class:`Update`."""
+        return Storage() if self._division is None else self._division.storage
+
+    def held(self) -> dict[str, Parameter]:
+        """See :class:`Update`."""
+        return self.model.weights()
+
+    def state(self) -> dict[str, Parameter]:
+        """See :class:`Update`."""
+        return self.optimizer.state()
+
+    def restored(self) -> None:
+        """See :class:`Update`."""
+        self.optimizer.restored()
+
     def cells(self) -> tuple[nn.Cell, ...]:
         """The cells that are compiled for the device."""
         computing = () if self._gradients is None else self._gradients.cells()
         found = (self._fused, *computing, self._finish, self._spread)
         return tuple(cell for cell in found if cell is not None)
 
-    def gradient_sums(self) -> tuple[Parameter, ...]:
-        """What micro-batches add their gradients up in; empty when there is only one."""
-        return () if self._gradients is None else tuple(self._gradients.sums)
+    def memory(self) -> MemoryReport:
+        """See :class:`Update`."""
+        host = self.optimizer
+        return memory_report(
+            [p for cell in self.cells() for p in cell.get_parameters()],
+            trained=self.weights.values(),
+            weights=self.model.weights().values(),
+            sums=() if self._gradients is None else self._gradients.sums,
+            host=host.host_parameters() if isinstance(host, HostOptimizer) else (),
+        )
+
+    def layer_statistics(self, batch: Batch) -> list[dict[str, Any]]:
+        """See :class:`Update`."""
+        if self._division is not None and self._division.world > 1:
+            return []  # the other processes would have to take part
+        return layer_statistics(self.model, batch.split(self.config.micro_batches))
 
     def _accumulated(
         self, batch: Batch, scales: Tensor, coefficients: Tensor

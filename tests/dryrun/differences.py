@@ -139,8 +139,10 @@ class Expected:
 
     def losses(self) -> Difference:
         """What a step reports."""
-        graph = Counter()
+        layers, figures = LAYERS // self.config.pp, (2 + 2 * E) * FLOAT
+        graph = Counter({self.said("AllReduce", BACKWARD, GroupKind.STAGE, figures): layers})
         if self.last:
+            graph[self.said("AllReduce", BACKWARD, GroupKind.STAGE, FLOAT)] += 1
             graph[self.said("AllReduce", FORWARD, GroupKind.STAGE, FLOAT)] += self.micro
             if self.micro > 1:  # of a single one the compiler knows the sum beforehand
                 graph[self.said("AllReduce", BACKWARD, GroupKind.STAGE, FLOAT)] += self.micro
@@ -149,7 +151,9 @@ class Expected:
             explicit[self.said("AllReduce", UPDATE, GroupKind.PIPELINE, REPORT)] += 1
         return Difference(
             "The graph adds its loss up on the last stage, for each micro-batch, and the start of "
-            "its gradient; the explicit path all losses and expert loads, once a step.",
+            "its gradient, and once a step the figures of each sparse layer and the loss again, as "
+            "gradients of the rooms in which they are noted; the explicit path all losses and "
+            "expert loads together, once a step.",
             graph,
             explicit,
         )

@@ -65,7 +65,7 @@ def build(config):
     for parameter in ours.weights().values():  # larger weights make routing less even
         parameter.set_data(parameter * (4.0 if parameter.ndim > 1 else 1.0))
     step = graph.build(config)
-    parameters = dict(step.model.parameters_and_names())
+    parameters = step.model.weights()
     assert set(parameters) == set(ours.weights())
     for name, parameter in ours.weights().items():
         parameters[name].init_data()
@@ -84,17 +84,19 @@ def both_gradients(config, scale=1.0):
     net = step.model
     shares = np.array([1 / (arrays[1] != IGNORE_INDEX).sum(), 1 / (arrays[2] >= 0).sum(), scale])
     inputs = (*tensors, Tensor(np.tile(shares.astype(np.float32), (B, 1))))
-    parameters = dict(net.parameters_and_names())
-    in_order = ms.ParameterTuple(parameters[name] for name in ours.weights())
-    got = ms.value_and_grad(net, None, in_order)
+    parameters, rooms = net.weights(), net.rooms()
+    in_order = [parameters[name] for name in ours.weights()]
+    got = ms.value_and_grad(net, None, ms.ParameterTuple((*in_order, *rooms.values())))
     with graph_mode():
         (_, parts), wanted = expected(*tensors)
         loss, gradients = got(*inputs)
     named = {
         name: (mine.asnumpy(), weights_in_graph(name, theirs.asnumpy()))
-        for name, mine, theirs in zip(ours.weights(), gradients, wanted, strict=True)
+        for name, mine, theirs in zip(ours.weights(), gradients, wanted, strict=False)
     }
-    return float(loss), [part.asnumpy() for part in parts], named
+    figures = [each.asnumpy()[0] for each in gradients[len(in_order) :]]
+    noted = dict(zip(rooms, figures, strict=True))
+    return float(loss), [part.asnumpy() for part in parts], named, noted
 
 
 CASES = {
@@ -112,12 +114,19 @@ CASES = {
 def test_losses_and_gradients_are_those_of_one_process(case):
     changes = dict(CASES[case])
     changes.setdefault("moe", {})
-    loss, parts, gradients = both_gradients(run(**changes), scale=8.0)
+    config = run(**changes)
+    loss, parts, gradients, noted = both_gradients(config, scale=8.0)
     # float32 sums in another order
     assert loss == pytest.approx(8.0 * float(parts[0]), rel=1e-6)
+    assert noted.pop(None)[0] == pytest.approx(float(parts[0]), rel=1e-6)
+    assert tuple(noted) == config.model.sparse_layers
     if changes["moe"] is not None:
         routed, kept = parts[3], parts[4]
         assert kept.sum() < routed.sum()  # capacity has turned choices away
+        figures = np.stack(list(noted.values()))
+        losses, counts = figures[:, :2].sum(0) / len(noted), figures[:, 2:]
+        np.testing.assert_allclose(losses, [parts[1], parts[2]], rtol=1e-6)
+        np.testing.assert_array_equal(counts, np.concatenate([routed, kept], 1))
     for name, (mine, theirs) in gradients.items():
         error = np.abs(mine / 8.0 - theirs).max()
         assert error <= 1e-5 * np.abs(theirs).max(), name

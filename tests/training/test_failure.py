@@ -7,7 +7,8 @@ import pytest
 from mindspore import Tensor
 
 from mistral_ms.training import NotFiniteError
-from mistral_ms.training.failure import layer_statistics, write_failure
+from mistral_ms.training.failure import write_failure
+from mistral_ms.training.statistics import layer_statistics
 
 
 def test_names_the_samples_and_the_first_layer_that_broke(make_update, data, tmp_path):
@@ -20,7 +21,7 @@ def test_names_the_samples_and_the_first_layer_that_broke(make_update, data, tmp
     with pytest.raises(NotFiniteError) as caught:
         update(batch)
     path = tmp_path / "failure.json"
-    write_failure(path, update.model, caught.value, 2)
+    write_failure(path, update, caught.value)
     report = json.loads(path.read_text())
     assert report["step"] == 1
     assert report["samples"] == batch.samples_B.tolist()
@@ -42,6 +43,6 @@ def test_statistics_are_those_of_the_whole_batch(make_update, data):
     batch = data.batch(0)
     table = update.model.embed_tokens.weight.asnumpy()
     for groups in (1, 4):
-        found = layer_statistics(update.model, batch, groups)
+        found = layer_statistics(update.model, batch.split(groups))
         assert found[0]["largest"] == np.abs(table[batch.ids_BS]).max()
         assert [layer["not_finite"] for layer in found] == [0, 0, 0]

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from support.training import as_reported, bits, run_steps
 
-from mistral_ms.training import memory_report
 from mistral_ms.training.offload import HostOptimizer
 
 pytestmark = pytest.mark.usefixtures("strict_graphs")
@@ -52,7 +51,7 @@ BYTES = {
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_bytes_that_are_kept(make_update, dtype, offload, micro_batches):
     """Counted over the parameters of the compiled cells: 12 or 14 a parameter, or 4 or 2."""
-    report = memory_report(make(make_update, offload, dtype=dtype, micro_batches=micro_batches))
+    report = make(make_update, offload, dtype=dtype, micro_batches=micro_batches).memory()
     device, host = BYTES[dtype, offload]
     assert report.device_bytes_per_parameter == device
     assert report.host_optimizer == host * report.parameters

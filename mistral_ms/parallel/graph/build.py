@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, ParameterTuple, Tensor, nn
 from mindspore.communication import get_group_size, get_rank
 from mindspore.nn.utils import no_init_parameters
 
 from mistral_ms.config import RunConfig
-from mistral_ms.layers import is_buffer
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.graph.checks import check_run
 from mistral_ms.parallel.graph.model import GraphModel, LazyGraphModel
@@ -19,26 +18,8 @@ from mistral_ms.parallel.graph.parts import GraphParts
 from mistral_ms.parallel.graph.step import TrainingGraph
 from mistral_ms.parallel.graph.update import GlobalNorm, GraphAdamW
 from mistral_ms.parallel.pipeline import stages_of
-from mistral_ms.parallel.sharding import Sharding
+from mistral_ms.parallel.sharding import Sharding, layout_of
 from mistral_ms.parallel.topology import Topology
-
-WEIGHT_LAYOUTS = {
-    "embed_tokens.weight": "matrix",
-    "lm_head.weight": "matrix",
-    "q_proj.weight": "output_divided",
-    "k_proj.weight": "output_divided",
-    "v_proj.weight": "output_divided",
-    "o_proj.weight": "input_divided",
-    "feed_forward.w1.weight": "output_divided",
-    "feed_forward.w3.weight": "output_divided",
-    "feed_forward.w2.weight": "input_divided",
-    "experts.w1": "experts",
-    "experts.w3": "experts",
-    "experts.w2": "experts",
-    "router.weight": "matrix",
-    "norm.weight": "vector",
-}
-"""The layout of each weight, by the end of its name."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +40,7 @@ class GraphStep:
     segmented: bool
 
 
-def build(run: RunConfig, layers: int | None = None) -> GraphStep:
+def build(run: RunConfig, layers: int | None = None, segmented: bool | None = None) -> GraphStep:
     """The training step of a run; its weights are not initialised.
 
     With one process it is an ordinary graph for any device. With more, :func:`set_context` must
@@ -68,6 +49,8 @@ def build(run: RunConfig, layers: int | None = None) -> GraphStep:
     Args:
         run: the run.
         layers: builds only so many decoder blocks.
+        segmented: whether windows hold documents that do not see each other; None takes the
+            run's word for it, which says nothing about a dataset that is there already.
 
     Raises:
         ConfigError: the run cannot be expressed, see
@@ -82,7 +65,8 @@ def build(run: RunConfig, layers: int | None = None) -> GraphStep:
     divided = parallel.world > 1
     sharding = Sharding(parallel) if divided else None
     groups = Groups(Topology.of(parallel, get_group_size()), get_rank()) if divided else None
-    segmented = run.data is not None and run.data.packing.boundaries == "attention"
+    if segmented is None:
+        segmented = run.data is not None and run.data.packing.boundaries == "attention"
     window = config.sliding_window
     causal = not segmented and (window is None or window >= training.seq_length)
     sparse = max(1, len(config.sparse_layers))
@@ -103,8 +87,7 @@ def build(run: RunConfig, layers: int | None = None) -> GraphStep:
         kind = LazyGraphModel if divided and training.micro_batches > 1 else GraphModel
         model = kind(parts, stages)
         _recompute(model, parallel.recompute)
-        weights = {n: p for n, p in model.parameters_and_names() if not is_buffer(p)}
-        cell = _step(run, model, weights, sharding)
+        cell = _step(run, model, model.weights(), sharding)
     return GraphStep(cell, _inputs(run), model, segmented)
 
 
@@ -114,26 +97,23 @@ def _step(
     training, parallel = run.training, run.parallel
     host = training.offload_optimizer == "host"
     optimizer = GraphAdamW(weights, training.optimizer, host)
+    rooms = tuple(model.rooms().values())
     net, reducer = model, None
     if parallel.pp > 1:
         net = nn.PipelineCell(model, training.micro_batches)
     elif training.micro_batches > 1:
         net = nn.GradAccumulationCell(model, training.micro_batches)
     if training.micro_batches > 1:
-        reducer = nn.PipelineGradReducer(optimizer.weights, opt_shard=parallel.optimizer_parallel)
+        every = ParameterTuple((*optimizer.weights, *rooms))
+        reducer = nn.PipelineGradReducer(every, opt_shard=parallel.optimizer_parallel)
     copies = tuple(
         copies_of(name, tuple(weight.shape), sharding, parallel.optimizer_parallel)
         for name, weight in weights.items()
     )
     norm = GlobalNorm(copies, sharding is not None)
-    step = TrainingGraph(net, optimizer, norm, training.clip_norm, reducer)
+    step = TrainingGraph(net, optimizer, norm, training.clip_norm, reducer, rooms)
     step.set_train()
     return step
-
-
-def layout_of(name: str) -> str:
-    """The layout of a weight."""
-    return next(layout for end, layout in WEIGHT_LAYOUTS.items() if name.endswith(end))
 
 
 def copies_of(
@@ -141,20 +121,16 @@ def copies_of(
 ) -> int:
     """How many ranks of a stage hold the same part of a weight's gradient at the update.
 
-    Optimizer parallelism divides the first axis of a rank's part among those who hold it, unless
-    it is too short.
-
     Args:
         name: of the weight.
         shape: of the whole weight.
         sharding: the table; None on one device.
-        optimizer_parallel: whether it is on.
+        optimizer_parallel: whether they divide it among them.
     """
     if sharding is None:
         return 1
     layout = layout_of(name)
-    copies, rows = sharding.copies_of(layout), shape[0] // sharding.parts(layout)[0]
-    return 1 if optimizer_parallel and rows % copies == 0 else copies
+    return sharding.copies_of(layout) // sharding.shares(layout, shape, optimizer_parallel)
 
 
 def _recompute(model: GraphModel, amount: str) -> None:

@@ -42,6 +42,14 @@ def check_run(run: RunConfig, layers: int) -> None:
             "set routing.aux_loss=per_layer or training.aux_coef=0",
         ),
         (
+            sparse and parallel.optimizer_parallel and _crosses_experts(model, parallel),
+            "parallel.optimizer_parallel",
+            f"{parallel.dp // parallel.ep} copies",
+            "a rank's share of the experts is some of them, or a part of one: copies (dp / ep) "
+            "divide a rank's experts (num_local_experts / ep), or the other way round",
+            None,
+        ),
+        (
             parallel.pp > layers,
             "layers",
             layers,
@@ -110,6 +118,13 @@ def check_prediction(run: PredictConfig) -> None:
         ),
     )
     _refuse((*_of_all_graphs(model, parallel), *rules))
+
+
+def _crosses_experts(model: ModelConfig, parallel: ParallelConfig) -> bool:
+    assert model.moe is not None
+    copies, experts = parallel.dp // parallel.ep, model.moe.num_local_experts // parallel.ep
+    divided = experts * model.hidden_size % copies == 0  # else they are not shared out at all
+    return divided and bool(experts % copies) and bool(copies % experts)
 
 
 def _of_all_graphs(model: ModelConfig, parallel: ParallelConfig) -> tuple[Rule, ...]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore as ms
-from mindspore import Tensor, lazy_inline, nn, ops
+from mindspore import Parameter, Tensor, lazy_inline, nn, ops
 
-from mistral_ms.layers import output_logits, token_nll
+from mistral_ms.layers import is_buffer, output_logits, token_nll
 from mistral_ms.models import DecoderBlock
+from mistral_ms.parallel.graph.notes import Note, notes
 from mistral_ms.parallel.graph.parts import GraphParts
 from mistral_ms.parallel.graph.region import Region, Shape
 from mistral_ms.parallel.sharding import Sharding
@@ -34,17 +35,23 @@ class LossRegion(Region):
         def shapes(*given: Shape) -> Any:
             return [ranks]
 
-        inputs = "rows", "matrix", "tokens", "samples"
+        inputs = "rows", "matrix", "tokens", "samples", "matrix"
         super().__init__(sharding, inputs, ("tokens",), shapes, (ms.float32,))
-        self.dtype = getattr(ms, dtype)
+        self.dtype, self.note = getattr(ms, dtype), Note()
 
     def compute(
-        self, x_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, shares_B3: Tensor
+        self,
+        x_TH: Tensor,
+        weight_VH: Tensor,
+        labels_T: Tensor,
+        shares_B3: Tensor,
+        notes: Tensor,
     ) -> Tensor:
-        """This rank's part of the scaled loss, float32 [1]."""
+        """This rank's part of the scaled loss, float32 [1]; notes it without the scale."""
         logits_TV = output_logits(x_TH, _cast(weight_VH, self.dtype))
         nll_T, _ = token_nll(logits_TV, labels_T)
-        return (_sum(nll_T) * (shares_B3[0, 0] * shares_B3[0, 2])).reshape(1)
+        loss = (_sum(nll_T) * shares_B3[0, 0]).reshape(1)
+        return self.note(loss * shares_B3[0, 2], notes, loss)
 
 
 class Loss(nn.Cell):
@@ -57,7 +64,7 @@ class Loss(nn.Cell):
 
     def __init__(self, dtype: str, sharding: Sharding | None) -> None:
         super().__init__()
-        self.region = LossRegion(dtype, sharding)
+        self.region, self.notes = LossRegion(dtype, sharding), notes(1)
         self.sum = ops.ReduceSum()
         if sharding is not None:
             self.sum.shard(((sharding.ranks,),))
@@ -66,7 +73,8 @@ class Loss(nn.Cell):
         self, x_TH: Tensor, weight_VH: Tensor, labels_BS: Tensor, shares_B3: Tensor
     ) -> Tensor:
         """A float32 scalar, scaled."""
-        return self.sum(self.region(x_TH, weight_VH, labels_BS.reshape(-1), shares_B3))
+        labels_T = labels_BS.reshape(-1)
+        return self.sum(self.region(x_TH, weight_VH, labels_T, shares_B3, self.notes))
 
 
 class GraphBlock(DecoderBlock):
@@ -131,6 +139,20 @@ class GraphModel(nn.Cell):
         for layer in self.layers:
             x_TH = layer(x_TH, (positions_BS, segments_BS), (positions_BS, shares_B3))
         return self.loss(self.norm(x_TH), self.lm_head.weight, labels_BS, shares_B3)
+
+    def weights(self) -> dict[str, Parameter]:
+        """All weights by the names of our checkpoints."""
+        return {n: p for n, p in self.parameters_and_names() if not is_buffer(p)}
+
+    def rooms(self) -> dict[int | None, Parameter]:
+        """Where figures are noted: of each sparse layer the two losses (the share of the batch in
+        their means) and the choices of each expert, before and after the capacity, [1, 2 + 2 E];
+        of None the language-model loss, [1, 1].
+        """
+        found: dict[int | None, Parameter] = {
+            i: layer.moe.notes for i, layer in enumerate(self.layers) if layer.sparse
+        }
+        return {**found, None: self.loss.notes}
 
 
 class LazyGraphModel(GraphModel):

@@ -32,12 +32,12 @@ from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.dispatchers.capacity import CapacityDispatcher
 from mistral_ms.parallel.dispatchers.routes import FlatRoute, HierarchicalRoute, Route
 from mistral_ms.parallel.graph.carriers import Exchange, RegionCarrier, SharedRegionCarrier
+from mistral_ms.parallel.graph.notes import AttachLosses, Note, notes
 from mistral_ms.parallel.graph.region import Region, first_shape
 from mistral_ms.parallel.sharding import Sharding
 from mistral_ms.parallel.topology import GroupKind
 
 _cast = ops.Cast()
-_zeros_like = ops.ZerosLike()
 
 
 class MatrixExperts(nn.Cell):
@@ -58,24 +58,6 @@ class MatrixExperts(nn.Cell):
         self.w1 = weight(rows, config.intermediate_size)
         self.w3 = weight(rows, config.intermediate_size)
         self.w2 = weight(rows, config.intermediate_size)
-
-
-class AttachLosses(nn.Cell):
-    """Passes states on and sends the router's losses their gradient on the way back.
-
-    A loss that is formed in the middle of a pipeline would have to travel to its end, to be added
-    to the others and to get a gradient that is known from the start: its coefficient.
-    """
-
-    def construct(self, y_TH: Tensor, losses: Tensor, coefficients: Tensor) -> Tensor:
-        """The states, unchanged; losses and coefficients have the same shape."""
-        return y_TH
-
-    def bprop(
-        self, y_TH: Tensor, losses: Tensor, coefficients: Tensor, out: Tensor, dout: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The coefficients are the losses' gradient."""
-        return dout, coefficients, _zeros_like(coefficients)
 
 
 @dataclass(frozen=True)
@@ -116,7 +98,7 @@ class SparseRegion(Region):
     ) -> None:
         super().__init__(
             sharding,
-            ("whole_rows", "samples", "samples", "matrix", "experts", "experts", "experts"),
+            ("whole_rows", "samples", "samples", "matrix", *("experts",) * 3, "matrix"),
             ("whole_rows",),
             first_shape,
             (0,),
@@ -125,10 +107,10 @@ class SparseRegion(Region):
         self.rescale = routing.rescale_survivors
         self.dispatcher, self.router = dispatcher, router
         self.swiglu = select.swiglu_halves(select.dense_kernels())
-        self.attach = AttachLosses()
+        self.attach, self.note = AttachLosses(), Note()
         # the tensor-parallel ranks form the same losses: each is responsible for its share
-        shares = 1 if sharding is None else sharding.parallel.mp
-        each = [coefficients.aux / shares, coefficients.z / shares]
+        self.share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
+        each = [coefficients.aux * self.share, coefficients.z * self.share]
         self.coefficients = Tensor(np.array(each, np.float32))
 
     def compute(
@@ -140,8 +122,9 @@ class SparseRegion(Region):
         w1_LH_I: Tensor,
         w3_LH_I: Tensor,
         w2_LH_I: Tensor,
+        notes: Tensor,
     ) -> Tensor:
-        """[T, H] -> [T, H], with the router's losses attached."""
+        """[T, H] -> [T, H], with the router's losses attached, and what is noted of them."""
         valid_T = _cast(positions_BS.reshape(-1) >= 0, ms.float32)
         gate_up, down = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
         size = x_TH.shape[0] // self.groups
@@ -163,7 +146,10 @@ class SparseRegion(Region):
             if self.rescale:
                 weights_TK = surviving_weights(weights_TK, record[1])
             y_TH = self.dispatcher.combine(y, weights_TK, record)
-            out = (*out, self.attach(y_TH, _losses(choice, record, valid), coefficients))
+            losses, routed_E, kept_E = _losses(choice, record, valid)
+            y_TH = self.attach(y_TH, losses, coefficients)
+            seen = ops.cat((losses * shares_B3[0, 1], routed_E, kept_E)) * self.share
+            out = (*out, self.note(y_TH, notes, seen))
         return out[0] if self.groups == 1 else ops.cat(out, 0)
 
     def matrices(self, w1: Tensor, w3: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,8 +159,10 @@ class SparseRegion(Region):
         return ops.cat((gate, up), -1), w2.reshape(-1, H, share)
 
 
-def _losses(choice: Choice, record: Record, valid_T: Tensor) -> Tensor:
-    """Load-balancing and z-loss of a dispatch group, times its tokens: float32 [2]."""
+def _losses(choice: Choice, record: Record, valid_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Load-balancing and z-loss of a dispatch group, times its tokens: float32 [2]; and its choices
+    of each expert, before and after the capacity.
+    """
     probs_E, routed_E, kept_E, z, tokens = router_sums(choice, record, valid_T)
     one_layer = (
         probs_E.reshape(1, -1),
@@ -184,7 +172,7 @@ def _losses(choice: Choice, record: Record, valid_T: Tensor) -> Tensor:
         tokens.reshape(1),
     )
     each = ops.stack((load_balancing_loss(one_layer, False), router_z_loss(one_layer)))
-    return each * tokens
+    return each * tokens, routed_E, kept_E
 
 
 class GraphMoE(nn.Cell):
@@ -216,10 +204,12 @@ class GraphMoE(nn.Cell):
         self.region = SparseRegion(
             config, routing, dispatcher, self.router, coefficients, interleave, sharding
         )
+        assert config.moe is not None
+        self.notes = notes(2 + 2 * config.moe.num_local_experts)
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
 
     def construct(self, x_TH: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
-        """[T, H] -> [T, H]; the losses are attached, so there are no sums.
+        """[T, H] -> [T, H]; losses and counts go their own ways, so there are no sums.
 
         Args:
             x_TH: token rows.
@@ -231,7 +221,8 @@ class GraphMoE(nn.Cell):
         w3 = self.cast(self.experts.w3, self.dtype)
         w2 = self.cast(self.experts.w2, self.dtype)
         gate_EH = self.router.weight
-        return self.region(x_TH, positions_BS, shares_B3, gate_EH, w1, w3, w2), None
+        given = positions_BS, shares_B3, gate_EH, w1, w3, w2, self.notes
+        return self.region(x_TH, *given), None
 
 
 def region_dispatcher(

@@ -9,6 +9,8 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mistral_ms.parallel.graph.update import NORM_EPS, GlobalNorm, GraphAdamW
 
 _is_finite = ops.IsFinite()
+_hyper_map = ops.HyperMap()
+_assign = ops.Assign()
 
 
 class TrainingGraph(nn.Cell):
@@ -20,6 +22,7 @@ class TrainingGraph(nn.Cell):
         norm: the gradients' global norm.
         clip_norm: gradients are scaled down to this norm; None only measures.
         reducer: of a pipeline's or an accumulation's gradients; None for a single micro-batch.
+        notes: rooms for figures in the net, see :mod:`mistral_ms.parallel.graph.notes`.
 
     Attributes:
         size: float32 scalar, to be assigned before each step like the next three: the first
@@ -39,6 +42,7 @@ class TrainingGraph(nn.Cell):
         norm: GlobalNorm,
         clip_norm: float | None,
         reducer: nn.Cell | None = None,
+        notes: tuple[Parameter, ...] = (),
     ) -> None:
         super().__init__(auto_prefix=False)
         self.net, self.optimizer, self.norm = net, optimizer, norm
@@ -50,7 +54,8 @@ class TrainingGraph(nn.Cell):
             Tensor(np.zeros(1, np.float32)), name="norm_seen", requires_grad=False
         )
         self.net.set_grad()
-        self.gradient = ops.value_and_grad(net, None, self.weights)
+        self.count, self.notes = len(self.weights), ParameterTuple(notes)
+        self.gradient = ops.value_and_grad(net, None, ParameterTuple((*self.weights, *notes)))
 
     def construct(
         self,
@@ -74,6 +79,7 @@ class TrainingGraph(nn.Cell):
         loss, gradients = self.gradient(ids_BS, labels_BS, positions_BS, segments_BS, shares_B3)
         if self.reducer is not None:
             gradients = self.reducer(gradients)
+        gradients, figures = gradients[: self.count], gradients[self.count :]
         norm = self.norm(gradients) * self.unscale
         factor = self.unscale
         if self.clip_norm is not None:
@@ -82,7 +88,8 @@ class TrainingGraph(nn.Cell):
             )
         coefficients = self.size, self.eps, self.decay
         done = self.optimizer(gradients, factor, coefficients, _is_finite(norm))
-        return ops.depend(loss, (ops.assign(self.norm_seen, norm), done))
+        noted = _hyper_map(_assign, self.notes, figures)
+        return ops.depend(loss, (ops.assign(self.norm_seen, norm), done, noted))
 
 
 def _setting(name: str, value: float = 0.0) -> Parameter:

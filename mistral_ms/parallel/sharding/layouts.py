@@ -37,7 +37,30 @@ LAYOUTS: dict[str, tuple[Axis, ...]] = {
 }
 """Which axes of (copy, expert, tensor) divide the axes of each kind of tensor."""
 
+WEIGHT_LAYOUTS = {
+    "embed_tokens.weight": "matrix",
+    "lm_head.weight": "matrix",
+    "q_proj.weight": "output_divided",
+    "k_proj.weight": "output_divided",
+    "v_proj.weight": "output_divided",
+    "o_proj.weight": "input_divided",
+    "feed_forward.w1.weight": "output_divided",
+    "feed_forward.w3.weight": "output_divided",
+    "feed_forward.w2.weight": "input_divided",
+    "experts.w1": "experts",
+    "experts.w3": "experts",
+    "experts.w2": "experts",
+    "router.weight": "matrix",
+    "norm.weight": "vector",
+}
+"""The layout of each weight of the training graph, by the end of its name."""
+
 WHOLE_ON_TENSOR_RANKS: dict[str, tuple[Axis, ...]] = {"rows": (DATA, None), "tokens": (DATA,)}
+
+
+def layout_of(name: str) -> str:
+    """The layout of a weight of the training graph."""
+    return next(layout for end, layout in WEIGHT_LAYOUTS.items() if name.endswith(end))
 
 
 class Sharding:
@@ -81,3 +104,58 @@ class Sharding:
         for each in self.parts(name):
             parts *= each
         return self.ranks // parts
+
+    def part(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a rank's part of a kind of tensor, whose whole has ``shape``."""
+        return tuple(size // n for size, n in zip(shape, self.parts(name), strict=True))
+
+    def place(self, name: str, number: int) -> tuple[int, ...]:
+        """Which part of each axis of a kind of tensor a rank holds.
+
+        Args:
+            name: the layout.
+            number: of the rank in its stage.
+        """
+        at = self._coordinates(number)
+        found = []
+        for axis in self.layouts[name]:
+            place = 0
+            for each in (axis,) if isinstance(axis, str) else axis or ():
+                place = place * self.matrix[each] + at[each]
+            found.append(place)
+        return tuple(found)
+
+    def copy_number(self, name: str, number: int) -> int:
+        """The place of a rank among those of its stage that hold the same part, by their numbers.
+
+        Args:
+            name: the layout.
+            number: of the rank in its stage.
+        """
+        axes = self.layouts[name]
+        used = {
+            each for axis in axes for each in ((axis,) if isinstance(axis, str) else axis or ())
+        }
+        at, place = self._coordinates(number), 0
+        for axis, size in self.matrix.items():
+            if axis not in used:
+                place = place * size + at[axis]
+        return place
+
+    def shares(self, name: str, shape: tuple[int, ...], optimizer_parallel: bool) -> int:
+        """Among how many ranks optimizer parallelism divides the rows of each part of a weight:
+        all that hold it, or none when there are too few rows, or it is off.
+
+        Args:
+            name: the layout.
+            shape: of the whole weight.
+            optimizer_parallel: whether it is on.
+        """
+        copies = self.copies_of(name)
+        return copies if optimizer_parallel and self.part(name, shape)[0] % copies == 0 else 1
+
+    def _coordinates(self, number: int) -> dict[str, int]:
+        at = {}
+        for axis, size in reversed(self.matrix.items()):
+            number, at[axis] = divmod(number, size)
+        return at

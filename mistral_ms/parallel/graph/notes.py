@@ -1,0 +1,61 @@
+"""What leaves the middle of a training graph without being its output: losses and figures.
+
+A pipeline's graph has no output but the loss, and passes nothing from stage to stage beside the
+states. Two things go another way: the *gradient* of the router's losses starts where they are
+formed (:class:`AttachLosses`), and *figures* for the report travel as gradients (:class:`Note`):
+those are added up over micro-batches and over ranks in any case, and end where the optimizer
+begins. A parameter of their shape, which nothing reads, stands for them.
+"""
+
+from __future__ import annotations
+
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.initializer import initializer
+
+_zeros_like = ops.ZerosLike()
+
+
+def notes(size: int) -> Parameter:
+    """Room for figures of a step, float32 [1, size]: their sums over the whole batch, after it."""
+    # not divided by optimizer parallelism: every rank of the stage has them all
+    room = Parameter(initializer("zeros", (1, size)), parallel_optimizer=False)
+    room.is_buffer = True  # not a weight
+    return room
+
+
+class AttachLosses(nn.Cell):
+    """Passes states on and sends losses their gradient on the way back.
+
+    A loss that is formed in the middle of a pipeline would have to travel to its end, to be added
+    to the others and to get a gradient that is known from the start: its coefficient.
+    """
+
+    def construct(self, y_TH: Tensor, losses: Tensor, coefficients: Tensor) -> Tensor:
+        """The states, unchanged; losses and coefficients have the same shape."""
+        return y_TH
+
+    def bprop(
+        self, y_TH: Tensor, losses: Tensor, coefficients: Tensor, out: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The coefficients are the losses' gradient."""
+        return dout, coefficients, _zeros_like(coefficients)
+
+
+class Note(nn.Cell):
+    """Passes a tensor on and notes figures on the way back."""
+
+    def construct(self, x: Tensor, room: Tensor, figures: Tensor) -> Tensor:
+        """The tensor, unchanged.
+
+        Args:
+            x: any.
+            room: made by :func:`notes`.
+            figures: float32 [size], this rank's part of them.
+        """
+        return x
+
+    def bprop(
+        self, x: Tensor, room: Tensor, figures: Tensor, out: Tensor, dout: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The figures are the gradient of their room."""
+        return dout, figures.reshape(1, -1), _zeros_like(figures)

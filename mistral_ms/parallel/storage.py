@@ -1,0 +1,108 @@
+"""How what one process holds lies in a checkpoint, whose tensors are those of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from mindspore import Parameter, Tensor
+
+from mistral_ms.layers import draw
+from mistral_ms.parallel.topology import (
+    Topology,
+    weight_slice,
+    whole_shape,
+    writes_owned,
+    written_parts,
+)
+
+Shape = tuple[int, ...]
+Window = tuple[slice, ...]
+
+
+class Storage:
+    """Of a process that is alone: all of everything, as it lies in the checkpoint.
+
+    Attributes:
+        holds_everything: no other process holds anything.
+    """
+
+    holds_everything = True
+
+    def whole(self, name: str, parameter: Parameter) -> Shape:
+        """The shape of a whole weight in a checkpoint, of which the process holds a part."""
+        return tuple(parameter.shape)
+
+    def window(self, name: str, shape: Shape) -> Window:
+        """Which part of a whole weight of ``shape`` the process holds, one slice per axis."""
+        return tuple(slice(0, size) for size in shape)
+
+    def parameter_shape(self, name: str, held: Shape) -> Shape:
+        """The shape of the parameter that keeps a part of ``held``."""
+        return held
+
+    def to_parameter(self, name: str, values: np.ndarray) -> np.ndarray:
+        """A part as it lies in a checkpoint, as it lies in its parameter."""
+        return values
+
+    def from_parameter(self, name: str, values: np.ndarray) -> np.ndarray:
+        """The way back."""
+        return values
+
+    def written(self, weights: Mapping[str, Shape]) -> set[str]:
+        """The weights whose parts this process writes; of those that hold the same, one does.
+
+        Args:
+            weights: shapes of the whole weights that its stage holds, by name.
+        """
+        return set(weights)
+
+    def writes_state(self, weight: str, written: set[str]) -> bool:
+        """Whether this process writes its optimizer state of a weight.
+
+        Args:
+            weight: its name.
+            written: what :meth:`written` has said.
+        """
+        return weight in written
+
+    def initialize(self, weights: Mapping[str, Parameter], std: float, seed: int) -> None:
+        """Draws what one process would draw, and keeps this process's parts."""
+        for name, parameter in weights.items():
+            shape = self.whole(name, parameter)
+            part = draw(name, shape, std, seed)[self.window(name, shape)]
+            values = np.ascontiguousarray(self.to_parameter(name, part))
+            parameter.set_data(Tensor(values).astype(parameter.dtype))
+
+
+class DividedStorage(Storage):
+    """Of one rank of the explicit path.
+
+    Args:
+        topology: the layout.
+        rank: the process.
+        shared_out: each rank alone of those that hold a weight has its optimizer state.
+    """
+
+    holds_everything = False
+
+    def __init__(self, topology: Topology, rank: int, shared_out: bool) -> None:
+        self.topology, self.rank, self.shared_out = topology, rank, shared_out
+
+    def whole(self, name: str, parameter: Parameter) -> Shape:
+        """See the base."""
+        return whole_shape(name, tuple(parameter.shape), self.topology)
+
+    def window(self, name: str, shape: Shape) -> Window:
+        """See the base."""
+        return weight_slice(name, shape, self.topology, self.rank)
+
+    def written(self, weights: Mapping[str, Shape]) -> set[str]:
+        """See the base; the loads of all ranks are about even."""
+        return set(written_parts(weights, self.topology, self.rank))
+
+    def writes_state(self, weight: str, written: set[str]) -> bool:
+        """See the base."""
+        if self.shared_out:
+            return writes_owned(weight, self.topology, self.rank)
+        return weight in written

@@ -1,0 +1,202 @@
+"""The training step of the auto-parallel graph: what drives one graph that MindSpore divides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, ops
+
+from mistral_ms.config import ModelConfig, RunConfig
+from mistral_ms.datasets.batches import Batch
+from mistral_ms.errors import ConfigError, TopologyError
+from mistral_ms.parallel import graph
+from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.graph.storage import GraphStorage
+from mistral_ms.training.graphs import batch_tensors
+from mistral_ms.training.loss_scale import LossScale
+from mistral_ms.training.memory import MemoryReport, memory_report
+from mistral_ms.training.modes import graph_mode
+from mistral_ms.training.optimizer import MEAN, MEAN_SQUARE, adam_coefficients
+from mistral_ms.training.schedule import learning_rate
+from mistral_ms.training.step import NotFiniteError, Progress, StepResult
+
+
+class GraphTrainStep:
+    """A :class:`~mistral_ms.training.step.Update` that is one graph. Weights are float32, their
+    optimizer's masters.
+
+    Among several processes the graph is compiled here, which leaves each parameter as this rank's
+    part of it, zero; alone it is compiled at the first step.
+
+    Args:
+        run: the run, its steps counted out.
+        division: this process among the others.
+        segmented: windows hold documents that do not see each other.
+
+    Attributes:
+        config: see Update.
+        progress: see Update.
+
+    Raises:
+        ConfigError: the graph cannot express the run, or the device cannot divide graphs.
+    """
+
+    def __init__(self, run: RunConfig, division: Division, segmented: bool) -> None:
+        self.config, self.progress = (
+            run.training,
+            Progress(scale=LossScale.start(run.training.scaling)),
+        )
+        self._model, self._parallel, self._division = run.model, run.parallel, division
+        divided = division.world > 1
+        if divided and ms.get_context("device_target") != "Ascend":
+            raise ConfigError(
+                "no graph of many processes",
+                where="parallel.execution",
+                value="graph",
+                rule="MindSpore divides graphs on Ascend only",
+                todo="use explicit; dryrun compiles the graph here",
+            )
+        if divided:
+            graph.set_context(run)
+        self._built = graph.build(run, segmented=segmented)
+        self._cell, self.storage = (
+            self._built.cell,
+            GraphStorage(run.model, run.parallel, division.rank),
+        )
+        if divided:
+            with graph_mode():
+                self._cell.compile(*self._built.inputs)
+        else:
+            for parameter in self._cell.get_parameters():
+                parameter.init_data()
+        self._check_parts()
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """See Update."""
+        return self._model
+
+    def held(self) -> dict[str, Parameter]:
+        """See Update; of this stage."""
+        return self.storage.held(self._built.model.weights())
+
+    def state(self) -> dict[str, Parameter]:
+        """See Update; of this stage."""
+        adam = self._cell.optimizer
+        found: dict[str, Parameter] = {}
+        for kind, means in ((MEAN, adam.mean), (MEAN_SQUARE, adam.mean_square)):
+            every = dict(zip(self._built.model.weights(), means, strict=True))
+            found |= {f"{kind}.{name}": each for name, each in self.storage.held(every).items()}
+        return found
+
+    def restored(self) -> None:
+        """See Update; nothing depends on them."""
+
+    def memory(self) -> MemoryReport:
+        """See Update; of this stage, without the sums of gradients, which MindSpore makes."""
+        held, state = list(self.held().values()), list(self.state().values())
+        on_host = self.config.offload_optimizer == "host"
+        owned = held if on_host else [*held, *state]
+        host = state if on_host else []
+        return memory_report(owned, trained=held, weights=held, host=host)
+
+    def layer_statistics(self, batch: Batch) -> list[dict[str, Any]]:
+        """See Update: the graph's layers cannot be run one by one."""
+        return []
+
+    def __call__(self, batch: Batch) -> StepResult:
+        """Runs the next step and waits for it.
+
+        A step whose gradients are not finite changes neither weights nor optimizer state.
+
+        Raises:
+            NotFiniteError: a loss or the gradients are not finite and no smaller loss scale could
+                help.
+        """
+        progress, config = self.progress, self.config
+        rate = learning_rate(config, progress.step)
+        scale = progress.scale.value
+        size, eps, decay = adam_coefficients(config.optimizer, progress.updates, rate)
+        for setting, value in (
+            (self._cell.size, size),
+            (self._cell.eps, eps),
+            (self._cell.decay, decay),
+            (self._cell.unscale, 1.0 / scale),
+        ):
+            ops.assign(setting, Tensor(value, ms.float32))
+        shares = [1.0 / max(1, batch.tokens), 1.0 / max(1, batch.present), scale]
+        ordered = in_order_of_micro_batches(batch, self._parallel.dp, config.micro_batches)
+        rows = np.tile(np.array(shares, np.float32), (len(batch.samples_B), 1))
+        with graph_mode():
+            self._cell(*batch_tensors(ordered), Tensor(rows))
+        result = self._result(rate, scale)
+        scaling = config.scaling
+        if not result.finite and (scaling is None or scale <= scaling.minimum):
+            raise NotFiniteError(progress.step + 1, batch, result, scaling is not None)
+        progress.step += 1
+        progress.updates += result.finite
+        progress.scale = progress.scale.after(config.scaling, result.finite)
+        return result
+
+    def _result(self, rate: float, scale: float) -> StepResult:
+        lm, figures_LF = self._figures()
+        E = (figures_LF.shape[1] - 2) // 2
+        aux, z = figures_LF[:, :2].sum(0) / max(1, len(figures_LF))
+        return StepResult(
+            loss=float(lm + self.config.aux_coef * aux + self.config.z_coef * z),
+            lm_loss=float(lm),
+            aux_loss=float(aux),
+            z_loss=float(z),
+            grad_norm=float(self._cell.norm_seen.asnumpy()[0]),
+            learning_rate=rate,
+            loss_scale=scale,
+            routed_LE=figures_LF[:, 2 : 2 + E],
+            kept_LE=figures_LF[:, 2 + E :],
+            gradient_norms={},  # the graph knows the global one alone
+        )
+
+    def _figures(self) -> tuple[np.float32, np.ndarray]:
+        """The language-model loss, and what was noted of each sparse layer, of all stages."""
+        experts = 0 if self._model.moe is None else self._model.moe.num_local_experts
+        rooms = self._built.model.rooms()
+        layers = [layer for layer in rooms if layer is not None]
+        table = np.zeros((len(layers), 2 + 2 * experts), np.float32)
+        lm = np.zeros(1, np.float32)
+        for row, layer in enumerate(layers):
+            if self.storage.holds(f"layers.{layer}."):
+                table[row] = rooms[layer].asnumpy()[0]
+        if self.storage.holds("lm_head."):
+            lm = rooms[None].asnumpy()[0]
+        both = self._division.of_all_stages(np.concatenate([lm, table.ravel()]))
+        return both[0], both[1:].reshape(table.shape)
+
+    def _check_parts(self) -> None:
+        """Raises where MindSpore has cut a weight otherwise than its checkpoints will be."""
+        for name, parameter in self.held().items():
+            whole = self.storage.whole(name, parameter)
+            window = self.storage.window(name, whole)
+            part = tuple(each.stop - each.start for each in window)
+            wanted = self.storage.parameter_shape(name, part)
+            if tuple(parameter.shape) != wanted:
+                raise TopologyError(
+                    "a weight is divided otherwise",
+                    where=name,
+                    value=list(parameter.shape),
+                    rule=f"this rank's part is {list(wanted)}",
+                )
+
+
+def in_order_of_micro_batches(batch: Batch, dp: int, micro_batches: int) -> Batch:
+    """The rows as MindSpore cuts them, so that each data-parallel rank sees what it sees on the
+    explicit path: it takes micro-batches out of the whole batch and divides each among the ranks,
+    where the explicit path gives each rank its rows and takes micro-batches out of those.
+
+    Args:
+        batch: the whole batch.
+        dp: data-parallel ranks.
+        micro_batches: of each.
+    """
+    rows = np.arange(len(batch.samples_B)).reshape(dp, micro_batches, -1).transpose(1, 0, 2).ravel()
+    return batch.of_rows(rows)
