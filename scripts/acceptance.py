@@ -1,7 +1,8 @@
 """Accepts mistral_ms on a machine with NPUs; `--small` does the same in small on any machine.
 
-Five steps, all of them commands of this repository: the logits of Hugging Face, experts on all
-cards, hierarchical all-to-all, the optimizer in host memory, the first steps of the 32-card run.
+Six steps, all of them commands of this repository: the logits of Hugging Face, experts on all
+cards, hierarchical all-to-all, the optimizer in host memory, the auto-parallel graph, the first
+steps of the 32-card run.
 Each says what is run and what must be seen, and ends in PASS or FAIL with its numbers; see
 docs/acceptance.md.
 

@@ -24,6 +24,8 @@ QUARTER = 0.25
 NEAR = 1.5
 """Of the first loss from ln(vocabulary). A drawn head's logits have the variance hidden_size *
 initializer_range**2, 1.6 at 4096, and raise the loss by half of it."""
+GRAPH_TOLERANCE = 2e-2
+"""Of losses in bfloat16, whose 8 bits the two paths round in other places; not measured yet."""
 SMALL = (
     *("model.hidden_size=32", "model.intermediate_size=64", "model.num_attention_heads=4"),
     "training.global_batch_size=8",
@@ -100,7 +102,7 @@ class Step:
     judge: Callable[[bool], Verdict]
 
 
-NAMES = ("align", "experts", "hierarchical", "offload", "cards32")
+NAMES = ("align", "experts", "hierarchical", "offload", "graph", "cards32")
 
 
 def make_steps(o: Options) -> tuple[Step, ...]:
@@ -140,7 +142,31 @@ def make_steps(o: Options) -> tuple[Step, ...]:
             (one, host),
             lambda npu: judge_offload(o.output / "host", o.output / "one", npu * o.tolerance),
         ),
+        _graph(lines, together),
         _cards32(lines),
+    )
+
+
+def _graph(lines: _Lines, together: tuple[str, ...]) -> Step:
+    """Fused attention has 16 bits, so on NPUs both paths do; only NPUs divide graphs."""
+    o, changed = lines.options, "parallel.execution=graph"
+    if o.small:
+        runs, allowed = (lines.alone("explicit"), lines.alone("graph", changed)), o.tolerance
+        where = "one rank, float32"
+    else:
+        same = (*together, "training.dtype=bfloat16")
+        runs = lines.together("explicit", *same), lines.together("graph", *same, changed)
+        allowed, where = (
+            GRAPH_TOLERANCE,
+            f"{o.workers} ranks (dp {o.workers}, ep {o.workers}), bfloat16",
+        )
+    return Step(
+        "graph",
+        f"{STEPS} steps of the tiny Mixtral by explicit collectives, and as MindSpore's "
+        f"auto-parallel graph: {where}",
+        f"the same losses to {allowed:g} of each",
+        runs,
+        lambda npu: compare(o.output / "graph", o.output / "explicit", allowed),
     )
 
 

@@ -127,7 +127,7 @@ def _complete(
     """
     from mistral_ms.checkpoint import open_checkpoint
     from mistral_ms.inference import Engine
-    from mistral_ms.inference.engine import required_length
+    from mistral_ms.inference.lengths import required_length
     from mistral_ms.tokenizer import ChatFormat, load_tokenizer
 
     tokenizer = load_tokenizer(ckpt)

@@ -1,5 +1,7 @@
 """Text from a model: sampling, the engine with its cache."""
 
-from mistral_ms.inference.engine import Completion, Engine, Generation
+from mistral_ms.inference.engine import Engine
+from mistral_ms.inference.graph_engine import load_graph_engine
+from mistral_ms.inference.results import Completion, Generation
 
-__all__ = ["Completion", "Engine", "Generation"]
+__all__ = ["Completion", "Engine", "Generation", "load_graph_engine"]

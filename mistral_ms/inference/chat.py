@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from mistral_ms.config import GenerationConfig
 from mistral_ms.errors import GenerationError
-from mistral_ms.inference.engine import Completion, Engine
+from mistral_ms.inference.engine import Engine
+from mistral_ms.inference.results import Completion
 from mistral_ms.tokenizer import ChatFormat
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -20,64 +19,24 @@ from mindspore import Tensor, nn
 
 from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
-from mistral_ms.config import DROPLESS, DType, GenerationConfig, ModelConfig, ParallelConfig
+from mistral_ms.config import (
+    DROPLESS,
+    DType,
+    GenerationConfig,
+    ModelConfig,
+    ParallelConfig,
+)
 from mistral_ms.errors import GenerationError
+from mistral_ms.inference.lengths import check_length
+from mistral_ms.inference.results import Completion, Generation
 from mistral_ms.inference.sampling import Sampler
-from mistral_ms.inference.sequence import FinishReason, RunningSequence
+from mistral_ms.inference.sequence import RunningSequence
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM, NextTokenLogits
 from mistral_ms.parallel.apply import Division
 from mistral_ms.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 OnText = Callable[[int, str], None]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What was generated after one prompt.
-
-    Attributes:
-        token_ids: the generated tokens, the ending EOS included.
-        logprobs: the model's own log-probability of each.
-        text: their text, without special tokens, up to a stop string.
-        finish_reason: ``eos``, ``stop`` (a stop string) or ``length``.
-    """
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    text: str
-    finish_reason: FinishReason
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One request's results and speed.
-
-    Attributes:
-        completions: one for each prompt, in order.
-        prefill_tokens: prompt tokens computed.
-        prefill_seconds: the time they took, without compiling.
-        decode_tokens: tokens computed one step at a time.
-        decode_seconds: the time they took, without compiling.
-        compile_seconds: the time that compiling new graphs took, 0 when they were there.
-    """
-
-    completions: tuple[Completion, ...]
-    prefill_tokens: int
-    prefill_seconds: float
-    decode_tokens: int
-    decode_seconds: float
-    compile_seconds: float
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens a second."""
-        return self.prefill_tokens / max(self.prefill_seconds, 1e-9)
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Generated tokens a second after the first of each sequence."""
-        return self.decode_tokens / max(self.decode_seconds, 1e-9)
 
 
 class KeySpec(Protocol):
@@ -188,7 +147,7 @@ class Engine:
         with open_checkpoint(Path(path), kind) as source:
             config = source.config
             length = config.max_position_embeddings if max_length is None else max_length
-            _check_length(config, length, "max_length")
+            check_length(config, length, "max_length")
             chunk = min(chunk, length)
             division = Division(ParallelConfig()) if division is None else division
             rows = -(-batch // division.data_parallel[1])
@@ -348,7 +307,7 @@ class Engine:
                     rule=f"0 to {self.config.vocab_size - 1}",
                 )
             if len(prompt) > self.config.max_position_embeddings:
-                _check_length(self.config, len(prompt), where)
+                check_length(self.config, len(prompt), where)
             if len(prompt) >= self.max_length:
                 raise GenerationError(
                     "prompt too long",
@@ -357,29 +316,3 @@ class Engine:
                     rule=f"prompt and new tokens have {self.max_length} positions together",
                     todo="shorten it, or raise max_length if the model allows",
                 )
-
-
-def required_length(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], request: GenerationConfig
-) -> int:
-    """Positions that a request needs: the longest prompt and its new tokens, at most the model's.
-
-    Raises:
-        GenerationError: a prompt that is longer than the model's positions.
-    """
-    for number, prompt in enumerate(prompts):
-        _check_length(config, len(prompt), f"prompt {number}")
-    longest = max(map(len, prompts)) + request.max_new_tokens
-    return min(longest, config.max_position_embeddings)
-
-
-def _check_length(config: ModelConfig, length: int, where: str) -> None:
-    if length < 1:
-        raise GenerationError("no room", where=where, value=length, rule="at least 1 position")
-    if length > config.max_position_embeddings:
-        raise GenerationError(
-            "longer than the model's positions",
-            where=where,
-            value=f"{length} tokens",
-            rule=f"max_position_embeddings is {config.max_position_embeddings}",
-        )

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from dryrun.test_graph_numerics import weights_in_graph
 from mindspore import Tensor
 from support import configs
+from support.hf import make_pair
 
 from mistral_ms.config import GenerationConfig, PredictConfig
-from mistral_ms.inference import Engine
+from mistral_ms.inference import Engine, load_graph_engine
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM
 from mistral_ms.parallel import graph
@@ -29,12 +29,13 @@ def pair(case):
         prediction={"batch": BATCH, "max_length": LENGTH, "chunk": CHUNK, "dtype": "float32"},
     )
     theirs = graph.build_generation(run)
-    parameters = theirs.weights()
+    parameters, storage = theirs.weights(), graph.generation_storage(run)
     assert set(parameters) == set(ours.weights())
     for name, parameter in ours.weights().items():  # larger weights make routing less even
         parameter.set_data(parameter * (4.0 if parameter.ndim > 1 else 1.0))
         parameters[name].init_data()
-        parameters[name].set_data(Tensor(weights_in_graph(name, parameter.asnumpy())))
+        values = storage.to_parameter(name, parameter.asnumpy())
+        parameters[name].set_data(Tensor(np.ascontiguousarray(values)))
     for parameter in theirs.get_parameters():
         parameter.init_data()
     return ours, theirs
@@ -52,3 +53,18 @@ def test_engine_generates_the_same(case):
         assert mine.token_ids == wanted.token_ids
         # float32 sums in another order
         np.testing.assert_allclose(mine.logprobs, wanted.logprobs, atol=1e-5)
+
+
+def test_a_hugging_face_directory_is_loaded_into_the_graph(tmp_path):
+    """Its tokens are those of the engine on the explicit path, which are Hugging Face's."""
+    pair = make_pair("mixtral", eos_token_id=None)
+    pair.hf.save_pretrained(tmp_path)
+    sizes = {"batch": BATCH, "max_length": LENGTH, "chunk": CHUNK, "dtype": "float32"}
+    run = PredictConfig(model=pair.config, prediction=sizes)
+    request = GenerationConfig(max_new_tokens=16)
+    with graph_mode():  # which load_graph_engine would leave behind
+        engine = load_graph_engine(tmp_path, run, with_tokenizer=False)
+        found = engine.generate(RAGGED, request)
+    plain = Engine.load(tmp_path, batch=BATCH, max_length=LENGTH, chunk=CHUNK, with_tokenizer=False)
+    wanted = plain.generate(RAGGED, request)
+    assert [c.token_ids for c in found.completions] == [c.token_ids for c in wanted.completions]

@@ -59,6 +59,7 @@ def test_what_is_run_on_npus(script, capsys):
 
     groups, layout = "training.micro_batches=8", ["parallel.dp=8", "parallel.ep=8"]
     hops = ["parallel.devices_per_node=4", "parallel.all_to_all=hierarchical"]
+    half = "training.dtype=bfloat16"
     assert printed(script, capsys, *FULL) == [
         [python, "run_mixtral.py", "convert", "/hf", "/out/converted"],
         [python, "run_mixtral.py", "align", "/hf", "/out/converted", "--json", "/out/align.json"],
@@ -66,6 +67,8 @@ def test_what_is_run_on_npus(script, capsys):
         together("flat", *layout),
         together("hierarchical", *layout, *hops),
         alone("host", groups, "training.offload_optimizer=host"),
+        together("explicit", *layout, half),
+        together("graph", *layout, half, "parallel.execution=graph"),
         [
             "scripts/pretrain_mixtral_8x7b_4node_32card.sh", "--node-rank", "0",
             "--master", "10.0.0.1", "--port", "8118", "--log-dir", "/out/cards32-ranks", "--",

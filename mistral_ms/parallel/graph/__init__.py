@@ -6,6 +6,7 @@ from mistral_ms.parallel.graph.generation import (
     GraphNextToken,
     build_generation,
     decode,
+    generation_storage,
     prefill,
 )
 
@@ -15,6 +16,7 @@ __all__ = [
     "build",
     "build_generation",
     "decode",
+    "generation_storage",
     "prefill",
     "set_context",
 ]

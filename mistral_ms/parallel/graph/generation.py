@@ -20,6 +20,7 @@ from mistral_ms.parallel.graph.model import GraphBlock
 from mistral_ms.parallel.graph.moe import LossCoefficients
 from mistral_ms.parallel.graph.parts import GraphParts
 from mistral_ms.parallel.graph.region import Region, Shape
+from mistral_ms.parallel.graph.storage import GraphStorage
 from mistral_ms.parallel.sharding import Sharding
 from mistral_ms.parallel.topology import Topology
 
@@ -203,6 +204,17 @@ def build_generation(run: PredictConfig, layers: int | None = None) -> GraphNext
         weight.set_dtype(getattr(ms, sizes.dtype))  # nothing is trained: no float32 is needed
     model.set_train(False)
     return model
+
+
+def generation_storage(run: PredictConfig, rank: int = 0) -> GraphStorage:
+    """How a rank's parts of the weights lie in a checkpoint.
+
+    Args:
+        run: as for :func:`build_generation`.
+        rank: the process.
+    """
+    divided_head = {"lm_head.weight": "output_divided"}
+    return GraphStorage(run.model, run.parallel, rank, divided_head)
 
 
 def prefill(run: PredictConfig, layers: int | None = None) -> GenerationGraph:

@@ -31,10 +31,18 @@ class GraphStorage(Storage):
         model: the architecture.
         parallel: the layout.
         rank: the process.
+        layouts: of weights that do not have their layout of training, by their names.
     """
 
-    def __init__(self, model: ModelConfig, parallel: ParallelConfig, rank: int = 0) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        rank: int = 0,
+        layouts: Mapping[str, str] | None = None,
+    ) -> None:
         self.model, self.sharding = model, Sharding(parallel)
+        self.layouts = layouts or {}
         self.shared_out = parallel.optimizer_parallel
         self.stage, self.number = divmod(rank, self.sharding.ranks)
         self.holds_everything = parallel.world == 1
@@ -78,7 +86,7 @@ class GraphStorage(Storage):
 
     def window(self, name: str, shape: Shape) -> Window:
         """See the base."""
-        layout = layout_of(name)
+        layout = self._layout_of(name)
         matrix = self._matrix(name, shape)
         sizes, places = self.sharding.part(layout, matrix), self.sharding.place(layout, self.number)
         starts = [place * size for place, size in zip(places, sizes, strict=True)]
@@ -89,6 +97,9 @@ class GraphStorage(Storage):
         cut = [slice(first, first + rows)]
         cut += [slice(a, a + n) for a, n in zip(starts[1:], sizes[1:], strict=True)]
         return self._of_experts(name, cut) if _is_expert(name) else tuple(cut)
+
+    def _layout_of(self, name: str) -> str:
+        return self.layouts.get(name) or layout_of(name)
 
     def _matrix(self, name: str, shape: Shape) -> Shape:
         """The shape of the whole weight in the graph."""
@@ -136,7 +147,7 @@ class GraphStorage(Storage):
         """See the base: shares are nobody else's; of copies the first rank writes."""
 
         def mine(name: str, shape: Shape) -> bool:
-            layout = layout_of(name)
+            layout = self._layout_of(name)
             copies = self.sharding.shares(layout, self._matrix(name, shape), self.shared_out)
             return copies > 1 or self.sharding.copy_number(layout, self.number) == 0
 

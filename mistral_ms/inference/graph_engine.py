@@ -1,0 +1,64 @@
+"""An engine whose two steps are graphs that MindSpore divides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mindspore as ms
+
+from mistral_ms.checkpoint import open_checkpoint
+from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.config import PredictConfig
+from mistral_ms.inference.engine import Engine
+from mistral_ms.parallel import graph
+from mistral_ms.tokenizer import check_vocabulary, load_tokenizer
+
+
+def load_graph_engine(
+    path: Path,
+    run: PredictConfig,
+    *,
+    rank: int = 0,
+    kind: str | None = None,
+    with_tokenizer: bool = True,
+) -> Engine:
+    """Opens a checkpoint and loads it into auto-parallel graphs. The process stays in graph mode.
+
+    Args:
+        path: its directory, of any known format.
+        run: layout and sizes; its model must be the checkpoint's.
+        rank: of this process; with several ``mindspore.communication.init()`` must have been called,
+            on Ascend, and all must do the same with their engines.
+        kind: which format to take when the directory holds several.
+        with_tokenizer: load the directory's tokenizer; without it completions have no text.
+
+    Raises:
+        ConfigError: see :func:`~mistral_ms.parallel.graph.build_generation`.
+        CheckpointError: see :func:`open_checkpoint` and :func:`load_weights`.
+        TokenizerError: no tokenizer, or one that does not fit the model.
+    """
+    divided = run.parallel.world > 1
+    ms.set_context(mode=ms.GRAPH_MODE)
+    with open_checkpoint(Path(path), kind) as source:
+        tokenizer = None
+        if with_tokenizer:
+            tokenizer = load_tokenizer(Path(path))
+            check_vocabulary(tokenizer, run.model)
+        if divided:
+            graph.set_context(run)
+        built = graph.decode(run)
+        if divided:
+            built.cell.compile(*built.inputs)  # leaves this rank's parts of the parameters
+        else:
+            for parameter in built.cell.get_parameters():
+                parameter.init_data()
+        storage = graph.generation_storage(run, rank)
+        load_weights(source, built.cell.weights(), storage=storage)
+    return Engine(
+        built.cell,
+        step=built.cell,
+        max_length=run.prediction.max_length,
+        chunk=run.prediction.chunk,
+        tokenizer=tokenizer,
+        graph=False,
+    )
