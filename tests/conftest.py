@@ -4,11 +4,24 @@ import os
 
 # before anything imports MindSpore or torch
 os.environ.setdefault("GLOG_v", "3")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# side by side (pytest -n 2) each has a core of its own
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import sys
+from pathlib import Path
 
 import pytest
+
+TESTS = Path(__file__).parent
+TOGETHER = {"distributed", "kernels"}
+"""Folders whose tests share jobs and builds, or would crowd each other out: one after the other."""
+
+
+def pytest_itemcollected(item):
+    """Says which tests stay in one process where several run side by side: those of a file."""
+    folder, *rest = item.path.relative_to(TESTS).parts
+    group = folder if folder in TOGETHER else "/".join([folder, *rest])
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_finish(session):

@@ -27,8 +27,8 @@ def load_graph_engine(
     Args:
         path: its directory, of any known format.
         run: layout and sizes; its model must be the checkpoint's.
-        rank: of this process; with several ``mindspore.communication.init()`` must have been called,
-            on Ascend, and all must do the same with their engines.
+        rank: of this process; with several, all on Ascend, ``mindspore.communication.init()`` must
+            have been called, and all must do the same with their engines.
         kind: which format to take when the directory holds several.
         with_tokenizer: load the directory's tokenizer; without it completions have no text.
 
