@@ -26,10 +26,10 @@ demo: install
 	$(BIN)/python run_mixtral.py demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 fast: install
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/end_to_end --ignore tests/alignment --ignore tests/cli
+	$(BIN)/python -m pytest -n 2 --ignore tests/end_to_end --ignore tests/alignment --ignore tests/cli
 
 lint: install
 	$(BIN)/ruff format --check

@@ -8,20 +8,22 @@ os.environ.setdefault("GLOG_v", "3")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import sys
-from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
-TOGETHER = {"distributed", "kernels"}
+TOGETHER = ("tests/distributed/", "tests/kernels/")
 """Folders whose tests share jobs and builds, or would crowd each other out: one after the other."""
 
 
-def pytest_itemcollected(item):
-    """Says which tests stay in one process where several run side by side: those of a file."""
-    folder, *rest = item.path.relative_to(TESTS).parts
-    group = folder if folder in TOGETHER else "/".join([folder, *rest])
-    item.add_marker(pytest.mark.xdist_group(group))
+def pytest_xdist_make_scheduler(config, log):
+    """What runs side by side (pytest -n 2): whole files, so that their fixtures are made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return next(filter(nodeid.startswith, TOGETHER), nodeid.partition("::")[0])
+
+    return Scheduler(config, log)
 
 
 def pytest_collection_finish(session):
