@@ -217,12 +217,21 @@ class Expected:
 
     def last_stage(self) -> Difference:
         """Of a pipeline."""
-        kind, size = GroupKind.EXPERT, self._exchanged()
+        whole, mp = self._exchanged(), self.config.mp
         times = 2 * self.micro * LAYERS // self.config.pp
+        shared = self.config.all_to_all == "group_wise"
+        travels = whole // mp if shared else whole
+        graph = Counter({self.said("AlltoAll", RECOMPUTE, GroupKind.EXPERT, travels): times})
+        tensor = GroupKind.TENSOR
+        if mp > 1 and shared:
+            graph[self.said("AllGather", RECOMPUTE, tensor, travels)] += times
+            graph[self.said("ReduceScatter", RECOMPUTE, tensor, whole)] += times // 2
+        elif mp > 1:
+            graph[self.said("AllReduce", RECOMPUTE, tensor, whole)] += times // 2
         return Difference(
             "With full recompute the graph computes every stage's blocks again; on the explicit "
             "path the last stage goes forward and backward at once and needs not.",
-            Counter({self.said("AlltoAll", RECOMPUTE, kind, size): times}),
+            graph,
         )
 
     def _exchanged(self) -> int:
@@ -240,7 +249,8 @@ class Expected:
         for phase in self._forward:
             graph[self.said("AllGather", phase, kind, STATES // mp)] += 2 * times
             graph[self.said("ReduceScatter", phase, kind, STATES)] += times
-            explicit[self.said("AllReduce", phase, kind, STATES)] += times
+            if phase == FORWARD or not self.last:
+                explicit[self.said("AllReduce", phase, kind, STATES)] += times
         return Difference(
             "In the graph tensor-parallel ranks hold a share of the rows between the matrices: it "
             "gathers before attention and scatters after it, which sends what the explicit path's "

@@ -1,4 +1,4 @@
-"""Small runs for the auto-parallel graph: two layers, float16, a row per rank and micro-batch.
+"""Small runs for the auto-parallel graph: two layers, float16, a row per rank and dispatch group.
 
 Not a test. The sizes are names, so that tests can say what bytes are made of.
 """
@@ -34,7 +34,7 @@ def small_run(
         "training": {
             "steps": 1,
             "seq_length": S,
-            "global_batch_size": parallel["dp"] * micro,
+            "global_batch_size": parallel["dp"] * micro * parallel.get("interleave", 1),
             "micro_batches": micro,
             "dtype": "float16",
             "aux_coef": 0.01,

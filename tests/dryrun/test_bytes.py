@@ -27,6 +27,8 @@ CASES = {
     "hierarchical, two nodes of two": (HOPS, 1, 1),
     "tensor parallel": (TENSOR, 3, 2),
     "tensor parallel stages, group-wise": (STAGES, 2, 2),
+    "tensor parallel stages, last stage": (STAGES, 6, 2),
+    "interleaved": ({"dp": 2, "ep": 2, "interleave": 2}, 1, 1),
     "optimizer parallel": ({"dp": 4, "ep": 2, "optimizer_parallel": True}, 3, 1),
 }
 
@@ -94,9 +96,11 @@ def test_exchanges_per_layer_and_micro_batch(both, case):
         "pipeline, first stage": [(0, 1, 2, 3)],
         "pipeline, last stage": [(4, 5, 6, 7)],
         "tensor parallel stages, group-wise": [(0, 2)],
+        "tensor parallel stages, last stage": [(4, 6)],
+        "interleaved": [(0, 1)],
         "optimizer parallel": [(2, 3)],
     }.get(case, [(1, 3)])
-    times = 2 * micro * LAYERS // expected.config.pp
+    times = 2 * micro * expected.config.interleave * LAYERS // expected.config.pp
     size = E * C * H * HALF
     if expected.config.all_to_all == "group_wise":
         size //= 2

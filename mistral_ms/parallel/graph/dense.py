@@ -41,7 +41,7 @@ class GraphNorm(Region):
     def __init__(self, size: int, eps: float, sharding: Sharding | None) -> None:
         super().__init__(sharding, ("rows", "vector"), ("rows",), first_shape, (0,))
         self.weight = weight(size, init="ones")
-        self.norm = select.rms_norm(select.dense_kernels(), eps)
+        self.norm, self.cast = select.rms_norm(select.dense_kernels(), eps), ops.Cast()
 
     def compute(self, x_TH: Tensor, weight_H: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
@@ -49,9 +49,11 @@ class GraphNorm(Region):
 
     def construct(self, x_TH: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
+        # rounded out here, so that optimizer parallelism gathers what is rounded
+        weight_H = self.cast(self.weight, x_TH.dtype)
         if self.morph is not None:
-            return self.morph(x_TH, self.weight)
-        return self.compute(x_TH, self.weight)
+            return self.morph(x_TH, weight_H)
+        return self.compute(x_TH, weight_H)
 
 
 class GraphLinear(nn.Cell):

@@ -25,11 +25,10 @@ class LossRegion(Region):
     its own ones: no reduction over a divided vocabulary, and no logits that are held twice.
 
     Args:
-        dtype: what the logits are computed in.
         sharding: the table; None on one device.
     """
 
-    def __init__(self, dtype: str, sharding: Sharding | None) -> None:
+    def __init__(self, sharding: Sharding | None) -> None:
         ranks = 1 if sharding is None else sharding.ranks
 
         def shapes(*given: Shape) -> Any:
@@ -37,7 +36,7 @@ class LossRegion(Region):
 
         inputs = "rows", "matrix", "tokens", "samples", "matrix"
         super().__init__(sharding, inputs, ("tokens",), shapes, (ms.float32,))
-        self.dtype, self.note = getattr(ms, dtype), Note()
+        self.note = Note()
 
     def compute(
         self,
@@ -48,7 +47,7 @@ class LossRegion(Region):
         notes: Tensor,
     ) -> Tensor:
         """This rank's part of the scaled loss, float32 [1]; notes it without the scale."""
-        logits_TV = output_logits(x_TH, _cast(weight_VH, self.dtype))
+        logits_TV = output_logits(x_TH, weight_VH)
         nll_T, _ = token_nll(logits_TV, labels_T)
         loss = (_sum(nll_T) * shares_B3[0, 0]).reshape(1)
         return self.note(loss * shares_B3[0, 2], notes, loss)
@@ -64,7 +63,8 @@ class Loss(nn.Cell):
 
     def __init__(self, dtype: str, sharding: Sharding | None) -> None:
         super().__init__()
-        self.region, self.notes = LossRegion(dtype, sharding), notes(1)
+        self.region, self.notes = LossRegion(sharding), notes(1)
+        self.dtype = getattr(ms, dtype)
         self.sum = ops.ReduceSum()
         if sharding is not None:
             self.sum.shard(((sharding.ranks,),))
@@ -74,6 +74,7 @@ class Loss(nn.Cell):
     ) -> Tensor:
         """A float32 scalar, scaled."""
         labels_T = labels_BS.reshape(-1)
+        weight_VH = _cast(weight_VH, self.dtype)
         return self.sum(self.region(x_TH, weight_VH, labels_T, shares_B3, self.notes))
 
 
