@@ -4,8 +4,7 @@ import os
 
 # before anything imports MindSpore or torch
 os.environ.setdefault("GLOG_v", "3")
-# side by side (pytest -n 2) each has a core of its own
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import sys
 

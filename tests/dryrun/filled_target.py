@@ -9,6 +9,7 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 from mindspore.communication import get_rank
@@ -33,6 +34,7 @@ class Filled:
 
 def build(run: RunConfig, layers: int | None = None) -> Any:
     """GraphTrainStep on a rank of Ascend, as ``train`` makes it; weights drawn, and compared."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)  # as the command finds it
     rank = get_rank()
     assert rank == int(os.environ["RANK_ID"])
     update = GraphTrainStep(run, Division(run.parallel, rank, run.parallel.world), segmented=False)

@@ -17,7 +17,6 @@ from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.graph.cached import CachedAttention, KeyTable
 from mistral_ms.parallel.graph.checks import check_prediction
 from mistral_ms.parallel.graph.model import GraphBlock
-from mistral_ms.parallel.graph.moe import LossCoefficients
 from mistral_ms.parallel.graph.parts import GraphParts
 from mistral_ms.parallel.graph.region import Region, Shape
 from mistral_ms.parallel.graph.storage import GraphStorage
@@ -56,7 +55,7 @@ class CachedParts(GraphParts):
             sequence=positions,
             causal=False,
             parallel=parallel,
-            losses=LossCoefficients(),
+            losses=None,
             sharding=sharding,
             groups=groups,
         )
@@ -121,8 +120,6 @@ class GraphNextToken(nn.Cell):
         self.lm_head = parts.head()
         self.key_positions = parts.key_table()
         self.last_logits = LastLogits(parts.dtype, parts.sharding)
-        # of the router's losses, which nobody asks for
-        self.no_shares_B3 = Tensor(np.zeros((self.batch, 3), np.float32))
 
     def construct(self, ids_BS: Tensor, positions_BS: Tensor, last_B: Tensor) -> Tensor:
         """Float32 [B, V]: logits after column ``last_B`` (int32) of each row; enters the tokens
@@ -137,7 +134,7 @@ class GraphNextToken(nn.Cell):
         context = positions_BS, places_T, held_BM
         x_TH = self.embed_tokens(ids_BS)
         for layer in self.layers:
-            x_TH = layer(x_TH, context, (positions_BS, self.no_shares_B3))
+            x_TH = layer(x_TH, context, (positions_BS,))
         return self.last_logits(self.norm(x_TH), self.lm_head.weight, last_B)
 
     def reset_cache(self) -> None:

@@ -73,12 +73,81 @@ class LossCoefficients:
     z: float = 0.0
 
 
-class SparseRegion(Region):
-    """Gate, dispatch, experts and combine of this rank's tokens.
+class SparsePieces(Region):
+    """What regions of a sparse layer have in common.
 
     Args:
         config: sizes.
-        routing: the policy, which must be a capacity.
+        routing: the policy; static shapes need a capacity, or places for everyone.
+        dispatcher: brings rows to the experts and back.
+        router: chooses.
+        sharding: the table; None on one device.
+        more: layouts of further inputs.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        routing: RoutingConfig,
+        dispatcher: Dispatcher,
+        router: Router,
+        sharding: Sharding | None,
+        more: tuple[str, ...] = (),
+    ) -> None:
+        inputs = "whole_rows", "samples", "matrix", "experts", "experts", "experts", *more
+        super().__init__(sharding, inputs, ("whole_rows",), first_shape, (0,))
+        self.hidden_size = config.hidden_size
+        self.rescale = routing.rescale_survivors
+        self.dispatcher, self.router = dispatcher, router
+        self.swiglu = select.swiglu_halves(select.dense_kernels())
+
+    def valid(self, positions_BS: Tensor) -> Tensor:
+        """1 for tokens, 0 for padding: float32 [T]."""
+        return _cast(positions_BS.reshape(-1) >= 0, ms.float32)
+
+    def matrices(self, w1: Tensor, w3: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+        """[L * H, I] each -> gate and up side by side [L, H, 2 * I], and down [L, H, I]."""
+        H, share = self.hidden_size, w1.shape[1]
+        gate, up = w1.reshape(-1, H, share), w3.reshape(-1, H, share)
+        return ops.cat((gate, up), -1), w2.reshape(-1, H, share)
+
+    def results(
+        self, choice: Choice, rows: Tensor, record: Record, gate_up: Tensor, down: Tensor
+    ) -> Tensor:
+        """What the experts make of dispatched rows, brought back: [T, H]."""
+        hidden = self.swiglu(reference.batched_matmul(rows, gate_up))
+        y = reference.batched_linear(hidden, down)
+        weights_TK = choice[0]
+        if self.rescale:
+            weights_TK = surviving_weights(weights_TK, record[1])
+        return self.dispatcher.combine(y, weights_TK, record)
+
+
+class SparseRegion(SparsePieces):
+    """Gate, dispatch, experts and combine of this rank's tokens, where nothing is trained."""
+
+    def compute(
+        self,
+        x_TH: Tensor,
+        positions_BS: Tensor,
+        gate_EH: Tensor,
+        w1_LH_I: Tensor,
+        w3_LH_I: Tensor,
+        w2_LH_I: Tensor,
+    ) -> Tensor:
+        """[T, H] -> [T, H]."""
+        choice = self.router.choose(x_TH, gate_EH)
+        rows, record = self.dispatcher.dispatch(x_TH, choice[1], self.valid(positions_BS))
+        gate_up, down = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
+        return self.results(choice, rows, record, gate_up, down)
+
+
+class TrainedSparseRegion(SparsePieces):
+    """Gate, dispatch, experts and combine in training: one or two dispatch groups, router's losses.
+
+    Args:
+        config: sizes.
+        routing: the policy.
         dispatcher: brings rows to the experts and back.
         router: chooses.
         coefficients: of the router's losses.
@@ -96,18 +165,9 @@ class SparseRegion(Region):
         groups: int,
         sharding: Sharding | None,
     ) -> None:
-        super().__init__(
-            sharding,
-            ("whole_rows", "samples", "samples", "matrix", *("experts",) * 3, "matrix"),
-            ("whole_rows",),
-            first_shape,
-            (0,),
-        )
-        self.hidden_size, self.groups = config.hidden_size, groups
-        self.rescale = routing.rescale_survivors
-        self.dispatcher, self.router = dispatcher, router
-        self.swiglu = select.swiglu_halves(select.dense_kernels())
-        self.attach, self.note = AttachLosses(), Note()
+        more = "samples", "matrix"
+        super().__init__(config, routing, dispatcher, router, sharding, more)
+        self.groups, self.attach, self.note = groups, AttachLosses(), Note()
         # the tensor-parallel ranks form the same losses: each is responsible for its share
         self.share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
         each = [coefficients.aux * self.share, coefficients.z * self.share]
@@ -117,15 +177,15 @@ class SparseRegion(Region):
         self,
         x_TH: Tensor,
         positions_BS: Tensor,
-        shares_B3: Tensor,
         gate_EH: Tensor,
         w1_LH_I: Tensor,
         w3_LH_I: Tensor,
         w2_LH_I: Tensor,
+        shares_B3: Tensor,
         notes: Tensor,
     ) -> Tensor:
         """[T, H] -> [T, H], with the router's losses attached, and what is noted of them."""
-        valid_T = _cast(positions_BS.reshape(-1) >= 0, ms.float32)
+        valid_T = self.valid(positions_BS)
         gate_up, down = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
         size = x_TH.shape[0] // self.groups
         sent: tuple[Any, ...] = ()
@@ -140,23 +200,12 @@ class SparseRegion(Region):
         out: tuple[Tensor, ...] = ()
         for i in range(self.groups):
             choice, rows, record, valid = sent[i]
-            hidden = self.swiglu(reference.batched_matmul(rows, gate_up))
-            y = reference.batched_linear(hidden, down)
-            weights_TK = choice[0]
-            if self.rescale:
-                weights_TK = surviving_weights(weights_TK, record[1])
-            y_TH = self.dispatcher.combine(y, weights_TK, record)
+            y_TH = self.results(choice, rows, record, gate_up, down)
             losses, routed_E, kept_E = _losses(choice, record, valid)
             y_TH = self.attach(y_TH, losses, coefficients)
             seen = ops.cat((losses * shares_B3[0, 1], routed_E, kept_E)) * self.share
             out = (*out, self.note(y_TH, notes, seen))
         return out[0] if self.groups == 1 else ops.cat(out, 0)
-
-    def matrices(self, w1: Tensor, w3: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-        """[L * H, I] each -> gate and up side by side [L, H, 2 * I], and down [L, H, I]."""
-        H, share = self.hidden_size, w1.shape[1]
-        gate, up = w1.reshape(-1, H, share), w3.reshape(-1, H, share)
-        return ops.cat((gate, up), -1), w2.reshape(-1, H, share)
 
 
 def _losses(choice: Choice, record: Record, valid_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,7 +232,7 @@ class GraphMoE(nn.Cell):
         routing: the policy.
         dtype: what is computed in.
         dispatcher: brings rows to the experts and back.
-        coefficients: of the router's losses.
+        coefficients: of the router's losses; None where nothing is trained.
         interleave: dispatch groups of a micro-batch.
         sharding: the table; None on one device.
     """
@@ -194,34 +243,38 @@ class GraphMoE(nn.Cell):
         routing: RoutingConfig,
         dtype: str,
         dispatcher: Dispatcher,
-        coefficients: LossCoefficients,
+        coefficients: LossCoefficients | None,
         interleave: int,
         sharding: Sharding | None,
     ) -> None:
         super().__init__()
         self.router = Router(config, routing)
         self.experts = MatrixExperts(config)
-        self.region = SparseRegion(
-            config, routing, dispatcher, self.router, coefficients, interleave, sharding
-        )
         assert config.moe is not None
-        self.notes = notes(2 + 2 * config.moe.num_local_experts)
+        self.trained = coefficients is not None
+        if coefficients is not None:
+            self.notes = notes(2 + 2 * config.moe.num_local_experts)
+            self.region: Region = TrainedSparseRegion(
+                config, routing, dispatcher, self.router, coefficients, interleave, sharding
+            )
+        else:
+            self.region = SparseRegion(config, routing, dispatcher, self.router, sharding)
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
 
-    def construct(self, x_TH: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, None]:
+    def construct(self, x_TH: Tensor, batch: tuple[Tensor, ...]) -> tuple[Tensor, None]:
         """[T, H] -> [T, H]; losses and counts go their own ways, so there are no sums.
 
         Args:
             x_TH: token rows.
-            batch: positions [B, S] and shares [B, 3], see
+            batch: positions [B, S], and in training shares [B, 3], see
                 :class:`~mistral_ms.parallel.graph.model.GraphModel`.
         """
-        positions_BS, shares_B3 = batch
         w1 = self.cast(self.experts.w1, self.dtype)
         w3 = self.cast(self.experts.w3, self.dtype)
         w2 = self.cast(self.experts.w2, self.dtype)
-        gate_EH = self.router.weight
-        given = positions_BS, shares_B3, gate_EH, w1, w3, w2, self.notes
+        given: tuple[Tensor, ...] = (batch[0], self.router.weight, w1, w3, w2)
+        if self.trained:
+            given = (*given, batch[1], self.notes)
         return self.region(x_TH, *given), None
 
 

@@ -28,7 +28,7 @@ class GraphParts(Parts):
         sequence: S.
         causal: nothing but the causal rule hides keys from queries.
         parallel: the layout of the run.
-        losses: coefficients of the router's losses.
+        losses: coefficients of the router's losses; None where nothing is trained.
         sharding: the table; None on one device.
         groups: this rank's groups; None on one device.
     """
@@ -42,7 +42,7 @@ class GraphParts(Parts):
         sequence: int,
         causal: bool,
         parallel: ParallelConfig,
-        losses: LossCoefficients,
+        losses: LossCoefficients | None,
         sharding: Sharding | None = None,
         groups: Groups | None = None,
     ) -> None:
