@@ -96,13 +96,14 @@ def _check_shape(source: Source, name: str, shape: tuple[int, ...], parameter: P
 
 
 def set_values(parameter: Parameter, values: np.ndarray) -> None:
-    """Fills a parameter before any graph with it is compiled.
+    """Fills a parameter, before any graph with it is run.
 
     Args:
         parameter: float32, float16 or bfloat16.
         values: of its shape and dtype; bfloat16 as bits in uint16.
     """
-    parameter.set_data(_tensor(values, parameter.dtype))
+    # what MindSpore has cut when it divided a graph stays known as cut
+    parameter.set_data(_tensor(values, parameter.dtype), slice_shape=parameter.sliced)
 
 
 def to_numpy(parameter: Parameter) -> tuple[np.ndarray, str]:

@@ -72,7 +72,9 @@ class Storage:
             shape = self.whole(name, parameter)
             part = draw(name, shape, std, seed)[self.window(name, shape)]
             values = np.ascontiguousarray(self.to_parameter(name, part))
-            parameter.set_data(Tensor(values).astype(parameter.dtype))
+            data = Tensor(values).astype(parameter.dtype)
+            # what MindSpore has cut when it divided a graph stays known as cut
+            parameter.set_data(data, slice_shape=parameter.sliced)
 
 
 class DividedStorage(Storage):

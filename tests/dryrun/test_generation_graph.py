@@ -135,6 +135,24 @@ def test_the_cache_is_written_in_place_and_nothing_runs_elsewhere(compile_step, 
     assert graph.on_host == {}
 
 
+def test_both_graphs_share_parameters_that_are_cut_and_filled(
+    environ, runtime, tmp_path, compile_step
+):
+    """Decoding is compiled, its parameters filled with this rank's parts of the weights and
+    compared, then prefill is compiled with them: the graph that it has by itself.
+    """
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(prediction()))
+    request = Request(RANK, WORLD, "dryrun.filled_target:generate", path)
+    with compiled(request, runtime, environ, tmp_path, 300) as found:
+        text = found.graph.read_text(errors="replace")
+        graph = read(text, RANK, WORLD, found.groups)
+    _, alone = compile_step("prefill")
+    assert counted(graph) == counted(alone)
+    shapes = {name: held.shape for name, held in graph.parameters.items()}
+    assert shapes == {name: held.shape for name, held in alone.parameters.items()}
+
+
 REFUSED = {
     "parallel.pp: 2: the graph of generation has one stage": {"parallel": {"pp": 2, "ep": 1}},
     "parallel.recompute: full: there is no gradient": {"parallel": {"recompute": "full"}},
