@@ -20,7 +20,7 @@ from mistral_ms.training.memory import MemoryReport, memory_report
 from mistral_ms.training.modes import graph_mode
 from mistral_ms.training.optimizer import MEAN, MEAN_SQUARE, adam_coefficients
 from mistral_ms.training.schedule import learning_rate
-from mistral_ms.training.step import NotFiniteError, Progress, StepResult
+from mistral_ms.training.step import Progress, StepResult, advance
 
 
 class GraphTrainStep:
@@ -44,10 +44,8 @@ class GraphTrainStep:
     """
 
     def __init__(self, run: RunConfig, division: Division, segmented: bool) -> None:
-        self.config, self.progress = (
-            run.training,
-            Progress(scale=LossScale.start(run.training.scaling)),
-        )
+        self.config = run.training
+        self.progress = Progress(scale=LossScale.start(run.training.scaling))
         self._model, self._parallel, self._division = run.model, run.parallel, division
         divided = division.world > 1
         if divided and ms.get_context("device_target") != "Ascend":
@@ -61,10 +59,8 @@ class GraphTrainStep:
         if divided:
             graph.set_context(run)
         self._built = graph.build(run, segmented=segmented)
-        self._cell, self.storage = (
-            self._built.cell,
-            GraphStorage(run.model, run.parallel, division.rank),
-        )
+        self._cell = self._built.cell
+        self.storage = GraphStorage(run.model, run.parallel, division.rank)
         if divided:
             with graph_mode():
                 self._cell.compile(*self._built.inputs)
@@ -132,13 +128,7 @@ class GraphTrainStep:
         with graph_mode():
             self._cell(*batch_tensors(ordered), Tensor(rows))
         result = self._result(rate, scale)
-        scaling = config.scaling
-        if not result.finite and (scaling is None or scale <= scaling.minimum):
-            raise NotFiniteError(progress.step + 1, batch, result, scaling is not None)
-        progress.step += 1
-        progress.updates += result.finite
-        progress.scale = progress.scale.after(config.scaling, result.finite)
-        return result
+        return advance(progress, config, batch, result)
 
     def _result(self, rate: float, scale: float) -> StepResult:
         lm, figures_LF = self._figures()

@@ -152,6 +152,32 @@ class NotFiniteError(TrainingError):
         )
 
 
+def advance(
+    progress: Progress, config: TrainingConfig, batch: Batch, result: StepResult
+) -> StepResult:
+    """Counts a step that was made, and sets the next one's loss scale.
+
+    Args:
+        progress: of the training, still that of this step.
+        config: the training.
+        batch: what the step saw.
+        result: what it reported.
+
+    Returns:
+        The result.
+
+    Raises:
+        NotFiniteError: it is not finite, and no smaller loss scale could help.
+    """
+    scaling = config.scaling
+    if not result.finite and (scaling is None or result.loss_scale <= scaling.minimum):
+        raise NotFiniteError(progress.step + 1, batch, result, scaling is not None)
+    progress.step += 1
+    progress.updates += result.finite
+    progress.scale = progress.scale.after(scaling, result.finite)
+    return result
+
+
 class TrainStep:
     """Everything an update needs; the graphs are compiled at the first one.
 
@@ -250,13 +276,7 @@ class TrainStep:
                 self.optimizer.update(clipped, coefficients)
             if self._spread is not None and result.finite:
                 self._spread()
-        scaling = config.scaling
-        if not result.finite and (scaling is None or scale <= scaling.minimum):
-            raise NotFiniteError(progress.step + 1, batch, result, scaling is not None)
-        progress.step += 1
-        progress.updates += result.finite
-        progress.scale = progress.scale.after(config.scaling, result.finite)
-        return result
+        return advance(progress, config, batch, result)
 
     @property
     def architecture(self) -> ModelConfig:

@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, ops
 
 from mistral_ms.config import ModelConfig
 from mistral_ms.layers import CacheSpec, Columns, RotaryTable, forget, visible_keys, zero
 from mistral_ms.layers.parameter import buffer
 from mistral_ms.ops import reference, select
-from mistral_ms.parallel.graph.dense import GraphLinear
+from mistral_ms.parallel.graph.dense import GraphAttention
 from mistral_ms.parallel.graph.region import Region, Shape, first_shape
 from mistral_ms.parallel.sharding import Sharding
 
@@ -113,8 +113,8 @@ class CachedRegion(Region):
         return self.attend(q.reshape(B, S, N * D), k_all, v_all, visible).reshape(B * S, N * D)
 
 
-class CachedAttention(nn.Cell):
-    """Attention in the place of :class:`~mistral_ms.layers.Attention`, by the same names.
+class CachedAttention(GraphAttention):
+    """Attention with buffers for keys and values.
 
     Args:
         config: sizes.
@@ -132,26 +132,18 @@ class CachedAttention(nn.Cell):
         positions: int,
         sharding: Sharding | None,
     ) -> None:
-        super().__init__()
-        H, D = config.hidden_size, config.head_size
-        heads, kv_heads = config.num_attention_heads * D, config.num_key_value_heads * D
-        self.q_proj = GraphLinear(H, heads, dtype, "output", sharding)
-        self.k_proj = GraphLinear(H, kv_heads, dtype, "output", sharding)
-        self.v_proj = GraphLinear(H, kv_heads, dtype, "output", sharding)
-        self.o_proj = GraphLinear(heads, H, dtype, "input", sharding)
-        self.core = CachedRegion(config, cache, positions, sharding)
+        core = CachedRegion(config, cache, positions, sharding)
+        super().__init__(config, dtype, core, sharding)
         rows = cache.batch * cache.columns
-        self.keys = buffer(rows, kv_heads, dtype=dtype)
-        self.values = buffer(rows, kv_heads, dtype=dtype)
+        width = config.num_key_value_heads * config.head_size
+        self.keys = buffer(rows, width, dtype=dtype)
+        self.values = buffer(rows, width, dtype=dtype)
 
     def clear(self) -> None:
         """Overwrites the cache with zeros."""
         zero(self.keys)
         zero(self.values)
 
-    def construct(self, x_TH: Tensor, context: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def construct(self, x_TH: Tensor, context: tuple[Tensor, ...]) -> Tensor:
         """[T, H] and (positions, places, positions held) -> [T, H]."""
-        positions_BS, places_T, held_BM = context
-        q, k, v = self.q_proj(x_TH), self.k_proj(x_TH), self.v_proj(x_TH)
-        buffers = self.keys, self.values
-        return self.o_proj(self.core(q, k, v, positions_BS, places_T, held_BM, *buffers))
+        return super().construct(x_TH, (*context, self.keys, self.values))

@@ -177,18 +177,12 @@ class GraphAttention(nn.Cell):
     Args:
         config: sizes.
         dtype: what is computed in.
-        sequence: S.
-        causal: nothing but the causal rule hides keys.
+        core: what stands between the projections.
         sharding: the table; None on one device.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        dtype: str,
-        sequence: int,
-        causal: bool,
-        sharding: Sharding | None,
+        self, config: ModelConfig, dtype: str, core: Region, sharding: Sharding | None
     ) -> None:
         super().__init__()
         H, D = config.hidden_size, config.head_size
@@ -197,13 +191,12 @@ class GraphAttention(nn.Cell):
         self.k_proj = GraphLinear(H, kv_heads, dtype, "output", sharding)
         self.v_proj = GraphLinear(H, kv_heads, dtype, "output", sharding)
         self.o_proj = GraphLinear(heads, H, dtype, "input", sharding)
-        self.core = AttentionRegion(config, sequence, causal, sharding)
+        self.core = core
 
-    def construct(self, x_TH: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
-        """[T, H] and (positions, segments) -> [T, H]."""
-        positions_BS, segments_BS = context
+    def construct(self, x_TH: Tensor, context: tuple[Tensor, ...]) -> Tensor:
+        """[T, H] and what the core takes beside queries, keys and values -> [T, H]."""
         q, k, v = self.q_proj(x_TH), self.k_proj(x_TH), self.v_proj(x_TH)
-        return self.o_proj(self.core(q, k, v, positions_BS, segments_BS))
+        return self.o_proj(self.core(q, k, v, *context))
 
 
 class GateUpRegion(Region):

@@ -8,6 +8,7 @@ from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.models import Parts
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.graph.dense import (
+    AttentionRegion,
     GraphAttention,
     GraphEmbedding,
     GraphFeedForward,
@@ -68,7 +69,8 @@ class GraphParts(Parts):
 
     def attention(self) -> nn.Cell:
         """See the base; the context is (positions, segments)."""
-        return GraphAttention(self.config, self.dtype, self.sequence, self.causal, self.sharding)
+        core = AttentionRegion(self.config, self.sequence, self.causal, self.sharding)
+        return GraphAttention(self.config, self.dtype, core, self.sharding)
 
     def feed_forward(self) -> nn.Cell:
         """See the base."""
