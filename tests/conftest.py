@@ -9,9 +9,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import sys
 
 import pytest
+from support.slowest import Slowest
 
 TOGETHER = ("tests/distributed/", "tests/kernels/")
 """Folders whose tests share jobs and builds, or would crowd each other out: one after the other."""
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Slowest(), "slowest")
 
 
 def pytest_xdist_make_scheduler(config, log):
