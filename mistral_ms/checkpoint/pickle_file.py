@@ -6,6 +6,7 @@ but tensors and plain containers; there is no second way here, and no switch to 
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,44 @@ _DTYPES = {
     "torch.qint8": "I8",
     "torch.quint8": "U8",
 }
-_ZIP_MAGIC = b"PK\x03\x04"  # torch.save since 1.6 writes a zip archive, which can be mapped
+_ZIP_MAGIC = b"PK\x03\x04"  # torch.save since 1.6 writes a zip archive
+
+
+def _mappable(path: Path) -> bool:
+    """Whether the bytes of the tensors lie in the file as they are.
+
+    ``torch.load(mmap=True)`` takes the bytes of an entry as they lie in the file, whatever the
+    archive says of their compression: of an entry that was packed again by a zip program it would
+    make a tensor of compressed bytes, without a word.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is an archive whose directory cannot be.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != _ZIP_MAGIC:
+                return False  # the format before torch 1.6
+            with zipfile.ZipFile(file) as archive:
+                return all(
+                    entry.compress_type == zipfile.ZIP_STORED
+                    and entry.compress_size == entry.file_size
+                    for entry in archive.infolist()
+                )
+    except OSError as error:
+        raise CheckpointError("cannot read", where=path, value=error.strerror) from error
+    # zipfile raises many kinds of errors on damaged directories
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        "damaged, truncated or unsafe pickle",
+        where=path,
+        value=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
+        rule="must be readable by torch.load(weights_only=True)",
+        todo="download it again, or use the model's safetensors files",
+    )
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -42,42 +80,49 @@ def _load(path: Path) -> Mapping[str, Any]:
         import torch
     except ImportError as error:
         raise MissingExtraError("torch", "align", f"reading the pickle {path.name}") from error
-    try:
-        with path.open("rb") as file:
-            mappable = file.read(4) == _ZIP_MAGIC
-    except OSError as error:
-        raise CheckpointError("cannot read", where=path, value=error.strerror) from error
+    mappable = _mappable(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     # A damaged archive can fail anywhere in torch, zip and pickle: every failure means the same.
     except Exception as error:
-        raise CheckpointError(
-            "damaged, truncated or unsafe pickle",
-            where=path,
-            value=str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
-            rule="must be readable by torch.load(weights_only=True)",
-            todo="download it again, or use the model's safetensors files",
-        ) from error
+        raise _unreadable(path, error) from error
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
         raise CheckpointError(
             "not a state dict",
             where=path,
-            value=type(state).__name__,
+            value=_contents(state),
             rule="must map names to tensors",
+            todo="save the mapping of names to tensors by itself",
         )
-    return {name: value.detach() for name, value in state.items()}
+    # the values of a negated view are not what lies in the file
+    return {name: value.detach().resolve_neg() for name, value in state.items()}
+
+
+def _contents(state: Any) -> str:
+    """What a pickle holds that is no state dict: its type, and the first entry that is amiss."""
+    import torch
+
+    kind = type(state).__name__
+    if not isinstance(state, Mapping):
+        return kind
+    key, value = next(
+        (key, value)
+        for key, value in state.items()
+        if not (isinstance(key, str) and isinstance(value, torch.Tensor))
+    )
+    return f"{kind} with a {type(value).__name__} under {str(key)[:80]!r}"
 
 
 def _info(name: str, tensor: Any, path: Path) -> TensorInfo:
     dtype = _DTYPES.get(str(tensor.dtype))
-    if dtype is None or str(tensor.layout) != "torch.strided":
+    if dtype is None or str(tensor.layout) != "torch.strided" or tensor.device.type != "cpu":
         raise CheckpointError(
             "unsupported tensor",
             where=f"{path}: {name}",
-            value=f"{tensor.dtype}, {tensor.layout}",
-            rule=f"weights are dense {', '.join(WEIGHT_DTYPES)}",
+            value=f"{tensor.dtype}, {tensor.layout}, on {tensor.device}",
+            rule=f"weights are dense {', '.join(WEIGHT_DTYPES)} with values in the file",
         )
     return TensorInfo(tuple(tensor.shape), dtype, path)
 
@@ -85,8 +130,8 @@ def _info(name: str, tensor: Any, path: Path) -> TensorInfo:
 class PickleStore:
     """Read access to the tensors of several pickle files.
 
-    Files that torch can map stay on disk until they are read. Those of the format before torch
-    1.6 cannot be mapped: they are loaded whole.
+    Files that torch can map stay on disk until they are read. Compressed archives and the format
+    before torch 1.6 cannot be mapped: they are loaded whole.
 
     Args:
         paths: the files; their tensors must not overlap.
