@@ -4,10 +4,15 @@ Every error answers the same five questions, in this order, in one line:
 
     what went wrong: where: the value found: the rule it breaks: what to do
 
-so that a message can be read by a person, searched for, and matched by a test.
+so that a message can be read by a person, searched for, and matched by a test. Names and values
+come from files of others: what a terminal could not show is escaped, and a message that would
+be longer than ``LONGEST_MESSAGE`` loses the middle of its longest part.
 """
 
 from __future__ import annotations
+
+LONGEST_MESSAGE = 1900
+"""Bytes of UTF-8."""
 
 
 class MistralMsError(Exception):
@@ -32,7 +37,29 @@ class MistralMsError(Exception):
     ) -> None:
         self.what, self.where, self.value, self.rule, self.todo = what, where, value, rule, todo
         parts = (what, where, value, rule, todo)
-        super().__init__(": ".join(str(part) for part in parts if part is not None))
+        super().__init__(_one_line([_shown(part) for part in parts if part is not None]))
+
+
+def _shown(part: object) -> str:
+    """A part of a message in characters that any terminal can print."""
+    text = str(part)
+    if len(text) > 2 * LONGEST_MESSAGE:
+        text = f"{text[:LONGEST_MESSAGE]} ... {text[-LONGEST_MESSAGE:]}"
+    return "".join(c if c.isprintable() else " " if c.isspace() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _one_line(parts: list[str]) -> str:
+    """Joins parts; the middle of the longest ones is left out until all fit."""
+    while len((line := ": ".join(parts)).encode("utf-8")) > LONGEST_MESSAGE:
+        longest = max(range(len(parts)), key=lambda i: len(parts[i]))
+        text = parts[longest]
+        kept = max(len(text) // 3, 8)
+        parts[longest] = f"{text[:kept]} ... {text[-kept:]}"
+    return line
 
 
 class ConfigError(MistralMsError):

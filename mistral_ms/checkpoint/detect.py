@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from mistral_ms.checkpoint.files import CONFIG, MANIFEST, read_json
 from mistral_ms.errors import CheckpointError
+from mistral_ms.reading import is_dir, is_file
 
 Kind = Literal["hf", "mistral", "mistral-dump", "mistral_ms"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -90,9 +91,9 @@ def find_weights(path: Path) -> tuple[WeightFiles, ...]:
     Raises:
         CheckpointError: no such directory.
     """
-    if not path.is_dir():
+    if not is_dir(path):
         raise CheckpointError(
-            "not a directory" if path.exists() else "no such directory",
+            "not a directory" if is_file(path) else "no such directory",
             where=path,
             rule="a checkpoint is a directory",
         )
@@ -101,7 +102,7 @@ def find_weights(path: Path) -> tuple[WeightFiles, ...]:
     for kind, container, stem, pattern, index_name in _SETS:
         files = tuple(p for p in entries if re.fullmatch(pattern, p.name))
         index = path / index_name if index_name else None
-        if index is not None and not index.is_file():
+        if index is not None and not is_file(index):
             index = None
         if files or index is not None:
             ours = kind == "hf" and container == "safetensors" and _is_native(path)

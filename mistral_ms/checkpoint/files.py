@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from pathlib import Path
 from typing import Any
 
+from mistral_ms import reading
 from mistral_ms.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -58,7 +58,7 @@ def side_files(directory: Path) -> tuple[Path, ...]:
         CheckpointError: one is a link that leads outside; copying it would publish a file that
             is no part of the checkpoint (see :func:`inside`).
     """
-    found = (p for p in directory.iterdir() if matches(p.name, SIDE_FILES) and p.is_file())
+    found = (p for p in directory.iterdir() if matches(p.name, SIDE_FILES) and reading.is_file(p))
     return tuple(inside(directory, p.name, directory) for p in sorted(found))
 
 
@@ -71,28 +71,18 @@ def unknown_entries(directory: Path) -> tuple[str, ...]:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, limit: int = reading.CONFIG_BYTES) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        CheckpointError: no such file, not JSON, or not an object at the top.
+        CheckpointError: no such file, or see :func:`mistral_ms.reading.read_json`.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError("missing file", where=path) from error
-    except OSError as error:
-        raise CheckpointError("cannot read", where=path, value=error.strerror) from error
-    except (ValueError, RecursionError) as error:  # the latter: nested thousands of levels deep
-        raise CheckpointError("not JSON", where=path, value=error) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(
-            "not JSON of the expected kind",
-            where=path,
-            value=type(data).__name__,
-            rule="must be an object",
-        )
-    return data
+        return reading.read_json(path, CheckpointError, limit)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise CheckpointError("missing file", where=path) from error
+        raise
 
 
 def inside(directory: Path, name: object, named_by: Path) -> Path:
@@ -114,7 +104,7 @@ def inside(directory: Path, name: object, named_by: Path) -> Path:
     if not plain or "\\" in str(name) or "\0" in str(name):
         raise _outside(named_by, name, "names a path, not a file")
     path = directory / str(name)
-    if not path.is_file():
+    if not reading.is_file(path):
         raise CheckpointError(
             "missing file",
             where=path,

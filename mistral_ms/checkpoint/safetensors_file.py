@@ -17,7 +17,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,8 +26,12 @@ import numpy as np
 
 from mistral_ms.checkpoint.dtypes import BITS, WEIGHT_DTYPES
 from mistral_ms.errors import CheckpointError
+from mistral_ms.reading import INDEX_BYTES, open_regular, parse_json
 
-MAX_HEADER_BYTES = 100_000_000  # the library refuses longer ones as well
+MAX_HEADER_BYTES = INDEX_BYTES
+"""The library allows 100 MB, which would take 2.6 GB to parse; no model's file comes near."""
+MAX_RANK = 8
+"""Dimensions of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,6 @@ def _damaged(path: Path, value: object, rule: str, what: str = "damaged header")
     return CheckpointError(what, where=path, value=value, rule=rule, todo=todo)
 
 
-def _no_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
-
-
 def read_header(path: Path) -> Header:
     """Reads and checks the header of a safetensors file.
 
@@ -91,23 +88,23 @@ def read_header(path: Path) -> Header:
             shapes.
     """
     try:
-        total = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path, CheckpointError) as file:
+            total = os.fstat(file.fileno()).st_size
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
             promised = 8 + length
             if len(head) == 8 and length > MAX_HEADER_BYTES:
                 rule = f"at most {MAX_HEADER_BYTES} bytes"
                 raise _damaged(path, f"a header of {length} bytes", rule)
-            text = file.read(length)
+            text = file.read(length) if promised <= total else b""
     except OSError as error:
         raise CheckpointError("cannot read", where=path, value=error.strerror) from error
     if len(head) < 8 or total < promised:
         rule = "the header alone needs more"
         raise _damaged(path, f"{total} bytes", rule, "truncated file")
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:  # the latter: nested thousands of levels deep
+        entries = parse_json(text.decode("utf-8"))
+    except ValueError as error:
         raise _damaged(path, error, "the header must be JSON") from error
     if not isinstance(entries, dict):
         raise _damaged(path, type(entries).__name__, "the header must be a JSON object")
@@ -144,7 +141,7 @@ def _check_entries(path: Path, entries: dict[str, Any], start: int, total: int) 
 
 
 def _whole_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
+    return isinstance(value, list) and all(type(x) is int and 0 <= x < 1 << 63 for x in value)
 
 
 def _check_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
@@ -155,13 +152,16 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, in
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise _damaged(path, f"{name}: dtype {dtype!r}", "no such dtype in safetensors")
+    if isinstance(shape, list) and len(shape) > MAX_RANK:
+        raise _damaged(path, f"{name}: {len(shape)} dimensions", f"at most {MAX_RANK}")
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise _damaged(path, name, "shape and data_offsets must be lists of whole numbers")
     begin, end = offsets
     bits = math.prod(shape) * BITS[dtype]
     if bits % 8 or end - begin != bits // 8:
         value = f"{name}: offsets {begin} to {end}"
-        raise _damaged(path, value, f"{dtype} {shape} needs {bits / 8:g} bytes")
+        size = f"{bits // 8}{str(bits % 8 / 8)[1:] if bits % 8 else ''}"  # exact, however large
+        raise _damaged(path, value, f"{dtype} {shape} needs {size} bytes")
     return TensorInfo(tuple(shape), dtype, path), begin, end
 
 

@@ -17,6 +17,7 @@ from mistral_ms.checkpoint.pickle_file import PickleStore
 from mistral_ms.checkpoint.safetensors_file import SafetensorsStore, TensorInfo, read_header
 from mistral_ms.checkpoint.stream import Store
 from mistral_ms.errors import CheckpointError
+from mistral_ms.reading import INDEX_BYTES
 
 # Integers and tiny floats: what quantised weights (and packed ones) are stored as.
 _QUANTISED = ("I8", "U8", "I32", "U32", "F8_", "F6_", "F4")
@@ -31,9 +32,10 @@ def open_weights(directory: Path, weights: WeightFiles) -> Store:
             or quantised weights.
         MissingExtraError: pickles, and torch is not installed.
     """
-    if weights.index is not None and PARTS in (index := read_json(weights.index)):
+    index = None if weights.index is None else read_json(weights.index, INDEX_BYTES)
+    if index is not None and PARTS in index:
         return _open_parts(directory, weights, index)
-    weight_map = None if weights.index is None else _read_index(weights.index)
+    weight_map = None if weights.index is None else _weight_map(weights.index, index or {})
     if weight_map is None:
         files = _without_index(directory, weights)
     else:
@@ -75,8 +77,8 @@ def _open_parts(directory: Path, weights: WeightFiles, index: Mapping[str, Any])
     return store
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    weight_map = read_json(path).get("weight_map")
+def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(
             "damaged index", where=path, rule="weight_map must map tensor names to file names"

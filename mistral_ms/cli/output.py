@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from mistral_ms.errors import ConfigError
+from mistral_ms.reading import LINE_BYTES, read_text
 
 SECONDS_BETWEEN_LINES = 10.0
 Advance = Callable[[int, int], None]
@@ -41,14 +42,9 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a text file, empty ones left out.
 
     Raises:
-        ConfigError: the file cannot be read, or is not UTF-8.
+        ConfigError: the file cannot be read, is too long, or is not UTF-8.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError("cannot read", where=path, value=error.strerror) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError("not UTF-8", where=path, value=f"byte {error.start}") from error
+    text = read_text(path, ConfigError, LINE_BYTES)
     return [line for line in text.splitlines() if line.strip()]
 
 
@@ -60,8 +56,9 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """
     try:
         path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError("cannot write", where=f"--json {path}", value=error.strerror) from error
+    except (OSError, ValueError) as error:  # the latter: half a surrogate pair in a name or value
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError("cannot write", where=f"--json {path}", value=reason) from error
 
 
 def byte_progress(console: Console, what: str) -> AbstractContextManager[Advance]:

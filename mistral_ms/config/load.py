@@ -6,26 +6,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mistral_ms.config.base import validate
 from mistral_ms.config.model import ModelConfig
+from mistral_ms.config.yaml_text import parse_yaml
 from mistral_ms.errors import ConfigError
+from mistral_ms.reading import CONFIG_BYTES, read_text
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads one YAML mapping.
 
     Raises:
-        ConfigError: no such file, not YAML, or not a mapping at the top.
+        ConfigError: no such file, a long one, not YAML, or not a mapping at the top.
     """
+    text = read_text(Path(path), ConfigError, CONFIG_BYTES)
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError("cannot read", where=path, value=error.strerror) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError("not YAML", where=path, value=reason) from error
+        data = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError("not YAML", where=path, value=error) from error
     if not isinstance(data, dict):
         raise ConfigError(
             "not a configuration",
@@ -58,7 +56,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
                 )
         try:
             node[last] = _scalar(text)
-        except yaml.YAMLError as error:
+        except ValueError as error:
             raise ConfigError(
                 "invalid override", where=path, value=text, rule="the value must be YAML"
             ) from error
@@ -67,7 +65,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
 
 def _scalar(text: str) -> Any:
     """YAML 1.1 reads 1e-3 as a string; people who type it mean a number."""
-    value = yaml.safe_load(text)
+    value = parse_yaml(text)
     if isinstance(value, str):
         try:
             return float(value)

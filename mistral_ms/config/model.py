@@ -14,6 +14,15 @@ from mistral_ms.config.base import Frozen
 
 DType = Literal["float32", "float16", "bfloat16"]
 
+# What no model comes near: a damaged file must not make us build fifty million layers. The largest
+# published ones have 126 layers, 2048 experts and a vocabulary of 262144.
+MOST_LAYERS = 1024
+MOST_EXPERTS = 4096
+MOST_EXPERTS_IN_ALL = 1 << 16
+MOST_HEADS = 1 << 14
+MOST_ROWS = 1 << 24  # of a matrix
+LONGEST_SEQUENCE = (1 << 31) - 1  # positions are int32
+
 
 class MoEArchitecture(Frozen):
     """The sparse layers of a model.
@@ -27,11 +36,11 @@ class MoEArchitecture(Frozen):
         router_aux_loss_coef: the coefficient the model was published with (HF's key).
     """
 
-    num_local_experts: int = Field(ge=1)
+    num_local_experts: int = Field(ge=1, le=MOST_EXPERTS)
     num_experts_per_tok: int = Field(default=2, ge=1)
     sparse_layers: Literal["all", "every_other"] | tuple[int, ...] = "all"
     norm_topk_prob: bool = True
-    router_aux_loss_coef: float = Field(default=0.001, ge=0)
+    router_aux_loss_coef: float = Field(default=0.001, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> MoEArchitecture:
@@ -64,19 +73,19 @@ class ModelConfig(Frozen):
         moe: the sparse layers; None for a dense model.
     """
 
-    vocab_size: int = Field(ge=1)
-    hidden_size: int = Field(ge=1)
-    intermediate_size: int = Field(ge=1)
-    num_hidden_layers: int = Field(ge=1)
-    num_attention_heads: int = Field(ge=1)
-    num_key_value_heads: int = Field(ge=1)
-    head_dim: int | None = Field(default=None, ge=2)
-    max_position_embeddings: int = Field(default=32768, ge=1)
-    rms_norm_eps: float = Field(default=1e-5, gt=0)
-    rope_theta: float = Field(default=1e6, gt=0)
-    sliding_window: int | None = Field(default=None, ge=1)
+    vocab_size: int = Field(ge=1, le=MOST_ROWS)
+    hidden_size: int = Field(ge=1, le=MOST_ROWS)
+    intermediate_size: int = Field(ge=1, le=MOST_ROWS)
+    num_hidden_layers: int = Field(ge=1, le=MOST_LAYERS)
+    num_attention_heads: int = Field(ge=1, le=MOST_HEADS)
+    num_key_value_heads: int = Field(ge=1, le=MOST_HEADS)
+    head_dim: int | None = Field(default=None, ge=2, le=MOST_ROWS)
+    max_position_embeddings: int = Field(default=32768, ge=1, le=LONGEST_SEQUENCE)
+    rms_norm_eps: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
+    rope_theta: float = Field(default=1e6, gt=0, allow_inf_nan=False)
+    sliding_window: int | None = Field(default=None, ge=1, le=LONGEST_SEQUENCE)
     tie_word_embeddings: bool = False
-    initializer_range: float = Field(default=0.02, ge=0)
+    initializer_range: float = Field(default=0.02, ge=0, allow_inf_nan=False)
     torch_dtype: DType = "bfloat16"
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
@@ -104,6 +113,13 @@ class ModelConfig(Frozen):
                 raise ValueError(
                     f"sparse_layers {list(layers)} must be distinct layer indices between 0 and "
                     f"{self.num_hidden_layers - 1}, at least one"
+                )
+        if self.moe is not None:
+            experts = self.moe.num_local_experts * self.num_hidden_layers
+            if experts > MOST_EXPERTS_IN_ALL:
+                raise ValueError(
+                    f"num_local_experts ({self.moe.num_local_experts}) times num_hidden_layers "
+                    f"({self.num_hidden_layers}) must not exceed {MOST_EXPERTS_IN_ALL}"
                 )
         if self.moe is not None and not self.sparse_layers:
             raise ValueError(

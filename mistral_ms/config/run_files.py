@@ -11,6 +11,7 @@ from mistral_ms.config.foreign import from_hf, from_mistral
 from mistral_ms.config.load import apply_overrides, read_yaml
 from mistral_ms.config.model import ModelConfig
 from mistral_ms.errors import ConfigError
+from mistral_ms.reading import is_dir, is_file, read_json
 
 
 def read_run_file(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -45,11 +46,11 @@ def read_run_file(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 def _read_model(path: Path) -> dict[str, Any]:
     """The keys of a model file, or of the model that a checkpoint's directory holds."""
-    if not path.is_dir():
+    if not is_dir(path):
         return read_yaml(path)
     for name, read in (("config.json", lambda *a: from_hf(*a)[0]), ("params.json", from_mistral)):
-        if (path / name).is_file():
-            config: ModelConfig = read(read_yaml(path / name), str(path / name))
+        if is_file(path / name):
+            config: ModelConfig = read(read_json(path / name, ConfigError), str(path / name))
             return config.model_dump()
     raise ConfigError(
         "no model", where=path, rule="a checkpoint's directory has a config.json or params.json"

@@ -11,6 +11,7 @@ from mistral_ms.config import DataConfig, ModelConfig
 from mistral_ms.config.base import Frozen, validate
 from mistral_ms.datasets.encoding import vocabulary_digest
 from mistral_ms.errors import ConfigError, DataError
+from mistral_ms.reading import INDEX_BYTES, is_dir, is_file, open_regular, read_json
 from mistral_ms.tokenizer import Tokenizer
 
 DESCRIPTION = "dataset.json"
@@ -103,20 +104,18 @@ def read_info(directory: Path) -> DatasetInfo:
     """
     path = Path(directory) / DESCRIPTION
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        values = read_json(path, DataError, INDEX_BYTES)
+    except DataError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise _damaged(path, error, f"must be a {DESCRIPTION}") from error
         raise DataError(
-            "incomplete dataset" if path.parent.is_dir() else "no dataset",
+            "incomplete dataset" if is_dir(path.parent) else "no dataset",
             where=directory,
             rule=f"a finished one has a {DESCRIPTION}",
             todo="write it with the data command",
         ) from error
-    except OSError as error:
-        raise DataError("cannot read", where=path, value=error.strerror) from error
-    except ValueError as error:
-        raise _damaged(path, error, "must be JSON") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        found = values.get("format") if isinstance(values, dict) else type(values).__name__
+    if values.get("format") != FORMAT:
+        found = repr(values.get("format"))
         raise _damaged(path, f"format {found}", f"this release reads format {FORMAT}")
     try:
         info = validate(DatasetInfo, values, DESCRIPTION)
@@ -202,7 +201,7 @@ def file_digest(path: Path) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_regular(path, DataError) as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
     except OSError as error:
@@ -211,7 +210,7 @@ def file_digest(path: Path) -> str:
 
 
 def _check_size(path: Path, size: int) -> None:
-    if not path.is_file():
+    if not is_file(path):
         raise _damaged(path, "missing", f"{DESCRIPTION} names it")
     if (found := path.stat().st_size) != size:
         raise _damaged(path, f"{found} bytes", f"{DESCRIPTION} says {size}")

@@ -17,6 +17,7 @@ from typing import Any
 
 from mistral_ms.config import DataConfig
 from mistral_ms.errors import DataError, TokenizerError
+from mistral_ms.reading import LINE_BYTES, is_dir, open_regular, unique_keys
 from mistral_ms.tokenizer import check_messages
 
 CHUNK_CHARACTERS = 1 << 20
@@ -92,7 +93,7 @@ def check_inputs(paths: Sequence[Path]) -> int:
         raise DataError("no input", rule="name at least one txt or jsonl file")
     total = 0
     for path in paths:
-        if path.is_dir():
+        if is_dir(path):
             raise DataError(
                 "not a file", where=path, rule="inputs are files", todo=f"{path}/*.txt names all"
             )
@@ -104,7 +105,7 @@ def check_inputs(paths: Sequence[Path]) -> int:
                 rule=f"the name must end in {' or '.join(SUFFIXES)}",
             )
         try:
-            with path.open("rb"):
+            with open_regular(path, DataError):
                 total += path.stat().st_size
         except OSError as error:
             raise _unreadable(path, error) from error
@@ -190,7 +191,7 @@ def _line_of_text(text: str, where: str) -> Document:
 
 def _line_of_json(line: str, where: str) -> Document:
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         found = str(error)
         if isinstance(error, json.JSONDecodeError):  # its own "line 1" would only confuse
@@ -255,16 +256,27 @@ def _check_unicode(text: str, where: str) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbers from 1 and raw lines: a line feed is never part of another UTF-8 character."""
+    """Numbers from 1 and raw lines: a line feed is never part of another UTF-8 character.
+
+    Of a line that is too long only the beginning is held.
+    """
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        with open_regular(path, DataError) as file:
+            number = 0
+            while line := file.readline(LINE_BYTES + 1):
+                number += 1
+                rest = line
+                while len(rest) > LINE_BYTES and not rest.endswith(b"\n"):
+                    rest = file.readline(LINE_BYTES + 1)  # it will be rejected by its length
                 yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
 def _decoded(line: bytes, where: str) -> str:
+    if len(line) > LINE_BYTES:
+        found, rule = f"more than {LINE_BYTES} bytes", "a line is held in memory as a whole"
+        raise _bad("line too long", where, found, rule)
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from mistral_ms.errors import TokenizerError
+from mistral_ms.reading import TOKENIZER_BYTES, parse_json, read_json, read_text
 from mistral_ms.tokenizer.base import (
     WORD_START,
     Piece,
@@ -96,28 +96,16 @@ def _byte_name(byte: int) -> str:
 
 
 def _read(path: Path) -> tuple[Backend, dict[str, Any]]:
+    text = read_text(path, TokenizerError, TOKENIZER_BYTES)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise TokenizerError("cannot read", where=path, value=error.strerror) from error
-    except UnicodeDecodeError as error:
-        raise _damaged(path, "not UTF-8") from error
-    try:
-        return Backend.from_str(text), json.loads(text)
+        settings = parse_json(text)
+        return Backend.from_str(text), settings
     except Exception as error:  # the library raises no narrower class
         raise _damaged(path, " ".join(str(error).split())) from error
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, " ".join(str(error).split())) from error
-    if not isinstance(config, dict):
-        raise _damaged(path, "not a JSON object")
-    return config
+    return read_json(path, TokenizerError) if path.exists() else {}
 
 
 def _damaged(path: Path, reason: str) -> TokenizerError:

@@ -8,6 +8,7 @@ from pathlib import Path
 from mistral_ms.config import PACKAGED_TOKENIZER
 from mistral_ms.data import TOKENIZER_CONFIG
 from mistral_ms.errors import TokenizerError
+from mistral_ms.reading import is_dir, is_file
 from mistral_ms.tokenizer.base import Tokenizer
 from mistral_ms.tokenizer.json_model import JsonTokenizer
 from mistral_ms.tokenizer.sentencepiece_model import SentencePieceTokenizer
@@ -57,17 +58,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
         TokenizerError: no tokenizer there, a damaged one, or an unsupported one (tekken).
     """
     path = Path(path)
-    if path.is_file():
+    if is_file(path):
         return _load_file(path)
     for name in (*MODEL_NAMES, JSON_NAME):
-        if (path / name).is_file():
+        if is_file(path / name):
             return _load_file(path / name)
-    if path.is_dir() and (tekken := sorted(path.glob("*tekken*.json"))):
+    if is_dir(path) and (tekken := sorted(path.glob("*tekken*.json"))):
         raise _tekken(tekken[0])
     raise TokenizerError(
         "no tokenizer",
         where=path,
-        value=None if path.is_dir() else "no such file or directory",
+        value=None if is_dir(path) else "no such file or directory",
         rule=f"needs one of {', '.join((*MODEL_NAMES, JSON_NAME))}",
         todo="copy the tokenizer files from where the model was published",
     )
@@ -77,7 +78,7 @@ def _load_file(path: Path) -> Tokenizer:
     if "tekken" in path.name:
         raise _tekken(path)
     beside = {name: path.with_name(name) for name in COMPANION_NAMES}
-    companions = {name: file for name, file in beside.items() if file.is_file() and file != path}
+    companions = {name: file for name, file in beside.items() if is_file(file) and file != path}
     if path.suffix == ".json":
         return JsonTokenizer(path, companions)
     return SentencePieceTokenizer(path, _PLAIN_CONFIG | companions)

@@ -8,6 +8,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from mistral_ms.errors import TokenizerError
+from mistral_ms.reading import TOKENIZER_BYTES, read_bytes
 from mistral_ms.tokenizer.base import (
     WORD_START,
     Piece,
@@ -76,10 +77,7 @@ class SentencePieceTokenizer(VocabularyTokenizer):
 
 
 def _read(path: Path) -> SentencePieceProcessor:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise TokenizerError("cannot read", where=path, value=error.strerror) from error
+    data = read_bytes(path, TokenizerError, TOKENIZER_BYTES)
     if data.startswith(b"version https://git-lfs"):
         raise _damaged(path, "a Git LFS pointer", "fetch the file itself: git lfs pull")
     if not data:  # the library would take this for "load nothing yet"

@@ -25,7 +25,7 @@ LINE_LIMIT = 400
 
 @dataclass(frozen=True)
 class Room:
-    """What a room may import besides itself, ``mistral_ms.errors`` and the standard library.
+    """What a room may import besides itself, ``errors``, ``reading`` and the standard library.
 
     Attributes:
         rooms: other rooms, or single modules of them.
@@ -51,6 +51,7 @@ BELOW_TRAINING = f"{MODEL_ROOMS} parallel tokenizer checkpoint data datasets"
 # numpy goes where mindspore goes: its tensors are made of arrays
 TABLE = {
     "errors": room(),
+    "reading": room(),
     "__init__": room(),
     "data": room(),
     "config": room(packages="pydantic yaml"),
@@ -90,7 +91,8 @@ TABLE = {
         "typer rich mindspore numpy matplotlib",
     ),
 }
-OUTSIDE_THE_TABLE = {"errors", "__init__"}
+COMMON = {"errors", "reading", "__version__"}
+"""Every room may import them: what users meet, and how files of others are read."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _problem(imported: Import, module: str, where: str) -> str | None:
     if top == "mistral_ms":
         inner = imported.name.removeprefix("mistral_ms").removeprefix(".")
         target = inner.partition(".")[0]
-        if target in (where, "errors", "__version__", ""):
+        if target in (where, *COMMON, ""):
             return None
         if any(f"{inner}.".startswith(f"{allowed}.") for allowed in rule.rooms):
             return None

@@ -56,12 +56,10 @@ class TestReadYaml:
             read_yaml(tmp_path / "none.yaml")
 
     def test_a_directory(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"cannot read: .*Is a directory"):
+        with pytest.raises(ConfigError, match=r"not a file: .*a directory: must be a regular"):
             read_yaml(tmp_path)
 
-    @pytest.mark.parametrize(
-        "content", [b"a: [1, 2", b"a: b: c", b"\xff\xfe\x00", b"a: !!python/none"]
-    )
+    @pytest.mark.parametrize("content", [b"a: [1, 2", b"a: b: c", b"a: !!python/none"])
     def test_not_yaml(self, tmp_path, content):
         path = tmp_path / "bad.yaml"
         path.write_bytes(content)

@@ -149,3 +149,30 @@ def test_defaults_are_those_of_mixtral():
         norm_topk_prob=True,
         router_aux_loss_coef=0.001,
     )
+
+
+class TestPlausible:
+    """Sizes that nothing could be built of are refused before anything is."""
+
+    @pytest.mark.parametrize(
+        ("changes", "key"),
+        [
+            ({"num_hidden_layers": 50_000_000}, "num_hidden_layers"),
+            ({"moe": {"num_local_experts": 50_000_000}}, "moe.num_local_experts"),
+            ({"vocab_size": 10**30}, "vocab_size"),
+            ({"max_position_embeddings": 2**31}, "max_position_embeddings"),
+            ({"rope_theta": float("inf")}, "rope_theta"),
+            ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ],
+    )
+    def test_a_size_without_measure_is_named(self, changes, key):
+        with pytest.raises(ConfigError, match=rf"model\.yaml: {key}: "):
+            build(**changes)
+
+    def test_experts_of_all_layers_are_counted(self):
+        sizes = {"num_hidden_layers": 1024, "moe": {"num_local_experts": 4096}}
+        with pytest.raises(ConfigError, match=r"\(4096\) times num_hidden_layers \(1024\)"):
+            build(**sizes)
+
+    def test_the_largest_published_sizes_are_fine(self):
+        assert build(num_hidden_layers=15, moe={"num_local_experts": 2048}).moe is not None

@@ -34,8 +34,8 @@ DAMAGE = {
         r"incomplete dataset: .*copy: a finished one has a dataset.json",
     ),
     "no_directory": (shutil.rmtree, r"no dataset: .*copy"),
-    "not_json": (lambda path: (path / "dataset.json").write_text("{"), r"damaged .*must be JSON"),
-    "no_object": (lambda path: (path / "dataset.json").write_text("[]"), "format list"),
+    "not_json": (lambda path: (path / "dataset.json").write_text("{"), r"damaged .*not JSON: "),
+    "no_object": (lambda path: (path / "dataset.json").write_text("[]"), "list: must be an object"),
     "format": (lambda path: edit(path, format=2), "format 2: this release reads format 1"),
     "key": (lambda path: edit(path, extra=1), "unknown key: dataset.json: extra"),
     "outside": (

@@ -158,6 +158,18 @@ def test_a_bad_txt_file(content, message, reason, tmp_path):
     assert (found, reject.counts) == ([], {reason: 1})
 
 
+def test_of_a_line_that_is_too_long_only_its_beginning_is_read(tmp_path, jsonl, monkeypatch):
+    monkeypatch.setattr(documents, "LINE_BYTES", 20)
+    good = [json.dumps({"text": text}) for text in ("123456789", "last")]  # 21 bytes: one too many
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([good[1], good[0], "x" * 95, good[1]]))
+    found, reject, _ = read(path, skip=True)
+    assert found == ["last", "last"]
+    assert dict(reject.counts) == {"line too long": 2}
+    with pytest.raises(DataError, match=r"line too long: .*a\.jsonl, line 2: more than 20 bytes"):
+        read(path)
+
+
 def test_inputs_are_checked_first(tmp_path):
     good = tmp_path / "a.TXT"
     good.write_text("12345")

@@ -130,11 +130,11 @@ class TestOneVersion:
     def test_damaged_config(self, hf_directory, tmp_path):
         shutil.copyfile(hf_directory / "tokenizer.json", tmp_path / "tokenizer.json")
         (tmp_path / "tokenizer_config.json").write_text("[1]")
-        with pytest.raises(TokenizerError, match=r"tokenizer_config.json: not a JSON object"):
+        with pytest.raises(TokenizerError, match=r"tokenizer_config.json: list: must be an object"):
             JsonTokenizer(tmp_path / "tokenizer.json")
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b'{"model": 1', b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"model": 1'])
 def test_damaged_file(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
