@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_ms.errors import KernelError
+from mistral_ms.parallel.dryrun.standins import cache_directory
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 TWIN = HERE / "cpu_twin"
 OBJECTS = HERE / "build"
-INSTALLED = HERE.parent / "mistral_ms" / "ops" / "custom" / "lib"
+INSTALLED = ROOT / "mistral_ms" / "ops" / "custom" / "lib"
 """Where ``mistral_ms.ops.custom`` looks for what was built."""
 TWIN_LIBRARY = "libmistral_ms_twin.so"
 
@@ -27,14 +33,26 @@ STRICT = ("-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror")
 argument that the framework passes."""
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0")
 """Without optimisation: the compiler needs half the time, and that is most of the time."""
+KEEP_DAYS = 30
+"""What no build has used for so long leaves the cache."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One file to compile, and the macros that it is compiled with."""
+    """One file to compile.
+
+    Attributes:
+        source: the file.
+        macros: flags of the compiler that define macros.
+        includes: folders of headers that the source includes, besides those of the twin.
+        parts: files that it includes by macros.
+        name: of the object; that of the source when empty.
+    """
 
     source: Path
     macros: tuple[str, ...] = ()
+    includes: tuple[Path, ...] = ()
+    parts: tuple[Path, ...] = ()
     name: str = ""
 
     @property
@@ -59,10 +77,11 @@ def kernel_unit(name: str, source: Path, tiling_header: Path) -> Unit:
     """A kernel, wrapped so that it registers itself under its name."""
     macros = (
         f"-DTWIN_KERNEL={name}",
-        f'-DTWIN_KERNEL_SOURCE="{source}"',
-        f'-DTWIN_TILING_HEADER="{tiling_header}"',
+        f'-DTWIN_KERNEL_SOURCE="{_named(source)}"',
+        f'-DTWIN_TILING_HEADER="{_named(tiling_header)}"',
     )
-    return Unit(TWIN / "src" / "kernel_entry.cpp", macros, f"kernel_{name}")
+    entry, parts = TWIN / "src" / "kernel_entry.cpp", (source, tiling_header)
+    return Unit(entry, macros, parts=parts, name=f"kernel_{name}")
 
 
 def all_units() -> list[Unit]:
@@ -95,7 +114,7 @@ def compiler() -> str:
 
 
 def build_twin(
-    target: Path,
+    target: Path | None = None,
     units: Sequence[Unit] | None = None,
     *,
     strict: bool = False,
@@ -103,61 +122,115 @@ def build_twin(
 ) -> Path:
     """Compiles the operators against the CPU twin into a shared library.
 
-    Objects are kept by the digest of everything they are made of, so a second build is free.
+    Objects and libraries are kept in the user's cache under the digest of everything they are made
+    of: sources, headers, flags and the compiler's version. So a second build is free, in any
+    checkout; and processes that build at the same time share the work.
 
     Args:
-        target: the library to write; its directory is made.
+        target: where to copy the library; its directory is made. None leaves it in the cache.
         units: what to compile; everything when None.
         strict: warnings are errors.
         sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
 
     Returns:
-        ``target``.
+        ``target``, or the library in the cache.
 
     Raises:
         KernelError: no compiler, or a source that does not compile.
     """
-    tool = compiler()
+    tool, folder = compiler(), _cache()
     flags = (*FLAGS, *(STRICT if strict else ()), *(SANITIZE if sanitize else ()))
-    flags += tuple(f"-I{path}" for path in (TWIN / "include", TWIN / "host", TWIN / "src"))
-    headers = _digest_of_headers()
-    objects = OBJECTS / ("sanitize" if sanitize else "release")
-    objects.mkdir(parents=True, exist_ok=True)
+    flags += tuple(f"-I{_named(TWIN / each)}" for each in ("include", "host", "src"))
+    flags += ("-I.",)  # the files that macros name
+    common = repr((_version(tool), flags)).encode() + _digest_of_headers()
 
     def compile_unit(unit: Unit) -> Path:
-        key = hashlib.sha256(repr((flags, unit.macros)).encode() + headers)
-        for path in (unit.source, *sorted(unit.source.parent.glob("*.h"))):
+        key = hashlib.sha256(common + repr(unit.macros).encode())
+        places = {unit.source.parent, *unit.includes, *(path.parent for path in unit.parts)}
+        headers = {path for place in places for path in place.glob("*.h")}
+        for path in (unit.source, *sorted(headers), *unit.parts):
             key.update(path.read_bytes())
-        for macro in unit.macros:  # the kernel that kernel_entry.cpp includes
-            file = Path(macro.partition("=")[2].strip('"'))
-            if file.is_file():
-                key.update(file.read_bytes())
-        made = objects / f"{unit.stem}-{key.hexdigest()[:16]}.o"
-        if not made.exists():
-            part = made.with_suffix(f".{os.getpid()}.part")
-            _run([tool, *flags, *unit.macros, "-c", str(unit.source), "-o", str(part)], unit.source)
-            part.replace(made)
-        return made
+        folders = (f"-I{_named(each)}" for each in unit.includes)
+        command = [tool, *flags, *unit.macros, *folders, "-c", _named(unit.source), "-o"]
+        return _kept(folder, unit.stem, ".o", key.hexdigest(), command, unit.source)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = list(pool.map(compile_unit, all_units() if units is None else units))
+    key = hashlib.sha256(common + repr([path.name for path in made]).encode())
+    command = [tool, *flags, "-shared", *map(str, made), "-o"]
+    stem = Path(TWIN_LIBRARY).stem
+    library = _kept(folder, stem, ".so", key.hexdigest(), command, target or Path(TWIN_LIBRARY))
+    if target is None:
+        return library
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    _run([tool, *flags, "-shared", *map(str, made), "-o", str(part)], target)
+    shutil.copyfile(library, part)
     part.replace(target)
     return target
+
+
+def _named(path: Path) -> str:
+    """A path as the compiler is told it: within the repository from its root, where the compiler
+    runs, so that two checkouts share their objects.
+    """
+    path = path.resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def _cache() -> Path:
+    """Where objects and libraries are kept; beside the sources where there is no home to write."""
+    for folder in (cache_directory(os.environ) / "kernels", OBJECTS):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            break
+    oldest = time.time() - KEEP_DAYS * 24 * 3600
+    for path in folder.glob("*-*"):
+        with suppress(FileNotFoundError):  # another build may have removed it
+            if path.stat().st_mtime < oldest:
+                path.unlink()
+    return folder
+
+
+def _kept(folder: Path, stem: str, suffix: str, key: str, command: list[str], source: Path) -> Path:
+    """What the cache has under a key, made by ``command`` (which ends with -o) if need be."""
+    made = folder / f"{stem}-{key[:24]}{suffix}"
+    if not made.exists():
+        with _alone(folder / f"{key[:2]}.lock"):  # who comes second finds it made
+            if not made.exists():
+                # a name of its own: the compiler of a build that was killed may still be writing
+                part = made.with_name(f"{made.name}.{os.getpid()}.part")
+                _run([*command, str(part)], source)
+                part.replace(made)
+    os.utime(made)
+    return made
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Nobody else, thread or process, holds this lock at the same time; a dead holder lets go."""
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@functools.cache
+def _version(tool: str) -> str:
+    return subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
 
 
 def _digest_of_headers() -> bytes:
     digest = hashlib.sha256()
     for folder in (TWIN, HERE / "op_host", HERE / "op_kernel"):
         for path in sorted(folder.rglob("*.h")):
-            digest.update(str(path).encode() + path.read_bytes())
+            digest.update(_named(path).encode() + path.read_bytes())
     return digest.digest()
 
 
 def _run(command: list[str], where: Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise KernelError(
             "compilation failed",

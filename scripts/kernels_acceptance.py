@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mindspore as ms
 from mindspore import Tensor
 
-from ascend_kernels.build_twin import OBJECTS, build_twin
+from ascend_kernels.build_twin import build_twin
 from mistral_ms.errors import MistralMsError
 from mistral_ms.ops import custom, reference
 
@@ -297,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             timings = time_operators(full, given.bandwidth)
         else:
             print("No NPU here: results are compared on the CPU twin, nothing is timed.")
-            custom.use_twin(build_twin(OBJECTS / "libmistral_ms_twin.so"))
+            custom.use_twin(build_twin())
             checks, timings = compare(small, ("float32",)), []
     except MistralMsError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,8 +11,8 @@ import sys
 import pytest
 from support.slowest import Slowest
 
-TOGETHER = ("tests/distributed/", "tests/kernels/")
-"""Folders whose tests share jobs and builds, or would crowd each other out: one after the other."""
+TOGETHER = ("tests/distributed/",)
+"""Folders whose tests share jobs, or would crowd each other out: one after the other."""
 
 
 def pytest_configure(config):

@@ -30,7 +30,7 @@ def on_twin(script, monkeypatch):
     from mistral_ms.ops.custom import library
 
     monkeypatch.setattr(library, "_chosen", [])
-    monkeypatch.setattr(script, "build_twin", lambda _: twin.build().path)
+    monkeypatch.setattr(script, "build_twin", lambda: twin.build().path)
     return script
 
 

@@ -312,13 +312,12 @@ def _counters(table: np.ndarray) -> tuple[dict[str, int], list[dict[str, int]]]:
 @functools.cache
 def build() -> Twin:
     """The library with all operators; compiled when a source has changed since the last time."""
-    return Twin(builder.build_twin(builder.OBJECTS / "libmistral_ms_twin.so", strict=True))
+    return Twin(builder.build_twin(strict=True))
 
 
 def build_sanitized() -> Path:
     """The same with sanitizers, to be loaded by a process that has AddressSanitizer loaded."""
-    library = builder.OBJECTS / "libmistral_ms_twin_sanitized.so"
-    return builder.build_twin(library, strict=True, sanitize=True)
+    return builder.build_twin(strict=True, sanitize=True)
 
 
 def run(

@@ -17,9 +17,8 @@ KERNELS = Path(__file__).parent / "kernels"
 def lab(compiles):
     """Runs one of the kernels in ``kernels/`` on the twin."""
     units = builder.twin_units()
-    units += [builder.Unit(path, (f"-I{KERNELS}",)) for path in sorted(KERNELS.glob("*.cpp"))]
-    library = builder.build_twin(builder.OBJECTS / "libtwin_lab.so", units, strict=True)
-    return Lab(twin.Twin(library))
+    units += [builder.Unit(path) for path in sorted(KERNELS.glob("*.cpp"))]
+    return Lab(twin.Twin(builder.build_twin(units=units, strict=True)))
 
 
 class Lab:

@@ -20,9 +20,9 @@ def twin(compiles):
     """A library with the one operator of ``operator/``."""
     header = FOLDER / "twin_lab_tiling.h"
     kernel = builder.kernel_unit("twin_lab", FOLDER / "twin_lab.cpp", header)
-    host = builder.Unit(FOLDER / "twin_lab_host.cpp", (f"-I{FOLDER}",))
+    host = builder.Unit(FOLDER / "twin_lab_host.cpp")
     units = [*builder.twin_units(), host, kernel]
-    return Twin(builder.build_twin(builder.OBJECTS / "libtwin_runner.so", units, strict=True))
+    return Twin(builder.build_twin(units=units, strict=True))
 
 
 def run(twin, x=X, defect=NONE, blocks=3, **inputs):

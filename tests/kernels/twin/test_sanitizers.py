@@ -75,7 +75,7 @@ def test_the_sanitizers_are_awake(libasan, tmp_path):
     source = tmp_path / "controls.cpp"
     source.write_text(CONTROLS)
     kernels = Path(__file__).parent / "kernels"
-    units = [*builder.twin_units(), builder.Unit(source, (f"-I{kernels}",))]
-    library = builder.build_twin(tmp_path / "controls.so", units, strict=True, sanitize=True)
+    units = [*builder.twin_units(), builder.Unit(source, includes=(kernels,))]
+    library = builder.build_twin(units=units, strict=True, sanitize=True)
     assert "heap-buffer-overflow" in run(libasan, library, "--kernel", "overflow").stderr
     assert "signed integer overflow" in run(libasan, library, "--kernel", "undefined").stderr
