@@ -52,7 +52,7 @@ def _read_params(path: Path) -> tuple[ModelConfig, tuple[str, ...]]:
         # The first dump was converted with a params.json that had HF's keys.
         kind = "mixtral" if "num_local_experts" in source else "mistral"
         return from_hf({"model_type": kind, **source}, str(path))
-    return from_mistral(source, str(path)), ()
+    return from_mistral(source, str(path))
 
 
 def _check_format(path: Path, source: Mapping[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 from mistral_ms.config.conventions import IGNORE_INDEX, PACKAGED_TOKENIZER
 from mistral_ms.config.data import DataConfig, DataSourceConfig, PackingConfig
-from mistral_ms.config.foreign import from_hf, from_mistral, to_hf, to_mistral, to_native
 from mistral_ms.config.generation import GenerationConfig
+from mistral_ms.config.hugging_face import from_hf, to_hf, to_native
 from mistral_ms.config.load import apply_overrides, load_model_config, read_yaml
+from mistral_ms.config.mistral_params import from_mistral, to_mistral
 from mistral_ms.config.model import DType, ModelConfig, MoEArchitecture
 from mistral_ms.config.parallel import ParallelConfig, layout_from_flags
 from mistral_ms.config.predict import PredictConfig, PredictionConfig, load_any_config
+from mistral_ms.config.rope_scaling import RopeScaling
 from mistral_ms.config.routing import DROPLESS, RoutingConfig
 from mistral_ms.config.run import CheckpointConfig, RunConfig, load_run_config
 from mistral_ms.config.training import (
@@ -34,6 +36,7 @@ __all__ = [
     "ParallelConfig",
     "PredictConfig",
     "PredictionConfig",
+    "RopeScaling",
     "RoutingConfig",
     "RunConfig",
     "ScheduleConfig",

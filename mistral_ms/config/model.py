@@ -11,8 +11,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mistral_ms.config.base import Frozen
+from mistral_ms.config.rope_scaling import RopeScaling
 
 DType = Literal["float32", "float16", "bfloat16"]
+LayerType = Literal["full_attention", "sliding_attention"]
 
 # What no model comes near: a damaged file must not make us build fifty million layers. The largest
 # published ones have 126 layers, 2048 experts and a vocabulary of 262144.
@@ -63,10 +65,14 @@ class ModelConfig(Frozen):
         num_attention_heads: N query heads.
         num_key_value_heads: G key/value heads; divides N (GQA; 1 is multi-query).
         head_dim: D; hidden_size / num_attention_heads when not given.
-        max_position_embeddings: the longest sequence the model may see.
+        max_position_embeddings: the longest sequence of the model; with some kinds of
+            ``rope_scaling`` the longest before scaling, see :attr:`longest_sequence`.
         rms_norm_eps: epsilon inside the square root of RMSNorm.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: how they are changed for longer contexts; None = not at all.
         sliding_window: a query sees the last so many positions, itself included; None = all.
+        layer_types: which layers have the sliding window, where some have it and some have not;
+            None: all have it (if there is one).
         tie_word_embeddings: the output head shares the embedding's weight.
         initializer_range: standard deviation of freshly drawn weights.
         torch_dtype: dtype the published weights are stored in (HF's key).
@@ -83,7 +89,9 @@ class ModelConfig(Frozen):
     max_position_embeddings: int = Field(default=32768, ge=1, le=LONGEST_SEQUENCE)
     rms_norm_eps: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     rope_theta: float = Field(default=1e6, gt=0, allow_inf_nan=False)
+    rope_scaling: RopeScaling | None = None
     sliding_window: int | None = Field(default=None, ge=1, le=LONGEST_SEQUENCE)
+    layer_types: tuple[LayerType, ...] | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = Field(default=0.02, ge=0, allow_inf_nan=False)
     torch_dtype: DType = "bfloat16"
@@ -128,10 +136,69 @@ class ModelConfig(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _attention_of_layers(self) -> ModelConfig:
+        types = self.layer_types
+        if types is None:
+            return self
+        if len(types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(types)} entries, num_hidden_layers is "
+                f"{self.num_hidden_layers}"
+            )
+        if len(set(types)) < 2:
+            raise ValueError(
+                f"layer_types says {types[0]} for every layer: leave it out, and let "
+                "sliding_window alone say whether there is a window"
+            )
+        if self.sliding_window is None:
+            raise ValueError("layer_types has sliding_attention: sliding_window must be given")
+        return self
+
+    @model_validator(mode="after")
+    def _rotary_scaling(self) -> ModelConfig:
+        scaling = self.rope_scaling
+        if scaling is None or scaling.rope_type != "dynamic":
+            return self
+        original = scaling.original_max_position_embeddings
+        if original not in (None, self.max_position_embeddings):
+            raise ValueError(
+                f"rope_scaling.original_max_position_embeddings ({original}) must equal "
+                f"max_position_embeddings ({self.max_position_embeddings}) under dynamic scaling, "
+                "which begins there"
+            )
+        if self.head_size < 4:
+            raise ValueError(f"dynamic rope_scaling needs head_dim of 4 or more: {self.head_size}")
+        return self
+
     @property
     def head_size(self) -> int:
         """D: head_dim, or hidden_size / num_attention_heads."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def longest_sequence(self) -> int:
+        """The longest sequence the model may see, scaling of its positions included.
+
+        The factor applies to the original length where one is stated; files that state none
+        (``linear``, ``dynamic``, early ``yarn``) have it in max_position_embeddings.
+        """
+        stated, scaling = self.max_position_embeddings, self.rope_scaling
+        if scaling is None:
+            return stated
+        original = scaling.original_max_position_embeddings or stated
+        return max(stated, int(scaling.factor * original))
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The different sliding windows of the layers: one, or none and one."""
+        return (self.sliding_window,) if self.layer_types is None else (None, self.sliding_window)
+
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window of decoder block ``layer``; None = it sees all positions."""
+        types = self.layer_types
+        full = types is not None and types[layer] == "full_attention"
+        return None if full else self.sliding_window
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:

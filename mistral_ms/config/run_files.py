@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ms.config.conventions import PACKAGED_TOKENIZER
-from mistral_ms.config.foreign import from_hf, from_mistral
+from mistral_ms.config.hugging_face import from_hf
 from mistral_ms.config.load import apply_overrides, read_yaml
-from mistral_ms.config.model import ModelConfig
+from mistral_ms.config.mistral_params import from_mistral
 from mistral_ms.errors import ConfigError
 from mistral_ms.reading import is_dir, is_file, read_json
 
@@ -48,9 +48,9 @@ def _read_model(path: Path) -> dict[str, Any]:
     """The keys of a model file, or of the model that a checkpoint's directory holds."""
     if not is_dir(path):
         return read_yaml(path)
-    for name, read in (("config.json", lambda *a: from_hf(*a)[0]), ("params.json", from_mistral)):
+    for name, read in (("config.json", from_hf), ("params.json", from_mistral)):
         if is_file(path / name):
-            config: ModelConfig = read(read_json(path / name, ConfigError), str(path / name))
+            config, _ = read(read_json(path / name, ConfigError), str(path / name))
             return config.model_dump()
     raise ConfigError(
         "no model", where=path, rule="a checkpoint's directory has a config.json or params.json"

@@ -1,0 +1,70 @@
+"""What the readers of foreign configurations share: tables applied to parsed JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mistral_ms.errors import ConfigError
+
+
+def mapping(value: Any, where: str) -> dict[str, Any]:
+    """A copy of a JSON object that may just as well be something else in a damaged file."""
+    if not isinstance(value, Mapping):
+        raise ConfigError("wrong type", where=where, value=repr(value), rule="must be an object")
+    return dict(value)
+
+
+def pick(
+    source: dict[str, Any], table: Mapping[str, tuple[str, Any]], where: str
+) -> dict[str, Any]:
+    """Takes the keys of ``table`` out and translates them; a required one that is absent is an
+    error.
+    """
+    found = {}
+    for theirs, (ours, default) in table.items():
+        if theirs not in source and default is ...:
+            raise ConfigError("missing key", where=f"{where}: {theirs}", rule="it has no default")
+        found[ours] = source.pop(theirs, default)
+    return found
+
+
+def take_neutral(source: dict[str, Any], table: Mapping[str, tuple[Any, ...]], where: str) -> None:
+    """Takes the keys of ``table`` out; a value that would change the mathematics is an error."""
+    for key, allowed in table.items():
+        if key not in source:
+            continue
+        found = source.pop(key)
+        if not any(found == value and _is_bool(found) == _is_bool(value) for value in allowed):
+            raise ConfigError(
+                "unsupported value",
+                where=f"{where}: {key}",
+                value=repr(found),
+                rule=f"must be one of {allowed} (or absent)",
+            )
+
+
+def _is_bool(value: Any) -> bool:
+    """``True == 1`` in Python, not in a configuration."""
+    return isinstance(value, bool)
+
+
+def refuse_unknown(source: Mapping[str, Any], where: str, known: str | None = None) -> None:
+    """Raises for what is left of a file: nothing is ignored because it is unknown.
+
+    Args:
+        source: the keys that nobody took.
+        where: the file, with the group that they stand in.
+        known: what could stand there instead, for the message.
+    """
+    if not source:
+        return
+    key = min(source)
+    advice = "if the model computes the same without this key, remove it from the file"
+    raise ConfigError(
+        "unsupported key",
+        where=f"{where}: {key}",
+        value=repr(source[key]),
+        rule="no key is ignored that might change what the model computes",
+        todo=advice if known is None else f"known keys: {known}; {advice}",
+    )

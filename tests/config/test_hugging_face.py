@@ -1,0 +1,562 @@
+"""Configurations of Hugging Face and Mistral, read, written, refused."""
+
+import json
+import re
+
+import pytest
+from support.configs import SIZES, model
+from transformers import AutoConfig, MinistralConfig, MistralConfig, MixtralConfig
+
+from mistral_ms.config import (
+    from_hf,
+    to_hf,
+    to_native,
+)
+from mistral_ms.errors import ConfigError
+
+MIXTRAL = dict(SIZES, model_type="mixtral", num_local_experts=8)
+MISTRAL = dict(SIZES, model_type="mistral")
+# what decides the mathematics, the tensors, or the tokens
+SEMANTICS = (
+    *SIZES,
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "hidden_act",
+)
+MOE_SEMANTICS = ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")
+
+HF_CONFIGS = {
+    "mixtral": MixtralConfig(**SIZES),
+    "mixtral-other-values": MixtralConfig(
+        **SIZES,
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        router_aux_loss_coef=0.02,
+        sliding_window=4096,
+        head_dim=24,
+        tie_word_embeddings=True,
+        rope_theta=5e5,
+        rms_norm_eps=3e-6,
+        initializer_range=0.01,
+        max_position_embeddings=1234,
+        bos_token_id=None,
+        eos_token_id=[2, 7],
+        pad_token_id=0,
+        dtype="bfloat16",
+    ),
+    "mistral": MistralConfig(**SIZES),
+    "mistral-no-window": MistralConfig(**SIZES, sliding_window=None, rope_theta=1e6),
+    "mistral-no-grouping": MistralConfig(**{**SIZES, "num_key_value_heads": None}),
+    "mistral-published-sizes": MistralConfig(),
+    "mixtral-published-sizes": MixtralConfig(),
+}
+
+
+def saved(config, directory):
+    """config.json as transformers writes it."""
+    config.save_pretrained(directory)
+    return json.loads((directory / "config.json").read_text())
+
+
+class TestHuggingFaceBothWays:
+    @pytest.fixture(params=HF_CONFIGS)
+    def theirs(self, request):
+        return HF_CONFIGS[request.param]
+
+    def test_every_value_is_read(self, theirs, tmp_path):
+        config, ignored = from_hf(saved(theirs, tmp_path))
+        for key in set(SEMANTICS) - {"hidden_act", "eos_token_id"}:
+            assert getattr(config, key) == getattr(theirs, key), key
+        ends = theirs.eos_token_id
+        assert config.eos_token_ids == tuple(ends if isinstance(ends, list) else [ends])
+        head_dim = theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads
+        assert config.head_size == head_dim
+        assert (config.moe is not None) == (theirs.model_type == "mixtral")
+        if config.moe is not None:
+            for key in MOE_SEMANTICS:
+                assert getattr(config.moe, key) == getattr(theirs, key), key
+            assert config.moe.norm_topk_prob
+            assert len(config.sparse_layers) == config.num_hidden_layers
+        assert set(ignored) <= {
+            "attention_dropout",
+            "output_router_logits",
+            "transformers_version",
+            "use_cache",
+        }
+
+    def test_transformers_reads_what_we_write(self, theirs, tmp_path):
+        config, _ = from_hf(saved(theirs, tmp_path / "theirs"))
+        ours = tmp_path / "ours"
+        ours.mkdir()
+        (ours / "config.json").write_text(json.dumps(to_hf(config)))
+        again = AutoConfig.from_pretrained(ours)
+        assert type(again) is type(theirs)
+        for key in SEMANTICS + (MOE_SEMANTICS if config.moe is not None else ()):
+            assert getattr(again, key) == getattr(theirs, key), key
+        assert again.head_dim == config.head_size
+        assert again.architectures == [type(theirs).__name__.replace("Config", "ForCausalLM")]
+        assert str(again.dtype) == f"torch.{config.torch_dtype}"
+
+    def test_ours_is_a_fixed_point(self, theirs, tmp_path):
+        config, _ = from_hf(saved(theirs, tmp_path))
+        again, ignored = from_hf(json.loads(json.dumps(to_hf(config))))
+        assert again == config.model_copy(update={"head_dim": config.head_size})
+        assert ignored == ()
+
+
+class TestAbsentKeysMeanWhatTransformersMeans:
+    @pytest.mark.parametrize("family", ["mixtral", "mistral"])
+    @pytest.mark.parametrize(
+        "key",
+        [
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "rope_theta",
+            "sliding_window",
+            "head_dim",
+            "tie_word_embeddings",
+            "initializer_range",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "num_experts_per_tok",
+            "router_aux_loss_coef",
+            "dtype",
+        ],
+    )
+    def test_one_key_left_out(self, family, key):
+        config_class, moe = {
+            "mixtral": (MixtralConfig, dict(num_local_experts=8)),
+            "mistral": (MistralConfig, {}),
+        }[family]
+        other = config_class(
+            **SIZES, **moe, sliding_window=9, rope_theta=7.0, rms_norm_eps=0.5, dtype="float16"
+        ).to_dict()
+        other.pop(key, None)
+        theirs = config_class(**other)
+        assert from_hf(other)[0] == from_hf(theirs.to_dict())[0]
+
+    def test_no_window_and_no_word_about_it_differ_for_mistral(self):
+        """MistralConfig's default is 4096: published files that mean none say null."""
+        assert from_hf(MISTRAL)[0].sliding_window == 4096
+        assert from_hf(MISTRAL | {"sliding_window": None})[0].sliding_window is None
+        assert from_hf(MIXTRAL)[0].sliding_window is None
+        assert from_hf(MIXTRAL | {"sliding_window": 4096})[0].sliding_window == 4096
+
+    def test_no_key_value_heads_means_no_grouping(self):
+        assert from_hf(MIXTRAL | {"num_key_value_heads": None})[0].num_key_value_heads == 8
+
+
+class TestTransformers5:
+    def test_theta_and_dtype_have_moved(self):
+        source = MIXTRAL | {
+            "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
+            "dtype": "float16",
+        }
+        config, ignored = from_hf(source)
+        assert (config.rope_theta, config.torch_dtype) == (5e5, "float16")
+        assert ignored == ()
+
+    def test_the_source_is_left_alone(self):
+        source = MIXTRAL | {"rope_parameters": {"rope_theta": 5e5}, "dtype": "float16"}
+        before = json.dumps(source)
+        from_hf(source)
+        assert json.dumps(source) == before
+
+    @pytest.mark.parametrize(
+        ("rope", "message"),
+        [
+            (
+                {"partial_rotary_factor": 0.5},
+                r"unsupported value: c\.json: rope_parameters: partial_rotary_factor: 0\.5",
+            ),
+            (
+                {"rope_type": "default", "mrope_section": [16]},
+                r"unsupported key: c\.json: rope_parameters: mrope_section: \[16\]",
+            ),
+            ({"rope_type": "longrope", "factor": 4.0}, r"c\.json: rope_scaling\.rope_type: 'long"),
+            ({"type": "linear"}, r"invalid configuration: c\.json: rope_scaling\.factor"),
+            (
+                {"rope_type": "yarn", "type": "linear", "factor": 2.0},
+                r"contradiction: c\.json: rope_parameters\.type: 'linear': rope_type is 'yarn'",
+            ),
+        ],
+    )
+    def test_other_angles_are_refused(self, rope, message):
+        with pytest.raises(ConfigError, match=message):
+            from_hf(MIXTRAL | {"rope_parameters": rope}, "c.json")
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [("rope_theta", 1e4), ("rope_scaling", {"rope_type": "linear", "factor": 3.0})],
+    )
+    def test_two_words_on_the_same_angles(self, key, value):
+        rope = {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
+        with pytest.raises(ConfigError, match=r"contradiction: c\.json: rope_parameters"):
+            from_hf(MIXTRAL | {"rope_parameters": rope, key: value}, "c.json")
+
+
+class TestRefused:
+    @pytest.mark.parametrize("kind", ["llama", None, "Mixtral", ["mixtral"]])
+    def test_another_architecture(self, kind):
+        found = re.escape(repr(kind))
+        with pytest.raises(
+            ConfigError,
+            match=rf"unsupported architecture: c\.json: model_type: {found}: .*mistral, mixtral",
+        ):
+            from_hf(MIXTRAL | {"model_type": kind}, "c.json")
+
+    def test_quantised_weights(self):
+        source = MIXTRAL | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+        with pytest.raises(ConfigError, match=r"quantised weights: c\.json: .*awq: .*bfloat16"):
+            from_hf(source, "c.json")
+
+    @pytest.mark.parametrize("value", ["awq", 4, [["rope_theta", 1e4]], True])
+    @pytest.mark.parametrize("key", ["quantization_config", "rope_parameters", "mistral_ms"])
+    def test_a_block_that_is_no_object(self, key, value):
+        message = rf"wrong type: c\.json: {key}: {re.escape(repr(value))}: must be an object"
+        with pytest.raises(ConfigError, match=message):
+            from_hf(MIXTRAL | {key: value}, "c.json")
+
+    def test_experts_in_our_block_that_are_no_object(self):
+        message = r"wrong type: c\.json: mistral_ms\.moe: 'all': must be an object"
+        with pytest.raises(ConfigError, match=message):
+            from_hf(MIXTRAL | {"mistral_ms": {"format": 1, "moe": "all"}}, "c.json")
+
+    def test_no_quantisation_is_fine(self):
+        assert from_hf(MIXTRAL | {"quantization_config": None})[0].moe is not None
+
+    @pytest.mark.parametrize(
+        "key", [*sorted(set(SIZES) - {"num_key_value_heads"}), "num_local_experts"]
+    )
+    def test_a_missing_key(self, key):
+        source = {k: v for k, v in MIXTRAL.items() if k != key}
+        with pytest.raises(ConfigError, match=rf"missing key: c\.json: {key}: it has no default"):
+            from_hf(source, "c.json")
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("hidden_act", "gelu"),
+            ("is_causal", False),
+            ("logits_scaling", 16.0),
+            ("embedding_multiplier", 12.0),
+            ("residual_multiplier", 0.22),
+            ("attention_multiplier", 0.0078125),
+            ("norm_topk_prob", False),
+            ("partial_rotary_factor", 0.5),
+            ("attn_logit_softcapping", 50.0),
+            ("clip_qkv", 8),
+            ("num_shared_experts", True),
+            ("attention_bias", True),
+            ("mlp_bias", True),
+            ("router_jitter_noise", 0.1),
+        ],
+    )
+    def test_other_mathematics(self, key, value):
+        with pytest.raises(ConfigError, match=rf"unsupported value: c\.json: {key}: ") as caught:
+            from_hf(MIXTRAL | {key: value}, "c.json")
+        assert repr(value) in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("rope_scaling", None),
+            ("rope_scaling", {"rope_type": "default"}),
+            ("rope_scaling", {"type": "default", "factor": None}),
+            ("hidden_act", "silu"),
+            ("hidden_act", "swish"),
+            ("attention_bias", False),
+            ("router_jitter_noise", 0.0),
+            ("partial_rotary_factor", 1.0),
+            ("is_causal", True),
+            ("logits_scaling", 1.0),
+            ("norm_topk_prob", True),
+            ("attn_logit_softcapping", None),
+            ("layer_types", ["full_attention"] * 4),
+            ("architectures", ["MixtralForCausalLM"]),
+            ("auto_map", {"AutoTokenizer": "tokenization.T"}),
+        ],
+    )
+    def test_the_same_keys_with_the_value_we_implement(self, key, value):
+        assert from_hf(MIXTRAL | {key: value}) == from_hf(MIXTRAL)
+
+    def test_experts_in_a_dense_model(self):
+        with pytest.raises(ConfigError, match=r"contradiction: c\.json: num_local_experts: 8"):
+            from_hf(MISTRAL | {"num_local_experts": 8}, "c.json")
+
+    def test_no_experts_in_a_dense_model(self):
+        source = MISTRAL | {"num_local_experts": None, "num_experts_per_tok": 2}
+        assert from_hf(source) == (from_hf(MISTRAL)[0], ("num_experts_per_tok",))
+
+    @pytest.mark.parametrize("value", [None, False, 1.0, {"a": 1}])
+    def test_a_key_that_nobody_knows(self, value):
+        message = rf"unsupported key: c\.json: latent_dim: {re.escape(repr(value))}: .*remove it"
+        with pytest.raises(ConfigError, match=message):
+            from_hf(MIXTRAL | {"latent_dim": value, "use_cache": True}, "c.json")
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (
+                {"auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}},
+                r"custom code: c\.json: auto_map: AutoModelForCausalLM -> modeling_x\.XFor",
+            ),
+            ({"auto_map": "x"}, r"wrong type: c\.json: auto_map: 'x'"),
+            (
+                {"architectures": ["MixtralYarnForCausalLM"]},
+                r"unsupported architecture: c\.json: architectures: \['MixtralYarn",
+            ),
+        ],
+    )
+    def test_other_code(self, changes, message):
+        with pytest.raises(ConfigError, match=message):
+            from_hf(MIXTRAL | changes, "c.json")
+
+    def test_inconsistent_values(self):
+        with pytest.raises(ConfigError, match=r"c\.json: .*\(3\) must divide .*\(8\)"):
+            from_hf(MIXTRAL | {"num_key_value_heads": 3}, "c.json")
+
+    def test_ignored_keys_are_reported(self):
+        _, ignored = from_hf(
+            MIXTRAL | {"use_cache": True, "transformers_version": "4", "hidden_act": "silu"}
+        )
+        assert ignored == ("transformers_version", "use_cache")
+
+
+ALTERNATING = ["full_attention", "sliding_attention"] * 2
+
+
+class TestLayerTypes:
+    @pytest.mark.parametrize("kind", ["mistral", "ministral"])
+    def test_alternating_windows(self, kind, tmp_path):
+        source = MISTRAL | {"model_type": kind, "layer_types": ALTERNATING, "sliding_window": 9}
+        config, ignored = from_hf(source)
+        assert [config.window_of(i) for i in range(4)] == [None, 9, None, 9]
+        assert (config.windows, ignored) == ((None, 9), ())
+        (tmp_path / "config.json").write_text(json.dumps(to_hf(config)))
+        theirs = AutoConfig.from_pretrained(tmp_path)
+        assert isinstance(theirs, MinistralConfig)
+        assert (theirs.layer_types, theirs.sliding_window) == (ALTERNATING, 9)
+        assert from_hf(saved(theirs, tmp_path))[0] == from_hf(to_hf(config))[0]
+
+    @pytest.mark.parametrize(
+        ("word", "window"), [("full_attention", None), ("sliding_attention", 9)]
+    )
+    def test_the_same_in_every_layer(self, word, window):
+        config, _ = from_hf(MISTRAL | {"layer_types": [word] * 4, "sliding_window": 9})
+        assert (config.sliding_window, config.layer_types) == (window, None)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"layer_types": ALTERNATING[:3]}, "layer_types has 3 entries"),
+            ({"layer_types": ALTERNATING, "sliding_window": None}, "sliding_window must be given"),
+            ({"layer_types": ["chunked_attention", *ALTERNATING[1:]]}, r"layer_types\.0: 'chunked"),
+            ({"layer_types": "full_attention"}, "wrong type: .*layer_types"),
+            ({"layer_types": [1, 2, 3, 4]}, "wrong type: .*layer_types"),
+            ({"layer_types": ["sliding_attention"] * 4, "sliding_window": None}, "sliding_window"),
+        ],
+    )
+    def test_refused(self, changes, message):
+        with pytest.raises(ConfigError, match=message):
+            from_hf(MISTRAL | {"sliding_window": 9} | changes, "c.json")
+
+    def test_transformers_mixtral_has_one_window(self):
+        """It would ignore the key: what it computes is what the file means there."""
+        source = MIXTRAL | {"layer_types": ALTERNATING, "sliding_window": 9}
+        with pytest.raises(ConfigError, match=r"contradiction: c\.json: layer_types"):
+            from_hf(source, "c.json")
+        with pytest.raises(ConfigError, match=r"not expressible.*one sliding window"):
+            to_hf(model(layer_types=ALTERNATING, sliding_window=9))
+
+
+SCALINGS = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 16.0,
+        "truncate": False,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+class TestRopeScaling:
+    @pytest.mark.parametrize("kind", SCALINGS)
+    def test_both_forms_and_back(self, kind, tmp_path):
+        scaling = SCALINGS[kind]
+        config, ignored = from_hf(MIXTRAL | {"rope_scaling": scaling})
+        assert config.rope_scaling.settings() == scaling
+        older = {"type" if k == "rope_type" else k: v for k, v in scaling.items()}
+        assert from_hf(MIXTRAL | {"rope_scaling": older}) == (config, ignored)
+        newer = MIXTRAL | {"rope_parameters": {"rope_theta": 1e6, **scaling}}
+        assert from_hf(newer) == (config, ignored)
+        (tmp_path / "config.json").write_text(json.dumps(to_hf(config)))
+        theirs = AutoConfig.from_pretrained(tmp_path)
+        assert theirs.rope_scaling == scaling
+        assert from_hf(saved(theirs, tmp_path))[0].rope_scaling == config.rope_scaling
+
+    def test_a_key_without_effect_is_reported(self):
+        scaling = {"type": "yarn", "factor": 16.0, "finetuned": True}
+        assert from_hf(MISTRAL | {"rope_scaling": scaling})[1] == ("rope_scaling.finetuned",)
+
+    @pytest.mark.parametrize(
+        ("scaling", "message"),
+        [
+            ({"rope_type": "su", "factor": 2.0}, r"rope_scaling\.rope_type: 'su'"),
+            ({"rope_type": "linear", "factor": 0.5}, r"rope_scaling\.factor: 0\.5"),
+            ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3.0}, "beta_fast is no setting"),
+            ({"rope_type": "yarn", "factor": 2.0, "ramp": 3.0}, r"unknown key: .*ramp"),
+            ({"rope_type": "yarn", "factor": 2.0, "beta_slow": 40}, "beta_fast .* below"),
+            ({"rope_type": "llama3", "factor": 2.0}, "llama3 needs high_freq_factor"),
+            (SCALINGS["llama3"] | {"low_freq_factor": 4.0}, "must exceed low_freq_factor"),
+            (SCALINGS["dynamic"] | {"original_max_position_embeddings": 5}, "must equal max_pos"),
+            ("linear", "wrong type: c.json: rope_scaling"),
+        ],
+    )
+    def test_refused(self, scaling, message):
+        with pytest.raises(ConfigError, match=message):
+            from_hf(MIXTRAL | {"rope_scaling": scaling}, "c.json")
+
+    @pytest.mark.parametrize(
+        ("scaling", "longest"),
+        [
+            (None, 100),
+            (SCALINGS["linear"], 400),
+            (SCALINGS["dynamic"], 200),
+            (SCALINGS["yarn"], 256),
+            ({"rope_type": "yarn", "factor": 4.0}, 400),
+            ({"rope_type": "llama3", **SCALINGS["llama3"], "factor": 1.5}, 100),
+        ],
+    )
+    def test_the_longest_sequence(self, scaling, longest):
+        source = MIXTRAL | {"rope_scaling": scaling, "max_position_embeddings": 100}
+        assert from_hf(source)[0].longest_sequence == longest
+
+
+# config.json of published models, as their repositories have it; sizes are beside the point
+PUBLISHED = {
+    "Mixtral-8x7B-v0.1": {
+        "architectures": ["MixtralForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 32768,
+        "model_type": "mixtral",
+        "num_experts_per_tok": 2,
+        "num_local_experts": 8,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.36.0.dev0",
+        "use_cache": True,
+    },
+    "an unsloth derivative of Mistral 7B v0.3": {
+        "_name_or_path": "unsloth/mistral-7b-v0.3",
+        "architectures": ["MistralForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "pad_token_id": 770,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.44.2",
+        "unsloth_version": "2024.9",
+        "use_cache": True,
+    },
+    "a derivative with Llama's keys": {
+        "architectures": ["MistralForCausalLM"],
+        "attention_bias": False,
+        "max_position_embeddings": 32768,
+        "mlp_bias": False,
+        "model_type": "mistral",
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "use_cache": False,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files_are_read(name):
+    config, ignored = from_hf(SIZES | PUBLISHED[name])
+    assert config.max_position_embeddings == 32768
+    assert "use_cache" in ignored
+
+
+@pytest.mark.parametrize("kind", [MistralConfig, MixtralConfig, MinistralConfig])
+def test_everything_that_transformers_can_write_is_known(kind):
+    """to_dict() holds every attribute, not only what save_pretrained finds worth saying."""
+    source = json.loads(json.dumps(kind(**SIZES).to_dict()))
+    config, ignored = from_hf(source)
+    assert config.hidden_size == SIZES["hidden_size"]
+    assert (config.layer_types, config.rope_scaling) == (None, None)
+    assert set(ignored) < set(source)
+
+
+class TestNative:
+    @pytest.mark.parametrize(
+        "moe",
+        [
+            None,
+            {},
+            dict(sparse_layers="every_other"),
+            dict(sparse_layers=(3, 0)),
+            dict(norm_topk_prob=False, num_experts_per_tok=1),
+        ],
+    )
+    @pytest.mark.parametrize("windows", [{}, dict(layer_types=ALTERNATING, sliding_window=5)])
+    def test_says_what_hugging_faces_keys_cannot(self, moe, windows):
+        config = model(moe=moe, head_dim=24, **windows)
+        again, _ = from_hf(json.loads(json.dumps(to_native(config))))
+        assert again == config
+
+    def test_transformers_can_still_read_it(self, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps(to_native(model())))
+        assert AutoConfig.from_pretrained(tmp_path).num_local_experts == 8
+
+    def test_an_unknown_key_in_our_block_is_an_error(self):
+        with pytest.raises(ConfigError, match=r"unknown key: c\.json: expert_groups"):
+            from_hf(MIXTRAL | {"mistral_ms": {"format": 1, "expert_groups": 2}}, "c.json")
+
+    @pytest.mark.parametrize(
+        "moe", [dict(sparse_layers=(1,)), dict(norm_topk_prob=False)], ids=["mixed", "raw-weights"]
+    )
+    def test_hugging_face_cannot_express_it(self, moe):
+        with pytest.raises(ConfigError, match=r"not expressible in Hugging Face's format"):
+            to_hf(model(moe=moe))
