@@ -187,7 +187,7 @@ def _chat_loop(
     from mistral_ms.inference.chat import ChatSession
 
     with open_checkpoint(ckpt, options["kind"]) as checkpoint:
-        positions = checkpoint.config.max_position_embeddings
+        positions = checkpoint.config.longest_sequence
     length = min(CHAT_LENGTH, positions) if max_length is None else max_length
     engine: Engine = Engine.load(ckpt, max_length=length, **options)
     session = ChatSession(engine, request)

@@ -158,6 +158,8 @@ class ModelConfig(Frozen):
     @model_validator(mode="after")
     def _rotary_scaling(self) -> ModelConfig:
         scaling = self.rope_scaling
+        if scaling is not None and scaling.rope_type == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"yarn rope_scaling needs rope_theta above 1: {self.rope_theta:g}")
         if scaling is None or scaling.rope_type != "dynamic":
             return self
         original = scaling.original_max_position_embeddings
@@ -188,6 +190,14 @@ class ModelConfig(Frozen):
             return stated
         original = scaling.original_max_position_embeddings or stated
         return max(stated, int(scaling.factor * original))
+
+    @property
+    def length_rule(self) -> str:
+        """Why a sequence may not be longer, for messages."""
+        rule = f"max_position_embeddings is {self.max_position_embeddings}"
+        if self.longest_sequence == self.max_position_embeddings:
+            return rule
+        return f"{rule}, with rope_scaling the model has {self.longest_sequence} positions"
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -51,11 +51,11 @@ class PredictConfig(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> PredictConfig:
-        length, longest = self.prediction.max_length, self.model.max_position_embeddings
+        length, longest = self.prediction.max_length, self.model.longest_sequence
         if length > longest:
             raise ValueError(
                 f"prediction.max_length ({length}) must not exceed "
-                f"model.max_position_embeddings ({longest})"
+                f"the model's positions: {self.model.length_rule}"
             )
         batch, dp = self.prediction.batch, self.parallel.dp
         if batch % dp:

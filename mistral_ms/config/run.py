@@ -56,11 +56,11 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        length, longest = self.training.seq_length, self.model.max_position_embeddings
+        length, longest = self.training.seq_length, self.model.longest_sequence
         if length > longest:
             raise ValueError(
                 f"training.seq_length ({length}) must not exceed "
-                f"model.max_position_embeddings ({longest})"
+                f"the model's positions: {self.model.length_rule}"
             )
         batch, groups = self.training.global_batch_size, self.training.micro_batches
         copies = self.parallel.interleave

@@ -170,13 +170,13 @@ def check_fit(
     Raises:
         DataError: windows that are longer than the model allows, or another vocabulary.
     """
-    length, longest = info.config.seq_length, model.max_position_embeddings
+    length, longest = info.config.seq_length, model.longest_sequence
     if length > longest:
         raise DataError(
             "windows too long for the model",
             where=directory,
             value=f"seq_length {length}",
-            rule=f"the model's max_position_embeddings is {longest}",
+            rule=f"the model's {model.length_rule}",
             todo=f"pack again with --seq-length {longest} or less",
         )
     theirs = None if tokenizer is None else Vocabulary.of(tokenizer)

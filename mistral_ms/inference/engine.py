@@ -146,7 +146,7 @@ class Engine:
             )
         with open_checkpoint(Path(path), kind) as source:
             config = source.config
-            length = config.max_position_embeddings if max_length is None else max_length
+            length = config.longest_sequence if max_length is None else max_length
             check_length(config, length, "max_length")
             chunk = min(chunk, length)
             division = Division(ParallelConfig()) if division is None else division
@@ -306,7 +306,7 @@ class Engine:
                     value=outside[0],
                     rule=f"0 to {self.config.vocab_size - 1}",
                 )
-            if len(prompt) > self.config.max_position_embeddings:
+            if len(prompt) > self.config.longest_sequence:
                 check_length(self.config, len(prompt), where)
             if len(prompt) >= self.max_length:
                 raise GenerationError(

@@ -19,7 +19,7 @@ def required_length(
     for number, prompt in enumerate(prompts):
         check_length(config, len(prompt), f"prompt {number}")
     longest = max(map(len, prompts)) + request.max_new_tokens
-    return min(longest, config.max_position_embeddings)
+    return min(longest, config.longest_sequence)
 
 
 def check_length(config: ModelConfig, length: int, where: str) -> None:
@@ -30,10 +30,10 @@ def check_length(config: ModelConfig, length: int, where: str) -> None:
     """
     if length < 1:
         raise GenerationError("no room", where=where, value=length, rule="at least 1 position")
-    if length > config.max_position_embeddings:
+    if length > config.longest_sequence:
         raise GenerationError(
             "longer than the model's positions",
             where=where,
             value=f"{length} tokens",
-            rule=f"max_position_embeddings is {config.max_position_embeddings}",
+            rule=config.length_rule,
         )

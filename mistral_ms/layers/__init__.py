@@ -9,6 +9,7 @@ from mistral_ms.layers.loss import HeadLoss, TokenNLL, token_nll
 from mistral_ms.layers.norm import RMSNorm
 from mistral_ms.layers.parameter import draw, is_buffer
 from mistral_ms.layers.rope import RotaryTable, rope_angles
+from mistral_ms.layers.rope_scaling import inverse_frequencies
 
 __all__ = [
     "Attention",
@@ -26,6 +27,7 @@ __all__ = [
     "TokenNLL",
     "draw",
     "forget",
+    "inverse_frequencies",
     "is_buffer",
     "output_logits",
     "rope_angles",

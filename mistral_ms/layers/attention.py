@@ -17,7 +17,7 @@ from mistral_ms.layers.linear import Linear
 from mistral_ms.ops import reference
 
 AttentionContext: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
-"""What all layers share in one forward pass, in this order:
+"""What all layers with the same window share in one forward pass, in this order:
 
 * cos_BS1R: cosines of the rotary angles, R = D / 2;
 * sin_BS1R: sines;

@@ -36,9 +36,10 @@ class CacheSpec:
         """The least cache that serves ``positions`` positions, written ``chunk`` at a time.
 
         With a sliding window w the first query of a chunk still needs w - 1 positions before it
-        when the last key of the chunk is already written: w + chunk - 1 columns.
+        when the last key of the chunk is already written: w + chunk - 1 columns. All layers have
+        the same columns: one that sees everything needs them all.
         """
-        window = config.sliding_window
+        window = None if None in config.windows else config.sliding_window
         length = positions if window is None else min(positions, window + chunk - 1)
         return cls(batch, length)
 

@@ -14,15 +14,20 @@ class DecoderBlock(nn.Cell):
 
     Args:
         parts: makes the pieces.
-        layer: index of the block; decides which feed-forward it has.
+        layer: index of the block; decides which feed-forward it has, and its sliding window.
+
+    Attributes:
+        sparse: whether it holds experts.
+        window: which of the model's ``windows`` it has, and so which context it takes.
     """
 
     def __init__(self, parts: Parts, layer: int) -> None:
         super().__init__()
         self.sparse = parts.config.is_sparse(layer)
+        self.window = parts.config.windows.index(parts.config.window_of(layer))
         self.add = parts.residual()
         self.input_layernorm = parts.norm()
-        self.attention = parts.attention()
+        self.attention = parts.attention(layer)
         self.post_attention_layernorm = parts.norm(shared=not self.sparse)
         if self.sparse:
             self.moe = parts.moe()

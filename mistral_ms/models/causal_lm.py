@@ -75,7 +75,7 @@ class CausalLM(nn.Cell):
                 self.lm_head = parts.head()
         rows = config.max_position_embeddings if positions is None else positions
         self.rotary = RotaryTable(config, rows)
-        self.sliding_window = config.sliding_window
+        self.windows = config.windows
         self.sparse = any(layer.sparse for layer in self.layers)
         self.cached = cache is not None
         if cache is not None:
@@ -114,11 +114,11 @@ class CausalLM(nn.Cell):
         """From embedded tokens, or what the segment before gave, to the result of the last layer
         that is held, normalised where it is the model's last; and the router sums as above.
         """
-        context = self.attention_context(positions_BS, segments_BS)
+        contexts = self.attention_contexts(positions_BS, segments_BS)
         valid_T = ops.cast(positions_BS.reshape(-1) >= 0, ms.float32)
         probs, routed, kept, z, tokens = [], [], [], [], []
         for layer in self.layers:
-            x_TH, sums = layer(x_TH, context, valid_T)
+            x_TH, sums = layer(x_TH, contexts[layer.window], valid_T)
             if layer.sparse:
                 probs.append(sums[0])
                 routed.append(sums[1])
@@ -137,16 +137,22 @@ class CausalLM(nn.Cell):
             ops.stack(tokens),
         )
 
-    def attention_context(
+    def attention_contexts(
         self, positions_BS: Tensor, segments_BS: Tensor | None = None
-    ) -> AttentionContext:
-        """What all layers share: rotary rows, visibility, places in the cache."""
+    ) -> tuple[AttentionContext, ...]:
+        """What layers share, for each of the model's ``windows``: rotary rows, visibility, places
+        in the cache.
+        """
         cos, sin = self.rotary(positions_BS)
         rows, keys_BM = self.no_rows, positions_BS
         if self.cached:
             rows, keys_BM = self.key_positions(positions_BS)
-        visible = visible_keys(positions_BS, keys_BM, self.sliding_window, segments_BS)
-        return cos, sin, visible, rows
+        visible = visible_keys(positions_BS, keys_BM, self.windows[0], segments_BS)
+        first = cos, sin, visible, rows
+        if len(self.windows) == 1:
+            return (first,)
+        visible = visible_keys(positions_BS, keys_BM, self.windows[1], segments_BS)
+        return first, (cos, sin, visible, rows)
 
     def head_weight(self) -> ms.Parameter:
         """The output head [V, H]; the embedding's own weight when tied."""

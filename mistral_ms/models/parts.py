@@ -56,8 +56,12 @@ class Parts:
         """Adds a layer's result to the states: twice [T, H] -> [T, H]."""
         return ops.Add()
 
-    def attention(self) -> nn.Cell:
-        """Normalised states and an AttentionContext -> [T, H]."""
+    def attention(self, layer: int) -> nn.Cell:
+        """Normalised states and an AttentionContext -> [T, H].
+
+        Args:
+            layer: index of the block, which may decide what the piece sees.
+        """
         return Attention(self.config, self.cache, self.dtype)
 
     def key_positions(self, cache: CacheSpec) -> KeyPositions:

@@ -65,7 +65,7 @@ class DividedParts(Parts):
             self.config.hidden_size, self.config.rms_norm_eps, self.tensor, self.dtype
         )
 
-    def attention(self) -> nn.Cell:
+    def attention(self, layer: int) -> nn.Cell:
         """See the base: this rank's heads."""
         attention = Attention(self.share, self.cache, self.dtype)
         if self.tensor.size > 1:

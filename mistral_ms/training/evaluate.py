@@ -124,6 +124,6 @@ def load_for_evaluation(checkpoint: Path, data: MindRecordWindows) -> CausalLM:
         except TokenizerError:
             tokenizer = None  # then the sizes of the vocabularies are compared
         data.check_model(source.config, tokenizer)
-        model = CausalLM(source.config)
+        model = CausalLM(source.config, positions=data.info.config.seq_length)
         load_weights(source, model.weights())
     return model

@@ -127,7 +127,9 @@ class TrainingRun:
             if drawn:
                 initialize(update.held(), update.storage, run, self._say)
             return update
-        model = division.build_model(run.model, run.routing, run.training.dtype)
+        model = division.build_model(
+            run.model, run.routing, run.training.dtype, positions=run.training.seq_length
+        )
         if drawn:  # before the optimizer copies them
             initialize(model.weights(), division.storage, run, self._say)
         pooled = run.routing.aux_loss == "pooled"

@@ -41,7 +41,10 @@ def ids(generation):
     return [list(c.token_ids) for c in generation.completions]
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "mistral-sliding-window", "tied-head", "one-kv-head"])
+@pytest.mark.parametrize(
+    "kind",
+    ["mixtral", "mistral-sliding-window", "tied-head", "one-kv-head", "alternating-windows"],
+)
 def test_greedy_tokens_are_hugging_faces(tmp_path, kind):
     pair = saved(tmp_path, kind)
     engine = Engine.load(tmp_path, batch=3, max_length=64, chunk=4, with_tokenizer=False)

@@ -7,7 +7,13 @@ from mindspore import Tensor
 from support.models import positions
 
 from mistral_ms.config import ModelConfig
-from mistral_ms.layers import Attention, RotaryTable, rope_angles, visible_keys
+from mistral_ms.layers import (
+    Attention,
+    RotaryTable,
+    inverse_frequencies,
+    rope_angles,
+    visible_keys,
+)
 
 
 def visible_oracle(queries, keys, window):
@@ -80,7 +86,7 @@ def cell_oracle(config, cell, x, places):
     weights = {
         n.split(".")[0]: p.numpy().astype(np.float64) for n, p in cell.parameters_and_names()
     }
-    angles = rope_angles(config.rope_theta, D, 32).astype(np.float64)
+    angles = rope_angles(inverse_frequencies(config, 32)[0], 32).astype(np.float64)
 
     def rotated(vector, position):
         pairs = (vector[: D // 2] + 1j * vector[D // 2 :]) * np.exp(1j * angles[position])

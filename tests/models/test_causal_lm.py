@@ -34,7 +34,9 @@ class TestEqualsHuggingFace:
     def test_every_kind_with_ragged_padding(self, kind):
         assert_equals_hugging_face(make_pair(kind))
 
-    @pytest.mark.parametrize("kind", ["mixtral", "mistral-sliding-window", "tied-head"])
+    @pytest.mark.parametrize(
+        "kind", ["mixtral", "mistral-sliding-window", "tied-head", "alternating-windows"]
+    )
     def test_in_a_graph(self, kind, graph):
         assert_equals_hugging_face(make_pair(kind, seed=1))
 

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    MinistralConfig,
+    MinistralForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from mistral_ms.config import ModelConfig, from_hf
@@ -38,6 +45,15 @@ KINDS = {
     "one-kv-head": ("mixtral", dict(num_key_value_heads=1)),
     "vocab-32768": ("mixtral", dict(vocab_size=32768)),
     "mixtral-sliding-window": ("mixtral", dict(sliding_window=5)),
+    "alternating-windows": (
+        "ministral",
+        dict(sliding_window=4, head_dim=8, layer_types=["full_attention", "sliding_attention"]),
+    ),
+}
+CLASSES = {
+    "mixtral": (MixtralForCausalLM, MixtralConfig, MIXTRAL),
+    "mistral": (MistralForCausalLM, MistralConfig, {}),
+    "ministral": (MinistralForCausalLM, MinistralConfig, {}),
 }
 
 
@@ -62,11 +78,8 @@ class Pair:
 def make_pair(kind: str, seed: int = 0, **overrides) -> Pair:
     family, special = KINDS[kind]
     torch.manual_seed(seed)
-    if family == "mixtral":
-        hf = MixtralForCausalLM(MixtralConfig(**{**BASE, **MIXTRAL, **special, **overrides}))
-    else:
-        hf = MistralForCausalLM(MistralConfig(**{**BASE, **special, **overrides}))
-    hf = hf.float().eval()
+    model, config, sizes = CLASSES[family]
+    hf = model(config(**{**BASE, **sizes, **special, **overrides})).float().eval()
     with torch.no_grad():  # norms that are not all ones
         for name, parameter in hf.named_parameters():
             if "norm" in name:

@@ -67,8 +67,6 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
     groups = Groups(Topology.of(parallel, get_group_size()), get_rank()) if divided else None
     if segmented is None:
         segmented = run.data is not None and run.data.packing.boundaries == "attention"
-    window = config.sliding_window
-    causal = not segmented and (window is None or window >= training.seq_length)
     sparse = max(1, len(config.sparse_layers))
     with no_init_parameters():
         parts = GraphParts(
@@ -76,7 +74,7 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
             run.routing,
             training.dtype,
             sequence=training.seq_length,
-            causal=causal,
+            segmented=segmented,
             parallel=parallel,
             losses=LossCoefficients(training.aux_coef / sparse, training.z_coef / sparse),
             sharding=sharding,

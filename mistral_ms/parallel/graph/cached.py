@@ -72,18 +72,24 @@ class CachedRegion(Region):
         config: sizes.
         cache: sizes of the whole cache.
         positions: rows of the rotary tables.
+        window: the layer's sliding window; None = all.
         sharding: the table; None on one device.
     """
 
     def __init__(
-        self, config: ModelConfig, cache: CacheSpec, positions: int, sharding: Sharding | None
+        self,
+        config: ModelConfig,
+        cache: CacheSpec,
+        positions: int,
+        window: int | None,
+        sharding: Sharding | None,
     ) -> None:
         inputs = ("columns",) * 3 + ("samples", "table", "samples") + ("cache",) * 2
         super().__init__(sharding, inputs, ("columns",), first_shape, (0,))
         parts = 1 if sharding is None else sharding.parallel.mp
         self.heads = config.num_attention_heads // parts
         self.kv_heads = config.num_key_value_heads // parts
-        self.head_dim, self.window = config.head_size, config.sliding_window
+        self.head_dim, self.window = config.head_size, window
         self.cache = local_cache(cache, sharding)
         self.rotary = RotaryTable(config, positions)
         self.scatter = ops.ScatterUpdate()
@@ -121,6 +127,7 @@ class CachedAttention(GraphAttention):
         dtype: what is computed in, and the dtype of the buffers.
         cache: sizes of the whole cache.
         positions: rows of the rotary tables.
+        window: the layer's sliding window; None = all.
         sharding: the table; None on one device.
     """
 
@@ -130,9 +137,10 @@ class CachedAttention(GraphAttention):
         dtype: str,
         cache: CacheSpec,
         positions: int,
+        window: int | None,
         sharding: Sharding | None,
     ) -> None:
-        core = CachedRegion(config, cache, positions, sharding)
+        core = CachedRegion(config, cache, positions, window, sharding)
         super().__init__(config, dtype, core, sharding)
         rows = cache.batch * cache.columns
         width = config.num_key_value_heads * config.head_size

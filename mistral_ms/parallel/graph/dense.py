@@ -123,12 +123,18 @@ class AttentionRegion(Region):
     Args:
         config: sizes.
         sequence: S.
+        window: the layer's sliding window; None = all.
         causal: nothing but the causal rule hides keys.
         sharding: the table; None on one device.
     """
 
     def __init__(
-        self, config: ModelConfig, sequence: int, causal: bool, sharding: Sharding | None
+        self,
+        config: ModelConfig,
+        sequence: int,
+        window: int | None,
+        causal: bool,
+        sharding: Sharding | None,
     ) -> None:
         super().__init__(
             sharding,
@@ -142,7 +148,7 @@ class AttentionRegion(Region):
             config.num_attention_heads // parts,
             config.num_key_value_heads // parts,
         )
-        self.head_dim, self.window = config.head_size, config.sliding_window
+        self.head_dim, self.window = config.head_size, window
         self.rotary = RotaryTable(config, sequence)
         self.kernels = select.dense_kernels()
         self.mask_needed = self.kernels == "reference" or not causal

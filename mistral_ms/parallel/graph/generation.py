@@ -53,7 +53,7 @@ class CachedParts(GraphParts):
             DROPLESS,
             dtype,
             sequence=positions,
-            causal=False,
+            segmented=True,
             parallel=parallel,
             losses=None,
             sharding=sharding,
@@ -61,10 +61,11 @@ class CachedParts(GraphParts):
         )
         self.whole_cache = cache
 
-    def attention(self) -> nn.Cell:
+    def attention(self, layer: int) -> nn.Cell:
         """See the base; the context is (positions, places, positions held)."""
+        window = self.config.window_of(layer)
         return CachedAttention(
-            self.config, self.dtype, self.whole_cache, self.sequence, self.sharding
+            self.config, self.dtype, self.whole_cache, self.sequence, window, self.sharding
         )
 
     def key_table(self) -> KeyTable:

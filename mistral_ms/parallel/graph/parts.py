@@ -27,7 +27,7 @@ class GraphParts(Parts):
         routing: the routing policy.
         dtype: what is computed in.
         sequence: S.
-        causal: nothing but the causal rule hides keys from queries.
+        segmented: more than the causal rule and the layers' windows hides keys from queries.
         parallel: the layout of the run.
         losses: coefficients of the router's losses; None where nothing is trained.
         sharding: the table; None on one device.
@@ -41,14 +41,14 @@ class GraphParts(Parts):
         dtype: str,
         *,
         sequence: int,
-        causal: bool,
+        segmented: bool,
         parallel: ParallelConfig,
         losses: LossCoefficients | None,
         sharding: Sharding | None = None,
         groups: Groups | None = None,
     ) -> None:
         super().__init__(config, routing, None, dtype)
-        self.sequence, self.causal, self.losses = sequence, causal, losses
+        self.sequence, self.segmented, self.losses = sequence, segmented, losses
         self.parallel, self.sharding, self.groups = parallel, sharding, groups
 
     def embedding(self) -> nn.Cell:
@@ -67,9 +67,11 @@ class GraphParts(Parts):
             add.shard(in_strategy=(rows, rows))
         return add
 
-    def attention(self) -> nn.Cell:
+    def attention(self, layer: int) -> nn.Cell:
         """See the base; the context is (positions, segments)."""
-        core = AttentionRegion(self.config, self.sequence, self.causal, self.sharding)
+        window = self.config.window_of(layer)
+        causal = not self.segmented and (window is None or window >= self.sequence)
+        core = AttentionRegion(self.config, self.sequence, window, causal, self.sharding)
         return GraphAttention(self.config, self.dtype, core, self.sharding)
 
     def feed_forward(self) -> nn.Cell:

@@ -28,18 +28,21 @@ def layer_costs(model: ModelConfig, seq_length: int) -> LayerCosts:
     Args:
         model: the architecture.
         seq_length: S; a query's scores are counted for all keys that it could see, S or the
-            sliding window, as kernels without causal skipping compute them.
+            layer's sliding window, as kernels without causal skipping compute them.
     """
     H, D = model.hidden_size, model.head_size
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    keys = min(seq_length, model.sliding_window or seq_length)
-    attention = 2 * H * D * (2 * heads + 2 * kv_heads) + 4 * keys * heads * D
+    projections = 2 * H * D * (2 * heads + 2 * kv_heads)
     dense = 6 * H * model.intermediate_size
     sparse = 0
     if model.moe is not None:
         sparse = model.moe.num_experts_per_tok * dense + 2 * H * model.moe.num_local_experts
     layers = tuple(
-        float(attention + (sparse if model.is_sparse(layer) else dense))
+        float(
+            projections
+            + 4 * min(seq_length, model.window_of(layer) or seq_length) * heads * D
+            + (sparse if model.is_sparse(layer) else dense)
+        )
         for layer in range(model.num_hidden_layers)
     )
     return LayerCosts(0.0, layers, 2.0 * H * model.vocab_size)
