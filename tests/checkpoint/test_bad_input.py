@@ -208,7 +208,10 @@ def test_wrong_shape(source, shape):
 @on("change", [{"model_type": "llama"}, {"model_type": None}, {"model_type": "qwen2_moe"}])
 def test_unsupported_architecture_says_which_are_supported(source, change):
     edit_json(source / "config.json", **change)
-    refuse(source, r"unsupported architecture: .*config\.json: .*supported: ministral, mistral, mixtral")
+    refuse(
+        source,
+        r"unsupported architecture: .*config\.json: .*supported: ministral, mistral, mixtral",
+    )
 
 
 @single

@@ -15,7 +15,18 @@ from mistral_ms.training.modes import graph_mode
 
 LENGTH, CHUNK, BATCH = 40, 4, 3
 RAGGED = [[1, 5, 9, 20, 31, 8, 8, 17, 9, 14, 3], [1, 7], [1, 13, 14, 15, 16, 25, 21]]
-CASES = {"sparse": {"moe": {}}, "dense": {}, "rolling window": {"moe": {}, "sliding_window": 7}}
+CASES = {
+    "sparse": {"moe": {}},
+    "rolling window": {"moe": {}, "sliding_window": 7},
+    # and positions beyond those of the model before scaling
+    "dense, windows in some layers": {
+        "moe": None,
+        "sliding_window": 7,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "max_position_embeddings": 32,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+    },
+}
 
 
 def pair(case):

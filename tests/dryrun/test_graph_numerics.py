@@ -103,7 +103,15 @@ CASES = {
     "sparse": {},
     "dense": {"moe": None},
     "every other layer": {"moe": {"sparse_layers": "every_other"}},
-    "window": {"sliding_window": 5},
+    "window in one layer, stretched positions": {
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "choice-major, rescaled": {
         "routing": {"drop_priority": "choice_major", "rescale_survivors": True}
     },

@@ -137,7 +137,7 @@ SCALINGS = {
 
 class TestScaling:
     @pytest.mark.parametrize("head_dim", [128, 64, 24])
-    @pytest.mark.parametrize("theta", [1e4, 1e6, 5e5])
+    @pytest.mark.parametrize("theta", [1e4, 1e6])
     @pytest.mark.parametrize("name", SCALINGS)
     def test_frequencies_are_bit_equal_to_transformers(self, name, theta, head_dim):
         scaling = SCALINGS[name]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from mindspore import Tensor
-from support.hf import KINDS, hf_logits, make_mixed_pair, make_pair
+from support.hf import KINDS, SCALED, hf_logits, make_mixed_pair, make_pair
 from support.models import fill, ragged_batch
 
 from mistral_ms.config import DROPLESS, RoutingConfig
@@ -19,14 +19,15 @@ def logits(model, ids, places):
     return model(Tensor(ids), Tensor(places)).numpy()
 
 
-def assert_equals_hugging_face(pair):
+def assert_equals_hugging_face(pair, bound=RELATIVE):
     ids, places = ragged_batch(LENGTHS, pair.config.vocab_size)
     want = hf_logits(pair, ids, places)
-    got = logits(fill(CausalLM(pair.config), pair.weights()), ids, places)
+    got = logits(fill(CausalLM(pair.config, positions=ids.shape[1]), pair.weights()), ids, places)
     assert got.dtype == np.float32
     assert got.shape == want.shape
     real = places >= 0
-    assert np.abs(got - want)[real].max() <= RELATIVE * np.abs(want[real]).max()
+    assert np.abs(got - want)[real].max() <= bound * np.abs(want[real]).max()
+    return got[real]
 
 
 class TestEqualsHuggingFace:
@@ -39,6 +40,17 @@ class TestEqualsHuggingFace:
     )
     def test_in_a_graph(self, kind, graph):
         assert_equals_hugging_face(make_pair(kind, seed=1))
+
+    @pytest.mark.parametrize("kind", SCALED)
+    def test_positions_stretched_to_longer_contexts(self, kind):
+        pair = make_pair(kind)
+        got = assert_equals_hugging_face(pair, bound=1e-5)
+        ids, places = ragged_batch(LENGTHS, pair.config.vocab_size)
+        plain = pair.config.model_copy(update={"rope_scaling": None})
+        unscaled = logits(
+            fill(CausalLM(plain, positions=ids.shape[1]), pair.weights()), ids, places
+        )[places >= 0]
+        assert np.abs(got - unscaled).max() > 1e-3 * np.abs(got).max()  # the scaling matters
 
     @pytest.mark.parametrize("sparse_layers", [(1,), (0, 2)])
     def test_dense_and_sparse_layers_mixed(self, sparse_layers):

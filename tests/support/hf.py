@@ -50,6 +50,40 @@ KINDS = {
         dict(sliding_window=4, head_dim=8, layer_types=["full_attention", "sliding_attention"]),
     ),
 }
+# long contexts; positions reach beyond those that the model had first
+SCALED = {
+    "linear": ("mixtral", dict(rope_scaling=dict(rope_type="linear", factor=4.0))),
+    "dynamic": (
+        "mistral",
+        dict(
+            head_dim=8,
+            max_position_embeddings=8,
+            rope_scaling=dict(rope_type="dynamic", factor=4.0),
+        ),
+    ),
+    "yarn": (
+        "mixtral",
+        dict(
+            rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64),
+            head_dim=16,
+        ),
+    ),
+    "llama3": (
+        "ministral",
+        dict(
+            head_dim=8,
+            sliding_window=4,
+            layer_types=["full_attention", "sliding_attention"],
+            rope_scaling=dict(
+                rope_type="llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+        ),
+    ),
+}
 CLASSES = {
     "mixtral": (MixtralForCausalLM, MixtralConfig, MIXTRAL),
     "mistral": (MistralForCausalLM, MistralConfig, {}),
@@ -76,7 +110,7 @@ class Pair:
 
 
 def make_pair(kind: str, seed: int = 0, **overrides) -> Pair:
-    family, special = KINDS[kind]
+    family, special = (KINDS | SCALED)[kind]
     torch.manual_seed(seed)
     model, config, sizes = CLASSES[family]
     hf = model(config(**{**BASE, **sizes, **special, **overrides})).float().eval()
