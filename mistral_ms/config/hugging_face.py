@@ -20,7 +20,7 @@ from mistral_ms.config.hugging_face_keys import (
     HF_NEUTRAL,
 )
 from mistral_ms.config.model import ModelConfig
-from mistral_ms.config.reading import mapping, pick, refuse_unknown, take_neutral
+from mistral_ms.config.tables import mapping, pick, refuse_unknown, take_neutral
 from mistral_ms.errors import ConfigError
 
 _TOKENIZER_CODE = ("AutoTokenizer", "AutoProcessor")

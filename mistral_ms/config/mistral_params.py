@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mistral_ms.config.base import validate
-from mistral_ms.config.model import ModelConfig
-from mistral_ms.config.reading import mapping, pick, refuse_unknown, take_neutral
+from mistral_ms.config.model import MOST_LAYERS, ModelConfig
+from mistral_ms.config.tables import mapping, pick, refuse_unknown, take_neutral
 from mistral_ms.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -145,7 +145,8 @@ def _spread_windows(values: dict[str, Any], where: str) -> None:
     if not isinstance(pattern, list):
         return
     layers, where = values["num_hidden_layers"], f"{where}: sliding_window"
-    if not pattern or not isinstance(layers, int) or layers % len(pattern):
+    fits = isinstance(layers, int) and 1 <= layers <= MOST_LAYERS and pattern
+    if not fits or layers % len(pattern):
         raise ConfigError(
             "invalid configuration",
             where=where,

@@ -12,6 +12,9 @@ from pydantic import Field, model_validator
 
 from mistral_ms.config.base import Frozen
 
+LARGEST = 1e4
+"""No factor comes near; beyond it, or its inverse, the arithmetic would overflow."""
+
 # kind -> the settings that it must have, and those that it may have
 SETTINGS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "linear": (frozenset({"factor"}), frozenset({"original_max_position_embeddings"})),
@@ -63,16 +66,16 @@ class RopeScaling(Frozen):
     """
 
     rope_type: Literal["linear", "dynamic", "yarn", "llama3"]
-    factor: float = Field(ge=1, allow_inf_nan=False)
-    original_max_position_embeddings: int | None = Field(default=None, ge=1)
-    attention_factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    beta_fast: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    beta_slow: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    mscale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    mscale_all_dim: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    factor: float = Field(ge=1, le=LARGEST)
+    original_max_position_embeddings: int | None = Field(default=None, ge=1, le=1 << 31)
+    attention_factor: float | None = Field(default=None, ge=1 / LARGEST, le=LARGEST)
+    beta_fast: float | None = Field(default=None, ge=1 / LARGEST, le=LARGEST)
+    beta_slow: float | None = Field(default=None, ge=1 / LARGEST, le=LARGEST)
+    mscale: float | None = Field(default=None, ge=0, le=LARGEST)
+    mscale_all_dim: float | None = Field(default=None, ge=0, le=LARGEST)
     truncate: bool | None = None
-    low_freq_factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    high_freq_factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    low_freq_factor: float | None = Field(default=None, ge=1 / LARGEST, le=LARGEST)
+    high_freq_factor: float | None = Field(default=None, ge=1 / LARGEST, le=LARGEST)
 
     @model_validator(mode="after")
     def _settings_of_its_kind(self) -> RopeScaling:

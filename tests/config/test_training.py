@@ -129,7 +129,7 @@ class TestRunFile:
 
     def test_a_window_longer_than_the_model_allows_names_both(self):
         longer = TrainingConfig(**TRAINING | {"seq_length": 33})
-        with pytest.raises(ValidationError, match=r"seq_length \(33\).*embeddings \(32\)"):
+        with pytest.raises(ValidationError, match=r"seq_length \(33\).*embeddings is 32"):
             RunConfig(model=ModelConfig(**MODEL), training=longer)
 
 
