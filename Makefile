@@ -11,7 +11,7 @@ PIP_ARGS ?=
 
 export GLOG_v ?= 3
 
-.PHONY: install demo test fast lint format clean
+.PHONY: install demo test fast fuzz lint format clean
 
 install: $(STAMP)
 
@@ -30,6 +30,11 @@ test: lint
 
 fast: install
 	$(BIN)/python -m pytest -n 2 --ignore tests/end_to_end --ignore tests/alignment --ignore tests/cli
+
+# Damaged and hostile files for every reader: as many cases as you like, with a seed that is printed.
+CASES ?= 10000
+fuzz: install
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz --cases $(CASES) $(if $(SEED),--seed $(SEED))
 
 lint: install
 	$(BIN)/ruff format --check

@@ -6,10 +6,13 @@ but tensors and plain containers; there is no second way here, and no switch to 
 
 from __future__ import annotations
 
+import io
+import os
+import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -34,15 +37,16 @@ _DTYPES = {
     "torch.qint8": "I8",
     "torch.quint8": "U8",
 }
+_DESCRIPTORS = (0, 12, 16, 20, 24)  # lengths of what may follow an entry's bytes
 _ZIP_MAGIC = b"PK\x03\x04"  # torch.save since 1.6 writes a zip archive
 
 
-def _mappable(path: Path) -> bool:
-    """Whether the bytes of the tensors lie in the file as they are.
+def _stored_sizes(path: Path) -> list[int] | None:
+    """Bytes of each stored entry of tensors, in the order of the file; None: it cannot be mapped.
 
     ``torch.load(mmap=True)`` takes the bytes of an entry as they lie in the file, whatever the
     archive says of their compression: of an entry that was packed again by a zip program it would
-    make a tensor of compressed bytes, without a word.
+    make a tensor of compressed bytes, without a word. Nor does it look how long an entry is.
 
     Raises:
         CheckpointError: the file cannot be read, or is an archive whose directory cannot be.
@@ -50,18 +54,42 @@ def _mappable(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             if file.read(4) != _ZIP_MAGIC:
-                return False  # the format before torch 1.6
+                return None  # the format before torch 1.6
             with zipfile.ZipFile(file) as archive:
-                return all(
-                    entry.compress_type == zipfile.ZIP_STORED
-                    and entry.compress_size == entry.file_size
-                    for entry in archive.infolist()
-                )
+                entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+                if any(
+                    entry.compress_type != zipfile.ZIP_STORED
+                    or entry.compress_size != entry.file_size
+                    for entry in entries
+                ):
+                    return None
+                if not _lie_side_by_side(file, entries, archive.start_dir):
+                    return None
+                return [e.file_size for e in entries if "/data/" in e.filename and e.file_size]
     except OSError as error:
         raise CheckpointError("cannot read", where=path, value=error.strerror) from error
     # zipfile raises many kinds of errors on damaged directories
     except Exception as error:
         raise _unreadable(path, error) from error
+
+
+def _lie_side_by_side(file: BinaryIO, entries: Sequence[zipfile.ZipInfo], directory: int) -> bool:
+    """Whether each entry's bytes end where the next entry begins.
+
+    Each entry has a header of its own, from which torch finds its bytes; one that does not agree
+    with the archive's directory would shift them.
+    """
+    ends = [entry.header_offset for entry in entries[1:]] + [directory]
+    for entry, end in zip(entries, ends, strict=True):
+        file.seek(entry.header_offset)
+        head = file.read(30)
+        if len(head) < 30 or not head.startswith(_ZIP_MAGIC):
+            return False
+        names = sum(struct.unpack("<HH", head[26:]))
+        gap = end - (entry.header_offset + 30 + names + entry.file_size)
+        if gap not in _DESCRIPTORS:
+            return False
+    return True
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
@@ -80,9 +108,15 @@ def _load(path: Path) -> Mapping[str, Any]:
         import torch
     except ImportError as error:
         raise MissingExtraError("torch", "align", f"reading the pickle {path.name}") from error
-    mappable = _mappable(path)
+    sizes = _stored_sizes(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        state = None
+        if sizes is not None:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if sizes is None or _mapped_sizes(state) != sizes:
+            # what torch reads whole, it checks: it says what is wrong, if anything is
+            with _Clipped(path) as file:
+                state = torch.load(file, map_location="cpu", weights_only=True)
     # A damaged archive can fail anywhere in torch, zip and pickle: every failure means the same.
     except Exception as error:
         raise _unreadable(path, error) from error
@@ -98,6 +132,35 @@ def _load(path: Path) -> Mapping[str, Any]:
         )
     # the values of a negated view are not what lies in the file
     return {name: value.detach().resolve_neg() for name, value in state.items()}
+
+
+class _Clipped(io.FileIO):
+    """A file of which nobody asks for more than it has.
+
+    A damaged length in a pickle would otherwise make room for gigabytes before a byte is read.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        wanted, parts = left if size is None or size < 0 else min(size, left), []
+        while wanted > 0 and (part := super().read(min(wanted, 1 << 30))):
+            parts.append(part)
+            wanted -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _mapped_sizes(state: Any) -> list[int] | None:
+    """Bytes of each distinct storage of a mapped state dict, in the order of the file."""
+    import torch
+
+    if not isinstance(state, Mapping):
+        return None
+    tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    if any(str(tensor.layout) != "torch.strided" for tensor in tensors):
+        return None
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return [sizes[place] for place in sorted(sizes) if sizes[place]]
 
 
 def _contents(state: Any) -> str:

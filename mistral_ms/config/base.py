@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -49,8 +49,15 @@ def validate(model: type[Model], values: Mapping[str, Any], where: str) -> Model
 def _known_keys(model: type[Frozen], path: tuple[int | str, ...]) -> list[str]:
     """The keys of the group that the last part of ``path`` was looked for in."""
     for part in path[:-1]:
-        annotation = model.model_fields[str(part)].annotation
-        for candidate in (annotation, *get_args(annotation)):
-            if isinstance(candidate, type) and issubclass(candidate, Frozen):
-                model = candidate
+        field = model.model_fields.get(str(part))
+        if field is not None:  # otherwise the number of an entry in a list
+            model = next(_groups(field.annotation), model)
     return sorted(model.model_fields)
+
+
+def _groups(annotation: Any) -> Iterator[type[Frozen]]:
+    """The groups of keys that a type allows: itself, or inside of unions, tuples and mappings."""
+    if isinstance(annotation, type) and issubclass(annotation, Frozen):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _groups(inner)

@@ -265,10 +265,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             number = 0
             while line := file.readline(LINE_BYTES + 1):
                 number += 1
-                rest = line
-                while len(rest) > LINE_BYTES and not rest.endswith(b"\n"):
-                    rest = file.readline(LINE_BYTES + 1)  # it will be rejected by its length
                 yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                while len(line) > LINE_BYTES and not line.endswith(b"\n"):
+                    line = file.readline(LINE_BYTES + 1)  # it has been rejected by its length
     except OSError as error:
         raise _unreadable(path, error) from error
 

@@ -3,6 +3,7 @@
 The oracle is torch.load without a memory map.
 """
 
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 
@@ -131,3 +132,45 @@ def test_an_archive_without_its_directory_is_refused(tmp_path):
     (tmp_path / "x.bin").write_bytes(raw[: raw.rindex(b"PK\x05\x06")])
     with pytest.raises(CheckpointError, match=r"damaged, truncated or unsafe pickle: .*x\.bin"):
         PickleStore([tmp_path / "x.bin"])
+
+
+def entry_of(raw, name, header):
+    """Where the local header of the first entry of this name lies."""
+    at = raw.index(name) - header
+    assert raw[at : at + 4] == b"PK\x03\x04"
+    return at
+
+
+def test_an_entry_that_is_shorter_than_its_tensor_is_not_read_beyond_its_end(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"one": BASE, "two": BASE + 1}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data[:40] if name.endswith("data/0") else data)
+    with pytest.raises(CheckpointError, match=r"record size \(40 bytes\) does not match"):
+        PickleStore([path])
+
+
+def test_a_header_that_shifts_its_bytes_is_noticed(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"one": BASE}, path)
+    raw = bytearray(path.read_bytes())
+    raw[entry_of(raw, b"a/data/0", 30) + 28] ^= 4  # the length of the header's extra field
+    path.write_bytes(raw)
+    check(path)  # read whole, by the archive's directory, or refused by torch
+
+
+def test_a_legacy_pickle_with_a_damaged_length_asks_for_no_more_than_it_has(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"one": BASE}, path, _use_new_zipfile_serialization=False)
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"X\x03\x00\x00\x00one")  # a string of 3 bytes
+    raw[at + 4] = 0x7F  # of 2 GB now
+    path.write_bytes(raw)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="damaged, truncated or unsafe"):
+        PickleStore([path])
+    assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    tracemalloc.stop()

@@ -176,3 +176,12 @@ class TestPlausible:
 
     def test_the_largest_published_sizes_are_fine(self):
         assert build(num_hidden_layers=15, moe={"num_local_experts": 2048}).moe is not None
+
+
+class Group(Frozen):
+    entries: tuple[MoEArchitecture, ...]
+
+
+def test_an_unknown_key_inside_of_a_list_is_named_with_those_that_are_known():
+    with pytest.raises(ConfigError, match=r"unknown key: x: entries\.0\.experts: .*known keys: n"):
+        validate(Group, {"entries": [{"num_local_experts": 2, "experts": 3}]}, "x")
