@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+
 from fuzz import server
 from fuzz.server import Fuzzer
 from fuzz.targets import Target
-
 from mistral_ms.errors import DataError
 
 TESTS = Path(__file__).parents[1]
