@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import yaml
-from mistral_ms.config.foreign import HF_KEYS
 
 from fuzz import seeds
 from mistral_ms.checkpoint import convert, inspect, open_checkpoint, open_tensor_set, read_state
 from mistral_ms.checkpoint.dtypes import WEIGHT_DTYPES
 from mistral_ms.checkpoint.layout import format_layout
 from mistral_ms.config import DataConfig, load_any_config
+from mistral_ms.config.hugging_face_keys import HF_KEYS
 from mistral_ms.datasets.description import verify
 from mistral_ms.datasets.documents import Rejects, TextDocument, check_inputs, read_documents
 from mistral_ms.errors import ConfigError
