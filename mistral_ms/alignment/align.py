@@ -72,19 +72,24 @@ def align(
     ours = our_path or hf_path
     with open_checkpoint(ours, kind) as source, open_checkpoint(hf_path, "hf") as theirs:
         config = source.config
+        for remark in dict.fromkeys((theirs.remark(), source.remark())):
+            if remark:
+                say(remark)
         _check_comparable(theirs.config, config, ours)
     ids = _prompt_ids(hf_path, config, prompts, say)
-    room = config.max_position_embeddings - max(map(len, ids))
-    if room < 0:
-        raise GenerationError(
-            "prompt too long",
-            value=f"{max(map(len, ids))} tokens",
-            rule=f"max_position_embeddings is {config.max_position_embeddings}",
-        )
+    longest = max(map(len, ids))
+    if longest > config.longest_sequence:
+        raise GenerationError("prompt too long", value=f"{longest} tokens", rule=config.length_rule)
+    room = config.longest_sequence - longest
+    if config.rope_scaling is not None and config.rope_scaling.rope_type == "dynamic":
+        # beyond, transformers changes the base with every token and keeps the old tokens' keys
+        room = max(0, config.max_position_embeddings - longest)
+        if room < new_tokens:
+            say(f"dynamic rope_scaling: {room} new tokens, to max_position_embeddings, compared")
     new_tokens = min(new_tokens, room)
     say(f"Hugging Face: {sum(map(len, ids))} tokens in {len(ids)} prompts, {new_tokens} new each")
     division = Division(ParallelConfig()) if division is None else division
-    oracle = division.first_alone(lambda: run_hugging_face(hf_path, ids, new_tokens))
+    oracle = division.first_alone(lambda: run_hugging_face(hf_path, ids, new_tokens, say))
     gc.collect()  # both models at once might not fit
     say("mistral_ms: the same")
     from mistral_ms.alignment.ours import run_ours

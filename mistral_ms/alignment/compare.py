@@ -53,6 +53,7 @@ class Comparison:
         tokens: prompt tokens compared.
         tolerance: allowed share of the largest logit.
         places: hidden-state differences in the order of the computation.
+        parted: where and why greedy continuations part, a line for each prompt that does.
     """
 
     max_abs_diff: float
@@ -65,6 +66,7 @@ class Comparison:
     tokens: int
     tolerance: float
     places: tuple[Place, ...]
+    parted: tuple[str, ...] = ()
 
     @property
     def relative(self) -> float:
@@ -83,7 +85,7 @@ class Comparison:
         if self.routing_agreement < 1:
             found.append(f"routing agrees for {self.routing_agreement:.2%} of the tokens only")
         if not self.greedy_match:
-            found.append("greedy continuations differ")
+            found += [f"greedy continuations differ: {line}" for line in self.parted]
         return tuple(found)
 
     @property
@@ -112,17 +114,19 @@ def compare(oracle: Side, ours: Side, tolerance: float = TOLERANCE) -> Compariso
         (a.experts[layer] == b.experts[layer]).all(-1) for a, b in pairs for layer in a.experts
     ]
     names = list(pairs[0][0].hidden)
+    scale = float(np.max([np.abs(a.logits_SV).max() for a, _ in pairs]))
     return Comparison(
         # np.max, not max(): Python's would step over a NaN
         max_abs_diff=float(np.max([d.max() for d in differences])),
         mean_abs_diff=float(np.concatenate([d.ravel() for d in differences]).mean()),
-        max_abs_logit=float(np.max([np.abs(a.logits_SV).max() for a, _ in pairs])),
+        max_abs_logit=scale,
         top1_agreement=float(np.concatenate(same_top).mean()),
         routing_agreement=float(np.concatenate(same_experts).mean()) if same_experts else 1.0,
         greedy_match=oracle.greedy == ours.greedy,
         greedy_tokens=sum(map(len, oracle.greedy)),
         tokens=sum(len(a.logits_SV) for a, _ in pairs),
         tolerance=tolerance,
+        parted=_partings(oracle, ours, tolerance * scale),
         places=tuple(
             Place(
                 name,
@@ -131,4 +135,48 @@ def compare(oracle: Side, ours: Side, tolerance: float = TOLERANCE) -> Compariso
             )
             for name in names
         ),
+    )
+
+
+def _partings(oracle: Side, ours: Side, rounding: float) -> tuple[str, ...]:
+    """Where and why continuations part, one line for each prompt whose do.
+
+    Args:
+        oracle: with its rivals, if it recorded them.
+        ours: the other side.
+        rounding: logits that are so near to each other may change places.
+    """
+    lines = []
+    for prompt, (theirs, mine) in enumerate(zip(oracle.greedy, ours.greedy, strict=True)):
+        if theirs == mine:
+            continue
+        both = zip(theirs, mine, strict=False)
+        step = next((i for i, (a, b) in enumerate(both) if a != b), min(len(theirs), len(mine)))
+        where = f"prompt {prompt}, new token {step + 1}"
+        if step == len(theirs) or step == len(mine):
+            ended, other = (
+                ("Hugging Face's", f"ours goes on with {mine[step]}")
+                if step == len(theirs)
+                else ("ours", f"Hugging Face's goes on with {theirs[step]}")
+            )
+            lines.append(f"{where}: {ended} has ended, {other}: other tokens end a text")
+            continue
+        rivals = dict(oracle.rivals[prompt][step]) if oracle.rivals else {}
+        lines.append(f"{where}: {_choice(theirs[step], mine[step], rivals, rounding)}")
+    return tuple(lines)
+
+
+def _choice(theirs: int, mine: int, rivals: dict[int, float], rounding: float) -> str:
+    """Why two sides took different tokens, judged by the logits that the oracle had there."""
+    found = f"Hugging Face's is {theirs}, ours {mine}"
+    if mine not in rivals:
+        if not rivals:
+            return found
+        return f"{found}, which is not among its {len(rivals)} most likely ones"
+    gap = rivals[theirs] - rivals[mine]
+    if gap <= 2 * rounding:  # each of the two logits may be off by so much
+        return f"{found}; its logits are {gap:.2g} apart, so near that rounding decides"
+    return (
+        f"{found}; its logits are {gap:.3g} apart, more than rounding explains: what differs is "
+        "the state or the choice of the token"
     )

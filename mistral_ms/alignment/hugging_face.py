@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from mistral_ms.alignment.record import Side, Trace
-from mistral_ms.errors import CheckpointError, MissingExtraError
+from mistral_ms.alignment.record import Rivals, Side, Trace
+from mistral_ms.errors import CheckpointError, MissingExtraError, MistralMsError
+from mistral_ms.reading import read_json
+
+RIVALS = 5
+"""Tokens that are recorded of each greedy choice."""
 
 
-def run_hugging_face(path: Path, prompts: Sequence[Sequence[int]], new_tokens: int) -> Side:
+def run_hugging_face(
+    path: Path,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> Side:
     """Runs every prompt alone, without padding, through the model at ``path``.
+
+    The generation settings of the directory are set aside: a repetition penalty in
+    ``generation_config.json`` would make another text of equal logits.
 
     Args:
         path: a directory that ``from_pretrained`` reads; nothing is fetched from a hub.
         prompts: token ids.
         new_tokens: how many tokens to continue greedily.
+        say: told what of the configuration the installed transformers is given in other words.
 
     Raises:
         MissingExtraError: torch or transformers is not installed.
@@ -26,6 +41,7 @@ def run_hugging_face(path: Path, prompts: Sequence[Sequence[int]], new_tokens: i
     """
     try:
         import torch
+        import transformers
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging as transformers_logging
     except ImportError as error:
@@ -34,20 +50,83 @@ def run_hugging_face(path: Path, prompts: Sequence[Sequence[int]], new_tokens: i
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            path,
+            config=_config(path, transformers, say),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
         )
+    except MistralMsError:
+        raise
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(
             "transformers cannot load it", where=path, value=" ".join(str(error).split())[:300]
         ) from error
     model.eval()
     model.config.output_router_logits = False  # its aux loss fails with a cache
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id
+    )
     side = Side()
     with torch.no_grad():
         for prompt in prompts:
+            _forget_lengths(model)
             side.traces.append(_trace(model, prompt))
-            side.greedy.append(_greedy(model, prompt, new_tokens))
+            _forget_lengths(model)
+            tokens, rivals = _greedy(model, prompt, new_tokens)
+            side.greedy.append(tokens)
+            side.rivals.append(rivals)
     return side
+
+
+def _forget_lengths(model: Any) -> None:
+    """Under dynamic rope_scaling the longest sequence so far decides the base: start afresh."""
+    rotary = model.model.rotary_emb
+    if hasattr(rotary, "max_seq_len_cached"):
+        rotary.register_buffer("inv_freq", rotary.original_inv_freq, persistent=False)
+        rotary.max_seq_len_cached = rotary.original_max_seq_len
+
+
+def _config(path: Path, transformers: Any, say: Callable[[str], None]) -> Any:
+    """The directory's configuration, in the form that the installed transformers understands."""
+    source = read_json(path / "config.json", CheckpointError)
+    keys, changes = own_form(source, int(transformers.__version__.split(".")[0]))
+    if changes:
+        say(f"told transformers {transformers.__version__} in its own words: {', '.join(changes)}")
+    with TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(keys), encoding="utf-8")
+        return transformers.AutoConfig.from_pretrained(directory)
+
+
+def own_form(source: Mapping[str, Any], major: int) -> tuple[dict[str, Any], list[str]]:
+    """A configuration in the form of a major version of transformers.
+
+    Version 4 ignores the ``rope_parameters`` of version 5 without a word, and reckons with a
+    ``head_dim`` that is not there in some of its classes. What is said stays what it was: this is
+    the oracle's own file, not our reading of it.
+
+    Args:
+        source: the parsed ``config.json``.
+        major: the version.
+
+    Returns:
+        The keys, and what was changed, in words.
+    """
+    keys, changes = dict(source), []
+    rope = keys.get("rope_parameters")
+    if major < 5 and isinstance(rope, Mapping):
+        del keys["rope_parameters"]
+        rest = {k: v for k, v in rope.items() if v is not None and k != "rope_theta"}
+        if "rope_theta" in rope:
+            keys["rope_theta"] = rope["rope_theta"]
+        if rest.get("rope_type", rest.get("type", "default")) != "default":
+            keys["rope_scaling"] = rest
+        changes.append("rope_parameters as rope_theta and rope_scaling")
+    needs = keys.get("rope_scaling") or keys.get("layer_types") or keys["model_type"] == "ministral"
+    if keys.get("head_dim") is None and needs:
+        keys["head_dim"] = keys["hidden_size"] // keys["num_attention_heads"]
+        changes.append("head_dim written out")
+    return keys, changes
 
 
 def _trace(model: Any, prompt: Sequence[int]) -> Trace:
@@ -91,21 +170,23 @@ def _trace(model: Any, prompt: Sequence[int]) -> Trace:
     return Trace(logits.float().numpy(), hidden, experts)
 
 
-def _greedy(model: Any, prompt: Sequence[int], new_tokens: int) -> list[int]:
+def _greedy(model: Any, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], list[Rivals]]:
     import torch
 
     if new_tokens == 0:
-        return []
+        return [], []
     ids = torch.tensor([list(prompt)])
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
         do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
         pad_token_id=0,
-        eos_token_id=model.config.eos_token_id,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
-    return out[0, len(prompt) :].tolist()
+    rivals = []
+    for logits in out.logits:
+        best = torch.topk(logits[0].float(), min(RIVALS, logits.shape[-1]))
+        rivals.append(tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+    return out.sequences[0, len(prompt) :].tolist(), rivals

@@ -15,6 +15,7 @@ from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import DROPLESS, GenerationConfig, ModelConfig, ParallelConfig
 from mistral_ms.inference import Engine
+from mistral_ms.layers import RotaryTable
 from mistral_ms.models import CausalLM
 from mistral_ms.parallel.apply import Division
 
@@ -46,7 +47,10 @@ def run_ours(
         load_weights(source, model.weights(), storage=division.storage)
     model.set_train(False)
     logits = division.logits(model)
+    scaling = model.config.rope_scaling
     for prompt in prompts:
+        if scaling is not None and scaling.rope_type == "dynamic":
+            model.rotary = RotaryTable(model.config, len(prompt))  # depends on the length
         side.traces.append(_trace(model, logits, prompt, division))
     del model, logits
     if not new_tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
@@ -24,6 +25,10 @@ class Trace:
     experts: dict[int, np.ndarray]
 
 
+Rivals: TypeAlias = tuple[tuple[int, float], ...]
+"""The most likely tokens of one step of generation with their logits, best first."""
+
+
 @dataclass(frozen=True)
 class Side:
     """All prompts through one implementation.
@@ -31,7 +36,10 @@ class Side:
     Attributes:
         traces: one for each prompt.
         greedy: greedily continued token ids of each prompt.
+        rivals: of each prompt, for each of these tokens, what it was chosen among; the oracle
+            alone records them.
     """
 
     traces: list[Trace] = field(default_factory=list)
     greedy: list[list[int]] = field(default_factory=list)
+    rivals: list[list[Rivals]] = field(default_factory=list)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,6 +72,7 @@ def convert(
     kind: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> ConvertResult:
     """Converts a checkpoint.
 
@@ -84,6 +86,7 @@ def convert(
         kind: the source's format, when its directory holds several.
         max_shard_bytes: how large a file of weights may grow (mistral is always one file).
         progress: called with the bytes written and their total.
+        say: told what of the source's configuration is not carried over.
 
     Returns:
         What was done.
@@ -100,6 +103,8 @@ def convert(
     if os.path.realpath(src) == os.path.realpath(dst):
         raise CheckpointError("source is the target", where=src, todo="choose another target")
     with open_checkpoint(src, kind) as source:
+        if remark := source.remark():
+            say(remark)
         target_kind = _target_kind(source.kind, to)
         entries, config = _entries(source, target_kind, dtype)
         form = _FORMATS[target_kind]

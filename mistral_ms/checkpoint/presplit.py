@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,7 @@ def presplit(
     overwrite: bool = False,
     *,
     kind: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> ConvertResult:
     """Writes a checkpoint as the ranks of a layout would have written it, one after the other.
 
@@ -46,6 +47,7 @@ def presplit(
         dtype: ``keep``, ``fp32``, ``fp16`` or ``bf16``.
         overwrite: replace a checkpoint that is at ``dst``.
         kind: the source's format, when its directory holds several.
+        say: told what of the source's configuration is not carried over.
 
     Raises:
         CheckpointError: a bad source or target, a full disk, values that ``dtype`` cannot hold, or
@@ -57,6 +59,8 @@ def presplit(
         raise CheckpointError("source is the target", where=src, todo="choose another target")
     stamp = Stamp(len(ranks), layout, 0)
     with open_checkpoint(src, kind) as source:
+        if remark := source.remark():
+            say(remark)
         config = source.config
         if dtype in FROM_OPTION:
             config = config.model_copy(update={"torch_dtype": TO_CONFIG[FROM_OPTION[dtype]]})

@@ -70,6 +70,15 @@ class Source:
         """Lets the files go."""
         self.store.close()
 
+    def remark(self) -> str | None:
+        """One line on the keys of its configuration file without effect here, for whoever reads
+        the checkpoint to say; None when there are none.
+        """
+        if not self.ignored_keys:
+            return None
+        keys = ", ".join(self.ignored_keys)
+        return f"ignored in the configuration of {self.path}, without effect on the model: {keys}"
+
     @cached_property
     def _assemblies(self) -> dict[str, Assembly]:
         plan = make_plan(self.layout, format_layout(self.config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -72,12 +73,16 @@ def convert(
     from mistral_ms.cli.output import byte_progress, size_text, write_json
 
     console = Console()
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     if run is not None:
-        result = _presplit(src, dst, to, dtype, overwrite, source, run)
+        result = _presplit(src, dst, to, dtype, overwrite, source, run, say)
     else:
         with byte_progress(console, "converting") as progress:
             result = checkpoint.convert(
-                src, dst, to, dtype, overwrite, kind=source, progress=progress
+                src, dst, to, dtype, overwrite, kind=source, progress=progress, say=say
             )
     rate = size_text(result.bytes / max(result.seconds, 1e-9))
     files = sorted(path.name for path in dst.iterdir())
@@ -103,6 +108,7 @@ def _presplit(
     overwrite: bool,
     source: SourceFormat | None,
     run_file: Path,
+    say: Callable[[str], None],
 ) -> ConvertResult:
     """Cuts a checkpoint up for a run's layout.
 
@@ -133,4 +139,5 @@ def _presplit(
     for place in topology.places:
         held = {name: shapes[name] for name in held_names(stages[place.pp], shapes)}
         ranks.append(written_parts(held, topology, place.rank))
-    return presplit(src, dst, ranks, str(parallel.sizes), dtype, overwrite, kind=source)
+    layout = str(parallel.sizes)
+    return presplit(src, dst, ranks, layout, dtype, overwrite, kind=source, say=say)

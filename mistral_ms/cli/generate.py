@@ -14,6 +14,7 @@ from mistral_ms.cli.convert import SourceFormat
 from mistral_ms.cli.processes import DataRanks, ExpertRanks, Stages, TensorRanks
 
 if TYPE_CHECKING:
+    from mistral_ms.checkpoint import Source
     from mistral_ms.config import GenerationConfig
     from mistral_ms.inference import Engine, Generation
 
@@ -137,6 +138,8 @@ def _complete(
     else:
         ids = [tokenizer.encode(text) for text in prompts]
     with open_checkpoint(ckpt, options["kind"]) as checkpoint:
+        if options["division"].is_first:
+            _remark(checkpoint)
         needed = required_length(checkpoint.config, ids, request)
         length = needed if max_length is None else max_length
     engine = Engine.load(ckpt, batch=len(ids), max_length=length, **options)
@@ -187,6 +190,7 @@ def _chat_loop(
     from mistral_ms.inference.chat import ChatSession
 
     with open_checkpoint(ckpt, options["kind"]) as checkpoint:
+        _remark(checkpoint)
         positions = checkpoint.config.longest_sequence
     length = min(CHAT_LENGTH, positions) if max_length is None else max_length
     engine: Engine = Engine.load(ckpt, max_length=length, **options)
@@ -209,6 +213,16 @@ def _chat_loop(
                 print()
             except MistralMsError as error:  # the conversation goes on
                 print(f"error: {error}")
+
+
+def _remark(checkpoint: Source) -> None:
+    """Says on stderr, for stdout is the text, what of the configuration has no effect."""
+    from rich.console import Console
+
+    if remark := checkpoint.remark():
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            remark, style="dim", markup=False
+        )
 
 
 def _report(result: Generation) -> None:

@@ -70,6 +70,20 @@ class RunConfig(Frozen):
                 names, values = f"{names} * parallel.interleave", f"{values} * {copies}"
             raise ValueError(f"{names} ({values}) must divide training.global_batch_size ({batch})")
         self.parallel.check(self.model)
+        moe = self.model.moe
+        if (
+            moe is not None
+            and moe.num_experts_per_tok == 1 < moe.num_local_experts
+            and moe.norm_topk_prob
+            and not self.training.constant_router_weight
+        ):
+            raise ValueError(
+                "Top-1 routing with renormalised weights (model.moe.num_experts_per_tok 1, "
+                "norm_topk_prob true) gives every expert the weight 1, whatever the router says: "
+                "the language-model loss has no gradient for it. Set "
+                "model.moe.norm_topk_prob=false, or training.constant_router_weight=true to train "
+                "it by the router losses alone"
+            )
         return self
 
 

@@ -85,6 +85,8 @@ class TrainingConfig(Frozen):
             balanced router scores K and not 1: coefficients of Megatron do not carry over.
         z_coef: coefficient of the router z-loss.
         clip_norm: gradients are scaled down to this global norm; None leaves them alone.
+        constant_router_weight: train Top-1 routing with renormalised weights all the same: the
+            one weight is then always 1, and the language-model loss does not move the router.
         loss_scale: for float16, which has one by default; other dtypes have none.
         offload_optimizer: ``host`` keeps the optimizer's means and master weights in host memory.
         optimizer: of all weights.
@@ -101,6 +103,7 @@ class TrainingConfig(Frozen):
     aux_coef: float = Field(default=0.001, ge=0)
     z_coef: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=1.0, gt=0)
+    constant_router_weight: bool = False
     loss_scale: LossScaleConfig | None = None
     offload_optimizer: Literal["none", "host"] = "none"
     optimizer: OptimizerConfig = OptimizerConfig()

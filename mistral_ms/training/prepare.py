@@ -132,4 +132,7 @@ def initialize(
                 todo="leave model out of the run to take the checkpoint's",
             )
         load_weights(source, weights, storage=storage)
+        remark = source.remark()
     say(f"weights from {run.init_from}")
+    if remark:
+        say(remark)

@@ -1,16 +1,20 @@
 """Alignment with Hugging Face on models of every kind, read from the files that HF writes."""
 
+import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support.hf import KINDS, make_pair
+from transformers import MixtralConfig
 
 from mistral_ms.alignment import align
 from mistral_ms.alignment.align import run_hugging_face
 from mistral_ms.alignment.compare import TOLERANCE, compare
+from mistral_ms.alignment.hugging_face import own_form
 from mistral_ms.alignment.record import Side, Trace
 from mistral_ms.checkpoint import convert
 from mistral_ms.errors import CheckpointError, GenerationError, TokenizerError
@@ -48,6 +52,51 @@ def test_every_kind_is_aligned(tmp_path, kind, table):
     assert result.greedy_tokens == 4 * 64
     assert result.tokens == 5 + 29 + 13 + 12
     assert result.max_abs_diff > 0, "two implementations that agree to the bit are one"
+
+
+def test_settings_of_generation_do_not_change_the_oracles_text(tmp_path):
+    """With this penalty transformers' own text differs from the plain greedy one."""
+    pair = make_pair("mixtral", eos_token_id=None)
+    pair.hf.save_pretrained(tmp_path)
+    settings = {"repetition_penalty": 3.0, "do_sample": True, "temperature": 0.7}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    side = run_hugging_face(tmp_path, [[1, 5, 9]], 12)
+    plain = [int(row.argmax()) for row in _steps(pair, [1, 5, 9], side.greedy[0])]
+    assert side.greedy == [plain]
+    assert [rivals[0][0] for rivals in side.rivals[0]] == plain
+
+
+def _steps(pair, prompt, tokens):
+    """The logits that each of the tokens was chosen by."""
+    with torch.no_grad():
+        logits = pair.hf(torch.tensor([prompt + tokens]), output_router_logits=False).logits
+    return logits[0, len(prompt) - 1 : -1]
+
+
+def test_a_configuration_of_transformers_5_is_put_in_the_oracles_words(tmp_path):
+    pair = make_pair("mixtral", rope_theta=321.0)
+    pair.hf.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    keys = json.loads(file.read_text())
+    del keys["rope_theta"]
+    keys["rope_parameters"] = {"rope_type": "default", "rope_theta": 321.0}
+    file.write_text(json.dumps(keys))
+    said = []
+    assert align(tmp_path, new_tokens=0, say=said.append).failures == ()
+    assert any("rope_parameters as rope_theta" in line for line in said)
+    assert any("ignored in the configuration" in line and "use_cache" in line for line in said)
+
+
+def test_own_form_of_a_scaled_configuration():
+    scaling = {"rope_type": "yarn", "factor": 2.0}
+    source = {"model_type": "mixtral", "hidden_size": 64, "num_attention_heads": 4}
+    newer = source | {"rope_parameters": {"rope_theta": 5.0, **scaling, "attention_factor": None}}
+    keys, changes = own_form(newer, 4)
+    assert keys == source | {"rope_theta": 5.0, "rope_scaling": scaling, "head_dim": 16}
+    assert len(changes) == 2
+    assert MixtralConfig(**keys).rope_scaling == scaling
+    assert own_form(newer, 5)[0]["rope_parameters"] == newer["rope_parameters"]
+    assert own_form(source, 4) == (source, [])
 
 
 def test_a_converted_checkpoint_is_aligned(tmp_path):
@@ -100,6 +149,24 @@ def test_the_measures_by_hand():
     }
     assert result.relative == 0.75
     assert len(result.failures) == 3
+
+
+@pytest.mark.parametrize(
+    ("ours", "rivals", "message"),
+    [
+        ([5, 6], ((7, 2.0), (6, 1.99999)), "token 2: .* is 7, ours 6; .* near that rounding"),
+        ([5, 6], ((7, 2.0), (6, 1.5)), "token 2: .* 0.5 apart, more than rounding explains"),
+        ([5, 9], ((7, 2.0), (6, 1.5)), "token 2: .* ours 9, which is not among its 2 most likely"),
+        ([5], ((7, 2.0),), "token 2: ours has ended, Hugging Face's goes on with 7"),
+        ([5, 7, 1], ((7, 2.0),), "token 3: Hugging Face's has ended, ours goes on with 1"),
+    ],
+)
+def test_where_and_why_texts_part(ours, rivals, message):
+    oracle = side([[1.0, 4.0]], greedy=[[5, 7]])
+    oracle.rivals.append([((5, 3.0),), rivals])
+    found = compare(oracle, side([[1.0, 4.0]], greedy=[ours])).failures
+    assert len(found) == 1
+    assert re.search(rf"greedy continuations differ: prompt 0, new {message}", found[0])
 
 
 def test_nan_is_a_failure():
@@ -163,5 +230,6 @@ def test_prompt_longer_than_the_model(tmp_path):
 
 
 def test_transformers_cannot_load(tmp_path):
+    make_pair("mixtral").hf.config.save_pretrained(tmp_path)  # no weights
     with pytest.raises(CheckpointError, match="transformers cannot load it"):
         run_hugging_face(tmp_path, [[1]], 0)

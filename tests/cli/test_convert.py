@@ -64,6 +64,17 @@ def test_round_trip_through_every_format(ours, run, tmp_path):
         assert (source / name).read_bytes() == (ours / name).read_bytes()
 
 
+def test_ignored_keys_are_said(ours, run, tmp_path):
+    run("convert", ours, tmp_path / "hf", "--to", "hf")
+    file = tmp_path / "hf" / "config.json"
+    keys = json.loads(file.read_text())
+    file.write_text(json.dumps(keys | {"use_cache": True, "id2label": {}}))
+    code, out, _ = run("convert", tmp_path / "hf", tmp_path / "again")
+    assert code == 0
+    assert f"ignored in the configuration of {tmp_path / 'hf'}" in out
+    assert "without effect on the model: id2label, use_cache\n" in out
+
+
 def test_the_default_target_is_hf_from_ours_and_ours_from_the_rest(ours, run, tmp_path):
     run("convert", ours, tmp_path / "one")
     run("convert", tmp_path / "one", tmp_path / "two")

@@ -113,6 +113,18 @@ class TestRunFile:
         run = load_run_config(run_file, overrides)
         assert (run.model.hidden_size, run.model.num_hidden_layers) == (32, 3)
 
+    def test_a_router_that_its_loss_does_not_move_is_refused_unless_asked_for(self, run_file):
+        """Of one choice the renormalised weight is 1: no gradient leads to the router."""
+        top1 = ["model.moe.num_local_experts=4", "model.moe.num_experts_per_tok=1"]
+        with pytest.raises(
+            ConfigError, match=r"no gradient.*training\.constant_router_weight=true"
+        ):
+            load_run_config(run_file, top1)
+        for allowed in ("model.moe.norm_topk_prob=false", "training.constant_router_weight=true"):
+            assert load_run_config(run_file, [*top1, allowed]).model.moe.num_experts_per_tok == 1
+        alone = ["model.moe.num_local_experts=1", "model.moe.num_experts_per_tok=1"]
+        assert load_run_config(run_file, alone).model.moe.num_local_experts == 1
+
     def test_a_missing_model_file_is_named(self, run_file):
         with pytest.raises(ConfigError, match=r"cannot read: .*none\.yaml: No such file"):
             load_run_config(run_file, ["model=none.yaml"])
