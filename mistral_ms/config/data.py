@@ -20,19 +20,26 @@ class PackingConfig(Frozen):
             nobody is asked to predict the first token of the next document; attention reaches
             back across. ``attention``: neither; each document has positions from 0 on and a
             segment number of its own. ``ignore``: nothing, the documents are one stream.
-        add_bos: a text begins with BOS. Conversations always do: their format says so.
-        add_eos: a text ends with EOS. Conversations end with the assistant's, always.
+        add_bos: a text begins with BOS; None does what the tokenizer's own settings say. Of
+            conversations their format decides.
+        add_eos: a text ends with EOS. Conversations end as their format says.
         split_lines: each line of a txt file is a document, not the file.
         skip_bad: documents that cannot be read are counted, not an error.
         drop_last: the last window is dropped when it is not full, not padded.
+        format: the shape that every line of a jsonl file must have; None recognises each by its
+            keys, see :mod:`mistral_ms.datasets.shapes`.
+        chat_template: of conversations: a Jinja file, or ``mistral`` for mistral-common's formats,
+            instead of what the tokenizer says.
     """
 
     boundaries: Literal["loss", "attention", "ignore"] = "loss"
-    add_bos: bool = True
+    add_bos: bool | None = None
     add_eos: bool = True
     split_lines: bool = False
     skip_bad: bool = False
     drop_last: bool = False
+    format: Literal["text", "messages", "sharegpt", "alpaca"] | None = None
+    chat_template: str | None = None
 
 
 class DataConfig(PackingConfig):

@@ -8,7 +8,7 @@ written or read: bad input is reported before that.
 from mistral_ms.datasets.batches import Batch, BatchSource, InMemoryWindows, WindowOrder
 from mistral_ms.datasets.build import BuildResult, build_dataset
 from mistral_ms.datasets.description import DatasetInfo, check_fit, read_info, verify
-from mistral_ms.datasets.encoding import DialogueEncoder, DocumentEncoder, vocabulary_digest
+from mistral_ms.datasets.encoding import DocumentEncoder, vocabulary_digest
 from mistral_ms.datasets.packing import Packer, Window
 from mistral_ms.datasets.windows import MindRecordWindows
 
@@ -17,7 +17,6 @@ __all__ = [
     "BatchSource",
     "BuildResult",
     "DatasetInfo",
-    "DialogueEncoder",
     "DocumentEncoder",
     "InMemoryWindows",
     "MindRecordWindows",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,8 +17,14 @@ from mistral_ms.datasets.description import (
     file_digest,
 )
 from mistral_ms.datasets.directory import check_target, new_directory, seal
-from mistral_ms.datasets.documents import Rejects, check_inputs, read_documents
-from mistral_ms.datasets.encoding import DocumentEncoder
+from mistral_ms.datasets.documents import (
+    ChatDocument,
+    Document,
+    Rejects,
+    check_inputs,
+    read_documents,
+)
+from mistral_ms.datasets.encoding import DocumentEncoder, TokenRun
 from mistral_ms.datasets.mindrecord import WindowWriter
 from mistral_ms.datasets.packing import Packer, PackingCounts
 from mistral_ms.errors import DataError
@@ -49,6 +55,7 @@ def build_dataset(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    ends: Collection[int] = (),
 ) -> BuildResult:
     """Writes a dataset; the same inputs always give the same bytes.
 
@@ -59,6 +66,7 @@ def build_dataset(
         output: the directory; appears when it is whole.
         overwrite: replace a dataset that is there.
         progress: called with the bytes of the inputs that are done and their total.
+        ends: tokens that end the model's answers, beside the tokenizer's EOS.
 
     Raises:
         DataError: bad input, nothing to learn in it, or a target that cannot be written.
@@ -66,14 +74,16 @@ def build_dataset(
     output = Path(output)
     total = check_inputs(inputs)
     check_target(output, overwrite)
+    if config.add_bos is None:
+        config = config.model_copy(update={"add_bos": tokenizer.adds_bos})
     reject, packer = Rejects(config.skip_bad), Packer(config)
-    encoder = DocumentEncoder(tokenizer, config)
+    encoder = DocumentEncoder(tokenizer, config, ends)
     advance = _meter(total, progress)
     with new_directory(output, overwrite) as directory:
         writer = WindowWriter(directory, config.seq_length)
         for path in inputs:
             for document in read_documents(path, config, reject, advance):
-                for run in encoder.runs(document):
+                for run in _runs(encoder, document, reject):
                     for window in packer.add(run):
                         writer.write(window)
         for window in packer.finish():
@@ -91,6 +101,19 @@ def build_dataset(
         path.write_text(text + "\n", encoding="utf-8")
         seal(path)
     return BuildResult(info, reject.first)
+
+
+def _runs(encoder: DocumentEncoder, document: Document, reject: Rejects) -> Iterator[TokenRun]:
+    """A document's tokens; none of a conversation that the chat format does not take."""
+    if not isinstance(document, ChatDocument):
+        yield from encoder.runs(document)
+        return
+    try:
+        runs = list(encoder.runs(document))
+    except DataError as error:
+        reject(error)
+        return
+    yield from runs
 
 
 def _sealed(directory: Path, files: Mapping[str, int]) -> tuple[DataFile, ...]:

@@ -91,7 +91,9 @@ class DatasetInfo(Frozen):
     def digest(self) -> str:
         """SHA-256 of what the windows hold: the same texts packed alike, wherever they lie."""
         # the index files beside the windows are MindRecord's own and not always the same bytes
-        content = [self.config.model_dump(mode="json"), self.vocabulary.sha256]
+        # how the input was read shows in the windows; digests of older datasets stay as they are
+        config = self.config.model_dump(mode="json", exclude={"format", "chat_template"})
+        content = [config, self.vocabulary.sha256]
         content += [file.sha256 for file in self.files if file.windows]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

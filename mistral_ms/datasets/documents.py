@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ms.config import DataConfig
-from mistral_ms.errors import DataError, TokenizerError
+from mistral_ms.datasets.shapes import ShapeError, conversation, kind, shape_of
+from mistral_ms.errors import DataError
 from mistral_ms.reading import LINE_BYTES, is_dir, open_regular, unique_keys
-from mistral_ms.tokenizer import check_messages
 
 CHUNK_CHARACTERS = 1 << 20
 SUFFIXES = (".txt", ".jsonl")
-_ANOTHER_TURN = {"role": "user", "content": ""}
 
 Advance = Callable[[int], None]
 
@@ -43,10 +42,15 @@ class ChatDocument:
     """A conversation that ends with the assistant's answer.
 
     Attributes:
-        messages: ``{"role": ..., "content": ...}`` each, checked.
+        messages: ``role`` and ``content`` each and what else :mod:`mistral_ms.datasets.shapes`
+            lets through; whether the model's chat format takes them is not known yet.
+        tools: functions that the assistant may call.
+        where: file and line.
     """
 
-    messages: Sequence[Mapping[str, str]]
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None
+    where: str
 
 
 Document = TextDocument | ChatDocument
@@ -118,13 +122,13 @@ def read_documents(
     """The good documents of one file, in order.
 
     A txt file is one document; with ``split_lines`` each of its lines is one. Each line of a jsonl
-    file is an object with either ``text`` or ``messages``; other keys are not looked at. Blank
-    lines separate, they are no documents. A file's line breaks of Windows become line feeds, and a
+    file is an object of one of the shapes of :mod:`mistral_ms.datasets.shapes`. Blank lines
+    separate, they are no documents. A file's line breaks of Windows become line feeds, and a
     byte order mark at its beginning is dropped.
 
     Args:
         path: the file.
-        config: ``split_lines`` is looked at.
+        config: ``split_lines`` and ``format`` are looked at.
         reject: takes the errors of bad documents.
         advance: called with numbers of bytes that have been read for good.
 
@@ -134,14 +138,14 @@ def read_documents(
     if path.suffix.lower() == ".txt" and not config.split_lines:
         yield from _whole_file(path, reject, advance)
         return
-    parse = _line_of_text if path.suffix.lower() == ".txt" else _line_of_json
+    text_file, shape = path.suffix.lower() == ".txt", config.format
     for number, line in _lines(path):
         advance(len(line))
         where = f"{path}, line {number}"
         try:
             text = _decoded(line, where).rstrip("\n")
             if text.strip():
-                yield parse(text, where)
+                yield _line_of_text(text) if text_file else _line_of_json(text, where, shape)
         except DataError as error:
             reject(error)
 
@@ -159,7 +163,7 @@ def _whole_file(path: Path, reject: Rejects, advance: Advance) -> Iterator[Docum
             return
     if blank:
         reject(
-            _bad("empty document", path, None, "a text must have at least one visible character")
+            bad_document("empty document", path, None, "a text must have at least one visible character")
         )
         advance(size)
         return
@@ -185,35 +189,37 @@ def _chunks(lines: Iterator[str]) -> Iterator[str]:
     yield "".join(held)
 
 
-def _line_of_text(text: str, where: str) -> Document:
+def _line_of_text(text: str) -> Document:
     return TextDocument(iter((text,)))
 
 
-def _line_of_json(line: str, where: str) -> Document:
+def _line_of_json(line: str, where: str, forced: str | None) -> Document:
     try:
         record = json.loads(line, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         found = str(error)
         if isinstance(error, json.JSONDecodeError):  # its own "line 1" would only confuse
             found = f"{error.msg} at character {error.colno}"
-        raise _bad("not JSON", where, found, "each line must be one JSON object") from error
+        raise bad_document("not JSON", where, found, "each line must be one JSON object") from error
     if not isinstance(record, dict):
-        raise _bad("wrong type", where, _kind(record), "each line must be one JSON object")
-    fields = [name for name in ("text", "messages") if name in record]
-    if len(fields) != 1:
-        found = f"keys {sorted(record)[:8]}"
-        what = "ambiguous document" if fields else "missing field"
-        raise _bad(what, where, found, "needs either text or messages")
-    if fields == ["messages"]:
-        return _chat(record["messages"], where)
-    return _text(record["text"], where)
+        raise bad_document("wrong type", where, kind(record), "each line must be one JSON object")
+    try:
+        shape = shape_of(record, forced)
+        if shape == "text":
+            return _text(record["text"], where)
+        chat = conversation(record, shape)
+    except ShapeError as error:
+        raise bad_document(error.what, where, error.value, error.rule) from error
+    for value in (chat.messages, chat.tools):
+        _check_unicode(json.dumps(value, ensure_ascii=False), where)
+    return ChatDocument(chat.messages, chat.tools, where)
 
 
 def _text(text: Any, where: str) -> TextDocument:
     if not isinstance(text, str):
-        raise _bad("wrong type", where, f"text is {_kind(text)}", "text must be a string")
+        raise bad_document("wrong type", where, f"text is {kind(text)}", "text must be a string")
     if not text.strip():
-        raise _bad(
+        raise bad_document(
             "empty document",
             where,
             repr(text[:20]),
@@ -223,36 +229,13 @@ def _text(text: Any, where: str) -> TextDocument:
     return TextDocument(_chunks(iter(text.splitlines(keepends=True))))
 
 
-def _chat(messages: Any, where: str) -> ChatDocument:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        found = f"messages is {_kind(messages)}"
-        if isinstance(messages, list):
-            found = f"a message is {next(_kind(m) for m in messages if not isinstance(m, dict))}"
-        raise _bad("wrong type", where, found, "messages must be a list of objects")
-    if not messages:
-        raise _bad("empty document", where, "[]", "there must be at least one message")
-    # What the tokenizer's check wants to end with a question ends with an answer here.
-    answered = messages[-1].get("role") == "assistant"
-    try:
-        check_messages([*messages, _ANOTHER_TURN] if answered else messages)
-    except TokenizerError as error:
-        found = ": ".join(str(part) for part in (error.where, error.value) if part is not None)
-        raise _bad("invalid conversation", where, found, str(error.rule)) from error
-    if not answered:
-        found = f"the last message is the {messages[-1]['role']}'s"
-        raise _bad("invalid conversation", where, found, "the assistant must have the last word")
-    for message in messages:
-        _check_unicode(message["content"], where)
-    return ChatDocument(messages)
-
-
 def _check_unicode(text: str, where: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         found = f"{text[error.start]!a} at character {error.start}"
         rule = "must be valid Unicode, not half of a surrogate pair"
-        raise _bad("invalid Unicode", where, found, rule) from error
+        raise bad_document("invalid Unicode", where, found, rule) from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -275,21 +258,17 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _decoded(line: bytes, where: str) -> str:
     if len(line) > LINE_BYTES:
         found, rule = f"more than {LINE_BYTES} bytes", "a line is held in memory as a whole"
-        raise _bad("line too long", where, found, rule)
+        raise bad_document("line too long", where, found, rule)
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         found = f"byte 0x{line[error.start]:02x} at byte {error.start + 1} of the line"
-        raise _bad("not UTF-8", where, found, "text must be UTF-8") from error
+        raise bad_document("not UTF-8", where, found, "text must be UTF-8") from error
     return text[:-2] + "\n" if text.endswith("\r\n") else text
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
-
-
-def _bad(what: str, where: object, value: object, rule: str) -> DataError:
+def bad_document(what: str, where: object, value: object, rule: str) -> DataError:
+    """The error of one document, which may be skipped."""
     todo = "correct it, or pass --skip-bad to count such documents"
     return DataError(what, where=where, value=value, rule=rule, todo=todo)
 

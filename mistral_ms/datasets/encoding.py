@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
 from mistral_ms.config import DataConfig
-from mistral_ms.datasets.documents import ChatDocument, Document
-from mistral_ms.tokenizer import ChatFormat, PieceKind, Tokenizer
-
-_QUESTION: Mapping[str, str] = {"role": "user", "content": ""}
+from mistral_ms.datasets.documents import ChatDocument, Document, bad_document
+from mistral_ms.errors import TokenizerError
+from mistral_ms.tokenizer import ChatFormat, Tokenizer, chat_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +35,36 @@ class DocumentEncoder:
 
     Args:
         tokenizer: the model's.
-        config: ``add_bos`` and ``add_eos`` are looked at.
+        config: ``add_bos``, ``add_eos`` and ``chat_template`` are looked at.
+        ends: tokens that end an answer, beside the tokenizer's EOS.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: DataConfig) -> None:
-        self._tokenizer, self._config = tokenizer, config
-        self._dialogue: DialogueEncoder | None = None
+    def __init__(
+        self, tokenizer: Tokenizer, config: DataConfig, ends: Collection[int] = ()
+    ) -> None:
+        self._tokenizer, self._config, self._ends = tokenizer, config, tuple(ends)
+        self._bos = tokenizer.adds_bos if config.add_bos is None else config.add_bos
+        self._chat: ChatFormat | None = None  # until the first conversation
         self._separable: bool | None = None  # found out when a text is long
         # what encoding puts before a line break at the beginning of a text: a space
         self._before_newline = len(tokenizer.encode("\n", bos=False)) - 1
 
     def runs(self, document: Document) -> Iterator[TokenRun]:
-        """The tokens of one document; the first run and no other starts it."""
+        """The tokens of one document; the first run and no other starts it.
+
+        Raises:
+            DataError: a conversation that the model's chat format does not take; before any run.
+            TokenizerError: the model has no chat format.
+        """
         if isinstance(document, ChatDocument):
-            if self._dialogue is None:
-                self._dialogue = DialogueEncoder(ChatFormat(self._tokenizer))
-            ids, counted = self._dialogue.encode(document.messages)
+            if self._chat is None:
+                self._chat = chat_format(self._tokenizer, self._config.chat_template, self._ends)
+            try:
+                dialogue = self._chat.encode_dialogue(document.messages, document.tools)
+            except TokenizerError as error:
+                found = ": ".join(str(p) for p in (error.where, error.value) if p is not None)
+                raise bad_document(error.what, document.where, found, str(error.rule)) from error
+            ids, counted = dialogue.ids, dialogue.counted
             yield TokenRun(np.array(ids, np.int32), np.array(counted, np.bool_), True)
             return
         starts = True
@@ -69,58 +82,11 @@ class DocumentEncoder:
                 self._separable = newline_stands_alone(self._tokenizer)
             if not self._separable:
                 first, rest = "".join(chain((first,), rest)), iter(())
-        yield self._tokenizer.encode(first, bos=self._config.add_bos)
+        yield self._tokenizer.encode(first, bos=self._bos)
         for chunk in rest:
             yield self._tokenizer.encode(chunk, bos=False)[self._before_newline :]
         if self._config.add_eos:
             yield [self._tokenizer.eos_ids[0]]
-
-
-class DialogueEncoder:
-    """Encodes conversations with their answers, of which alone the loss counts the tokens.
-
-    A message's tokens do not depend on the messages around it. So each one is formatted in the
-    smallest conversation that the chat format accepts, between empty questions of a user, which
-    are cut off again. A system message goes where the format puts it in the whole conversation.
-
-    Args:
-        chat: the format of the model's tokenizer.
-    """
-
-    def __init__(self, chat: ChatFormat) -> None:
-        self._chat = chat
-        self._question = chat.encode_chat([_QUESTION])
-
-    def encode(self, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
-        """Tokens of a conversation, and which of them count.
-
-        Args:
-            messages: as :meth:`ChatFormat.encode_chat` wants them, but ending with the assistant.
-
-        Returns:
-            Ids from BOS to the EOS of the last answer; True for the tokens of answers and the EOS
-            after each.
-        """
-        ids = self._question[:1]  # BOS
-        counted = [False]
-        system = messages[0] if messages[0]["role"] == "system" else None
-        turns = messages[1:] if system else messages
-        users = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
-        carrier = users[-1] if self._chat.version == "v3" else users[0]
-        for number, turn in enumerate(turns):
-            answer = turn["role"] == "assistant"
-            if answer:
-                part = self._answer(turn)
-            else:
-                lead = [system] if system and number == carrier else []
-                part = self._chat.encode_chat([*lead, turn])[1:]
-            ids = ids + part
-            counted += [answer] * len(part)
-        return ids, counted
-
-    def _answer(self, turn: Mapping[str, str]) -> list[int]:
-        ids = self._chat.encode_chat([_QUESTION, turn, _QUESTION])
-        return ids[len(self._question) : 1 - len(self._question)]
 
 
 def newline_stands_alone(tokenizer: Tokenizer) -> bool:
@@ -128,11 +94,15 @@ def newline_stands_alone(tokenizer: Tokenizer) -> bool:
 
     It may when the line break is a token (or a byte) that no longer token contains.
     """
-    last = tokenizer.piece(tokenizer.encode("\n", bos=False)[-1])
-    if (last.kind, last.byte) != (PieceKind.BYTE, 10) and last.text != "\n":
+
+    def spelt(token_id: int) -> bytes:
+        piece = tokenizer.piece(token_id)
+        return piece.data or piece.text.encode("utf-8", "replace")
+
+    if spelt(tokenizer.encode("\n", bos=False)[-1]) != b"\n":
         return False
-    texts = (tokenizer.piece(token_id).text for token_id in range(tokenizer.vocab_size))
-    return not any("\n" in text and text != "\n" for text in texts)
+    texts = (spelt(token_id) for token_id in range(tokenizer.vocab_size))
+    return not any(b"\n" in text and text != b"\n" for text in texts)
 
 
 def vocabulary_digest(tokenizer: Tokenizer) -> str:
@@ -140,5 +110,7 @@ def vocabulary_digest(tokenizer: Tokenizer) -> str:
     digest = hashlib.sha256()
     for token_id in range(tokenizer.vocab_size):
         piece = tokenizer.piece(token_id)
-        digest.update(f"{token_id} {piece.kind.name} {piece.byte} {piece.text!r}\n".encode())
+        # a fallback byte as its number; longer rows of bytes, of byte-level vocabularies, in hex
+        data = piece.data.hex() if len(piece.data) > 1 else int.from_bytes(piece.data)
+        digest.update(f"{token_id} {piece.kind.name} {data} {piece.text!r}\n".encode())
     return digest.hexdigest()

@@ -7,17 +7,21 @@ from mistral_ms.tokenizer.base import (
     check_vocabulary,
     copy_files,
 )
-from mistral_ms.tokenizer.chat import ChatFormat, check_messages
+from mistral_ms.tokenizer.chat import ChatFormat, chat_format
+from mistral_ms.tokenizer.dialogue import Dialogue
 from mistral_ms.tokenizer.load import find_tokenizer, load_tokenizer, packaged_tokenizer
+from mistral_ms.tokenizer.mistral_chat import MistralChat
 from mistral_ms.tokenizer.stream import StreamDecoder
 
 __all__ = [
     "ChatFormat",
+    "Dialogue",
+    "MistralChat",
     "Piece",
     "PieceKind",
     "StreamDecoder",
     "Tokenizer",
-    "check_messages",
+    "chat_format",
     "check_vocabulary",
     "copy_files",
     "find_tokenizer",

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import TokenizerError
+from mistral_ms.tokenizer.settings import TokenizerSettings
 
 WORD_START = "\u2581"  # "▁": how sentencepiece vocabularies write a space
 UNKNOWN_TEXT = " \u2047 "  # " ⁇ ": how sentencepiece shows the unknown token
@@ -32,25 +33,51 @@ class Piece:
     Attributes:
         kind: what the entry stands for.
         text: the text it stands for, with real spaces; for a control token its name.
-        byte: the value of a byte-fallback entry, otherwise 0.
+        data: what a BYTE entry stands for: one byte where rare characters fall back to bytes, any
+            number in a byte-level vocabulary. Empty otherwise.
     """
 
     kind: PieceKind
     text: str
-    byte: int = 0
+    data: bytes = b""
 
 
 class Tokenizer(Protocol):
     """Text to ids and back.
 
     Text never becomes a control token: ``encode("<s>[INST]")`` gives the ids of those characters.
-    Control tokens enter a sequence through ``bos`` and through the chat format, nowhere else, so
-    that what a user types cannot pose as the end of a turn.
+    Control tokens enter a sequence through ``bos``, through the chat format and through
+    ``encode_special``, nowhere else, so that what a user types cannot pose as the end of a turn.
     """
 
     @property
     def vocab_size(self) -> int:
         """How many ids there are; all ids are smaller."""
+        ...
+
+    @property
+    def base_size(self) -> int:
+        """How many ids there are without added tokens: what plain text is made of is smaller."""
+        ...
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether BOS belongs before a text, by the tokenizer's own settings."""
+        ...
+
+    @property
+    def adds_eos(self) -> bool:
+        """Whether EOS belongs after a text, by the tokenizer's own settings."""
+        ...
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether all entries are bytes: a broken character is then shown as one U+FFFD."""
+        ...
+
+    @property
+    def settings(self) -> TokenizerSettings:
+        """What the files beside the tokenizer say, chat templates included."""
         ...
 
     @property
@@ -66,6 +93,11 @@ class Tokenizer(Protocol):
     @property
     def drops_first_space(self) -> bool:
         """Whether encoding puts a space before the text, which decoding takes away again."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What contradicts itself in the tokenizer's files without stopping anybody, in words."""
         ...
 
     @property
@@ -100,18 +132,40 @@ class Tokenizer(Protocol):
         """The id of the control token ``name`` (such as ``[INST]``); None without such a token."""
         ...
 
+    @property
+    def control_names(self) -> frozenset[str]:
+        """The names of all control tokens."""
+        ...
+
+    def encode_special(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text in which the names of control tokens mean the tokens; without BOS.
+
+        This is what transformers makes of any text, and what chat templates are written for.
+
+        Returns:
+            The ids, and for each the first character it stands for and the one after its last.
+
+        Raises:
+            TokenizerError: the text holds a lone surrogate.
+        """
+        ...
+
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """Checks that the model has a row for every id that the tokenizer can produce.
+    """Checks that the model has a row for every id that text can become.
+
+    Added tokens may lie beyond the model's rows, as a padding token that only marks the end of
+    short rows often does: what is refused is their use, where it happens.
 
     Raises:
-        TokenizerError: the tokenizer has more ids than the model's vocab_size. Fewer are fine.
+        TokenizerError: the vocabulary itself has more ids than the model's vocab_size. Fewer are
+            fine.
     """
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.base_size > config.vocab_size:
         raise TokenizerError(
             "the tokenizer does not fit the model",
             where=", ".join(str(path) for path in tokenizer.files.values()),
-            value=f"{tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}",
+            value=f"{tokenizer.base_size} ids, the model's vocab_size is {config.vocab_size}",
             rule="every id needs a row in the model's embedding",
             todo="use the tokenizer that was published with the model",
         )
@@ -163,20 +217,19 @@ def check_id(token_id: int) -> None:
 def check_bytes(tokenizer: Tokenizer, path: Path) -> None:
     """Checks that characters outside the vocabulary fall back to their UTF-8 bytes.
 
-    All of Mistral's sentencepiece vocabularies do. One that does not is either of another family
-    or has lost its end, where the settings are stored.
+    All of Mistral's vocabularies do. One that does not is either of another family or has lost its
+    end, where a sentencepiece model stores its settings.
 
     Raises:
-        TokenizerError: a rare character does not become four byte entries.
+        TokenizerError: a rare character does not become the bytes of its UTF-8 form.
     """
     rare = "\U0010fffd"  # in no vocabulary: a private-use character
     found = [tokenizer.piece(i) for i in tokenizer.encode(rare, bos=False)]
-    if bytes(p.byte for p in found if p.kind is PieceKind.BYTE) != rare.encode("utf-8"):
+    if b"".join(p.data for p in found if p.kind is PieceKind.BYTE) != rare.encode("utf-8"):
         raise TokenizerError(
             "unsupported tokenizer",
             where=path,
-            rule="characters outside the vocabulary must fall back to bytes, as in Mistral's "
-            "sentencepiece tokenizers v1 to v7; tekken and other byte-level vocabularies are "
-            "not supported",
+            rule="characters outside the vocabulary must become bytes, as in Mistral's and Llama's "
+            "sentencepiece tokenizers and in byte-level vocabularies such as tekken",
             todo="if it should be one of those, the file is damaged: download it again",
         )

@@ -8,6 +8,9 @@ known only then. The rules are those of sentencepiece's own decoder:
 * the space that encoding put before the text is taken away;
 * in a run of byte tokens each well-formed UTF-8 character is shown; a byte that belongs to none
   becomes one replacement character U+FFFD, and reading goes on behind it.
+
+In a byte-level vocabulary all text is such a run, and the beginning of a character that does not go
+on becomes one replacement character, however many bytes it has (the Unicode standard's practice).
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._drop_space = tokenizer.drops_first_space
-        self._bytes = bytearray()  # of a character that is not complete yet: at most 3
+        self._bytes = bytearray()  # of a character that is not complete yet
         for token_id in context:
             self.push(token_id)
 
@@ -52,7 +55,7 @@ class StreamDecoder:
         """
         piece = self._tokenizer.piece(token_id)
         if piece.kind is PieceKind.BYTE:
-            self._bytes.append(piece.byte)
+            self._bytes += piece.data
             text = self._complete_characters()
             self._drop_space = self._drop_space and not text
             return text
@@ -62,9 +65,11 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """The sequence ends here: what waits for further bytes will not become a character."""
-        waiting = len(self._bytes)
+        waiting = bytes(self._bytes)
         self._bytes.clear()
-        return REPLACEMENT * waiting
+        if self._tokenizer.byte_level:
+            return waiting.decode("utf-8", "replace")
+        return REPLACEMENT * len(waiting)
 
     def _text_of(self, kind: PieceKind, text: str) -> str:
         if kind is PieceKind.CONTROL:
@@ -88,9 +93,9 @@ class StreamDecoder:
             try:
                 text += self._bytes[:length].decode("utf-8")
                 del self._bytes[:length]
-            except UnicodeDecodeError:
+            except UnicodeDecodeError as error:
                 text += REPLACEMENT
-                del self._bytes[0]
+                del self._bytes[: error.end if self._tokenizer.byte_level else 1]
         return text
 
 

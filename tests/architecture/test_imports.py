@@ -66,7 +66,7 @@ TABLE = {
             "mistral_ms.parallel mistral_ms.parallel.topology mistral_ms.parallel.pipeline"
         ),
     ),
-    "tokenizer": room("config data", "sentencepiece tokenizers mistral_common"),
+    "tokenizer": room("config data", "sentencepiece tokenizers mistral_common jinja2"),
     "checkpoint": room(
         "config parallel.topology",
         "numpy safetensors torch mindspore",

@@ -132,7 +132,7 @@ def test_masks_by_hand(version):
     messages = conversation("Hi", "Yo", "And?", "No", system="Be brief.")
     ids, counted = encode(ChatDocument(messages), tokenizer)
     pieces = [tokenizer.piece(i) for i in ids]
-    shown = [f"<0x{p.byte:02X}>" if p.kind is PieceKind.BYTE else p.text for p in pieces]
+    shown = [f"<0x{p.data[0]:02X}>" if p.kind is PieceKind.BYTE else p.text for p in pieces]
     assert "|".join(shown) == BY_HAND[version][0]
     assert counted == BY_HAND[version][1]
 

@@ -56,15 +56,11 @@ def test_tokenizer_model_wins_over_its_versioned_neighbour(tmp_path):
     assert load_tokenizer(tmp_path).vocab_size == 32000
 
 
-def test_tokenizer_model_wins_over_tokenizer_json(tmp_path):
-    path = put(tmp_path, "v1", "tokenizer.model")
-    (tmp_path / "tokenizer.json").write_text("never read")
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    tokenizer = load_tokenizer(tmp_path)
-    assert isinstance(tokenizer, SentencePieceTokenizer)
-    names = {"tokenizer.json", "tokenizer_config.json"}
-    expected = {"tokenizer.model": path} | {name: tmp_path / name for name in names}
-    assert tokenizer.files == expected
+def test_a_damaged_tokenizer_json_is_not_passed_over(tmp_path):
+    put(tmp_path, "v1", "tokenizer.model")
+    (tmp_path / "tokenizer.json").write_text("damaged")
+    with pytest.raises(TokenizerError, match=r"damaged tokenizer: .*tokenizer\.json"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("version", ["v1"], indirect=True, scope="session")
@@ -91,14 +87,11 @@ def test_no_such_directory(tmp_path):
         load_tokenizer(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("name", ["tekken.json", "tekken_240911.json"])
-def test_tekken_is_refused_by_name(tmp_path, name):
-    (tmp_path / name).write_text("{}")
-    for place in (tmp_path, tmp_path / name):
-        with pytest.raises(
-            TokenizerError, match=r"unsupported .*: tekken: .*v1, v2, v3 and v7 are"
-        ):
-            load_tokenizer(place)
+@pytest.mark.parametrize("content", ["{}", "[1]", "", "{\"config\": {\"version\": \"v3\"}}"])
+def test_a_damaged_tekken(tmp_path, content):
+    (tmp_path / "tekken.json").write_text(content)
+    with pytest.raises(TokenizerError, match=r"damaged tokenizer: .*tekken\.json: "):
+        load_tokenizer(tmp_path)
 
 
 def test_damage_is_reported_with_the_path(tmp_path):

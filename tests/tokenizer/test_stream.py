@@ -132,6 +132,7 @@ def test_a_push_costs_the_same_after_a_long_text(v1):
 
     class Counting:
         drops_first_space = True
+        byte_level = False
         looked = 0
 
         def piece(self, token_id):
