@@ -41,6 +41,7 @@ def align(
     our_path: Path | None = None,
     *,
     prompts: Sequence[str] | None = None,
+    ids: Sequence[Sequence[int]] | None = None,
     new_tokens: int = 64,
     tolerance: float = TOLERANCE,
     kind: str | None = None,
@@ -52,8 +53,9 @@ def align(
     Args:
         hf_path: a Hugging Face directory, the oracle.
         our_path: a checkpoint of any known format; ``hf_path`` itself when None.
-        prompts: texts. By default four short ones; when the directory has no tokenizer, random
-            token ids of the same lengths.
+        prompts: texts. By default four short ones; when the directory has no tokenizer that can
+            be used, random token ids of the same lengths.
+        ids: token ids instead of texts; the directory's tokenizer is then not looked at.
         new_tokens: greedy tokens to compare.
         tolerance: allowed difference as a share of the largest logit.
         kind: which format to take when ``our_path`` holds several.
@@ -66,7 +68,7 @@ def align(
 
     Raises:
         CheckpointError: a directory that cannot be read, or two models of different sizes.
-        TokenizerError: a tokenizer that cannot be read, or none although prompts were given.
+        TokenizerError: prompts were given, and there is no tokenizer or one that cannot be used.
         GenerationError: a prompt that is empty or longer than the model's positions.
     """
     ours = our_path or hf_path
@@ -76,7 +78,10 @@ def align(
             if remark:
                 say(remark)
         _check_comparable(theirs.config, config, ours)
-    ids = _prompt_ids(hf_path, config, prompts, say)
+    if ids is None:
+        ids = _prompt_ids(hf_path, config, prompts, say)
+    else:
+        _check_ids(ids, config)
     longest = max(map(len, ids))
     if longest > config.longest_sequence:
         raise GenerationError("prompt too long", value=f"{longest} tokens", rule=config.length_rule)
@@ -127,13 +132,29 @@ def _prompt_ids(
         raise GenerationError("no prompts", rule="at least one")
     try:
         tokenizer = load_tokenizer(path)
+        check_vocabulary(tokenizer, config)
     except TokenizerError as error:
-        if prompts is not None or error.what != "no tokenizer":
+        if prompts is not None:
             raise
-        say("no tokenizer there: random token ids instead of texts")
+        say(f"no tokenizer that could be used, random token ids instead of texts ({error})")
         stream = np.random.default_rng(0)
         lengths = [min(n, config.max_position_embeddings) for n in (5, 29, 13, 12)]
         return [stream.integers(0, config.vocab_size, n).tolist() for n in lengths]
-    check_vocabulary(tokenizer, config)
     texts = DEFAULT_PROMPTS if prompts is None else prompts
-    return [tokenizer.encode(text) for text in texts]
+    ids = [tokenizer.encode(text, bos=tokenizer.adds_bos) for text in texts]
+    _check_ids(ids, config)
+    return ids
+
+
+def _check_ids(ids: Sequence[Sequence[int]], config: ModelConfig) -> None:
+    if not ids:
+        raise GenerationError("no prompts", rule="at least one")
+    for number, prompt in enumerate(ids):
+        outside = [i for i in prompt if not 0 <= i < config.vocab_size]
+        if outside or not prompt:
+            raise GenerationError(
+                "token id outside the vocabulary" if outside else "empty prompt",
+                where=f"prompt {number}",
+                value=outside[0] if outside else None,
+                rule=f"0 to {config.vocab_size - 1}" if outside else "at least one token",
+            )

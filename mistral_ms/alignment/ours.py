@@ -62,6 +62,7 @@ def run_ours(
             max_length=max(map(len, prompts)) + new_tokens,
             kind=kind,
             with_tokenizer=False,
+            eos_ids=source.config.eos_token_ids,  # the oracle ends by the configuration alone
             division=division,
         )
         out = engine.generate(prompts, GenerationConfig(max_new_tokens=new_tokens))

@@ -23,6 +23,10 @@ def align(
         typer.Argument(help="Checkpoint of any format to compare. Default: HF_DIR itself."),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    ids: Annotated[
+        Path | None,
+        typer.Option(help="Text file with the token ids of one prompt a line; no tokenizer then."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Greedy tokens to compare.")] = 64,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Allowed difference, as a share of the largest logit.")
@@ -43,10 +47,12 @@ def align(
     from rich.console import Console
 
     from mistral_ms.alignment import align as run
-    from mistral_ms.cli.output import read_lines, write_json
+    from mistral_ms.cli.output import read_ids, read_lines, write_json
     from mistral_ms.cli.processes import heartbeat_of, join_processes
     from mistral_ms.config import layout_from_flags
 
+    if ids is not None and prompts is not None:
+        raise typer.BadParameter("give --prompts or --ids, not both")
     division = join_processes(layout_from_flags(dp, mp, pp, ep))
     console = Console(highlight=False, quiet=not division.is_first)
     if ms.get_context("device_target") == "CPU":
@@ -57,6 +63,7 @@ def align(
             hf_dir,
             ckpt,
             prompts=None if prompts is None else read_lines(prompts),
+            ids=None if ids is None else read_ids(ids),
             new_tokens=max_new_tokens,
             tolerance=tolerance,
             kind=source,

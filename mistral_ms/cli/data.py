@@ -9,6 +9,15 @@ from typing import Annotated
 import typer
 
 
+class Shape(StrEnum):
+    """The shapes of :mod:`mistral_ms.datasets.shapes`."""
+
+    TEXT = "text"
+    MESSAGES = "messages"
+    SHAREGPT = "sharegpt"
+    ALPACA = "alpaca"
+
+
 class Boundaries(StrEnum):
     """What happens in a window where one document ends and the next begins."""
 
@@ -22,7 +31,7 @@ def data(
         list[Path],
         typer.Argument(
             metavar="INPUT...",
-            help="txt files, one document each, and jsonl files with text or messages a line.",
+            help="txt files, one document each, and jsonl files, a text or conversation a line.",
             show_default=False,
         ),
     ],
@@ -45,8 +54,25 @@ def data(
     split_lines: Annotated[
         bool, typer.Option("--split-lines", help="Each line of a txt file is a document.")
     ] = False,
-    bos: Annotated[bool, typer.Option(help="Begin each text with BOS.")] = True,
+    bos: Annotated[
+        bool | None,
+        typer.Option("--bos/--no-bos", help="Begin each text with BOS. Default: as trained."),
+    ] = None,
     eos: Annotated[bool, typer.Option(help="End each text with EOS.")] = True,
+    shape: Annotated[
+        Shape | None,
+        typer.Option(
+            "--format", help="What each line of a jsonl file must be. Default: seen by its keys."
+        ),
+    ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            help="Conversations by this Jinja file, or mistral for Mistral's own formats. "
+            "Default: the tokenizer's template.",
+            show_default=False,
+        ),
+    ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Count bad documents instead of stopping.")
     ] = False,
@@ -79,6 +105,8 @@ def data(
         "split_lines": split_lines,
         "skip_bad": skip_bad,
         "drop_last": drop_last,
+        "format": None if shape is None else shape.value,
+        "chat_template": chat_template,
     }
     config = validate(DataConfig, values, "data")
     console = Console()
@@ -96,7 +124,8 @@ def data(
     counts, files = result.info.counts, result.info.files
     nbytes = sum(file.size for file in files)
     end = f"{counts.dropped} tokens dropped" if drop_last else f"{counts.padded} places padded"
-    lines = [
+    lines = [f"note: {note}" for note in result.notes]
+    lines += [
         f"{counts.documents} documents, {counts.tokens} tokens -> "
         f"{counts.windows} windows of {seq_length} in {output}",
         f"{counts.predicted} tokens are predicted; last window: {end}",

@@ -48,6 +48,26 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
+def read_ids(path: Path) -> list[list[int]]:
+    """The token ids of each line of a text file that has any: numbers, with commas or brackets.
+
+    Raises:
+        ConfigError: it cannot be read; or a line holds something else, with its number.
+    """
+    found = []
+    for number, line in enumerate(read_text(path, ConfigError, LINE_BYTES).splitlines(), 1):
+        words = line.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
+        for word in words:
+            if not (word.isascii() and word.isdecimal() and len(word) < 10):
+                rule = "must be token ids, separated by spaces or commas"
+                raise ConfigError(
+                    "not a token id", where=f"{path}, line {number}", value=repr(word), rule=rule
+                )
+        if words:
+            found.append([int(word) for word in words])
+    return found
+
+
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Writes a command's result as one JSON object.
 

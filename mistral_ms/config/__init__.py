@@ -3,6 +3,11 @@
 from mistral_ms.config.conventions import IGNORE_INDEX, PACKAGED_TOKENIZER
 from mistral_ms.config.data import DataConfig, DataSourceConfig, PackingConfig
 from mistral_ms.config.generation import GenerationConfig
+from mistral_ms.config.generation_file import (
+    GenerationFile,
+    read_end_tokens,
+    read_generation_file,
+)
 from mistral_ms.config.hugging_face import from_hf, to_hf, to_native
 from mistral_ms.config.load import apply_overrides, load_model_config, read_yaml
 from mistral_ms.config.mistral_params import from_mistral, to_mistral
@@ -28,6 +33,7 @@ __all__ = [
     "DataConfig",
     "DataSourceConfig",
     "GenerationConfig",
+    "GenerationFile",
     "LossScaleConfig",
     "MoEArchitecture",
     "ModelConfig",
@@ -48,6 +54,8 @@ __all__ = [
     "load_any_config",
     "load_model_config",
     "load_run_config",
+    "read_end_tokens",
+    "read_generation_file",
     "read_yaml",
     "to_hf",
     "to_mistral",

@@ -13,15 +13,40 @@ from mistral_ms.reading import read_json
 GENERATION_FILE = "generation_config.json"
 # Keys that say nothing about which tokens come out.
 HARMLESS = frozenset(
-    "_from_model_config transformers_version max_length max_new_tokens use_cache _commit_hash "
-    "cache_implementation cache_config return_legacy_cache output_attentions output_hidden_states "
-    "output_scores output_logits output_router_logits return_dict_in_generate disable_compile "
-    "compile_config decoder_start_token_id prefill_chunk_size max_time max_matching_ngram_size "
-    "num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold "
-    "is_assistant assistant_early_exit assistant_lookbehind target_lookbehind prompt_lookup_num_tokens "
-    "trust_remote_code".split()
+    (
+        "_from_model_config",
+        "transformers_version",
+        "max_length",
+        "max_new_tokens",
+        "use_cache",
+        "_commit_hash",
+        "cache_implementation",
+        "cache_config",
+        "return_legacy_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "output_logits",
+        "output_router_logits",
+        "return_dict_in_generate",
+        "disable_compile",
+        "compile_config",
+        "decoder_start_token_id",
+        "prefill_chunk_size",
+        "max_time",
+        "max_matching_ngram_size",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "is_assistant",
+        "assistant_early_exit",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "prompt_lookup_num_tokens",
+        "trust_remote_code",
+    )
 )
-# Settings that change what comes out and are not offered here, with the values that change nothing.
+# Settings that change what comes out and are not offered here, with what changes nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -115,6 +140,25 @@ def read_generation_file(directory: Path) -> GenerationFile:
         sampling=_sampling(path, values),
         unsupported=unsupported,
     )
+
+
+def read_end_tokens(directory: Path) -> tuple[int, ...]:
+    """The end tokens that a model's directory names; none when it does not say.
+
+    Those of ``generation_config.json`` count, else those of ``config.json``.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a value that is not a token id.
+    """
+    found = read_generation_file(directory).eos_token_ids
+    path = Path(directory) / "config.json"
+    if found is not None or not path.exists():
+        return found or ()
+    eos = read_json(path, ConfigError).get("eos_token_id")
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    for number in ids:
+        _check_id(path, "eos_token_id", number)
+    return tuple(ids)
 
 
 def _sampling(path: Path, values: Mapping[str, Any]) -> dict[str, float]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mistral_ms.config import DataConfig
+from mistral_ms.config import DataConfig, read_end_tokens
 from mistral_ms.datasets.description import (
     DESCRIPTION,
     Counts,
@@ -28,7 +28,7 @@ from mistral_ms.datasets.encoding import DocumentEncoder, TokenRun
 from mistral_ms.datasets.mindrecord import WindowWriter
 from mistral_ms.datasets.packing import Packer, PackingCounts
 from mistral_ms.errors import DataError
-from mistral_ms.tokenizer import Tokenizer
+from mistral_ms.tokenizer import Tokenizer, end_token_notes
 
 Progress = Callable[[int, int], None]
 _PROGRESS_BYTES = 1 << 16
@@ -41,10 +41,12 @@ class BuildResult:
     Attributes:
         info: its description.
         first_errors: the first error of each reason for which documents were skipped.
+        notes: what contradicts itself in the files of tokenizer and model, in words.
     """
 
     info: DatasetInfo
     first_errors: Mapping[str, DataError]
+    notes: tuple[str, ...]
 
 
 def build_dataset(
@@ -55,7 +57,6 @@ def build_dataset(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
-    ends: Collection[int] = (),
 ) -> BuildResult:
     """Writes a dataset; the same inputs always give the same bytes.
 
@@ -66,7 +67,6 @@ def build_dataset(
         output: the directory; appears when it is whole.
         overwrite: replace a dataset that is there.
         progress: called with the bytes of the inputs that are done and their total.
-        ends: tokens that end the model's answers, beside the tokenizer's EOS.
 
     Raises:
         DataError: bad input, nothing to learn in it, or a target that cannot be written.
@@ -77,19 +77,23 @@ def build_dataset(
     if config.add_bos is None:
         config = config.model_copy(update={"add_bos": tokenizer.adds_bos})
     reject, packer = Rejects(config.skip_bad), Packer(config)
+    ends = _model_ends(tokenizer)
     encoder = DocumentEncoder(tokenizer, config, ends)
     advance = _meter(total, progress)
     with new_directory(output, overwrite) as directory:
         writer = WindowWriter(directory, config.seq_length)
+        largest = 0
         for path in inputs:
             for document in read_documents(path, config, reject, advance):
                 for run in _runs(encoder, document, reject):
+                    largest = max(largest, int(run.ids_T.max()))
                     for window in packer.add(run):
                         writer.write(window)
         for window in packer.finish():
             writer.write(window)
         _check_something(packer.counts, config, reject)
-        counts = Counts(**asdict(packer.counts), skipped=dict(sorted(reject.counts.items())))
+        skipped = dict(sorted(reject.counts.items()))
+        counts = Counts(**asdict(packer.counts), skipped=skipped, largest_id=largest)
         info = DatasetInfo(
             config=config,
             vocabulary=Vocabulary.of(tokenizer),
@@ -100,7 +104,13 @@ def build_dataset(
         text = json.dumps(info.model_dump(), indent=2, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
         seal(path)
-    return BuildResult(info, reject.first)
+    return BuildResult(info, reject.first, tokenizer.notes + end_token_notes(tokenizer, ends))
+
+
+def _model_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The end tokens of the model in whose directory the tokenizer lies, if it is one."""
+    path = next(iter(tokenizer.files.values()), None)
+    return () if path is None else read_end_tokens(path.parent)
 
 
 def _runs(encoder: DocumentEncoder, document: Document, reject: Rejects) -> Iterator[TokenRun]:

@@ -24,6 +24,7 @@ class Counts(Frozen):
 
     Attributes:
         skipped: bad documents by reason; they are in none of the other counts.
+        largest_id: the largest token id; None in datasets of older releases.
     """
 
     documents: int
@@ -34,6 +35,7 @@ class Counts(Frozen):
     dropped: int
     silent_windows: int
     skipped: dict[str, int]
+    largest_id: int | None = None
 
 
 class Vocabulary(Frozen):
@@ -183,7 +185,11 @@ def check_fit(
         )
     theirs = None if tokenizer is None else Vocabulary.of(tokenizer)
     size = info.vocabulary.vocab_size
-    same_size = size == model.vocab_size if theirs is None else size <= model.vocab_size
+    largest = info.counts.largest_id
+    # added tokens beyond the model's rows do no harm while they do not occur
+    spare = tokenizer is not None and tokenizer.base_size <= model.vocab_size
+    unused = spare and largest is not None and largest < model.vocab_size
+    same_size = size == model.vocab_size if theirs is None else size <= model.vocab_size or unused
     if not same_size or (theirs is not None and theirs.sha256 != info.vocabulary.sha256):
         other = f"vocab_size {model.vocab_size}" if theirs is None or not same_size else theirs
         raise DataError(

@@ -163,7 +163,9 @@ def _whole_file(path: Path, reject: Rejects, advance: Advance) -> Iterator[Docum
             return
     if blank:
         reject(
-            bad_document("empty document", path, None, "a text must have at least one visible character")
+            bad_document(
+                "empty document", path, None, "a text must have at least one visible character"
+            )
         )
         advance(size)
         return

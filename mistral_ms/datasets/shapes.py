@@ -154,7 +154,8 @@ def _message(number: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """A message with text as its content."""
     unknown = sorted(set(given) - _KEYS)
     if unknown or "role" not in given or not {"content", "tool_calls"} & set(given):
-        rule = f"a message has role and content, and perhaps {', '.join(sorted(_KEYS - {'role', 'content'}))}"
+        further = ", ".join(sorted(_KEYS - {"role", "content"}))
+        rule = f"a message has role and content, and perhaps {further}"
         raise _invalid(number, f"keys {sorted(given)}", rule)
     message = {key: value for key, value in given.items() if value is not None}
     role = message.get("role")
@@ -181,7 +182,8 @@ def _message(number: int, given: Mapping[str, Any]) -> dict[str, Any]:
 def _content(number: int, content: Any, may_be_missing: bool) -> str:
     if isinstance(content, list):
         for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            is_text = isinstance(part, dict) and part.get("type") == "text"
+            if not is_text or not isinstance(part.get("text"), str):
                 found = part.get("type") if isinstance(part, dict) else kind(part)
                 raise _invalid(number, f"a part of type {found!r}", "parts of content must be text")
         return "".join(part["text"] for part in content)

@@ -31,6 +31,7 @@ from mistral_ms.inference.lengths import check_length
 from mistral_ms.inference.results import Completion, Generation
 from mistral_ms.inference.sampling import Sampler
 from mistral_ms.inference.sequence import RunningSequence
+from mistral_ms.inference.settings import read_checkpoint_settings
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM, NextTokenLogits
 from mistral_ms.parallel.apply import Division
@@ -70,6 +71,7 @@ class Engine:
         graph: compile the two steps (prefill and decode) into graphs; PyNative starts sooner and
             is many times slower.
         step: gives the logits of a step, as NextTokenLogits does; that of a CausalLM when None.
+        eos_ids: tokens that end a text; those of the model's configuration when None.
 
     Raises:
         GenerationError: the model's cache is too short for these settings.
@@ -84,9 +86,11 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         graph: bool = True,
         step: nn.Cell | None = None,
+        eos_ids: Sequence[int] | None = None,
     ) -> None:
         self.config: ModelConfig = model.config
         self.model, self.tokenizer = model, tokenizer
+        self.eos_ids = tuple(self.config.eos_token_ids if eos_ids is None else eos_ids)
         if step is None:
             assert isinstance(model, CausalLM)
             step = NextTokenLogits(model)
@@ -116,6 +120,7 @@ class Engine:
         with_tokenizer: bool = True,
         dtype: DType = "float32",
         division: Division | None = None,
+        eos_ids: Sequence[int] | None = None,
     ) -> Engine:
         """Opens a checkpoint of any known format and loads it.
 
@@ -129,6 +134,8 @@ class Engine:
             dtype: dtype of weights, cache and activations; the CPU backend has no bfloat16.
             with_tokenizer: load the directory's tokenizer; without it completions have no text.
             division: this process's part of several; all must then do the same with their engines.
+            eos_ids: tokens that end a text; what the checkpoint's files say when None, see
+                :func:`~mistral_ms.inference.settings.read_checkpoint_settings`.
 
         Raises:
             CheckpointError: see :func:`open_checkpoint` and :func:`load_weights`.
@@ -157,10 +164,18 @@ class Engine:
                 tokenizer = load_tokenizer(Path(path))
                 check_vocabulary(tokenizer, config)
             model = division.build_model(config, DROPLESS, dtype, cache=spec, positions=length)
+            if eos_ids is None:
+                eos_ids = read_checkpoint_settings(Path(path), config, tokenizer).eos_ids
             load_weights(source, model.weights(), storage=division.storage)
         step = division.next_token(model, dtype)
         return cls(
-            model, max_length=length, chunk=chunk, tokenizer=tokenizer, graph=graph, step=step
+            model,
+            max_length=length,
+            chunk=chunk,
+            tokenizer=tokenizer,
+            graph=graph,
+            step=step,
+            eos_ids=eos_ids,
         )
 
     def generate(
@@ -189,7 +204,7 @@ class Engine:
             RunningSequence(
                 prompt,
                 request,
-                self.config.eos_token_ids,
+                self.eos_ids,
                 self.max_length,
                 self.tokenizer,
                 continues,
@@ -303,8 +318,9 @@ class Engine:
                 raise GenerationError(
                     "token id outside the vocabulary",
                     where=where,
-                    value=outside[0],
+                    value=self._named(outside[0]),
                     rule=f"0 to {self.config.vocab_size - 1}",
+                    todo="the tokenizer's added tokens beyond that cannot be used with this model",
                 )
             if len(prompt) > self.config.longest_sequence:
                 check_length(self.config, len(prompt), where)
@@ -316,3 +332,8 @@ class Engine:
                     rule=f"prompt and new tokens have {self.max_length} positions together",
                     todo="shorten it, or raise max_length if the model allows",
                 )
+
+    def _named(self, token_id: int) -> str:
+        if self.tokenizer is None or token_id < 0:
+            return str(token_id)
+        return f"{token_id} ({self.tokenizer.piece(token_id).text!r})"

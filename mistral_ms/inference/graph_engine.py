@@ -10,6 +10,7 @@ from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import PredictConfig
 from mistral_ms.inference.engine import Engine
+from mistral_ms.inference.settings import read_checkpoint_settings
 from mistral_ms.parallel import graph
 from mistral_ms.tokenizer import check_vocabulary, load_tokenizer
 
@@ -52,6 +53,7 @@ def load_graph_engine(
         else:
             for parameter in built.cell.get_parameters():
                 parameter.init_data()
+        ends = read_checkpoint_settings(Path(path), source.config, tokenizer).eos_ids
         storage = graph.generation_storage(run, rank)
         load_weights(source, built.cell.weights(), storage=storage)
     return Engine(
@@ -61,4 +63,5 @@ def load_graph_engine(
         chunk=run.prediction.chunk,
         tokenizer=tokenizer,
         graph=False,
+        eos_ids=ends,
     )

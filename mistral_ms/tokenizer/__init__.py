@@ -6,6 +6,7 @@ from mistral_ms.tokenizer.base import (
     Tokenizer,
     check_vocabulary,
     copy_files,
+    end_token_notes,
 )
 from mistral_ms.tokenizer.chat import ChatFormat, chat_format
 from mistral_ms.tokenizer.dialogue import Dialogue
@@ -24,6 +25,7 @@ __all__ = [
     "chat_format",
     "check_vocabulary",
     "copy_files",
+    "end_token_notes",
     "find_tokenizer",
     "load_tokenizer",
     "packaged_tokenizer",

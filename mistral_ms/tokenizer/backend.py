@@ -55,9 +55,7 @@ class BackendTokenizer(VocabularyTokenizer):
         base = set(backend.get_vocab(with_added_tokens=False).values()) - set(self._added)
         self.base_size = max(base, default=-1) + 1
         special = set(settings.all_special)
-        self._control = {
-            i for i, t in self._added.items() if t.special or t.content in special
-        }
+        self._control = {i for i, t in self._added.items() if t.special or t.content in special}
         state = json.loads(backend.to_str())
         self.byte_level = _mentions(state.get("decoder"), "ByteLevel")
         if self.byte_level:
@@ -177,8 +175,10 @@ def _mentions(part: object, kind: str) -> bool:
 
 
 def _byte_letters() -> dict[str, int]:
-    """How byte-level vocabularies write bytes: printable Latin-1 characters stand for themselves,
-    the others, in order, for U+0100 on (GPT-2's table)."""
+    """How byte-level vocabularies write bytes (GPT-2's table).
+
+    Printable Latin-1 characters stand for themselves; U+0100 and on for the others, in order.
+    """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     rest: Iterable[int] = (byte for byte in range(256) if byte not in printable)
     letters = {chr(byte): byte for byte in printable}

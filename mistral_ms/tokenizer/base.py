@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -169,6 +169,25 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
             rule="every id needs a row in the model's embedding",
             todo="use the tokenizer that was published with the model",
         )
+
+
+def end_token_notes(tokenizer: Tokenizer, ends: Collection[int]) -> tuple[str, ...]:
+    """Says it when the tokenizer ends texts with another token than the model's settings name.
+
+    Args:
+        tokenizer: the model's.
+        ends: end tokens by config.json or generation_config.json; nothing is said without any.
+    """
+    if not ends or set(tokenizer.eos_ids) <= set(ends):
+        return ()
+
+    def shown(ids: Collection[int]) -> str:
+        return ", ".join(f"{i} ({tokenizer.piece(i).text!r})" for i in ids)
+
+    return (
+        f"the tokenizer ends texts with {shown(tokenizer.eos_ids)}, the model's settings with "
+        f"{shown(ends)}",
+    )
 
 
 def copy_files(tokenizer: Tokenizer, directory: Path) -> tuple[Path, ...]:

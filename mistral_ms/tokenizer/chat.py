@@ -93,4 +93,8 @@ def _is_mistral(tokenizer: Tokenizer) -> bool:
     """Whether the vocabulary itself says that it is one of Mistral's instruct models'."""
     # the first version has no control tokens; mistral-common names its file by the version
     first = any(path.name == "tokenizer.model.v1" for path in tokenizer.files.values())
-    return first or isinstance(tokenizer, TekkenTokenizer) or tokenizer.control_id("[INST]") is not None
+    return (
+        first
+        or isinstance(tokenizer, TekkenTokenizer)
+        or tokenizer.control_id("[INST]") is not None
+    )

@@ -187,7 +187,6 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
         raise invalid(len(messages) - 1, found, "the last message must be the user's")
 
 
-
 def _no_tools(where: object) -> TokenizerError:
     return TokenizerError(
         "tools are not supported",
@@ -197,7 +196,7 @@ def _no_tools(where: object) -> TokenizerError:
     )
 
 
-def _instruct_encoder(tokenizer: Tokenizer, version: ChatVersion) -> Any:
+def _instruct_encoder(tokenizer: Tokenizer, version: str) -> Any:
     """mistral-common's formatter, working on our tokenizer.
 
     Its own loader wants a file whose name ends in the version; ours may be called anything, or be
@@ -205,12 +204,10 @@ def _instruct_encoder(tokenizer: Tokenizer, version: ChatVersion) -> Any:
     """
     from mistral_common.tokens.tokenizers import instruct
 
-    classes = {
-        "v1": instruct.InstructTokenizerV1,
-        "v3": instruct.InstructTokenizerV3,
-        "v7": instruct.InstructTokenizerV7,
-    }
-    return classes[version](_Adapter(tokenizer))
+    make = getattr(instruct, _CLASSES[version])
+    if isinstance(tokenizer, TekkenTokenizer):
+        return make(tokenizer.library)
+    return make(_Adapter(tokenizer))
 
 
 class _Adapter:

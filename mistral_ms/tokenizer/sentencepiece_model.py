@@ -119,10 +119,14 @@ def is_plain(model: SentencePieceProcessor, settings: TokenizerSettings) -> bool
     )
     own = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
     roles = all(
-        settings.names.get(role) in (None, model.id_to_piece(i)) for role, i in own.items() if i >= 0
+        settings.names.get(role) in (None, model.id_to_piece(i))
+        for role, i in own.items()
+        if i >= 0
     )
-    others = all(model.piece_to_id(name) != model.unk_id() or name == model.id_to_piece(
-        model.unk_id()) for name in settings.all_special)
+    others = all(
+        model.piece_to_id(name) != model.unk_id() or name == model.id_to_piece(model.unk_id())
+        for name in settings.all_special
+    )
     return known and roles and others and settings.legacy and settings.add_prefix_space is not False
 
 

@@ -157,9 +157,7 @@ class TemplateChat:
             "eos_token_id in generation_config.json",
         )
 
-    def _error(
-        self, what: str, value: str, rule: str, todo: str | None = None
-    ) -> TokenizerError:
+    def _error(self, what: str, value: str, rule: str, todo: str | None = None) -> TokenizerError:
         return TokenizerError(what, where=self._path, value=value, rule=rule, todo=todo)
 
 
@@ -174,4 +172,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _texts(inner)
-

@@ -15,7 +15,7 @@ from mistral_ms.datasets import MindRecordWindows, build_dataset
 from mistral_ms.errors import ConfigError, TokenizerError
 from mistral_ms.parallel.apply import Division
 from mistral_ms.parallel.storage import Storage
-from mistral_ms.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from mistral_ms.tokenizer import Tokenizer, end_token_notes, find_tokenizer, load_tokenizer
 from mistral_ms.training.files import RunFiles
 from mistral_ms.training.identity import computation
 
@@ -61,7 +61,10 @@ def open_data(
         if division.is_first and not directory.exists():
             assert tokenizer is not None
             config = DataConfig(seq_length=training.seq_length, **data.packing.model_dump())
-            counts = build_dataset(data.inputs, tokenizer, config, directory).info.counts
+            built = build_dataset(data.inputs, tokenizer, config, directory)
+            counts = built.info.counts
+            for note in built.notes:
+                say(f"note: {note}")
             say(f"packed {counts.tokens} tokens into {counts.windows} windows: {directory}")
     division.wait_for_all()
     windows = MindRecordWindows(directory, training.global_batch_size, training.seed)
@@ -74,6 +77,9 @@ def open_data(
             todo="pack it again, or train with its length",
         )
     windows.check_model(run.model, tokenizer)
+    if tokenizer is not None and division.is_first:
+        for note in end_token_notes(tokenizer, run.model.eos_token_ids):
+            say(f"note: {note}")
     return windows, tokenizer
 
 

@@ -58,6 +58,8 @@ def test_every_option(run, corpus, checkpoint, tmp_path):
         "split_lines": True,
         "skip_bad": True,
         "drop_last": True,
+        "format": None,
+        "chat_template": None,
     }
     counts = info.counts
     assert counts.documents == 4  # two lines, a text, a conversation

@@ -53,6 +53,7 @@ def test_generate_streams_and_writes_json(model, tmp_path):
 
 def test_chat_loop_remembers_resets_and_ends(model):
     out = run("generate", model[0], "--interactive", "--max-new-tokens", 3,
+              "--chat-template", "mistral",
               stdin="Hello\n/reset\nAgain\n/exit\n")  # fmt: skip
     assert out.returncode == 0, out.stderr
     assert "(forgotten)" in out.stdout

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from mistral_ms.config import DataConfig
-from mistral_ms.datasets import build, build_dataset, directory, mindrecord, read_info, verify
+from mistral_ms.datasets import (
+    build,
+    build_dataset,
+    check_fit,
+    directory,
+    mindrecord,
+    read_info,
+    verify,
+)
 from mistral_ms.errors import DataError
 
 GOOD = ({"text": "The harbour wakes."}, {"text": "Eight experts, two awake."})
@@ -67,6 +75,7 @@ def test_the_description_tells_all(make, jsonl, tokenizer, tmp_path):
         "dropped": 0,
         "silent_windows": 0,
         "skipped": {"not JSON": 1, "wrong type": 2},
+        "largest_id": max(max(tokenizer.encode(each["text"])) for each in GOOD),
     }
     assert info.vocabulary.vocab_size == 32000
     for file in info.files:
@@ -313,3 +322,66 @@ def test_permissions_follow_the_umask(make, jsonl, tmp_path):
     mode = 0o666 & ~directory._umask()
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()} == {mode}
     assert json.loads((tmp_path / "out" / "dataset.json").read_text())["format"] == 1
+
+
+def test_a_conversation_that_the_format_refuses_is_a_bad_document(make, jsonl, tmp_path):
+    ask, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    path = jsonl({"messages": [ask, ask, answer]}, {"messages": [ask, answer]})
+    with pytest.raises(DataError, match=r"line 1: message 1: role 'user'.*take turns.*--skip-bad"):
+        make(path)
+    result = make(path, skip_bad=True)
+    assert result.info.counts.skipped == {"invalid conversation": 1}
+    assert result.info.counts.documents == 1
+
+
+def test_an_added_token_beyond_the_model_matters_only_where_it_occurs(tmp_path, jsonl):
+    from support.configs import model as make_model
+    from support.tokenizers import SIZE, token, write
+
+    from mistral_ms.tokenizer import check_vocabulary, load_tokenizer
+
+    model = make_model(vocab_size=SIZE)
+    added = {str(SIZE): token("[PAD]"), str(SIZE + 1): token("<tool>", special=False)}
+    tokenizer = load_tokenizer(write(tmp_path / "m", {"added_tokens_decoder": added}))
+    assert tokenizer.vocab_size == SIZE + 2
+    check_vocabulary(tokenizer, model)
+    for name, text in (("good", "a [PAD] b"), ("bad", "a <tool> b")):
+        config = DataConfig(seq_length=4)
+        info = build_dataset([jsonl({"text": text})], tokenizer, config, tmp_path / name).info
+        if name == "good":
+            assert info.counts.largest_id < SIZE
+            check_fit(tmp_path / name, info, model, tokenizer)
+        else:
+            assert info.counts.largest_id == SIZE + 1
+            with pytest.raises(DataError, match=rf"{SIZE + 2} ids.*vocab_size {SIZE}"):
+                check_fit(tmp_path / name, info, model, tokenizer)
+
+
+def test_no_bos_where_the_tokenizer_says_so(tmp_path, jsonl):
+    from support.tokenizers import write
+
+    from mistral_ms.tokenizer import load_tokenizer
+
+    for name, said in (("no", False), ("yes", True)):
+        tokenizer = load_tokenizer(write(tmp_path / name, {"add_bos_token": said}))
+        text = "The tide turns."
+        path = jsonl({"text": text})
+        info = build_dataset(
+            [path], tokenizer, DataConfig(seq_length=4), tmp_path / f"o{name}"
+        ).info
+        assert info.config.add_bos is said
+        assert info.counts.tokens == len(tokenizer.encode(text, bos=said)) + 1
+
+
+def test_another_end_token_in_the_model_is_said(tmp_path, jsonl):
+    from support.tokenizers import write
+
+    from mistral_ms.tokenizer import load_tokenizer
+
+    path = write(tmp_path / "m", generation_config={"eos_token_id": 1})
+    result = build_dataset(
+        [jsonl({"text": "a"})], load_tokenizer(path), DataConfig(seq_length=4), tmp_path / "o"
+    )
+    assert result.notes == (
+        "the tokenizer ends texts with 2 ('</s>'), the model's settings with 1 ('<s>')",
+    )

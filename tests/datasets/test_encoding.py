@@ -6,10 +6,10 @@ import random
 import pytest
 
 from mistral_ms.config import DataConfig
-from mistral_ms.datasets import DialogueEncoder, DocumentEncoder, vocabulary_digest
+from mistral_ms.datasets import DocumentEncoder, vocabulary_digest
 from mistral_ms.datasets.documents import ChatDocument, TextDocument
 from mistral_ms.datasets.encoding import newline_stands_alone
-from mistral_ms.tokenizer import ChatFormat, Piece, PieceKind, packaged_tokenizer
+from mistral_ms.tokenizer import MistralChat, Piece, PieceKind, packaged_tokenizer
 
 VERSIONS = ["v1", "v2", "v3", "v7"]
 packaged = functools.cache(packaged_tokenizer)
@@ -29,7 +29,8 @@ CONVERSATIONS = {
 
 
 def encode(document, tokenizer, **config):
-    return encode_with(DocumentEncoder(tokenizer, DataConfig(seq_length=4, **config)), document)
+    encoder = DocumentEncoder(tokenizer, DataConfig(seq_length=4, **config))
+    return encode_with(encoder, document)
 
 
 def encode_with(encoder, document):
@@ -62,7 +63,7 @@ def test_a_text_cut_at_line_breaks_has_the_same_tokens(version):
 class WithNewlines:
     """A vocabulary in which a line break may be part of a longer token."""
 
-    vocab_size, bos_id, eos_ids, files = 3, 0, (0,), {}
+    vocab_size, bos_id, eos_ids, files, adds_bos = 3, 0, (0,), {}, True
 
     def encode(self, text, bos=True):
         return [0] * bos + [1 if text == "\n" else 2]
@@ -89,7 +90,8 @@ def test_conversations_equal_mistral_common(version, messages):
     request = ChatCompletionRequest(messages=messages)
     normalised = theirs._instruct_request_normalizer.from_chat_completion_request(request)
     expected = theirs.instruct_tokenizer.encode_instruct(normalised).tokens
-    ids, counted = DialogueEncoder(ChatFormat(packaged(version))).encode(messages)
+    dialogue = MistralChat(packaged(version)).encode_dialogue(messages)
+    ids, counted = dialogue.ids, dialogue.counted
     assert ids == expected
     assert len(counted) == len(ids)
 
@@ -98,7 +100,8 @@ def test_conversations_equal_mistral_common(version, messages):
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
 def test_exactly_the_answers_and_their_eos_count(version, messages):
     tokenizer = packaged(version)
-    ids, counted = DialogueEncoder(ChatFormat(tokenizer)).encode(messages)
+    dialogue = MistralChat(tokenizer).encode_dialogue(messages)
+    ids, counted = dialogue.ids, dialogue.counted
     expected = []
     for message in messages:
         if message["role"] == "assistant":
@@ -130,7 +133,7 @@ BY_HAND = {
 def test_masks_by_hand(version):
     tokenizer = packaged(version)
     messages = conversation("Hi", "Yo", "And?", "No", system="Be brief.")
-    ids, counted = encode(ChatDocument(messages), tokenizer)
+    ids, counted = encode(ChatDocument(messages, None, "a.jsonl, line 1"), tokenizer)
     pieces = [tokenizer.piece(i) for i in ids]
     shown = [f"<0x{p.data[0]:02X}>" if p.kind is PieceKind.BYTE else p.text for p in pieces]
     assert "|".join(shown) == BY_HAND[version][0]

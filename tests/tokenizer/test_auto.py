@@ -3,15 +3,13 @@
 Every directory here is written by transformers or by hand, and transformers reads it as well.
 """
 
-import functools
-import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from support.tokenizers import SIZE, auto, small_model, token, write
 
-from mistral_ms.data import demo_text
 from mistral_ms.errors import TokenizerError
 from mistral_ms.tokenizer import PieceKind, StreamDecoder, load_tokenizer, packaged_tokenizer
 
@@ -27,59 +25,6 @@ TEXTS = (
     "你好 🤗\n\n\ttab",
     "",
 )
-
-
-SIZE = 420  # pieces of the small vocabulary
-
-
-@functools.cache
-def small_model():
-    """A sentencepiece model with the settings of Mistral's, small so that it converts at once."""
-    import sentencepiece
-
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(demo_text().splitlines()),
-        model_writer=out,
-        model_type="bpe",
-        vocab_size=SIZE,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        minloglevel=2,
-    )
-    return out.getvalue()
-
-
-def write(directory, config=None, **files):
-    """A directory with a sentencepiece model and these JSON files."""
-    directory.mkdir(exist_ok=True)
-    (directory / "tokenizer.model").write_bytes(small_model())
-    (directory / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
-    base = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(base | (config or {})))
-    for name, content in files.items():
-        (directory / f"{name}.json").write_text(json.dumps(content))
-    return directory
-
-
-def token(content, special=True):
-    return {
-        "content": content,
-        "special": special,
-        "normalized": False,
-        "lstrip": False,
-        "rstrip": False,
-        "single_word": False,
-    }
-
-
-def auto(directory):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +264,10 @@ class TestTekken:
         ours, theirs = tekken
         ids, spans = ours.encode_special("[INST]你好[/INST]")
         text = theirs.encode("你好", bos=False, eos=False)
-        assert ids == [theirs.get_special_token("[INST]"), *text, theirs.get_special_token("[/INST]")]
+        assert ids == [
+            theirs.get_special_token("[INST]"),
+            *text,
+            theirs.get_special_token("[/INST]"),
+        ]
         assert (spans[0], spans[-1]) == ((0, 6), (8, 15))
         assert ours.decode(ids, skip_special=False) == "[INST]你好[/INST]"

@@ -87,7 +87,7 @@ def test_no_such_directory(tmp_path):
         load_tokenizer(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("content", ["{}", "[1]", "", "{\"config\": {\"version\": \"v3\"}}"])
+@pytest.mark.parametrize("content", ["{}", "[1]", "", '{"config": {"version": "v3"}}'])
 def test_a_damaged_tekken(tmp_path, content):
     (tmp_path / "tekken.json").write_text(content)
     with pytest.raises(TokenizerError, match=r"damaged tokenizer: .*tekken\.json: "):
