@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
 import typer
@@ -20,13 +19,11 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
+def run() -> None:
     """Runs one command; bad input becomes one clear line on stderr and exit code 2."""
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings are for its developers
     from mistral_ms.cli import commands
 
-    # a polite end: what is half-written is removed on the way out
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     commands.register(app)
     try:
         app()

@@ -10,16 +10,19 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from mistral_ms.launch.checks import check_all, check_run
-from mistral_ms.launch.command import msrun_command
-from mistral_ms.launch.options import parse
-from mistral_ms.launch.supervise import Supervisor
+from mistral_ms import signals
 
 KINDS = "train", "generate"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the launcher; the exit code: 0 done, 1 a rank failed, 2 bad input, 128 + a signal."""
+    # not before the signals are caught
+    from mistral_ms.launch.checks import check_all, check_run
+    from mistral_ms.launch.command import msrun_command
+    from mistral_ms.launch.options import parse
+    from mistral_ms.launch.supervise import Supervisor
+
     kind, *flags = (sys.argv[1:] if arguments is None else arguments) or [""]
     if kind not in KINDS:
         print(f"error: {kind!r} is not one of {', '.join(KINDS)}", file=sys.stderr)
@@ -37,4 +40,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signals.run(lambda: sys.exit(main()))

@@ -24,6 +24,7 @@ from mistral_ms.launch.heartbeat import FAILED, STACK_SIGNAL, Beat, read_beat, s
 from mistral_ms.launch.options import Options
 from mistral_ms.launch.processes import Worker, processes, send
 from mistral_ms.launch.watch import Limits, Overdue, Watch, stands_out
+from mistral_ms.signals import asked
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 10.0
@@ -115,7 +116,7 @@ class Supervisor:
 
     def _asked(self, number: int, frame: object) -> None:
         self._signals += 1
-        self._signal = number
+        self._signal = asked(number)
         # a training ends its step and saves; nobody waits for a second signal's reasons
         urgent = signal.SIGKILL if self._signals > 1 else signal.SIGTERM
         send([each for each in processes(self.job) if each.rank is not None], urgent)

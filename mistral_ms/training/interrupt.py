@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from mistral_ms.signals import ask, asked
+
 
 class StopRequest:
     """Whether somebody asked the training to stop; called by the loop before each step.
@@ -23,18 +25,17 @@ class StopRequest:
         return self.number is not None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """The first signal is a request; a second one ends the process at once."""
+        """The first signal is a request; a second one ends the process."""
         if self.number is not None:
-            raise SystemExit(128 + number)
-        self.number = number
+            ask(number, frame)
+        self.number = asked(number)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
     """Catches SIGTERM and SIGINT inside the context; the handlers before come back after it.
 
-    MindSpore, once it has compiled a graph, answers SIGINT by sending its process a SIGTERM: that
-    is why Ctrl-C arrives here as one.
+    Under the command line Ctrl-C arrives here as a SIGTERM: see :mod:`mistral_ms.signals`.
     """
     request = StopRequest()
     signals = (signal.SIGTERM, signal.SIGINT)

@@ -52,6 +52,7 @@ BELOW_TRAINING = f"{MODEL_ROOMS} parallel tokenizer checkpoint data datasets"
 TABLE = {
     "errors": room(),
     "reading": room(),
+    "signals": room(),
     "__init__": room(),
     "data": room(),
     "config": room(packages="pydantic yaml"),
@@ -91,8 +92,8 @@ TABLE = {
         "typer rich mindspore numpy matplotlib",
     ),
 }
-COMMON = {"errors", "reading", "__version__"}
-"""Every room may import them: what users meet, and how files of others are read."""
+COMMON = {"errors", "reading", "signals", "__version__"}
+"""Every room may import them: what users meet, how files of others are read, how to be ended."""
 
 
 @dataclass(frozen=True)
