@@ -89,7 +89,7 @@ def _forget_lengths(model: Any) -> None:
 
 def _config(path: Path, transformers: Any, say: Callable[[str], None]) -> Any:
     """The directory's configuration, in the form that the installed transformers understands."""
-    source = read_json(path / "config.json", CheckpointError)
+    source = read_json(Path(path) / "config.json", CheckpointError)
     keys, changes = own_form(source, int(transformers.__version__.split(".")[0]))
     if changes:
         say(f"told transformers {transformers.__version__} in its own words: {', '.join(changes)}")

@@ -96,7 +96,12 @@ def _model(config: ModelConfig) -> str:
         if len(config.sparse_layers) != config.num_hidden_layers:
             parts.append(f"sparse layers {list(config.sparse_layers)}")
     if config.sliding_window is not None:
-        parts.append(f"window {config.sliding_window}")
+        layers = [i for i in range(config.num_hidden_layers) if config.window_of(i) is not None]
+        some = "" if config.layer_types is None else f" in layers {layers}"
+        parts.append(f"window {config.sliding_window}{some}")
+    if (scaling := config.rope_scaling) is not None:
+        longest = config.longest_sequence
+        parts.append(f"positions scaled ({scaling.rope_type} {scaling.factor:g}) to {longest}")
     if config.tie_word_embeddings:
         parts.append("tied head")
     return ", ".join(parts)
