@@ -195,3 +195,17 @@ def test_gradients_equal_torch_in_a_graph(graph):
     check_gradients(
         RoutingConfig(policy="capacity", drop_priority="choice_major", rescale_survivors=True)
     )
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_one_choice_with_renormalised_weights_leaves_the_router_without_a_gradient(normalize):
+    """Its weight is p / p: this is why a training of such a model is refused unless asked for."""
+    layer, _ = moe_layer(moe_config(K=1, normalize=normalize))
+    x, valid = inputs()
+    d = np.random.default_rng(4).normal(size=x.shape).astype(np.float32)
+    _, d_weights = Gradients(layer)(Tensor(x), Tensor(valid), Tensor(d))
+    names = [name for name, _ in layer.parameters_and_names()]
+    largest = {n: np.abs(g.numpy()).max() for n, g in zip(names, d_weights, strict=True)}
+    # a rounding of p / p, against a gradient of the size of the others
+    assert (largest["router.weight"] < 1e-5) == normalize
+    assert largest["experts.w1"] > 1e-2
