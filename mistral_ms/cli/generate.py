@@ -173,7 +173,7 @@ class Setting:
         given: fields of the request that were named.
         sampling_defaults: take the others from the checkpoint.
         chats: prompts are turns of a conversation.
-        chat_template: see :func:`~mistral_ms.tokenizer.chat_format`.
+        chat_template: see :func:`~mistral_ms.tokenizer.ChatFormat`.
         tools: file with tools for the conversation.
         bos: BOS before a plain prompt; None is as the tokenizer says.
         special_tokens: prompts may spell control tokens.
@@ -213,9 +213,9 @@ class Setting:
 
     def chat(self, tokenizer: Tokenizer, ends: Collection[int]) -> ChatFormat:
         """The format of conversations."""
-        from mistral_ms.tokenizer import chat_format
+        from mistral_ms.tokenizer import ChatFormat
 
-        return chat_format(tokenizer, self.chat_template, ends, self.special_tokens)
+        return ChatFormat(tokenizer, self.chat_template, ends, self.special_tokens)
 
     def prompt_ids(
         self, tokenizer: Tokenizer, ends: Collection[int], prompts: Sequence[str]

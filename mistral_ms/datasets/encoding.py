@@ -12,7 +12,7 @@ import numpy as np
 from mistral_ms.config import DataConfig
 from mistral_ms.datasets.documents import ChatDocument, Document, bad_document
 from mistral_ms.errors import TokenizerError
-from mistral_ms.tokenizer import ChatFormat, Tokenizer, chat_format
+from mistral_ms.tokenizer import ChatFormat, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class DocumentEncoder:
         """
         if isinstance(document, ChatDocument):
             if self._chat is None:
-                self._chat = chat_format(self._tokenizer, self._config.chat_template, self._ends)
+                self._chat = ChatFormat(self._tokenizer, self._config.chat_template, self._ends)
             try:
                 dialogue = self._chat.encode_dialogue(document.messages, document.tools)
             except TokenizerError as error:

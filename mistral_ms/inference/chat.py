@@ -9,7 +9,7 @@ from mistral_ms.config import GenerationConfig
 from mistral_ms.errors import GenerationError
 from mistral_ms.inference.engine import Engine
 from mistral_ms.inference.results import Completion
-from mistral_ms.tokenizer import ChatFormat, chat_format
+from mistral_ms.tokenizer import ChatFormat
 
 
 class ChatSession:
@@ -37,7 +37,7 @@ class ChatSession:
             raise GenerationError("chat needs a tokenizer")
         self.engine, self.request, self._tools = engine, request, tools
         self.messages: list[dict[str, str]] = []
-        self._format = chat_format(engine.tokenizer) if chat is None else chat
+        self._format = ChatFormat(engine.tokenizer) if chat is None else chat
 
     def say(self, text: str, on_text: Callable[[str], None] | None = None) -> Completion:
         """Adds a user turn, generates the assistant's, and remembers both.

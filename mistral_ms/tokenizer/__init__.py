@@ -8,7 +8,7 @@ from mistral_ms.tokenizer.base import (
     copy_files,
     end_token_notes,
 )
-from mistral_ms.tokenizer.chat import ChatFormat, chat_format
+from mistral_ms.tokenizer.chat import ChatFormat
 from mistral_ms.tokenizer.dialogue import Dialogue
 from mistral_ms.tokenizer.load import find_tokenizer, load_tokenizer, packaged_tokenizer
 from mistral_ms.tokenizer.mistral_chat import MistralChat
@@ -22,7 +22,6 @@ __all__ = [
     "PieceKind",
     "StreamDecoder",
     "Tokenizer",
-    "chat_format",
     "check_vocabulary",
     "copy_files",
     "end_token_notes",

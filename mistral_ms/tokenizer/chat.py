@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mistral_ms.errors import TokenizerError
 from mistral_ms.reading import CONFIG_BYTES, read_text
@@ -18,8 +18,57 @@ from mistral_ms.tokenizer.template_chat import TemplateChat
 MISTRAL = "mistral"  # the name of mistral-common's formats where a template can be named
 
 
-class ChatFormat(Protocol):
-    """Turns conversations into ids."""
+class ChatFormat:
+    """Turns conversations into ids, in the format of a tokenizer's model.
+
+    Args:
+        tokenizer: with its settings.
+        template: a Jinja file to use instead of the tokenizer's own, or ``mistral`` for
+            mistral-common's formats.
+        ends: tokens that end an answer, beside the tokenizer's EOS.
+        special_tokens: messages may spell control tokens; for templates.
+
+    Attributes:
+        version: ``template``, or the version of Mistral's formats, such as ``v3``.
+
+    Raises:
+        TokenizerError: no format is known for this tokenizer; a template that cannot be read.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str | None = None,
+        ends: Collection[int] = (),
+        special_tokens: bool = False,
+    ) -> None:
+        settings = tokenizer.settings
+        if template not in (None, MISTRAL):
+            path = Path(str(template))
+            source = read_text(path, TokenizerError, CONFIG_BYTES)
+            settings = replace(settings, templates={"default": source}, template_path=path)
+        self._way: TemplateChat | MistralChat
+        if template != MISTRAL and settings.templates:
+            self._way = TemplateChat(tokenizer, settings, ends, special_tokens)
+            self.version = "template"
+            return
+        if special_tokens:
+            raise TokenizerError(
+                "no control tokens in messages",
+                rule="mistral-common's formats take what is typed as text",
+                todo="leave --special-tokens out",
+            )
+        if template != MISTRAL and not _is_mistral(tokenizer):
+            raise TokenizerError(
+                "no chat format",
+                where=", ".join(str(path) for path in tokenizer.files.values()),
+                rule="needs a chat template (chat_template.jinja or tokenizer_config.json), or "
+                "Mistral's control tokens ([INST])",
+                todo=f"give one: --chat-template FILE, or --chat-template {MISTRAL} for a model "
+                "that was trained with Mistral's first format",
+            )
+        self._way = MistralChat(tokenizer)
+        self.version = self._way.version
 
     def encode_chat(
         self,
@@ -31,7 +80,7 @@ class ChatFormat(Protocol):
         Raises:
             TokenizerError: a conversation that the format does not allow.
         """
-        ...
+        return self._way.encode_chat(messages, tools)
 
     def encode_dialogue(
         self,
@@ -43,50 +92,7 @@ class ChatFormat(Protocol):
         Raises:
             TokenizerError: a conversation that the format does not allow.
         """
-        ...
-
-
-def chat_format(
-    tokenizer: Tokenizer,
-    template: str | None = None,
-    ends: Collection[int] = (),
-    special_tokens: bool = False,
-) -> ChatFormat:
-    """The format of a tokenizer's model.
-
-    Args:
-        tokenizer: with its settings.
-        template: a Jinja file to use instead of the tokenizer's own, or ``mistral`` for
-            mistral-common's formats.
-        ends: tokens that end an answer, beside the tokenizer's EOS.
-        special_tokens: messages may spell control tokens; for templates.
-
-    Raises:
-        TokenizerError: no format is known for this tokenizer; a template that cannot be read.
-    """
-    settings = tokenizer.settings
-    if template not in (None, MISTRAL):
-        path = Path(str(template))
-        source = read_text(path, TokenizerError, CONFIG_BYTES)
-        settings = replace(settings, templates={"default": source}, template_path=path)
-    if template != MISTRAL and settings.templates:
-        return TemplateChat(tokenizer, settings, ends, special_tokens)
-    if special_tokens:
-        raise TokenizerError(
-            "no control tokens in messages",
-            rule="mistral-common's formats take what is typed as text",
-            todo="leave --special-tokens out",
-        )
-    if template != MISTRAL and not _is_mistral(tokenizer):
-        raise TokenizerError(
-            "no chat format",
-            where=", ".join(str(path) for path in tokenizer.files.values()),
-            rule="needs a chat template (chat_template.jinja or tokenizer_config.json), or "
-            "Mistral's control tokens ([INST])",
-            todo=f"give one: --chat-template FILE, or --chat-template {MISTRAL} for a model that "
-            "was trained with Mistral's first format",
-        )
-    return MistralChat(tokenizer)
+        return self._way.encode_dialogue(messages, tools)
 
 
 def _is_mistral(tokenizer: Tokenizer) -> bool:

@@ -32,7 +32,7 @@ _CLASSES = {
 
 
 class MistralChat:
-    """Turns conversations into ids; a :class:`mistral_ms.tokenizer.ChatFormat`.
+    """Turns conversations into ids.
 
     Args:
         tokenizer: of an instruct model; it also decides which format is used.

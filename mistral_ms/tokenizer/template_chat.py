@@ -22,7 +22,7 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 class TemplateChat:
-    """Turns conversations into ids; a :class:`mistral_ms.tokenizer.ChatFormat`.
+    """Turns conversations into ids.
 
     Args:
         tokenizer: whose ids they become.
