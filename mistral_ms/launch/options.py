@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ or to `align`: HF_DIR [CKPT] ...
 On several machines run the same command on each, with its own --node-rank; all of them must see
 the checkpoint, and --log-dir should lie on a file system that all see.""",
 }
+_SHELL_SAFE = re.compile(r"(?!-)[\w./@%+=:,-]+")
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,11 @@ def parse(arguments: Sequence[str], kind: str) -> Options:
     for name in ("workers", "nodes"):
         if found[name] < 1:
             parser.error(f"--{name} must be at least 1")
+    if not _SHELL_SAFE.fullmatch(str(found["log_dir"])):
+        parser.error(
+            f"--log-dir {str(found['log_dir'])!a} must consist of letters, digits and ./_@%+=:,- "
+            "and not begin with -: msrun hands it to a shell when a job fails"
+        )
     if not 0 <= found["node_rank"] < found["nodes"]:
         parser.error(f"--node-rank must be 0 to {found['nodes'] - 1}")
     if found["nodes"] > 1 and found["master"] is None:

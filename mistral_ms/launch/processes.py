@@ -22,11 +22,13 @@ class Worker:
         pid: its number.
         rank: its rank; None for the scheduler, msrun and what shows logs.
         stopped: whether a signal keeps it from running (state T).
+        scheduler: whether it is the one that all ranks find each other through.
     """
 
     pid: int
     rank: int | None
     stopped: bool
+    scheduler: bool = False
 
 
 def processes(job: str) -> list[Worker]:
@@ -43,17 +45,14 @@ def processes(job: str) -> list[Worker]:
             letter = state.rpartition(")")[2].split()[0]
             if letter in "ZX":
                 continue
-            found.append(Worker(pid, _rank(variables, folder), letter in "Tt"))
+            values = dict(item.split(b"=", 1) for item in variables if b"=" in item)
+            # what shows a worker's log has the same variables
+            program = (folder / "cmdline").read_bytes().split(b"\0")[0]
+            role = values.get(b"MS_ROLE") if b"python" in program else None
+            rank = values.get(b"RANK_ID") if role == b"MS_WORKER" else None
+            number = None if rank is None else int(rank)
+            found.append(Worker(pid, number, letter in "Tt", role == b"MS_SCHED"))
     return found
-
-
-def _rank(variables: list[bytes], folder: Path) -> int | None:
-    """The rank of a worker. What shows its log has the same variables: only Python counts."""
-    values = dict(item.split(b"=", 1) for item in variables if b"=" in item)
-    if values.get(b"MS_ROLE") != b"MS_WORKER" or b"RANK_ID" not in values:
-        return None
-    program = (folder / "cmdline").read_bytes().split(b"\0")[0]
-    return int(values[b"RANK_ID"]) if b"python" in program else None
 
 
 def send(workers: list[Worker], number: signal.Signals) -> None:

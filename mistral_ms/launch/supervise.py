@@ -20,7 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_ms.launch.command import job_environment, msrun_command
-from mistral_ms.launch.heartbeat import FAILED, STACK_SIGNAL, Beat, read_beat, stack_path
+from mistral_ms.launch.heartbeat import (
+    FAILED,
+    FINISHED,
+    STACK_SIGNAL,
+    Beat,
+    read_beat,
+    stack_path,
+)
 from mistral_ms.launch.options import Options
 from mistral_ms.launch.processes import Worker, processes, send
 from mistral_ms.launch.watch import Limits, Overdue, Watch, stands_out
@@ -33,6 +40,8 @@ POLITE_SECONDS = 600.0
 """For all ranks to save when the launcher is asked to end; a second signal ends the wait."""
 PATIENCE_SECONDS = 3.0
 """For msrun to say which rank is gone, when others have lost patience with it."""
+SCHEDULER_SECONDS = 5.0
+"""So long ranks may be seen without the scheduler, which outlives them in a job that is well."""
 TAIL_LINES = 20
 _EXITED = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
 
@@ -80,6 +89,7 @@ class Supervisor:
         self._signals, self._signal = 0, 0
         self._suspect: tuple[int, str] | None = None  # who was seen to be stuck, and why
         self._gave_up_at = math.inf
+        self._alone_since = math.inf  # since when ranks have been seen without a scheduler
 
     def run(self) -> int:
         """Starts everything and waits for the end; the exit code: 0, 1, or 128 + a signal."""
@@ -137,7 +147,7 @@ class Supervisor:
                 self._suspect = self._look_closer(beats, workers) or self._suspect
             looked = quiet
             if failure is None and not self._signals:
-                failure = self._failure(beats, late, now)
+                failure = self._failure(beats, late, now) or self._abandoned(alive, beats, now)
             if deadline == math.inf and (failure is not None or self._signals):
                 deadline = now + (POLITE_SECONDS if self._signals else GRACE_SECONDS)
             if code is not None:
@@ -174,6 +184,21 @@ class Supervisor:
         if failed:
             return self._waited_in_vain(beats, failed, now)
         return None
+
+    def _abandoned(self, alive: list[Worker], beats: Beats, now: float) -> Failure | None:
+        """The scheduler is gone: ranks that have not found each other would wait for minutes."""
+        ranks = {each.rank for each in alive if each.rank is not None}
+        busy = [
+            rank for rank in ranks if (beat := beats.get(rank)) is None or beat.phase != FINISHED
+        ]
+        # it is on machine 0, and leaves at once when there is only one process to find
+        needed = busy and self.options.node_rank == 0 and self.options.world > 1
+        alone = needed and not any(each.scheduler for each in alive)
+        self._alone_since = min(self._alone_since, now) if alone else math.inf
+        if now - self._alone_since < SCHEDULER_SECONDS:
+            return None
+        log = self.options.log_dir / "scheduler.log"
+        return Failure(None, None, f"the scheduler is gone, ranks still run (see {log})")
 
     def _waited_in_vain(self, beats: Beats, failed: dict[int, Beat], now: float) -> Failure | None:
         """Ranks gave up a collective operation: because of one that had been seen to be stuck, or

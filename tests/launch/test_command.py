@@ -251,3 +251,34 @@ def test_advice_on_hccl_never_stops_a_job():
     short = only(check_hccl(several, {**good, "HCCL_EXEC_TIMEOUT": "60"}))
     assert not short.fatal and "short" in short.message
     assert only(check_hccl(several, {**good, "HCCL_EXEC_TIMEOUT": "1h"})).fatal
+
+
+HOSTILE = ["$(touch X)", "`touch X`", "a;touch X", "a b", "a'b", 'a"b', "a\nb", "-rf", "*", "a|b"]
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_log_directory_that_a_shell_would_read_is_refused(value, capsys):
+    """msrun calls os.system with it when a job fails."""
+    with pytest.raises(SystemExit) as ended:
+        parse(["--config", str(CONFIG), "--workers", "1", f"--log-dir={value}", "--print"], "train")
+    assert ended.value.code == 2
+    assert "--log-dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["runs/logs", "/data/läufe/2024-01-01T10:00_a+b@c,d=1%"])
+def test_a_harmless_log_directory_is_taken(value):
+    flags = ["--config", str(CONFIG), "--workers", "1", "--log-dir", value]
+    assert parse(flags, "train").log_dir == Path(value)
+
+
+def test_no_script_lets_a_shell_read_its_arguments(tmp_path):
+    """What stands after -- arrives letter by letter, and nothing in it was run."""
+    own = "output=$(touch X)"
+    done = subprocess.run(
+        [ROOT / "scripts" / "start_run.sh", "pretrain_mixtral_tiny_200ep", own,
+         "--workers", "1", "--print", "--", *HOSTILE],
+        cwd=tmp_path, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert shlex.split(done.stdout)[-len(HOSTILE) - 1 :] == [own, *HOSTILE]
+    assert list(tmp_path.iterdir()) == []
