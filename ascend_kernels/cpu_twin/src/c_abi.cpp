@@ -1,5 +1,7 @@
 #include "c_abi.h"
 
+#include <sstream>
+
 #include "data_types.h"
 #include "operator.h"
 #include "register/tilingdata_base.h"

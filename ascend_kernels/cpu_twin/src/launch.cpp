@@ -1,14 +1,34 @@
 #include "launch.h"
 
+#include <algorithm>
+#include <map>
+
+#include "twin/grid.h"
+
 namespace twin {
+
+// In a function: the kernels register before main and in any order.
+static std::map<std::string, Kernel>& kernels()
+{
+    static std::map<std::string, Kernel> table;
+    return table;
+}
+
+void add_kernel(const char* name, const Kernel& kernel) { kernels()[name] = kernel; }
+
+const Kernel* find_kernel(const std::string& name)
+{
+    const auto found = kernels().find(name);
+    return found == kernels().end() ? nullptr : &found->second;
+}
 
 std::vector<Counters> run(Launch& launch)
 {
-    const auto found = kernels().find(launch.kernel);
-    if (found == kernels().end()) {
+    const Kernel* found = find_kernel(launch.kernel);
+    if (!found) {
         fail("no kernel ", launch.kernel, " in this library");
     }
-    const Kernel& kernel = found->second;
+    const Kernel& kernel = *found;
     if (launch.tiling.size() != kernel.tiling_bytes) {
         fail(launch.kernel, ": the tiling function wrote ", launch.tiling.size(),
              " bytes, the kernel reads ", kernel.tiling_bytes);
@@ -33,7 +53,7 @@ std::vector<Counters> run(Launch& launch)
     }
     Grid grid(launch.memory, launch.blocks, launch.ub_bytes, launch.tiling_key);
     try {
-        grid.run([&] { kernel.call(arguments.data()); });
+        grid.run([&] { kernel.call(kernel.entry, arguments.data()); });
     } catch (const Violation& violation) {
         fail(launch.kernel, ": ", violation.what());
     }

@@ -1,6 +1,7 @@
 #include "operator.h"
 
 #include <cctype>
+#include <sstream>
 
 namespace twin {
 namespace {

@@ -108,30 +108,31 @@ void Cast(const LocalTensor<To>& dst, const LocalTensor<From>& src, const RoundM
           const uint64_t mask, const uint8_t repeats, const UnaryRepeatParams& p)
 {
     static_assert(twin::cast_exists<To, From>, "Cast: no such conversion on Atlas A2");
-    twin::Instruction vector(PIPE_V, "Cast");
+    twin::Instruction vector(PIPE_V, "Cast", twin::mask_of(isSetMask));
     if (!twin::mode_exists<To, From>(mode)) {
         twin::fail("Cast: RoundMode ", int(mode), " does not exist for this pair of types");
     }
-    twin::check_mask(mask, std::max(sizeof(To), sizeof(From)), repeats, vector.what());
+    const twin::Lanes lanes_of =
+        vector.lanes(isSetMask, mask, std::max(sizeof(To), sizeof(From)), repeats);
     const size_t to_block = twin::block_elements(sizeof(To));
     const size_t from_block = twin::block_elements(sizeof(From));
-    for (size_t r = 0; r < repeats; ++r) {
+    for (size_t r = 0; r < lanes_of.repeats; ++r) {
         std::vector<To> lanes;
-        for (size_t b = 0; b * from_block < mask; ++b) {
-            const size_t count = std::min<size_t>(from_block, mask - b * from_block);
+        for (size_t b = 0; b * from_block < lanes_of.of(r); ++b) {
+            const size_t count = std::min<size_t>(from_block, lanes_of.of(r) - b * from_block);
             const size_t first = (r * p.srcRepStride + b * p.srcBlkStride) * from_block;
             const From* from = vector.in(src, first, count);
             for (size_t i = 0; i < count; ++i) {
                 lanes.push_back(twin::convert<To, From>(from[i], mode));
             }
         }
-        for (size_t b = 0; b * to_block < mask; ++b) {
-            const size_t count = std::min<size_t>(to_block, mask - b * to_block);
+        for (size_t b = 0; b * to_block < lanes.size(); ++b) {
+            const size_t count = std::min<size_t>(to_block, lanes.size() - b * to_block);
             const size_t first = (r * p.dstRepStride + b * p.dstBlkStride) * to_block;
             std::copy_n(lanes.begin() + b * to_block, count, vector.out(dst, first, count));
         }
     }
-    vector.count_repeats(repeats * twin::kRepeat);
+    vector.count_repeats(lanes_of.repeats * twin::kRepeat);
 }
 
 }  // namespace AscendC

@@ -84,10 +84,7 @@ constexpr Ends ends(HardEvent event)
     return table[static_cast<int>(event)];
 }
 
-inline std::string name(HardEvent event)
-{
-    return std::string(name(ends(event).from)) + "_" + name(ends(event).to);
-}
+std::string name(HardEvent event);
 
 // The clocks of one core and its flags: eight ids for each ordered pair of pipes.
 class Clocks {
@@ -127,82 +124,17 @@ public:
     }
 
     // An id for a flag that nobody holds; queues and AllocEventID draw from the same eight.
-    TEventID allocate(HardEvent event)
-    {
-        const TEventID id = free_id(event);
-        Flag& flag = at(event, id);
-        if (flag.set) {
-            fail("event id ", int(id), " of ", name(event),
-                 " is in use by SetFlag but not reserved: FetchEventID does not reserve, use "
-                 "AllocEventID");
-        }
-        flag.reserved = true;
-        return id;
-    }
+    TEventID allocate(HardEvent event);
 
     // The first id that nobody has reserved.
-    TEventID free_id(HardEvent event)
-    {
-        for (int id = 0; id < kEventIds; ++id) {
-            if (!at(event, id).reserved) {
-                return static_cast<TEventID>(id);
-            }
-        }
-        fail("all 8 event ids of ", name(event), " are in use: too many buffers or events at once");
-    }
+    TEventID free_id(HardEvent event);
 
-    void release(HardEvent event, int id)
-    {
-        Flag& flag = at(event, id);
-        if (!flag.reserved) {
-            fail("ReleaseEventID: event id ", id, " of ", name(event), " was not allocated");
-        }
-        if (flag.set) {
-            fail("ReleaseEventID: event id ", id, " of ", name(event),
-                 " was set and is not waited for");
-        }
-        flag.reserved = false;
-    }
-
-    void set(HardEvent event, int id)
-    {
-        Flag& flag = at(event, id);
-        if (flag.set) {
-            fail("SetFlag ", name(event), " id ", id,
-                 ": set twice without a WaitFlag between (the second is lost)");
-        }
-        flag.set = true;
-        flag.clock = snapshot(ends(event).from);
-    }
-
-    void wait(HardEvent event, int id)
-    {
-        Flag& flag = at(event, id);
-        if (!flag.set) {
-            fail("WaitFlag ", name(event), " id ", id,
-                 ": no SetFlag before it (the core would hang)");
-        }
-        flag.set = false;
-        learn(ends(event).to, flag.clock);
-    }
+    void release(HardEvent event, int id);
+    void set(HardEvent event, int id);
+    void wait(HardEvent event, int id);
 
     // At the end of a block: a flag left set would be met by the next kernel.
-    void check_all_waited_for(bool reserved_too) const
-    {
-        for (int e = 0; e < kEvents; ++e) {
-            for (int id = 0; id < kEventIds; ++id) {
-                const Flag& flag = flags_[e][id];
-                if (flag.set && !flag.by_queue) {
-                    fail("SetFlag ", name(HardEvent(e)), " id ", id,
-                         ": still set at the end of the kernel (missing WaitFlag)");
-                }
-                if (reserved_too && flag.reserved && !flag.by_queue) {
-                    fail("AllocEventID ", name(HardEvent(e)), " id ", id,
-                         ": not released at the end of the kernel");
-                }
-            }
-        }
-    }
+    void check_all_waited_for(bool reserved_too) const;
 
     // A queue's flags are paired by the queue itself; the framework waits for the last ones.
     void mark_as_queue(HardEvent event, int id, bool by_queue) { at(event, id).by_queue = by_queue; }
@@ -213,13 +145,7 @@ private:
         Clock clock{};
     };
 
-    Flag& at(HardEvent event, int id)
-    {
-        if (id < 0 || id >= kEventIds) {
-            fail("event id ", id, " of ", name(event), ": must be 0 to 7");
-        }
-        return flags_[static_cast<int>(event)][id];
-    }
+    Flag& at(HardEvent event, int id);
 
     Clock now_{};
     std::array<Clock, kPipes> seen_{};

@@ -70,14 +70,12 @@ void select(Instruction& vector, const LocalTensor<T>& dst, const LocalTensor<U>
 }
 
 // The repeat forms take a mask of all lanes only: what they write for idle lanes is not documented.
-template <typename T>
-void check_full_mask(uint64_t mask, uint8_t repeats, const char* what)
+inline void check_full_mask(const Lanes& lanes, size_t element_bytes, const char* what)
 {
-    if (mask != kRepeat / sizeof(T)) {
-        fail(what, ": in the repeat form the mask must cover all ", kRepeat / sizeof(T),
+    if (lanes.each != kRepeat / element_bytes || lanes.last != lanes.each) {
+        fail(what, ": in the repeat form the mask must cover all ", kRepeat / element_bytes,
              " elements of a repeat");
     }
-    check_mask(mask, sizeof(T), repeats, what);
 }
 
 // The bits of one repeat follow those of the one before: 256 / sizeof(T) / 8 bytes each.
@@ -86,12 +84,12 @@ constexpr size_t kBitBytes = kRepeat / sizeof(T) / 8;
 
 template <typename T, typename U, typename Right>
 void compare_repeats(Instruction& vector, const LocalTensor<U>& dst, const LocalTensor<T>& src,
-                     CMPMODE mode, uint8_t repeats, Stride from, const Right& right)
+                     CMPMODE mode, size_t repeats, Stride from, const Right& right)
 {
     static_assert(sizeof(U) == 1, "Compare: the mask is uint8_t or int8_t");
     const size_t n = block_elements(sizeof(T));
     std::vector<uint8_t> bits(repeats * kBitBytes<T>, 0);
-    for_each_block(kRepeat / sizeof(T), repeats, n, [&](size_t r, size_t b, size_t lanes) {
+    for_each_block({repeats, kRepeat / sizeof(T), kRepeat / sizeof(T)}, n, [&](size_t r, size_t b, size_t lanes) {
         const T* a = vector.in(src, (r * from.repeat + b * from.block) * n, lanes);
         const T* other = right(r, b);
         for (size_t i = 0; i < lanes; ++i) {
@@ -107,7 +105,7 @@ void compare_repeats(Instruction& vector, const LocalTensor<U>& dst, const Local
 
 template <typename T, typename U, typename Other>
 void select_repeats(Instruction& vector, const LocalTensor<T>& dst, const LocalTensor<U>& mask,
-                    const LocalTensor<T>& src, uint8_t repeats,
+                    const LocalTensor<T>& src, size_t repeats,
                     const AscendC::BinaryRepeatParams& p, const Other& other)
 {
     static_assert(one_of<T, TWIN_FLOATS>, "Select: half and float only");
@@ -115,7 +113,7 @@ void select_repeats(Instruction& vector, const LocalTensor<T>& dst, const LocalT
     const size_t n = block_elements(sizeof(T));
     const auto* bits =
         reinterpret_cast<const uint8_t*>(vector.in(mask, repeats * kBitBytes<T>));
-    for_each_block(kRepeat / sizeof(T), repeats, n, [&](size_t r, size_t b, size_t lanes) {
+    for_each_block({repeats, kRepeat / sizeof(T), kRepeat / sizeof(T)}, n, [&](size_t r, size_t b, size_t lanes) {
         const T* a = vector.in(src, (r * p.src0RepStride + b * p.src0BlkStride) * n, lanes);
         const T* rest = other(r, b);
         T* to = vector.out(dst, (r * p.dstRepStride + b * p.dstBlkStride) * n, lanes);
@@ -188,11 +186,12 @@ template <typename T, typename U, bool isSetMask = true>
 void Compare(const LocalTensor<U>& dst, const LocalTensor<T>& src0, const LocalTensor<T>& src1,
              CMPMODE mode, const uint64_t mask, uint8_t repeats, const BinaryRepeatParams& p)
 {
-    twin::Instruction vector(PIPE_V, "Compare");
+    twin::Instruction vector(PIPE_V, "Compare", twin::mask_of(isSetMask));
     twin::check_comparison<T>(mode, twin::kRepeat / sizeof(T), vector.what());
-    twin::check_full_mask<T>(mask, repeats, vector.what());
+    const twin::Lanes all = vector.lanes(isSetMask, mask, sizeof(T), repeats);
+    twin::check_full_mask(all, sizeof(T), vector.what());
     const size_t n = twin::block_elements(sizeof(T));
-    twin::compare_repeats(vector, dst, src0, mode, repeats, {p.src0BlkStride, p.src0RepStride},
+    twin::compare_repeats(vector, dst, src0, mode, all.repeats, {p.src0BlkStride, p.src0RepStride},
                           [&](size_t r, size_t b) {
                               const size_t block = r * p.src1RepStride + b * p.src1BlkStride;
                               return vector.in(src1, block * n, n);
@@ -203,11 +202,12 @@ template <typename T, typename U, bool isSetMask = true>
 void CompareScalar(const LocalTensor<U>& dst, const LocalTensor<T>& src, const T scalar,
                    CMPMODE mode, const uint64_t mask, uint8_t repeats, const UnaryRepeatParams& p)
 {
-    twin::Instruction vector(PIPE_V, "CompareScalar");
+    twin::Instruction vector(PIPE_V, "CompareScalar", twin::mask_of(isSetMask));
     twin::check_comparison<T>(mode, twin::kRepeat / sizeof(T), vector.what());
-    twin::check_full_mask<T>(mask, repeats, vector.what());
+    const twin::Lanes all = vector.lanes(isSetMask, mask, sizeof(T), repeats);
+    twin::check_full_mask(all, sizeof(T), vector.what());
     const std::vector<T> right = twin::block_of(scalar);
-    twin::compare_repeats(vector, dst, src, mode, repeats, {p.srcBlkStride, p.srcRepStride},
+    twin::compare_repeats(vector, dst, src, mode, all.repeats, {p.srcBlkStride, p.srcRepStride},
                           [&](size_t, size_t) { return right.data(); });
 }
 
@@ -216,13 +216,14 @@ void Select(const LocalTensor<T>& dst, const LocalTensor<U>& mask, const LocalTe
             const LocalTensor<T>& src1, SELMODE mode, uint64_t lanes, uint8_t repeats,
             const BinaryRepeatParams& p)
 {
-    twin::Instruction vector(PIPE_V, "Select");
+    twin::Instruction vector(PIPE_V, "Select", twin::mask_of(isSetMask));
     if (mode != SELMODE::VSEL_TENSOR_TENSOR_MODE) {
         twin::fail("Select: the repeat form of two tensors is VSEL_TENSOR_TENSOR_MODE in the twin");
     }
-    twin::check_full_mask<T>(lanes, repeats, vector.what());
+    const twin::Lanes all = vector.lanes(isSetMask, lanes, sizeof(T), repeats);
+    twin::check_full_mask(all, sizeof(T), vector.what());
     const size_t n = twin::block_elements(sizeof(T));
-    twin::select_repeats(vector, dst, mask, src0, repeats, p, [&](size_t r, size_t b) {
+    twin::select_repeats(vector, dst, mask, src0, all.repeats, p, [&](size_t r, size_t b) {
         return vector.in(src1, (r * p.src1RepStride + b * p.src1BlkStride) * n, n);
     });
 }
@@ -231,13 +232,14 @@ template <typename T, typename U, bool isSetMask = true>
 void Select(const LocalTensor<T>& dst, const LocalTensor<U>& mask, const LocalTensor<T>& src,
             T scalar, SELMODE mode, uint64_t lanes, uint8_t repeats, const BinaryRepeatParams& p)
 {
-    twin::Instruction vector(PIPE_V, "Select");
+    twin::Instruction vector(PIPE_V, "Select", twin::mask_of(isSetMask));
     if (mode != SELMODE::VSEL_TENSOR_SCALAR_MODE) {
         twin::fail("Select: with a scalar the mode is VSEL_TENSOR_SCALAR_MODE");
     }
-    twin::check_full_mask<T>(lanes, repeats, vector.what());
+    const twin::Lanes all = vector.lanes(isSetMask, lanes, sizeof(T), repeats);
+    twin::check_full_mask(all, sizeof(T), vector.what());
     const std::vector<T> rest = twin::block_of(scalar);
-    twin::select_repeats(vector, dst, mask, src, repeats, p,
+    twin::select_repeats(vector, dst, mask, src, all.repeats, p,
                          [&](size_t, size_t) { return rest.data(); });
 }
 

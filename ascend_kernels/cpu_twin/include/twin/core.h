@@ -1,4 +1,4 @@
-// One core of the launch: its UB, clocks, counters and its view of global memory.
+// One core of the launch: its UB, clocks, mask, counters and its view of global memory.
 #pragma once
 
 #include <map>
@@ -6,6 +6,7 @@
 #include "twin/clock.h"
 #include "twin/counters.h"
 #include "twin/global_memory.h"
+#include "twin/mask.h"
 #include "twin/unified_buffer.h"
 
 namespace AscendC {
@@ -30,16 +31,19 @@ struct Buffer {
 
 class Core {
 public:
-    Core(Grid* grid, GlobalMemory* memory, int block, int blocks, size_t ub_bytes)
-        : grid(grid), memory(memory), block(block), blocks(blocks), ub(ub_bytes)
+    Core(Grid* grid, GlobalMemory* memory, int block, int blocks, size_t ub_bytes,
+         uint64_t tiling_key)
+        : memory(memory), block(block), blocks(blocks), tiling_key(tiling_key), ub(ub_bytes),
+          grid_(grid)
     {
     }
 
-    Grid* const grid;
     GlobalMemory* const memory;
     const int block, blocks;
+    const uint64_t tiling_key;
     UnifiedBuffer ub;
     Clocks clocks;
+    MaskRegister mask;
     Counters counters;
     std::vector<Buffer> buffers;
     AscendC::TPipe* pipe = nullptr;
@@ -47,52 +51,17 @@ public:
     bool aiv_only = false;  // the kernel's type is KERNEL_TYPE_AIV_ONLY
 
     // Takes `bytes` from UB for a buffer and returns its index.
-    int take(size_t bytes, bool of_queue)
-    {
-        const size_t offset = counters.ub_peak_bytes;
-        bytes = round_up(bytes);
-        counters.ub_peak_bytes += bytes;
-        if (counters.ub_peak_bytes > ub.size()) {
-            fail("InitBuffer: UB overflow, the buffers take ", counters.ub_peak_bytes,
-                 " bytes and the budget is ", ub.size());
-        }
-        if (bytes == 0) {
-            fail("InitBuffer: a buffer of 0 bytes");
-        }
-        if (buffers.size() == 64) {
-            fail("InitBuffer: more than 64 buffers in one TPipe");
-        }
-        buffers.push_back({offset, bytes});
-        buffers.back().of_queue = of_queue;
-        return static_cast<int>(buffers.size()) - 1;
-    }
+    int take(size_t bytes, bool of_queue);
 
     // A DMA or scalar access to global memory: bounds, order within the core, races between cores.
     void touch_global(pipe_t issuer, uint32_t time, const void* address, size_t bytes,
-                      size_t alignment, bool write, const char* what)
-    {
-        const int region = memory->check(address, bytes, alignment, write, what);
-        const auto* begin = static_cast<const uint8_t*>(address);
-        check_global_order(issuer, begin, begin + bytes, write, what);
-        if (write) {
-            own_writes_[begin] = {begin + bytes, issuer, time};
-        }
-        memory->note(region, address, bytes, write, block);
-    }
+                      size_t alignment, bool write, const char* what);
+
+    // Waits until all blocks have come; drains the pipes first.
+    void sync_all();
 
     // The end of the kernel on this core.
-    void finish() const
-    {
-        clocks.check_all_waited_for(true);
-        for (size_t i = 0; i < buffers.size(); ++i) {
-            if (buffers[i].state != BufferState::free) {
-                fail("buffer ", i, " of UB: not given back by FreeTensor at the end of the kernel");
-            }
-        }
-        if (atomic) {
-            fail("SetAtomicAdd: still on at the end of the kernel (missing SetAtomicNone)");
-        }
-    }
+    void finish() const;
 
 private:
     struct Store {
@@ -103,23 +72,9 @@ private:
 
     // A core that reads or overwrites its own store must wait for the store to land.
     void check_global_order(pipe_t issuer, const uint8_t* begin, const uint8_t* end, bool write,
-                            const char* what) const
-    {
-        auto next = own_writes_.lower_bound(begin);
-        if (next != own_writes_.begin()) {
-            --next;
-        }
-        for (; next != own_writes_.end() && next->first < end; ++next) {
-            const Store& store = next->second;
-            const bool in_order = issuer == store.pipe && write;  // one pipe stores in order
-            if (store.end > begin && !in_order &&
-                !clocks.ordered(issuer, store.pipe, store.time)) {
-                fail(what, ": hazard in global memory: pipe ", name(issuer),
-                     " does not wait for the core's own store on pipe ", name(store.pipe));
-            }
-        }
-    }
+                            const char* what) const;
 
+    Grid* const grid_;
     std::map<const uint8_t*, Store> own_writes_;
 };
 

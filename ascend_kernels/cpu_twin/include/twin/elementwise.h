@@ -5,6 +5,8 @@
 // blocks of a repeat and between repeats. A repeat stride of 0 reads the same operand again.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "twin/instruction.h"
@@ -84,23 +86,13 @@ struct Stride {
     size_t block, repeat;
 };
 
-inline void check_mask(size_t mask, size_t element_bytes, int repeats, const char* what)
-{
-    if (mask < 1 || mask > kRepeat / element_bytes) {
-        fail(what, ": mask ", mask, " is not in 1 to ", kRepeat / element_bytes);
-    }
-    if (repeats < 0 || repeats > 255) {
-        fail(what, ": repeatTimes ", repeats, " is not in 0 to 255");
-    }
-}
-
 // Visits the blocks of a repeat form: f(repeat, block, elements of this block).
 template <typename Visit>
-void for_each_block(size_t mask, int repeats, size_t per_block, const Visit& visit)
+void for_each_block(const Lanes& lanes, size_t per_block, const Visit& visit)
 {
-    for (int r = 0; r < repeats; ++r) {
-        for (size_t b = 0; b * per_block < mask; ++b) {
-            visit(size_t(r), b, std::min(per_block, mask - b * per_block));
+    for (size_t r = 0; r < lanes.repeats; ++r) {
+        for (size_t b = 0; b * per_block < lanes.of(r); ++b) {
+            visit(r, b, std::min(per_block, lanes.of(r) - b * per_block));
         }
     }
 }
@@ -121,19 +113,20 @@ void unary(const char* what, const LocalTensor<T>& dst, const LocalTensor<T>& sr
 
 template <typename T, typename Function>
 void unary_repeats(const char* what, const LocalTensor<T>& dst, const LocalTensor<T>& src,
-                   uint64_t mask, uint8_t repeats, Stride to, Stride from, const Function& f)
+                   bool own, uint64_t mask, uint8_t repeats, Stride to, Stride from,
+                   const Function& f)
 {
-    Instruction vector(PIPE_V, what);
-    check_mask(mask, sizeof(T), repeats, what);
+    Instruction vector(PIPE_V, what, mask_of(own));
+    const Lanes lanes_of = vector.lanes(own, mask, sizeof(T), repeats);
     const size_t n = block_elements(sizeof(T));
-    for_each_block(mask, repeats, n, [&](size_t r, size_t b, size_t lanes) {
+    for_each_block(lanes_of, n, [&](size_t r, size_t b, size_t lanes) {
         const T* x = vector.in(src, (r * from.repeat + b * from.block) * n, lanes);
         T* y = vector.out(dst, (r * to.repeat + b * to.block) * n, lanes);
         for (size_t i = 0; i < lanes; ++i) {
             y[i] = narrow<T>(f(static_cast<Wide<T>>(x[i])));
         }
     });
-    vector.count_repeats(repeats * kRepeat);
+    vector.count_repeats(lanes_of.repeats * kRepeat);
 }
 
 template <typename T, typename Function>
@@ -153,13 +146,13 @@ void binary(const char* what, const LocalTensor<T>& dst, const LocalTensor<T>& s
 
 template <typename T, typename Function>
 void binary_repeats(const char* what, const LocalTensor<T>& dst, const LocalTensor<T>& src0,
-                    const LocalTensor<T>& src1, uint64_t mask, uint8_t repeats,
+                    const LocalTensor<T>& src1, bool own, uint64_t mask, uint8_t repeats,
                     const AscendC::BinaryRepeatParams& p, const Function& f)
 {
-    Instruction vector(PIPE_V, what);
-    check_mask(mask, sizeof(T), repeats, what);
+    Instruction vector(PIPE_V, what, mask_of(own));
+    const Lanes lanes_of = vector.lanes(own, mask, sizeof(T), repeats);
     const size_t n = block_elements(sizeof(T));
-    for_each_block(mask, repeats, n, [&](size_t r, size_t b, size_t lanes) {
+    for_each_block(lanes_of, n, [&](size_t r, size_t b, size_t lanes) {
         const T* x0 = vector.in(src0, (r * p.src0RepStride + b * p.src0BlkStride) * n, lanes);
         const T* x1 = vector.in(src1, (r * p.src1RepStride + b * p.src1BlkStride) * n, lanes);
         T* y = vector.out(dst, (r * p.dstRepStride + b * p.dstBlkStride) * n, lanes);
@@ -167,7 +160,7 @@ void binary_repeats(const char* what, const LocalTensor<T>& dst, const LocalTens
             y[i] = narrow<T>(f(static_cast<Wide<T>>(x0[i]), static_cast<Wide<T>>(x1[i])));
         }
     });
-    vector.count_repeats(repeats * kRepeat);
+    vector.count_repeats(lanes_of.repeats * kRepeat);
 }
 
 }  // namespace twin
@@ -188,7 +181,7 @@ namespace AscendC {
               uint64_t mask, const uint8_t repeats, const BinaryRepeatParams& params)              \
     {                                                                                              \
         static_assert(twin::one_of<T, TYPES>, #NAME ": no such type on Atlas A2");                 \
-        twin::binary_repeats(#NAME, dst, src0, src1, mask, repeats, params,                        \
+        twin::binary_repeats(#NAME, dst, src0, src1, isSetMask, mask, repeats, params,             \
                              [](auto a, auto b) { return EXPRESSION; });                           \
     }
 
@@ -207,7 +200,8 @@ namespace AscendC {
     {                                                                                              \
         static_assert(twin::one_of<T, TYPES>, #NAME ": no such type on Atlas A2");                 \
         const auto b = static_cast<twin::Wide<T>>(scalar);                                         \
-        twin::unary_repeats(#NAME, dst, src, mask, repeats, {p.dstBlkStride, p.dstRepStride},      \
+        twin::unary_repeats(#NAME, dst, src, isSetMask, mask, repeats,                             \
+                            {p.dstBlkStride, p.dstRepStride},                                      \
                             {p.srcBlkStride, p.srcRepStride}, [b](auto a) { return EXPRESSION; }); \
     }
 
@@ -223,7 +217,8 @@ namespace AscendC {
               const uint8_t repeats, const UnaryRepeatParams& p)                                   \
     {                                                                                              \
         static_assert(twin::one_of<T, TYPES>, #NAME ": no such type on Atlas A2");                 \
-        twin::unary_repeats(#NAME, dst, src, mask, repeats, {p.dstBlkStride, p.dstRepStride},      \
+        twin::unary_repeats(#NAME, dst, src, isSetMask, mask, repeats,                             \
+                            {p.dstBlkStride, p.dstRepStride},                                      \
                             {p.srcBlkStride, p.srcRepStride}, [](auto a) { return EXPRESSION; });  \
     }
 
@@ -291,14 +286,14 @@ void Duplicate(const LocalTensor<T>& dst, const T& scalar, uint64_t mask, const 
                const uint16_t block_stride, const uint8_t repeat_stride)
 {
     static_assert(sizeof(T) == 2 || sizeof(T) == 4, "Duplicate: elements of 2 or 4 bytes");
-    twin::Instruction vector(PIPE_V, "Duplicate");
-    twin::check_mask(mask, sizeof(T), repeats, vector.what());
+    twin::Instruction vector(PIPE_V, "Duplicate", twin::mask_of(isSetMask));
+    const twin::Lanes lanes_of = vector.lanes(isSetMask, mask, sizeof(T), repeats);
     const size_t n = twin::block_elements(sizeof(T));
-    twin::for_each_block(mask, repeats, n, [&](size_t r, size_t b, size_t lanes) {
+    twin::for_each_block(lanes_of, n, [&](size_t r, size_t b, size_t lanes) {
         std::fill_n(vector.out(dst, (r * repeat_stride + b * block_stride) * n, lanes), lanes,
                     scalar);
     });
-    vector.count_repeats(repeats * twin::kRepeat);
+    vector.count_repeats(lanes_of.repeats * twin::kRepeat);
 }
 
 template <typename T, bool isSetMask = true>
@@ -306,15 +301,15 @@ void Copy(const LocalTensor<T>& dst, const LocalTensor<T>& src, const uint64_t m
           const uint8_t repeats, const CopyRepeatParams& p)
 {
     static_assert(sizeof(T) == 2 || sizeof(T) == 4, "Copy: elements of 2 or 4 bytes");
-    twin::Instruction vector(PIPE_V, "Copy");
-    twin::check_mask(mask, sizeof(T), repeats, vector.what());
+    twin::Instruction vector(PIPE_V, "Copy", twin::mask_of(isSetMask));
+    const twin::Lanes lanes_of = vector.lanes(isSetMask, mask, sizeof(T), repeats);
     const size_t n = twin::block_elements(sizeof(T));
-    twin::for_each_block(mask, repeats, n, [&](size_t r, size_t b, size_t lanes) {
+    twin::for_each_block(lanes_of, n, [&](size_t r, size_t b, size_t lanes) {
         const T* x = vector.in(src, (r * p.srcRepeatSize + b * p.srcStride) * n, lanes);
         T* y = vector.out(dst, (r * p.dstRepeatSize + b * p.dstStride) * n, lanes);
         std::memmove(y, x, lanes * sizeof(T));
     });
-    vector.count_repeats(repeats * twin::kRepeat);
+    vector.count_repeats(lanes_of.repeats * twin::kRepeat);
 }
 
 }  // namespace AscendC

@@ -72,9 +72,9 @@ void CreateVecIndex(LocalTensor<T>& dst, const T& first, uint64_t mask, uint8_t 
 {
     static_assert(twin::one_of<T, TWIN_NUMBERS>, "CreateVecIndex: no such type on Atlas A2");
     twin::Instruction vector(PIPE_V, "CreateVecIndex");
-    twin::check_mask(mask, sizeof(T), repeats, vector.what());
+    const twin::Lanes lanes_of = vector.lanes(true, mask, sizeof(T), repeats);
     const size_t n = twin::block_elements(sizeof(T));
-    twin::for_each_block(mask, repeats, n, [&](size_t r, size_t b, size_t lanes) {
+    twin::for_each_block(lanes_of, n, [&](size_t r, size_t b, size_t lanes) {
         T* to = vector.out(dst, (r * repeat_stride + b * block_stride) * n, lanes);
         for (size_t i = 0; i < lanes; ++i) {
             const size_t index = r * mask + b * n + i;

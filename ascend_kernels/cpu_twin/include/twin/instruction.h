@@ -5,13 +5,15 @@
 
 namespace twin {
 
+void check_mask(size_t mask, size_t element_bytes, int repeats, const char* what);
+
+// Where an instruction of the vector unit has its mask from: it sets it itself, by a count or by an
+// argument; or it finds it in the register; or it has none.
+enum class Mask { own, in_register, none };
+
 class Instruction {
 public:
-    Instruction(pipe_t pipe, const char* what)
-        : pipe_(pipe), what_(what), time_(core().clocks.issue(pipe))
-    {
-        core().counters.vector_instructions += pipe == PIPE_V;
-    }
+    Instruction(pipe_t pipe, const char* what, Mask mask = Mask::own);
 
     const char* what() const { return what_; }
     uint32_t time() const { return time_; }
@@ -21,12 +23,7 @@ public:
     const T* in(const AscendC::LocalTensor<T>& tensor, size_t first, size_t count,
                 size_t alignment = kBlock)
     {
-        const T* address = operand(tensor, first, count, alignment);
-        const size_t offset = tensor.begin() + first * sizeof(T), bytes = count * sizeof(T);
-        core().ub.touch(core().clocks, pipe_, time_, offset, bytes, false, what_);
-        core().ub.check_initialised(offset, bytes, what_);
-        reads_.push_back({offset, offset + bytes});
-        return address;
+        return static_cast<const T*>(operand(tensor, first, count, alignment, false));
     }
     template <typename T>
     const T* in(const AscendC::LocalTensor<T>& tensor, size_t count)
@@ -39,12 +36,7 @@ public:
     T* out(const AscendC::LocalTensor<T>& tensor, size_t first, size_t count,
            size_t alignment = kBlock)
     {
-        T* address = operand(tensor, first, count, alignment);
-        const size_t offset = tensor.begin() + first * sizeof(T), bytes = count * sizeof(T);
-        core().ub.touch(core().clocks, pipe_, time_, offset, bytes, true, what_);
-        core().ub.mark_initialised(offset, bytes);
-        writes_.push_back({offset, offset + bytes});
-        return address;
+        return static_cast<T*>(operand(tensor, first, count, alignment, true));
     }
     template <typename T>
     T* out(const AscendC::LocalTensor<T>& tensor, size_t count)
@@ -52,41 +44,35 @@ public:
         return out(tensor, 0, count);
     }
 
-    // Source and destination of a count-style instruction may coincide or be apart, not overlap.
-    void check_overlap() const
-    {
-        for (const Range& read : reads_) {
-            for (const Range& write : writes_) {
-                const bool apart = read.end <= write.begin || write.end <= read.begin;
-                if (!apart && read.begin != write.begin) {
-                    fail(what_, ": source and destination overlap without coinciding (UB bytes ",
-                         read.begin, " and ", write.begin, ")");
-                }
-            }
-        }
-    }
+    // The same of any type, as an address.
+    void* operand(const LocalView& tensor, size_t first, size_t count, size_t alignment, bool write);
 
-    void count_repeats(size_t bytes) { core().counters.vector_repeats += round_up(bytes, kRepeat) / kRepeat; }
+    // The lanes of a repeat form whose mask is `mask` (`own`), or in the register.
+    Lanes lanes(bool own, uint64_t mask, size_t element_bytes, int repeats) const;
+
+    // Source and destination of a count-style instruction may coincide or be apart, not overlap.
+    void check_overlap() const;
+
+    void count_repeats(size_t bytes)
+    {
+        core().counters.vector_repeats += round_up(bytes, kRepeat) / kRepeat;
+    }
 
 private:
     struct Range {
         size_t begin, end;
     };
 
-    template <typename T>
-    T* operand(const AscendC::LocalTensor<T>& tensor, size_t first, size_t count, size_t alignment)
-    {
-        const size_t offset = tensor.begin() + first * sizeof(T);
-        if (offset % alignment) {
-            fail(what_, ": UB address ", offset, " is not aligned to ", alignment, " bytes");
-        }
-        return tensor.raw(first, count, what_);
-    }
-
     pipe_t pipe_;
     const char* what_;
     uint32_t time_;
     std::vector<Range> reads_, writes_;
 };
+
+// The mask of a repeat form.
+constexpr Mask mask_of(bool is_set_mask)
+{
+    return is_set_mask ? Mask::own : Mask::in_register;
+}
 
 }  // namespace twin

@@ -2,10 +2,10 @@
 // table of all kernels in the library.
 #pragma once
 
-#include <map>
+#include <cstring>
+#include <string>
 #include <utility>
 
-#include "twin/grid.h"
 #include "twin/tensor.h"
 
 namespace twin {
@@ -13,33 +13,45 @@ namespace twin {
 // In front of a kernel's own workspace the framework keeps some for its libraries.
 constexpr size_t kLibraryWorkspace = 1024;
 
-// A compiled kernel: its entry point takes `arguments` addresses.
+// A compiled kernel: its entry point takes `arguments` addresses; `call` knows its type.
 struct Kernel {
     size_t arguments;
     size_t tiling_bytes;
-    std::function<void(GM_ADDR const*)> call;
+    void (*entry)();
+    void (*call)(void (*entry)(), GM_ADDR const* arguments);
 };
 
-// By entry-point name. In a function: the kernels register before main and in any order.
-inline std::map<std::string, Kernel>& kernels()
-{
-    static std::map<std::string, Kernel> table;
-    return table;
-}
+// Enters a kernel into the table of the library, by the name of its entry point.
+void add_kernel(const char* name, const Kernel& kernel);
 
-template <typename... Addresses, size_t... Index>
-Kernel make_kernel(void (*entry)(Addresses...), size_t tiling_bytes, std::index_sequence<Index...>)
+// The kernel of that name, or null.
+const Kernel* find_kernel(const std::string& name);
+
+template <typename Address, size_t>
+using Repeated = Address;
+
+template <size_t... Index>
+void call_kernel(void (*entry)(), GM_ADDR const* arguments)
 {
-    static_assert((std::is_same_v<Addresses, GM_ADDR> && ...), "a kernel takes addresses only");
-    return {sizeof...(Addresses), tiling_bytes,
-            [entry](GM_ADDR const* arguments) { entry(arguments[Index]...); }};
+    using Entry = void (*)(Repeated<GM_ADDR, Index>...);
+    reinterpret_cast<Entry>(entry)(arguments[Index]...);
 }
 
 struct RegisterKernel {
     template <typename... Addresses>
     RegisterKernel(const char* name, void (*entry)(Addresses...), size_t tiling_bytes)
     {
-        kernels()[name] = make_kernel(entry, tiling_bytes, std::index_sequence_for<Addresses...>());
+        static_assert((std::is_same_v<Addresses, GM_ADDR> && ...), "a kernel takes addresses only");
+        enter(name, reinterpret_cast<void (*)()>(entry), tiling_bytes,
+              std::index_sequence_for<Addresses...>());
+    }
+
+private:
+    template <size_t... Index>
+    static void enter(const char* name, void (*entry)(), size_t tiling_bytes,
+                      std::index_sequence<Index...>)
+    {
+        add_kernel(name, {sizeof...(Index), tiling_bytes, entry, &call_kernel<Index...>});
     }
 };
 
@@ -69,7 +81,7 @@ inline GM_ADDR GetUserWorkspace(GM_ADDR workspace)
     type name;                                           \
     twin::load_tiling(name, address)
 
-#define TILING_KEY_IS(key) (twin::core().grid->tiling_key == (key))
+#define TILING_KEY_IS(key) (twin::core().tiling_key == (key))
 
 enum KernelMetaType { KERNEL_TYPE_AIV_ONLY, KERNEL_TYPE_MIX_AIV_1_0 };
 #define KERNEL_TASK_TYPE_DEFAULT(type) (twin::core().aiv_only = (type) == KERNEL_TYPE_AIV_ONLY)

@@ -1,13 +1,58 @@
 // TPipe, TQue, TQueBind, TBuf: buffers of UB and the hand-over between pipes.
 #pragma once
 
-#include <deque>
-
 #include "twin/sync.h"
 
 namespace AscendC {
 
 class TPipe;
+
+}  // namespace AscendC
+
+namespace twin {
+
+// A queue of buffers, whatever their elements.
+class Queue {
+public:
+    Queue(HardEvent filled, HardEvent emptied, int32_t depth)
+        : filled_(filled), emptied_(emptied), depth_(depth)
+    {
+    }
+
+protected:
+    friend class AscendC::TPipe;
+
+    LocalView allocate();
+    void enqueue(const LocalView& tensor);
+    LocalView dequeue();
+    void free(const LocalView& tensor);
+
+    std::vector<int> waiting_;  // buffers, the first one in front
+
+private:
+    Buffer& own(const LocalView& tensor, const char* what);
+
+    const HardEvent filled_, emptied_;
+    const int32_t depth_;
+    std::vector<int> own_;
+    size_t cursor_ = 0;
+};
+
+// A buffer that belongs to no queue.
+class Scratch {
+protected:
+    friend class AscendC::TPipe;
+
+    LocalView whole() const;
+    LocalView part(size_t bytes, size_t offset) const;
+
+private:
+    int index_ = -1;
+};
+
+}  // namespace twin
+
+namespace AscendC {
 
 // The pipe that fills a buffer of this position, and the one that empties it.
 constexpr pipe_t producer(TPosition position)
@@ -31,138 +76,45 @@ constexpr HardEvent event_between(pipe_t from, pipe_t to)
 
 // Hands buffers from the pipe that fills `source` to the pipe that empties `destination`.
 template <TPosition source, TPosition destination, int32_t depth, auto mask = 0>
-class TQueBind {
+class TQueBind : public twin::Queue {
     static_assert(source == TPosition::VECIN || source == TPosition::VECOUT);
     static_assert(destination == TPosition::VECIN || destination == TPosition::VECOUT);
-    static constexpr HardEvent kFilled = event_between(producer(source), consumer(destination));
-    static constexpr HardEvent kEmptied = event_between(consumer(destination), producer(source));
 
 public:
+    TQueBind()
+        : Queue(event_between(producer(source), consumer(destination)),
+                event_between(consumer(destination), producer(source)), depth)
+    {
+    }
+
     template <typename T>
     LocalTensor<T> AllocTensor()
     {
-        for (size_t i = 0; i < own_.size(); ++i) {
-            const int index = own_[(cursor_ + i) % own_.size()];
-            twin::Buffer& buffer = twin::core().buffers[index];
-            if (buffer.state != twin::BufferState::free) {
-                continue;
-            }
-            cursor_ = (cursor_ + i + 1) % own_.size();
-            take_flag(kEmptied, buffer.freed);
-            buffer.state = twin::BufferState::allocated;
-            ++buffer.generation;
-            twin::core().ub.forget(buffer.offset, buffer.bytes);
-            return handle<T>(index);
-        }
-        if (own_.empty()) {
-            twin::fail("AllocTensor: the queue was never given buffers by TPipe::InitBuffer");
-        }
-        twin::fail("AllocTensor: all ", own_.size(),
-                   " buffers of the queue are in use (missing FreeTensor)");
+        return LocalTensor<T>(allocate());
     }
 
     template <typename T>
     bool EnQue(const LocalTensor<T>& tensor)
     {
-        twin::Buffer& buffer = own(tensor, "EnQue");
-        if (buffer.state != twin::BufferState::allocated &&
-            buffer.state != twin::BufferState::dequeued) {
-            twin::fail("EnQue: the tensor is not allocated (", describe(buffer.state), ")");
-        }
-        if (static_cast<int32_t>(waiting_.size()) >= depth) {
-            twin::fail("EnQue: more than ", depth, " tensors in a queue of depth ", depth);
-        }
-        buffer.state = twin::BufferState::queued;
-        waiting_.push_back(tensor.buffer());
-        buffer.enqueued = put_flag(kFilled);
+        enqueue(tensor);
         return true;
     }
 
     template <typename T>
     LocalTensor<T> DeQue()
     {
-        if (waiting_.empty()) {
-            twin::fail("DeQue: the queue is empty (missing EnQue; the core would hang)");
-        }
-        const int index = waiting_.front();
-        waiting_.pop_front();
-        twin::Buffer& buffer = twin::core().buffers[index];
-        take_flag(kFilled, buffer.enqueued);
-        buffer.state = twin::BufferState::dequeued;
-        return handle<T>(index);
+        return LocalTensor<T>(dequeue());
     }
 
     template <typename T>
     void FreeTensor(LocalTensor<T>& tensor)
     {
-        twin::Buffer& buffer = own(tensor, "FreeTensor");
-        if (buffer.state != twin::BufferState::dequeued &&
-            buffer.state != twin::BufferState::allocated) {
-            twin::fail("FreeTensor: the tensor is ", describe(buffer.state));
-        }
-        buffer.state = twin::BufferState::free;
-        buffer.freed = put_flag(kEmptied);
+        free(tensor);
     }
 
-    bool VacantInQue() const { return static_cast<int32_t>(waiting_.size()) < depth; }
-    bool HasTensorInQue() const { return !waiting_.empty(); }
+    bool VacantInQue() const { return GetTensorCountInQue() < depth; }
+    bool HasTensorInQue() const { return GetTensorCountInQue() != 0; }
     int32_t GetTensorCountInQue() const { return static_cast<int32_t>(waiting_.size()); }
-
-private:
-    friend class TPipe;
-
-    static const char* describe(twin::BufferState state)
-    {
-        static const char* const names[] = {"free already", "allocated", "still in the queue",
-                                            "taken from the queue"};
-        return names[static_cast<int>(state)];
-    }
-
-    template <typename T>
-    static LocalTensor<T> handle(int index)
-    {
-        const twin::Buffer& buffer = twin::core().buffers[index];
-        return LocalTensor<T>(index, buffer.offset, buffer.offset + buffer.bytes);
-    }
-
-    template <typename T>
-    twin::Buffer& own(const LocalTensor<T>& tensor, const char* what)
-    {
-        if (std::find(own_.begin(), own_.end(), tensor.buffer()) == own_.end()) {
-            twin::fail(what, ": the tensor belongs to another queue or buffer");
-        }
-        twin::Buffer& buffer = twin::core().buffers[tensor.buffer()];
-        if (buffer.generation != tensor.generation()) {
-            twin::fail(what, ": the tensor was freed and its buffer allocated anew");
-        }
-        return buffer;
-    }
-
-    static TEventID put_flag(HardEvent event)
-    {
-        twin::Core& core = twin::core();
-        const TEventID id = core.clocks.allocate(event);
-        core.clocks.mark_as_queue(event, id, true);
-        ++core.counters.flags;
-        core.clocks.set(event, id);
-        return id;
-    }
-
-    static void take_flag(HardEvent event, TEventID& id)
-    {
-        if (id < 0) {
-            return;
-        }
-        twin::Core& core = twin::core();
-        core.clocks.wait(event, id);
-        core.clocks.mark_as_queue(event, id, false);
-        core.clocks.release(event, id);
-        id = -1;
-    }
-
-    std::vector<int> own_;
-    std::deque<int> waiting_;
-    size_t cursor_ = 0;
 };
 
 template <TPosition position, int32_t depth, auto mask = 0>
@@ -170,13 +122,12 @@ class TQue : public TQueBind<position, position, depth, mask> {};
 
 // A buffer without hand-over: its user orders accesses by barriers and flags.
 template <TPosition position = TPosition::VECCALC>
-class TBuf {
+class TBuf : public twin::Scratch {
 public:
     template <typename T>
     LocalTensor<T> Get()
     {
-        const twin::Buffer& buffer = owner();
-        return LocalTensor<T>(index_, buffer.offset, buffer.offset + buffer.bytes);
+        return LocalTensor<T>(whole());
     }
 
     template <typename T>
@@ -189,35 +140,15 @@ public:
     template <typename T>
     LocalTensor<T> GetWithOffset(uint32_t count, uint32_t offset)
     {
-        const twin::Buffer& buffer = owner();
-        if (offset + count * sizeof(T) > buffer.bytes) {
-            twin::fail("TBuf::Get: ", count * sizeof(T), " bytes at ", offset,
-                       " leave its buffer of ", buffer.bytes);
-        }
-        const size_t begin = buffer.offset + offset;
-        return LocalTensor<T>(index_, begin, begin + count * sizeof(T));
+        return LocalTensor<T>(part(count * sizeof(T), offset));
     }
-
-private:
-    friend class TPipe;
-
-    const twin::Buffer& owner() const
-    {
-        if (index_ < 0) {
-            twin::fail("TBuf::Get: the buffer was never initialised by TPipe::InitBuffer");
-        }
-        return twin::core().buffers[index_];
-    }
-
-    int index_ = -1;
 };
 
 class TPipe {
 public:
     TPipe() { twin::core().pipe = this; }
 
-    template <class Queue>
-    bool InitBuffer(Queue& queue, uint8_t buffers, uint32_t bytes)
+    bool InitBuffer(twin::Queue& queue, uint8_t buffers, uint32_t bytes)
     {
         for (int i = 0; i < buffers; ++i) {
             queue.own_.push_back(twin::core().take(bytes, true));
@@ -225,8 +156,7 @@ public:
         return true;
     }
 
-    template <TPosition position>
-    bool InitBuffer(TBuf<position>& buffer, uint32_t bytes)
+    bool InitBuffer(twin::Scratch& buffer, uint32_t bytes)
     {
         buffer.index_ = twin::core().take(bytes, false);
         return true;

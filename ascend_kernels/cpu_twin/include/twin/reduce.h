@@ -65,32 +65,32 @@ std::vector<T> repeat_of(Instruction& vector, const LocalTensor<T>& src, size_t 
 template <typename T, typename Reduce>
 void block_reduce(const char* what, const LocalTensor<T>& dst, const LocalTensor<T>& src,
                   int32_t repeats, int32_t mask, int32_t dst_repeat, int32_t src_block,
-                  int32_t src_repeat, const Reduce& reduce)
+                  int32_t src_repeat, bool own, const Reduce& reduce)
 {
     static_assert(one_of<T, TWIN_FLOATS>, "BlockReduce: half and float only");
-    Instruction vector(PIPE_V, what);
-    check_mask(mask, sizeof(T), repeats, what);
+    Instruction vector(PIPE_V, what, mask_of(own));
+    const Lanes lanes_of = vector.lanes(own, mask, sizeof(T), repeats);
     const size_t n = block_elements(sizeof(T));
-    for_each_block(mask, repeats, n, [&](size_t r, size_t b, size_t lanes) {
+    for_each_block(lanes_of, n, [&](size_t r, size_t b, size_t lanes) {
         const T* x = vector.in(src, (r * src_repeat + b * src_block) * n, lanes);
         const T result = reduce(x, lanes);
         *vector.out(dst, r * dst_repeat * 8 + b, 1, sizeof(T)) = result;
     });
-    vector.count_repeats(repeats * kRepeat);
+    vector.count_repeats(lanes_of.repeats * kRepeat);
 }
 
 template <typename T, bool largest>
 void whole_extreme(const char* what, const LocalTensor<T>& dst, const LocalTensor<T>& src,
                    int32_t mask, int32_t repeats, int32_t dst_repeat, Stride from,
-                   AscendC::ReduceOrder order)
+                   AscendC::ReduceOrder order, bool own)
 {
     static_assert(one_of<T, TWIN_FLOATS>, "WholeReduce: half and float only");
     using AscendC::ReduceOrder;
-    Instruction vector(PIPE_V, what);
-    check_mask(mask, sizeof(T), repeats, what);
+    Instruction vector(PIPE_V, what, mask_of(own));
+    const Lanes lanes_of = vector.lanes(own, mask, sizeof(T), repeats);
     const bool both = order == ReduceOrder::ORDER_VALUE_INDEX || order == ReduceOrder::ORDER_INDEX_VALUE;
-    for (int32_t r = 0; r < repeats; ++r) {
-        const std::vector<T> lanes = repeat_of(vector, src, r, mask, from);
+    for (size_t r = 0; r < lanes_of.repeats; ++r) {
+        const std::vector<T> lanes = repeat_of(vector, src, r, lanes_of.of(r), from);
         const size_t at = extreme<T, largest>(lanes.data(), lanes.size());
         T index{};  // the bits of an unsigned integer, in the place of a T
         if constexpr (sizeof(T) == 2) {
@@ -109,7 +109,7 @@ void whole_extreme(const char* what, const LocalTensor<T>& dst, const LocalTenso
             to[1] = index_first ? lanes[at] : index;
         }
     }
-    vector.count_repeats(repeats * kRepeat);
+    vector.count_repeats(lanes_of.repeats * kRepeat);
 }
 
 }  // namespace twin
@@ -123,7 +123,7 @@ namespace AscendC {
               const int32_t src_repeat)                                                           \
     {                                                                                             \
         twin::block_reduce(#NAME, dst, src, repeats, mask, dst_repeat, src_block, src_repeat,     \
-                           [](const T* x, size_t n) -> T { return RESULT; });                     \
+                           isSetMask, [](const T* x, size_t n) -> T { return RESULT; });                     \
     }
 
 TWIN_BLOCK_REDUCE(BlockReduceMax, (x[twin::extreme<T, true>(x, n)]))
@@ -138,14 +138,14 @@ void WholeReduceSum(const LocalTensor<T>& dst, const LocalTensor<T>& src, const 
                     const int32_t src_repeat)
 {
     static_assert(twin::one_of<T, TWIN_FLOATS>, "WholeReduceSum: half and float only");
-    twin::Instruction vector(PIPE_V, "WholeReduceSum");
-    twin::check_mask(mask, sizeof(T), repeats, vector.what());
+    twin::Instruction vector(PIPE_V, "WholeReduceSum", twin::mask_of(isSetMask));
+    const twin::Lanes lanes_of = vector.lanes(isSetMask, mask, sizeof(T), repeats);
     const twin::Stride from{size_t(src_block), size_t(src_repeat)};
-    for (int32_t r = 0; r < repeats; ++r) {
-        const std::vector<T> lanes = twin::repeat_of(vector, src, r, mask, from);
+    for (size_t r = 0; r < lanes_of.repeats; ++r) {
+        const std::vector<T> lanes = twin::repeat_of(vector, src, r, lanes_of.of(r), from);
         *vector.out(dst, r * dst_repeat, 1, sizeof(T)) = twin::tree_sum(lanes.data(), lanes.size());
     }
-    vector.count_repeats(repeats * twin::kRepeat);
+    vector.count_repeats(lanes_of.repeats * twin::kRepeat);
 }
 
 template <typename T, bool isSetMask = true>
@@ -154,7 +154,7 @@ void WholeReduceMax(const LocalTensor<T>& dst, const LocalTensor<T>& src, const 
                     const int32_t src_repeat, ReduceOrder order = ReduceOrder::ORDER_VALUE_INDEX)
 {
     twin::whole_extreme<T, true>("WholeReduceMax", dst, src, mask, repeats, dst_repeat,
-                                 {size_t(src_block), size_t(src_repeat)}, order);
+                                 {size_t(src_block), size_t(src_repeat)}, order, isSetMask);
 }
 
 template <typename T, bool isSetMask = true>
@@ -163,7 +163,7 @@ void WholeReduceMin(const LocalTensor<T>& dst, const LocalTensor<T>& src, const 
                     const int32_t src_repeat, ReduceOrder order = ReduceOrder::ORDER_VALUE_INDEX)
 {
     twin::whole_extreme<T, false>("WholeReduceMin", dst, src, mask, repeats, dst_repeat,
-                                  {size_t(src_block), size_t(src_repeat)}, order);
+                                  {size_t(src_block), size_t(src_repeat)}, order, isSetMask);
 }
 
 // The sum of `count` elements: a tree in each repeat, then a tree over the repeats in `work`.

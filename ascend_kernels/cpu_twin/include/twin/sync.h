@@ -1,7 +1,6 @@
 // Flags, barriers, block numbers, and the barrier of all blocks.
 #pragma once
 
-#include "twin/grid.h"
 #include "twin/tensor.h"
 
 namespace AscendC {
@@ -35,14 +34,7 @@ inline void WaitFlag(int32_t id)
 template <bool isAIVOnly = true>
 inline void SyncAll()
 {
-    twin::Core& core = twin::core();
-    if (core.aiv_only) {
-        twin::fail("SyncAll: a kernel of type KERNEL_TYPE_AIV_ONLY has no barrier between cores: its "
-                   "type must be KERNEL_TYPE_MIX_AIV_1_0");
-    }
-    ++core.counters.sync_alls;
-    core.clocks.barrier(PIPE_ALL);
-    core.grid->sync_all();
+    twin::core().sync_all();
 }
 
 // Makes scalar accesses and DMA agree on global memory. The twin has no data cache to clean.
@@ -52,6 +44,26 @@ enum class DcciDst { CACHELINE_ALL, CACHELINE_UB, CACHELINE_OUT, CACHELINE_ATOMI
 template <typename T, CacheLine line, DcciDst destination>
 inline void DataCacheCleanAndInvalid(const GlobalTensor<T>&)
 {
+}
+
+// How SetVectorMask's mask counts, and that mask; see twin/mask.h.
+enum class MaskMode : uint8_t { NORMAL = 0, COUNTER };
+constexpr uint64_t MASK_PLACEHOLDER = 0;
+
+inline void SetMaskNorm() { twin::core().mask.set_mode(false); }
+inline void SetMaskCount() { twin::core().mask.set_mode(true); }
+inline void ResetMask() { twin::core().mask.reset(); }
+
+template <typename T, MaskMode mode = MaskMode::NORMAL>
+inline void SetVectorMask(const uint64_t maskHigh, const uint64_t maskLow)
+{
+    twin::core().mask.set(mode == MaskMode::COUNTER, maskHigh, maskLow);
+}
+
+template <typename T, MaskMode mode = MaskMode::NORMAL>
+inline void SetVectorMask(int32_t len)
+{
+    twin::core().mask.set_first(mode == MaskMode::COUNTER, len, sizeof(T));
 }
 
 // While on, stores to global memory add. Only float, half, int16 and int32 can add on Atlas A2;

@@ -10,165 +10,136 @@
 #define __ubuf__
 #define GM_ADDR uint8_t*
 
+namespace twin {
+
+// What a GlobalTensor is whatever its type: an address in global memory and a number of elements.
+class GlobalView {
+public:
+    explicit GlobalView(size_t element) : element_(element) {}
+
+    size_t element() const { return element_; }
+
+    // Declares `bytes` from element `offset` as read or written by instruction `time` of `pipe`.
+    void* touch_at(pipe_t pipe, uint32_t time, uint64_t offset, uint64_t bytes, bool write,
+                   const char* what) const;
+
+protected:
+    void* scalar(uint64_t offset, bool write, const char* what) const;
+    void move(uint64_t offset);
+
+    size_t element_;  // bytes
+    uint8_t* data_ = nullptr;
+    uint64_t size_ = 0;
+};
+
+// What a LocalTensor is whatever its type: a part of a buffer in UB, as that buffer was given out.
+class LocalView {
+public:
+    explicit LocalView(size_t element) : element_(element) {}
+    LocalView(size_t element, int buffer, size_t begin, size_t end);
+
+    size_t element() const { return element_; }
+    int buffer() const { return buffer_; }
+    size_t begin() const { return begin_; }
+    uint32_t generation() const { return generation_; }
+
+    // Elements as bytes in UB, after the checks that every access has in common.
+    void* raw(size_t first, size_t count, const char* what) const;
+
+    // The same part with elements of another size.
+    LocalView as(size_t element) const
+    {
+        LocalView view = *this;
+        view.element_ = element;
+        return view;
+    }
+
+protected:
+    void* scalar(uint32_t index, bool write, const char* what) const;
+    void move(uint32_t offset);
+
+    size_t element_;  // bytes
+    int buffer_ = -1;
+    size_t begin_ = 0, end_ = 0;
+    uint32_t generation_ = 0;
+};
+
+}  // namespace twin
+
 namespace AscendC {
 
 enum class TPosition : uint8_t { GM, VECIN, VECOUT, VECCALC };
 using QuePosition = TPosition;
 
 template <typename T>
-class GlobalTensor {
+class GlobalTensor : public twin::GlobalView {
 public:
     using PrimType = T;
 
+    GlobalTensor() : GlobalView(sizeof(T)) {}
+
     void SetGlobalBuffer(T* buffer, uint64_t size)
     {
-        data_ = buffer;
+        data_ = reinterpret_cast<uint8_t*>(buffer);
         size_ = size;
     }
     void SetGlobalBuffer(T* buffer) { SetGlobalBuffer(buffer, ~0ull); }
 
     GlobalTensor operator[](uint64_t offset) const
     {
-        if (offset > size_) {
-            twin::fail("GlobalTensor: offset ", offset, " is past its ", size_, " elements");
-        }
-        GlobalTensor part;
-        part.SetGlobalBuffer(data_ + offset, size_ == ~0ull ? size_ : size_ - offset);
+        GlobalTensor part = *this;
+        part.move(offset);
         return part;
     }
 
     T GetValue(uint64_t offset) const
     {
-        touch(PIPE_S, offset, 1, false, "GlobalTensor::GetValue");
-        return data_[offset];
+        return *static_cast<const T*>(scalar(offset, false, "GlobalTensor::GetValue"));
     }
     void SetValue(uint64_t offset, T value)
     {
-        touch(PIPE_S, offset, 1, true, "GlobalTensor::SetValue");
-        data_[offset] = value;
+        *static_cast<T*>(scalar(offset, true, "GlobalTensor::SetValue")) = value;
     }
     T operator()(uint64_t offset) const { return GetValue(offset); }
 
     uint64_t GetSize() const { return size_; }
-    const T* GetPhyAddr() const { return data_; }
-    T* GetPhyAddr(uint64_t offset) const { return data_ + offset; }
-
-    // Declares `count` elements from `offset` as read or written by a new instruction of `pipe`.
-    T* touch(pipe_t pipe, uint64_t offset, uint64_t count, bool write, const char* what) const
-    {
-        twin::Core& core = twin::core();
-        core.counters.scalar_gm_accesses += pipe == PIPE_S;
-        return touch_at(pipe, core.clocks.issue(pipe), offset, count * sizeof(T), write, what);
-    }
-
-    T* touch_at(pipe_t pipe, uint32_t time, uint64_t offset, uint64_t bytes, bool write,
-                const char* what) const
-    {
-        if (size_ != ~0ull && offset * sizeof(T) + bytes > size_ * sizeof(T)) {
-            twin::fail(what, ": ", bytes, " bytes at element ", offset,
-                       " leave the GlobalTensor of ", size_, " elements");
-        }
-        T* address = data_ + offset;
-        twin::core().touch_global(pipe, time, address, bytes, sizeof(T), write, what);
-        return address;
-    }
-
-private:
-    T* data_ = nullptr;
-    uint64_t size_ = 0;
+    const T* GetPhyAddr() const { return reinterpret_cast<const T*>(data_); }
+    T* GetPhyAddr(uint64_t offset) const { return reinterpret_cast<T*>(data_) + offset; }
 };
 
 template <typename T>
-class LocalTensor {
+class LocalTensor : public twin::LocalView {
 public:
     using PrimType = T;
 
-    LocalTensor() = default;
-    LocalTensor(int buffer, size_t begin, size_t end) : buffer_(buffer), begin_(begin), end_(end)
-    {
-        generation_ = twin::core().buffers[buffer].generation;
-    }
+    LocalTensor() : LocalView(sizeof(T)) {}
+    LocalTensor(int buffer, size_t begin, size_t end) : LocalView(sizeof(T), buffer, begin, end) {}
+    explicit LocalTensor(const LocalView& view) : LocalView(view.as(sizeof(T))) {}
 
     LocalTensor operator[](uint32_t offset) const
     {
         LocalTensor part = *this;
-        part.begin_ += offset * sizeof(T);
-        if (part.begin_ > end_) {
-            twin::fail("LocalTensor: offset ", offset, " is past its ", GetSize(), " elements");
-        }
+        part.move(offset);
         return part;
     }
 
     template <typename U>
     LocalTensor<U> ReinterpretCast() const
     {
-        LocalTensor<U> view;
-        view.adopt(buffer_, begin_, end_, generation_);
-        return view;
+        return LocalTensor<U>(static_cast<const LocalView&>(*this));
     }
 
-    T GetValue(uint32_t index) const { return *scalar(index, false, "LocalTensor::GetValue"); }
+    T GetValue(uint32_t index) const
+    {
+        return *static_cast<const T*>(scalar(index, false, "LocalTensor::GetValue"));
+    }
     void SetValue(uint32_t index, T value) const
     {
-        *scalar(index, true, "LocalTensor::SetValue") = value;
+        *static_cast<T*>(scalar(index, true, "LocalTensor::SetValue")) = value;
     }
     T operator()(uint32_t index) const { return GetValue(index); }
 
     uint32_t GetSize() const { return static_cast<uint32_t>((end_ - begin_) / sizeof(T)); }
-
-    // The twin's own view, for instructions.
-    int buffer() const { return buffer_; }
-    size_t begin() const { return begin_; }
-    size_t end() const { return end_; }
-
-    // Elements as bytes in UB, after the checks that every access has in common.
-    T* raw(size_t element, size_t count, const char* what) const
-    {
-        twin::Core& core = twin::core();
-        if (buffer_ < 0) {
-            twin::fail(what, ": the LocalTensor was never given a buffer");
-        }
-        const twin::Buffer& owner = core.buffers[buffer_];
-        if (owner.of_queue && (owner.generation != generation_ ||
-                               owner.state == twin::BufferState::free)) {
-            twin::fail(what, ": the tensor is used after FreeTensor");
-        }
-        const size_t first = begin_ + element * sizeof(T);
-        if (first + count * sizeof(T) > end_) {
-            twin::fail(what, ": elements ", element, " to ", element + count,
-                       " leave the buffer of ", GetSize(), " elements");
-        }
-        return reinterpret_cast<T*>(core.ub.at(first));
-    }
-
-    void adopt(int buffer, size_t begin, size_t end, uint32_t generation)
-    {
-        buffer_ = buffer;
-        begin_ = begin;
-        end_ = end;
-        generation_ = generation;
-    }
-    uint32_t generation() const { return generation_; }
-
-private:
-    T* scalar(uint32_t index, bool write, const char* what) const
-    {
-        T* address = raw(index, 1, what);
-        twin::Core& core = twin::core();
-        const size_t offset = begin_ + index * sizeof(T);
-        ++core.counters.scalar_ub_accesses;
-        core.ub.touch(core.clocks, PIPE_S, core.clocks.issue(PIPE_S), offset, sizeof(T), write, what);
-        if (write) {
-            core.ub.mark_initialised(offset, sizeof(T));
-        } else {
-            core.ub.check_initialised(offset, sizeof(T), what);
-        }
-        return address;
-    }
-
-    int buffer_ = -1;
-    size_t begin_ = 0, end_ = 0;
-    uint32_t generation_ = 0;
 };
 
 }  // namespace AscendC
