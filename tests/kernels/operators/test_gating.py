@@ -103,6 +103,21 @@ def test_extreme_logits_do_not_overflow(E):
     np.testing.assert_allclose(result.outputs["softmax_out"].sum(-1), 1.0, rtol=PROBABILITY)
 
 
+@pytest.mark.parametrize("renorm", [False, True], ids=["as_is", "renorm"])
+@pytest.mark.parametrize("K", [3, 8])
+@pytest.mark.parametrize("E", [8, 24, 130])
+def test_no_expert_is_chosen_twice_where_all_others_underflow(E, K, renorm):
+    """All probabilities but one are 0: the experts that were chosen must rank below those."""
+    best = np.array([0, 1, K - 1, E - 1])
+    x = np.full((len(best), E), -200.0, np.float32)
+    x[np.arange(len(best)), best] = 0.0
+    got = gate(x, K, renorm).outputs
+    for token, first in enumerate(best):
+        rest = [e for e in range(E) if e != first][: K - 1]
+        np.testing.assert_array_equal(got["expert_idx"][token], [first, *rest])
+    np.testing.assert_array_equal(got["y"], np.tile([1.0] + [0.0] * (K - 1), (len(best), 1)))
+
+
 @pytest.mark.parametrize("E", [8, 24])
 def test_a_row_of_nan_gets_no_expert(E):
     x = np.random.default_rng(0).normal(size=(9, E)).astype(np.float32)

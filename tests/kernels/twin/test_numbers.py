@@ -239,3 +239,14 @@ def test_compare_select_and_gather_by_count_and_by_repeats(lab, mode):
     x = np.random.default_rng(6).normal(size=TILE).astype(np.float32)
     found = apply(lab, "choose", x, np.float32, mode)
     np.testing.assert_array_equal(found, np.where(x < 0.5, x, -1)[::-1])
+
+
+@pytest.mark.parametrize("mode", [1, 40, 64, 65, 128, 1000, TILE])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_the_mask_register_says_which_lanes_are_computed(lab, dtype, mode):
+    """Up to 64: so many lanes of each repeat; above: so many elements in all (counter mode)."""
+    x = np.random.default_rng(7).integers(-8, 8, TILE).astype(dtype)
+    found = apply(lab, "masked_float" if dtype == np.float32 else "masked_half", x, dtype, mode)
+    element = np.arange(TILE)
+    computed = element % (256 // x.itemsize) < mode if mode <= 64 else element < mode
+    np.testing.assert_array_equal(found, np.where(computed, x + 1, 0))

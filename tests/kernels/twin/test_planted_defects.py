@@ -103,6 +103,16 @@ CAUGHT = {
     "repeats_past_buffer": "Duplicate: elements 256 to 264 leave the buffer of 256",
     "reduce_repeats": "WholeReduceSum: repeatTimes 256 is not in 0 to 255",
     "cast_mode": "Cast: RoundMode 0 does not exist for this pair of types",
+    # the mask register
+    "mask_left_set": "SetVectorMask: still set at the end of the kernel .missing ResetMask",
+    "counter_mode_left_on": "SetMaskCount: still on at the end of the kernel .missing SetMaskNorm",
+    "mask_lost": "Duplicate: sets its own mask and loses that of SetVectorMask",
+    "count_in_counter_mode": "Duplicate: sets its own mask while SetMaskCount is on",
+    "mask_of_another_instruction": "Adds: isSetMask is false, but since .* Duplicate has set",
+    "mask_of_another_mode": "SetVectorMask: MaskMode::COUNTER after SetMaskNorm",
+    "mask_with_a_gap": "Adds: the twin knows masks of the first lanes only",
+    "mask_of_too_many": "SetVectorMask: 65 elements is not in 1 to 64",
+    "counter_past_buffer": "Adds: elements 64 to 65 leave the buffer of 64 elements",
     "tensor_without_a_buffer": "Duplicate: the LocalTensor was never given a buffer",
 }
 TWO_BLOCKS = {"two_blocks_write", "read_without_sync_all", "sync_all_without_a_block"}

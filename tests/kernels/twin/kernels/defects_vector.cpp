@@ -126,3 +126,112 @@ DEFECT(select_two_tensors_by_scalar)
            kCount);
     bench.save_zeros();
 }
+
+// y = x + 1 in the lanes that the mask register says; the rest of `part` keeps what it held.
+static void add_one(lab::Bench& bench, uint32_t part, uint8_t repeats)
+{
+    Adds<float, false>(bench.scratch(part), bench.scratch(0), 1.0f, MASK_PLACEHOLDER, repeats,
+                       {1, 1, 8, 8});
+}
+
+static void ones(lab::Bench& bench)
+{
+    Duplicate(bench.scratch(0), 1.0f, kCount);
+    PipeBarrier<PIPE_V>();
+}
+
+DEFECT(mask_left_set)
+{
+    ones(bench);
+    bench.save_zeros();
+    SetVectorMask<float>(16);
+    add_one(bench, 1, 1);
+    if (!bad) {
+        ResetMask();
+    }
+}
+
+DEFECT(counter_mode_left_on)
+{
+    ones(bench);
+    bench.save_zeros();
+    SetMaskCount();
+    SetVectorMask<float, MaskMode::COUNTER>(40);
+    add_one(bench, 1, 1);
+    if (!bad) {
+        SetMaskNorm();
+    }
+    ResetMask();
+}
+
+DEFECT(mask_lost)
+{
+    ones(bench);
+    SetVectorMask<float>(16);
+    add_one(bench, 1, 1);
+    if (!bad) {
+        ResetMask();
+    }
+    bench.save_zeros();
+}
+
+DEFECT(count_in_counter_mode)
+{
+    ones(bench);
+    SetMaskCount();
+    if (!bad) {
+        SetMaskNorm();
+    }
+    bench.save_zeros();
+    SetMaskNorm();
+}
+
+DEFECT(mask_of_another_instruction)
+{
+    ones(bench);
+    if (!bad) {
+        ResetMask();
+    }
+    add_one(bench, 1, 1);
+    bench.save_zeros();
+}
+
+DEFECT(mask_of_another_mode)
+{
+    ones(bench);
+    if (!bad) {
+        SetMaskCount();
+    }
+    SetVectorMask<float, MaskMode::COUNTER>(40);
+    add_one(bench, 1, 1);
+    SetMaskNorm();
+    ResetMask();
+    bench.save_zeros();
+}
+
+DEFECT(mask_with_a_gap)
+{
+    ones(bench);
+    SetVectorMask<float>(0, bad ? 5 : 7);
+    add_one(bench, 1, 1);
+    ResetMask();
+    bench.save_zeros();
+}
+
+DEFECT(mask_of_too_many)
+{
+    SetVectorMask<float>(bad ? 65 : 64);
+    ResetMask();
+    bench.save_zeros();
+}
+
+DEFECT(counter_past_buffer)
+{
+    ones(bench);
+    SetMaskCount();
+    SetVectorMask<float, MaskMode::COUNTER>(bad ? 65 : 64);
+    add_one(bench, 1, 1);
+    SetMaskNorm();
+    ResetMask();
+    bench.save_zeros();
+}

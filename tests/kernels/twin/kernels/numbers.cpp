@@ -92,6 +92,29 @@ void sums(GM_ADDR x, GM_ADDR y, GM_ADDR, GM_ADDR tiling)
     });
 }
 
+// b = a + 1 in the lanes of the mask register, 0 elsewhere. mode 0 to 64: so many of each repeat;
+// above: so many elements of the whole tile, in counter mode.
+template <typename T>
+void masked(GM_ADDR x, GM_ADDR y, GM_ADDR, GM_ADDR tiling)
+{
+    GET_TILING_DATA_WITH_STRUCT(NumbersTilingData, t, tiling);
+    map<T, T>(x, y, t.n, [&](LocalTensor<T>& b, LocalTensor<T>& a) {
+        constexpr uint8_t repeats = kTile * sizeof(T) / 256;
+        Duplicate(b, T(0.0f), kTile);
+        PipeBarrier<PIPE_V>();
+        if (t.mode <= 64) {
+            SetMaskNorm();
+            SetVectorMask<T, MaskMode::NORMAL>(t.mode);
+        } else {
+            SetMaskCount();
+            SetVectorMask<T, MaskMode::COUNTER>(t.mode);
+        }
+        Adds<T, false>(b, a, T(1.0f), MASK_PLACEHOLDER, t.mode <= 64 ? repeats : 1, {1, 1, 8, 8});
+        SetMaskNorm();
+        ResetMask();
+    });
+}
+
 // b = a where a < limit, else -1; then rows of eight reversed by a gather.
 void choose(GM_ADDR x, GM_ADDR y, GM_ADDR, GM_ADDR tiling)
 {
@@ -146,3 +169,5 @@ NUMBERS_KERNEL(half_arithmetic, arithmetic<half>)
 NUMBERS_KERNEL(float_arithmetic, arithmetic<float>)
 NUMBERS_KERNEL(sums, sums)
 NUMBERS_KERNEL(choose, choose)
+NUMBERS_KERNEL(masked_float, masked<float>)
+NUMBERS_KERNEL(masked_half, masked<half>)
