@@ -11,8 +11,9 @@ import sys
 import pytest
 from support.slowest import Slowest
 
-TOGETHER = ("tests/distributed/",)
-"""Folders whose tests share jobs, or would crowd each other out: one after the other."""
+TOGETHER = ("tests/distributed/", "tests/dryrun/")
+"""Folders whose tests share jobs and processes, or would crowd each other out: one after the other.
+"""
 
 
 def pytest_configure(config):

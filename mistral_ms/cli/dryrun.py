@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mistral_ms.config import PredictConfig, RunConfig
-    from mistral_ms.parallel.dryrun.process import Request
+    from mistral_ms.parallel.dryrun.process import Compiler, Request
 
 
 class Step(StrEnum):
@@ -21,13 +21,6 @@ class Step(StrEnum):
     TRAIN = "train"
     PREFILL = "prefill"
     DECODE = "decode"
-
-
-_TARGETS = {
-    Step.TRAIN: "mistral_ms.parallel.graph:build",
-    Step.PREFILL: "mistral_ms.parallel.graph:prefill",
-    Step.DECODE: "mistral_ms.parallel.graph:decode",
-}
 
 
 def dryrun(
@@ -68,7 +61,7 @@ def dryrun(
     from mistral_ms.cli.output import count_progress, write_json
     from mistral_ms.config import load_any_config
     from mistral_ms.errors import GraphError
-    from mistral_ms.parallel.dryrun.process import Request
+    from mistral_ms.parallel.dryrun.process import TARGETS, Compiler, Request
     from mistral_ms.parallel.dryrun.report import summary
     from mistral_ms.parallel.dryrun.servers import check_servers
     from mistral_ms.parallel.dryrun.standins import find_runtime
@@ -82,18 +75,21 @@ def dryrun(
     runtime = find_runtime(os.environ)
     if target is None:
         _refuse(run, layers)
-        target = _TARGETS[step]
+        target = TARGETS[step.value]
     if not runtime.is_cann:
         check_servers(Topology.of(run.parallel))
     kept = logs or Path(tempfile.mkdtemp(prefix="mistral_ms-dryrun-logs-"))
     reports: list[dict[str, Any]] = []
     failures: list[str] = []
-    with count_progress(console, "compiling", "ranks") as progress:
+    with (
+        Compiler(runtime, os.environ) as compiler,
+        count_progress(console, "compiling", "ranks") as progress,
+    ):
         for done, one in enumerate(ranks):
             progress(done, len(ranks))
             request = Request(one, run.parallel.world, target, config, changes, layers)
             try:
-                reports.append(_compile(request, runtime, run, kept, time_limit))
+                reports.append(_compile(compiler, request, run, kept, time_limit))
             except GraphError as error:
                 failures.append(str(error))
     for each in reports:
@@ -147,21 +143,18 @@ def _ranks(text: str, world: int) -> range:
 
 
 def _compile(
+    compiler: Compiler,
     request: Request,
-    runtime: Any,
     run: RunConfig | PredictConfig,
     logs: Path,
     time_limit: float,
 ) -> dict[str, Any]:
-    import os
-
     from mistral_ms.config import RunConfig
     from mistral_ms.parallel.dryrun.ir import read
-    from mistral_ms.parallel.dryrun.process import compiled
     from mistral_ms.parallel.dryrun.report import report
     from mistral_ms.parallel.topology import Topology
 
-    with compiled(request, runtime, os.environ, logs, time_limit) as found:
+    with compiler.compiled(request, logs, time_limit) as found:
         text = found.graph.read_text(encoding="utf-8", errors="replace")
         graph = read(text, request.rank, request.world, found.groups)
     topology = Topology.of(run.parallel)

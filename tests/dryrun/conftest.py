@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
+from mistral_ms.cli.dryrun import dryrun
 from mistral_ms.config import ParallelConfig
-from mistral_ms.parallel.dryrun.ir import Graph, read
-from mistral_ms.parallel.dryrun.process import Request, compiled
+from mistral_ms.parallel.dryrun.process import TARGETS, Compiler, Request
 from mistral_ms.parallel.dryrun.standins import find_runtime, why_impossible
 
 ROOT = Path(__file__).parents[2]
-WORLD = 32
 
 
 @pytest.fixture(scope="session")
@@ -36,45 +38,58 @@ def runtime(environ):
 
 
 @pytest.fixture(scope="session")
-def compile_small(environ, runtime, tmp_path_factory):
-    """A function of a run (as its file has it) and a rank: the graph as text, and its groups."""
-    known = {}
+def compiler(environ, runtime):
+    """One process that imports MindSpore for all that is compiled here."""
+    with Compiler(runtime, environ) as compiler:
+        yield compiler
 
-    def compile_one(run, rank: int):
-        key = yaml.safe_dump([run, rank])
-        if key not in known:
-            path = tmp_path_factory.mktemp("run") / "run.yaml"
-            path.write_text(yaml.safe_dump(run))
-            request = Request(rank, ParallelConfig(**run["parallel"]).world, config=path)
-            with compiled(request, runtime, environ, path.parent, 300) as found:
-                known[key] = found.graph.read_text(errors="replace"), found.groups
-        return known[key]
+
+@pytest.fixture(scope="session")
+def compile_text(compiler, tmp_path_factory):
+    """A function of a request: its graph as text, and its groups. Nothing is compiled twice."""
+    known = {}
+    logs = tmp_path_factory.mktemp("logs")
+
+    def compile_one(request: Request) -> tuple[str, Mapping[str, tuple[int, ...]]]:
+        if request not in known:
+            with compiler.compiled(request, logs, 300) as found:
+                known[request] = found.graph.read_text(errors="replace"), found.groups
+        return known[request]
 
     return compile_one
 
 
 @pytest.fixture(scope="session")
-def compile_text(environ, runtime, tmp_path_factory):
-    """A function of a target of ``explicit_targets`` and a rank: its graph as text, its groups."""
+def request_of(tmp_path_factory):
+    """A function of a run (as its file has it), a rank and perhaps a target: the request."""
     known = {}
 
-    def compile_one(target: str, rank: int):
-        if (target, rank) not in known:
-            request = Request(rank, WORLD, f"dryrun.explicit_targets:{target}")
-            logs = tmp_path_factory.mktemp("logs")
-            with compiled(request, runtime, environ, logs, 300) as found:
-                known[target, rank] = found.graph.read_text(errors="replace"), found.groups
-        return known[target, rank]
+    def write(run, rank: int, target: str = TARGETS["train"]) -> Request:
+        text = yaml.safe_dump(run)
+        if text not in known:
+            known[text] = tmp_path_factory.mktemp("run") / "run.yaml"
+            known[text].write_text(text)
+        return Request(rank, ParallelConfig(**run["parallel"]).world, target, known[text])
 
-    return compile_one
+    return write
 
 
 @pytest.fixture(scope="session")
-def compile_graph(compile_text):
-    """The same, read."""
+def compile_run(compile_text, request_of):
+    """A function of the same: the graph as text, and its groups."""
+    return lambda *what: compile_text(request_of(*what))
 
-    def compile_one(target: str, rank: int) -> Graph:
-        text, groups = compile_text(target, rank)
-        return read(text, rank, WORLD, groups)
 
-    return compile_one
+@pytest.fixture(scope="session")
+def command(environ):
+    """The command in this process: a function of its arguments that returns what it did."""
+
+    def run(*arguments: object):
+        app = typer.Typer()
+        app.command()(dryrun)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environ.items():
+                patch.setenv(name, value)
+            return CliRunner().invoke(app, [str(each) for each in arguments])
+
+    return run

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from dryrun.rehearsal import Said
-from dryrun.small_runs import FLOAT, HALF, KEYS, LAYERS, QUERIES, WIDE, C, E, H, S, V
+from dryrun.small_runs import FLOAT, HALF, KEYS, QUERIES, WIDE, C, E, H, S, V, layers_of
 
 from mistral_ms.config import ParallelConfig
 from mistral_ms.parallel.topology import GroupKind, Topology, owners
 
 FORWARD, BACKWARD, RECOMPUTE, UPDATE = "forward", "backward", "recompute", "optimizer"
 STATES = S * H * HALF  # of a rank's micro-batch: one window
-REPORT = (4 + 2 * LAYERS * E) * FLOAT  # total, lm, aux, z; choices and kept choices of all layers
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,10 @@ class Expected:
         self.rank, self.micro = rank, micro
         self.stage = self.topology.place(rank).pp
         self.last = self.stage == self.config.pp - 1
+        layers = layers_of(parallel)
+        self.layers = layers // self.config.pp  # of the stage
+        # total, lm, aux, z; choices and kept choices of all layers
+        self.report = (4 + 2 * layers * E) * FLOAT
 
     def ranks(self, kind: GroupKind) -> tuple[int, ...]:
         """The rank's group of a kind."""
@@ -84,7 +87,7 @@ class Expected:
     def weights(self) -> dict[str, Weight]:
         """Of the rank's stage, by the names of checkpoints."""
         mp, ep = self.config.mp, self.config.ep
-        here = LAYERS // self.config.pp
+        here = self.layers
         found = {}
         norm = Weight((H,), copied_in_graph=True)
         if self.stage == 0:
@@ -139,16 +142,16 @@ class Expected:
 
     def losses(self) -> Difference:
         """What a step reports."""
-        layers, figures = LAYERS // self.config.pp, (2 + 2 * E) * FLOAT
+        layers, figures = self.layers, (2 + 2 * E) * FLOAT
         graph = Counter({self.said("AllReduce", BACKWARD, GroupKind.STAGE, figures): layers})
         if self.last:
             graph[self.said("AllReduce", BACKWARD, GroupKind.STAGE, FLOAT)] += 1
             graph[self.said("AllReduce", FORWARD, GroupKind.STAGE, FLOAT)] += self.micro
             if self.micro > 1:  # of a single one the compiler knows the sum beforehand
                 graph[self.said("AllReduce", BACKWARD, GroupKind.STAGE, FLOAT)] += self.micro
-        explicit = Counter({self.said("AllReduce", UPDATE, GroupKind.DATA, REPORT): 1})
+        explicit = Counter({self.said("AllReduce", UPDATE, GroupKind.DATA, self.report): 1})
         if self.config.pp > 1:
-            explicit[self.said("AllReduce", UPDATE, GroupKind.PIPELINE, REPORT)] += 1
+            explicit[self.said("AllReduce", UPDATE, GroupKind.PIPELINE, self.report)] += 1
         return Difference(
             "The graph adds its loss up on the last stage, for each micro-batch, and the start of "
             "its gradient, and once a step the figures of each sparse layer and the loss again, as "
@@ -218,7 +221,7 @@ class Expected:
     def last_stage(self) -> Difference:
         """Of a pipeline."""
         whole, mp = self._exchanged(), self.config.mp
-        times = 2 * self.micro * LAYERS // self.config.pp
+        times = 2 * self.micro * self.layers
         shared = self.config.all_to_all == "group_wise"
         travels = whole // mp if shared else whole
         graph = Counter({self.said("AlltoAll", RECOMPUTE, GroupKind.EXPERT, travels): times})
@@ -240,7 +243,7 @@ class Expected:
     def sequence(self) -> Difference:
         """Parallelism of rows between the matrices."""
         kind, mp = GroupKind.TENSOR, self.config.mp
-        times = LAYERS // self.config.pp * self.micro
+        times = self.layers * self.micro
         graph = Counter({
             self.said("AllGather", BACKWARD, kind, STATES // mp): times,
             self.said("ReduceScatter", BACKWARD, kind, STATES): 2 * times,
@@ -303,7 +306,7 @@ class Expected:
 
     def shared_rows(self) -> Difference:
         """Of the group-wise exchange, on the way back."""
-        kind, times = GroupKind.TENSOR, LAYERS // self.config.pp * self.micro
+        kind, times = GroupKind.TENSOR, self.layers * self.micro
         return Difference(
             "Gradients of copies are parts in the graph: where the explicit path takes its share "
             "of the gradient of rows that came home, the graph adds the parts up, and where the "

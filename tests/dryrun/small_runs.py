@@ -1,17 +1,26 @@
-"""Small runs for the auto-parallel graph: two layers, float16, a row per rank and dispatch group.
+"""Small runs for the auto-parallel graph: float16, a row per rank and dispatch group.
 
 Not a test. The sizes are names, so that tests can say what bytes are made of.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from mistral_ms.config import RunConfig
 
-LAYERS, H, WIDE, V, S = 2, 64, 96, 160, 24
+H, WIDE, V, S = 64, 96, 160, 24
 E, K = 8, 2
 C = 7  # ceil(1.1 * K * S / E)
 QUERIES, KEYS = H, H // 2  # four heads of 16, two of keys
 HALF, FLOAT = 2, 4
+
+
+def layers_of(parallel: Mapping[str, object]) -> int:
+    """One for each stage; two where matrices are divided, to tell what is said for each layer from
+    what is said once. More would be compiled for longer, and say the same once more.
+    """
+    return 2 if parallel.get("mp", 1) > 1 else parallel.get("pp", 1)
 
 
 def small_run(
@@ -22,7 +31,7 @@ def small_run(
         "vocab_size": V,
         "hidden_size": H,
         "intermediate_size": WIDE,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers_of(parallel),
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 
 import pytest
-from dryrun.small_runs import HALF, KEYS, LAYERS, QUERIES, WIDE, C, E, H, V, small_run
+from dryrun.small_runs import HALF, KEYS, QUERIES, WIDE, C, E, H, V, layers_of, small_run
 
 from mistral_ms.config import load_run_config
 from mistral_ms.errors import DryrunError
@@ -20,6 +20,7 @@ FORWARD, BACKWARD, RECOMPUTE = "forward", "backward", "recompute"
 SPARSE, SPARSE_RANK, SPARSE_MICRO = {"dp": 4, "ep": 4, "recompute": "full"}, 1, 2
 DENSE = {"dp": 8, "optimizer_parallel": True, "recompute": "full"}
 DENSE_RANK, MICRO = 5, 3
+LAYERS = layers_of(SPARSE)
 DENSE_SHAPES = {
     "embed_tokens.weight": (V, H),
     "lm_head.weight": (V, H),
@@ -43,13 +44,13 @@ DENSE_SHAPES = {
 
 
 @pytest.fixture(scope="module")
-def dense(compile_small):
-    return compile_small(small_run(DENSE, MICRO, moe=False), DENSE_RANK)[0]
+def dense(compile_run):
+    return compile_run(small_run(DENSE, MICRO, moe=False), DENSE_RANK)[0]
 
 
 @pytest.fixture(scope="module")
-def sparse(compile_small):
-    return compile_small(small_run(SPARSE, SPARSE_MICRO), SPARSE_RANK)
+def sparse(compile_run):
+    return compile_run(small_run(SPARSE, SPARSE_MICRO), SPARSE_RANK)
 
 
 def counted(graph):
@@ -178,6 +179,7 @@ def check_sparse(text, groups):
             exchanges[str(each.phase), each.ranks, each.nbytes] += each.times
     phases, ranks = (FORWARD, RECOMPUTE, BACKWARD), (0, 1, 2, 3)
     assert exchanges == {(phase, ranks, size): times for phase in phases}
+    assert graph.on_host == {}  # nor does it call Python
     # what is computed again is neither
     assert alltoall_per_layer(graph, SPARSE_MICRO) == {"forward": 2, "backward": 2}
     added_up = Counter()

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -27,14 +25,12 @@ ENDS = ("Send", "Receive")
 
 
 @pytest.fixture(scope="module")
-def reports(environ, tmp_path_factory):
+def reports(command, tmp_path_factory):
     directory = tmp_path_factory.mktemp("all")
     out = directory / "all.json"
-    line = [sys.executable, str(ROOT / "run_mixtral.py"), "dryrun", "--config", str(CONFIG)]
-    line += ["--rank", "all", "--json", str(out), "--logs", str(directory)]
-    done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = [x for x in done.stdout.splitlines() if x.startswith("rank ")]
+    done = command("--config", CONFIG, "--rank", "all", "--json", out, "--logs", directory)
+    assert done.exit_code == 0, done.output
+    said = [x for x in done.output.splitlines() if x.startswith("rank ")]
     assert [x.split(" compiled")[0] for x in said] == [
         "rank 0 (stage 0)", "rank 1 (stage 0)", "rank 2 (stage 1)", "rank 3 (stage 1)",
     ]  # fmt: skip

@@ -15,10 +15,11 @@ from mistral_ms.config import ParallelConfig, RoutingConfig
 from mistral_ms.parallel.collectives import Collectives, Groups
 from mistral_ms.parallel.dispatchers import make_dispatcher
 from mistral_ms.parallel.dryrun.ir import Graph, read
+from mistral_ms.parallel.dryrun.process import Request
 from mistral_ms.parallel.dryrun.report import sent
 from mistral_ms.parallel.topology import Topology, traffic
 
-RANK = 19
+RANK, WORLD = 19, 32
 TENSOR = (18, 19)
 EXPERT = (17, 19, 21, 23, 25, 27, 29, 31)
 ON_NODE, ACROSS = (17, 19, 21, 23), (19, 27)
@@ -77,6 +78,25 @@ WANTED = {
         ("AllGather", BACKWARD, TENSOR, T * H * FLOAT // MP),
     ],
 }  # fmt: skip
+
+
+@pytest.fixture
+def compile_target(compile_text):
+    """A function of a target of ``explicit_targets`` and a rank: its graph as text, its groups."""
+    return lambda target, rank: compile_text(
+        Request(rank, WORLD, f"dryrun.explicit_targets:{target}")
+    )
+
+
+@pytest.fixture
+def compile_graph(compile_target):
+    """The same, read."""
+
+    def compile_one(target: str, rank: int) -> Graph:
+        text, groups = compile_target(target, rank)
+        return read(text, rank, WORLD, groups)
+
+    return compile_one
 
 
 def found(graph: Graph) -> Counter:
@@ -189,13 +209,13 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_changed_graph_is_noticed(compile_text, mutation):
-    text, groups = compile_text("group_wise_capacity", RANK)
+def test_a_changed_graph_is_noticed(compile_target, mutation):
+    text, groups = compile_target("group_wise_capacity", RANK)
     names = {ranks: f'group: "{name}"' for name, ranks in groups.items()}
     changed = MUTATIONS[mutation](text, names[EXPERT], names[TENSOR])
     assert changed != text
     try:
-        counts = found(read(changed, RANK, 32, groups))
+        counts = found(read(changed, RANK, WORLD, groups))
     except Exception as error:
         assert "unknown communication" in str(error)
     else:

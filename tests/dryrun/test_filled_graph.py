@@ -8,11 +8,7 @@ and every value must come back as that part of the whole model.
 from __future__ import annotations
 
 import pytest
-import yaml
 from dryrun.small_runs import small_run
-
-from mistral_ms.config import ParallelConfig
-from mistral_ms.parallel.dryrun.process import Request, compiled
 
 LAYOUTS = {
     "shares of a pipeline's last stage": ({"dp": 4, "ep": 2, "pp": 2}, 2, 7),
@@ -21,13 +17,8 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
-def test_weights_fill_what_mindspore_has_cut(environ, runtime, tmp_path, case):
+def test_weights_fill_what_mindspore_has_cut(compile_run, case):
     parallel, micro, rank = LAYOUTS[case]
     shared = {"optimizer_parallel": parallel.get("mp", 1) == 1}
     run = small_run({**parallel, **shared, "execution": "graph"}, micro)
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(run))
-    world = ParallelConfig(**parallel).world
-    request = Request(rank, world, "dryrun.filled_target:build", path)
-    with compiled(request, runtime, environ, tmp_path, 300):
-        pass
+    compile_run(run, rank, "dryrun.filled_target:build")

@@ -11,19 +11,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import yaml
-from dryrun.small_runs import HALF, LAYERS, WIDE, E, H, V
-from dryrun.test_command import command
+from dryrun.small_runs import HALF, WIDE, E, H, V
 from support import configs
 
 from mistral_ms.config import PredictConfig
 from mistral_ms.errors import ConfigError
 from mistral_ms.parallel.dryrun.ir import read
-from mistral_ms.parallel.dryrun.process import Request, compiled
+from mistral_ms.parallel.dryrun.process import TARGETS
 from mistral_ms.parallel.graph.checks import check_prediction
 
 ROOT = Path(__file__).parents[2]
-RANK, WORLD = 3, 8
+RANK, WORLD, LAYERS = 3, 8, 2
 TENSOR, EXPERT = (2, 3), (1, 3)
 BATCH, LENGTH, CHUNK = 8, 48, 16
 HERE = BATCH // 4  # samples of a data-parallel rank
@@ -50,20 +48,11 @@ def prediction(**parallel):
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def compile_step(environ, runtime, tmp_path_factory):
-    known = {}
-
+@pytest.fixture
+def compile_step(compile_run):
     def compile_one(step, way="flat"):
-        if (step, way) not in known:
-            directory = tmp_path_factory.mktemp("run")
-            path = directory / "run.yaml"
-            path.write_text(yaml.safe_dump(prediction(all_to_all=way)))
-            request = Request(RANK, WORLD, f"mistral_ms.parallel.graph:{step}", path)
-            with compiled(request, runtime, environ, directory, 300) as found:
-                text = found.graph.read_text(errors="replace")
-                known[step, way] = text, read(text, RANK, WORLD, found.groups)
-        return known[step, way]
+        text, groups = compile_run(prediction(all_to_all=way), RANK, TARGETS[step])
+        return text, read(text, RANK, WORLD, groups)
 
     return compile_one
 
@@ -94,10 +83,10 @@ def test_what_travels(compile_step, step):
     }
 
 
-@pytest.mark.parametrize("step", WIDTHS)
-def test_group_wise_each_tensor_parallel_rank_sends_its_share(compile_step, step):
-    _, graph = compile_step(step, "group_wise")
-    places = E * HERE * WIDTHS[step] * H * HALF
+def test_group_wise_each_tensor_parallel_rank_sends_its_share(compile_step):
+    """Of the prompts: both graphs are of one cell."""
+    _, graph = compile_step("prefill", "group_wise")
+    places = E * HERE * CHUNK * H * HALF
     exchanges = {key: n for key, n in counted(graph).items() if key[0] == "AlltoAll"}
     assert exchanges == {("AlltoAll", EXPERT, places // 2): 2 * LAYERS}
 
@@ -135,18 +124,12 @@ def test_the_cache_is_written_in_place_and_nothing_runs_elsewhere(compile_step, 
     assert graph.on_host == {}
 
 
-def test_both_graphs_share_parameters_that_are_cut_and_filled(
-    environ, runtime, tmp_path, compile_step
-):
+def test_both_graphs_share_parameters_that_are_cut_and_filled(compile_run, compile_step):
     """Decoding is compiled, its parameters filled with this rank's parts of the weights and
     compared, then prefill is compiled with them: the graph that it has by itself.
     """
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(prediction()))
-    request = Request(RANK, WORLD, "dryrun.filled_target:generate", path)
-    with compiled(request, runtime, environ, tmp_path, 300) as found:
-        text = found.graph.read_text(errors="replace")
-        graph = read(text, RANK, WORLD, found.groups)
+    text, groups = compile_run(prediction(), RANK, "dryrun.filled_target:generate")
+    graph = read(text, RANK, WORLD, groups)
     _, alone = compile_step("prefill")
     assert counted(graph) == counted(alone)
     shapes = {name: held.shape for name, held in graph.parameters.items()}
@@ -177,29 +160,27 @@ def test_refused_before_the_compiler(message):
         check_prediction(changed(**REFUSED[message]))
 
 
-def test_the_command_compiles_the_shipped_prediction(environ, tmp_path):
-    """Eight cards, an expert each; two layers for speed."""
+def test_the_command_compiles_the_shipped_prediction(command, tmp_path):
+    """Eight cards, an expert each; one layer for speed."""
     out = tmp_path / "out.json"
     config = ROOT / "configs/run/predict_mixtral_8x7b_8card.yaml"
     narrow = ("model.hidden_size=64", "model.intermediate_size=96", "model.head_dim=16")
     done = command(
-        environ, "--config", config, "--rank", 7, "--step", "prefill", "--layers", 2,
-        "--json", out, *narrow,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr + done.stdout
+        "--config", config, "--rank", 7, "--step", "prefill", "--layers", 1, "--json", out, *narrow
+    )
+    assert done.exit_code == 0, done.output
     found = json.loads(out.read_text())
     lines = [line for line in found["communication"] if line["operator"] == "AlltoAll"]
     assert [(line["group"], line["ranks"], line["count"]) for line in lines] == [
-        ("expert", list(range(8)), 4)
+        ("expert", list(range(8)), 2)
     ]
     assert lines[0]["bytes"] == 8 * (8 * 512) * 64 * 2  # experts, tokens of a rank, H, bytes
     assert found["alltoall_per_moe_layer"] == {"forward": 2, "backward": 0}
-    assert found["cache_bytes"] == 8 * 4097 * (4 + 2 * 2 * 8 * 16 * 2)
-    assert "cache " in done.stdout
+    assert found["cache_bytes"] == 8 * 4097 * (4 + 2 * 8 * 16 * 2)
+    assert "cache " in done.output
 
 
-def test_a_training_has_no_prefill(environ):
+def test_a_training_has_no_prefill(command):
     config = ROOT / "configs/run/pretrain_mixtral_8x7b_32card.yaml"
-    done = command(environ, "--config", config, "--step", "prefill")
-    assert done.returncode == 2
-    assert "error: no such graph: --step: prefill: a training has train" in done.stderr
+    done = command("--config", config, "--step", "prefill")
+    assert str(done.exception).startswith("no such graph: --step: prefill: a training has train")

@@ -14,7 +14,6 @@ from dryrun.small_runs import (
     FLOAT,
     HALF,
     KEYS,
-    LAYERS,
     QUERIES,
     WIDE,
     C,
@@ -22,6 +21,7 @@ from dryrun.small_runs import (
     H,
     S,
     V,
+    layers_of,
     small_run,
 )
 
@@ -32,6 +32,7 @@ from mistral_ms.parallel.dryrun.report import report
 from mistral_ms.parallel.topology import Topology
 
 LAYOUT, RANK, WORLD, MICRO = {"dp": 4, "mp": 2, "ep": 2}, 3, 8, 2
+LAYERS = layers_of(LAYOUT)
 TENSOR, EXPERT, COPIES, SAME_SHARE = (2, 3), (1, 3), (3, 7), (1, 3, 5, 7)
 ALL = tuple(range(WORLD))
 FORWARD, BACKWARD = "forward", "backward"
@@ -39,8 +40,8 @@ STATES, PLACES = S * H * HALF, E * C * H * HALF
 
 
 @pytest.fixture(scope="module")
-def text(compile_small):
-    return compile_small(small_run(LAYOUT, MICRO), RANK)
+def text(compile_run):
+    return compile_run(small_run(LAYOUT, MICRO), RANK)
 
 
 def counted(text, groups):

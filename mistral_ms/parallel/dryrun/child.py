@@ -1,31 +1,29 @@
-"""The process that compiles one rank: ``python -m mistral_ms.parallel.dryrun.child REQUEST``.
+"""Compiling one rank, in a fork of the process that has imported MindSpore (:mod:`forks`).
 
 MindSpore is told that it is rank R of N on Ascend; the target builds a cell and its inputs; the
-cell is compiled, and MindSpore writes what it compiled beside the request. What went well, or
-not, is written to ``result.json`` as facts; sentences are made of them elsewhere.
+cell is compiled, and MindSpore writes what it compiled into the working directory. What went well,
+or not, is returned as facts; sentences are made of them elsewhere.
 """
 
 from __future__ import annotations
 
-import json
 import pkgutil
-import sys
 import time
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Compiles what a request asks for; 0 when that worked."""
-    request = Path(arguments[0])
-    result = _compile(json.loads(request.read_text(encoding="utf-8")))
-    request.with_name("result.json").write_text(json.dumps(result), encoding="utf-8")
-    return 0 if result["ok"] else 1
+def compile_request(request: dict[str, Any]) -> dict[str, Any]:
+    """Compiles what ``Request.as_dict`` asks for, after :func:`prepare`; once in a process.
 
+    The rank is in the environment.
 
-def _compile(request: dict[str, Any]) -> dict[str, Any]:
+    Returns:
+        ``ok``; if so, ``compile_seconds`` and ``groups`` (ranks of each group that the target made
+        itself); if not, ``kind`` and ``message`` of the error, and Python's ``frames`` (file, line,
+        text).
+    """
     _start_as_ascend()
     seconds = 0.0
     try:
@@ -46,30 +44,20 @@ def _compile(request: dict[str, Any]) -> dict[str, Any]:
         frames = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
         kind = type(error).__name__
         return {"ok": False, "kind": kind, "message": str(error), "frames": frames}
-    return {"ok": True, "compile_seconds": seconds, "groups": _user_groups()}
+    return {"ok": True, "compile_seconds": seconds, "groups": dict(_groups)}
 
 
 def _companion(target: str, name: str) -> Any:
     return getattr(pkgutil.resolve_name(target.partition(":")[0]), name, None)
 
 
-def _start_as_ascend() -> None:
-    import mindspore as ms
-    from mindspore.communication import GlobalComm, init
-
-    ms.set_context(mode=ms.GRAPH_MODE, device_target="Ascend")
-    GlobalComm.CHECK_ENVS = False  # no rank table, no scheduler: nobody will be talked to
-    _remember_groups()
-    init()
-
-
 _groups: dict[str, list[int]] = {}
 
 
-def _remember_groups() -> None:
-    """Writes down who belongs to each group that is made from now on.
+def prepare() -> None:
+    """Imports what every rank needs, and has the groups written down that are made from now on.
 
-    The saved graph cannot be asked: it shows a stage's whole device list for them.
+    The saved graph cannot be asked who belongs to them: it shows a stage's whole device list.
     """
     from mindspore import communication
     from mindspore.communication import management
@@ -80,12 +68,16 @@ def _remember_groups() -> None:
         _groups[group] = [int(rank) for rank in rank_ids]
         create(group, rank_ids, *args, **kwargs)
 
+    # before our modules take the function by its name
     management.create_group = communication.create_group = remembered
+    import mistral_ms.config
+    import mistral_ms.parallel.graph  # noqa: F401  what most targets are made of
 
 
-def _user_groups() -> dict[str, list[int]]:
-    return dict(_groups)
+def _start_as_ascend() -> None:
+    import mindspore as ms
+    from mindspore.communication import GlobalComm, init
 
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    ms.set_context(mode=ms.GRAPH_MODE, device_target="Ascend")
+    GlobalComm.CHECK_ENVS = False  # no rank table, no scheduler: nobody will be talked to
+    init()

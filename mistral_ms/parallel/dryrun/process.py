@@ -1,4 +1,4 @@
-"""Compiling one rank in a process of its own, with everything that MindSpore's dry run needs."""
+"""Compiling ranks in processes of their own, with everything that MindSpore's dry run needs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mistral_ms.errors import DryrunError, GraphError
 from mistral_ms.parallel.dryrun.explain import explain
-from mistral_ms.parallel.dryrun.standins import Runtime
+from mistral_ms.parallel.dryrun.standins import CANN_VARIABLES, Runtime
 
-DEFAULT_TARGET = "mistral_ms.parallel.graph:build"
+TARGETS = {
+    "train": "mistral_ms.parallel.graph:build",
+    "prefill": "mistral_ms.parallel.graph:prefill",
+    "decode": "mistral_ms.parallel.graph:decode",
+}
+"""The graphs of a run file: one of a training, two of a prediction."""
 TIME_LIMIT = 1800.0
 _PACKAGE_ROOT = Path(__file__).parents[3]
 _IR_NUMBER = re.compile(r"_validate_(\d+)\.ir$")
@@ -32,18 +37,18 @@ class Request:
     Attributes:
         rank: of the process that is compiled for.
         world: how many there are.
-        target: ``module:function``. The function returns an object with ``cell`` and ``inputs``;
-            it is called with a RunConfig and ``layers`` when there is a ``config``, otherwise
-            without arguments. A function ``set_context`` of the same module is called with the
-            RunConfig first.
-        config: a run file.
+        target: ``module:function``; see ``TARGETS`` for those of a run file. The function returns an
+            object with ``cell`` and ``inputs``; it is called with what the file holds (a RunConfig,
+            a PredictConfig) and ``layers`` when there is a ``config``, otherwise without arguments.
+            A function ``set_context`` of the same module is called with the former first.
+        config: a run file, of a training or a prediction.
         overrides: ``key.path=value`` items for it.
         layers: compile so many layers only; None = all.
     """
 
     rank: int
     world: int
-    target: str = DEFAULT_TARGET
+    target: str = TARGETS["train"]
     config: Path | None = None
     overrides: tuple[str, ...] = ()
     layers: int | None = None
@@ -75,54 +80,145 @@ class Compiled:
     seconds: float
 
 
-@contextmanager
-def compiled(
-    request: Request,
-    runtime: Runtime,
-    environ: Mapping[str, str],
-    logs: Path,
-    time_limit: float = TIME_LIMIT,
-) -> Iterator[Compiled]:
-    """Compiles one rank in a temporary directory that lives as long as the context.
+class Compiler:
+    """Compiles ranks, one after the other, in forks of a process that has imported MindSpore.
+
+    A context manager; the process lives as long as the context.
 
     Args:
-        request: what.
         runtime: the libraries.
         environ: of this process; the other one's is made of it.
-        logs: directory for ``rank_R.log``, everything that the process says.
-        time_limit: seconds.
 
     Raises:
-        GraphError: the graph is not legal, or the process was too slow or died; names the log.
+        DryrunError: MindSpore cannot be imported there, or cannot be forked.
     """
-    logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"rank_{request.rank}.log"
-    with tempfile.TemporaryDirectory(prefix="mistral_ms-dryrun-") as scratch:
-        directory = Path(scratch)
-        told = directory / "request.json"
-        told.write_text(json.dumps(request.as_dict()), encoding="utf-8")
-        code = _run(told, environment(request, runtime, environ, directory), log, time_limit)
-        result_file = directory / "result.json"
-        if not result_file.exists():
-            raise GraphError(
-                "the compiler died",
-                where=f"rank {request.rank}",
-                value=_death(code),
-                rule="MindSpore gave no message",
-                todo=f"see {log}",
+
+    def __init__(self, runtime: Runtime, environ: Mapping[str, str]) -> None:
+        self._said = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mistral_ms.parallel.dryrun.forks"],
+            env=environment(runtime, environ),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+        )
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        started = self._answer()
+        if started is None:
+            raise DryrunError(
+                "MindSpore cannot be imported",
+                where="with the libraries of Ascend",
+                value=_death(self._process.wait()),
+                rule=self._last_words(),
             )
-        result = json.loads(result_file.read_text(encoding="utf-8"))
-        if not result["ok"]:
-            raise explain(result, request.target, request.rank, log)
-        groups = {name: tuple(ranks) for name, ranks in result["groups"].items()}
-        graph = last_graph(directory)
-        yield Compiled(request.rank, graph, groups, result["compile_seconds"])
+        if started["threads"] != 1:
+            raise DryrunError(
+                "no dry run",
+                where="importing MindSpore",
+                value=f"{started['threads']} threads",
+                rule="a library starts threads, and a process with threads cannot be forked safely",
+                todo=f"unset {' and '.join(CANN_VARIABLES)}, to compile with stand-ins for CANN",
+            )
+
+    def __enter__(self) -> Compiler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process, and what it is compiling."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process.wait()  # it ends with its standard input
+        self._said.close()
+
+    @contextmanager
+    def compiled(
+        self, request: Request, logs: Path, time_limit: float = TIME_LIMIT
+    ) -> Iterator[Compiled]:
+        """Compiles one rank in a temporary directory that lives as long as the context.
+
+        Args:
+            request: what.
+            logs: directory for ``rank_R.log``, everything that MindSpore says about this rank.
+            time_limit: seconds.
+
+        Raises:
+            GraphError: the graph is not legal, or the process was too slow or died; names the log.
+        """
+        logs.mkdir(parents=True, exist_ok=True)
+        log = (logs / f"rank_{request.rank}.log").absolute()
+        with tempfile.TemporaryDirectory(prefix="mistral_ms-dryrun-") as scratch:
+            directory = Path(scratch)
+            code = self._compile(request, directory, log, time_limit)
+            result_file = directory / "result.json"
+            if not result_file.exists():
+                raise GraphError(
+                    "the compiler died",
+                    where=f"rank {request.rank}",
+                    value=_death(code),
+                    rule="MindSpore gave no message",
+                    todo=f"see {log}",
+                )
+            result = json.loads(result_file.read_text(encoding="utf-8"))
+            if not result["ok"]:
+                raise explain(result, request.target, request.rank, log)
+            groups = {name: tuple(ranks) for name, ranks in result["groups"].items()}
+            graph = last_graph(directory)
+            yield Compiled(request.rank, graph, groups, result["compile_seconds"])
+
+    def _compile(self, request: Request, directory: Path, log: Path, time_limit: float) -> int:
+        """The exit code."""
+        told = {
+            "directory": str(directory),
+            "log": str(log),
+            "limit": time_limit,
+            "variables": variables(request, directory),
+            "request": request.as_dict(),
+        }
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(told).encode() + b"\n")
+            self._process.stdin.flush()
+        answer = self._answer()
+        if answer is None:
+            raise DryrunError(
+                "the process that compiles is gone",
+                where=f"before rank {request.rank}",
+                value=_death(self._process.wait()),
+                rule=self._last_words(),
+            )
+        if answer["code"] is None:
+            raise GraphError(
+                "too slow",
+                where="compiling",
+                value=f"{time_limit:g} s",
+                rule="the time limit of a rank",
+                todo=f"compile fewer layers, or see {log}",
+            )
+        return int(answer["code"])
+
+    def _answer(self) -> dict[str, Any] | None:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def _last_words(self) -> str:
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it gave no message"
 
 
-def environment(
-    request: Request, runtime: Runtime, environ: Mapping[str, str], directory: Path
-) -> dict[str, str]:
-    """The variables of the process that compiles.
+def environment(runtime: Runtime, environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables of the process that imports MindSpore: the same for every rank.
 
     Under msrun the surrounding process has variables of its own rank; those are left out.
     """
@@ -131,19 +227,28 @@ def environment(
     paths = [str(_PACKAGE_ROOT), kept.get("PYTHONPATH", "")]
     own = {
         "MS_SIMULATION_LEVEL": "0",
-        "RANK_SIZE": str(request.world),
-        "RANK_ID": str(request.rank),
         "MS_DEV_SAVE_GRAPHS": "1",
-        "MS_DEV_SAVE_GRAPHS_PATH": str(directory / "graphs"),
         # only what is read here; all passes are a hundred times the bytes and half the time
         "MS_DEV_DUMP_IR_PASSES": "validate",
         "GLOG_v": "3",
+        # with more they start threads when they are loaded; the compiler uses neither
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     if runtime.preload is not None:
         own["LD_PRELOAD"] = str(runtime.preload)
     return {**kept, **own}
+
+
+def variables(request: Request, directory: Path) -> dict[str, str]:
+    """What a fork is told of its rank, by MindSpore's variables."""
+    return {
+        "RANK_SIZE": str(request.world),
+        "RANK_ID": str(request.rank),
+        "MS_DEV_SAVE_GRAPHS_PATH": str(directory / "graphs"),
+    }
 
 
 def last_graph(directory: Path) -> Path:
@@ -160,28 +265,6 @@ def last_graph(directory: Path) -> Path:
     if not found:
         raise DryrunError("no graph", where=directory, rule="MindSpore must have saved one")
     return max(found)[1]
-
-
-def _run(told: Path, variables: Mapping[str, str], log: Path, time_limit: float) -> int:
-    command = [sys.executable, "-m", "mistral_ms.parallel.dryrun.child", str(told)]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, cwd=told.parent, env=dict(variables), stdout=out, stderr=subprocess.STDOUT
-        )
-        try:
-            return process.wait(time_limit)
-        except subprocess.TimeoutExpired as error:
-            raise GraphError(
-                "too slow",
-                where="compiling",
-                value=f"{time_limit:g} s",
-                rule="the time limit of a rank",
-                todo=f"compile fewer layers, or see {log}",
-            ) from error
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
 
 
 def _death(code: int) -> str:
