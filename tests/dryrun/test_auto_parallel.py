@@ -30,7 +30,7 @@ EXPERTS = ("w1", "w3", "w2")
 
 
 @pytest.fixture
-def compile_layout(compile_layout):
+def compile_layout(compile_run):
     """A function of a layout: the graph of a rank, as text and read."""
 
     def compile_one(parallel, training=None, micro=MICRO, experts=E):

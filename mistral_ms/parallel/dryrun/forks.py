@@ -35,7 +35,7 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     prepare()
     gc.freeze()  # what is here is neither examined nor copied by the forks
-    _answer(answers, {"threads": len(os.listdir("/proc/self/task"))})
+    _answer(answers, {"threads": sum(1 for _ in Path("/proc/self/task").iterdir())})
     while line := _next_line():
         told = json.loads(line)
         pid = os.fork()

@@ -37,10 +37,10 @@ class Request:
     Attributes:
         rank: of the process that is compiled for.
         world: how many there are.
-        target: ``module:function``; see ``TARGETS`` for those of a run file. The function returns an
-            object with ``cell`` and ``inputs``; it is called with what the file holds (a RunConfig,
-            a PredictConfig) and ``layers`` when there is a ``config``, otherwise without arguments.
-            A function ``set_context`` of the same module is called with the former first.
+        target: ``module:function``; see ``TARGETS`` for those of a run file. The function returns
+            an object with ``cell`` and ``inputs``; it is called with what the file holds (a
+            RunConfig or a PredictConfig) and ``layers`` when there is a ``config``, otherwise
+            without arguments. ``set_context`` of the same module is called with the former first.
         config: a run file, of a training or a prediction.
         overrides: ``key.path=value`` items for it.
         layers: compile so many layers only; None = all.
@@ -94,7 +94,7 @@ class Compiler:
     """
 
     def __init__(self, runtime: Runtime, environ: Mapping[str, str]) -> None:
-        self._said = tempfile.TemporaryFile()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", "mistral_ms.parallel.dryrun.forks"],
             env=environment(runtime, environ),
