@@ -88,6 +88,8 @@ def command(environ):
         app = typer.Typer()
         app.command()(dryrun)
         with pytest.MonkeyPatch.context() as patch:
+            for name in os.environ.keys() - environ.keys():
+                patch.delenv(name)
             for name, value in environ.items():
                 patch.setenv(name, value)
             return CliRunner().invoke(app, [str(each) for each in arguments])
