@@ -5,7 +5,6 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
-from conftest import switch_mode
 from mindspore import Tensor
 from support.configs import model as model_config
 from support.moe import moe_config, moe_layer
@@ -31,7 +30,7 @@ ROUTINGS = {
 }
 
 
-def run(kernels, routing, execute):
+def run(kernels, routing):
     """Output, sums, and the gradients of input and weights of a loss that all losses are in."""
     layer, _ = moe_layer(moe_config(H=H, I=10, E=8), RoutingConfig(kernels=kernels, **routing))
     rng = np.random.default_rng(1)
@@ -49,16 +48,12 @@ def run(kernels, routing, execute):
     def both(x, valid):
         return gradient(x, valid)
 
-    (_, aux), (dx, dweights) = execute(both)(x, valid)
+    (_, aux), (dx, dweights) = both(x, valid)
     return [part.asnumpy() for part in (*aux, dx, *dweights)]
 
 
-def as_it_is(function):
-    return function
-
-
-def check(routing, execute):
-    want, got = run("reference", routing, execute), run("custom", routing, execute)
+def check(routing):
+    want, got = run("reference", routing), run("custom", routing)
     assert len(want) == 6 + 1 + 4
     for theirs, ours in zip(want, got, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=RELATIVE * np.abs(theirs).max())
@@ -69,16 +64,12 @@ def check(routing, execute):
 
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_the_layer_with_gradients(name):
-    check(ROUTINGS[name], as_it_is)
+    check(ROUTINGS[name])
 
 
-@pytest.mark.parametrize("mode", ["graph", "jit"])
-def test_the_layer_compiled(mode):
-    switch_mode("graph" if mode == "graph" else "pynative")
-    try:
-        check(ROUTINGS["choice-major"], ms.jit if mode == "jit" else as_it_is)
-    finally:
-        switch_mode("pynative")
+def test_the_layer_compiled(graph):
+    """By ms.jit: test_custom_operations."""
+    check(ROUTINGS["choice-major"])
 
 
 def test_a_tiny_model_trains_as_with_the_reference():
