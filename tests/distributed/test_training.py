@@ -1,10 +1,10 @@
-"""Twenty steps in any layout are twenty steps in one process with the same dispatch groups."""
+"""A training in any layout is that of one process with the same dispatch groups."""
 
 import functools
 
 import numpy as np
 import pytest
-from distributed.training import CASES, LAYOUTS, STEPS, data, groups, model, routing, training
+from distributed.training import CASES, LAYOUTS, data, groups, model, routing, steps, training
 from support.training import run_steps
 
 from mistral_ms.models import CausalLM
@@ -16,10 +16,11 @@ LOSS = 1e-5
 WEIGHTS = 1e-4
 """Relative L2 norm, at a learning rate of 1e-3: Adam turns a gradient that is rounding noise into
 a step of full size."""
-HALF = 2e-2
-"""For float16. Its roundings (5e-4) depend on the order of sums, and may break a near-tie between
-experts in another way: one moved choice among 256 changes a gradient's norm by up to a hundredth.
-That both sides compute the same is shown in float32, to 1e-5."""
+NORMS = 1e-4
+"""Relative, of one weight's gradient; 8e-7 measured on two processes."""
+HALF = 5e-4
+"""For float16 where experts are shared out or stages differ: its rounding, 2^-11. See
+``HALF_STEPS``: no token changes its expert."""
 MODELS = {
     model(name).num_hidden_layers: model(name) for names in LAYOUTS.values() for name in names
 }
@@ -33,7 +34,7 @@ def trained(layers, times, variant):
     whole = CausalLM(MODELS[layers], routing(variant), dtype=config.dtype)
     whole.initialize(0)
     update = TrainStep(whole, config, pooled_aux=False)
-    results = run_steps(update, data(), STEPS)
+    results = run_steps(update, data(), steps(variant))
     return results, {name: p.asnumpy() for name, p in whole.weights().items()}
 
 
@@ -51,7 +52,9 @@ def held(arrays, prefix):
     }
 
 
-def tolerance(variant, usual):
+def tolerance(name, variant, usual):
+    if name == "dp2":
+        return 0.0  # the same kernels on the same rows, and a sum of two
     return HALF if variant == "float16" else usual
 
 
@@ -59,7 +62,7 @@ def tolerance(variant, usual):
 @pytest.mark.parametrize("figure", ["loss", "lm_loss", "aux_loss", "z_loss", "grad_norm"])
 def test_figures_are_those_of_one_process_on_every_rank(report, world, name, variant, figure):
     want = [getattr(r, figure) for r in alone(world, name, variant)[0]]
-    rel = tolerance(variant, 1e-4 if figure == "grad_norm" else LOSS)
+    rel = tolerance(name, variant, 1e-4 if figure == "grad_norm" else LOSS)
     for got in report(world).everywhere(f"training/{name}/{variant}/{figure}"):
         np.testing.assert_allclose(got, want, rtol=rel)
     assert want[-1] != want[0]
@@ -71,11 +74,13 @@ def test_gradient_norms_count_every_element_once(report, world, name, variant):
     for rank in report(world).ranks:
         for path, got in held(rank, f"training/{name}/{variant}/norms/").items():
             want = [result.gradient_norms[path] for result in results]
-            np.testing.assert_allclose(got, want, rtol=tolerance(variant, 2e-4) * 10, atol=1e-7)
+            rel, small = tolerance(name, variant, NORMS), 1e-7
+            if variant == "float16":
+                rel = 4 * rel  # a norm's few gradients: 6.7e-4 measured
+            np.testing.assert_allclose(got, want, rtol=rel, atol=small if rel else 0)
 
 
-# a near-tie that float16 breaks in another way moves a choice
-@pytest.mark.parametrize(("world", "name", "variant"), [c for c in CASES if c[2] != "float16"])
+@each_case
 def test_choices_are_counted_over_all_ranks(report, world, name, variant):
     results = alone(world, name, variant)[0]
     for figure in ("routed_LE", "kept_LE"):
@@ -93,7 +98,7 @@ def test_weights_end_where_one_process_ends(report, world, name, variant):
             values = want[path][weight_slice(path, want[path].shape, topology, rank)]
             assert got.shape == values.shape, path
             difference = np.linalg.norm(np.float64(got) - values)
-            limit = tolerance(variant, WEIGHTS) * np.linalg.norm(np.float64(values))
+            limit = tolerance(name, variant, WEIGHTS) * np.linalg.norm(np.float64(values))
             assert difference <= limit, (path, rank)
             found.add(path)
     assert found == set(want)
@@ -129,7 +134,7 @@ def test_optimizer_state_is_shared_out(report, world, name, variant):
 
 
 def test_something_was_dropped_clipped_and_learnt():
-    results, _ = alone(2, "dp2", "plain")
+    results, _ = alone(2, "dp2 ep2", "plain")
     assert sum(r.dropped_fraction for r in results) > 0
     assert max(r.grad_norm for r in results) > 0.5
     assert results[-1].lm_loss < results[0].lm_loss
