@@ -31,6 +31,14 @@ YAML_NASTY: tuple[str, ...] = (
     "1:" * 3000 + "1", "'\\ud800'", '"\\ud800"', "- - - -", "[" * 3000, "{" * 3000, "? x", "|",
     "1e999", "-1", "50000000", "9" * 5000, "~", "yes", "''", "[1, 2", "a: b: c", "<<: 3", "@x", "`",
 )  # fmt: skip
+JINJA_NASTY: tuple[str, ...] = (
+    "{{ raise_exception('\\ud800\\x1b') }}", "{{ ''.__class__.__mro__ }}", "{{ messages[99].x.y }}",
+    "{{ 'x' * 3000000000 }}", "{% for i in range(99999999) %}x{% endfor %}", "{{ 1 / 0 }}",
+    "{{ 10 ** 10 ** 6 }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{% if %}", "{{", "{#",
+    "{% include '/etc/passwd' %}", "{{ cycler.__init__.__globals__ }}", "{{ messages | map('x') }}",
+    "{{ '%s' | format(messages) | tojson | list | length }}", "{{ lipsum(n=100) }}", "{{ none + 1 }}",
+    "{{ '\\ud800' }}", "(" * 500, "{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "{{ 9 ** 9999 }}",
+)  # fmt: skip
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
 )
@@ -286,6 +294,13 @@ def yaml_file(path: Path, rng: Random) -> str:
     return f"YAML: {said}"
 
 
+def jinja_file(path: Path, rng: Random) -> str:
+    lines = path.read_text().splitlines()
+    number, what = rng.randrange(len(lines) + 1), rng.choice(JINJA_NASTY)
+    path.write_text("\n".join([*lines[:number], what, *lines[number + rng.randrange(2) :]]))
+    return f"Jinja: {what[:60]}"
+
+
 # -- zip archives of torch --------------------------------------------------------------------
 
 
@@ -347,6 +362,7 @@ BY_SUFFIX: dict[str, tuple[Callable[[Path, Random], str], ...]] = {
     ".pth": (zip_archive, zip_archive, flip_early_bits),
     ".jsonl": (json_line, json_line, long_line),
     ".txt": (long_line,),
+    ".jinja": (jinja_file, jinja_file, jinja_file, long_line),
 }
 
 

@@ -195,6 +195,21 @@ def tokenizer_json(path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def chat(path: Path) -> None:
+    """A tokenizer with what stands beside it: a template and names of tokens."""
+    tokenizer_json(path)
+    (path / "chat_template.jinja").write_text(
+        "{% for message in messages %}\n"
+        "{{ '<s>' + message['role'] + ' ' }}\n"
+        "{{ message.content | trim }}\n"
+        "{{ '</s>' }}\n"
+        "{% endfor %}\n"
+        "{% if add_generation_prompt %}{{ '<s>assistant ' }}{% endif %}\n"
+    )
+    (path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    (path / "added_tokens.json").write_text('{"<unk>": 0}')
+
+
 def tokenizer_model(path: Path) -> None:
     import sentencepiece
 

@@ -28,7 +28,7 @@ from mistral_ms.datasets.documents import Rejects, TextDocument, check_inputs, r
 from mistral_ms.errors import ConfigError
 from mistral_ms.parallel.topology import Topology
 from mistral_ms.reading import LINE_BYTES, read_bytes
-from mistral_ms.tokenizer import load_tokenizer
+from mistral_ms.tokenizer import ChatFormat, load_tokenizer
 
 Seen = dict[str, Any]
 
@@ -153,6 +153,12 @@ def read_tokenizer(path: Path, out: Path) -> Seen:
     return {"ids": ids, "text": tokenizer.decode(ids), "size": tokenizer.vocab_size}
 
 
+def read_chat(path: Path, out: Path) -> Seen:
+    chat = ChatFormat(load_tokenizer(path))
+    turns = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "a"}]
+    return {"prompt": chat.encode_chat(turns[:1]), "whole": chat.encode_dialogue(turns).ids}
+
+
 def read_texts(path: Path, out: Path) -> Seen:
     inputs = sorted(p for p in path.iterdir())
     check_inputs(inputs)
@@ -201,6 +207,7 @@ TARGETS: dict[str, Target] = {
     "overrides": Target(overrides_seed, read_overrides, nothing),
     "tokenizer_json": Target(seeds.tokenizer_json, read_tokenizer, nothing),
     "tokenizer_model": Target(seeds.tokenizer_model, read_tokenizer, nothing),
+    "chat": Target(seeds.chat, read_chat, nothing),
     "documents": Target(seeds.documents, read_texts, like_json),
     "dataset": Target(seeds.dataset, read_dataset, like_before),
 }
