@@ -16,13 +16,38 @@ from typing import Any
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from mistral_ms.errors import TokenizerError
 
 Message = Mapping[str, Any]
 # Marks around what the assistant writes. Two private-use characters: no message may hold them.
 RESERVED = _OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"
+
+
+LONGEST_PRODUCT = 1 << 20
+"""Characters or entries that a template may make by multiplication; powers up to as many bits."""
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, in which ``'x' * 3000000000`` makes no gigabytes."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Jinja's, for small results."""
+        size = 0
+        if operator == "*":
+            for one, other in ((left, right), (right, left)):
+                if isinstance(one, str | list | tuple) and isinstance(other, int):
+                    size = max(size, len(one) * other)
+            if isinstance(left, int) and isinstance(right, int):
+                size = left.bit_length() + right.bit_length()
+        elif isinstance(left, int) and isinstance(right, int):
+            size = left.bit_length() * right
+        if size > LONGEST_PRODUCT:
+            raise SecurityError(f"a result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
 
 
 class _GenerationMarks(Extension):
@@ -72,7 +97,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, path: Path | None, tokens: Mapping[str, str]) -> None:
         self._path, self._tokens = path, dict(tokens)
-        self._environment = ImmutableSandboxedEnvironment(
+        self._environment = _Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationMarks, loopcontrols]
         )
         self._environment.filters["tojson"] = _to_json

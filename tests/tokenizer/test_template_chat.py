@@ -289,6 +289,9 @@ def test_messages_must_not_spell_control_tokens_unless_asked(tmp_path):
         ("{{ messages.append(1) }}", "chat template fails: .*SecurityError"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "chat template fails: .*SecurityErr"),
         ("{% include '/etc/passwd' %}", "chat template fails: "),
+        ("{{ 'x' * 3000000000 }}", r"chat template fails: .*a result of \* is too large"),
+        ("{{ 3 * ('x' * 1000000) }}", r"a result of \* is too large"),
+        ("{{ 10 ** 9999999 }}", r"a result of \*\* is too large"),
         ("{{ range(10 ** 9) | list }}", "chat template fails: .*(Overflow|Memory)Error"),
     ],
 )
