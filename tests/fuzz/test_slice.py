@@ -1,6 +1,7 @@
 """A slice of the fuzzer with a fixed seed; ``make fuzz`` runs ten thousand cases with a new one."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -48,7 +49,7 @@ def hangs(path, out):
 
 
 def crashes(path, out):
-    os.abort()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def allocates(path, out):
