@@ -138,7 +138,7 @@ def _prompt_ids(
             raise
         say(f"no tokenizer that could be used, random token ids instead of texts ({error})")
         stream = np.random.default_rng(0)
-        lengths = [min(n, config.max_position_embeddings) for n in (5, 29, 13, 12)]
+        lengths = [min(n, config.longest_sequence) for n in (5, 29, 13, 12)]
         return [stream.integers(0, config.vocab_size, n).tolist() for n in lengths]
     texts = DEFAULT_PROMPTS if prompts is None else prompts
     ids = [tokenizer.encode(text, bos=tokenizer.adds_bos) for text in texts]
