@@ -78,6 +78,10 @@ class GenerationError(MistralMsError):
     """A generation request that the model cannot serve."""
 
 
+class BusyError(MistralMsError):
+    """A place that another process is writing to."""
+
+
 class DataError(MistralMsError):
     """Training data that cannot be read."""
 

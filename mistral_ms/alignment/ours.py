@@ -42,7 +42,8 @@ def run_ours(
     """
     division = Division(ParallelConfig()) if division is None else division
     side = Side()
-    with open_checkpoint(path, kind) as source:
+    shared = {"rank": division.rank, "world": division.world}
+    with open_checkpoint(path, kind, **shared) as source:
         model = division.build_model(source.config, DROPLESS, positions=max(map(len, prompts)))
         load_weights(source, model.weights(), storage=division.storage)
     model.set_train(False)
@@ -63,6 +64,7 @@ def run_ours(
             kind=kind,
             with_tokenizer=False,
             eos_ids=source.config.eos_token_ids,  # the oracle ends by the configuration alone
+            verify=False,  # just done
             division=division,
         )
         out = engine.generate(prompts, GenerationConfig(max_new_tokens=new_tokens))

@@ -70,6 +70,7 @@ def convert(
     overwrite: bool = False,
     *,
     kind: str | None = None,
+    verify: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -84,6 +85,7 @@ def convert(
         dtype: ``keep`` leaves every bit; ``fp32``, ``fp16`` and ``bf16`` round to nearest even.
         overwrite: replace a checkpoint that is at ``dst``.
         kind: the source's format, when its directory holds several.
+        verify: compare a source of ours with its digests while it is read.
         max_shard_bytes: how large a file of weights may grow (mistral is always one file).
         progress: called with the bytes written and their total.
         say: told what of the source's configuration is not carried over.
@@ -102,7 +104,7 @@ def convert(
     check_target(dst, overwrite)
     if os.path.realpath(src) == os.path.realpath(dst):
         raise CheckpointError("source is the target", where=src, todo="choose another target")
-    with open_checkpoint(src, kind) as source:
+    with open_checkpoint(src, kind, verify=verify) as source:
         if remark := source.remark():
             say(remark)
         target_kind = _target_kind(source.kind, to)
@@ -122,6 +124,7 @@ def convert(
                 max_shard_bytes=max_shard_bytes if form.sharded else 1 << 63,
                 progress=progress,
             )
+            source.verify()  # before the target gets its name
         return ConvertResult(
             source_kind=source.kind,
             target_kind=target_kind,

@@ -125,8 +125,8 @@ def choose_weights(path: Path, kind: str | None = None) -> WeightFiles:
 
     Args:
         path: the checkpoint's directory.
-        kind: which format to take when there are several; None to insist on one. Of a kind that
-            is there in two containers the safetensors files are taken, as transformers does.
+        kind: which format to take when there are several; None to insist on one. One format in
+            two containers is one format: the safetensors files are taken, as transformers does.
 
     Raises:
         CheckpointError: no weights of a known format (or of that kind), or several formats and
@@ -152,14 +152,15 @@ def choose_weights(path: Path, kind: str | None = None) -> WeightFiles:
             rule="known are model*.safetensors, pytorch_model*.bin, consolidated.safetensors, "
             "consolidated.NN.pth and consolidated.NN.pt",
         )
-    if len(found) > 1:
-        options = " or ".join(dict.fromkeys(f"--from {_option(weights.kind)}" for weights in found))
+    kinds = dict.fromkeys(weights.kind for weights in found)
+    if len(kinds) > 1:
+        options = " or ".join(f"--from {_option(kind)}" for kind in kinds)
         raise CheckpointError(
-            "two formats in one directory" if len(found) == 2 else "several formats",
+            "two formats in one directory" if len(kinds) == 2 else "several formats",
             where=path,
             value=", ".join(map(str, found)),
             rule="it must be clear which one is meant",
-            todo=f"choose with {options}",
+            todo=f"choose with {options}; in a run file with init_from.format",
         )
     return found[0]
 

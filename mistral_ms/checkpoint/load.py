@@ -41,7 +41,8 @@ def load_weights(
     """Reads every tensor of ``source`` into the parameter of the same name.
 
     Values are cast to the parameter's dtype (round to nearest even). No tensor is left unread and
-    no parameter unfilled; names and shapes are compared before the first one is read.
+    no parameter unfilled; names and shapes are compared before the first one is read, the digests
+    of the files when the last one was (:meth:`Source.verify`).
 
     Args:
         source: an open checkpoint of any known format.
@@ -51,8 +52,8 @@ def load_weights(
             ``parameters`` may be some of the model's. None: all of everything, as it is.
 
     Raises:
-        CheckpointError: a tensor without a parameter, a parameter without a tensor, or a shape
-            that differs.
+        CheckpointError: a tensor without a parameter, a parameter without a tensor, a shape
+            that differs, or a damaged file.
     """
     tensors = {name: source.shape(name) for name in source.names()}
     alone = storage is None or storage.holds_everything
@@ -83,6 +84,7 @@ def load_weights(
         set_values(parameter, values)
         if progress is not None:
             progress(values.nbytes)
+    source.verify()
 
 
 def _check_shape(source: Source, name: str, shape: tuple[int, ...], parameter: Parameter) -> None:

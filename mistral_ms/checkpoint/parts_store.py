@@ -10,7 +10,12 @@ import numpy as np
 from mistral_ms.checkpoint.boxes import Box, Pieces
 from mistral_ms.checkpoint.dtypes import WEIGHT_DTYPES
 from mistral_ms.checkpoint.files import inside
-from mistral_ms.checkpoint.safetensors_file import SafetensorsStore, TensorInfo, read_header
+from mistral_ms.checkpoint.safetensors_file import (
+    Observer,
+    SafetensorsStore,
+    TensorInfo,
+    read_header,
+)
 from mistral_ms.checkpoint.stream import CHUNK_BYTES, Store
 from mistral_ms.errors import CheckpointError
 
@@ -22,20 +27,27 @@ class PartsStore:
         directory: the checkpoint.
         index: its index.
         tensors: what the index says.
+        observer: told of everything that is read.
 
     Raises:
         CheckpointError: a file that is missing or damaged, or that does not hold what the index
             says, or more.
     """
 
-    def __init__(self, directory: Path, index: Path, tensors: Mapping[str, Pieces]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        index: Path,
+        tensors: Mapping[str, Pieces],
+        observer: Observer | None = None,
+    ) -> None:
         self._pieces = dict(tensors)
         self._files: dict[str, SafetensorsStore] = {}
         names = dict.fromkeys(file for each in tensors.values() for file, _ in each.boxes)
         try:
             for name in names:
                 path = inside(directory, name, index)
-                self._files[name] = SafetensorsStore({path: read_header(path)})
+                self._files[name] = SafetensorsStore({path: read_header(path)}, observer)
             self._check(index)
         except BaseException:
             self.close()

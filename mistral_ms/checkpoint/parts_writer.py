@@ -1,7 +1,7 @@
 """Writing a checkpoint by many ranks: each its parts, at once, into one directory in the making.
 
-1. The first rank makes the directory, a temporary sibling of the checkpoint whose name all know
-   (:func:`begin_parts`); nobody goes on before that.
+1. The first rank makes the directory, a temporary sibling of the checkpoint (:func:`begin_parts`),
+   and tells the others the number in its name; nobody goes on before that.
 2. Every rank writes one file per set and then, when they are on the disk, a note with their sizes,
    digests and rectangles (:func:`write_part`). A rank that fails leaves a note of that instead.
 3. The first rank waits for all notes, checks that they are of the same save and that the parts
@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -35,6 +34,7 @@ from mistral_ms.checkpoint.target import TargetDirectory
 from mistral_ms.checkpoint.writer import Entry, write_shard
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError
+from mistral_ms.staging import staged_path
 
 WEIGHTS = "model"
 WAIT_SECONDS = 1800.0
@@ -87,32 +87,31 @@ class Stamp:
     step: int
 
 
-def parts_directory(path: Path) -> Path:
-    """The directory in the making of a checkpoint; all ranks know its name."""
-    final = Path(os.path.realpath(path))
-    return final.with_name(f".{final.name}.partial-ranks")
+def begin_parts(path: Path, overwrite: bool = True) -> TargetDirectory:
+    """Makes the directory in the making, on the first rank; it is empty.
 
-
-def begin_parts(path: Path) -> None:
-    """Makes the directory in the making, empty; what a killed save has left there goes.
+    Its ``token`` tells the other ranks its name: :func:`parts_directory`. It must be given to
+    :func:`finish_parts`, or discarded.
 
     Raises:
         CheckpointError: it cannot be made.
+        BusyError: another process writes to the same place.
     """
-    directory = parts_directory(path)
-    try:
-        if directory.exists():
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True)
-    except OSError as error:
-        raise write_error(directory, error) from error
+    return TargetDirectory(path, overwrite=overwrite, manifest=True).open()
 
 
-def write_part(path: Path, rank: int, stamp: Stamp, sets: Mapping[str, Iterable[Part]]) -> None:
+def parts_directory(path: Path, token: int) -> Path:
+    """The directory in the making of a checkpoint, on any rank that knows its token."""
+    return staged_path(Path(os.path.realpath(path)), token)
+
+
+def write_part(
+    directory: Path, rank: int, stamp: Stamp, sets: Mapping[str, Iterable[Part]]
+) -> None:
     """Writes what one rank has, after :func:`begin_parts`.
 
     Args:
-        path: the checkpoint's directory.
+        directory: the one in the making, see :func:`parts_directory`.
         rank: who writes.
         stamp: equal on all ranks.
         sets: its parts by the stem of their files: ``model``, ``optimizer``.
@@ -120,7 +119,6 @@ def write_part(path: Path, rank: int, stamp: Stamp, sets: Mapping[str, Iterable[
     Raises:
         CheckpointError: it cannot be written; the first rank is told.
     """
-    directory = parts_directory(path)
     if not directory.is_dir():
         raise CheckpointError(
             "cannot write",
@@ -129,7 +127,7 @@ def write_part(path: Path, rank: int, stamp: Stamp, sets: Mapping[str, Iterable[
             rule="the first rank has made it for all",
             todo="put the run's output on a file system that all machines share",
         )
-    files = FileSet(directory, hashed=True, path=Path(path))
+    files = FileSet(directory, hashed=True)
     try:
         known: dict[str, dict[str, Any]] = {}
         for stem, parts in sets.items():
@@ -151,7 +149,7 @@ def write_part(path: Path, rank: int, stamp: Stamp, sets: Mapping[str, Iterable[
 
 
 def finish_parts(
-    path: Path,
+    begun: TargetDirectory,
     stamp: Stamp,
     config: ModelConfig,
     files: Mapping[str, bytes],
@@ -161,7 +159,7 @@ def finish_parts(
     """Makes a checkpoint of what all ranks have written; called by the first rank, once.
 
     Args:
-        path: the checkpoint's directory; one that is there is replaced.
+        begun: what :func:`begin_parts` has given.
         stamp: as given to :func:`write_part`.
         config: the model.
         files: further files by name.
@@ -172,27 +170,38 @@ def finish_parts(
             the parts do not tile the model. Nothing is left then, and an old checkpoint is as it
             was.
     """
-    directory = parts_directory(path)
-    with TargetDirectory(path, overwrite=True, manifest=True, begun=directory) as target:
-        notes = _collect(directory, stamp, time.monotonic() + wait_seconds)
-        sets = _joined(notes, directory)
-        weights = {name: pieces.shape for name, pieces in sets[WEIGHTS].items()}
-        expected = our_shapes(config)
-        check_shapes(weights, expected, directory)
-        sets[WEIGHTS] = {name: sets[WEIGHTS][name] for name in expected}
-        for note in notes:
-            records = {name: FileRecord(**record) for name, record in note["files"].items()}
-            _check_sizes(directory, records)
-            target.records |= records
-        for rank in range(stamp.world):
-            _note(directory, rank, "done").unlink()
-        target.write_json(*encode_config(config, "mistral_ms"))
-        for name, content in files.items():
-            target.write(name, content)
-        for stem, tensors in sets.items():
-            stored = (f"{stem}-rank-{rank:05d}.safetensors" for rank in range(stamp.world))
-            total = sum(target.records[name].size for name in stored if name in target.records)
-            target.write_json(f"{stem}.safetensors.index.json", encode_index(tensors, total))
+    with begun:
+        join_parts(begun, stamp, config, files, wait_seconds)
+
+
+def join_parts(
+    target: TargetDirectory,
+    stamp: Stamp,
+    config: ModelConfig,
+    files: Mapping[str, bytes],
+    wait_seconds: float = WAIT_SECONDS,
+) -> None:
+    """The same without giving the checkpoint its place: whoever has opened the target does that."""
+    directory = target.directory
+    notes = _collect(directory, stamp, time.monotonic() + wait_seconds)
+    sets = _joined(notes, directory)
+    weights = {name: pieces.shape for name, pieces in sets[WEIGHTS].items()}
+    expected = our_shapes(config)
+    check_shapes(weights, expected, directory)
+    sets[WEIGHTS] = {name: sets[WEIGHTS][name] for name in expected}
+    for note in notes:
+        records = {name: FileRecord(**record) for name, record in note["files"].items()}
+        _check_sizes(directory, records)
+        target.records |= records
+    for rank in range(stamp.world):
+        _note(directory, rank, "done").unlink()
+    target.write_json(*encode_config(config, "mistral_ms"))
+    for name, content in files.items():
+        target.write(name, content)
+    for stem, tensors in sets.items():
+        stored = (f"{stem}-rank-{rank:05d}.safetensors" for rank in range(stamp.world))
+        total = sum(target.records[name].size for name in stored if name in target.records)
+        target.write_json(f"{stem}.safetensors.index.json", encode_index(tensors, total))
 
 
 def _described(part: Part) -> dict[str, Any]:

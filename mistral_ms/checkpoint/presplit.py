@@ -14,7 +14,7 @@ from mistral_ms.checkpoint.parts_writer import (
     Part,
     Stamp,
     begin_parts,
-    finish_parts,
+    join_parts,
     write_part,
 )
 from mistral_ms.checkpoint.source import Source, open_checkpoint
@@ -33,6 +33,7 @@ def presplit(
     overwrite: bool = False,
     *,
     kind: str | None = None,
+    verify: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> ConvertResult:
     """Writes a checkpoint as the ranks of a layout would have written it, one after the other.
@@ -47,9 +48,11 @@ def presplit(
         dtype: ``keep``, ``fp32``, ``fp16`` or ``bf16``.
         overwrite: replace a checkpoint that is at ``dst``.
         kind: the source's format, when its directory holds several.
+        verify: compare a source of ours with its digests while it is read.
         say: told what of the source's configuration is not carried over.
 
     Raises:
+        BusyError: another process writes to the same target.
         CheckpointError: a bad source or target, a full disk, values that ``dtype`` cannot hold, or
             parts that do not tile the model. Nothing is left of the target then.
     """
@@ -58,21 +61,22 @@ def presplit(
     if Path(src).resolve() == Path(dst).resolve():
         raise CheckpointError("source is the target", where=src, todo="choose another target")
     stamp = Stamp(len(ranks), layout, 0)
-    with open_checkpoint(src, kind) as source:
+    with open_checkpoint(src, kind, verify=verify) as source:
         if remark := source.remark():
             say(remark)
         config = source.config
         if dtype in FROM_OPTION:
             config = config.model_copy(update={"torch_dtype": TO_CONFIG[FROM_OPTION[dtype]]})
         files = {path.name: path.read_bytes() for path in source.side_files}
-        begin_parts(dst)
         tensors: dict[str, int] = {}
-        for rank, windows in enumerate(ranks):
-            parts = list(_parts(source, windows, dtype))
-            write_part(dst, rank, stamp, {WEIGHTS: parts})
-            for part in parts:
-                tensors[part.name] = tensors.get(part.name, 0) + part.entry().nbytes
-        finish_parts(dst, stamp, config, files)
+        with begin_parts(dst, overwrite) as target:
+            for rank, windows in enumerate(ranks):
+                parts = list(_parts(source, windows, dtype))
+                write_part(target.directory, rank, stamp, {WEIGHTS: parts})
+                for part in parts:
+                    tensors[part.name] = tensors.get(part.name, 0) + part.entry().nbytes
+            source.verify()  # before the target gets its name
+            join_parts(target, stamp, config, files)
         return ConvertResult(
             source_kind=source.kind,
             target_kind="mistral_ms",

@@ -17,7 +17,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,9 @@ import numpy as np
 from mistral_ms.checkpoint.dtypes import BITS, WEIGHT_DTYPES
 from mistral_ms.errors import CheckpointError
 from mistral_ms.reading import INDEX_BYTES, open_regular, parse_json
+
+# told of every run of bytes that was read: the file, their position in it, and they themselves
+Observer = Callable[[Path, int, memoryview], None]
 
 MAX_HEADER_BYTES = INDEX_BYTES
 """The library allows 100 MB, which would take 2.6 GB to parse; no model's file comes near."""
@@ -174,12 +177,14 @@ class SafetensorsStore:
 
     Args:
         headers: the files and their checked headers.
+        observer: told of everything that :meth:`read_into` reads.
 
     Raises:
         CheckpointError: a tensor that is in two files, or a file that cannot be opened.
     """
 
-    def __init__(self, headers: Mapping[Path, Header]) -> None:
+    def __init__(self, headers: Mapping[Path, Header], observer: Observer | None = None) -> None:
+        self._observer = observer
         self.tensors: dict[str, TensorInfo] = {}
         self._begins: dict[str, int] = {}
         self._files: dict[Path, BinaryIO] = {}
@@ -231,6 +236,8 @@ class SafetensorsStore:
                     "truncated file", where=info.file, value=name, rule="it changed meanwhile"
                 )
             done += count
+        if self._observer is not None:
+            self._observer(info.file, position, view)
 
     def flat(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements ``start`` to ``stop`` of a weight in memory order, without a copy.

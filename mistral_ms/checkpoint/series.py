@@ -22,7 +22,8 @@ from pathlib import Path
 from mistral_ms.checkpoint.files import MANIFEST, unknown_entries
 from mistral_ms.checkpoint.manifest import read_manifest, verify_digests
 from mistral_ms.checkpoint.source import open_checkpoint
-from mistral_ms.errors import CheckpointError
+from mistral_ms.errors import BusyError, CheckpointError
+from mistral_ms.staging import Lock
 
 _NAME = re.compile(r"step-(\d{8,})")
 # in the order of preference for the free name of their step
@@ -163,6 +164,9 @@ class CheckpointSeries:
             else:
                 shutil.rmtree(path, ignore_errors=True)
             dealt_with.append(path)
+        for lock in sorted(self.directory.glob(".step-*.lock")):
+            with contextlib.suppress(BusyError), Lock(lock, self.directory):
+                pass  # whoever had it is gone, and so is the file now
         return tuple(dealt_with)
 
     def _counts(self, step: int) -> bool:
@@ -219,7 +223,7 @@ def _defect(path: Path, progress: Callable[[int, int], None] | None) -> str | No
     """What is wrong with a checkpoint; None when nothing is."""
     try:
         different = verify_digests(path, read_manifest(path), progress)
-        open_checkpoint(path, "mistral_ms").close()
+        open_checkpoint(path, "mistral_ms", verify=False).close()
     except CheckpointError as error:
         return str(error)
     except OSError as error:

@@ -23,6 +23,7 @@ from mistral_ms.checkpoint.plan import Assembly, Piece, check_tensors, make_plan
 from mistral_ms.checkpoint.safetensors_file import TensorInfo
 from mistral_ms.checkpoint.shards import open_weights
 from mistral_ms.checkpoint.stream import CHUNK_BYTES, Store, read_array
+from mistral_ms.checkpoint.verification import Verification
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError
 
@@ -49,11 +50,13 @@ class Source:
         layout: FormatLayout,
         store: Store,
         ignored_keys: tuple[str, ...] = (),
+        verification: Verification | None = None,
     ) -> None:
         self.path, self.kind, self.config = path, kind, config
         self.layout, self.store, self.ignored_keys = layout, store, ignored_keys
         self.tensors: Mapping[str, TensorInfo] = store.tensors
         self.side_files = side_files(path)
+        self._verification = verification
 
     def __enter__(self) -> Source:
         return self
@@ -64,10 +67,26 @@ class Source:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            if kind is None:
+                self.verify()
+        finally:
+            self.close()
+
+    def verify(self) -> None:
+        """Ends the comparison with the digests that were recorded when the files were written.
+
+        To be called before anything rests on what was read; leaving the context calls it as well.
+        Checkpoints of others have no digests.
+
+        Raises:
+            CheckpointError: a file that was read is not the one that was written.
+        """
+        if self._verification is not None:
+            self._verification.finish(("model",))
 
     def close(self) -> None:
-        """Lets the files go."""
+        """Lets the files go, without a comparison."""
         self.store.close()
 
     def remark(self) -> str | None:
@@ -189,12 +208,18 @@ class Source:
         return read_array(self.store, assembly, stored, (first, last))
 
 
-def open_checkpoint(path: Path, kind: str | None = None) -> Source:
+def open_checkpoint(
+    path: Path, kind: str | None = None, *, verify: bool = True, rank: int = 0, world: int = 1
+) -> Source:
     """Opens a checkpoint of any known format and checks all that can be checked without reading.
 
     Args:
         path: its directory.
         kind: which format to take when the directory holds several.
+        verify: of a checkpoint of ours, compare what is read with the recorded digests. The sizes
+            of its files are always compared.
+        rank: of this process among those that read the checkpoint together.
+        world: how many they are; each compares its share of the files.
 
     Raises:
         CheckpointError: anything that is wrong with it, each in its own words: unknown or several
@@ -205,6 +230,7 @@ def open_checkpoint(path: Path, kind: str | None = None) -> Source:
     path = Path(path)
     weights = choose_weights(path, kind)
     config, ignored = read_config(path, weights.kind)
+    verification: Verification | None = None
     if weights.kind == "mistral_ms":
         records = read_manifest(path)
         unlisted = [p for p in weights.files if p.name not in records]
@@ -212,7 +238,9 @@ def open_checkpoint(path: Path, kind: str | None = None) -> Source:
             raise CheckpointError(
                 "extra shard", where=unlisted[0], rule="the manifest does not list it"
             )
-    store = open_weights(path, weights)
+        if verify:
+            verification = Verification(path, records, rank, world)
+    store = open_weights(path, weights, verification and verification.see)
     try:
         layout = format_layout(config, _table(weights.kind, store.tensors))
         copies = _tied_head(config, layout, store)
@@ -221,7 +249,7 @@ def open_checkpoint(path: Path, kind: str | None = None) -> Source:
         if weights.kind in ("mistral", "mistral-dump"):
             # params.json does not say the dtype: the files do.
             config = config.model_copy(update={"torch_dtype": _main_dtype(store.tensors)})
-        return Source(path, weights.kind, config, layout, store, ignored)
+        return Source(path, weights.kind, config, layout, store, ignored, verification)
     except BaseException:
         store.close()
         raise

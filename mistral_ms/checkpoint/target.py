@@ -1,31 +1,23 @@
 """Writing a checkpoint directory: all of it or nothing.
 
-Everything goes to a temporary sibling first. Only when each file is on the disk (fsync) is the
-directory renamed to its name; on any failure before that the sibling is removed and an existing
-target has not been touched. After the rename the new checkpoint stands, whatever happens.
+Everything goes to a temporary sibling first (:mod:`mistral_ms.staging`). Only when each file is on
+the disk (fsync) is the directory renamed to its name; on any failure before that the sibling is
+removed and an existing target has not been touched. After the rename the new checkpoint stands,
+whatever happens.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from types import TracebackType
 
+from mistral_ms import staging
 from mistral_ms.checkpoint.file_set import FileSet, write_error
 from mistral_ms.checkpoint.files import MANIFEST, unknown_entries
 from mistral_ms.checkpoint.manifest import encode_manifest
 from mistral_ms.errors import CheckpointError
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+from mistral_ms.staging import StagedDirectory
 
 
 class TargetDirectory(FileSet):
@@ -37,45 +29,49 @@ class TargetDirectory(FileSet):
         path: where the checkpoint shall be; missing parents are created.
         overwrite: replace an existing checkpoint directory (and nothing else).
         manifest: write ``COMPLETE`` as the last file.
-        begun: a temporary sibling that others have begun to fill; None makes one.
 
     Raises:
         CheckpointError: the target exists and may not be replaced, or its place is not writable.
+        BusyError: another process is writing to the same target.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        overwrite: bool = False,
-        manifest: bool = False,
-        begun: Path | None = None,
-    ) -> None:
+    def __init__(self, path: Path, *, overwrite: bool = False, manifest: bool = False) -> None:
         super().__init__(Path(path), hashed=manifest)
-        self._manifest, self._overwrite, self._begun = manifest, overwrite, begun
+        self._manifest, self._overwrite = manifest, overwrite
         check_target(self.path, overwrite)
-        self._final = Path(os.path.realpath(self.path))  # a link stays, what it leads to changes
-        self._made: list[Path] = []
+        self._staged = StagedDirectory(self.path)  # a link stays, what it leads to changes
         self._directory = None
 
-    def __enter__(self) -> TargetDirectory:
-        parent = self._final.parent
-        if self._begun is not None:
-            self._directory = self._begun
-            return self
-        try:
-            for missing in [p for p in (parent, *parent.parents) if not p.exists()][::-1]:
-                missing.mkdir()
-                self._made.append(missing)
-            name = tempfile.mkdtemp(prefix=f".{self._final.name}.partial-", dir=parent)
-            self._directory = Path(name)
-            mask = os.umask(0)
-            os.umask(mask)
-            self._directory.chmod(0o777 & ~mask)  # mkdtemp makes private ones
-        except OSError as error:
-            self._discard()
-            raise write_error(parent, error) from error
+    def open(self) -> TargetDirectory:
+        """Makes the directory in the making, if it is not there yet.
+
+        Raises:
+            CheckpointError: its place is not writable.
+            BusyError: see the class.
+        """
+        if self._directory is None:
+            try:
+                self._directory = self._staged.open()
+                check_target(self.path, self._overwrite)  # what a killed writer left may be back
+            except OSError as error:
+                raise write_error(self._staged.final.parent, error) from error
+            except BaseException:
+                self.discard()
+                raise
         return self
+
+    @property
+    def token(self) -> int:
+        """The number by which others find the directory in the making (``staged_path``)."""
+        return self._staged.token
+
+    def discard(self) -> None:
+        """Removes everything that was written; what is in its place stays."""
+        self._directory = None
+        self._staged.close()
+
+    def __enter__(self) -> TargetDirectory:
+        return self.open()
 
     def __exit__(
         self,
@@ -83,42 +79,37 @@ class TargetDirectory(FileSet):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is not None:
-            self._discard()
-            return
         try:
-            if self._manifest:
-                self.write(MANIFEST, encode_manifest(self.records))
-            self._install()
-        except OSError as failure:
-            self._discard()
-            raise write_error(self.path, failure) from failure
-        except BaseException:
-            self._discard()
-            raise
+            if kind is None:
+                if self._manifest:
+                    self.write(MANIFEST, encode_manifest(self.records))
+                self._install()
+        finally:
+            self.discard()
 
     def _install(self) -> None:
-        """Renames the directory into its place; an old one steps aside first and returns on error.
-
-        Two renames leave a moment in which the target has no name. A crash exactly then loses
-        nothing: the old one lies beside it as ``.NAME.old-*``, the new one as ``.NAME.partial-*``.
+        """Puts the directory in its place.
 
         Raises:
-            OSError: nothing was changed.
             CheckpointError: see :func:`check_target`; or the message says what stands where.
         """
-        _sync_directory(self.directory)
+        staged = self._staged
         check_target(self.path, self._overwrite)  # somebody may have put something there meanwhile
-        aside = self._step_aside() if self._final.exists() else None
         try:
-            self.directory.rename(self._final)
-        except BaseException:
-            if aside is not None:
-                self._step_back(aside)
-            raise
-        self._directory = None
+            staged.install()
+        except OSError as error:
+            staged.close()
+            if (aside := staged.stranded) is None:
+                raise write_error(self.path, error) from error
+            raise CheckpointError(
+                "cannot write",
+                where=self.path,
+                value=error.strerror,
+                rule=f"the old checkpoint is whole, but its name is now {aside}",
+                todo="rename it back",
+            ) from error
         try:
-            _sync_directory(self._final.parent)
+            staging.sync_directory(staged.final.parent)
         except OSError as error:
             raise CheckpointError(
                 "written, but perhaps not yet on the disk",
@@ -128,42 +119,6 @@ class TargetDirectory(FileSet):
                 "might still lose its name",
                 todo="check the disk",
             ) from error
-        finally:
-            if aside is not None:
-                shutil.rmtree(aside, ignore_errors=True)
-
-    def _step_aside(self) -> Path:
-        """Renames the old target to a free name beside it; returns that."""
-        prefix = f".{self._final.name}.old-"
-        aside = Path(tempfile.mkdtemp(prefix=prefix, dir=self._final.parent))
-        try:
-            self._final.rename(aside)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                aside.rmdir()
-            raise
-        return aside
-
-    def _step_back(self, aside: Path) -> None:
-        """Gives the old target its name back."""
-        try:
-            aside.rename(self._final)
-        except OSError as error:
-            raise CheckpointError(
-                "cannot write",
-                where=self.path,
-                value=error.strerror,
-                rule=f"the old checkpoint is whole, but its name is now {aside}",
-                todo="rename it back",
-            ) from error
-
-    def _discard(self) -> None:
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
-        for parent in reversed(self._made):
-            with contextlib.suppress(OSError):
-                parent.rmdir()
 
 
 def check_target(path: Path, overwrite: bool) -> None:

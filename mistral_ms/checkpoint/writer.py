@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,11 +121,10 @@ def write_tensors(
     strings = dict(metadata or {})
     workers = max(1, min(workers, len(shards), os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:
-        futures = [
-            pool.submit(write_shard, target, name, shard, strings, meter)
-            for name, shard in zip(names, shards, strict=True)
-        ]
+        futures: list[Future[None]] = []
         try:
+            for name, shard in zip(names, shards, strict=True):
+                futures.append(pool.submit(write_shard, target, name, shard, strings, meter))
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()

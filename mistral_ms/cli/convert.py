@@ -56,6 +56,10 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DST.")
     ] = False,
+    no_verify: Annotated[
+        bool,
+        typer.Option("--no-verify", help="Do not compare a checkpoint of ours with its digests."),
+    ] = False,
     run: Annotated[
         Path | None,
         typer.Option(help="Write a file for every rank of this run file's layout (mindspore)."),
@@ -78,11 +82,19 @@ def convert(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     if run is not None:
-        result = _presplit(src, dst, to, dtype, overwrite, source, run, say)
+        result = _presplit(src, dst, to, dtype, overwrite, source, run, say, verify=not no_verify)
     else:
         with byte_progress(console, "converting") as progress:
             result = checkpoint.convert(
-                src, dst, to, dtype, overwrite, kind=source, progress=progress, say=say
+                src,
+                dst,
+                to,
+                dtype,
+                overwrite,
+                kind=source,
+                verify=not no_verify,
+                progress=progress,
+                say=say,
             )
     rate = size_text(result.bytes / max(result.seconds, 1e-9))
     files = sorted(path.name for path in dst.iterdir())
@@ -109,6 +121,8 @@ def _presplit(
     source: SourceFormat | None,
     run_file: Path,
     say: Callable[[str], None],
+    *,
+    verify: bool,
 ) -> ConvertResult:
     """Cuts a checkpoint up for a run's layout.
 
@@ -140,4 +154,6 @@ def _presplit(
         held = {name: shapes[name] for name in held_names(stages[place.pp], shapes)}
         ranks.append(written_parts(held, topology, place.rank))
     layout = str(parallel.sizes)
-    return presplit(src, dst, ranks, layout, dtype, overwrite, kind=source, say=say)
+    return presplit(
+        src, dst, ranks, layout, dtype, overwrite, kind=source, verify=verify, say=say
+    )

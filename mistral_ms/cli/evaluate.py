@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mistral_ms.cli.convert import SourceFormat
+
 
 def evaluate(
     checkpoint: Annotated[
@@ -14,6 +16,13 @@ def evaluate(
     ],
     data: Annotated[Path, typer.Option(help="A dataset, written by the data command.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
+    source: Annotated[
+        SourceFormat | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
+    ] = None,
+    no_verify: Annotated[
+        bool,
+        typer.Option("--no-verify", help="Do not compare a checkpoint of ours with its digests."),
+    ] = False,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
     ] = None,
@@ -29,7 +38,7 @@ def evaluate(
 
     console = Console(highlight=False, soft_wrap=True)
     windows = MindRecordWindows(data, 1, 0)
-    model = load_for_evaluation(checkpoint, windows)
+    model = load_for_evaluation(checkpoint, windows, source, verify=not no_verify)
     with count_progress(console, "evaluating", "windows") as progress:
         result = evaluate(model, windows, batch_size, progress)
     console.print(

@@ -100,6 +100,10 @@ def generate(
     source: Annotated[
         SourceFormat | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
     ] = None,
+    no_verify: Annotated[
+        bool,
+        typer.Option("--no-verify", help="Do not compare a checkpoint of ours with its digests."),
+    ] = False,
     dtype: Annotated[
         ComputeDType, typer.Option(help="Compute in this; bf16 needs an NPU.")
     ] = ComputeDType.FP32,
@@ -149,6 +153,7 @@ def generate(
     parallel = layout_from_flags(dp, mp, pp, ep)
     options: dict[str, Any] = {
         "kind": source,
+        "verify": not no_verify,
         "graph": not pynative,
         "dtype": DTYPES[dtype],
     }

@@ -86,6 +86,8 @@ def _execute(
         files.again()
     elif division.is_first:
         files.begin()
+    if division.is_first:  # a second training says so before it touches the first one's log
+        files.claim().release()
     division.wait_for_all()
     with backend_log(files.log(division.rank)):
         training = TrainingRun(run, output, resume=resuming, say=say, division=division)

@@ -16,7 +16,13 @@ from mistral_ms.config.parallel import ParallelConfig, layout_from_flags
 from mistral_ms.config.predict import PredictConfig, PredictionConfig, load_any_config
 from mistral_ms.config.rope_scaling import RopeScaling
 from mistral_ms.config.routing import DROPLESS, RoutingConfig
-from mistral_ms.config.run import CheckpointConfig, RunConfig, load_run_config
+from mistral_ms.config.run import (
+    CheckpointConfig,
+    CheckpointFormat,
+    InitFromConfig,
+    RunConfig,
+    load_run_config,
+)
 from mistral_ms.config.training import (
     LossScaleConfig,
     OptimizerConfig,
@@ -29,11 +35,13 @@ __all__ = [
     "IGNORE_INDEX",
     "PACKAGED_TOKENIZER",
     "CheckpointConfig",
+    "CheckpointFormat",
     "DType",
     "DataConfig",
     "DataSourceConfig",
     "GenerationConfig",
     "GenerationFile",
+    "InitFromConfig",
     "LossScaleConfig",
     "MoEArchitecture",
     "ModelConfig",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mistral_ms.config.base import Frozen, validate
 from mistral_ms.config.data import DataSourceConfig
@@ -28,6 +29,23 @@ class CheckpointConfig(Frozen):
     keep_last: int | None = Field(default=2, ge=1)
 
 
+CheckpointFormat = Literal["mindspore", "hf", "mistral", "mistral-dump"]
+
+
+class InitFromConfig(Frozen):
+    """The weights that a training starts with. A bare path stands for one without other keys.
+
+    Attributes:
+        path: directory of a checkpoint of any known format.
+        format: which format to read when the directory holds several.
+        verify: compare a checkpoint of ours with its recorded digests while it is read.
+    """
+
+    path: Path
+    format: CheckpointFormat | None = None
+    verify: bool = True
+
+
 class RunConfig(Frozen):
     """A file of ``configs/run``.
 
@@ -38,8 +56,8 @@ class RunConfig(Frozen):
         training: the training.
         parallel: how many processes share it, and how.
         data: what is learnt.
-        init_from: a checkpoint of any known format whose weights the training starts with;
-            without one they are drawn.
+        init_from: the checkpoint whose weights the training starts with: its path, or a group of
+            path, format and verify. Without one the weights are drawn.
         checkpoint: when the training is saved.
         output: directory of all that the run writes; ``runs/NAME`` when not given, with the run
             file's name.
@@ -50,9 +68,14 @@ class RunConfig(Frozen):
     training: TrainingConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataSourceConfig | None = None
-    init_from: Path | None = None
+    init_from: InitFromConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     output: Path | None = None
+
+    @field_validator("init_from", mode="before")
+    @classmethod
+    def _bare_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str | Path) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

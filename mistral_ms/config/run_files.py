@@ -26,13 +26,16 @@ def read_run_file(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
             :func:`~mistral_ms.config.load.apply_overrides`.
     """
     values = _beside(path.parent, read_yaml(path))
-    for item in overrides:
-        for key in ("model", "init_from"):
-            if item.startswith(f"{key}="):
-                values[key] = item.removeprefix(f"{key}=")
-    model = values.get("model", values.get("init_from"))
+    # each of these two replaces all that the file says under its key
+    whole = [item for item in overrides if item.startswith(("model=", "init_from="))]
+    rest = [item for item in overrides if item not in whole]
+    values |= apply_overrides({}, whole)
+    values = apply_overrides(_grouped(values), [i for i in rest if i.startswith("init_from.")])
+    model, kind = values.get("model"), None
+    if model is None and isinstance(values.get("init_from"), dict):
+        model, kind = values["init_from"].get("path"), values["init_from"].get("format")
     if isinstance(model, str):
-        values["model"] = _read_model(Path(model))
+        values["model"] = _read_model(Path(model), kind)
     elif not isinstance(model, dict):
         raise ConfigError(
             "invalid configuration",
@@ -40,16 +43,27 @@ def read_run_file(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
             value=repr(model),
             rule="must be the path of a model file or of a checkpoint, or the model's keys",
         )
-    rest = [item for item in overrides if not item.startswith("model=")]
     return apply_overrides(_without_rival(values, rest), rest)
 
 
-def _read_model(path: Path) -> dict[str, Any]:
-    """The keys of a model file, or of the model that a checkpoint's directory holds."""
+def _grouped(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Spells a bare path under ``init_from`` out."""
+    start = values.get("init_from")
+    return {**values, "init_from": {"path": start}} if isinstance(start, str) else dict(values)
+
+
+def _read_model(path: Path, kind: object = None) -> dict[str, Any]:
+    """The keys of a model file, or of the model that a checkpoint's directory holds.
+
+    Args:
+        path: the file or directory.
+        kind: the checkpoint's format, where the directory holds several.
+    """
     if not is_dir(path):
         return read_yaml(path)
+    mistrals = isinstance(kind, str) and kind.startswith("mistral")
     for name, read in (("config.json", from_hf), ("params.json", from_mistral)):
-        if is_file(path / name):
+        if is_file(path / name) and not (mistrals and name == "config.json"):
             config, _ = read(read_json(path / name, ConfigError), str(path / name))
             return config.model_dump()
     raise ConfigError(
@@ -67,6 +81,8 @@ def _beside(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
     for key in ("model", "init_from"):
         if key in values:
             values[key] = moved(values[key])
+    if isinstance(start := values.get("init_from"), dict) and "path" in start:
+        values["init_from"] = {**start, "path": moved(start["path"])}
     data = values.get("data")
     if isinstance(data, dict):
         data = dict(data)

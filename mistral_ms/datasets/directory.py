@@ -1,7 +1,8 @@
 """A dataset's directory: all of it or nothing.
 
-It is filled under a temporary name beside its place and renamed when every byte is on the disk. A
-process that is killed leaves at most that sibling, ``.NAME.partial-*``, which nobody reads.
+It is filled under a temporary name beside its place and renamed when every byte is on the disk
+(:mod:`mistral_ms.staging`). A process that is killed leaves at most that sibling,
+``.NAME.partial-*``, which nobody reads and the next writer removes.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ import contextlib
 import errno
 import fnmatch
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from mistral_ms.datasets.description import DESCRIPTION
 from mistral_ms.errors import DataError
+from mistral_ms.staging import StagedDirectory, sync_directory
 
 WINDOW_FILES = "windows-*.mindrecord"
 _KNOWN = (DESCRIPTION, WINDOW_FILES, f"{WINDOW_FILES}.db")
@@ -61,27 +61,21 @@ def new_directory(path: Path, overwrite: bool) -> Iterator[Path]:
 
     Raises:
         DataError: see :func:`check_target`; a place that cannot be written, or a full disk.
+        BusyError: another process is writing to the same place.
     """
     check_target(path, overwrite)
-    final = Path(os.path.realpath(path))  # a link stays, what it leads to changes
-    made = [parent for parent in final.parents if not parent.exists()]
-    temporary = None
+    staged = StagedDirectory(path)  # a link stays, what it leads to changes
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes private ones
-        yield temporary
+        directory = staged.open()
+        check_target(path, overwrite)  # what a killed writer left may be back
+        yield directory
         check_target(path, overwrite)  # somebody may have put something there meanwhile
-        _install(temporary, final)
-    except BaseException as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise write_error(path, error) from error
-        raise
+        staged.install()
+        sync_directory(staged.final.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        staged.close()
 
 
 def seal(path: Path) -> None:
@@ -104,32 +98,6 @@ def write_error(path: Path, error: OSError | str) -> DataError:
         rule="nothing was changed",
         todo="free some space, or choose another place" if full else None,
     )
-
-
-def _install(temporary: Path, final: Path) -> None:
-    """Renames; an old dataset steps aside as ``.NAME.old-*`` first and returns on error."""
-    _sync_directory(temporary)
-    aside = None
-    if final.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.old-", dir=final.parent))
-        final.rename(aside)
-    try:
-        temporary.rename(final)
-    except BaseException:
-        if aside is not None:
-            aside.rename(final)
-        raise
-    _sync_directory(final.parent)
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:

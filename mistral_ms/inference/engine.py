@@ -118,6 +118,7 @@ class Engine:
         kind: str | None = None,
         graph: bool = True,
         with_tokenizer: bool = True,
+        verify: bool = True,
         dtype: DType = "float32",
         division: Division | None = None,
         eos_ids: Sequence[int] | None = None,
@@ -133,6 +134,7 @@ class Engine:
             graph: see the class.
             dtype: dtype of weights, cache and activations; the CPU backend has no bfloat16.
             with_tokenizer: load the directory's tokenizer; without it completions have no text.
+            verify: compare a checkpoint of ours with its digests while it is read.
             division: this process's part of several; all must then do the same with their engines.
             eos_ids: tokens that end a text; what the checkpoint's files say when None, see
                 :func:`~mistral_ms.inference.settings.read_checkpoint_settings`.
@@ -151,12 +153,13 @@ class Engine:
                 rule="MindSpore's CPU backend multiplies matrices in float32 and float16 only",
                 todo="use float32",
             )
-        with open_checkpoint(Path(path), kind) as source:
+        division = Division(ParallelConfig()) if division is None else division
+        shared = {"rank": division.rank, "world": division.world}
+        with open_checkpoint(Path(path), kind, verify=verify, **shared) as source:
             config = source.config
             length = config.longest_sequence if max_length is None else max_length
             check_length(config, length, "max_length")
             chunk = min(chunk, length)
-            division = Division(ParallelConfig()) if division is None else division
             rows = -(-batch // division.data_parallel[1])
             spec = CacheSpec.for_model(config, rows, length, chunk)
             tokenizer = None

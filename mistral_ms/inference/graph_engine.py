@@ -22,6 +22,7 @@ def load_graph_engine(
     rank: int = 0,
     kind: str | None = None,
     with_tokenizer: bool = True,
+    verify: bool = True,
 ) -> Engine:
     """Opens a checkpoint and loads it into auto-parallel graphs. The process stays in graph mode.
 
@@ -32,15 +33,17 @@ def load_graph_engine(
             have been called, and all must do the same with their engines.
         kind: which format to take when the directory holds several.
         with_tokenizer: load the directory's tokenizer; without it completions have no text.
+        verify: compare a checkpoint of ours with its digests while it is read.
 
     Raises:
         ConfigError: see :func:`~mistral_ms.parallel.graph.build_generation`.
         CheckpointError: see :func:`open_checkpoint` and :func:`load_weights`.
         TokenizerError: no tokenizer, or one that does not fit the model.
     """
-    divided = run.parallel.world > 1
+    world = run.parallel.world
+    divided = world > 1
     ms.set_context(mode=ms.GRAPH_MODE)
-    with open_checkpoint(Path(path), kind) as source:
+    with open_checkpoint(Path(path), kind, verify=verify, rank=rank, world=world) as source:
         tokenizer = None
         if with_tokenizer:
             tokenizer = load_tokenizer(Path(path))

@@ -107,18 +107,22 @@ def _filled(batch: Batch, rows: int) -> Batch:
     )
 
 
-def load_for_evaluation(checkpoint: Path, data: MindRecordWindows) -> CausalLM:
+def load_for_evaluation(
+    checkpoint: Path, data: MindRecordWindows, kind: str | None = None, *, verify: bool = True
+) -> CausalLM:
     """A checkpoint's model, dropless in float32, after checking that it fits the dataset.
 
     Args:
         checkpoint: of any known format.
         data: the dataset.
+        kind: which format to take when the directory holds several.
+        verify: compare a checkpoint of ours with its digests while it is read.
 
     Raises:
         CheckpointError: anything that is wrong with the checkpoint.
         DataError: windows too long for the model, or tokenised with another vocabulary.
     """
-    with open_checkpoint(checkpoint) as source:
+    with open_checkpoint(checkpoint, kind, verify=verify) as source:
         try:
             tokenizer = load_tokenizer(checkpoint)
         except TokenizerError:

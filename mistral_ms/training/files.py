@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_ms.errors import TrainingError
+from mistral_ms.staging import Lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +98,15 @@ class RunFiles:
                 value="no such directory" if not self.root.exists() else "no checkpoints in it",
                 rule="--resume takes the output directory of an earlier run",
             )
+
+    def claim(self) -> Lock:
+        """Takes the right to write into the directory, which one training at a time has.
+
+        Raises:
+            BusyError: another training has it.
+            TrainingError: the directory cannot be written.
+        """
+        try:
+            return Lock(self.root / ".lock", self.root).acquire()
+        except OSError as error:
+            raise TrainingError("cannot write", where=self.root, value=error.strerror) from error

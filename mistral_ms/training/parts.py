@@ -11,9 +11,17 @@ import numpy as np
 
 from mistral_ms.checkpoint import BackgroundWriter, CheckpointSeries
 from mistral_ms.checkpoint.load import dtype_name, to_numpy
-from mistral_ms.checkpoint.parts_writer import Part, Stamp, begin_parts, finish_parts, write_part
+from mistral_ms.checkpoint.parts_writer import (
+    Part,
+    Stamp,
+    begin_parts,
+    finish_parts,
+    parts_directory,
+    write_part,
+)
+from mistral_ms.checkpoint.target import TargetDirectory
 from mistral_ms.config import ModelConfig
-from mistral_ms.errors import CheckpointError
+from mistral_ms.errors import CheckpointError, MistralMsError
 from mistral_ms.parallel.apply import Division
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.optimizer import weight_of
@@ -39,14 +47,14 @@ class PartSnapshot:
     sets: Mapping[str, tuple[Part, ...]]
     state: Mapping[str, Any]
 
-    def write(self, path: Path) -> None:
+    def write(self, directory: Path) -> None:
         """Writes this part into the checkpoint in the making."""
-        write_part(path, self.rank, self.stamp, self.sets)
+        write_part(directory, self.rank, self.stamp, self.sets)
 
-    def finish(self, path: Path, files: Mapping[str, bytes]) -> None:
+    def finish(self, begun: TargetDirectory, files: Mapping[str, bytes]) -> None:
         """Makes the checkpoint, on the first rank, of what all have written."""
         finish_parts(
-            path, self.stamp, self.model, {**files, "state.json": encode_state(self.state)}
+            begun, self.stamp, self.model, {**files, "state.json": encode_state(self.state)}
         )
 
 
@@ -93,24 +101,33 @@ def save_parts(
     The rest runs in the background.
 
     Raises:
+        BusyError: another process writes the same checkpoint.
         CheckpointError: the save before failed, here or elsewhere.
     """
     step = snapshot.stamp.step
-    path, failure = series.path(step), None
+    path, failure, begun = series.path(step), None, None
     try:
         writer.wait()
         if division.is_first:
-            begin_parts(path)
-    except CheckpointError as error:
+            begun = begin_parts(path)
+    except MistralMsError as error:
         failure = error
     if division.anybody(failure is not None):
+        if begun is not None:
+            begun.discard()
         raise failure or CheckpointError(
             "another rank could not save", where=path, todo="look into the other ranks' logs"
         )
 
+    token = division.told(0 if begun is None else begun.token)
+
     def save() -> None:
-        snapshot.write(path)
-        if division.is_first:
-            series.save(step, lambda place: snapshot.finish(place, files))
+        try:
+            snapshot.write(parts_directory(path, token))
+            if begun is not None:
+                series.save(step, lambda place: snapshot.finish(begun, files))
+        finally:
+            if begun is not None:
+                begun.discard()
 
     writer.submit(save)

@@ -90,7 +90,7 @@ def _tokenizer(run: RunConfig) -> Tokenizer | None:
     if run.init_from is None:
         return None
     try:
-        return load_tokenizer(run.init_from)
+        return load_tokenizer(run.init_from.path)
     except TokenizerError:
         return (
             None  # a checkpoint need not have one; then the sizes of the vocabularies are compared
@@ -109,7 +109,11 @@ def side_files(begun_from: Path | None, tokenizer: Tokenizer | None) -> dict[str
 
 
 def initialize(
-    weights: Mapping[str, Parameter], storage: Storage, run: RunConfig, say: Say
+    weights: Mapping[str, Parameter],
+    storage: Storage,
+    run: RunConfig,
+    division: Division,
+    say: Say,
 ) -> None:
     """Draws the weights, or reads them from the checkpoint that the run names.
 
@@ -117,6 +121,7 @@ def initialize(
         weights: what this process holds, by the names of checkpoints.
         storage: how it lies in a checkpoint.
         run: the run.
+        division: which part of the run this process has.
         say: told where they are from.
 
     Raises:
@@ -125,7 +130,8 @@ def initialize(
     if run.init_from is None:
         storage.initialize(weights, run.model.initializer_range, run.training.seed)
         return
-    with open_checkpoint(run.init_from) as source:
+    start, shared = run.init_from, {"rank": division.rank, "world": division.world}
+    with open_checkpoint(start.path, start.format, verify=start.verify, **shared) as source:
         ours, theirs = computation(run.model), computation(source.config)
         differing = [key for key in ours if ours[key] != theirs[key]]
         if differing:
@@ -134,11 +140,11 @@ def initialize(
                 "checkpoint of another model",
                 where=f"model.{key}",
                 value=ours[key],
-                rule=f"init_from {run.init_from} has {theirs[key]}",
+                rule=f"init_from {start.path} has {theirs[key]}",
                 todo="leave model out of the run to take the checkpoint's",
             )
         load_weights(source, weights, storage=storage)
         remark = source.remark()
-    say(f"weights from {run.init_from}")
+    say(f"weights from {start.path}")
     if remark:
         say(remark)

@@ -72,6 +72,7 @@ class TrainingRun:
         division: which part of the run this process has; None when it is alone.
 
     Raises:
+        BusyError: another training is writing into the directory.
         MistralMsError: whatever is wrong with configuration, data, checkpoint or directory; a new
             run has then left nothing behind but its dataset.
     """
@@ -92,6 +93,15 @@ class TrainingRun:
             self.files.again()
         elif self.division.is_first:
             self.files.begin()
+        with ExitStack() as stack:
+            if self.division.is_first:
+                stack.enter_context(self.files.claim())
+            self._prepare(run, resume)
+            self._claim = stack.pop_all()
+
+    def _prepare(self, run: RunConfig, resume: bool) -> None:
+        """Everything that comes before the first step."""
+        say = self._say
         self.data, tokenizer = open_data(run, self.files, self.division, say)
         check_objective(run.model, run.routing, run.parallel, run.training.aux_coef)
         training = run.training.with_steps(self.data.windows)
@@ -102,7 +112,7 @@ class TrainingRun:
         self.series = CheckpointSeries(self.files.checkpoints, run.checkpoint.keep_last)
         found = self._newest() if resume else None
         self.update = self._update(drawn=found is None)
-        self.side_files = side_files(found or run.init_from, tokenizer)
+        self.side_files = side_files(found or (run.init_from and run.init_from.path), tokenizer)
         self.history: list[StepRecord] = []
         self._saved: int | None = None
         self._phase: Callable[[str], None] = lambda name: None
@@ -125,13 +135,13 @@ class TrainingRun:
             segmented = self.data.info.config.boundaries == "attention"
             update = GraphTrainStep(run, division, segmented=segmented)
             if drawn:
-                initialize(update.held(), update.storage, run, self._say)
+                initialize(update.held(), update.storage, run, division, self._say)
             return update
         model = division.build_model(
             run.model, run.routing, run.training.dtype, positions=run.training.seq_length
         )
         if drawn:  # before the optimizer copies them
-            initialize(model.weights(), division.storage, run, self._say)
+            initialize(model.weights(), division.storage, run, division, self._say)
         pooled = run.routing.aux_loss == "pooled"
         return TrainStep(model, run.training, pooled_aux=pooled, division=division)
 
@@ -184,8 +194,13 @@ class TrainingRun:
                 step were written.
             CheckpointError: a checkpoint could not be written; older ones are still there.
         """
-        files, update, self._phase = self.files, self.update, phase
+        self._phase = phase
         phase("first step")
+        with self._claim:  # ends when the last file is written
+            return self._execute(observers)
+
+    def _execute(self, observers: Sequence[Observer]) -> RunResult:
+        files, update = self.files, self.update
         records = list(self.history)
         with ExitStack() as stack:
             writer = stack.enter_context(BackgroundWriter())

@@ -124,7 +124,8 @@ def restore(update: Update, path: Path) -> None:
             rule=f"this release reads format {FORMAT}",
         )
     storage = update.storage
-    with open_checkpoint(path) as source:
+    # whoever chose the checkpoint has read every byte of it: CheckpointSeries.newest
+    with open_checkpoint(path, "mistral_ms", verify=False) as source:
         load_weights(source, update.held(), storage=storage)
     wanted = update.state()
     with open_tensor_set(path, OPTIMIZER) as stored:

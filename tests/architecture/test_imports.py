@@ -47,7 +47,7 @@ def room(rooms: str = "", packages: str = "", **modules: str) -> Room:
 
 
 MODEL_ROOMS = "config ops layers moe models"
-BELOW_TRAINING = f"{MODEL_ROOMS} parallel tokenizer checkpoint data datasets"
+BELOW_TRAINING = f"{MODEL_ROOMS} staging parallel tokenizer checkpoint data datasets"
 # numpy goes where mindspore goes: its tensors are made of arrays
 TABLE = {
     "errors": room(),
@@ -55,6 +55,7 @@ TABLE = {
     "signals": room(),
     "__init__": room(),
     "data": room(),
+    "staging": room(),
     "config": room(packages="pydantic yaml"),
     "ops": room(packages="mindspore numpy"),
     "layers": room("config ops", "mindspore numpy"),
@@ -69,12 +70,12 @@ TABLE = {
     ),
     "tokenizer": room("config data", "sentencepiece tokenizers mistral_common jinja2"),
     "checkpoint": room(
-        "config parallel.topology",
+        "config staging parallel.topology",
         "numpy safetensors torch mindspore",
         mindspore_only_in="mistral_ms.checkpoint.load",
     ),
     "datasets": room(
-        "config tokenizer",
+        "config staging tokenizer",
         "numpy mindspore",
         mindspore_only_in="mistral_ms.datasets.mindrecord",
     ),

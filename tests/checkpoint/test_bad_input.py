@@ -275,7 +275,8 @@ def test_two_formats_and_how_to_choose(source, prepared):
     refuse(
         source,
         r"two formats in one directory: .*hf \(model\.safetensors\), mistral "
-        r"\(consolidated\.safetensors\): .*choose with --from hf or --from mistral",
+        r"\(consolidated\.safetensors\): .*choose with --from hf or --from mistral; "
+        r"in a run file with init_from\.format",
     )
     for kind in ("hf", "mistral"):
         with open_checkpoint(source, kind=kind) as opened:
@@ -284,10 +285,10 @@ def test_two_formats_and_how_to_choose(source, prepared):
 
 
 @single
-def test_safetensors_beside_pickles_are_two_formats_and_hf_means_safetensors(source, prepared):
+@on("kind", [None, "hf"])
+def test_safetensors_beside_pickles_are_one_format_and_safetensors_are_read(source, prepared, kind):
     shutil.copy(prepared / "bin" / "pytorch_model.bin", source)
-    refuse(source, r"two formats in one directory: .*choose with --from hf$")
-    with open_checkpoint(source, kind="hf") as opened:
+    with open_checkpoint(source, kind=kind) as opened:
         assert {info.file.name for info in opened.tensors.values()} == {"model.safetensors"}
 
 

@@ -22,7 +22,7 @@ POINTS = 6
 WAIT = 0.5
 
 
-def rank_process(series, rank, kill_at, progress):
+def rank_process(series, begun, rank, kill_at, progress):
     """One rank's part of the save of step 2, in a fork; returns its process."""
     child = os.fork()
     if child:
@@ -31,11 +31,11 @@ def rank_process(series, rank, kill_at, progress):
     try:
         count = counted_calls(kill_at)
         stamp = Stamp(SIZES.world, str(SIZES), 2)
-        write_part(series.path(2), rank, stamp, parts_of(whole(2), Topology(SIZES), rank))
+        write_part(begun.directory, rank, stamp, parts_of(whole(2), Topology(SIZES), rank))
         if rank == 0:
             series.save(
                 2,
-                lambda path: finish_parts(path, stamp, MODEL, {}, wait_seconds=WAIT),
+                lambda path: finish_parts(begun, stamp, MODEL, {}, wait_seconds=WAIT),
             )
         progress.with_suffix(f".{rank}").write_text(str(count[0]))
         status = 0
@@ -48,9 +48,9 @@ def rank_process(series, rank, kill_at, progress):
 def all_ranks(directory, progress, victim=None, kill_at=None):
     """Exit codes of all ranks; a negative one is a signal."""
     series = CheckpointSeries(directory, keep_last=2)
-    begin_parts(series.path(2))
+    begun = begin_parts(series.path(2))
     children = [
-        rank_process(series, rank, kill_at if rank == victim else None, progress)
+        rank_process(series, begun, rank, kill_at if rank == victim else None, progress)
         for rank in range(SIZES.world)
     ]
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

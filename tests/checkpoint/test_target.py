@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from mistral_ms import staging
 from mistral_ms.checkpoint import convert, file_set, inspect, stream, writer
-from mistral_ms.checkpoint import target as target_module
 from mistral_ms.checkpoint.file_set import FileWriter
 from mistral_ms.checkpoint.files import MANIFEST
 from mistral_ms.checkpoint.target import TargetDirectory
@@ -278,14 +278,14 @@ def test_a_failure_after_the_rename_says_that_the_new_target_stands(source, monk
     dst = source.parent / "new" / "dst"
     if overwrite:
         convert(source, dst, "hf")
-    real = target_module._sync_directory
+    real = staging.sync_directory
 
     def sync(path):
         if path == dst.parent:
             raise OSError(errno.EIO, "I/O error")
         real(path)
 
-    monkeypatch.setattr(target_module, "_sync_directory", sync)
+    monkeypatch.setattr(staging, "sync_directory", sync)
     message = r"perhaps not yet on the disk: .*dst: I/O error: the new checkpoint is complete"
     with pytest.raises(CheckpointError, match=message) as caught:
         convert(source, dst, "mistral_ms", overwrite=overwrite)

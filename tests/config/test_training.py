@@ -8,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from mistral_ms.config import (
+    InitFromConfig,
     LossScaleConfig,
     ModelConfig,
     OptimizerConfig,
@@ -16,6 +17,7 @@ from mistral_ms.config import (
     TrainingConfig,
     load_run_config,
     to_hf,
+    to_mistral,
 )
 from mistral_ms.errors import ConfigError
 
@@ -214,7 +216,7 @@ class TestData:
         assert load_run_config(run_file).data.dataset == run_file.parent / "set"
         run = load_run_config(run_file, ["data.dataset=mine", "init_from=theirs", "output=out"])
         assert run.data.dataset == Path("mine")
-        assert (run.init_from, run.output) == (Path("theirs"), Path("out"))
+        assert (run.init_from.path, run.output) == (Path("theirs"), Path("out"))
 
     def test_packaged_tokenizers_are_names(self, run_file):
         self.write(run_file, inputs=["a.txt"], tokenizer="packaged-v3")
@@ -252,7 +254,34 @@ class TestModelOfACheckpoint:
         run_file.write_text(yaml.safe_dump({"training": TRAINING}))
         run = load_run_config(run_file, [f"init_from={checkpoint}"])
         assert run.model == ModelConfig(**MODEL, head_dim=4)
-        assert run.init_from == checkpoint
+        assert run.init_from == InitFromConfig(path=checkpoint)
+
+    @pytest.mark.parametrize(
+        "overrides",
+        [["init_from.format=mistral"], ["init_from={path: HERE, format: mistral}"]],
+        ids=["key", "group"],
+    )
+    def test_of_two_formats_the_named_one_is_taken(self, run_file, checkpoint, overrides):
+        theirs = to_mistral(ModelConfig(**(MODEL | {"num_hidden_layers": 5})))
+        (checkpoint / "params.json").write_text(json.dumps(theirs))
+        start = {"path": str(checkpoint), "verify": False}
+        run_file.write_text(yaml.safe_dump({"training": TRAINING, "init_from": start}))
+        run = load_run_config(run_file, [o.replace("HERE", str(checkpoint)) for o in overrides])
+        assert run.model.num_hidden_layers == 5
+        verify = "init_from={" in overrides[0]  # a whole group replaces the file's
+        assert run.init_from == InitFromConfig(path=checkpoint, format="mistral", verify=verify)
+
+    def test_a_path_replaces_all_that_the_file_says(self, run_file, checkpoint):
+        start = {"path": "elsewhere", "format": "mistral"}
+        run_file.write_text(yaml.safe_dump({"training": TRAINING, "init_from": start}))
+        run = load_run_config(run_file, [f"init_from={checkpoint}"])
+        assert run.init_from == InitFromConfig(path=checkpoint)
+        file_only = load_run_config(run_file, [f"model={checkpoint}"])
+        assert file_only.init_from.path == run_file.parent / "elsewhere"
+
+    def test_an_unknown_format(self, run_file, checkpoint):
+        with pytest.raises(ConfigError, match=r"init_from\.format: 'gguf'.*'mistral-dump'"):
+            load_run_config(run_file, [f"init_from={checkpoint}", "init_from.format=gguf"])
 
     def test_can_be_named_like_a_model_file(self, run_file, checkpoint):
         run = load_run_config(run_file, [f"model={checkpoint}", "model.num_hidden_layers=1"])

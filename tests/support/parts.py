@@ -105,9 +105,9 @@ def save(
     """All ranks write, then the first one finishes."""
     topology = Topology(sizes)
     stamp = Stamp(sizes.world, str(sizes), step)
-    begin_parts(path)
+    begun = begin_parts(path)
     for rank in range(sizes.world):
-        write_part(path, rank, stamp, parts_of(values, topology, rank, shared_out))
-    before_finish(path.with_name(f".{path.name}.partial-ranks"))
+        write_part(begun.directory, rank, stamp, parts_of(values, topology, rank, shared_out))
+    before_finish(begun.directory)
     state = {"state.json": json.dumps({"format": 1, "step": step}).encode()}
-    finish_parts(path, stamp, MODEL, state, wait_seconds=wait_seconds)
+    finish_parts(begun, stamp, MODEL, state, wait_seconds=wait_seconds)
