@@ -42,8 +42,7 @@ def run_ours(
     """
     division = Division(ParallelConfig()) if division is None else division
     side = Side()
-    shared = {"rank": division.rank, "world": division.world}
-    with open_checkpoint(path, kind, **shared) as source:
+    with open_checkpoint(path, kind, rank=division.rank, world=division.world) as source:
         model = division.build_model(source.config, DROPLESS, positions=max(map(len, prompts)))
         load_weights(source, model.weights(), storage=division.storage)
     model.set_train(False)

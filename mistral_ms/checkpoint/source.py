@@ -240,7 +240,7 @@ def open_checkpoint(
             )
         if verify:
             verification = Verification(path, records, rank, world)
-    store = open_weights(path, weights, verification and verification.see)
+    store = open_weights(path, weights, None if verification is None else verification.see)
     try:
         layout = format_layout(config, _table(weights.kind, store.tensors))
         copies = _tied_head(config, layout, store)

@@ -154,8 +154,9 @@ class Engine:
                 todo="use float32",
             )
         division = Division(ParallelConfig()) if division is None else division
-        shared = {"rank": division.rank, "world": division.world}
-        with open_checkpoint(Path(path), kind, verify=verify, **shared) as source:
+        with open_checkpoint(
+            Path(path), kind, verify=verify, rank=division.rank, world=division.world
+        ) as source:
             config = source.config
             length = config.longest_sequence if max_length is None else max_length
             check_length(config, length, "max_length")

@@ -130,8 +130,10 @@ def initialize(
     if run.init_from is None:
         storage.initialize(weights, run.model.initializer_range, run.training.seed)
         return
-    start, shared = run.init_from, {"rank": division.rank, "world": division.world}
-    with open_checkpoint(start.path, start.format, verify=start.verify, **shared) as source:
+    start, rank, world = run.init_from, division.rank, division.world
+    with open_checkpoint(
+        start.path, start.format, verify=start.verify, rank=rank, world=world
+    ) as source:
         ours, theirs = computation(run.model), computation(source.config)
         differing = [key for key in ours if ours[key] != theirs[key]]
         if differing:

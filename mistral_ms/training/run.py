@@ -112,7 +112,8 @@ class TrainingRun:
         self.series = CheckpointSeries(self.files.checkpoints, run.checkpoint.keep_last)
         found = self._newest() if resume else None
         self.update = self._update(drawn=found is None)
-        self.side_files = side_files(found or (run.init_from and run.init_from.path), tokenizer)
+        begun_from = run.init_from.path if found is None and run.init_from else found
+        self.side_files = side_files(begun_from, tokenizer)
         self.history: list[StepRecord] = []
         self._saved: int | None = None
         self._phase: Callable[[str], None] = lambda name: None

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,7 +156,7 @@ def test_the_script_itself_runs_without_mindspore_or_torch(ours, tmp_path):
 
 def test_progress_in_a_log_is_lines_with_rate_and_time_left(monkeypatch, capsys):
     now = iter([0.0, 1.0, 10.0, 12.0, 20.5])
-    monkeypatch.setattr(output.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=lambda: next(now)))
     with output.byte_progress(Console(width=200), "converting") as progress:
         for done in (1, 20, 24, 41):
             progress(done * 10_000_000, 1_000_000_000)
