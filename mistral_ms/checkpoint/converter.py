@@ -31,6 +31,7 @@ class ConvertResult:
         source_kind: the format that was read.
         target_kind: the format that was written.
         tensors: tensors written.
+        skipped: buffers of the source that are computed from its configuration instead.
         bytes: bytes of those tensors.
         seconds: wall time, until everything was on the disk.
         peak_rss_bytes: the process's largest resident size, mapped file pages included.
@@ -42,6 +43,7 @@ class ConvertResult:
     bytes: int
     seconds: float
     peak_rss_bytes: int
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def convert(
             bytes=sum(entry.nbytes for entry in entries),
             seconds=time.perf_counter() - start,
             peak_rss_bytes=peak_rss_bytes(),
+            skipped=source.skipped,
         )
 
 

@@ -38,6 +38,22 @@ def itemsize(dtype: str) -> int:
     return WEIGHT_DTYPES[dtype].itemsize
 
 
+def count_not_finite(values: np.ndarray, dtype: str) -> tuple[int, int]:
+    """How many elements are NaN, and how many infinite.
+
+    Args:
+        values: of a weight dtype; bfloat16 as its bits.
+        dtype: F32, F16 or BF16.
+    """
+    if dtype != "BF16":
+        broken = values[~np.isfinite(values)]
+        nans = int(np.isnan(broken).sum())
+        return nans, broken.size - nans
+    magnitude = values & 0x7FFF  # all bits of the exponent set: infinite, or NaN with a fraction
+    nans = int((magnitude > 0x7F80).sum())
+    return nans, int((magnitude == 0x7F80).sum())
+
+
 def bf16_to_fp32(bits: np.ndarray, out: np.ndarray) -> int:
     """Widens bfloat16 bits (uint16) into ``out`` (float32); exact, so nothing overflows."""
     np.left_shift(bits, 16, out=out.view(np.uint32), dtype=np.uint32)

@@ -7,11 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mistral_ms.checkpoint.config_file import read_config
 from mistral_ms.checkpoint.detect import WeightFiles, choose_weights, find_weights
-from mistral_ms.checkpoint.manifest import read_manifest, verify_digests
+from mistral_ms.checkpoint.dtypes import WEIGHT_DTYPES, count_not_finite, itemsize
+from mistral_ms.checkpoint.manifest import read_manifest
 from mistral_ms.checkpoint.safetensors_file import TensorInfo
 from mistral_ms.checkpoint.source import Source, open_checkpoint
+from mistral_ms.checkpoint.stream import CHUNK_BYTES
+from mistral_ms.checkpoint.verification import Verification
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError, MissingExtraError, MistralMsError
 
@@ -29,6 +34,8 @@ class Inspection:
         tensors: shape, dtype and file of every tensor under the format's own name.
         layout: how the weights are spread over files.
         complete: what is known about completeness.
+        skipped: names of buffers that are computed from the configuration instead.
+        not_finite: of each tensor with NaNs or infinities their numbers, after ``verify``.
         checksums: ``verified``, ``not verified``, ``none recorded``, or which files differ.
         side_files: names of the tokenizer and generation files.
     """
@@ -39,6 +46,8 @@ class Inspection:
     config: ModelConfig | None = None
     ignored_keys: tuple[str, ...] = ()
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    not_finite: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     layout: str = "unknown"
     complete: str = "unknown"
     checksums: str = "none recorded"
@@ -71,6 +80,8 @@ class Inspection:
             "problem": self.problem,
             "config": None if self.config is None else self.config.model_dump(mode="json"),
             "ignored_keys": list(self.ignored_keys),
+            "skipped": list(self.skipped),
+            "not_finite": {n: {"nan": a, "inf": b} for n, (a, b) in self.not_finite.items()},
             "tensors": len(self.tensors),
             "parameters": self.parameters,
             "bytes": sum(self.dtypes.values()),
@@ -99,7 +110,8 @@ def inspect(
 
     Args:
         path: the directory.
-        verify: read every file of a checkpoint of ours and compare digests.
+        verify: read every tensor and count what is not a finite number; of a checkpoint of ours
+            compare the digests of all files as well.
         kind: which format to look at when there are several.
         progress: called with the bytes verified and their total.
 
@@ -115,7 +127,7 @@ def inspect(
         return Inspection(path, problem=str(error))
     layout = _describe(weights)
     try:
-        with open_checkpoint(path, weights.kind) as source:
+        with open_checkpoint(path, weights.kind, verify=False) as source:
             return _sound(source, layout, verify, progress)
     except MissingExtraError:
         raise
@@ -139,24 +151,28 @@ def _sound(
     progress: Callable[[int, int], None] | None,
 ) -> Inspection:
     """The findings on a checkpoint that could be opened."""
-    complete, checksums, problem = "every tensor is there", "none recorded", None
-    if source.kind == "mistral_ms":
-        records = read_manifest(source.path)
+    complete, checksums = "every tensor is there", "none recorded"
+    not_finite: dict[str, tuple[int, int]] = {}
+    problems = []
+    records = read_manifest(source.path) if source.kind == "mistral_ms" else {}
+    if records:
         complete = f"COMPLETE lists {len(records)} files, all there with their sizes"
         checksums = "not verified"
-        if verify:
-            different = verify_digests(source.path, records, progress)
-            checksums = "verified" if not different else f"differ: {', '.join(different)}"
-            if different:
-                problem = str(
-                    CheckpointError(
-                        "wrong checksum",
-                        where=source.path,
-                        value=", ".join(different),
-                        rule="differs from COMPLETE",
-                        todo="copy the checkpoint again",
-                    )
-                )
+    if verify:
+        watch = Verification(source.path, records)
+        source.store.observe(watch.see)
+        total = sum(record.size for record in records.values())
+        total = total or sum(info.nbytes for info in source.tensors.values())
+        not_finite = _not_finite(source, total, progress)
+        if records:
+            different = watch.differing()
+            checksums = f"differ: {', '.join(different)}" if different else "verified"
+            problems += [_wrong_checksum(source.path, different)] if different else []
+        if progress is not None:
+            progress(total, total)
+    if not_finite:
+        problems.append(_broken_numbers(source, not_finite))
+    problem = "; ".join(str(each) for each in problems) or None
     return Inspection(
         path=source.path,
         kind=source.kind,
@@ -164,10 +180,57 @@ def _sound(
         config=source.config,
         ignored_keys=source.ignored_keys,
         tensors=dict(source.tensors),
+        skipped=source.skipped,
+        not_finite=not_finite,
         layout=f"{layout}, {_experts(source)}",
         complete=complete,
         checksums=checksums,
         side_files=tuple(path.name for path in source.side_files),
+    )
+
+
+def _not_finite(
+    source: Source, total: int, progress: Callable[[int, int], None] | None
+) -> dict[str, tuple[int, int]]:
+    """Reads all tensors in the order of the files; NaNs and infinities of those that have any."""
+    counts: dict[str, tuple[int, int]] = {}
+    done = 0
+    for name, info in source.tensors.items():
+        nans = infinities = 0
+        step = CHUNK_BYTES // itemsize(info.dtype)
+        buffer = np.empty(min(step, info.size), WEIGHT_DTYPES[info.dtype])
+        for start in range(0, info.size, step):
+            chunk = buffer[: min(step, info.size - start)]
+            source.store.read_into(name, start, chunk)
+            found = count_not_finite(chunk, info.dtype)
+            nans, infinities = nans + found[0], infinities + found[1]
+        if nans or infinities:
+            counts[name] = (nans, infinities)
+        done += info.nbytes
+        if progress is not None:
+            progress(done, total)
+    return counts
+
+
+def _wrong_checksum(path: Path, names: list[str]) -> CheckpointError:
+    return CheckpointError(
+        "wrong checksum",
+        where=path,
+        value=", ".join(names),
+        rule="differs from COMPLETE",
+        todo="copy the checkpoint again",
+    )
+
+
+def _broken_numbers(source: Source, counts: Mapping[str, tuple[int, int]]) -> CheckpointError:
+    name, (nans, infinities) = next(iter(counts.items()))
+    others = f", and {len(counts) - 1} more tensors" if len(counts) > 1 else ""
+    return CheckpointError(
+        "numbers that are not finite",
+        where=f"{source.tensors[name].file}: {name}",
+        value=f"{nans} NaN and {infinities} infinite of {source.tensors[name].size}{others}",
+        rule="every weight is a finite number",
+        todo="copy or download the checkpoint again; if it is the same then, it was published so",
     )
 
 

@@ -27,27 +27,20 @@ class PartsStore:
         directory: the checkpoint.
         index: its index.
         tensors: what the index says.
-        observer: told of everything that is read.
 
     Raises:
         CheckpointError: a file that is missing or damaged, or that does not hold what the index
             says, or more.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        index: Path,
-        tensors: Mapping[str, Pieces],
-        observer: Observer | None = None,
-    ) -> None:
+    def __init__(self, directory: Path, index: Path, tensors: Mapping[str, Pieces]) -> None:
         self._pieces = dict(tensors)
         self._files: dict[str, SafetensorsStore] = {}
         names = dict.fromkeys(file for each in tensors.values() for file, _ in each.boxes)
         try:
             for name in names:
                 path = inside(directory, name, index)
-                self._files[name] = SafetensorsStore({path: read_header(path)}, observer)
+                self._files[name] = SafetensorsStore({path: read_header(path)})
             self._check(index)
         except BaseException:
             self.close()
@@ -87,6 +80,11 @@ class PartsStore:
                     value=extra[0],
                     rule=f"{index.name} does not list it",
                 )
+
+    def observe(self, observer: Observer) -> None:
+        """Has an observer told of everything that is read from now on."""
+        for store in self._files.values():
+            store.observe(observer)
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Fills ``out`` with elements of the whole tensor from ``start`` on, in memory order.

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mistral_ms.checkpoint.dtypes import WEIGHT_DTYPES
-from mistral_ms.checkpoint.safetensors_file import TensorInfo
+from mistral_ms.checkpoint.safetensors_file import Observer, TensorInfo
 from mistral_ms.errors import CheckpointError, MissingExtraError
 
 # torch's name -> safetensors' name. Only weights' dtypes and those that quantised weights have.
@@ -245,6 +245,9 @@ class PickleStore:
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Fills ``out`` (of the weight's dtype) from element ``start`` on, in memory order."""
         out[...] = self.flat(name, start, start + out.size)
+
+    def observe(self, observer: Observer) -> None:
+        """Pickles have no manifest: nobody wants to know."""
 
     def close(self) -> None:
         """Forgets the tensors; torch unmaps the files with the last of them."""

@@ -84,6 +84,7 @@ def presplit(
             bytes=sum(tensors.values()),
             seconds=time.perf_counter() - begun,
             peak_rss_bytes=peak_rss_bytes(),
+            skipped=source.skipped,
         )
 
 

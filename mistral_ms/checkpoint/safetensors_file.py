@@ -177,14 +177,13 @@ class SafetensorsStore:
 
     Args:
         headers: the files and their checked headers.
-        observer: told of everything that :meth:`read_into` reads.
 
     Raises:
         CheckpointError: a tensor that is in two files, or a file that cannot be opened.
     """
 
-    def __init__(self, headers: Mapping[Path, Header], observer: Observer | None = None) -> None:
-        self._observer = observer
+    def __init__(self, headers: Mapping[Path, Header]) -> None:
+        self._observer: Observer | None = None
         self.tensors: dict[str, TensorInfo] = {}
         self._begins: dict[str, int] = {}
         self._files: dict[Path, BinaryIO] = {}
@@ -213,6 +212,10 @@ class SafetensorsStore:
             self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise CheckpointError("cannot read", where=path, value=error) from error
+
+    def observe(self, observer: Observer) -> None:
+        """Has an observer told of everything that :meth:`read_into` reads from now on."""
+        self._observer = observer
 
     def read_into(self, name: str, start: int, out: np.ndarray) -> None:
         """Fills ``out`` (of the weight's dtype) with elements from ``start`` on, in memory order.

@@ -14,12 +14,7 @@ from mistral_ms.checkpoint.dtypes import TO_CONFIG, WEIGHT_DTYPES
 from mistral_ms.checkpoint.files import inside, read_json
 from mistral_ms.checkpoint.parts_store import PartsStore
 from mistral_ms.checkpoint.pickle_file import PickleStore
-from mistral_ms.checkpoint.safetensors_file import (
-    Observer,
-    SafetensorsStore,
-    TensorInfo,
-    read_header,
-)
+from mistral_ms.checkpoint.safetensors_file import SafetensorsStore, TensorInfo, read_header
 from mistral_ms.checkpoint.stream import Store
 from mistral_ms.errors import CheckpointError
 from mistral_ms.reading import INDEX_BYTES
@@ -29,13 +24,8 @@ _QUANTISED = ("I8", "U8", "I32", "U32", "F8_", "F6_", "F4")
 _QUANTISED_NAMES = (".qweight", ".qzeros", ".scales", ".weight_scale", ".quant_state", ".absmax")
 
 
-def open_weights(directory: Path, weights: WeightFiles, observer: Observer | None = None) -> Store:
+def open_weights(directory: Path, weights: WeightFiles) -> Store:
     """Opens all files of one format.
-
-    Args:
-        directory: the checkpoint.
-        weights: its files.
-        observer: told of everything that is read of safetensors files.
 
     Raises:
         CheckpointError: missing, damaged or stray files, an index that does not agree with them,
@@ -44,7 +34,7 @@ def open_weights(directory: Path, weights: WeightFiles, observer: Observer | Non
     """
     index = None if weights.index is None else read_json(weights.index, INDEX_BYTES)
     if index is not None and PARTS in index:
-        return _open_parts(directory, weights, index, observer)
+        return _open_parts(directory, weights, index)
     weight_map = None if weights.index is None else _weight_map(weights.index, index or {})
     if weight_map is None:
         files = _without_index(directory, weights)
@@ -55,7 +45,7 @@ def open_weights(directory: Path, weights: WeightFiles, observer: Observer | Non
         _check_stray(weights, files)
     store: Store
     if weights.container == "safetensors":
-        store = SafetensorsStore({path: read_header(path) for path in files}, observer)
+        store = SafetensorsStore({path: read_header(path) for path in files})
     else:
         store = PickleStore(files)
     try:
@@ -68,9 +58,7 @@ def open_weights(directory: Path, weights: WeightFiles, observer: Observer | Non
     return store
 
 
-def _open_parts(
-    directory: Path, weights: WeightFiles, index: Mapping[str, Any], observer: Observer | None
-) -> Store:
+def _open_parts(directory: Path, weights: WeightFiles, index: Mapping[str, Any]) -> Store:
     """A checkpoint that many ranks have written, each its part."""
     assert weights.index is not None
     if weights.kind != "mistral_ms":
@@ -80,7 +68,7 @@ def _open_parts(
             rule="one in parts has a manifest and a configuration of ours",
             todo="copy it again",
         )
-    store = PartsStore(directory, weights.index, decode_index(index, weights.index), observer)
+    store = PartsStore(directory, weights.index, decode_index(index, weights.index))
     try:
         _check_stray(weights, [directory / name for name in store.files])
     except BaseException:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mistral_ms.checkpoint import keys
 from mistral_ms.checkpoint.boxes import Box
+from mistral_ms.checkpoint.buffers import check_buffers
 from mistral_ms.checkpoint.config_file import read_config
 from mistral_ms.checkpoint.detect import choose_weights
 from mistral_ms.checkpoint.dtypes import FROM_CONFIG, TO_CONFIG, WEIGHT_DTYPES, cast, itemsize
@@ -38,6 +39,7 @@ class Source:
         tensors: what the files hold, under the format's own names.
         layout: the model in that format.
         ignored_keys: keys of its configuration file that have no meaning here.
+        skipped: names of buffers in the files that are computed from the configuration instead.
         side_files: tokenizer and generation files beside the weights.
         store: random access to the files.
     """
@@ -50,11 +52,15 @@ class Source:
         layout: FormatLayout,
         store: Store,
         ignored_keys: tuple[str, ...] = (),
+        skipped: tuple[str, ...] = (),
         verification: Verification | None = None,
     ) -> None:
         self.path, self.kind, self.config = path, kind, config
         self.layout, self.store, self.ignored_keys = layout, store, ignored_keys
-        self.tensors: Mapping[str, TensorInfo] = store.tensors
+        self.skipped = skipped
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: info for name, info in store.tensors.items() if name not in skipped
+        }
         self.side_files = side_files(path)
         self._verification = verification
 
@@ -83,7 +89,7 @@ class Source:
             CheckpointError: a file that was read is not the one that was written.
         """
         if self._verification is not None:
-            self._verification.finish(("model",))
+            self._verification.finish("model")
 
     def close(self) -> None:
         """Lets the files go, without a comparison."""
@@ -240,16 +246,20 @@ def open_checkpoint(
             )
         if verify:
             verification = Verification(path, records, rank, world)
-    store = open_weights(path, weights, None if verification is None else verification.see)
+            verification.check_small()
+    store = open_weights(path, weights)
     try:
+        if verification is not None:
+            store.observe(verification.see)
         layout = format_layout(config, _table(weights.kind, store.tensors))
         copies = _tied_head(config, layout, store)
-        checked = {name: info for name, info in store.tensors.items() if name not in copies}
+        skipped = check_buffers(weights.kind, store, config)
+        checked = {n: i for n, i in store.tensors.items() if n not in copies and n not in skipped}
         check_tensors(checked, layout.shapes, path)
         if weights.kind in ("mistral", "mistral-dump"):
             # params.json does not say the dtype: the files do.
-            config = config.model_copy(update={"torch_dtype": _main_dtype(store.tensors)})
-        return Source(path, weights.kind, config, layout, store, ignored, verification)
+            config = config.model_copy(update={"torch_dtype": _main_dtype(checked)})
+        return Source(path, weights.kind, config, layout, store, ignored, skipped, verification)
     except BaseException:
         store.close()
         raise

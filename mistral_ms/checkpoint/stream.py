@@ -14,7 +14,7 @@ import numpy as np
 
 from mistral_ms.checkpoint.dtypes import TO_CONFIG, WEIGHT_DTYPES, cast
 from mistral_ms.checkpoint.plan import Assembly, Piece
-from mistral_ms.checkpoint.safetensors_file import TensorInfo
+from mistral_ms.checkpoint.safetensors_file import Observer, TensorInfo
 from mistral_ms.errors import CheckpointError
 
 CHUNK_BYTES = 1 << 20
@@ -32,6 +32,9 @@ class Store(Protocol):
 
     def flat(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements ``start`` to ``stop`` in memory order, for access in another order."""
+
+    def observe(self, observer: Observer) -> None:
+        """Has an observer told of the bytes that are read in order, where they lie in files."""
 
     def close(self) -> None:
         """Lets the files go."""

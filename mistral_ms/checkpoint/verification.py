@@ -52,16 +52,15 @@ class _FileDigest:
                 self._hash.update(fresh)
                 self._position += len(fresh)
 
-    def check(self) -> None:
+    def agrees(self) -> bool:
         """Reads what has not been seen, and compares.
 
         Raises:
-            CheckpointError: another digest, or the file cannot be read.
+            CheckpointError: the file cannot be read.
         """
         with self._lock:
             self._read_up_to(self._record.size)
-            if self._hash.hexdigest() != self._record.sha256:
-                raise wrong_checksum(self.path)
+            return self._hash.hexdigest() == self._record.sha256
 
     def _read_up_to(self, position: int) -> None:
         try:
@@ -82,8 +81,8 @@ class _FileDigest:
 class Verification:
     """Watches the reading of a checkpoint's files; what differs from the manifest is an error.
 
-    The small files (configuration, index, tokenizer) are compared at once, those of tensors while
-    they are read.
+    The small files (configuration, index, tokenizer) can be compared at once, those of tensors are
+    while they are read.
 
     Args:
         directory: the checkpoint.
@@ -91,9 +90,6 @@ class Verification:
         rank: of this process among those that read the checkpoint together.
         world: how many they are. Each compares its share of the tensor files whole, so that
             nobody hashes what others do.
-
-    Raises:
-        CheckpointError: a small file that differs.
     """
 
     def __init__(
@@ -104,9 +100,7 @@ class Verification:
             for name, record in sorted(records.items())
         }
         large = [path for path in digests if path.suffix == ".safetensors"]
-        for path, digest in digests.items():
-            if path not in large:
-                digest.check()
+        self._small = {path: digest for path, digest in digests.items() if path not in large}
         self._alone = world == 1
         self._pending = {path: digests[path] for path in large[rank::world]}
         self._reading = False
@@ -117,14 +111,24 @@ class Verification:
         if (digest := self._pending.get(path)) is not None:
             digest.see(position, data)
 
-    def finish(self, stems: tuple[str, ...]) -> None:
+    def check_small(self) -> None:
+        """Compares configuration, index, tokenizer and the like.
+
+        Raises:
+            CheckpointError: a file that differs, with its name.
+        """
+        for path, digest in self._small.items():
+            if not digest.agrees():
+                raise wrong_checksum(path)
+
+    def finish(self, stem: str) -> None:
         """Compares the files that were read; to be called before anything rests on them.
 
         With several processes a file that another one has read may be in this one's share:
         then all of the share is compared, once this process has read anything.
 
         Args:
-            stems: how the names of the files in question begin (``model``): a set of tensors that
+            stem: how the names of the files in question begin (``model``): a set of tensors that
                 nobody wants, such as an optimizer's, is not read for its digest.
 
         Raises:
@@ -132,6 +136,12 @@ class Verification:
         """
         for path, digest in list(self._pending.items()):
             wanted = digest.touched if self._alone else self._reading
-            if wanted and path.name.startswith(stems):
-                digest.check()
+            if wanted and path.name.startswith(stem):
+                if not digest.agrees():
+                    raise wrong_checksum(path)
                 del self._pending[path]
+
+    def differing(self) -> list[str]:
+        """Names of all files that differ, those included that were not read so far."""
+        everything = {**self._small, **self._pending}
+        return [path.name for path, digest in everything.items() if not digest.agrees()]

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 def inspect(
     path: Annotated[Path, typer.Argument(help="Directory of the checkpoint.")],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read all files and compare their checksums.")
+        bool,
+        typer.Option(
+            "--verify", help="Read all files: compare checksums, count NaN and infinities."
+        ),
     ] = False,
     tensors: Annotated[
         bool, typer.Option("--tensors", help="List every tensor with shape and dtype.")
@@ -53,7 +56,7 @@ def _show(console: Console, found: Inspection, with_tensors: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mistral_ms.cli.output import size_text
+    from mistral_ms.cli.output import size_text, skipped_text
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
@@ -65,6 +68,13 @@ def _show(console: Console, found: Inspection, with_tensors: bool) -> None:
     if found.tensors:
         dtypes = ", ".join(f"{dtype} {size_text(n)}" for dtype, n in found.dtypes.items())
         rows["tensors"] = f"{len(found.tensors)}, {found.parameters:,} parameters, {dtypes}"
+    if found.skipped:
+        rows["skipped"] = skipped_text(found.skipped)
+    if found.not_finite:
+        rows["not finite"] = "\n".join(
+            f"{name}: {nans} NaN, {infinities} infinite"
+            for name, (nans, infinities) in found.not_finite.items()
+        )
     rows |= {"layout": found.layout, "complete": found.complete, "checksums": found.checksums}
     rows["side files"] = ", ".join(found.side_files) or "none"
     for name, value in rows.items():

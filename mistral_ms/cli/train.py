@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[Path, typer.Option(help="A run file, such as those in configs/run.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A run file, such as those in configs/run; --resume alone needs none."),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -39,10 +42,9 @@ def train(
 
     from mistral_ms.cli.output import write_json
     from mistral_ms.cli.processes import heartbeat_of, join_processes
-    from mistral_ms.config import load_run_config
     from mistral_ms.errors import ConfigError
 
-    run = load_run_config(config, overrides or [])
+    config, run = _run_config(config, resume, overrides or [])
     division = join_processes(run.parallel)
     console = Console(highlight=False, soft_wrap=True, quiet=not division.is_first)
     output = run.output or Path("runs") / config.stem
@@ -64,6 +66,41 @@ def train(
         write_json(json, result.summary_values())
     if result.stopped_by is not None:
         raise typer.Exit(128 + result.stopped_by)
+
+
+def _run_config(
+    config: Path | None, resume: Path | None, overrides: list[str]
+) -> tuple[Path, RunConfig]:
+    """The run file and its content; that of the run's own directory when it is resumed.
+
+    Raises:
+        ConfigError: no run file, or one that cannot be read; says how the run goes on without.
+    """
+    from mistral_ms.config import load_run_config
+    from mistral_ms.errors import ConfigError
+    from mistral_ms.training import RunFiles
+
+    own = None if resume is None else RunFiles(resume).config
+    if config is None:
+        if resume is None:
+            raise ConfigError("no run file", where="--config", rule="a new run needs one")
+        assert own is not None
+        config = own
+    if own is not None and config.resolve() == own.resolve():
+        # the directory may have been moved since
+        return own, load_run_config(own, overrides).model_copy(update={"output": None})
+    try:
+        return config, load_run_config(config, overrides)
+    except ConfigError as error:
+        if own is None or not own.is_file():
+            raise
+        raise ConfigError(
+            error.what,
+            where=error.where,
+            value=error.value,
+            rule=error.rule,
+            todo=f"leave --config out: --resume {resume} goes on with {own}",
+        ) from error
 
 
 def _execute(

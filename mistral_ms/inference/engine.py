@@ -9,16 +9,17 @@ token all its experts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 
 from mistral_ms.checkpoint import open_checkpoint
-from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.checkpoint.dtypes import FROM_CONFIG, count_not_finite
+from mistral_ms.checkpoint.load import load_weights, to_numpy
 from mistral_ms.config import (
     DROPLESS,
     DType,
@@ -29,7 +30,7 @@ from mistral_ms.config import (
 from mistral_ms.errors import GenerationError
 from mistral_ms.inference.lengths import check_length
 from mistral_ms.inference.results import Completion, Generation
-from mistral_ms.inference.sampling import Sampler
+from mistral_ms.inference.sampling import LogitsError, Sampler
 from mistral_ms.inference.sequence import RunningSequence
 from mistral_ms.inference.settings import read_checkpoint_settings
 from mistral_ms.layers import CacheSpec
@@ -51,6 +52,9 @@ class CachedModel(Protocol):
 
     config: ModelConfig
     key_positions: KeySpec
+
+    def weights(self) -> Mapping[str, Parameter]:
+        """What this process holds of the weights, by the names of checkpoints."""
 
     def reset_cache(self) -> None:
         """Forgets all cached positions."""
@@ -225,9 +229,9 @@ class Engine:
                 numbers = range(first, min(first + self.batch, len(prompts)))
                 group = [running[n] for n in numbers]
                 totals += self._run_group(group, numbers, request, on_text, width)
-        except GenerationError:  # logits that are not finite: neither is what the cache holds
-            self.model.clear_cache()
-            raise
+        except LogitsError as error:
+            self.model.clear_cache()  # what it holds is not finite either
+            raise self._explained(error) from error
         completions = tuple(
             Completion(tuple(s.new_ids), tuple(s.logprobs), s.text, s.finish_reason or "length")
             for s in running
@@ -236,6 +240,22 @@ class Engine:
         return Generation(
             completions, int(prefilled), prefill_seconds, int(decoded), decode_seconds, compiled
         )
+
+    def _explained(self, error: LogitsError) -> GenerationError:
+        """The error with its cause, where that is a weight."""
+        for name, parameter in self.model.weights().items():
+            values, dtype = to_numpy(parameter)
+            nans, infinities = count_not_finite(values, FROM_CONFIG[dtype])
+            if nans or infinities:
+                return GenerationError(
+                    error.what,
+                    where=f"weight {name}",
+                    value=f"{nans} NaN and {infinities} infinite of {values.size}",
+                    rule="every weight is a finite number",
+                    todo="count them in the files with inspect --verify; if there are none, the "
+                    f"dtype {dtype} cannot hold them",
+                )
+        return error
 
     def _width(self, prompts: Sequence[Sequence[int]]) -> int:
         """Columns of a prefill: powers of two up to the chunk, so that few graphs are compiled."""

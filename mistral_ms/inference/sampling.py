@@ -161,14 +161,18 @@ def log_probabilities(logits_BV: Floats, ids_B: Ids) -> Floats:
     return (chosen - total).astype(np.float32)
 
 
+class LogitsError(GenerationError):
+    """Logits that no token can be chosen by."""
+
+
 def _check_finite(logits_BV: Floats, rows: Sequence[int]) -> None:
     """The maximum of a row is a number unless the row holds a NaN, a +inf, or only -inf."""
     bad = np.flatnonzero(~np.isfinite(logits_BV.max(axis=1)))
     if bad.size:
-        raise GenerationError(
+        raise LogitsError(
             "logits are not finite",
             where=f"sequence {rows[int(bad[0])]}",
             value=f"largest logit {logits_BV[bad[0]].max()}",
             rule="sampling needs numbers",
-            todo="check the checkpoint (inspect) and the dtype: float16 overflows at 65504",
+            todo="check the dtype: float16 overflows at 65504",
         )

@@ -40,9 +40,12 @@ def check_device(run: RunConfig) -> None:
 
 
 def open_data(
-    run: RunConfig, files: RunFiles, division: Division, say: Say
+    run: RunConfig, files: RunFiles, division: Division, say: Say, *, resuming: bool = False
 ) -> tuple[MindRecordWindows, Tokenizer | None]:
     """The windows, packed first where the run names texts; and the tokenizer, if one is known.
+
+    A run that goes on has its windows in its own directory: texts, tokenizer and base model may be
+    gone by then.
 
     Raises:
         ConfigError: no data, or windows of another length than the run's.
@@ -53,7 +56,8 @@ def open_data(
         raise ConfigError(
             "nothing to learn", where="data", rule="name data.dataset, or data.inputs"
         )
-    tokenizer = _tokenizer(run)
+    packed = data.dataset is None and files.dataset.exists()
+    tokenizer = _tokenizer(run, optional=resuming and (packed or data.dataset is not None))
     if data.dataset is not None:
         directory = data.dataset
     else:
@@ -83,10 +87,20 @@ def open_data(
     return windows, tokenizer
 
 
-def _tokenizer(run: RunConfig) -> Tokenizer | None:
-    """The one that the run names, or that of the checkpoint it starts from."""
+def _tokenizer(run: RunConfig, optional: bool = False) -> Tokenizer | None:
+    """The one that the run names, or that of the checkpoint it starts from.
+
+    Args:
+        run: the run.
+        optional: nothing will be tokenised; one that is gone is no error.
+    """
     if run.data is not None and run.data.tokenizer is not None:
-        return find_tokenizer(run.data.tokenizer)
+        try:
+            return find_tokenizer(run.data.tokenizer)
+        except TokenizerError:
+            if not optional:
+                raise
+            return None
     if run.init_from is None:
         return None
     try:

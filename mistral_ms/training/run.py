@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mistral_ms.checkpoint import BackgroundWriter, CheckpointSeries, read_state
-from mistral_ms.config import RunConfig
+from mistral_ms.config import PACKAGED_TOKENIZER, RunConfig
 from mistral_ms.errors import CheckpointError, TrainingError
 from mistral_ms.parallel.apply import Division
 from mistral_ms.parallel.pipeline import check_objective
@@ -102,7 +102,7 @@ class TrainingRun:
     def _prepare(self, run: RunConfig, resume: bool) -> None:
         """Everything that comes before the first step."""
         say = self._say
-        self.data, tokenizer = open_data(run, self.files, self.division, say)
+        self.data, tokenizer = open_data(run, self.files, self.division, say, resuming=resume)
         check_objective(run.model, run.routing, run.parallel, run.training.aux_coef)
         training = run.training.with_steps(self.data.windows)
         self.run = run.model_copy(update={"training": training})
@@ -275,4 +275,14 @@ class TrainingRun:
 
 
 def _spelled_out(run: RunConfig) -> str:
-    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+    """The run as a file that means the same wherever it lies and is read."""
+    values = run.model_dump(mode="json")
+    for group, key in (("init_from", "path"), ("data", "dataset")):
+        if values.get(group) and values[group].get(key):
+            values[group][key] = str(Path(values[group][key]).resolve())
+    if data := values.get("data"):
+        data["inputs"] = [str(Path(name).resolve()) for name in data["inputs"]]
+        tokenizer = data.get("tokenizer")
+        if tokenizer is not None and not tokenizer.startswith(PACKAGED_TOKENIZER):
+            data["tokenizer"] = str(Path(tokenizer).resolve())
+    return yaml.safe_dump(values, sort_keys=False)

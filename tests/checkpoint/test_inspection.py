@@ -101,3 +101,35 @@ def test_several_formats_and_none(checkpoints, tmp_path):
 def test_a_path_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="no such directory"):
         inspect(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["hf", "bin", "mistral_ms"])
+def test_numbers_that_are_not_finite_are_counted_per_tensor(tmp_path, foreign, kind, dtype):
+    """The counts are torch's; NaNs of any sign and payload count."""
+    from safetensors.torch import load_file, save_file
+
+    path = foreign.hf(tmp_path / "hf", "mistral", dtype)
+    state = load_file(path / "model.safetensors")
+    norm, head = state["model.norm.weight"], state["lm_head.weight"]
+    norm[3], norm[5], norm[7] = torch.nan, -torch.nan, -torch.inf
+    head[0, 0] = torch.inf
+    head.view(torch.int32 if dtype == torch.float32 else torch.int16)[2, 2] = -1  # a NaN
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    if kind == "bin":
+        (path / "model.safetensors").unlink()
+        torch.save(state, path / "pytorch_model.bin")
+    elif kind == "mistral_ms":
+        convert(path, tmp_path / "ours")
+        path = tmp_path / "ours"
+    assert inspect(path).ok
+    found = inspect(path, verify=True)
+    prefix = "" if kind == "mistral_ms" else "model."
+    expected = {
+        name: (int(t.isnan().sum()), int(t.isinf().sum()))
+        for name, t in ((f"{prefix}norm.weight", norm), ("lm_head.weight", head))
+    }
+    assert dict(found.not_finite) == expected
+    assert "numbers that are not finite: " in found.problem
+    assert found.checksums == ("verified" if kind == "mistral_ms" else "none recorded")
+    assert found.as_dict()["not_finite"]["lm_head.weight"] == {"nan": 1, "inf": 1}

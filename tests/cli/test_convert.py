@@ -93,6 +93,7 @@ def test_json_holds_exactly_the_promised_keys(ours, run, tmp_path):
         "bytes",
         "seconds",
         "peak_rss_bytes",
+        "skipped",
     ]
     assert (result["source_kind"], result["target_kind"]) == ("mistral_ms", "hf")
     assert result["bytes"] == 4 * inspect(ours).parameters

@@ -1,0 +1,100 @@
+"""No message advises what does not exist: every flag that the package names is a command's."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+import mistral_ms
+from mistral_ms.cli import commands
+from mistral_ms.cli.app import app
+from mistral_ms.launch.options import parse
+
+PACKAGE = Path(mistral_ms.__file__).parent
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?![\w-])")
+OF_OTHERS = {
+    "mistral_ms/launch/command.py",
+    "mistral_ms/parallel/dryrun/standins.py",
+    "mistral_ms/parallel/dryrun/symbols.py",
+}
+"""Files that build the command lines of other programs."""
+
+
+def strings(tree: ast.AST) -> Iterator[str]:
+    """All strings of a module but the docstrings."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    skipped = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in skipped
+        ):
+            yield node.value
+
+
+def named() -> dict[str, set[str]]:
+    """The flags that each file of the package names."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE.parent).as_posix()
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        flags = {flag for text in strings(tree) for flag in FLAG.findall(text)}
+        if flags and name not in OF_OTHERS:
+            found[name] = flags
+    return found
+
+
+@pytest.fixture(scope="module")
+def options() -> dict[str, set[str]]:
+    """The flags of each command."""
+    if not app.registered_commands:
+        commands.register(app)
+    group = typer.main.get_command(app)
+    return {
+        name: {flag for parameter in command.params for flag in parameter.opts} | {"--help"}
+        for name, command in group.commands.items()
+    }
+
+
+@pytest.fixture
+def launcher(capsys) -> set[str]:
+    flags = set()
+    for kind in ("train", "generate"):
+        with pytest.raises(SystemExit):
+            parse(["--help"], kind)
+        flags |= set(FLAG.findall(capsys.readouterr().out))
+    return flags
+
+
+def test_every_flag_that_is_named_exists(options, launcher):
+    known = launcher.union(*options.values())
+    unknown = {name: flags - known for name, flags in named().items() if flags - known}
+    assert unknown == {}
+
+
+def test_a_command_names_its_own_flags(options, launcher):
+    for command, own in options.items():
+        flags = named().get(f"mistral_ms/cli/{command}.py", set())
+        assert flags <= own | launcher, command
+
+
+def test_every_command_that_opens_a_checkpoint_can_be_told_its_format(options):
+    for command in ("convert", "inspect", "generate", "align", "evaluate"):
+        assert "--from" in options[command], command
+    for command in ("convert", "generate", "evaluate"):
+        assert "--no-verify" in options[command], command
+
+
+def test_the_collection_sees_what_is_named():
+    found = named()
+    assert "--from" in found["mistral_ms/checkpoint/detect.py"]
+    assert "--overwrite" in found["mistral_ms/checkpoint/target.py"]
+    assert "--dtype" in found["mistral_ms/checkpoint/plan.py"]
