@@ -7,6 +7,7 @@ Meta's format, which Mistral's descends from, has them once. They follow from th
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -53,6 +54,12 @@ def check_buffers(kind: str, store: Store, config: ModelConfig) -> tuple[str, ..
         elif others is not None and others.fullmatch(name):
             skipped.append(name)
     return tuple(skipped)
+
+
+def skipped_text(names: Sequence[str]) -> str:
+    """Says in one line which buffers of a checkpoint were not read."""
+    plural = "s" if len(names) > 1 else ""
+    return f"{len(names)} buffer{plural}, such as {names[0]}: computed from the configuration"
 
 
 def _compare(store: Store, name: str, config: ModelConfig) -> None:

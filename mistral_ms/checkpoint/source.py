@@ -12,7 +12,7 @@ import numpy as np
 
 from mistral_ms.checkpoint import keys
 from mistral_ms.checkpoint.boxes import Box
-from mistral_ms.checkpoint.buffers import check_buffers
+from mistral_ms.checkpoint.buffers import check_buffers, skipped_text
 from mistral_ms.checkpoint.config_file import read_config
 from mistral_ms.checkpoint.detect import choose_weights
 from mistral_ms.checkpoint.dtypes import FROM_CONFIG, TO_CONFIG, WEIGHT_DTYPES, cast, itemsize
@@ -96,13 +96,17 @@ class Source:
         self.store.close()
 
     def remark(self) -> str | None:
-        """One line on the keys of its configuration file without effect here, for whoever reads
-        the checkpoint to say; None when there are none.
+        """One line on what of it has no effect here, for whoever reads the checkpoint to say: keys
+        of its configuration file, and buffers; None when there is nothing of the kind.
         """
-        if not self.ignored_keys:
-            return None
-        keys = ", ".join(self.ignored_keys)
-        return f"ignored in the configuration of {self.path}, without effect on the model: {keys}"
+        said = []
+        if self.ignored_keys:
+            keys = ", ".join(self.ignored_keys)
+            where = f"in the configuration of {self.path}"
+            said.append(f"ignored {where}, without effect on the model: {keys}")
+        if self.skipped:
+            said.append(f"skipped {skipped_text(self.skipped)}")
+        return "; ".join(said) or None
 
     @cached_property
     def _assemblies(self) -> dict[str, Assembly]:

@@ -74,7 +74,7 @@ def convert(
     from rich.console import Console
 
     from mistral_ms import checkpoint
-    from mistral_ms.cli.output import byte_progress, size_text, skipped_text, write_json
+    from mistral_ms.cli.output import byte_progress, size_text, write_json
 
     console = Console()
 
@@ -108,8 +108,6 @@ def convert(
         highlight=False,
         soft_wrap=True,
     )
-    if result.skipped:
-        console.print(f"skipped {skipped_text(result.skipped)}", markup=False, soft_wrap=True)
     if json is not None:
         write_json(json, asdict(result))
 
@@ -156,6 +154,4 @@ def _presplit(
         held = {name: shapes[name] for name in held_names(stages[place.pp], shapes)}
         ranks.append(written_parts(held, topology, place.rank))
     layout = str(parallel.sizes)
-    return presplit(
-        src, dst, ranks, layout, dtype, overwrite, kind=source, verify=verify, say=say
-    )
+    return presplit(src, dst, ranks, layout, dtype, overwrite, kind=source, verify=verify, say=say)

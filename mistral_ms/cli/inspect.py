@@ -56,7 +56,8 @@ def _show(console: Console, found: Inspection, with_tensors: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mistral_ms.cli.output import size_text, skipped_text
+    from mistral_ms.checkpoint.buffers import skipped_text
+    from mistral_ms.cli.output import size_text
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")

@@ -81,11 +81,6 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
         raise ConfigError("cannot write", where=f"--json {path}", value=reason) from error
 
 
-def skipped_text(names: Sequence[str]) -> str:
-    """Says in one line which buffers of a checkpoint were not read."""
-    return f"{len(names)} buffers, such as {names[0]}: computed from the configuration"
-
-
 def byte_progress(console: Console, what: str) -> AbstractContextManager[Advance]:
     """Shows how many bytes are done; see :func:`count_progress`."""
     return _progress(console, what, size_text, (DownloadColumn(), TransferSpeedColumn()))

@@ -59,7 +59,8 @@ def options() -> dict[str, set[str]]:
         commands.register(app)
     group = typer.main.get_command(app)
     return {
-        name: {flag for parameter in command.params for flag in parameter.opts} | {"--help"}
+        name: {flag for each in command.params for flag in (*each.opts, *each.secondary_opts)}
+        | {"--help"}
         for name, command in group.commands.items()
     }
 
