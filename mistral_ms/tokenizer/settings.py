@@ -161,7 +161,7 @@ def _listed(listed: Any, path: Path) -> dict[int, AddedToken]:
     found = {}
     for number, token in listed.items():
         where = f"added_tokens_decoder.{number}"
-        if not number.isdecimal():
+        if not (number.isdecimal() and len(number) < 10):
             raise damaged(path, f"{where}: not an id")
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
             raise damaged(path, f"{where}: must have a content")
