@@ -191,7 +191,14 @@ def tokenizer_json(path: Path) -> None:
     made.add_special_tokens([AddedToken(name, special=True) for name in names[:3]])
     path.mkdir()
     made.save(str(path / "tokenizer.json"))
-    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True}
+    template = "{% for m in messages %}{{ bos_token + m.role + m.content + eos_token }}{% endfor %}"
+    settings = {
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>"},
+        "add_bos_token": True,
+        "added_tokens_decoder": {"266": {"content": "<x>", "special": True, "lstrip": False}},
+        "chat_template": template,
+    }
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
@@ -227,6 +234,8 @@ def tokenizer_model(path: Path) -> None:
     path.mkdir()
     (path / "tokenizer.model").write_bytes(written.getvalue())
     (path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    (path / "added_tokens.json").write_text('{"<x>": 300}')
+    (path / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
 
 
 def documents(path: Path) -> None:

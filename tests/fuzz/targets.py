@@ -21,7 +21,7 @@ from fuzz import seeds
 from mistral_ms.checkpoint import convert, inspect, open_checkpoint, open_tensor_set, read_state
 from mistral_ms.checkpoint.dtypes import WEIGHT_DTYPES
 from mistral_ms.checkpoint.layout import format_layout
-from mistral_ms.config import DataConfig, load_any_config
+from mistral_ms.config import DataConfig, load_any_config, read_end_tokens
 from mistral_ms.config.hugging_face_keys import HF_KEYS
 from mistral_ms.datasets.description import verify
 from mistral_ms.datasets.documents import Rejects, TextDocument, check_inputs, read_documents
@@ -150,7 +150,11 @@ def overrides_seed(path: Path) -> None:
 def read_tokenizer(path: Path, out: Path) -> Seen:
     tokenizer = load_tokenizer(path)
     ids = tokenizer.encode("abc a é\n")
-    return {"ids": ids, "text": tokenizer.decode(ids), "size": tokenizer.vocab_size}
+    special, _ = tokenizer.encode_special("a<x> b</s>")
+    seen = {"ids": ids, "text": tokenizer.decode(ids), "special": special}
+    if tokenizer.settings.templates:
+        seen["chat"] = ChatFormat(tokenizer).encode_chat([{"role": "user", "content": "a"}])
+    return seen | {"size": tokenizer.vocab_size, "ends": list(read_end_tokens(path))}
 
 
 def read_chat(path: Path, out: Path) -> Seen:
@@ -164,7 +168,7 @@ def read_texts(path: Path, out: Path) -> Seen:
     check_inputs(inputs)
     texts: list[Any] = []
     for file in inputs:
-        config = DataConfig(seq_length=4, split_lines=file.name.startswith("b"))
+        config = DataConfig(seq_length=4, split_lines=file.name.lower().startswith("b"))
         for document in read_documents(file, config, Rejects(False), lambda size: None):
             if isinstance(document, TextDocument):
                 texts.append("".join(document.chunks))
