@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from mindspore import Tensor
 
 from mistral_ms.checkpoint import CheckpointSeries, open_checkpoint
 from mistral_ms.config import load_run_config
-from mistral_ms.errors import CheckpointError, ConfigError, DataError, TrainingError
+from mistral_ms.errors import BusyError, CheckpointError, ConfigError, DataError, TrainingError
 from mistral_ms.training import NotFiniteError, TrainingRun, read_metrics
 
 MODEL = dict(
@@ -170,6 +171,38 @@ class TestResume:
         assert resuming.endswith("resuming from " + str(run.series.path(2)))
         assert run.update.progress.step == 2
         assert [record.step for record in run.history] == [1, 2]
+
+    def test_its_directory_is_enough(self, finished, tmp_path):
+        """Moved, and without the texts, the tokenizer and the base model that it began with."""
+        from mistral_ms.cli.train import _run_config
+
+        moved = shutil.copytree(finished.files.root, tmp_path / "moved")
+        values = yaml.safe_load((moved / "run.yaml").read_text())
+        assert Path(values["data"]["inputs"][0]).is_absolute()
+        values["init_from"] = {"path": "gone"}
+        values["data"] |= {"inputs": ["gone/text.txt"], "tokenizer": "gone/tokenizer.model"}
+        values["output"] = "elsewhere"
+        (moved / "run.yaml").write_text(yaml.safe_dump(values))
+        config, run = _run_config(None, moved, ["training.steps=6"])
+        assert (config, run.output) == (moved / "run.yaml", None)
+        resumed = TrainingRun(run, moved, resume=True, say=lambda line: None)
+        assert resumed.update.progress.step == 4
+        assert "tokenizer.model" in resumed.side_files
+
+    def test_a_run_file_that_is_gone_says_what_to_do(self, finished):
+        from mistral_ms.cli.train import _run_config
+
+        root = finished.files.root
+        with pytest.raises(ConfigError, match=rf"leave --config out: --resume {root} goes on"):
+            _run_config(Path("gone.yaml"), root, [])
+        with pytest.raises(ConfigError, match="no run file: --config"):
+            _run_config(None, None, [])
+
+    def test_a_second_training_into_its_directory_is_refused(self, prepare):
+        first = prepare()
+        with pytest.raises(BusyError, match=r"in use: .*out: process \d+"):
+            prepare()
+        del first
 
     def test_a_finished_run_changes_nothing(self, prepare, finished, tmp_path):
         shutil.copytree(finished.files.root, tmp_path / "out")
