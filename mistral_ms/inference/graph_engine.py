@@ -9,6 +9,7 @@ import mindspore as ms
 from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import PredictConfig
+from mistral_ms.config.computation import check_same_model
 from mistral_ms.inference.engine import Engine
 from mistral_ms.inference.settings import read_checkpoint_settings
 from mistral_ms.parallel import graph
@@ -36,14 +37,16 @@ def load_graph_engine(
         verify: compare a checkpoint of ours with its digests while it is read.
 
     Raises:
-        ConfigError: see :func:`~mistral_ms.parallel.graph.build_generation`.
+        ConfigError: the checkpoint is of another model, or see
+            :func:`~mistral_ms.parallel.graph.build_generation`.
         CheckpointError: see :func:`open_checkpoint` and :func:`load_weights`.
         TokenizerError: no tokenizer, or one that does not fit the model.
     """
     world = run.parallel.world
     divided = world > 1
-    ms.set_context(mode=ms.GRAPH_MODE)
     with open_checkpoint(Path(path), kind, verify=verify, rank=rank, world=world) as source:
+        check_same_model(run.model, source.config, str(path), "name that model in the run file")
+        ms.set_context(mode=ms.GRAPH_MODE)
         tokenizer = None
         if with_tokenizer:
             tokenizer = load_tokenizer(Path(path))

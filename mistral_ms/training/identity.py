@@ -7,22 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig, TrainingConfig
+from mistral_ms.config.computation import computation
 from mistral_ms.errors import TrainingError
 
 FIXED = ("seed", "seq_length", "global_batch_size", "dtype")
 """Of the training: to change one would be another training under the old one's name."""
-_BESIDES = ("torch_dtype", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
-"""Of the model: says how it is stored, drawn or ended, not what it computes."""
-
-
-def computation(model: ModelConfig) -> dict[str, Any]:
-    """What decides a model's tensors and mathematics, one way of saying it for each model."""
-    values = model.model_dump(mode="json", exclude=set(_BESIDES))
-    values["head_dim"] = model.head_size
-    if model.moe is not None:
-        values["moe"]["sparse_layers"] = list(model.sparse_layers)
-        del values["moe"]["router_aux_loss_coef"]
-    return values
 
 
 @dataclass(frozen=True)

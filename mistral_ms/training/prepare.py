@@ -11,13 +11,13 @@ from mindspore import Parameter
 from mistral_ms.checkpoint import open_checkpoint, tokenizer_files
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import DataConfig, RunConfig
+from mistral_ms.config.computation import check_same_model
 from mistral_ms.datasets import MindRecordWindows, build_dataset
 from mistral_ms.errors import ConfigError, TokenizerError
 from mistral_ms.parallel.apply import Division
 from mistral_ms.parallel.storage import Storage
 from mistral_ms.tokenizer import Tokenizer, end_token_notes, find_tokenizer, load_tokenizer
 from mistral_ms.training.files import RunFiles
-from mistral_ms.training.identity import computation
 
 Say = Callable[[str], None]
 
@@ -148,17 +148,8 @@ def initialize(
     with open_checkpoint(
         start.path, start.format, verify=start.verify, rank=rank, world=world
     ) as source:
-        ours, theirs = computation(run.model), computation(source.config)
-        differing = [key for key in ours if ours[key] != theirs[key]]
-        if differing:
-            key = differing[0]
-            raise ConfigError(
-                "checkpoint of another model",
-                where=f"model.{key}",
-                value=ours[key],
-                rule=f"init_from {start.path} has {theirs[key]}",
-                todo="leave model out of the run to take the checkpoint's",
-            )
+        todo = "leave model out of the run to take the checkpoint's"
+        check_same_model(run.model, source.config, f"init_from {start.path}", todo)
         load_weights(source, weights, storage=storage)
         remark = source.remark()
     say(f"weights from {start.path}")

@@ -7,6 +7,7 @@ from support import configs
 from support.hf import make_pair
 
 from mistral_ms.config import GenerationConfig, PredictConfig
+from mistral_ms.errors import ConfigError
 from mistral_ms.inference import Engine, load_graph_engine
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM
@@ -16,22 +17,22 @@ from mistral_ms.training.modes import graph_mode
 LENGTH, CHUNK, BATCH = 40, 4, 3
 RAGGED = [[1, 5, 9, 20, 31, 8, 8, 17, 9, 14, 3], [1, 7], [1, 13, 14, 15, 16, 25, 21]]
 CASES = {
-    "sparse": {"moe": {}},
     "rolling window": {"moe": {}, "sliding_window": 7},
     # and positions beyond those of the model before scaling
     "dense, windows in some layers": {
         "moe": None,
         "sliding_window": 7,
-        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "layer_types": ["full_attention", "sliding_attention"],
         "max_position_embeddings": 32,
         "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
     },
 }
+"""Sparse without a window is the model from Hugging Face below."""
 
 
 def pair(case):
     """The engine's model and the graph's, with the same weights."""
-    config = configs.model(num_hidden_layers=3, eos_token_id=None, **CASES[case])
+    config = configs.model(num_hidden_layers=2, eos_token_id=None, **CASES[case])
     spec = CacheSpec.for_model(config, BATCH, LENGTH, CHUNK)
     ours = CausalLM(config, cache=spec, positions=LENGTH)
     ours.initialize(7)
@@ -57,7 +58,7 @@ def test_engine_generates_the_same(case):
     ours, theirs = pair(case)
     request = GenerationConfig(max_new_tokens=24)
     sizes = {"max_length": LENGTH, "chunk": CHUNK}
-    expected = Engine(ours, **sizes).generate(RAGGED, request)
+    expected = Engine(ours, graph=False, **sizes).generate(RAGGED, request)
     with graph_mode():
         found = Engine(theirs, step=theirs, graph=False, **sizes).generate(RAGGED, request)
     for mine, wanted in zip(found.completions, expected.completions, strict=True):
@@ -72,6 +73,10 @@ def test_a_hugging_face_directory_is_loaded_into_the_graph(tmp_path):
     pair.hf.save_pretrained(tmp_path)
     sizes = {"batch": BATCH, "max_length": LENGTH, "chunk": CHUNK, "dtype": "float32"}
     run = PredictConfig(model=pair.config, prediction=sizes)
+    for key, value in (("rope_theta", 9999.0), ("sliding_window", 8)):  # no shape tells them
+        other = pair.config.model_copy(update={key: value})
+        with pytest.raises(ConfigError, match=f"checkpoint of another model: model.{key}: "):
+            load_graph_engine(tmp_path, run.model_copy(update={"model": other}))
     request = GenerationConfig(max_new_tokens=16)
     with graph_mode():  # which load_graph_engine would leave behind
         engine = load_graph_engine(tmp_path, run, with_tokenizer=False)

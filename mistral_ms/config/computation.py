@@ -1,0 +1,45 @@
+"""Whether two configurations are of the same model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mistral_ms.config.model import ModelConfig
+from mistral_ms.errors import ConfigError
+
+_BESIDES = ("torch_dtype", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Says how a model is stored, drawn or ended, not what it computes."""
+
+
+def computation(model: ModelConfig) -> dict[str, Any]:
+    """What decides a model's tensors and mathematics, one way of saying it for each model."""
+    values = model.model_dump(mode="json", exclude=set(_BESIDES))
+    values["head_dim"] = model.head_size
+    if model.moe is not None:
+        values["moe"]["sparse_layers"] = list(model.sparse_layers)
+        del values["moe"]["router_aux_loss_coef"]
+    return values
+
+
+def check_same_model(model: ModelConfig, found: ModelConfig, checkpoint: str, todo: str) -> None:
+    """Refuses a checkpoint whose weights a run would use for other mathematics.
+
+    Args:
+        model: of the run.
+        found: of the checkpoint.
+        checkpoint: which, for the message.
+        todo: what to do about it, likewise.
+
+    Raises:
+        ConfigError: names the first key that differs.
+    """
+    ours, theirs = computation(model), computation(found)
+    for key, value in ours.items():
+        if value != theirs[key]:
+            raise ConfigError(
+                "checkpoint of another model",
+                where=f"model.{key}",
+                value=value,
+                rule=f"{checkpoint} has {theirs[key]}",
+                todo=todo,
+            )
