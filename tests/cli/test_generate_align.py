@@ -1,29 +1,18 @@
 """The commands as users call them, in processes of their own."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import commands
 from support.hf import save_with_tokenizer
 
 from mistral_ms.tokenizer import packaged_tokenizer
 
-ROOT = Path(__file__).parents[2]
-
 
 def run(*args, stdin=""):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "run_mixtral.py"), *map(str, args)],
-        capture_output=True,
-        text=True,
-        input=stdin,
-        timeout=300,
-        env={**os.environ, "COLUMNS": "120"},
-    )
+    return commands.run(*args, cwd=Path.cwd(), stdin=stdin, COLUMNS="120")
 
 
 @pytest.fixture(scope="module")

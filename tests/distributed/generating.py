@@ -18,14 +18,17 @@ LAYOUTS = {
     2: {"mp2": ParallelConfig(mp=2)},
     4: {"dp2 pp2 ep2": ParallelConfig(dp=2, pp=2, ep=2)},
 }
-REQUESTS = {"ragged": (11, 3, 8), "one prompt": (5,)}
-"""Lengths of the prompts: one more than a chunk holds; fewer than data-parallel ranks."""
+LENGTHS = {"ragged": (11, 3, 8), "one prompt": (5,)}
+"""Of the prompts: one more than a chunk holds; fewer than data-parallel ranks."""
+REQUESTS = {2: "ragged", 4: "one prompt"}
+"""What is asked; each number of rows compiles anew. Ragged prompts of four processes are generated
+by the command, in test_generate_command.py."""
 
 
 def prompts(name: str) -> list[list[int]]:
     """A function of the name."""
     rng = np.random.default_rng(len(name))
-    return [rng.integers(3, CONFIG.vocab_size, length).tolist() for length in REQUESTS[name]]
+    return [rng.integers(3, CONFIG.vocab_size, length).tolist() for length in LENGTHS[name]]
 
 
 def generated(division: Division, name: str) -> np.ndarray:
@@ -44,5 +47,5 @@ def generated(division: Division, name: str) -> np.ndarray:
 def run_generating(worker: Worker) -> None:
     for name, parallel in LAYOUTS[worker.world].items():
         division = Division(parallel, worker.rank, worker.world)
-        for request in REQUESTS:
-            worker.keep(f"generating/{name}/{request}", generated(division, request))
+        request = REQUESTS[worker.world]
+        worker.keep(f"generating/{name}/{request}", generated(division, request))

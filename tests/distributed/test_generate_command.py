@@ -55,9 +55,9 @@ def test_generate_with_experts_stages_and_data_divided(model, tmp_path):
         assert done.stdout.count(shown["prompt"] + shown["text"]) == 1
 
 
-def test_align_with_matrices_and_stages_divided(model, tmp_path):
+def test_align_with_matrices_divided(model, tmp_path):
     done = together(
-        tmp_path, 4, "--align", "--mp", 2, "--pp", 2, "--", model[0], "--max-new-tokens", NEW,
+        tmp_path, 2, "--align", "--mp", 2, "--", model[0], "--max-new-tokens", NEW,
         "--json", "a.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -35,14 +35,13 @@ RUN = dict(
     ),
     checkpoint=dict(every=4),
 )  # fmt: skip
-FIRST = ["parallel.dp=4", "parallel.ep=4"]
-THEN = [
+FIRST = [
     "parallel.dp=2", "parallel.pp=2", "parallel.ep=2", "parallel.optimizer_parallel=true",
     "training.micro_batches=2",
 ]  # fmt: skip
+THEN = ["parallel.dp=2", "parallel.ep=2", "training.micro_batches=2"]
 GROUPS = "training.micro_batches=4"
 """Dispatch groups of one process: as many as either layout has."""
-MORE = ["parallel.dp=8", "parallel.ep=8", "training.steps=8"]
 
 
 def alone(root, *arguments):
@@ -75,16 +74,15 @@ def together(root, workers, name, *arguments):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Eight steps by one process; and by four, three in one layout and three in another."""
+    """Eight steps by one process; and three by four processes, three by two, two by one."""
     root = tmp_path_factory.mktemp("command")
     (root / "text.txt").write_text(demo_text()[:3000])
     (root / "run.yaml").write_text(yaml.safe_dump(RUN))
     one = alone(root, GROUPS, "training.steps=8", "checkpoint.every=6", "output=one")
     assert one.returncode == 0, one.stdout + one.stderr
-    together(root, 4, "first", *FIRST, "training.steps=3", "output=four")
-    said = together(root, 4, "then", *THEN, "--resume", "four", "--json", "four.json")
-    shutil.copytree(root / "four", root / "more")
-    shutil.copytree(root / "four", root / "fewer")
+    together(root, 4, "first", *FIRST, "training.steps=3", "output=many")
+    said = together(root, 2, "then", *THEN, "--resume", "many", "--json", "many.json")
+    shutil.copytree(root / "many", root / "fewer")
     return SimpleNamespace(root=root, said=said)
 
 
@@ -96,11 +94,11 @@ def courses(root, *names, field="lm_loss"):
 
 def test_the_course_is_that_of_one_process(trained):
     for field in ("loss", "lm_loss", "aux_loss", "grad_norm", "epoch", "dropped_fraction"):
-        got, want = courses(trained.root, "four", "one", field=field)
+        got, want = courses(trained.root, "many", "one", field=field)
         # sums of float32 in another order
         np.testing.assert_allclose(got, want, rtol=1e-4 if field == "grad_norm" else 1e-5)
         assert len(got) == 6
-    got, want = courses(trained.root, "four", "one", field="expert_load")
+    got, want = courses(trained.root, "many", "one", field="expert_load")
     assert got == want
 
 
@@ -110,17 +108,17 @@ def checkpoint(root, name, step):
 
 def test_the_checkpoint_and_its_export_are_those_of_one_process(trained):
     exports = []
-    for name in ("one", "four"):
+    for name in ("one", "many"):
         exports.append(trained.root / f"{name}-hf")
         convert(checkpoint(trained.root, name, 6), exports[-1], to="hf")
     for first, second in (
-        [checkpoint(trained.root, name, 6) for name in ("one", "four")],
+        [checkpoint(trained.root, name, 6) for name in ("one", "many")],
         exports,
     ):
-        with open_checkpoint(first) as one, open_checkpoint(second) as four:
-            assert one.names() == four.names()
+        with open_checkpoint(first) as one, open_checkpoint(second) as many:
+            assert one.names() == many.names()
             for name in one.names():
-                want, got = np.float64(one.read(name)), np.float64(four.read(name))
+                want, got = np.float64(one.read(name)), np.float64(many.read(name))
                 # as in test_training: Adam makes full steps of rounding noise
                 assert np.linalg.norm(got - want) <= 1e-4 * np.linalg.norm(want), name
 
@@ -129,32 +127,18 @@ def test_one_process_goes_on(trained):
     done = alone(trained.root, "--resume", "fewer", GROUPS, "training.steps=8")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "parallel.dp: 2 before, 1 from here on" in done.stdout
-    assert "parallel.dp: 4 before, 2 from here on" in trained.said
+    assert "parallel.pp: 2 before, 1 from here on" in trained.said
     got, want = courses(trained.root, "fewer", "one")
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert len(got) == 8
 
 
-def test_eight_processes_go_on(trained):
-    """As one process does from the same checkpoint with as many dispatch groups."""
-    shutil.copytree(trained.root / "more", trained.root / "more-alone")
-    together(trained.root, 8, "eight", *MORE, "--resume", "more")
-    done = alone(
-        trained.root, "--resume", "more-alone", "training.steps=8", "training.micro_batches=8"
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    for field in ("loss", "lm_loss", "grad_norm"):
-        got, want = courses(trained.root, "more", "more-alone", field=field)
-        np.testing.assert_allclose(got, want, rtol=1e-4 if field == "grad_norm" else 1e-5)
-        assert len(got) == 8
-
-
 def test_one_process_speaks_and_writes(trained):
     lines = [x for x in trained.said.splitlines() if x.startswith("lm loss")]
     assert len(lines) == 1
-    summary = json.loads((trained.root / "four.json").read_text())
-    assert summary["world_size"] == 4
-    names = {p.name for p in (trained.root / "four").iterdir() if "backend" not in p.name}
+    summary = json.loads((trained.root / "many.json").read_text())
+    assert summary["world_size"] == 2
+    names = {p.name for p in (trained.root / "many").iterdir() if "backend" not in p.name}
     assert names >= {"metrics.jsonl", "checkpoints", "summary.json", "figures", "tensorboard"}
 
 

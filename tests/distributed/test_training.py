@@ -134,7 +134,7 @@ def test_optimizer_state_is_shared_out(report, world, name, variant):
 
 
 def test_something_was_dropped_clipped_and_learnt():
-    results, _ = alone(2, "dp2 ep2", "plain")
+    results, _ = alone(2, "mp2", "plain")
     assert sum(r.dropped_fraction for r in results) > 0
     assert max(r.grad_norm for r in results) > 0.5
     assert results[-1].lm_loss < results[0].lm_loss

@@ -3,15 +3,15 @@
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from support.commands import run, start
 
 from mistral_ms.checkpoint import CheckpointSeries
 from mistral_ms.data import demo_text
@@ -22,18 +22,7 @@ RECIPE = ROOT / "configs" / "run" / "pretrain_mixtral_tiny_200ep.yaml"
 LEARNT = 0.1
 """The recipe on a tenth of the text. It ends near 0.02; a model that has not learnt the order of
 the words stays above 3."""
-KILLS = 5
-
-
-def command(*arguments):
-    return [sys.executable, str(ROOT / "run_mixtral.py"), *map(str, arguments)]
-
-
-def run(*arguments, cwd):
-    done = subprocess.run(
-        command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=900, check=False
-    )
-    return done
+KILLS = 3
 
 
 @pytest.fixture(scope="module")
@@ -131,19 +120,16 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(small):
         # the first start is a fresh one, unless nothing was saved yet: then the next is, too
         saved = CheckpointSeries(small.root / "killed" / "checkpoints").steps()
         if attempt and not saved:
-            subprocess.run(["rm", "-rf", "killed"], cwd=small.root, check=True)
+            shutil.rmtree(small.root / "killed", ignore_errors=True)
         how = ["--resume", "killed"] if saved else ["output=killed"]
-        process = subprocess.Popen(
-            command("train", "--config", "run.yaml", *how),
-            cwd=small.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        process = start("train", "--config", "run.yaml", *how, cwd=small.root)
         if attempt < KILLS:
             wait_for_steps(process, small.root / "killed" / "metrics.jsonl", moments.randint(2, 9))
             time.sleep(moments.random() * 0.1)
             process.kill()
-        said = process.communicate(timeout=600)[0]
-        passed_over += "passed over" in said
-    assert process.returncode == 0, said
+        done = process.wait(600)
+        passed_over += "passed over" in done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
     assert state(small.root / "killed") == small.want
     assert passed_over == 0, "what a kill leaves behind never looks like a checkpoint"
 
@@ -157,20 +143,18 @@ def wait_for_steps(process, path, steps):
         if count >= first + steps:
             return
         time.sleep(0.005)
-    raise AssertionError(process.communicate()[0])
+    process.kill()
+    raise AssertionError(process.wait(10))
 
 
 def test_sigterm_finishes_the_step_saves_and_exits(small):
-    process = subprocess.Popen(
-        command("train", "--config", "run.yaml", "output=stopped"),
-        cwd=small.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    process = start("train", "--config", "run.yaml", "output=stopped", cwd=small.root)
     wait_for_steps(process, small.root / "stopped" / "metrics.jsonl", 5)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + signal.SIGTERM, said
-    assert "stopped before the end" in said
-    assert "--resume stopped" in said
+    stopped = process.wait(120)
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stdout + stopped.stderr
+    assert "stopped before the end" in stopped.stdout
+    assert "--resume stopped" in stopped.stdout
     steps = len(read_metrics(small.root / "stopped" / "metrics.jsonl"))
     assert 5 <= steps < 60
     assert CheckpointSeries(small.root / "stopped" / "checkpoints").newest().step == steps

@@ -118,7 +118,7 @@ def test_neighbours_are_legal_and_the_closest():
 
 
 def test_a_big_search_is_fast():
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(TopologyError, match="nearest legal layouts"):
         Topology(Sizes(4096, 2, 1, 1), 8, 4096)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

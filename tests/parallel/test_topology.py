@@ -167,13 +167,13 @@ def test_from_a_configuration():
 
 @pytest.mark.parametrize("sizes", [(512, 2, 4, 64), (4096, 1, 1, 4096), (4, 8, 128, 4)])
 def test_four_thousand_ranks_are_fast(sizes):
-    start = time.perf_counter()
+    start = time.process_time()
     topology = Topology(Sizes(*sizes), 8)
     for kind in GroupKind:
         topology.groups(kind)
         for rank in range(0, 4096, 7):
             topology.group(kind, rank)
-    assert time.perf_counter() - start < 3  # 0.1 to 0.5 s on two idle cores
+    assert time.process_time() - start < 3  # 0.1 to 0.5 s
     for kind, want in oracle(*sizes).items():
         assert {group.ranks for group in topology.groups(kind)} == want, kind
 

@@ -1,0 +1,188 @@
+"""Forty defects that someone could make, each with the fast tests that must notice it.
+
+A mutant is one replacement in one file of the package. ``tests`` are files of the fast part
+(``make fast``); at least one of their tests must fail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A planted defect.
+
+    Attributes:
+        name: what it is, for a person.
+        file: below ``mistral_ms/``.
+        old: the text that is replaced; must occur exactly once.
+        new: what takes its place.
+        tests: files below ``tests/`` that must notice.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def of(file: str, *tests: str, **mutants: tuple[str, str]) -> list[Mutant]:
+    """The mutants of one file; names are words joined by underscores."""
+    return [
+        Mutant(name.replace("_", " "), file, old, new, tests)
+        for name, (old, new) in mutants.items()
+    ]
+
+
+MUTANTS = [
+    *of(
+        "ops/reference/routing.py",
+        "ops/reference/test_routing.py",
+        weights_are_not_normalised=("if normalize:", "if not normalize:"),
+        weights_are_divided_by_all_probabilities=(
+            "weights_TK / _sum_keep(weights_TK, -1)",
+            "weights_TK / _sum_keep(probs_TE, -1)",
+        ),
+        one_place_more_than_there_is=("place_TK < float(C)", "place_TK <= float(C)"),
+        one_place_is_never_used=("place_TK < float(C)", "place_TK < float(C - 1)"),
+        padding_gets_a_place=(
+            "num_experts, _ON, _OFF) * valid_T.reshape(-1, 1, 1)",
+            "num_experts, _ON, _OFF) * ops.ones_like(valid_T).reshape(-1, 1, 1)",
+        ),
+        choice_major_is_token_major=("if choice_major:\n        queue", "if False:\n        queue"),
+        places_are_counted_from_one=("queue_QE, -1) - 1.0", "queue_QE, -1)"),
+        kept_choices_count_as_routed=(
+            "ops.stop_gradient(_sum(chosen_TKE, (0, 1)))",
+            "ops.stop_gradient(_sum(kept_TKE, (0, 1)))",
+        ),
+    ),
+    *of(
+        "ops/reference/permute.py",
+        "ops/reference/test_permute.py",
+        empty_places_hold_the_first_token=(
+            "_gather(x_TH, source_EC // K, 0) * self.as_column(filled_EC, x_TH)",
+            "_gather(x_TH, source_EC // K, 0)",
+        ),
+        dispatch_takes_the_choice_for_the_token=(
+            "_gather(x_TH, source_EC // K, 0) *",
+            "_gather(x_TH, source_EC % x_TH.shape[0], 0) *",
+        ),
+        dropped_choices_are_added=(
+            "slot_TK, weights_TK * kept_TK)",
+            "slot_TK, weights_TK)",
+        ),
+        only_the_first_choice_is_added=(
+            "for k in range(1, slot_TK.shape[1])",
+            "for k in range(1, 1)",
+        ),
+        gradient_of_dispatch_counts_dropped_choices=(
+            "self.weighted_rows(dout, slot_TK, kept_TK)",
+            "self.weighted_rows(dout, slot_TK, ops.ones_like(kept_TK))",
+        ),
+        gradient_of_weights_counts_dropped_choices=(
+            "weights_TK.dtype) * kept_TK",
+            "weights_TK.dtype)",
+        ),
+    ),
+    *of(
+        "moe/capacity.py",
+        "moe/test_capacity.py",
+        capacity_is_rounded_down=("math.ceil(round(exact, 9))", "math.floor(exact)"),
+        capacity_for_one_choice=("(top_k * tokens)", "tokens"),
+        an_expert_may_have_no_place=("max(1, min(", "max(0, min("),
+    ),
+    *of(
+        "moe/losses.py",
+        "moe/test_losses.py",
+        aux_loss_is_one_when_balanced=(
+            "return num_experts * _sum((_sum(probs_LE",
+            "return _sum((_sum(probs_LE",
+        ),
+        padding_counts_in_the_aux_loss=(
+            "_sum(probs_TE * valid_T.reshape(-1, 1), 0)",
+            "_sum(probs_TE, 0)",
+        ),
+        padding_counts_in_the_z_loss=("log_z_T * log_z_T * valid_T", "log_z_T * log_z_T"),
+        z_loss_without_a_square=("_sum(log_z_T * log_z_T", "_sum(log_z_T"),
+        layers_are_added_not_averaged=(
+            "(routed_LE / tokens_L1)) / layers",
+            "(routed_LE / tokens_L1))",
+        ),
+    ),
+    *of(
+        "training/clipping.py",
+        "training/test_clipping.py",
+        small_gradients_are_scaled_up=("ops.minimum(limit", "ops.maximum(limit"),
+        the_norm_is_not_unscaled=("ops.sqrt(square) * unscale", "ops.sqrt(square)"),
+        gradients_are_not_unscaled=("scale = scale * unscale", "scale = scale * 1.0"),
+        norms_are_squares=("norms_n = ops.sqrt(squares_n)", "norms_n = squares_n"),
+    ),
+    *of(
+        "training/schedule.py",
+        "training/test_schedule.py",
+        warm_up_starts_at_zero=("peak * (step + 1) / warmup", "peak * step / warmup"),
+        the_floor_is_ignored=("schedule.floor + (1.0 - schedule.floor) *", "0.0 + 1.0 *"),
+        the_last_step_is_not_the_floor=(
+            "config.last_step - 1 - warmup",
+            "config.last_step - warmup",
+        ),
+    ),
+    *of(
+        "training/loss_scale.py",
+        "training/test_loss_scale.py",
+        scale_grows_one_update_late=("self.good + 1 >= config", "self.good >= config"),
+        scale_falls_below_its_minimum=(
+            "max(self.value / FACTOR, config.minimum)",
+            "self.value / FACTOR",
+        ),
+    ),
+    *of(
+        "parallel/topology/slices.py",
+        "parallel/test_slices.py",
+        rows_instead_of_columns_of_the_output_projection=(
+            '"attention.o_proj.weight": 1',
+            '"attention.o_proj.weight": 0',
+        ),
+        experts_are_not_divided=("cut[0] = _even(name, shape[0], sizes.ep, place.ep)", "pass"),
+        expert_gradients_over_all_ranks=(
+            "GroupKind.EXPERT_DATA if _EXPERTS",
+            "GroupKind.DATA if _EXPERTS",
+        ),
+    ),
+    *of(
+        "parallel/topology/places.py",
+        "parallel/test_topology.py",
+        tensor_ranks_are_not_neighbours=(
+            "above, mp = divmod(rank, MP)\n            pp, dp = divmod(above, DP)",
+            "above, dp = divmod(rank, DP)\n            pp, mp = divmod(above, MP)",
+        ),
+        expert_groups_are_strided=(
+            "dp % EP, dp // EP, node",
+            "dp // (DP // EP), dp % (DP // EP), node",
+        ),
+    ),
+    *of(
+        "parallel/pipeline/schedule.py",
+        "parallel/pipeline/test_schedule.py",
+        one_micro_batch_more_in_flight=("stages - stage)", "stages - stage + 1)"),
+    ),
+    *of(
+        "parallel/pipeline/stages.py",
+        "parallel/pipeline/test_stages.py",
+        the_head_costs_nothing=("if stage == self.stages - 1 else 0.0)", "if stage < 0 else 0.0)"),
+    ),
+    *of(
+        "checkpoint/manifest.py",
+        "checkpoint/test_native.py",
+        "checkpoint/test_bad_native.py",
+        "checkpoint/test_layout.py",
+        sizes_are_not_compared=("if size != record.size:", "if size < 0:"),
+    ),
+    *of(
+        "checkpoint/boxes.py",
+        "checkpoint/test_parts.py",
+        gaps_between_parts_are_allowed=("if held != math.prod(pieces.shape):", "if False:"),
+    ),
+]
