@@ -11,7 +11,7 @@ PIP_ARGS ?=
 
 export GLOG_v ?= 3
 
-.PHONY: install demo test fast fuzz lint format clean
+.PHONY: install demo test fast mutants fuzz lint format clean
 
 install: $(STAMP)
 
@@ -28,8 +28,13 @@ demo: install
 test: lint
 	$(BIN)/python -m pytest -n 2
 
+# What a person runs while working: everything that needs no process of its own.
 fast: install
-	$(BIN)/python -m pytest -n 2 --ignore tests/end_to_end --ignore tests/alignment --ignore tests/cli
+	$(BIN)/python -m pytest -n 2 --fast
+
+# Plants forty defects, one after the other; each must be noticed by the fast tests.
+mutants: install
+	$(BIN)/python tests/mutants/run.py
 
 # Damaged and hostile files for every reader: as many cases as you like, with a seed that is printed.
 CASES ?= 10000

@@ -14,15 +14,49 @@ from support.slowest import Slowest
 TOGETHER = ("tests/distributed/", "tests/dryrun/")
 """Folders whose tests share jobs and processes, or would crowd each other out: one after the other.
 """
+SLOW = (
+    "alignment", "cli", "distributed", "dryrun", "end_to_end", "fuzz", "kernels", "launch", "mutants"
+)  # fmt: skip
+"""Folders that ``--fast`` leaves out: they start processes, compile for Ascend, or need minutes."""
+FIRST = ("tests/distributed/", "tests/dryrun/", "tests/end_to_end/", "tests/kernels/")
+"""What takes longest begins first, so that both processes end at about the same time."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="only what runs in this process, quickly")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Folders that are left out are not even imported."""
+    parts = collection_path.relative_to(config.rootpath).parts
+    return True if config.getoption("--fast") and parts[1:2] and parts[1] in SLOW else None
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--fast"):
+        left_out = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    ranks = {folder: number for number, folder in enumerate(FIRST)}
+
+    def rank(item):
+        return next(
+            (n for folder, n in ranks.items() if item.nodeid.startswith(folder)), len(FIRST)
+        )
+
+    items.sort(key=rank)  # stable: files stay whole
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes seconds; left out by --fast")
     config.pluginmanager.register(Slowest(), "slowest")
 
 
 def pytest_xdist_make_scheduler(config, log):
     """What runs side by side (pytest -n 2): whole files, so that their fixtures are made once."""
     from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False  # by FIRST, not by the number of tests
 
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid):

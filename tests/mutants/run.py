@@ -63,7 +63,7 @@ def run_tests(project: Path, tests: list[str], log: Path) -> int:
         sys.dont_write_bytecode = True
         import pytest
 
-        flags = ["-q", "-x", "-p", "no:cacheprovider"]
+        flags = ["-q", "-x", "--fast", "-p", "no:cacheprovider"]
         code = pytest.main([*flags, *(f"tests/{name}" for name in tests)])
         os._exit(int(code))
     until = time.monotonic() + LIMIT
