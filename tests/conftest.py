@@ -15,7 +15,8 @@ TOGETHER = ("tests/distributed/", "tests/dryrun/")
 """Folders whose tests share jobs and processes, or would crowd each other out: one after the other.
 """
 SLOW = (
-    "alignment", "cli", "distributed", "dryrun", "end_to_end", "fuzz", "kernels", "launch", "mutants"
+    "alignment", "cli", "distributed", "dryrun", "end_to_end", "fuzz", "kernels", "launch",
+    "mutants",
 )  # fmt: skip
 """Folders that ``--fast`` leaves out: they start processes, compile for Ascend, or need minutes."""
 FIRST = ("tests/distributed/", "tests/dryrun/", "tests/end_to_end/", "tests/kernels/")

@@ -8,6 +8,7 @@ import pytest
 from distributed.tensors import (
     CONFIG,
     EPS,
+    MODES,
     WEIGHTS,
     context,
     inputs,
@@ -29,7 +30,9 @@ from mistral_ms.layers import (
 from mistral_ms.parallel.topology import Topology, weight_slice
 
 each_world = pytest.mark.parametrize("world", [2, 4])
-each_mode = pytest.mark.parametrize("mode", ["pynative", "graph"])
+each_run = pytest.mark.parametrize(
+    ("world", "mode"), [(world, mode) for world, modes in MODES.items() for mode in modes]
+)
 
 
 class Whole(nn.Cell):
@@ -65,16 +68,14 @@ def alone() -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in found.items()}
 
 
-@each_world
-@each_mode
+@each_run
 def test_embedding_gives_the_same_bits(report, world, mode):
     for rank in range(world):
         got = report(world).get(rank, f"tensor/{mode}/embedded")
         np.testing.assert_array_equal(got, whole_weights()["embed_tokens.weight"][inputs()[0]])
 
 
-@each_world
-@each_mode
+@each_run
 def test_losses_are_those_of_whole_logits(report, world, mode):
     """Against float64, and which labels count."""
     labels = inputs()[1]
@@ -91,8 +92,7 @@ def test_losses_are_those_of_whole_logits(report, world, mode):
         np.testing.assert_array_equal(got, first)
 
 
-@each_world
-@each_mode
+@each_run
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_gradients_of_every_weight(report, world, mode, name):
     topology, want = Topology(Sizes(1, world, 1, 1)), alone()[name]

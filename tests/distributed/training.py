@@ -54,9 +54,6 @@ LAYOUTS = {
         "dp2 ep2 copies": ParallelConfig(dp=2, ep=2, interleave=2),
     },
     4: {
-        "dp4 ep4, 2 nodes": ParallelConfig(
-            dp=4, ep=4, devices_per_node=2, all_to_all="hierarchical"
-        ),
         "dp2 mp2 ep2": ParallelConfig(dp=2, mp=2, ep=2, all_to_all="group_wise"),
         "dp2 pp2 ep2": ParallelConfig(dp=2, pp=2, ep=2, optimizer_parallel=True, interleave=2),
         "pp4, gpipe": ParallelConfig(pp=4, schedule="gpipe"),

@@ -9,13 +9,13 @@ from distributed.tensors import run_tensor
 from distributed.training import run_training
 from distributed.worker import Worker
 
-worker = Worker()
-run_collectives(worker)
-run_pipeline(worker)
-run_tensor(worker)
-run_models(worker)
-dispatch_all(worker)
-run_generating(worker)
-run_training(worker)
-run_corners(worker)
-worker.save()
+Worker().run(
+    run_collectives,
+    run_pipeline,
+    run_tensor,
+    run_models,
+    dispatch_all,
+    run_generating,
+    run_training,
+    run_corners,
+)

@@ -3,6 +3,6 @@
 from distributed.dispatching import dispatch_all
 from distributed.worker import Worker
 
-worker = Worker()
-dispatch_all(worker)
-worker.save()
+Worker().run(
+    dispatch_all,
+)
