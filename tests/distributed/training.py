@@ -79,8 +79,8 @@ OTHERS = {
 }
 """Layouts that are not trained plainly. Every case compiles for seconds in each process, so each
 layout is trained once, and two that differ most in what they keep, in the ways of training that do.
-Whole copies of the model see the rows that one process sees, so what they get in float16 is equal in
-every bit.
+Whole copies of the model see the rows that one process sees, so what they get in float16 is equal
+in every bit.
 """
 CASES = [
     (world, name, variant)
