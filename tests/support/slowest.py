@@ -7,9 +7,9 @@ runs or has been waited for. A fixture is paid for by the first test that asks f
 from __future__ import annotations
 
 import os
-import time
 from collections import defaultdict
 from pathlib import Path
+from time import monotonic  # bound here: a test may patch the module's clock
 
 import pytest
 
@@ -18,7 +18,7 @@ ROWS = 15
 
 def now() -> tuple[float, float]:
     """Seconds of wall time and of processor time, children included."""
-    return time.monotonic(), _processor_time(os.getpid())
+    return monotonic(), _processor_time(os.getpid())
 
 
 def _processor_time(pid: int) -> float:
