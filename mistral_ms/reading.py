@@ -28,6 +28,8 @@ LINE_BYTES = 16 << 20
 """Longest line of a text."""
 DEPTH = 64
 """How deep objects and lists may lie within each other."""
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+_LFS_BYTES = 1024  # a pointer is shorter
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 Fault = type[MistralMsError]
@@ -39,7 +41,8 @@ def open_regular(path: Path, fault: Fault) -> BinaryIO:
     A named pipe, a terminal or a device could be read without end, or never answer.
 
     Raises:
-        MistralMsError: of class ``fault``: it is not there, cannot be read, or is something else.
+        MistralMsError: of class ``fault``: it is not there, cannot be read, is something else, or
+            is what Git leaves in the place of a large file that was not downloaded.
     """
     try:
         # not to wait for the other end of a pipe
@@ -48,12 +51,30 @@ def open_regular(path: Path, fault: Fault) -> BinaryIO:
         raise fault("cannot read", where=path, value=error.strerror) from error
     except ValueError as error:  # a zero character or half a surrogate pair in the name
         raise fault("cannot read", where=repr(str(path)), value=error) from error
-    mode = os.fstat(descriptor).st_mode
+    status = os.fstat(descriptor)
+    mode = status.st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
         kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
         raise fault("not a file", where=path, value=kind, rule="must be a regular file")
-    return os.fdopen(descriptor, "rb")
+    file = os.fdopen(descriptor, "rb")
+    if status.st_size < _LFS_BYTES and _is_lfs_pointer(descriptor):
+        file.close()
+        raise fault(
+            "Git LFS pointer",
+            where=path,
+            value=f"{status.st_size} bytes in the place of the file",
+            rule="Git keeps large files elsewhere, and this one was not downloaded",
+            todo="run git lfs pull in its repository, or download the file",
+        )
+    return file
+
+
+def _is_lfs_pointer(descriptor: int) -> bool:
+    try:
+        return os.pread(descriptor, len(_LFS_POINTER), 0) == _LFS_POINTER
+    except OSError:
+        return False  # whoever reads it will hear of it
 
 
 def is_file(path: Path) -> bool:

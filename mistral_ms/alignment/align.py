@@ -45,6 +45,8 @@ def align(
     new_tokens: int = 64,
     tolerance: float = TOLERANCE,
     kind: str | None = None,
+    verify: bool = True,
+    follow_links: bool = False,
     say: Callable[[str], None] = lambda text: None,
     division: Division | None = None,
 ) -> Comparison | None:
@@ -59,6 +61,8 @@ def align(
         new_tokens: greedy tokens to compare.
         tolerance: allowed difference as a share of the largest logit.
         kind: which format to take when ``our_path`` holds several.
+        verify: compare a checkpoint of ours with its digests while it is read.
+        follow_links: links may lead out of both directories; see :func:`open_checkpoint`.
         say: told what is being done.
         division: this process's part of several, which must all call this; Hugging Face's side
             runs on the first one alone.
@@ -72,7 +76,11 @@ def align(
         GenerationError: a prompt that is empty or longer than the model's positions.
     """
     ours = our_path or hf_path
-    with open_checkpoint(ours, kind) as source, open_checkpoint(hf_path, "hf") as theirs:
+    opening = {"verify": verify, "follow_links": follow_links}
+    with (
+        open_checkpoint(ours, kind, **opening) as source,
+        open_checkpoint(hf_path, "hf", follow_links=follow_links) as theirs,
+    ):
         config = source.config
         for remark in dict.fromkeys((theirs.remark(), source.remark())):
             if remark:
@@ -99,7 +107,7 @@ def align(
     say("mistral_ms: the same")
     from mistral_ms.alignment.ours import run_ours
 
-    side = run_ours(ours, ids, new_tokens, kind, division)
+    side = run_ours(ours, ids, new_tokens, kind, division, **opening)
     return None if oracle is None else compare(oracle, side, tolerance)
 
 

@@ -26,6 +26,9 @@ def run_ours(
     new_tokens: int,
     kind: str | None = None,
     division: Division | None = None,
+    *,
+    verify: bool = True,
+    follow_links: bool = False,
 ) -> Side:
     """Runs every prompt alone through our model, dropless, in float32, in PyNative mode.
 
@@ -39,10 +42,19 @@ def run_ours(
         kind: which format to take when the directory holds several.
         division: this process's part of several, which must all call this; every data-parallel
             rank then runs the same prompts.
+        verify: compare a checkpoint of ours with its digests while it is read.
+        follow_links: links may lead out of the directory; see :func:`open_checkpoint`.
     """
     division = Division(ParallelConfig()) if division is None else division
     side = Side()
-    with open_checkpoint(path, kind, rank=division.rank, world=division.world) as source:
+    with open_checkpoint(
+        path,
+        kind,
+        verify=verify,
+        follow_links=follow_links,
+        rank=division.rank,
+        world=division.world,
+    ) as source:
         model = division.build_model(source.config, DROPLESS, positions=max(map(len, prompts)))
         load_weights(source, model.weights(), storage=division.storage)
     model.set_train(False)
@@ -64,6 +76,7 @@ def run_ours(
             with_tokenizer=False,
             eos_ids=source.config.eos_token_ids,  # the oracle ends by the configuration alone
             verify=False,  # just done
+            follow_links=follow_links,
             division=division,
         )
         out = engine.generate(prompts, GenerationConfig(max_new_tokens=new_tokens))

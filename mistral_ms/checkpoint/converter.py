@@ -73,6 +73,7 @@ def convert(
     *,
     kind: str | None = None,
     verify: bool = True,
+    follow_links: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -88,6 +89,7 @@ def convert(
         overwrite: replace a checkpoint that is at ``dst``.
         kind: the source's format, when its directory holds several.
         verify: compare a source of ours with its digests while it is read.
+        follow_links: links may lead out of the source; see :func:`open_checkpoint`.
         max_shard_bytes: how large a file of weights may grow (mistral is always one file).
         progress: called with the bytes written and their total.
         say: told what of the source's configuration is not carried over.
@@ -106,7 +108,7 @@ def convert(
     check_target(dst, overwrite)
     if os.path.realpath(src) == os.path.realpath(dst):
         raise CheckpointError("source is the target", where=src, todo="choose another target")
-    with open_checkpoint(src, kind, verify=verify) as source:
+    with open_checkpoint(src, kind, verify=verify, follow_links=follow_links) as source:
         if remark := source.remark():
             say(remark)
         target_kind = _target_kind(source.kind, to)

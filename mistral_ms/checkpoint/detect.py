@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from mistral_ms.checkpoint.files import CONFIG, MANIFEST, read_json
 from mistral_ms.errors import CheckpointError
 from mistral_ms.reading import is_dir, is_file
+from mistral_ms.recognition import explain
 
 Kind = Literal["hf", "mistral", "mistral-dump", "mistral_ms"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -92,6 +93,8 @@ def find_weights(path: Path) -> tuple[WeightFiles, ...]:
         CheckpointError: no such directory.
     """
     if not is_dir(path):
+        if (error := explain(path, CheckpointError)) is not None:
+            raise error
         raise CheckpointError(
             "not a directory" if is_file(path) else "no such directory",
             where=path,
@@ -129,13 +132,15 @@ def choose_weights(path: Path, kind: str | None = None) -> WeightFiles:
             two containers is one format: the safetensors files are taken, as transformers does.
 
     Raises:
-        CheckpointError: no weights of a known format (or of that kind), or several formats and
-            nobody said which.
+        CheckpointError: no weights of a known format (or of that kind); what is there instead is
+            said where it is recognised. Or several formats, and nobody said which.
     """
     path = Path(path)
+    wanted = None if kind is None else kind_of(kind)
     found = find_weights(path)
-    if kind is not None:
-        wanted = kind_of(kind)
+    if not found and (error := explain(path, CheckpointError)) is not None:
+        raise error
+    if wanted is not None:
         chosen = [weights for weights in found if weights.kind == wanted]
         if not chosen:
             raise CheckpointError(

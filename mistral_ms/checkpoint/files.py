@@ -28,6 +28,9 @@ SIDE_FILES = (
     "merges.txt",
 )
 
+# Weights that PEFT and mistral-finetune write beside, or without, those of their model.
+ADAPTER_FILES = ("adapter_model*.safetensors", "adapter_model*.bin", "lora.safetensors")
+
 # Everything that a checkpoint directory of a known format consists of. A directory with anything
 # else in it is never replaced.
 KNOWN_FILES = (
@@ -51,15 +54,20 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def side_files(directory: Path) -> tuple[Path, ...]:
+def side_files(directory: Path, follow_links: bool = False) -> tuple[Path, ...]:
     """The files of ``directory`` that are carried along, sorted by name.
 
     Raises:
-        CheckpointError: one is a link that leads outside; copying it would publish a file that
-            is no part of the checkpoint (see :func:`inside`).
+        CheckpointError: one is a link that leads outside, and ``follow_links`` is off; copying it
+            would publish a file that is no part of the checkpoint (see :func:`inside`).
     """
     found = (p for p in directory.iterdir() if matches(p.name, SIDE_FILES) and reading.is_file(p))
-    return tuple(inside(directory, p.name, directory) for p in sorted(found))
+    return tuple(inside(directory, p.name, directory, follow_links) for p in sorted(found))
+
+
+def adapter_files(directory: Path) -> tuple[str, ...]:
+    """Names of weights in ``directory`` that would change a model and are not read, sorted."""
+    return tuple(sorted(p.name for p in directory.iterdir() if matches(p.name, ADAPTER_FILES)))
 
 
 def unknown_entries(directory: Path) -> tuple[str, ...]:
@@ -85,24 +93,31 @@ def read_json(path: Path, limit: int = reading.CONFIG_BYTES) -> dict[str, Any]:
         raise
 
 
-def inside(directory: Path, name: object, named_by: Path) -> Path:
+def inside(directory: Path, name: object, named_by: Path, follow_links: bool = False) -> Path:
     """The file ``name`` of ``directory``, which must not lie anywhere else.
 
     An index is data from elsewhere: it must not make us read ``../../secret``. Symbolic links
-    count as the file they lead to, with one exception: a snapshot in the Hugging Face hub's cache
-    consists of links into the ``blobs`` directory of the same repository.
+    count as the file they lead to. They may lead anywhere below the directory; a snapshot in the
+    Hugging Face hub's cache consists of links, and they may lead anywhere in the cache of the same
+    repository.
 
     Args:
         directory: the checkpoint.
         name: what an index or a manifest calls the file.
         named_by: the index or manifest, for the message.
+        follow_links: links may lead anywhere. What is named must still be a name.
 
     Raises:
         CheckpointError: a name with a directory in it, a link that leads outside, or no such file.
     """
     plain = isinstance(name, str) and name not in ("", ".", "..") and "/" not in name
     if not plain or "\\" in str(name) or "\0" in str(name):
-        raise _outside(named_by, name, "names a path, not a file")
+        raise CheckpointError(
+            "file outside the checkpoint",
+            where=named_by,
+            value=f"{name!r} names a path, not a file",
+            rule="all files must lie in the checkpoint's own directory",
+        )
     path = directory / str(name)
     if not reading.is_file(path):
         raise CheckpointError(
@@ -111,19 +126,23 @@ def inside(directory: Path, name: object, named_by: Path) -> Path:
             rule=f"{named_by.name} names it",
             todo="copy or download the whole checkpoint again",
         )
-    real, home = path.resolve(), directory.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    if real.parent not in allowed:
-        raise _outside(named_by, name, f"leads to {real}")
+    real, border = path.resolve(), _border(directory)
+    if not follow_links and not real.is_relative_to(border):
+        raise CheckpointError(
+            "file outside the checkpoint",
+            where=named_by,
+            value=f"{name!r} leads to {real}",
+            rule=f"links are followed within {border} only",
+            todo="put the file itself there; or, if the link is meant, --follow-links of the "
+            "commands that open a checkpoint follows it, in a run file init_from.follow_links",
+        )
     return path
 
 
-def _outside(named_by: Path, name: object, how: str) -> CheckpointError:
-    return CheckpointError(
-        "file outside the checkpoint",
-        where=named_by,
-        value=f"{name!r} {how}",
-        rule="all files must lie in the checkpoint's own directory",
-    )
+def _border(directory: Path) -> Path:
+    """What links of a checkpoint must not leave: its directory, or the hub's cache around it."""
+    home = directory.resolve()
+    for parent in home.parents:
+        if parent.name == "snapshots" and reading.is_dir(parent.parent / "blobs"):
+            return parent.parent
+    return home

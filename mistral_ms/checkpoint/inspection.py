@@ -12,7 +12,7 @@ import numpy as np
 from mistral_ms.checkpoint.config_file import read_config
 from mistral_ms.checkpoint.detect import WeightFiles, choose_weights, find_weights
 from mistral_ms.checkpoint.dtypes import WEIGHT_DTYPES, count_not_finite, itemsize
-from mistral_ms.checkpoint.manifest import read_manifest
+from mistral_ms.checkpoint.manifest import FileRecord, read_manifest
 from mistral_ms.checkpoint.safetensors_file import TensorInfo
 from mistral_ms.checkpoint.source import Source, open_checkpoint
 from mistral_ms.checkpoint.stream import CHUNK_BYTES
@@ -38,6 +38,7 @@ class Inspection:
         not_finite: of each tensor with NaNs or infinities their numbers, after ``verify``.
         checksums: ``verified``, ``not verified``, ``none recorded``, or which files differ.
         side_files: names of the tokenizer and generation files.
+        unapplied: names of adapters beside the weights, which are not read.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Inspection:
     complete: str = "unknown"
     checksums: str = "none recorded"
     side_files: tuple[str, ...] = ()
+    unapplied: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -90,6 +92,7 @@ class Inspection:
             "complete": self.complete,
             "checksums": self.checksums,
             "side_files": list(self.side_files),
+            "unapplied": list(self.unapplied),
         }
         if with_tensors:
             data["tensor_list"] = [
@@ -104,6 +107,7 @@ def inspect(
     *,
     verify: bool = False,
     kind: str | None = None,
+    follow_links: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
     """Looks at a directory; damage is a finding, not an exception.
@@ -113,6 +117,7 @@ def inspect(
         verify: read every tensor and count what is not a finite number; of a checkpoint of ours
             compare the digests of all files as well.
         kind: which format to look at when there are several.
+        follow_links: links may lead out of the directory; see :func:`open_checkpoint`.
         progress: called with the bytes verified and their total.
 
     Raises:
@@ -127,8 +132,9 @@ def inspect(
         return Inspection(path, problem=str(error))
     layout = _describe(weights)
     try:
-        with open_checkpoint(path, weights.kind, verify=False) as source:
-            return _sound(source, layout, verify, progress)
+        with open_checkpoint(path, weights.kind, verify=False, follow_links=follow_links) as source:
+            records = read_manifest(path, follow_links) if source.kind == "mistral_ms" else {}
+            return _sound(source, records, layout, verify, progress)
     except MissingExtraError:
         raise
     except MistralMsError as error:
@@ -146,6 +152,7 @@ def inspect(
 
 def _sound(
     source: Source,
+    records: Mapping[str, FileRecord],
     layout: str,
     verify: bool,
     progress: Callable[[int, int], None] | None,
@@ -154,7 +161,6 @@ def _sound(
     complete, checksums = "every tensor is there", "none recorded"
     not_finite: dict[str, tuple[int, int]] = {}
     problems = []
-    records = read_manifest(source.path) if source.kind == "mistral_ms" else {}
     if records:
         complete = f"COMPLETE lists {len(records)} files, all there with their sizes"
         checksums = "not verified"
@@ -186,6 +192,7 @@ def _sound(
         complete=complete,
         checksums=checksums,
         side_files=tuple(path.name for path in source.side_files),
+        unapplied=source.unapplied,
     )
 
 

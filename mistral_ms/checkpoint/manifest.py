@@ -32,8 +32,12 @@ def encode_manifest(files: Mapping[str, FileRecord]) -> bytes:
     return (json.dumps({"format": FORMAT, "files": records}, indent=2) + "\n").encode()
 
 
-def read_manifest(directory: Path) -> dict[str, FileRecord]:
+def read_manifest(directory: Path, follow_links: bool = False) -> dict[str, FileRecord]:
     """Reads the manifest and checks that every file is there with its size.
+
+    Args:
+        directory: the checkpoint.
+        follow_links: see :func:`~mistral_ms.checkpoint.files.inside`.
 
     Raises:
         CheckpointError: no manifest (the checkpoint is incomplete), a damaged one, or a file that
@@ -66,7 +70,7 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
             rule=f"this release reads format {FORMAT}",
         )
     for name, record in records.items():
-        size = inside(directory, name, path).stat().st_size
+        size = inside(directory, name, path, follow_links).stat().st_size
         if size != record.size:
             raise CheckpointError(
                 "wrong size" if size > record.size else "truncated file",

@@ -83,9 +83,9 @@ def save_native(
             )
 
 
-def tokenizer_files(directory: Path) -> dict[str, bytes | Path]:
+def tokenizer_files(directory: Path, follow_links: bool = False) -> dict[str, bytes | Path]:
     """The files of a checkpoint that are carried along, as ``extra_files`` of a new one."""
-    return {path.name: path for path in side_files(directory)}
+    return {path.name: path for path in side_files(directory, follow_links)}
 
 
 def _entry(name: str, shape: tuple[int, ...], dtype: str, values: Values) -> Entry:

@@ -27,19 +27,26 @@ class PartsStore:
         directory: the checkpoint.
         index: its index.
         tensors: what the index says.
+        follow_links: see :func:`~mistral_ms.checkpoint.files.inside`.
 
     Raises:
         CheckpointError: a file that is missing or damaged, or that does not hold what the index
             says, or more.
     """
 
-    def __init__(self, directory: Path, index: Path, tensors: Mapping[str, Pieces]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        index: Path,
+        tensors: Mapping[str, Pieces],
+        follow_links: bool = False,
+    ) -> None:
         self._pieces = dict(tensors)
         self._files: dict[str, SafetensorsStore] = {}
         names = dict.fromkeys(file for each in tensors.values() for file, _ in each.boxes)
         try:
             for name in names:
-                path = inside(directory, name, index)
+                path = inside(directory, name, index, follow_links)
                 self._files[name] = SafetensorsStore({path: read_header(path)})
             self._check(index)
         except BaseException:

@@ -19,6 +19,7 @@ import numpy as np
 from mistral_ms.checkpoint.dtypes import WEIGHT_DTYPES
 from mistral_ms.checkpoint.safetensors_file import Observer, TensorInfo
 from mistral_ms.errors import CheckpointError, MissingExtraError
+from mistral_ms.reading import open_regular
 
 # torch's name -> safetensors' name. Only weights' dtypes and those that quantised weights have.
 _DTYPES = {
@@ -52,7 +53,7 @@ def _stored_sizes(path: Path) -> list[int] | None:
         CheckpointError: the file cannot be read, or is an archive whose directory cannot be.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path, CheckpointError) as file:
             if file.read(4) != _ZIP_MAGIC:
                 return None  # the format before torch 1.6
             with zipfile.ZipFile(file) as archive:
@@ -68,6 +69,8 @@ def _stored_sizes(path: Path) -> list[int] | None:
                 return [e.file_size for e in entries if "/data/" in e.filename and e.file_size]
     except OSError as error:
         raise CheckpointError("cannot read", where=path, value=error.strerror) from error
+    except CheckpointError:
+        raise
     # zipfile raises many kinds of errors on damaged directories
     except Exception as error:
         raise _unreadable(path, error) from error

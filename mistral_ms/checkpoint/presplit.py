@@ -34,6 +34,7 @@ def presplit(
     *,
     kind: str | None = None,
     verify: bool = True,
+    follow_links: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> ConvertResult:
     """Writes a checkpoint as the ranks of a layout would have written it, one after the other.
@@ -49,6 +50,7 @@ def presplit(
         overwrite: replace a checkpoint that is at ``dst``.
         kind: the source's format, when its directory holds several.
         verify: compare a source of ours with its digests while it is read.
+        follow_links: links may lead out of the source; see :func:`open_checkpoint`.
         say: told what of the source's configuration is not carried over.
 
     Raises:
@@ -61,7 +63,7 @@ def presplit(
     if Path(src).resolve() == Path(dst).resolve():
         raise CheckpointError("source is the target", where=src, todo="choose another target")
     stamp = Stamp(len(ranks), layout, 0)
-    with open_checkpoint(src, kind, verify=verify) as source:
+    with open_checkpoint(src, kind, verify=verify, follow_links=follow_links) as source:
         if remark := source.remark():
             say(remark)
         config = source.config

@@ -24,8 +24,13 @@ _QUANTISED = ("I8", "U8", "I32", "U32", "F8_", "F6_", "F4")
 _QUANTISED_NAMES = (".qweight", ".qzeros", ".scales", ".weight_scale", ".quant_state", ".absmax")
 
 
-def open_weights(directory: Path, weights: WeightFiles) -> Store:
+def open_weights(directory: Path, weights: WeightFiles, follow_links: bool = False) -> Store:
     """Opens all files of one format.
+
+    Args:
+        directory: the checkpoint.
+        weights: its files.
+        follow_links: see :func:`~mistral_ms.checkpoint.files.inside`.
 
     Raises:
         CheckpointError: missing, damaged or stray files, an index that does not agree with them,
@@ -34,14 +39,14 @@ def open_weights(directory: Path, weights: WeightFiles) -> Store:
     """
     index = None if weights.index is None else read_json(weights.index, INDEX_BYTES)
     if index is not None and PARTS in index:
-        return _open_parts(directory, weights, index)
+        return _open_parts(directory, weights, index, follow_links)
     weight_map = None if weights.index is None else _weight_map(weights.index, index or {})
     if weight_map is None:
-        files = _without_index(directory, weights)
+        files = _without_index(directory, weights, follow_links)
     else:
         assert weights.index is not None
         names = dict.fromkeys(weight_map.values())
-        files = [inside(directory, name, weights.index) for name in names]
+        files = [inside(directory, name, weights.index, follow_links) for name in names]
         _check_stray(weights, files)
     store: Store
     if weights.container == "safetensors":
@@ -58,7 +63,9 @@ def open_weights(directory: Path, weights: WeightFiles) -> Store:
     return store
 
 
-def _open_parts(directory: Path, weights: WeightFiles, index: Mapping[str, Any]) -> Store:
+def _open_parts(
+    directory: Path, weights: WeightFiles, index: Mapping[str, Any], follow_links: bool
+) -> Store:
     """A checkpoint that many ranks have written, each its part."""
     assert weights.index is not None
     if weights.kind != "mistral_ms":
@@ -68,7 +75,8 @@ def _open_parts(directory: Path, weights: WeightFiles, index: Mapping[str, Any])
             rule="one in parts has a manifest and a configuration of ours",
             todo="copy it again",
         )
-    store = PartsStore(directory, weights.index, decode_index(index, weights.index))
+    tensors = decode_index(index, weights.index)
+    store = PartsStore(directory, weights.index, tensors, follow_links)
     try:
         _check_stray(weights, [directory / name for name in store.files])
     except BaseException:
@@ -86,11 +94,11 @@ def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
     return weight_map
 
 
-def _without_index(directory: Path, weights: WeightFiles) -> list[Path]:
+def _without_index(directory: Path, weights: WeightFiles, follow_links: bool) -> list[Path]:
     """The files of a set that has no index: one file, or Mistral's numbered ones."""
     files = list(weights.files)
     for path in files:
-        inside(directory, path.name, directory)
+        inside(directory, path.name, directory, follow_links)
     if any(re.search(r"-\d+-of-\d+\.", path.name) for path in files):
         raise CheckpointError(
             "missing index",

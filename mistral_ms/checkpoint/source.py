@@ -16,7 +16,14 @@ from mistral_ms.checkpoint.buffers import check_buffers, skipped_text
 from mistral_ms.checkpoint.config_file import read_config
 from mistral_ms.checkpoint.detect import choose_weights
 from mistral_ms.checkpoint.dtypes import FROM_CONFIG, TO_CONFIG, WEIGHT_DTYPES, cast, itemsize
-from mistral_ms.checkpoint.files import side_files
+from mistral_ms.checkpoint.files import (
+    CONFIG,
+    MANIFEST,
+    PARAMS,
+    adapter_files,
+    inside,
+    side_files,
+)
 from mistral_ms.checkpoint.layout import FormatLayout, format_layout
 from mistral_ms.checkpoint.manifest import read_manifest
 from mistral_ms.checkpoint.parts_store import read_box
@@ -27,6 +34,7 @@ from mistral_ms.checkpoint.stream import CHUNK_BYTES, Store, read_array
 from mistral_ms.checkpoint.verification import Verification
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError
+from mistral_ms.reading import is_file
 
 
 class Source:
@@ -41,6 +49,7 @@ class Source:
         ignored_keys: keys of its configuration file that have no meaning here.
         skipped: names of buffers in the files that are computed from the configuration instead.
         side_files: tokenizer and generation files beside the weights.
+        unapplied: names of adapters beside the weights, which are not read.
         store: random access to the files.
     """
 
@@ -54,6 +63,7 @@ class Source:
         ignored_keys: tuple[str, ...] = (),
         skipped: tuple[str, ...] = (),
         verification: Verification | None = None,
+        follow_links: bool = False,
     ) -> None:
         self.path, self.kind, self.config = path, kind, config
         self.layout, self.store, self.ignored_keys = layout, store, ignored_keys
@@ -61,7 +71,8 @@ class Source:
         self.tensors: Mapping[str, TensorInfo] = {
             name: info for name, info in store.tensors.items() if name not in skipped
         }
-        self.side_files = side_files(path)
+        self.side_files = side_files(path, follow_links)
+        self.unapplied = adapter_files(path)
         self._verification = verification
 
     def __enter__(self) -> Source:
@@ -97,7 +108,7 @@ class Source:
 
     def remark(self) -> str | None:
         """One line on what of it has no effect here, for whoever reads the checkpoint to say: keys
-        of its configuration file, and buffers; None when there is nothing of the kind.
+        of its configuration file, buffers, and adapters; None when there is nothing of the kind.
         """
         said = []
         if self.ignored_keys:
@@ -106,6 +117,9 @@ class Source:
             said.append(f"ignored {where}, without effect on the model: {keys}")
         if self.skipped:
             said.append(f"skipped {skipped_text(self.skipped)}")
+        if self.unapplied:
+            adapters = ", ".join(self.unapplied)
+            said.append(f"not applied to the weights of {self.path}: the adapter {adapters}")
         return "; ".join(said) or None
 
     @cached_property
@@ -219,7 +233,13 @@ class Source:
 
 
 def open_checkpoint(
-    path: Path, kind: str | None = None, *, verify: bool = True, rank: int = 0, world: int = 1
+    path: Path,
+    kind: str | None = None,
+    *,
+    verify: bool = True,
+    follow_links: bool = False,
+    rank: int = 0,
+    world: int = 1,
 ) -> Source:
     """Opens a checkpoint of any known format and checks all that can be checked without reading.
 
@@ -228,6 +248,8 @@ def open_checkpoint(
         kind: which format to take when the directory holds several.
         verify: of a checkpoint of ours, compare what is read with the recorded digests. The sizes
             of its files are always compared.
+        follow_links: links may lead out of the directory, or out of the hub's cache that it lies
+            in; see :func:`~mistral_ms.checkpoint.files.inside`.
         rank: of this process among those that read the checkpoint together.
         world: how many they are; each compares its share of the files.
 
@@ -239,10 +261,13 @@ def open_checkpoint(
     """
     path = Path(path)
     weights = choose_weights(path, kind)
+    for name in (CONFIG, PARAMS, MANIFEST, *([weights.index.name] if weights.index else [])):
+        if is_file(path / name):
+            inside(path, name, path, follow_links)
     config, ignored = read_config(path, weights.kind)
     verification: Verification | None = None
     if weights.kind == "mistral_ms":
-        records = read_manifest(path)
+        records = read_manifest(path, follow_links)
         unlisted = [p for p in weights.files if p.name not in records]
         if unlisted:
             raise CheckpointError(
@@ -251,7 +276,7 @@ def open_checkpoint(
         if verify:
             verification = Verification(path, records, rank, world)
             verification.check_small()
-    store = open_weights(path, weights)
+    store = open_weights(path, weights, follow_links)
     try:
         if verification is not None:
             store.observe(verification.see)
@@ -263,7 +288,17 @@ def open_checkpoint(
         if weights.kind in ("mistral", "mistral-dump"):
             # params.json does not say the dtype: the files do.
             config = config.model_copy(update={"torch_dtype": _main_dtype(checked)})
-        return Source(path, weights.kind, config, layout, store, ignored, skipped, verification)
+        return Source(
+            path,
+            weights.kind,
+            config,
+            layout,
+            store,
+            ignored,
+            skipped,
+            verification,
+            follow_links,
+        )
     except BaseException:
         store.close()
         raise

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mistral_ms.cli.convert import SourceFormat
+from mistral_ms.cli.opening import FollowLinks, NoVerify, SourceFormat
 from mistral_ms.cli.processes import DataRanks, ExpertRanks, Stages, TensorRanks
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def align(
     source: Annotated[
         SourceFormat | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
     ] = None,
+    no_verify: NoVerify = False,
+    follow_links: FollowLinks = False,
     dp: DataRanks = 1,
     mp: TensorRanks = 1,
     pp: Stages = 1,
@@ -67,6 +69,8 @@ def align(
             new_tokens=max_new_tokens,
             tolerance=tolerance,
             kind=source,
+            verify=not no_verify,
+            follow_links=follow_links,
             say=console.print,
             division=division,
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mistral_ms.cli.opening import FollowLinks, NoVerify, SourceFormat
 
 if TYPE_CHECKING:
     from mistral_ms.checkpoint import ConvertResult
@@ -19,15 +21,6 @@ class TargetFormat(StrEnum):
     MINDSPORE = "mindspore"
     HF = "hf"
     MISTRAL = "mistral"
-
-
-class SourceFormat(StrEnum):
-    """What can be read."""
-
-    MINDSPORE = "mindspore"
-    HF = "hf"
-    MISTRAL = "mistral"
-    MISTRAL_DUMP = "mistral-dump"
 
 
 class DType(StrEnum):
@@ -56,10 +49,8 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DST.")
     ] = False,
-    no_verify: Annotated[
-        bool,
-        typer.Option("--no-verify", help="Do not compare a checkpoint of ours with its digests."),
-    ] = False,
+    no_verify: NoVerify = False,
+    follow_links: FollowLinks = False,
     run: Annotated[
         Path | None,
         typer.Option(help="Write a file for every rank of this run file's layout (mindspore)."),
@@ -82,7 +73,8 @@ def convert(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     if run is not None:
-        result = _presplit(src, dst, to, dtype, overwrite, source, run, say, verify=not no_verify)
+        opening = {"kind": source, "verify": not no_verify, "follow_links": follow_links}
+        result = _presplit(src, dst, to, dtype, overwrite, run, say, opening)
     else:
         with byte_progress(console, "converting") as progress:
             result = checkpoint.convert(
@@ -93,6 +85,7 @@ def convert(
                 overwrite,
                 kind=source,
                 verify=not no_verify,
+                follow_links=follow_links,
                 progress=progress,
                 say=say,
             )
@@ -118,11 +111,9 @@ def _presplit(
     to: TargetFormat | None,
     dtype: DType,
     overwrite: bool,
-    source: SourceFormat | None,
     run_file: Path,
     say: Callable[[str], None],
-    *,
-    verify: bool,
+    opening: dict[str, Any],
 ) -> ConvertResult:
     """Cuts a checkpoint up for a run's layout.
 
@@ -144,7 +135,7 @@ def _presplit(
             todo="leave --to out",
         )
     parallel = load_run_config(run_file).parallel
-    with open_checkpoint(src, source) as opened:
+    with open_checkpoint(src, **opening) as opened:
         model = opened.config
     parallel.check(model)
     topology, shapes = Topology.of(parallel), our_shapes(model)
@@ -154,4 +145,4 @@ def _presplit(
         held = {name: shapes[name] for name in held_names(stages[place.pp], shapes)}
         ranks.append(written_parts(held, topology, place.rank))
     layout = str(parallel.sizes)
-    return presplit(src, dst, ranks, layout, dtype, overwrite, kind=source, verify=verify, say=say)
+    return presplit(src, dst, ranks, layout, dtype, overwrite, say=say, **opening)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mistral_ms.cli.convert import SourceFormat
+from mistral_ms.cli.opening import FollowLinks, NoVerify, SourceFormat
 
 
 def evaluate(
@@ -19,10 +19,8 @@ def evaluate(
     source: Annotated[
         SourceFormat | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
     ] = None,
-    no_verify: Annotated[
-        bool,
-        typer.Option("--no-verify", help="Do not compare a checkpoint of ours with its digests."),
-    ] = False,
+    no_verify: NoVerify = False,
+    follow_links: FollowLinks = False,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
     ] = None,
@@ -38,7 +36,9 @@ def evaluate(
 
     console = Console(highlight=False, soft_wrap=True)
     windows = MindRecordWindows(data, 1, 0)
-    model = load_for_evaluation(checkpoint, windows, source, verify=not no_verify)
+    model = load_for_evaluation(
+        checkpoint, windows, source, verify=not no_verify, follow_links=follow_links
+    )
     with count_progress(console, "evaluating", "windows") as progress:
         result = evaluate(model, windows, batch_size, progress)
     console.print(

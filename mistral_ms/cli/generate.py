@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mistral_ms.cli.convert import SourceFormat
+from mistral_ms.cli.opening import FollowLinks, NoVerify, SourceFormat, of_checkpoint
 from mistral_ms.cli.processes import DataRanks, ExpertRanks, Stages, TensorRanks
 
 if TYPE_CHECKING:
@@ -100,10 +100,8 @@ def generate(
     source: Annotated[
         SourceFormat | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
     ] = None,
-    no_verify: Annotated[
-        bool,
-        typer.Option("--no-verify", help="Do not compare a checkpoint of ours with its digests."),
-    ] = False,
+    no_verify: NoVerify = False,
+    follow_links: FollowLinks = False,
     dtype: Annotated[
         ComputeDType, typer.Option(help="Compute in this; bf16 needs an NPU.")
     ] = ComputeDType.FP32,
@@ -154,6 +152,7 @@ def generate(
     options: dict[str, Any] = {
         "kind": source,
         "verify": not no_verify,
+        "follow_links": follow_links,
         "graph": not pynative,
         "dtype": DTYPES[dtype],
     }
@@ -271,10 +270,10 @@ def _complete(
     from mistral_ms.tokenizer import load_tokenizer
 
     chat, speaks = setting.chats, options["division"].is_first
-    tokenizer = load_tokenizer(ckpt)
-    with open_checkpoint(ckpt, options["kind"]) as checkpoint:
+    with open_checkpoint(ckpt, **of_checkpoint(options)) as checkpoint:
         if speaks:
             _remark(checkpoint)
+        tokenizer = load_tokenizer(ckpt)
         settings = read_checkpoint_settings(ckpt, checkpoint.config, tokenizer)
         request = setting.request(settings.sampling)
         ids = setting.prompt_ids(tokenizer, settings.eos_ids, prompts)
@@ -330,9 +329,9 @@ def _chat_loop(
     from mistral_ms.inference.settings import read_checkpoint_settings
     from mistral_ms.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(ckpt)
-    with open_checkpoint(ckpt, options["kind"]) as checkpoint:
+    with open_checkpoint(ckpt, **of_checkpoint(options)) as checkpoint:
         _remark(checkpoint)
+        tokenizer = load_tokenizer(ckpt)
         positions = checkpoint.config.longest_sequence
         settings = read_checkpoint_settings(ckpt, checkpoint.config, tokenizer)
     chat, tools = setting.chat(tokenizer, settings.eos_ids), setting.read_tools()

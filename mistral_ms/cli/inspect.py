@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mistral_ms.cli.convert import SourceFormat
+from mistral_ms.cli.opening import FollowLinks, SourceFormat
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +31,7 @@ def inspect(
         SourceFormat | None,
         typer.Option("--from", help="Format to look at, when PATH holds several."),
     ] = None,
+    follow_links: FollowLinks = False,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the findings to this file as JSON.")
     ] = None,
@@ -43,7 +44,9 @@ def inspect(
 
     console = Console()
     with byte_progress(console, "verifying") as progress:
-        found = checkpoint.inspect(path, verify=verify, kind=source, progress=progress)
+        found = checkpoint.inspect(
+            path, verify=verify, kind=source, follow_links=follow_links, progress=progress
+        )
     _show(console, found, tensors)
     if json is not None:
         write_json(json, found.as_dict(with_tensors=tensors))
@@ -71,6 +74,8 @@ def _show(console: Console, found: Inspection, with_tensors: bool) -> None:
         rows["tensors"] = f"{len(found.tensors)}, {found.parameters:,} parameters, {dtypes}"
     if found.skipped:
         rows["skipped"] = skipped_text(found.skipped)
+    if found.unapplied:
+        rows["not applied"] = f"the adapter {', '.join(found.unapplied)}"
     if found.not_finite:
         rows["not finite"] = "\n".join(
             f"{name}: {nans} NaN, {infinities} infinite"

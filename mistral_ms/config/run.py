@@ -39,11 +39,13 @@ class InitFromConfig(Frozen):
         path: directory of a checkpoint of any known format.
         format: which format to read when the directory holds several.
         verify: compare a checkpoint of ours with its recorded digests while it is read.
+        follow_links: links may lead out of the directory, or of the hub's cache that it lies in.
     """
 
     path: Path
     format: CheckpointFormat | None = None
     verify: bool = True
+    follow_links: bool = False
 
 
 class RunConfig(Frozen):
@@ -57,7 +59,7 @@ class RunConfig(Frozen):
         parallel: how many processes share it, and how.
         data: what is learnt.
         init_from: the checkpoint whose weights the training starts with: its path, or a group of
-            path, format and verify. Without one the weights are drawn.
+            path, format, verify and follow_links. Without one the weights are drawn.
         checkpoint: when the training is saved.
         output: directory of all that the run writes; ``runs/NAME`` when not given, with the run
             file's name.

@@ -12,6 +12,7 @@ from mistral_ms.config.load import apply_overrides, read_yaml
 from mistral_ms.config.mistral_params import from_mistral
 from mistral_ms.errors import ConfigError
 from mistral_ms.reading import is_dir, is_file, read_json
+from mistral_ms.recognition import explain
 
 
 def read_run_file(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -60,13 +61,15 @@ def _read_model(path: Path, kind: object = None) -> dict[str, Any]:
         kind: the checkpoint's format, where the directory holds several.
     """
     if not is_dir(path):
+        if (error := explain(path, ConfigError)) is not None:
+            raise error
         return read_yaml(path)
     mistrals = isinstance(kind, str) and kind.startswith("mistral")
     for name, read in (("config.json", from_hf), ("params.json", from_mistral)):
         if is_file(path / name) and not (mistrals and name == "config.json"):
             config, _ = read(read_json(path / name, ConfigError), str(path / name))
             return config.model_dump()
-    raise ConfigError(
+    raise explain(path, ConfigError) or ConfigError(
         "no model", where=path, rule="a checkpoint's directory has a config.json or params.json"
     )
 

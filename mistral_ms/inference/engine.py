@@ -123,6 +123,7 @@ class Engine:
         graph: bool = True,
         with_tokenizer: bool = True,
         verify: bool = True,
+        follow_links: bool = False,
         dtype: DType = "float32",
         division: Division | None = None,
         eos_ids: Sequence[int] | None = None,
@@ -139,6 +140,7 @@ class Engine:
             dtype: dtype of weights, cache and activations; the CPU backend has no bfloat16.
             with_tokenizer: load the directory's tokenizer; without it completions have no text.
             verify: compare a checkpoint of ours with its digests while it is read.
+            follow_links: links may lead out of the directory; see :func:`open_checkpoint`.
             division: this process's part of several; all must then do the same with their engines.
             eos_ids: tokens that end a text; what the checkpoint's files say when None, see
                 :func:`~mistral_ms.inference.settings.read_checkpoint_settings`.
@@ -159,7 +161,12 @@ class Engine:
             )
         division = Division(ParallelConfig()) if division is None else division
         with open_checkpoint(
-            Path(path), kind, verify=verify, rank=division.rank, world=division.world
+            Path(path),
+            kind,
+            verify=verify,
+            follow_links=follow_links,
+            rank=division.rank,
+            world=division.world,
         ) as source:
             config = source.config
             length = config.longest_sequence if max_length is None else max_length

@@ -24,6 +24,7 @@ def load_graph_engine(
     kind: str | None = None,
     with_tokenizer: bool = True,
     verify: bool = True,
+    follow_links: bool = False,
 ) -> Engine:
     """Opens a checkpoint and loads it into auto-parallel graphs. The process stays in graph mode.
 
@@ -35,6 +36,7 @@ def load_graph_engine(
         kind: which format to take when the directory holds several.
         with_tokenizer: load the directory's tokenizer; without it completions have no text.
         verify: compare a checkpoint of ours with its digests while it is read.
+        follow_links: links may lead out of the directory; see :func:`open_checkpoint`.
 
     Raises:
         ConfigError: the checkpoint is of another model, or see
@@ -44,7 +46,9 @@ def load_graph_engine(
     """
     world = run.parallel.world
     divided = world > 1
-    with open_checkpoint(Path(path), kind, verify=verify, rank=rank, world=world) as source:
+    with open_checkpoint(
+        Path(path), kind, verify=verify, follow_links=follow_links, rank=rank, world=world
+    ) as source:
         check_same_model(run.model, source.config, str(path), "name that model in the run file")
         ms.set_context(mode=ms.GRAPH_MODE)
         tokenizer = None

@@ -108,7 +108,12 @@ def _filled(batch: Batch, rows: int) -> Batch:
 
 
 def load_for_evaluation(
-    checkpoint: Path, data: MindRecordWindows, kind: str | None = None, *, verify: bool = True
+    checkpoint: Path,
+    data: MindRecordWindows,
+    kind: str | None = None,
+    *,
+    verify: bool = True,
+    follow_links: bool = False,
 ) -> CausalLM:
     """A checkpoint's model, dropless in float32, after checking that it fits the dataset.
 
@@ -117,12 +122,13 @@ def load_for_evaluation(
         data: the dataset.
         kind: which format to take when the directory holds several.
         verify: compare a checkpoint of ours with its digests while it is read.
+        follow_links: links may lead out of the directory; see :func:`open_checkpoint`.
 
     Raises:
         CheckpointError: anything that is wrong with the checkpoint.
         DataError: windows too long for the model, or tokenised with another vocabulary.
     """
-    with open_checkpoint(checkpoint, kind, verify=verify) as source:
+    with open_checkpoint(checkpoint, kind, verify=verify, follow_links=follow_links) as source:
         try:
             tokenizer = load_tokenizer(checkpoint)
         except TokenizerError:

@@ -111,12 +111,14 @@ def _tokenizer(run: RunConfig, optional: bool = False) -> Tokenizer | None:
         )
 
 
-def side_files(begun_from: Path | None, tokenizer: Tokenizer | None) -> dict[str, bytes]:
+def side_files(
+    begun_from: Path | None, tokenizer: Tokenizer | None, follow_links: bool = False
+) -> dict[str, bytes]:
     """What checkpoints carry beside the weights: what lay beside those that were read, if any.
 
     Read now: the checkpoint that a training goes on from may be pruned before the next is written.
     """
-    files = {} if begun_from is None else tokenizer_files(begun_from)
+    files = {} if begun_from is None else tokenizer_files(begun_from, follow_links)
     if not files and tokenizer is not None:
         files = dict(tokenizer.files)
     return {n: data if isinstance(data, bytes) else data.read_bytes() for n, data in files.items()}
@@ -146,7 +148,12 @@ def initialize(
         return
     start, rank, world = run.init_from, division.rank, division.world
     with open_checkpoint(
-        start.path, start.format, verify=start.verify, rank=rank, world=world
+        start.path,
+        start.format,
+        verify=start.verify,
+        follow_links=start.follow_links,
+        rank=rank,
+        world=world,
     ) as source:
         todo = "leave model out of the run to take the checkpoint's"
         check_same_model(run.model, source.config, f"init_from {start.path}", todo)

@@ -112,8 +112,9 @@ class TrainingRun:
         self.series = CheckpointSeries(self.files.checkpoints, run.checkpoint.keep_last)
         found = self._newest() if resume else None
         self.update = self._update(drawn=found is None)
-        begun_from = run.init_from.path if found is None and run.init_from else found
-        self.side_files = side_files(begun_from, tokenizer)
+        start = run.init_from if found is None else None
+        begun_from, follow = (start.path, start.follow_links) if start else (found, False)
+        self.side_files = side_files(begun_from, tokenizer, follow)
         self.history: list[StepRecord] = []
         self._saved: int | None = None
         self._phase: Callable[[str], None] = lambda name: None

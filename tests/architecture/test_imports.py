@@ -52,6 +52,7 @@ BELOW_TRAINING = f"{MODEL_ROOMS} staging parallel tokenizer checkpoint data data
 TABLE = {
     "errors": room(),
     "reading": room(),
+    "recognition": room(),
     "signals": room(),
     "__init__": room(),
     "data": room(),
@@ -93,8 +94,9 @@ TABLE = {
         "typer rich mindspore numpy matplotlib",
     ),
 }
-COMMON = {"errors", "reading", "signals", "__version__"}
-"""Every room may import them: what users meet, how files of others are read, how to be ended."""
+COMMON = {"errors", "reading", "recognition", "signals", "__version__"}
+"""Every room may import them: what users meet, how files of others are read and recognised, how to
+be ended."""
 
 
 @dataclass(frozen=True)

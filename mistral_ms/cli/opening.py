@@ -1,0 +1,31 @@
+"""Options of all commands that open a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+
+class SourceFormat(StrEnum):
+    """What can be read."""
+
+    MINDSPORE = "mindspore"
+    HF = "hf"
+    MISTRAL = "mistral"
+    MISTRAL_DUMP = "mistral-dump"
+
+
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not compare a checkpoint of ours with its digests.")
+]
+FollowLinks = Annotated[
+    bool, typer.Option("--follow-links", help="Follow links that lead out of the checkpoint.")
+]
+
+
+def of_checkpoint(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an engine's options those with which its checkpoint is opened."""
+    return {key: options[key] for key in ("kind", "verify", "follow_links")}
