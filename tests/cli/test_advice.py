@@ -87,15 +87,16 @@ def test_a_command_names_its_own_flags(options, launcher):
         assert flags <= own | launcher, command
 
 
-def test_every_command_that_opens_a_checkpoint_can_be_told_its_format(options):
+def test_every_command_that_opens_a_checkpoint_can_be_told_how(options):
     for command in ("convert", "inspect", "generate", "align", "evaluate"):
-        assert "--from" in options[command], command
-    for command in ("convert", "generate", "evaluate"):
+        assert {"--from", "--follow-links"} <= options[command], command
+    for command in ("convert", "generate", "align", "evaluate"):
         assert "--no-verify" in options[command], command
 
 
 def test_the_collection_sees_what_is_named():
     found = named()
     assert "--from" in found["mistral_ms/checkpoint/detect.py"]
+    assert "--follow-links" in found["mistral_ms/checkpoint/files.py"]
     assert "--overwrite" in found["mistral_ms/checkpoint/target.py"]
     assert "--dtype" in found["mistral_ms/checkpoint/plan.py"]

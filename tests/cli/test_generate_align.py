@@ -7,7 +7,9 @@ import pytest
 import torch
 from support import commands
 from support.hf import save_with_tokenizer
+from support.links import link_files
 
+from mistral_ms.checkpoint import convert
 from mistral_ms.tokenizer import packaged_tokenizer
 
 
@@ -40,8 +42,21 @@ def test_generate_streams_and_writes_json(model, tmp_path):
         assert shown["prompt"] + shown["text"] in out.stdout
 
 
-def test_chat_loop_remembers_resets_and_ends(model):
-    out = run("generate", model[0], "--interactive", "--max-new-tokens", 3,
+@pytest.fixture(scope="module")
+def linked(model, tmp_path_factory):
+    """The same as links to its files, which lie elsewhere."""
+    return link_files(model[0], tmp_path_factory.mktemp("links") / "linked")
+
+
+@pytest.mark.parametrize("args", [("generate", "--prompt", "x"), ("align",)])
+def test_links_to_elsewhere_need_the_option(linked, args):
+    out = run(args[0], linked, *args[1:])
+    assert out.returncode == 2
+    assert "file outside the checkpoint" in out.stderr
+
+
+def test_chat_loop_remembers_resets_and_ends(linked):
+    out = run("generate", linked, "--follow-links", "--interactive", "--max-new-tokens", 3,
               "--chat-template", "mistral",
               stdin="Hello\n/reset\nAgain\n/exit\n")  # fmt: skip
     assert out.returncode == 0, out.stderr
@@ -49,9 +64,23 @@ def test_chat_loop_remembers_resets_and_ends(model):
     assert out.stdout.count("> ") == 4
 
 
-def test_align_says_aligned_and_then_where_not(model, tmp_path):
+def damaged_record(path, ours):
+    """A checkpoint of ours that differs from its digests and in nothing else."""
+    convert(path, ours)
+    manifest = json.loads((ours / "COMPLETE").read_text())
+    for record in manifest["files"].values():
+        record["sha256"] = "0" * 64
+    (ours / "COMPLETE").write_text(json.dumps(manifest))
+    return ours
+
+
+def test_align_says_aligned_and_then_where_not(model, linked, tmp_path):
     path, pair = model
-    good = run("align", path, "--max-new-tokens", 4, "--json", tmp_path / "a.json")
+    damaged = damaged_record(path, tmp_path / "ours")
+    refused = run("align", path, damaged, "--max-new-tokens", 0)
+    assert refused.returncode == 2 and "wrong checksum" in refused.stderr
+    good = run("align", linked, damaged, "--follow-links", "--no-verify", "--max-new-tokens", 4,
+               "--json", tmp_path / "a.json")  # fmt: skip
     assert good.returncode == 0, good.stdout + good.stderr
     assert "aligned" in good.stdout
     keys = {"max_abs_diff", "mean_abs_diff", "top1_agreement", "routing_agreement",

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from support.hf import make_pair
+from support.links import link_files
 from support.models import fill
 
 from mistral_ms.checkpoint import save_native
 from mistral_ms.config import DataConfig, ModelConfig
 from mistral_ms.datasets import MindRecordWindows, build_dataset
-from mistral_ms.errors import DataError
+from mistral_ms.errors import CheckpointError, DataError
 from mistral_ms.models import CausalLM
 from mistral_ms.tokenizer import packaged_tokenizer
 from mistral_ms.training.evaluate import evaluate, load_for_evaluation
@@ -64,5 +65,9 @@ def test_another_vocabulary_is_refused(data, tmp_path):
     weights = CausalLM(config).weights()
     arrays = ((n, w.shape, "float32", w.asnumpy()) for n, w in weights.items())
     save_native(tmp_path / "c", config, arrays)
-    with pytest.raises(DataError, match=r"tokenised with another vocabulary: .*32000 ids.*320"):
-        load_for_evaluation(tmp_path / "c", data)
+    linked = link_files(tmp_path / "c", tmp_path / "linked")
+    with pytest.raises(CheckpointError, match="file outside the checkpoint"):
+        load_for_evaluation(linked, data)
+    for path, options in ((tmp_path / "c", {}), (linked, {"follow_links": True})):
+        with pytest.raises(DataError, match=r"tokenised with another vocabulary: .*32000 ids.*320"):
+            load_for_evaluation(path, data, **options)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from mindspore import Tensor
+from support.links import link_files
 
 from mistral_ms.checkpoint import CheckpointSeries, open_checkpoint
 from mistral_ms.config import load_run_config
@@ -220,10 +221,13 @@ class TestInitFrom:
         del values["model"], values["data"]["tokenizer"]
         path = tmp_path / "finetune.yaml"
         path.write_text(yaml.safe_dump(values))
-        run = load_run_config(
-            path,
-            [f"init_from={finished.checkpoint}", f"data.dataset={finished.files.dataset}"],
-        )
+        linked = link_files(finished.checkpoint, tmp_path / "linked")
+        start = [f"init_from={linked}", f"data.dataset={finished.files.dataset}"]
+        with pytest.raises(CheckpointError, match="file outside the checkpoint"):
+            TrainingRun(
+                load_run_config(path, start), tmp_path / "no", resume=False, say=lambda line: None
+            )
+        run = load_run_config(path, [*start, "init_from.follow_links=true"])
         made = TrainingRun(run, tmp_path / "out", resume=False, say=lambda line: None)
         assert made.update.progress.step == 0
         with open_checkpoint(finished.checkpoint) as source:
