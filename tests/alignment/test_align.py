@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.hf import KINDS, make_pair
+from support.links import link_files
 from transformers import MixtralConfig
 
 from mistral_ms.alignment import align
@@ -97,6 +98,20 @@ def test_own_form_of_a_scaled_configuration():
     assert MixtralConfig(**keys).rope_scaling == scaling
     assert own_form(newer, 5)[0]["rope_parameters"] == newer["rope_parameters"]
     assert own_form(source, 4) == (source, [])
+
+
+def test_links_and_damage_are_refused_unless_allowed(tmp_path):
+    """What is allowed is aligned in tests/cli/test_generate_align.py."""
+    make_pair("mixtral").hf.save_pretrained(tmp_path / "hf")
+    linked = link_files(tmp_path / "hf", tmp_path / "linked")
+    convert(tmp_path / "hf", tmp_path / "ours")
+    for pair in ((linked, None), (tmp_path / "hf", linked), (linked, tmp_path / "hf")):
+        with pytest.raises(CheckpointError, match="file outside the checkpoint"):
+            align(*pair)
+    config = tmp_path / "ours" / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": ', '"vocab_size":  ')[:-1])
+    with pytest.raises(CheckpointError, match=r"wrong checksum: .*config\.json"):
+        align(tmp_path / "hf", tmp_path / "ours")
 
 
 def test_a_converted_checkpoint_is_aligned(tmp_path):

@@ -48,9 +48,8 @@ def linked(model, tmp_path_factory):
     return link_files(model[0], tmp_path_factory.mktemp("links") / "linked")
 
 
-@pytest.mark.parametrize("args", [("generate", "--prompt", "x"), ("align",)])
-def test_links_to_elsewhere_need_the_option(linked, args):
-    out = run(args[0], linked, *args[1:])
+def test_links_to_elsewhere_need_the_option(linked):
+    out = run("generate", linked, "--prompt", "x")
     assert out.returncode == 2
     assert "file outside the checkpoint" in out.stderr
 
@@ -77,8 +76,6 @@ def damaged_record(path, ours):
 def test_align_says_aligned_and_then_where_not(model, linked, tmp_path):
     path, pair = model
     damaged = damaged_record(path, tmp_path / "ours")
-    refused = run("align", path, damaged, "--max-new-tokens", 0)
-    assert refused.returncode == 2 and "wrong checksum" in refused.stderr
     good = run("align", linked, damaged, "--follow-links", "--no-verify", "--max-new-tokens", 4,
                "--json", tmp_path / "a.json")  # fmt: skip
     assert good.returncode == 0, good.stdout + good.stderr
