@@ -141,7 +141,6 @@ CASES = {
 GRAPH = (
     Case(2, 1, 2, 1, "flat", "dropless"),
     Case(1, 2, 1, 2, "group_wise", "capacity"),
-    Case(4, 1, 4, 2, "flat", "capacity"),
     Case(4, 1, 4, 2, "hierarchical", "dropless"),
     Case(8, 1, 8, 4, "hierarchical", "capacity"),
 )

@@ -1,20 +1,15 @@
-"""Batches that are nearly empty, or whose tokens all want the same experts; run in the workers."""
+"""Batches that are nearly empty, or whose tokens all want the same experts."""
 
 from __future__ import annotations
 
 import numpy as np
-from distributed.training import model, routing, training
-from distributed.worker import Worker
 
-from mistral_ms.config import IGNORE_INDEX, ParallelConfig
+from mistral_ms.config import IGNORE_INDEX
 from mistral_ms.datasets.batches import Batch
-from mistral_ms.models import CausalLM
-from mistral_ms.parallel.apply import Division
-from mistral_ms.training import StepResult, TrainStep
 
 STEPS = 3
-LAYOUT = ParallelConfig(dp=2, ep=2)
-VARIANTS = ("plain", "dropless")
+TRAINED = {"plain": "dp2 ep2 copies", "host, two micro-batches, dropless": "dp2 ep2 shared out"}
+"""Trainings of two processes, by variant, that go on with these batches: they have compiled."""
 
 
 def batches() -> dict[str, Batch]:
@@ -38,31 +33,3 @@ def _batch(ids_BS: np.ndarray, present_BS: np.ndarray) -> Batch:
     positions_BS = np.where(present_BS, np.arange(8), -1).astype(np.int32)
     segments_BS = np.where(present_BS, 0, -1).astype(np.int32)
     return Batch(ids_BS, labels_BS, positions_BS, segments_BS, np.arange(16, dtype=np.int32))
-
-
-def steps(variant: str, division: Division | None) -> tuple[dict[str, list[StepResult]], CausalLM]:
-    """A few steps with each batch, one batch after the other, since compiling takes longer than all
-    of them; in one process with two micro-batches.
-    """
-    config = training("plain", 1 if division else LAYOUT.dp)
-    if division is None:
-        part = CausalLM(model("corners"), routing(variant))
-        part.initialize(0)
-    else:
-        part = division.build_model(model("corners"), routing(variant))
-        division.initialize(part, 0)
-    update = TrainStep(part, config, pooled_aux=False, division=division)
-    return {name: [update(batch) for _ in range(STEPS)] for name, batch in batches().items()}, part
-
-
-def run_corners(worker: Worker) -> None:
-    worker.mode("graph")
-    for variant in VARIANTS:
-        corners, part = steps(variant, Division(LAYOUT, worker.rank, worker.world))
-        for name, results in corners.items():
-            for figure in ("loss", "aux_loss", "grad_norm", "routed_LE", "kept_LE"):
-                values = np.array([getattr(r, figure) for r in results])
-                worker.keep(f"corners/{name}/{variant}/{figure}", values)
-        for path, weight in part.weights().items():
-            worker.keep(f"corners/{variant}/weights/{path}", weight.asnumpy())
-    worker.mode("pynative")

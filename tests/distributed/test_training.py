@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+from distributed import corners
 from distributed.training import CASES, LAYOUTS, data, groups, model, routing, steps, training
 from support.training import run_steps
 
@@ -29,13 +30,20 @@ each_case = pytest.mark.parametrize(("world", "name", "variant"), CASES)
 
 @functools.cache
 def trained(layers, times, variant):
-    """One process with ``times`` as many micro-batches, a model of so many layers."""
+    """One process with ``times`` as many micro-batches, a model of so many layers: the steps, the
+    weights after them, the steps with the batches of ``corners``, and the weights at the end.
+    """
     config = training(variant, times)
     whole = CausalLM(MODELS[layers], routing(variant), dtype=config.dtype)
     whole.initialize(0)
     update = TrainStep(whole, config, pooled_aux=False)
     results = run_steps(update, data(), steps(variant))
-    return results, {name: p.asnumpy() for name, p in whole.weights().items()}
+    weights = {name: p.asnumpy().copy() for name, p in whole.weights().items()}
+    after = {}
+    if variant in corners.TRAINED:
+        for name, batch in corners.batches().items():
+            after[name] = [update(batch) for _ in range(corners.STEPS)]
+    return results, weights, after, {name: p.asnumpy() for name, p in whole.weights().items()}
 
 
 def alone(world, name, variant):
@@ -134,7 +142,7 @@ def test_optimizer_state_is_shared_out(report, world, name, variant):
 
 
 def test_something_was_dropped_clipped_and_learnt():
-    results, _ = alone(2, "mp2", "plain")
+    results = alone(2, "dp2 ep2 copies", "plain")[0]
     assert sum(r.dropped_fraction for r in results) > 0
     assert max(r.grad_norm for r in results) > 0.5
     assert results[-1].lm_loss < results[0].lm_loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from distributed import corners
 from distributed.worker import Worker
 from support.configs import model as small_model
 
@@ -48,7 +49,6 @@ def model(name: str) -> ModelConfig:
 LAYOUTS = {
     2: {
         "dp2": ParallelConfig(dp=2),
-        "mp2": ParallelConfig(mp=2),
         "pp2": ParallelConfig(pp=2),
         "dp2 ep2 shared out": ParallelConfig(dp=2, ep=2, optimizer_parallel=True),
         "dp2 ep2 copies": ParallelConfig(dp=2, ep=2, interleave=2),
@@ -60,7 +60,7 @@ LAYOUTS = {
         "dp4 ep2 shared out": ParallelConfig(dp=4, ep=2, optimizer_parallel=True),
     },
 }
-DEEP = ("mp2", "dp2 ep2 shared out", "generating")
+DEEP = ("dp2 ep2 shared out", "generating")
 FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "kept_LE")
 VARIANTS = {
     "plain": {},
@@ -148,6 +148,14 @@ def run_training(worker: Worker) -> None:
             worker.keep(f"{key}/weights/{path}", weight.asnumpy())
             norms = [result.gradient_norms[path] for result in results]
             worker.keep(f"{key}/norms/{path}", np.array(norms))
+        if corners.TRAINED.get(variant) == name:
+            for corner, batch in corners.batches().items():
+                results = [update(batch) for _ in range(corners.STEPS)]
+                for figure in FIGURES:
+                    values = np.array([getattr(r, figure) for r in results])
+                    worker.keep(f"corners/{corner}/{variant}/{figure}", values)
+            for path, weight in update.model.weights().items():
+                worker.keep(f"corners/{variant}/weights/{path}", weight.asnumpy())
         state = sum(parameter.size for parameter in update.optimizer.state().values())
         worker.keep(f"{key}/state", np.array(state))
     worker.mode("pynative")

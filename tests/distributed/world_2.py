@@ -1,7 +1,6 @@
 """Everything that is checked with 2 processes; run by msrun."""
 
 from distributed.collectives import run_collectives, run_pipeline
-from distributed.corners import run_corners
 from distributed.dispatching import dispatch_all
 from distributed.generating import run_generating
 from distributed.models import run_models
@@ -17,5 +16,4 @@ Worker().run(
     dispatch_all,
     run_generating,
     run_training,
-    run_corners,
 )
