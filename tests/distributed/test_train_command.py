@@ -68,7 +68,7 @@ def together(root, workers, name, *arguments):
             code = process.wait(TIMEOUT)
         finally:
             end(process, root)
-    assert code == 0, tails(root / f"{name}_logs")
+    assert code == 0, tails(root / f"{name}_logs") + (root / f"{name}.log").read_text()[-2000:]
     return (root / f"{name}.log").read_text()
 
 

@@ -22,14 +22,14 @@ RECIPE = ROOT / "configs" / "run" / "pretrain_mixtral_tiny_200ep.yaml"
 LEARNT = 0.1
 """The recipe on a tenth of the text. It ends near 0.02; a model that has not learnt the order of
 the words stays above 3."""
-KILLS = 3
+KILLS = 2
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The recipe of 200 epochs, shortened to a minute by a shorter text."""
     root = tmp_path_factory.mktemp("by_heart")
-    (root / "text.txt").write_text("\n".join(demo_text().split("\n")[:9]))
+    (root / "text.txt").write_text("\n".join(demo_text().split("\n")[:5]))
     done = run(
         "train", "--config", RECIPE, "data.inputs=[text.txt]", "output=out",
         "training.global_batch_size=8", "--json", "summary.json", cwd=root,

@@ -160,7 +160,7 @@ class TestText:
     def test_eos_ends(self, engine):
         prompt = engine.tokenizer.encode("The harbour")
         tokens = engine.generate([prompt], GREEDY).completions[0].token_ids
-        engine.config = engine.config.model_copy(update={"eos_token_id": tokens[4]})
+        engine.eos_ids = (tokens[4],)
         (done,) = engine.generate([prompt], GREEDY).completions
         assert done.finish_reason == "eos"
         assert done.token_ids == tokens[: tokens.index(tokens[4]) + 1]

@@ -1,5 +1,8 @@
 """A model small enough to train in a second, and a text that it can learn."""
 
+from collections import defaultdict
+from dataclasses import dataclass
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -14,13 +17,14 @@ from mistral_ms.config import (
 )
 from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.models import CausalLM
-from mistral_ms.training import TrainStep
+from mistral_ms.training import Progress, TrainStep
+from mistral_ms.training.loss_scale import LossScale
 
 TINY = dict(
     vocab_size=48,
     hidden_size=16,
     intermediate_size=24,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=32,
@@ -72,17 +76,60 @@ def make_model():
     return make
 
 
-@pytest.fixture(scope="session")
-def make_update(make_model, sparse, capacity, training):
-    """A step of the sparse model's training, with some of its settings changed."""
+@dataclass
+class Compiled:
+    """A training that a test is done with, and what it began with."""
 
-    def make(**changes):
+    update: TrainStep
+    optimizer: object
+    first: dict[str, np.ndarray]
+
+    def begin_again(self) -> TrainStep:
+        """Weights and state in place, since graphs have been compiled with them."""
+        held = {**self.update.held(), **self.update.state()}
+        for name, value in self.first.items():
+            ms.ops.assign(held[name], ms.Tensor(value))
+        self.update.progress = Progress(scale=LossScale.start(self.update.config.scaling))
+        self.update.restored()
+        return self.update
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Trainings that earlier tests of a file have compiled, by their settings."""
+    return defaultdict(list)
+
+
+@pytest.fixture
+def make_update(compiled, sparse, capacity, training):
+    """A step of the sparse model's training, with some of its settings changed. Compiling takes
+    much longer than a training, so a test may get what an earlier one has used, as it was at first
+    (but for optimizers on the host, whose graphs hold copies of their own).
+    """
+    lent = []
+
+    def make(layers=1, **changes):
         config = TrainingConfig(**training.model_dump() | changes)
-        model = CausalLM(sparse, capacity, dtype=config.dtype)
-        model.initialize(config.seed)
-        return TrainStep(model, config)
+        key = layers, config.model_dump_json()
+        if compiled[key]:
+            entry = compiled[key].pop()
+            entry.begin_again()
+        else:
+            architecture = sparse.model_copy(update={"num_hidden_layers": layers})
+            model = CausalLM(architecture, capacity, dtype=config.dtype)
+            model.initialize(config.seed)
+            update = TrainStep(model, config)
+            held = {**update.held(), **update.state()}
+            first = {name: value.asnumpy().copy() for name, value in held.items()}
+            entry = Compiled(update, update.optimizer, first)
+        lent.append((key, entry))
+        return entry.update
 
-    return make
+    yield make
+    for key, entry in lent:
+        same = entry.update.optimizer is entry.optimizer
+        if same and entry.update.config.offload_optimizer == "none":
+            compiled[key].append(entry)
 
 
 @pytest.fixture

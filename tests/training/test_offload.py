@@ -32,6 +32,7 @@ def test_the_size_of_the_buckets_does_not_matter(make_update, data):
     """One tensor a bucket, or several: a tensor is never cut."""
     states = []
     for nbytes in (1, 10_000):
+        # one of the few tests whose compilations grow with the number of tensors
         update = make(make_update, "host")
         update.optimizer = HostOptimizer(update.weights, update.config.optimizer, nbytes)
         run_steps(update, data, 3)
