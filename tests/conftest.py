@@ -5,6 +5,8 @@ import os
 # before anything imports MindSpore or torch
 os.environ.setdefault("GLOG_v", "3")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# MindSpore's scheduler takes a rank that is slow to end for a lost one: seconds
+os.environ.setdefault("MS_NODE_TIMEOUT", "300")
 
 import sys
 

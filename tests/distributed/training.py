@@ -145,7 +145,7 @@ def run_training(worker: Worker) -> None:
         for figure in FIGURES:
             worker.keep(f"{key}/{figure}", np.array([getattr(r, figure) for r in results]))
         for path, weight in update.model.weights().items():
-            worker.keep(f"{key}/weights/{path}", weight.asnumpy())
+            worker.keep(f"{key}/weights/{path}", weight.asnumpy().copy())  # corners go on
             norms = [result.gradient_norms[path] for result in results]
             worker.keep(f"{key}/norms/{path}", np.array(norms))
         if corners.TRAINED.get(variant) == name:

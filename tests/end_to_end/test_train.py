@@ -29,7 +29,7 @@ KILLS = 2
 def trained(tmp_path_factory):
     """The recipe of 200 epochs, shortened to a minute by a shorter text."""
     root = tmp_path_factory.mktemp("by_heart")
-    (root / "text.txt").write_text("\n".join(demo_text().split("\n")[:5]))
+    (root / "text.txt").write_text("\n".join(demo_text().split("\n")[:9]))
     done = run(
         "train", "--config", RECIPE, "data.inputs=[text.txt]", "output=out",
         "training.global_batch_size=8", "--json", "summary.json", cwd=root,
