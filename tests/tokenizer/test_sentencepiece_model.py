@@ -122,7 +122,7 @@ def test_a_lone_surrogate_is_an_error():
     [
         (b"", "damaged tokenizer: .*tokenizer.model: empty: must be a sentencepiece model"),
         (b"<html>not found</html>", "damaged tokenizer: .*must be a sentencepiece model"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer: .*git lfs pull"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer: .*git lfs pull"),
     ],
     ids=["empty", "garbage", "lfs_pointer"],
 )
