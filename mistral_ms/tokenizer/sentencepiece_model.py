@@ -137,8 +137,6 @@ def read_sentencepiece(path: Path) -> SentencePieceProcessor:
         TokenizerError: the file is missing or damaged.
     """
     data = read_bytes(path, TokenizerError, TOKENIZER_BYTES)
-    if data.startswith(b"version https://git-lfs"):
-        raise _damaged(path, "a Git LFS pointer", "fetch the file itself: git lfs pull")
     if not data:  # the library would take this for "load nothing yet"
         raise _damaged(path, "empty")
     try:
@@ -148,6 +146,11 @@ def read_sentencepiece(path: Path) -> SentencePieceProcessor:
         raise _damaged(path, f"{len(data)} bytes, {reason}") from error
 
 
-def _damaged(path: Path, value: str, todo: str = "download the file again") -> TokenizerError:
-    rule = "must be a sentencepiece model"
-    return TokenizerError("damaged tokenizer", where=path, value=value, rule=rule, todo=todo)
+def _damaged(path: Path, value: str) -> TokenizerError:
+    return TokenizerError(
+        "damaged tokenizer",
+        where=path,
+        value=value,
+        rule="must be a sentencepiece model",
+        todo="download the file again",
+    )
