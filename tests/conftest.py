@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 # MindSpore's scheduler takes a rank that is slow to end for a lost one: seconds
 os.environ.setdefault("MS_NODE_TIMEOUT", "300")
 
+import gc
 import sys
 
 import pytest
@@ -69,13 +70,14 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_finish(session):
-    """Runs each operation to its end before the next one.
+    """Runs each operation to its end before the next one, and makes collecting garbage cheap.
 
     MindSpore's PyNative threads wait for each other by spinning; on two cores the small operations
     of the tests are 4 to 15 times faster, and burn a fifth of the processor time, one at a time.
     """
     if mindspore := sys.modules.get("mindspore"):
         mindspore.runtime.launch_blocking()
+    gc.freeze()  # MindSpore collects before each compilation: not all that was imported, every time
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,19 +1,19 @@
 """Chat templates: Jinja, in a sandbox, with the settings and helpers that transformers gives them.
 
 A template comes with a checkpoint, so it is foreign code. The sandbox lets it read what it is
-given and change nothing; it can still run for long, as any loop can.
+given and change nothing, and bounds how often its loops run and how long its texts grow.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, Undefined, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
@@ -27,15 +27,47 @@ RESERVED = _OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"
 
 LONGEST_PRODUCT = 1 << 20
 """Characters or entries that a template may make by multiplication; powers up to as many bits."""
+LONGEST_TEXT = 1 << 26
+"""Characters of a text that a template may put together from others."""
+MOST_ROUNDS = 1 << 20
+"""How often the bodies of all loops may run in one rendering, nested ones included."""
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, in which ``'x' * 3000000000`` makes no gigabytes."""
+    """The sandbox, in which ``'x' * 3000000000`` makes no gigabytes and nested loops end."""
 
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("*", "**", "+"))
+    rounds = 0
+    """How often bodies of loops have run in this rendering."""
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        """Jinja's, with each loop counted and each concatenation measured."""
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno)
+        for joined in list(tree.find_all(nodes.Concat)):
+            whole = nodes.Concat(joined.nodes, lineno=joined.lineno, environment=self)
+            joined.nodes = [
+                nodes.Filter(whole, "_measured", [], [], None, None, lineno=joined.lineno)
+            ]
+        return tree
+
+    def count(self, values: Any) -> Any:
+        """What a loop goes over; raises in the round that is one too many."""
+        return values if isinstance(values, Undefined) else _Counted(self, values)
+
+    def measure(self, text: Any) -> Any:
+        """A text or a list, if it is not too long."""
+        if isinstance(text, str) and len(text) > LONGEST_TEXT:
+            raise SecurityError(f"a text of {len(text)} characters is too long")
+        if isinstance(text, list | tuple) and len(text) > LONGEST_PRODUCT:
+            raise SecurityError(f"a list of {len(text)} entries is too long")
+        return text
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Jinja's, for small results."""
+        if operator == "+":
+            return self.measure(super().call_binop(context, operator, left, right))
         size = 0
         if operator == "*":
             for one, other in ((left, right), (right, left)):
@@ -48,6 +80,23 @@ class _Environment(ImmutableSandboxedEnvironment):
         if size > LONGEST_PRODUCT:
             raise SecurityError(f"a result of {operator} is too large")
         return super().call_binop(context, operator, left, right)
+
+
+class _Counted:
+    """The values of a loop. It has a length if they have one: templates ask for ``loop.length``."""
+
+    def __init__(self, environment: _Environment, values: Any) -> None:
+        self._environment, self._values = environment, values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __iter__(self) -> Iterator[Any]:
+        for value in self._values:
+            self._environment.rounds += 1
+            if self._environment.rounds > MOST_ROUNDS:
+                raise SecurityError(f"its loops run more than {MOST_ROUNDS} times")
+            yield value
 
 
 class _GenerationMarks(Extension):
@@ -100,7 +149,11 @@ class ChatTemplate:
         self._environment = _Environment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationMarks, loopcontrols]
         )
-        self._environment.filters["tojson"] = _to_json
+        self._environment.filters |= {
+            "tojson": _to_json,
+            "_counted": self._environment.count,
+            "_measured": self._environment.measure,
+        }
         self._environment.globals |= {
             "raise_exception": _raise,
             "strftime_now": lambda form: datetime.now().strftime(form),
@@ -131,6 +184,7 @@ class ChatTemplate:
             TokenizerError: the template refuses the conversation, or does not work.
         """
         self._environment.globals["mark_generation"] = self.marks_answers
+        self._environment.rounds = 0
         try:
             marked = self._template.render(
                 messages=messages,

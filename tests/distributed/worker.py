@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ class Worker:
         ms.set_device("CPU")
         init()
         ms.runtime.launch_blocking()
+        gc.freeze()  # MindSpore collects before each compilation
         self.rank, self.world = get_rank(), get_group_size()
         self.directory = Path(sys.argv[1])
         self.arrays: dict[str, np.ndarray] = {}

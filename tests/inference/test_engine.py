@@ -1,5 +1,7 @@
 """The engine against Hugging Face's generate, and against itself without batch, cache or chunks."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -18,11 +20,34 @@ GREEDY = GenerationConfig(max_new_tokens=NEW)
 RAGGED = [[1, 5, 9, 200, 31, 8, 8, 17, 90, 44, 3], [1, 77], [1, 13, 14, 15, 16, 250, 251]]
 
 
-def saved(tmp_path, kind, **overrides):
-    """A tiny Hugging Face model without EOS (nothing ends early), and its directory."""
-    pair = make_pair(kind, eos_token_id=None, **overrides)
-    pair.hf.save_pretrained(tmp_path)
-    return pair
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A function of a kind: a tiny Hugging Face model without EOS (nothing ends early), and the
+    directory it is saved in.
+    """
+
+    @functools.cache
+    def make(kind, **overrides):
+        pair = make_pair(kind, eos_token_id=None, **overrides)
+        path = tmp_path_factory.mktemp(kind)
+        pair.hf.save_pretrained(path)
+        return pair, path
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def load(saved):
+    """A function of a kind and of settings: the engine, loaded and compiled once. What it answered
+    before must not matter.
+    """
+
+    @functools.cache
+    def make(kind, **settings):
+        settings = {"batch": 1, "max_length": 64, "chunk": 64, **settings}
+        return Engine.load(saved(kind)[1], with_tokenizer=False, **settings)
+
+    return make
 
 
 def hf_greedy(pair, prompt, new=NEW):
@@ -45,78 +70,73 @@ def ids(generation):
     "kind",
     ["mixtral", "mistral-sliding-window", "tied-head", "one-kv-head", "alternating-windows"],
 )
-def test_greedy_tokens_are_hugging_faces(tmp_path, kind):
-    pair = saved(tmp_path, kind)
-    engine = Engine.load(tmp_path, batch=3, max_length=64, chunk=4, with_tokenizer=False)
+def test_greedy_tokens_are_hugging_faces(saved, load, kind):
+    pair, _ = saved(kind)
+    engine = load(kind, batch=3, chunk=4)
     assert ids(engine.generate(RAGGED, GREEDY)) == [hf_greedy(pair, p) for p in RAGGED]
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "mistral-sliding-window"])
-def test_batch_chunk_and_cache_do_not_change_the_tokens(tmp_path, kind):
-    pair = saved(tmp_path, kind)
+@pytest.mark.parametrize(
+    ("kind", "batch", "chunk"),
+    [
+        ("mixtral", 1, 64),  # alone, in one piece
+        ("mixtral", 2, 3),  # two groups, the second with an idle row
+        ("mistral-sliding-window", 1, 1),  # token by token
+        ("mistral-sliding-window", 5, 8),  # more rows than prompts; a chunk beyond the window
+    ],
+)
+def test_batch_chunk_and_cache_do_not_change_the_tokens(saved, load, kind, batch, chunk):
+    pair, _ = saved(kind)
     expected = [hf_greedy(pair, p) for p in RAGGED]
-    for setting in (
-        dict(batch=1, chunk=64),  # alone, in one piece
-        dict(batch=1, chunk=1),  # token by token
-        dict(batch=2, chunk=3),  # two groups, the second with an idle row
-        dict(batch=5, chunk=8),  # more rows than prompts
-    ):
-        engine = Engine.load(tmp_path, max_length=64, with_tokenizer=False, **setting)
-        assert ids(engine.generate(RAGGED, GREEDY)) == expected, setting
-        assert ids(engine.generate(RAGGED[1:], GREEDY)) == expected[1:], "second request"
+    engine = load(kind, batch=batch, chunk=chunk)
+    assert ids(engine.generate(RAGGED, GREEDY)) == expected
+    assert ids(engine.generate(RAGGED[1:], GREEDY)) == expected[1:], "second request"
 
 
-def test_pynative_gives_the_same_tokens(tmp_path):
-    pair = saved(tmp_path, "mixtral-sliding-window")
-    engine = Engine.load(
-        tmp_path, batch=2, max_length=64, chunk=3, with_tokenizer=False, graph=False
-    )
+def test_pynative_gives_the_same_tokens(saved, load):
+    pair, _ = saved("mixtral-sliding-window")
+    engine = load("mixtral-sliding-window", batch=2, chunk=3, graph=False)
     short = GenerationConfig(max_new_tokens=4)
     assert ids(engine.generate(RAGGED[:2], short)) == [hf_greedy(pair, p, 4) for p in RAGGED[:2]]
 
 
-def test_greedy_equals_recomputing_everything_without_a_cache(tmp_path):
-    pair = saved(tmp_path, "mixtral")
+def test_greedy_equals_recomputing_everything_without_a_cache(saved, load):
+    pair, _ = saved("mixtral")
     model = fill(CausalLM(pair.config), pair.weights())
     tokens = list(RAGGED[0])
     for _ in range(8):
         row = np.array([tokens], np.int32)
         logits = model(Tensor(row), Tensor(np.arange(len(tokens), dtype=np.int32)[None]))
         tokens.append(int(logits.asnumpy()[0, -1].argmax()))
-    engine = Engine.load(tmp_path, max_length=64, with_tokenizer=False)
-    out = engine.generate([RAGGED[0]], GenerationConfig(max_new_tokens=8))
+    out = load("mixtral").generate([RAGGED[0]], GenerationConfig(max_new_tokens=8))
     assert ids(out) == [tokens[len(RAGGED[0]) :]]
 
 
-def test_float16_computes_the_same_first_token(tmp_path):
-    pair = saved(tmp_path, "mixtral")
-    engine = Engine.load(tmp_path, max_length=64, with_tokenizer=False, dtype="float16")
-    out = engine.generate([RAGGED[0]], GenerationConfig(max_new_tokens=1))
+def test_float16_computes_the_same_first_token(saved, load):
+    pair, _ = saved("mixtral")
+    out = load("mixtral", dtype="float16").generate([RAGGED[0]], GenerationConfig(max_new_tokens=1))
     assert ids(out) == [hf_greedy(pair, RAGGED[0], 1)]
 
 
-def test_rolling_buffer_is_shorter_than_the_text(tmp_path):
-    pair = saved(tmp_path, "mistral-sliding-window")
-    engine = Engine.load(tmp_path, max_length=128, chunk=4, with_tokenizer=False)
+def test_rolling_buffer_is_shorter_than_the_text(saved, load):
+    pair, _ = saved("mistral-sliding-window")
+    engine = load("mistral-sliding-window", max_length=128, chunk=4)
     assert engine.model.key_positions.spec.length == 7 + 4 - 1
     out = engine.generate([RAGGED[0]], GenerationConfig(max_new_tokens=60))
     assert ids(out) == [hf_greedy(pair, RAGGED[0], 60)]
 
 
-def test_sampling_does_not_depend_on_the_neighbours(tmp_path):
-    saved(tmp_path, "mixtral")
+def test_sampling_does_not_depend_on_the_neighbours(load):
     request = GenerationConfig(max_new_tokens=12, temperature=1.5, top_p=0.9, seed=7)
-    together = Engine.load(tmp_path, batch=3, max_length=64, with_tokenizer=False)
-    in_groups = Engine.load(tmp_path, batch=1, max_length=64, with_tokenizer=False)
+    together, in_groups = load("mixtral", batch=3, chunk=4), load("mixtral")
     assert ids(together.generate(RAGGED, request)) == ids(in_groups.generate(RAGGED, request))
     other = request.model_copy(update={"seed": 8})
     assert ids(together.generate(RAGGED, request)) != ids(together.generate(RAGGED, other))
 
 
-def test_logprobs_are_the_models_own(tmp_path):
-    pair = saved(tmp_path, "mixtral")
-    engine = Engine.load(tmp_path, max_length=64, with_tokenizer=False)
-    (done,) = engine.generate([RAGGED[0]], GREEDY).completions
+def test_logprobs_are_the_models_own(saved, load):
+    pair, _ = saved("mixtral")
+    (done,) = load("mixtral").generate([RAGGED[0]], GREEDY).completions
     whole = torch.tensor([RAGGED[0] + list(done.token_ids)])
     with torch.no_grad():
         logp = pair.hf(whole).logits.log_softmax(-1)[0]
@@ -129,11 +149,12 @@ def test_logprobs_are_the_models_own(tmp_path):
 class TestText:
     """With the real tokenizer: what users read."""
 
-    @pytest.fixture
-    def engine(self, tmp_path):
-        saved(tmp_path, "mixtral", vocab_size=32000, hidden_size=32, max_position_embeddings=64)
-        copy_files(packaged_tokenizer(), tmp_path)
-        return Engine.load(tmp_path, batch=2, max_length=48)
+    @pytest.fixture(scope="class")
+    def engine(self, saved):
+        sizes = dict(vocab_size=32000, hidden_size=32, max_position_embeddings=64)
+        _, path = saved("mixtral", **sizes)
+        copy_files(packaged_tokenizer(), path)
+        return Engine.load(path, batch=2, max_length=48)
 
     def test_stream_is_the_text_and_the_text_decodes_the_ids(self, engine):
         prompts = [engine.tokenizer.encode(t) for t in ("The harbour", "Eight workshops")]
@@ -157,10 +178,10 @@ class TestText:
         assert cut.text == text[: text.index(stop)]
         assert len(cut.token_ids) < NEW
 
-    def test_eos_ends(self, engine):
+    def test_eos_ends(self, engine, monkeypatch):
         prompt = engine.tokenizer.encode("The harbour")
         tokens = engine.generate([prompt], GREEDY).completions[0].token_ids
-        engine.eos_ids = (tokens[4],)
+        monkeypatch.setattr(engine, "eos_ids", (tokens[4],))
         (done,) = engine.generate([prompt], GREEDY).completions
         assert done.finish_reason == "eos"
         assert done.token_ids == tokens[: tokens.index(tokens[4]) + 1]
@@ -173,9 +194,8 @@ class TestText:
 
 class TestBadInput:
     @pytest.fixture
-    def engine(self, tmp_path):
-        saved(tmp_path, "mixtral")
-        return Engine.load(tmp_path, max_length=16, with_tokenizer=False)
+    def engine(self, load):
+        return load("mixtral", max_length=16)
 
     @pytest.mark.parametrize(
         ("prompt", "message"),
@@ -191,20 +211,17 @@ class TestBadInput:
         with pytest.raises(GenerationError, match=message):
             engine.generate([prompt], GREEDY)
 
-    def test_max_length_beyond_the_model(self, tmp_path):
-        saved(tmp_path, "mixtral")
+    def test_max_length_beyond_the_model(self, load):
         with pytest.raises(GenerationError, match=r"257 tokens: max_position_embeddings is 256"):
-            Engine.load(tmp_path, max_length=257, with_tokenizer=False)
+            load("mixtral", max_length=257)
 
     @pytest.mark.parametrize("length", [0, -5])
-    def test_no_room_at_all(self, tmp_path, length):
-        saved(tmp_path, "mixtral")
+    def test_no_room_at_all(self, load, length):
         with pytest.raises(GenerationError, match=f"no room: max_length: {length}"):
-            Engine.load(tmp_path, max_length=length, with_tokenizer=False)
+            load("mixtral", max_length=length)
 
-    def test_settings_that_the_cache_was_not_built_for(self, tmp_path):
-        saved(tmp_path, "mistral-sliding-window")
-        model = Engine.load(tmp_path, max_length=64, chunk=4, with_tokenizer=False).model
+    def test_settings_that_the_cache_was_not_built_for(self, load):
+        model = load("mistral-sliding-window", chunk=4).model
         with pytest.raises(GenerationError, match="10 columns: max_length 64 and chunk 16 need 22"):
             Engine(model, max_length=64, chunk=16)
 
@@ -216,10 +233,9 @@ class TestBadInput:
             engine.generate([[1, 2, 3]], GREEDY)
         assert ids(engine.generate([[1, 2, 3]], GREEDY)) == before
 
-    def test_bfloat16_on_a_cpu(self, tmp_path):
-        saved(tmp_path, "mixtral")
+    def test_bfloat16_on_a_cpu(self, load):
         with pytest.raises(GenerationError, match="float32 and float16 only"):
-            Engine.load(tmp_path, with_tokenizer=False, dtype="bfloat16")
+            load("mixtral", dtype="bfloat16")
 
     def test_stop_strings_without_a_tokenizer(self, engine):
         with pytest.raises(GenerationError, match="need a tokenizer"):

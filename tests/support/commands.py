@@ -8,6 +8,7 @@ tests/end_to_end/test_demo.py and by everything under msrun.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -146,6 +147,7 @@ def serve() -> None:
     """The server: reads requests from its standard input, a socket, until that is closed."""
     for name in IMPORTS:
         __import__(name)
+    gc.freeze()  # what is here is neither examined nor copied by the forks
     line = socket.socket(fileno=os.dup(0))
     reader = line.makefile("r")
     wake, woken = os.pipe()

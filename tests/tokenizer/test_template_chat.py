@@ -6,6 +6,7 @@ The templates are written here in the manner of the published ones.
 import json
 
 import pytest
+from jinja2.sandbox import SandboxedEnvironment
 from support.tokenizers import SIZE, auto, token, write
 
 from mistral_ms.errors import TokenizerError
@@ -280,6 +281,10 @@ def test_messages_must_not_spell_control_tokens_unless_asked(tmp_path):
     assert ChatFormat(tokenizer, special_tokens=True).encode_chat(evil) == theirs
 
 
+NESTED = "{% for i in range(100000) %}"
+DOUBLED = "{% set it = namespace(x='ab') %}{% for i in range(60) %}{% set it.x = "
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -293,11 +298,35 @@ def test_messages_must_not_spell_control_tokens_unless_asked(tmp_path):
         ("{{ 3 * ('x' * 1000000) }}", r"a result of \* is too large"),
         ("{{ 10 ** 9999999 }}", r"a result of \*\* is too large"),
         ("{{ range(10 ** 9) | list }}", "chat template fails: .*(Overflow|Memory)Error"),
+        (NESTED * 2 + "{% endfor %}" * 2, "its loops run more than 1048576 times"),
+        (f"{DOUBLED}it.x ~ it.x %}}{{% endfor %}}", "a text of .* is too long"),
+        (f"{DOUBLED}it.x + it.x %}}{{% endfor %}}", "a text of .* is too long"),
+        (DOUBLED.replace("'ab'", "[1]") + "it.x + it.x %}{% endfor %}", "a list of .* too long"),
     ],
 )
 def test_templates_that_fail_or_try_to_break_out(tmp_path, template, message):
     with pytest.raises(TokenizerError, match=message):
         ChatFormat(chatml(tmp_path, template)).encode_chat(TURNS[:1])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ loop.index0 }}{{ loop.length }}{{ loop.revindex }}"
+        "{{ loop.last }}{{ loop.previtem is defined }}{{ m.role ~ ':' ~ m.content }}{% else %}none{% endfor %}",
+        "{% for m in missing %}x{% else %}none{% endfor %}",
+        "{% for k, v in messages[0].items() %}{{ k }}={{ v }}{{ loop.length }}{% endfor %}",
+        "{% for m in messages if m.role == 'user' %}{{ loop.length }}{{ m.content }}{% endfor %}",
+        "{% for m in messages recursive %}{{ m.role }}{% if loop.depth < 3 %}{{ loop(messages) }}"
+        "{% endif %}{% endfor %}",
+        "{% for a in 'abc' %}{{ a + 'x' }}{{ loop.cycle(1, 2) }}{{ 'a' ~ none ~ 1 }}{% endfor %}",
+    ],
+)
+def test_counted_loops_and_measured_texts_are_jinjas(template):
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    for messages in (turns, turns[:1]):
+        want = SandboxedEnvironment().from_string(template).render(messages=messages)
+        assert ChatTemplate(template, None, {}).render(messages).text == want
 
 
 def test_answers_without_an_end_token_are_refused(tmp_path):

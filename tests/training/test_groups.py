@@ -1,5 +1,7 @@
 """Micro-batches are dispatch groups: what their gradients add up to."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -36,22 +38,34 @@ def batch():
     return batch
 
 
-def summed(pair, routing, batch, parts, aux_coef, z_coef, scale=1.0):
-    """Losses and gradients of the batch in so many groups, added up."""
-    model = fill(CausalLM(pair.config, routing), pair.weights())
-    objective = Objective(model, aux_coef=aux_coef, z_coef=z_coef)
-    weights = model.weights()
-    micro = MicroGradients(objective, weights)
-    scales = Tensor(np.array([1 / batch.tokens, 1 / batch.present, scale], np.float32))
-    losses, gradients = 0.0, {name: 0.0 for name in weights}
-    for part in batch.split(parts):
-        arrays = (part.ids_BS, part.labels_BS, part.positions_BS, part.segments_BS)
-        with graph_mode():
-            reported, grads = micro(*map(Tensor, arrays), scales)
-        losses = losses + np.array([float(x.asnumpy()) for x in reported[:4]])
-        for name, gradient in zip(weights, grads, strict=True):
-            gradients[name] = gradients[name] + gradient.asnumpy().astype(np.float64)
-    return losses, gradients
+@pytest.fixture(scope="module")
+def summed(pair, batch):
+    """A function: losses and gradients of the batch in so many groups, added up. What was compiled
+    for a routing is used again.
+    """
+
+    @functools.cache
+    def compiled(routing, aux_coef, z_coef):
+        model = fill(CausalLM(pair.config, routing), pair.weights())
+        weights = model.weights()
+        objective = Objective(model, aux_coef=aux_coef, z_coef=z_coef)
+        return weights, MicroGradients(objective, weights)
+
+    @functools.cache
+    def compute(routing, parts, aux_coef, z_coef, scale=1.0):
+        weights, micro = compiled(routing, aux_coef, z_coef)
+        scales = Tensor(np.array([1 / batch.tokens, 1 / batch.present, scale], np.float32))
+        losses, gradients = 0.0, {name: 0.0 for name in weights}
+        for part in batch.split(parts):
+            arrays = (part.ids_BS, part.labels_BS, part.positions_BS, part.segments_BS)
+            with graph_mode():
+                reported, grads = micro(*map(Tensor, arrays), scales)
+            losses = losses + np.array([float(x.asnumpy()) for x in reported[:4]])
+            for name, gradient in zip(weights, grads, strict=True):
+                gradients[name] = gradients[name] + gradient.asnumpy().astype(np.float64)
+        return losses, gradients
+
+    return compute
 
 
 def assert_close(got, want):
@@ -63,7 +77,7 @@ def assert_close(got, want):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
-def test_equal_torch_with_the_same_groups(pair, batch, parts):
+def test_equal_torch_with_the_same_groups(summed, pair, batch, parts):
     """aux and z included; padding counts nowhere."""
     pair.hf.zero_grad()
     total = 0.0
@@ -71,7 +85,7 @@ def test_equal_torch_with_the_same_groups(pair, batch, parts):
         loss = torch_group_loss(pair.hf, group, batch, AUX, Z)
         loss.backward()
         total += loss.item()
-    losses, gradients = summed(pair, DROPLESS, batch, parts, AUX, Z)
+    losses, gradients = summed(DROPLESS, parts, AUX, Z)
     assert losses[0] == pytest.approx(total, rel=1e-5)
     assert_close(gradients, pair.gradients())
     # the parts that are reported add up to the total
@@ -80,25 +94,25 @@ def test_equal_torch_with_the_same_groups(pair, batch, parts):
 
 
 @pytest.mark.parametrize("parts", [2, 6])
-def test_without_dropping_and_router_losses_groups_make_no_difference(pair, batch, parts):
-    whole = summed(pair, DROPLESS, batch, 1, 0.0, 0.0)
-    cut = summed(pair, DROPLESS, batch, parts, 0.0, 0.0)
+def test_without_dropping_and_router_losses_groups_make_no_difference(summed, parts):
+    whole = summed(DROPLESS, 1, 0.0, 0.0)
+    cut = summed(DROPLESS, parts, 0.0, 0.0)
     assert cut[0][:2] == pytest.approx(whole[0][:2], rel=1e-5)
     assert_close(cut[1], whole[1])
 
 
-def test_with_a_capacity_groups_are_groups(pair, batch):
+def test_with_a_capacity_groups_are_groups(summed):
     """Each group has its own places: another cut drops others, so it is another gradient."""
     routing = RoutingConfig(policy="capacity", capacity_factor=0.6)
-    whole, cut = (summed(pair, routing, batch, parts, 0.0, 0.0)[1] for parts in (1, 3))
+    whole, cut = (summed(routing, parts, 0.0, 0.0)[1] for parts in (1, 3))
     name = "layers.1.moe.experts.w2"
     difference = np.abs(cut[name] - whole[name]).max() / np.abs(whole[name]).max()
     assert difference > 0.01
 
 
-def test_the_loss_scale_multiplies_gradients_and_nothing_else(pair, batch):
-    plain = summed(pair, DROPLESS, batch, 2, AUX, Z)
-    scaled = summed(pair, DROPLESS, batch, 2, AUX, Z, scale=1024.0)
+def test_the_loss_scale_multiplies_gradients_and_nothing_else(summed):
+    plain = summed(DROPLESS, 2, AUX, Z)
+    scaled = summed(DROPLESS, 2, AUX, Z, scale=1024.0)
     assert np.array_equal(plain[0], scaled[0])
     for name in plain[1]:
         # a power of two: every bit of the mantissa stays
