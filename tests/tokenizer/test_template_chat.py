@@ -313,7 +313,8 @@ def test_templates_that_fail_or_try_to_break_out(tmp_path, template, message):
     "template",
     [
         "{% for m in messages %}{{ loop.index0 }}{{ loop.length }}{{ loop.revindex }}"
-        "{{ loop.last }}{{ loop.previtem is defined }}{{ m.role ~ ':' ~ m.content }}{% else %}none{% endfor %}",
+        "{{ loop.last }}{{ loop.previtem is defined }}{{ m.role ~ ':' ~ m.content }}"
+        "{% else %}none{% endfor %}",
         "{% for m in missing %}x{% else %}none{% endfor %}",
         "{% for k, v in messages[0].items() %}{{ k }}={{ v }}{{ loop.length }}{% endfor %}",
         "{% for m in messages if m.role == 'user' %}{{ loop.length }}{{ m.content }}{% endfor %}",
