@@ -11,7 +11,13 @@ import pytest
 from support.tokenizers import SIZE, auto, small_model, token, write
 
 from mistral_ms.errors import TokenizerError
-from mistral_ms.tokenizer import PieceKind, StreamDecoder, load_tokenizer, packaged_tokenizer
+from mistral_ms.tokenizer import (
+    MistralChat,
+    PieceKind,
+    StreamDecoder,
+    load_tokenizer,
+    packaged_tokenizer,
+)
 
 TEXTS = (
     "Hello world",
@@ -271,3 +277,27 @@ class TestTekken:
         ]
         assert (spans[0], spans[-1]) == ((0, 6), (8, 15))
         assert ours.decode(ids, skip_special=False) == "[INST]你好[/INST]"
+
+    @pytest.mark.parametrize("version", ["v3", "v7"])
+    @pytest.mark.parametrize("system", [True, False])
+    def test_chat_ids_equal_mistral_commons(self, tekken, tmp_path, version, system):
+        """Of the format that the file says it has; its first words are enough here."""
+        from mistral_common.protocol.instruct.request import ChatCompletionRequest
+        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+        (source,) = tekken[0].files.values()
+        content = json.loads(source.read_text())
+        content["vocab"] = content["vocab"][:1000]
+        content["config"] |= {"default_vocab_size": 2000, "version": version}
+        (tmp_path / "tekken.json").write_text(json.dumps(content))
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "你好"},
+            {"role": "assistant", "content": "🤗 hi"},
+            {"role": "user", "content": "two\nlines"},
+        ][not system :]
+        chat = MistralChat(load_tokenizer(tmp_path / "tekken.json"))
+        theirs = MistralTokenizer.from_file(str(tmp_path / "tekken.json"))
+        expected = theirs.encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
+        assert chat.version == version
+        assert chat.encode_chat(messages) == expected

@@ -88,6 +88,8 @@ MISTRAL_V3 = """\
     {%- endif %}
 {%- endfor %}
 """
+MISTRAL_V2 = MISTRAL_V3.replace("""out[:-1] + ', "id": "' + call.id + '"}'""", "out")
+"""Calls have no numbers in v2."""
 MISTRAL_V7 = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ '[SYSTEM_PROMPT] ' + "
     "m.content + '[/SYSTEM_PROMPT]' }}{% elif m.role == 'user' %}{{ '[INST] ' + m.content + "
@@ -134,6 +136,13 @@ def special(*names):
     return {str(SIZE + n): token(name) for n, name in enumerate(names)}
 
 
+WITH_TOOLS = {
+    "added_tokens_decoder": special(
+        "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+        "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+    ),
+    "legacy": False,
+}  # fmt: skip
 # name: template, settings of the tokenizer, conversations, whether it takes tools
 KINDS = {
     "chatml": (
@@ -148,17 +157,8 @@ KINDS = {
     ),
     "zephyr": (ZEPHYR, {}, [TURNS, SYSTEM]),
     "mistral v1": (MISTRAL_V1, {}, [TURNS]),
-    "mistral v3": (
-        MISTRAL_V3,
-        {
-            "added_tokens_decoder": special(
-                "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
-                "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
-            ),
-            "legacy": False,
-        },
-        [TURNS, CALLS],
-    ),
+    "mistral v2": (MISTRAL_V2, WITH_TOOLS, [TURNS, CALLS]),
+    "mistral v3": (MISTRAL_V3, WITH_TOOLS, [TURNS, CALLS]),
     "mistral v7": (
         MISTRAL_V7,
         {
