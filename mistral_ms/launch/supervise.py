@@ -146,7 +146,11 @@ class Supervisor:
             if quiet and (late or not looked):
                 self._suspect = self._look_closer(beats, workers) or self._suspect
             looked = quiet
-            if failure is None and not self._signals:
+            crashed = self._crashed_at_exit(beats)
+            if crashed is not None and (code is not None or not workers):
+                print(f"warning: {crashed}", file=sys.stderr, flush=True)
+                return None
+            if crashed is None and failure is None and not self._signals:
                 failure = self._failure(beats, late, now) or self._abandoned(alive, beats, now)
             if deadline == math.inf and (failure is not None or self._signals):
                 deadline = now + (POLITE_SECONDS if self._signals else GRACE_SECONDS)
@@ -184,6 +188,20 @@ class Supervisor:
         if failed:
             return self._waited_in_vain(beats, failed, now)
         return None
+
+    def _crashed_at_exit(self, beats: Beats) -> str | None:
+        """Of a job whose ranks have all said that their work is done: which one a signal ended.
+
+        MindSpore was seen to crash while its process ends, everything saved.
+        """
+        exited = self._exited()
+        done = all(beat is not None and beat.phase == FINISHED for beat in beats.values())
+        if not done or exited is None or exited[1] >= 0:
+            return None
+        rank = self._pids.get(exited[0])
+        name = "a rank" if rank is None else f"rank {rank}"
+        ending = _signal_name(-exited[1])
+        return f"{name} was ended by {ending} after all ranks had finished their work"
 
     def _abandoned(self, alive: list[Worker], beats: Beats, now: float) -> Failure | None:
         """The scheduler is gone: ranks that have not found each other would wait for minutes."""

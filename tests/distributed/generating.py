@@ -7,13 +7,24 @@ from distributed.training import model
 from distributed.worker import Worker
 
 from mistral_ms.config import DROPLESS, GenerationConfig, ParallelConfig
+from mistral_ms.config.rope_scaling import RopeScaling
 from mistral_ms.inference import Engine
 from mistral_ms.layers import CacheSpec
 from mistral_ms.parallel.apply import Division
 
 LENGTH, CHUNK, NEW = 24, 8, 9
-CONFIG = model("generating").model_copy(update={"initializer_range": 0.3, "sliding_window": 6})
-"""Weights far enough from zero that the tokens differ; a window shorter than a prompt."""
+CONFIG = model("generating").model_copy(
+    update={
+        "initializer_range": 0.3,
+        "sliding_window": 6,
+        "layer_types": ("full_attention", "sliding_attention"),
+        "rope_scaling": RopeScaling(
+            rope_type="yarn", factor=4.0, original_max_position_embeddings=8
+        ),
+    }
+)
+"""Weights far enough from zero that the tokens differ; a window shorter than a prompt, in the
+second layer (which is a stage of its own with pp2); positions beyond those before scaling."""
 LAYOUTS = {
     2: {"mp2": ParallelConfig(mp=2)},
     4: {"dp2 pp2 ep2": ParallelConfig(dp=2, pp=2, ep=2)},

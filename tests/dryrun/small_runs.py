@@ -35,6 +35,14 @@ def small_run(
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
+    if model["num_hidden_layers"] == 2:  # which changes no message
+        model |= {
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_scaling": {
+                "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16
+            },
+        }  # fmt: skip
     if moe:
         model["moe"] = {"num_local_experts": E}
     return {

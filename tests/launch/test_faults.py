@@ -59,6 +59,16 @@ def test_a_rank_that_fails_ends_the_job_by_name(root, kind):
     assert not left_behind(root)
 
 
+def test_a_crash_after_all_work_is_done_is_a_warning(root):
+    [process] = launch(root, 2, FAULT="1:end:SIGSEGV")
+    said = finish(process)
+    assert process.returncode == 0, said
+    warning = "warning: rank 1 was ended by SIGSEGV after all ranks had finished their work"
+    assert said.splitlines()[-1] == warning
+    assert "lm loss" in said
+    assert not left_behind(root)
+
+
 def test_who_gave_up_waiting_is_not_to_blame(root):
     """Collective operations end with an error of their own before the step's limit is reached."""
     [process] = launch(root, 4, "--step-limit", "6", FAULT="1:4:sleep", GIVE_UP="4.5")

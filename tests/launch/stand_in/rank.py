@@ -1,7 +1,8 @@
 """One process of a job that computes nothing: ranks beat, and wait for each other in each step.
 
-What goes wrong is asked for by variables: ``FAULT=rank:step:kind`` after that step, ``STEPS``
-for another number of them. The scheduler ends when every rank has.
+What goes wrong is asked for by variables: ``FAULT=rank:step:kind`` after that step (``end``: after
+the work of all ranks), ``STEPS`` for another number of steps. The scheduler ends when all ranks
+have.
 """
 
 import os
@@ -40,8 +41,8 @@ def misbehave(kind: str) -> None:
     os.kill(os.getpid(), getattr(signal, kind))
 
 
-def schedule() -> None:
-    """Waits for the ranks, as long as it takes."""
+def wait_for_all() -> None:
+    """Until every rank has come to its end, as long as it takes."""
 
     def done(rank):
         beat = read_beat(BEATS, rank)
@@ -59,7 +60,7 @@ def train(heart: Heartbeat) -> None:
         time.sleep(1.2 if number == 1 else 0.1)
         all_reduce(number)
         heart(SimpleNamespace(step=number))
-        if (int(rank), int(step)) == (RANK, number):
+        if (rank, step) == (str(RANK), str(number)):
             misbehave(kind)
         if asked:
             heart.phase("saving")
@@ -68,10 +69,13 @@ def train(heart: Heartbeat) -> None:
     if RANK == 0:
         print("lm loss 1.0 -> 0.5", flush=True)
     heart.phase(FINISHED)
+    if (rank, step) == (str(RANK), "end"):
+        wait_for_all()
+        misbehave(kind)
 
 
 if os.environ["MS_ROLE"] == "MS_SCHED":
-    schedule()
+    wait_for_all()
 elif "CANNOT_BEGIN" in os.environ:
     sys.exit("error: nothing to resume")
 else:
