@@ -59,10 +59,16 @@ def side_files(directory: Path, follow_links: bool = False) -> tuple[Path, ...]:
 
     Raises:
         CheckpointError: one is a link that leads outside, and ``follow_links`` is off; copying it
-            would publish a file that is no part of the checkpoint (see :func:`inside`).
+            would publish a file that is no part of the checkpoint (see :func:`inside`). Or one is
+            larger than any tokenizer.
     """
     found = (p for p in directory.iterdir() if matches(p.name, SIDE_FILES) and reading.is_file(p))
-    return tuple(inside(directory, p.name, directory, follow_links) for p in sorted(found))
+    files = tuple(inside(directory, p.name, directory, follow_links) for p in sorted(found))
+    for path in files:
+        if (size := path.stat().st_size) > reading.TOKENIZER_BYTES:
+            rule = f"at most {reading.TOKENIZER_BYTES} bytes"
+            raise CheckpointError("file too large", where=path, value=f"{size} bytes", rule=rule)
+    return files
 
 
 def adapter_files(directory: Path) -> tuple[str, ...]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from mistral_ms.config.model import MOST_ROWS
 from mistral_ms.errors import TokenizerError
 from mistral_ms.reading import TOKENIZER_BYTES, parse_json, read_text
 from mistral_ms.tokenizer.backend import BackendTokenizer
@@ -43,8 +45,22 @@ def read_backend(path: Path) -> Backend:
     """
     text = read_text(path, TokenizerError, TOKENIZER_BYTES)
     try:
-        if not isinstance(parse_json(text).get("model"), dict):
+        content = parse_json(text)
+        if not isinstance(content.get("model"), dict):
             raise ValueError("model must be an object")
+        _check_ids(content)
         return Backend.from_str(text)
     except Exception as error:  # the library raises no narrower class
         raise damaged(path, " ".join(str(error).split())) from error
+
+
+def _check_ids(content: Mapping[str, Any]) -> None:
+    """The library ends the process where an id asks for more memory than there is."""
+    vocabulary, added = content["model"].get("vocab"), content.get("added_tokens")
+    named = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict):
+            named[str(token.get("content"))] = token.get("id")
+    for name, number in named.items():
+        if isinstance(number, int) and not 0 <= number < MOST_ROWS:
+            raise ValueError(f"{name!r} has the id {number}: must be 0 to {MOST_ROWS - 1}")

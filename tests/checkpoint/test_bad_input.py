@@ -122,6 +122,13 @@ def test_side_file_that_is_a_link_outside(source, name):
 
 
 @single
+def test_side_file_that_is_larger_than_any_tokenizer(source):
+    with (source / "generation_config.json").open("wb") as file:
+        file.truncate(500 << 20)
+    refuse(source, r"file too large: .*generation_config\.json: 524288000 bytes: at most 41943040")
+
+
+@single
 def test_side_file_that_is_a_link_to_its_neighbour(source):
     (source / "tokenizer.model.v3").write_text("pieces")
     (source / "tokenizer.model").symlink_to("tokenizer.model.v3")

@@ -88,7 +88,9 @@ def read_training(path: Path, out: Path) -> Seen:
 def like_the_library(damaged: Path, seen: Seen, good: Path, before: Seen) -> str | None:
     """The same bytes as safetensors' or torch's own reader gives, and the numbers of the JSON."""
     theirs: dict[str, str] = {}
-    for file in sorted(damaged.iterdir()):
+    files = sorted(damaged.iterdir())
+    mapped = [file for file in files if file.suffix == ".safetensors"]
+    for file in mapped or files:  # pickles beside safetensors are not read
         if file.suffix == ".safetensors":
             import safetensors
 

@@ -127,6 +127,15 @@ class TestOneVersion:
         for text in ("a b", " a b", "  a"):
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
+    def test_ids_that_no_embedding_has_rows_for(self, edited):
+        """The library would ask for the memory, and end the process."""
+        path = edited(lambda source: source["model"]["vocab"].update({"<0xC7>": 2**31}))
+        with pytest.raises(TokenizerError, match=r"'<0xC7>' has the id 2147483648: must be 0 to"):
+            JsonTokenizer(path)
+        path = edited(lambda source: source["added_tokens"][0].update(id=-1))
+        with pytest.raises(TokenizerError, match=r"has the id -1: must be 0 to"):
+            JsonTokenizer(path)
+
     def test_damaged_config(self, hf_directory, tmp_path):
         shutil.copyfile(hf_directory / "tokenizer.json", tmp_path / "tokenizer.json")
         (tmp_path / "tokenizer_config.json").write_text("[1]")
