@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from distributed.forked import SOCKET, start_server
 
 HERE = Path(__file__).parent
 TAIL = 40
@@ -45,6 +46,8 @@ class Report:
 def run(script: str, workers: int, directory: Path, timeout: int) -> Report:
     """Runs ``script`` of this directory; a failure shows the log of the rank that failed first.
 
+    The ranks are forks of one process, see :mod:`distributed.forked`.
+
     Args:
         script: file name; called with the directory to save into.
         workers: number of processes.
@@ -60,25 +63,31 @@ def run(script: str, workers: int, directory: Path, timeout: int) -> Report:
         f"--log_dir={logs}",
         "--join=True",
         "--cluster_time_out=60",
+        str(HERE / "forked.py"),
         str(HERE / script),
         str(directory),
     ]
+    environ = environment(directory)
+    server, path = start_server(directory, workers + 1, environ)  # and a scheduler
     with (directory / "msrun.log").open("w") as output:
         process = subprocess.Popen(
             command,
             cwd=directory,
-            env=environment(directory),
+            env={**environ, SOCKET: str(path)},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
             code = process.wait(timeout)
+            if code == 0:  # else ranks that msrun's end has left behind are ended below
+                server.wait(timeout)
             ending = f"exit code {code}"
         except subprocess.TimeoutExpired:
             code, ending = 1, f"no end after {timeout} s"
         finally:
             end(process, directory)
+            server.wait()
     if crashed_at_exit(directory / "msrun.log"):
         code = 0  # whether all ranks have saved is looked at below
     results = [directory / f"rank_{rank}.npz" for rank in range(workers)]
@@ -126,6 +135,7 @@ def environment(directory: Path) -> dict[str, str]:
         "PATH": path,
         "PYTHONPATH": os.pathsep.join(filter(None, roots)),
         "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
         MARK: str(directory),
         "GLOG_v": "3",
     }
