@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ def newline_stands_alone(tokenizer: Tokenizer) -> bool:
     return not any(b"\n" in text and text != b"\n" for text in texts)
 
 
+@functools.lru_cache(maxsize=4)
 def vocabulary_digest(tokenizer: Tokenizer) -> str:
     """SHA-256 of what each id stands for, whichever file format it was read from."""
     digest = hashlib.sha256()

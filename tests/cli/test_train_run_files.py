@@ -21,6 +21,7 @@ from mistral_ms.data import DEMO_TEXT
 from mistral_ms.errors import ConfigError, TopologyError
 from mistral_ms.inference import load_graph_engine
 from mistral_ms.training import read_metrics
+from mistral_ms.training import run as training_run
 from mistral_ms.training.modes import graph_mode
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "run").glob("*.yaml"))
@@ -68,6 +69,14 @@ def small(path):
 def registered():
     if not app.registered_commands:
         commands.register(app)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """Which tests/training/test_run.py looks at; they would take a fifth of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run, "write_figures", lambda *arguments: None)
+        yield
 
 
 @pytest.fixture(scope="module")

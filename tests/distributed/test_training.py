@@ -22,19 +22,16 @@ NORMS = 1e-4
 HALF = 5e-4
 """For float16 where experts are shared out or stages differ: its rounding, 2^-11. See
 ``HALF_STEPS``: no token changes its expert."""
-MODELS = {
-    model(name).num_hidden_layers: model(name) for names in LAYOUTS.values() for name in names
-}
 each_case = pytest.mark.parametrize(("world", "name", "variant"), CASES)
 
 
 @functools.cache
-def trained(layers, times, variant):
-    """One process with ``times`` as many micro-batches, a model of so many layers: the steps, the
-    weights after them, the steps with the batches of ``corners``, and the weights at the end.
+def trained(architecture, times, variant):
+    """One process with ``times`` as many micro-batches: the steps, the weights after them, the
+    steps with the batches of ``corners``, and the weights at the end.
     """
     config = training(variant, times)
-    whole = CausalLM(MODELS[layers], routing(variant), dtype=config.dtype)
+    whole = CausalLM(architecture, routing(variant), dtype=config.dtype)
     whole.initialize(0)
     update = TrainStep(whole, config, pooled_aux=False)
     results = run_steps(update, data(), steps(variant))
@@ -48,7 +45,7 @@ def trained(layers, times, variant):
 
 def alone(world, name, variant):
     """What one process gets with the dispatch groups of a layout."""
-    return trained(model(name).num_hidden_layers, groups(world, name), variant)
+    return trained(model(name), groups(world, name), variant)
 
 
 def held(arrays, prefix):

@@ -31,10 +31,12 @@ by more than the lead: a token changes its expert, and from then on the two trai
 
 def model(name: str) -> ModelConfig:
     """As many layers as a layout has stages, which is what compiles fastest; two where a rank must
-    have several.
+    have several. Every other one is dense where that is asked for.
     """
     stages = next((sizes[name].pp for sizes in LAYOUTS.values() if name in sizes), 1)
+    moe = {"sparse_layers": tuple(range(1, stages, 2))} if name in MIXED else {}
     return small_model(
+        moe=moe,
         vocab_size=48,
         hidden_size=16,
         intermediate_size=24,
@@ -60,6 +62,7 @@ LAYOUTS = {
         "dp4 ep2 shared out": ParallelConfig(dp=4, ep=2, optimizer_parallel=True),
     },
 }
+MIXED = ("pp4, gpipe", "dp2 pp2 ep2")
 DEEP = ("dp2 ep2 shared out", "generating")
 FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "kept_LE")
 VARIANTS = {

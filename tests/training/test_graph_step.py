@@ -13,6 +13,7 @@ from mistral_ms.checkpoint import CheckpointSeries, open_checkpoint, open_tensor
 from mistral_ms.config import load_run_config
 from mistral_ms.errors import ConfigError
 from mistral_ms.training import TrainingRun, read_metrics
+from mistral_ms.training import run as training_run
 
 STEPS = 6
 MODEL = dict(
@@ -25,6 +26,14 @@ MODEL = dict(
     max_position_embeddings=32,
     moe=dict(num_local_experts=4, sparse_layers=[1]),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """Which test_run.py looks at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run, "write_figures", lambda *arguments: None)
+        yield
 
 
 @pytest.fixture(scope="module")
