@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -35,7 +36,7 @@ def validate(model: type[Model], values: Mapping[str, Any], where: str) -> Model
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         unknown = first["type"] == "extra_forbidden"
-        known = f"known keys: {', '.join(_known_keys(model, first['loc']))}" if unknown else None
+        known = _advice(model, first["loc"]) if unknown else None
         message = first["msg"].removeprefix("Value error, ")
         raise ConfigError(
             "unknown key" if unknown else "invalid configuration",
@@ -46,13 +47,26 @@ def validate(model: type[Model], values: Mapping[str, Any], where: str) -> Model
         ) from error
 
 
-def _known_keys(model: type[Frozen], path: tuple[int | str, ...]) -> list[str]:
-    """The keys of the group that the last part of ``path`` was looked for in."""
+def _advice(model: type[Frozen], path: tuple[int | str, ...]) -> str:
+    """The nearest known key, if there is one, and all keys of the group that ``path`` ends in."""
+    group, name = model, str(path[-1])
     for part in path[:-1]:
-        field = model.model_fields.get(str(part))
+        field = group.model_fields.get(str(part))
         if field is not None:  # otherwise the number of an entry in a list
-            model = next(_groups(field.annotation), model)
-    return sorted(model.model_fields)
+            group = next(_groups(field.annotation), group)
+    known = f"known keys: {', '.join(sorted(group.model_fields))}"
+    elsewhere = [key for key in _all_keys(model) if key.rpartition(".")[2] == name]
+    siblings = get_close_matches(name, group.model_fields, 1)
+    near = elsewhere or [".".join(map(str, (*path[:-1], key))) for key in siblings]
+    return f"perhaps {' or '.join(near)}; {known}" if near else known
+
+
+def _all_keys(model: type[Frozen]) -> Iterator[str]:
+    """Every key below a model, with the groups it lies in."""
+    for name, field in model.model_fields.items():
+        yield name
+        for group in _groups(field.annotation):
+            yield from (f"{name}.{inner}" for inner in _all_keys(group))
 
 
 def _groups(annotation: Any) -> Iterator[type[Frozen]]:

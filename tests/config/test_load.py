@@ -49,6 +49,19 @@ class TestLoad:
         with pytest.raises(ConfigError, match=r"unknown key: .*model\.yaml: moe\.top_k: 2"):
             load_model_config(file, ["moe.top_k=2"])
 
+    @pytest.mark.parametrize(
+        ("override", "advice"),
+        [
+            ("hiden_size=2", r"perhaps hidden_size; known keys: "),
+            ("moe.num_experts=2", r"perhaps moe\.num_local_experts; known keys: "),
+            ("num_local_experts=2", r"perhaps moe\.num_local_experts; known keys: "),
+            ("colour=2", r"no key is ignored: known keys: "),
+        ],
+    )
+    def test_the_nearest_known_key_is_named(self, file, override, advice):
+        with pytest.raises(ConfigError, match=advice):
+            load_model_config(file, [override])
+
 
 class TestReadYaml:
     def test_no_such_file(self, tmp_path):
