@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -106,13 +106,17 @@ def newline_stands_alone(tokenizer: Tokenizer) -> bool:
     return not any(b"\n" in text and text != b"\n" for text in texts)
 
 
-@functools.lru_cache(maxsize=4)
+_digests: WeakKeyDictionary[Tokenizer, str] = WeakKeyDictionary()
+
+
 def vocabulary_digest(tokenizer: Tokenizer) -> str:
     """SHA-256 of what each id stands for, whichever file format it was read from."""
+    if tokenizer in _digests:  # it takes half a second
+        return _digests[tokenizer]
     digest = hashlib.sha256()
     for token_id in range(tokenizer.vocab_size):
         piece = tokenizer.piece(token_id)
         # a fallback byte as its number; longer rows of bytes, of byte-level vocabularies, in hex
         data = piece.data.hex() if len(piece.data) > 1 else int.from_bytes(piece.data)
         digest.update(f"{token_id} {piece.kind.name} {data} {piece.text!r}\n".encode())
-    return digest.hexdigest()
+    return _digests.setdefault(tokenizer, digest.hexdigest())
