@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import AddedToken
@@ -18,7 +19,7 @@ from mistral_ms.tokenizer.base import (
     check_id,
     check_text,
 )
-from mistral_ms.tokenizer.settings import CONFIG, TokenizerSettings
+from mistral_ms.tokenizer.settings import CONFIG, TokenizerSettings, damaged
 from mistral_ms.tokenizer.vocabulary import VocabularyTokenizer
 
 
@@ -73,10 +74,11 @@ class BackendTokenizer(VocabularyTokenizer):
         self.bos_id = self._id_of(ids, settings, "bos_token")
         self.eos_ids = (self._id_of(ids, settings, "eos_token"),)
         start = ids.get(WORD_START)
-        self.drops_first_space = (
-            not self.byte_level and start is not None and backend.decode([start]) == ""
-        )
-        self.adds_bos, self.adds_eos = self._ends(settings)
+        with _panics_refused(self._path):
+            self.drops_first_space = (
+                not self.byte_level and start is not None and backend.decode([start]) == ""
+            )
+            self.adds_bos, self.adds_eos = self._ends(settings)
         check_bytes(self, self._path)
 
     def _add(self, settings: TokenizerSettings) -> None:
@@ -127,13 +129,15 @@ class BackendTokenizer(VocabularyTokenizer):
 
     def _text_ids(self, text: str) -> list[int]:
         self._model.encode_special_tokens = True  # text stays text, see the Tokenizer protocol
-        return list(self._model.encode(text, add_special_tokens=False).ids)
+        with _panics_refused(self._path):
+            return list(self._model.encode(text, add_special_tokens=False).ids)
 
     def encode_special(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """See :class:`mistral_ms.tokenizer.Tokenizer`."""
         check_text(text)
         self._model.encode_special_tokens = False
-        found = self._model.encode(text, add_special_tokens=False)
+        with _panics_refused(self._path):
+            found = self._model.encode(text, add_special_tokens=False)
         return list(found.ids), list(found.offsets)
 
     def name(self, token_id: int) -> str | None:
@@ -165,6 +169,17 @@ class BackendTokenizer(VocabularyTokenizer):
     def control_names(self) -> frozenset[str]:
         """See :class:`mistral_ms.tokenizer.Tokenizer`."""
         return frozenset(self._added[i].content for i in self._control)
+
+
+@contextmanager
+def _panics_refused(path: Path) -> Iterator[None]:
+    """Panics of the library, which are no ``Exception``, become errors that name the file."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise damaged(path, " ".join(str(error).split())) from error
 
 
 def _mentions(part: object, kind: str) -> bool:

@@ -106,7 +106,7 @@ def like_the_library(damaged: Path, seen: Seen, good: Path, before: Seen) -> str
     if ours.items() - theirs.items():
         return f"other bytes than the library's: {sorted(ours.items() - theirs.items())[0][0]}"
     file = damaged / "config.json"
-    if file.exists() and seen["config"]["moe"] is None:
+    if not (damaged / "params.json").exists() and file.exists() and seen["config"]["moe"] is None:
         for key, value in json.loads(file.read_text()).items():
             if key in HF_KEYS and isinstance(value, int | float):
                 found = seen["config"][HF_KEYS[key][0]]

@@ -136,6 +136,15 @@ class TestOneVersion:
         with pytest.raises(TokenizerError, match=r"has the id -1: must be 0 to"):
             JsonTokenizer(path)
 
+    def test_a_decoder_that_panics(self, edited):
+        """A panic of the library is no Exception of Python's."""
+
+        def change(source):
+            source["decoder"]["decoders"][-1].update(stop=253)
+
+        with pytest.raises(TokenizerError, match=r"damaged tokenizer: .*index out of bounds"):
+            JsonTokenizer(edited(change))
+
     def test_damaged_config(self, hf_directory, tmp_path):
         shutil.copyfile(hf_directory / "tokenizer.json", tmp_path / "tokenizer.json")
         (tmp_path / "tokenizer_config.json").write_text("[1]")
