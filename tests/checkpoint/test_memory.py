@@ -72,6 +72,7 @@ def config(layers, experts, **changes):
     )
 
 
+@pytest.mark.slow
 def test_a_gigabyte_in_constant_memory_in_both_directions(tmp_path, record_property):
     model = config(layers=2, experts=8, torch_dtype="float32")
     shapes = format_layout(model, HF).shapes

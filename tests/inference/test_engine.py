@@ -68,7 +68,13 @@ def ids(generation):
 
 @pytest.mark.parametrize(
     "kind",
-    ["mixtral", "mistral-sliding-window", "tied-head", "one-kv-head", "alternating-windows"],
+    [
+        "mixtral",
+        "mistral-sliding-window",
+        pytest.param("tied-head", marks=pytest.mark.slow),
+        pytest.param("one-kv-head", marks=pytest.mark.slow),
+        pytest.param("alternating-windows", marks=pytest.mark.slow),
+    ],
 )
 def test_greedy_tokens_are_hugging_faces(saved, load, kind):
     pair, _ = saved(kind)
@@ -93,6 +99,7 @@ def test_batch_chunk_and_cache_do_not_change_the_tokens(saved, load, kind, batch
     assert ids(engine.generate(RAGGED[1:], GREEDY)) == expected[1:], "second request"
 
 
+@pytest.mark.slow
 def test_pynative_gives_the_same_tokens(saved, load):
     pair, _ = saved("mixtral-sliding-window")
     engine = load("mixtral-sliding-window", batch=2, chunk=3, graph=False)
@@ -112,12 +119,14 @@ def test_greedy_equals_recomputing_everything_without_a_cache(saved, load):
     assert ids(out) == [tokens[len(RAGGED[0]) :]]
 
 
+@pytest.mark.slow
 def test_float16_computes_the_same_first_token(saved, load):
     pair, _ = saved("mixtral")
     out = load("mixtral", dtype="float16").generate([RAGGED[0]], GenerationConfig(max_new_tokens=1))
     assert ids(out) == [hf_greedy(pair, RAGGED[0], 1)]
 
 
+@pytest.mark.slow
 def test_rolling_buffer_is_shorter_than_the_text(saved, load):
     pair, _ = saved("mistral-sliding-window")
     engine = load("mistral-sliding-window", max_length=128, chunk=4)
@@ -146,15 +155,20 @@ def test_logprobs_are_the_models_own(saved, load):
     np.testing.assert_allclose(done.logprobs, expected, atol=5e-5)
 
 
+@pytest.fixture(scope="module")
+def text_engine(saved):
+    sizes = dict(vocab_size=32000, hidden_size=32, max_position_embeddings=64)
+    _, path = saved("mixtral", **sizes)
+    copy_files(packaged_tokenizer(), path)
+    return Engine.load(path, batch=2, max_length=48)
+
+
 class TestText:
     """With the real tokenizer: what users read."""
 
-    @pytest.fixture(scope="class")
-    def engine(self, saved):
-        sizes = dict(vocab_size=32000, hidden_size=32, max_position_embeddings=64)
-        _, path = saved("mixtral", **sizes)
-        copy_files(packaged_tokenizer(), path)
-        return Engine.load(path, batch=2, max_length=48)
+    @pytest.fixture
+    def engine(self, text_engine):
+        return text_engine
 
     def test_stream_is_the_text_and_the_text_decodes_the_ids(self, engine):
         prompts = [engine.tokenizer.encode(t) for t in ("The harbour", "Eight workshops")]

@@ -210,6 +210,7 @@ class TestInterrupted:
                 whole += 1
         assert 0 < whole < POINTS / 2
 
+    @pytest.mark.slow
     def test_in_a_replacement_the_old_or_the_new_one_is_there(self, sources, tmp_path):
         seen = set()
         for call in range(1, 200, 3):

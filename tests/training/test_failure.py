@@ -11,6 +11,7 @@ from mistral_ms.training.failure import write_failure
 from mistral_ms.training.statistics import layer_statistics
 
 
+@pytest.mark.slow
 def test_names_the_samples_and_the_first_layer_that_broke(make_update, data, tmp_path):
     update = make_update(layers=2, micro_batches=2)
     weight = update.model.layers[1].attention.v_proj.weight

@@ -15,6 +15,8 @@ from mistral_ms.errors import ConfigError
 from mistral_ms.training import TrainingRun, read_metrics
 from mistral_ms.training import run as training_run
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 MODEL = dict(
     vocab_size=32000,

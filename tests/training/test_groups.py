@@ -93,6 +93,7 @@ def test_equal_torch_with_the_same_groups(summed, pair, batch, parts):
     assert losses[0] == pytest.approx(report.lm + AUX * report.aux + Z * report.z, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 6])
 def test_without_dropping_and_router_losses_groups_make_no_difference(summed, parts):
     whole = summed(DROPLESS, 1, 0.0, 0.0)
@@ -101,6 +102,7 @@ def test_without_dropping_and_router_losses_groups_make_no_difference(summed, pa
     assert_close(cut[1], whole[1])
 
 
+@pytest.mark.slow
 def test_with_a_capacity_groups_are_groups(summed):
     """Each group has its own places: another cut drops others, so it is another gradient."""
     routing = RoutingConfig(policy="capacity", capacity_factor=0.6)

@@ -52,6 +52,7 @@ def test_an_overflow_skips_the_update_and_nothing_else(make_update, data):
     assert [r.loss_scale for r in results[:3]] == [2.0**30, 2.0**29, 2.0**28]
 
 
+@pytest.mark.slow
 def test_follows_float32(make_update, data):
     """Half precision forward and backward, float32 masters: the same course, more coarsely."""
     courses = [
@@ -66,6 +67,7 @@ def test_follows_float32(make_update, data):
     assert courses[0] != courses[1]
 
 
+@pytest.mark.slow
 def test_masters_take_steps_too_small_for_float16(make_update, data):
     """At a rate of 1e-6 the rounded weights hardly move; the masters do."""
     optimizer = make_update().config.optimizer.model_copy(update={"learning_rate": 1e-6})

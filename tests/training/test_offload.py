@@ -10,14 +10,21 @@ from mistral_ms.training.offload import HostOptimizer
 pytestmark = pytest.mark.usefixtures("strict_graphs")
 
 STEPS = 20
-MODES = {"float32": {}, "float16-accumulated": {"dtype": "float16", "micro_batches": 2}}
+MODES = [
+    pytest.param({}, id="float32"),
+    pytest.param(
+        {"dtype": "float16", "micro_batches": 2},
+        id="float16-accumulated",
+        marks=pytest.mark.slow,
+    ),
+]
 
 
 def make(make_update, offload, **options):
     return make_update(steps=STEPS, offload_optimizer=offload, **options)
 
 
-@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("options", MODES)
 def test_host_and_device_give_the_same_bits(make_update, data, options):
     runs = {}
     for offload in ("none", "host"):
@@ -28,6 +35,7 @@ def test_host_and_device_give_the_same_bits(make_update, data, options):
     assert results[-1].lm_loss < results[0].lm_loss - 0.3, "the weights must have moved"
 
 
+@pytest.mark.slow
 def test_the_size_of_the_buckets_does_not_matter(make_update, data):
     """One tensor a bucket, or several: a tensor is never cut."""
     states = []

@@ -247,6 +247,7 @@ class TestInitFrom:
 
 
 class TestFailure:
+    @pytest.mark.slow
     def test_a_loss_that_is_not_finite_leaves_a_report_and_a_checkpoint(self, prepare):
         run = prepare()
         poisoned = run.update.model.layers[0].moe.experts.w2
@@ -263,6 +264,7 @@ class TestFailure:
         assert run.series.newest().step == 2
         assert "replays it" in run.said[-1]
 
+    @pytest.mark.slow
     def test_a_disk_that_is_full_stops_and_keeps_what_is_there(self, prepare, monkeypatch):
         import errno
         import os

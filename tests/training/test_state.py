@@ -18,11 +18,20 @@ STEPS, FIRST = 20, 7
 # overflows at first, and grows again before the end: the count of good steps matters, too
 SCALE = LossScaleConfig(initial=2.0**26, growth_interval=3)
 SCALED = {"dtype": "float16", "loss_scale": SCALE}
-MODES = {
-    "device": ({}, {}),
-    "host, accumulated": ({"offload_optimizer": "host", "micro_batches": 2},) * 2,
-    "float16, scaled, from device to host": (SCALED, {**SCALED, "offload_optimizer": "host"}),
-}
+MODES = [
+    pytest.param({}, {}, id="device"),
+    pytest.param(
+        *({"offload_optimizer": "host", "micro_batches": 2},) * 2,
+        id="host, accumulated",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        SCALED,
+        {**SCALED, "offload_optimizer": "host"},
+        id="float16, scaled, from device to host",
+        marks=pytest.mark.slow,
+    ),
+]
 
 
 @pytest.fixture
@@ -40,7 +49,7 @@ def identity(sparse, capacity):
     return make
 
 
-@pytest.mark.parametrize(("before", "after"), MODES.values(), ids=MODES)
+@pytest.mark.parametrize(("before", "after"), MODES)
 def test_resume_is_exact(make_update, data, identity, tmp_path, before, after):
     whole = make_update(steps=STEPS, **before)
     want = run_steps(whole, data, FIRST)

@@ -65,7 +65,11 @@ def torch_training(pair, data, config):
         (6, OptimizerConfig(learning_rate=5e-3, beta2=0.999, eps=1e-4, weight_decay=0.1)),
         # a usual one, over many steps; eps keeps elements whose gradient is rounding noise from
         # being moved by its sign
-        (50, OptimizerConfig(learning_rate=1e-3, eps=1e-5, weight_decay=0.1)),
+        pytest.param(
+            50,
+            OptimizerConfig(learning_rate=1e-3, eps=1e-5, weight_decay=0.1),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["6 steps", "50 steps"],
 )
