@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 
 from mistral_ms.checkpoint.config_file import encode_config

@@ -86,9 +86,11 @@ def test_greedy_tokens_are_hugging_faces(saved, load, kind):
     ("kind", "batch", "chunk"),
     [
         ("mixtral", 1, 64),  # alone, in one piece
-        ("mixtral", 2, 3),  # two groups, the second with an idle row
+        # two groups, the second with an idle row
+        pytest.param("mixtral", 2, 3, marks=pytest.mark.slow),
         ("mistral-sliding-window", 1, 1),  # token by token
-        ("mistral-sliding-window", 5, 8),  # more rows than prompts; a chunk beyond the window
+        # more rows than prompts; a chunk beyond the window
+        pytest.param("mistral-sliding-window", 5, 8, marks=pytest.mark.slow),
     ],
 )
 def test_batch_chunk_and_cache_do_not_change_the_tokens(saved, load, kind, batch, chunk):

@@ -82,6 +82,7 @@ def test_masters_take_steps_too_small_for_float16(make_update, data):
     assert np.count_nonzero(weight != before.astype(np.float16)) < 0.5 * weight.size
 
 
+@pytest.mark.slow
 def test_an_overflow_at_the_smallest_scale_is_an_error(make_update, data):
     scaling = LossScaleConfig(initial=2.0**31, minimum=2.0**30)
     update = make_update(dtype="float16", loss_scale=scaling)

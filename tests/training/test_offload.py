@@ -78,6 +78,7 @@ def test_the_count_sees_what_the_compiled_graph_holds(make_update, data):
     assert held == {id(p) for p in kept.values()}
 
 
+@pytest.mark.slow
 def test_the_host_keeps_its_masters_to_itself(make_update, data):
     """float32 masters are the weights: they are no part of a checkpoint, and follow a restore."""
     update = make(make_update, "host")

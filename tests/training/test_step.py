@@ -118,6 +118,7 @@ class TestSparse:
         rates = [got.learning_rate for got in trained[0]]
         assert rates == [learning_rate(training, step) for step in range(training.steps)]
 
+    @pytest.mark.slow
     def test_another_training_ends_with_the_same_bits(
         self, trained, make_model, sparse, capacity, training, text
     ):
