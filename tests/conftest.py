@@ -15,8 +15,9 @@ import pytest
 from support.slowest import Slowest
 
 TOGETHER = ("tests/distributed/", "tests/dryrun/")
-"""Folders whose tests share jobs and processes, or would crowd each other out: one after the other.
-"""
+"""Folders whose tests share jobs and processes: one after the other."""
+APART = ("_command.py", "_launch.py")
+"""Ends of names of files in them that start jobs of their own."""
 SLOW = (
     "alignment", "cli", "distributed", "dryrun", "end_to_end", "fuzz", "kernels", "launch",
     "mutants",
@@ -64,7 +65,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return next(filter(nodeid.startswith, TOGETHER), nodeid.partition("::")[0])
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(APART) else next(filter(file.startswith, TOGETHER), file)
 
     return Scheduler(config, log)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from distributed.harness import crashed_at_exit, end, environment, free_port, tails
+from support import commands
 
 from mistral_ms.checkpoint import convert, open_checkpoint
 from mistral_ms.cli.train import train
@@ -45,10 +46,7 @@ GROUPS = "training.micro_batches=4"
 
 
 def alone(root, *arguments):
-    command = [sys.executable, str(ROOT / "run_mixtral.py"), "train", "--config", "run.yaml"]
-    return subprocess.run(
-        [*command, *arguments], cwd=root, capture_output=True, text=True, timeout=300, check=False
-    )
+    return commands.run("train", "--config", "run.yaml", *arguments, cwd=root, timeout=300)
 
 
 def together(root, workers, name, *arguments):
