@@ -94,6 +94,10 @@ class TopologyError(MistralMsError):
     """A parallel layout that cannot exist."""
 
 
+class WeightError(MistralMsError):
+    """A weight that its specification does not describe, or a specification that cannot be."""
+
+
 class DryrunError(MistralMsError):
     """A machine on which no graph can be compiled for Ascend, or a graph that cannot be read."""
 

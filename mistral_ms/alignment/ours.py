@@ -56,7 +56,7 @@ def run_ours(
         world=division.world,
     ) as source:
         model = division.build_model(source.config, DROPLESS, positions=max(map(len, prompts)))
-        load_weights(source, model.weights(), storage=division.storage)
+        load_weights(source, model.weights(), storage=division.storage(model.specs))
     model.set_train(False)
     logits = division.logits(model)
     scaling = model.config.rope_scaling

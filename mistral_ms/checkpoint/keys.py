@@ -1,12 +1,9 @@
 """The key tables: what every format calls each tensor, and how it lays it out.
 
-Our names are the canon (``CANON``). A foreign format is a table from our names to its own
-(``Stored``), with placeholders: ``{layer}`` is a decoder block, ``{expert}`` an expert. Anything
-that is more than a name (experts in one tensor, another order of rows) is a property of the
-table's entry, so that one piece of code reads and writes them all.
-
-Shapes are written with the letters of the conventions: V vocabulary, H hidden, I intermediate,
-E experts, N query heads, G key/value heads, D head dimension; ``ND`` is N times D.
+Our names and shapes are those of the weights' specifications. A foreign format is a table from our
+names to its own (``Stored``), with placeholders: ``{layer}`` is a decoder block, ``{expert}`` an
+expert. Anything that is more than a name (experts in one tensor, another order of rows) is a
+property of the table's entry, so that one piece of code reads and writes them all.
 """
 
 from __future__ import annotations
@@ -16,35 +13,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 Layout = Literal["plain", "interleaved", "transposed"]
-Scope = Literal["model", "head", "layer", "dense", "sparse"]
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One row of the canon.
-
-    Attributes:
-        name: our name.
-        shape: of one expert's matrix when ``stacked``, else of the whole tensor.
-        scope: where it exists: once in the ``model``, once unless the ``head`` is tied, in every
-            ``layer``, or in the ``dense`` or ``sparse`` layers only.
-        stacked: the tensor has a leading axis over experts.
-        heads: the rows are heads (N or G of them) that RoPE rotates.
-    """
-
-    name: str
-    shape: tuple[str, ...]
-    scope: Scope
-    stacked: bool = False
-    heads: Literal["N", "G"] | None = None
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How a foreign format stores one row of the canon.
+    """How a format stores one of our tensors.
 
     Attributes:
-        name: its name there. A stacked parameter without ``{expert}`` is stacked there too.
+        name: its name there. A stacked tensor without ``{expert}`` is stacked there too.
         layout: ``plain`` as ours; ``interleaved``: the two halves of each head's rotary
             dimensions alternate row by row; ``transposed``: the matrix lies on its side.
         part: (i, n): per expert, the i-th of n equal blocks of rows that share a tensor.
@@ -57,32 +33,17 @@ class Stored:
     flat: bool = False
 
 
-EMBEDDING: tuple[Parameter, ...] = (Parameter("embed_tokens.weight", ("V", "H"), "model"),)
-DECODER_LAYER: tuple[Parameter, ...] = (
-    Parameter("layers.{layer}.input_layernorm.weight", ("H",), "layer"),
-    Parameter("layers.{layer}.attention.q_proj.weight", ("ND", "H"), "layer", heads="N"),
-    Parameter("layers.{layer}.attention.k_proj.weight", ("GD", "H"), "layer", heads="G"),
-    Parameter("layers.{layer}.attention.v_proj.weight", ("GD", "H"), "layer"),
-    Parameter("layers.{layer}.attention.o_proj.weight", ("H", "ND"), "layer"),
-    Parameter("layers.{layer}.post_attention_layernorm.weight", ("H",), "layer"),
-    Parameter("layers.{layer}.moe.router.weight", ("E", "H"), "sparse"),
-    Parameter("layers.{layer}.moe.experts.w1", ("I", "H"), "sparse", stacked=True),
-    Parameter("layers.{layer}.moe.experts.w2", ("H", "I"), "sparse", stacked=True),
-    Parameter("layers.{layer}.moe.experts.w3", ("I", "H"), "sparse", stacked=True),
-    Parameter("layers.{layer}.feed_forward.w1.weight", ("I", "H"), "dense"),
-    Parameter("layers.{layer}.feed_forward.w2.weight", ("H", "I"), "dense"),
-    Parameter("layers.{layer}.feed_forward.w3.weight", ("I", "H"), "dense"),
-)
-OUTPUT: tuple[Parameter, ...] = (
-    Parameter("norm.weight", ("H",), "model"),
-    Parameter("lm_head.weight", ("V", "H"), "head"),
-)
-
-CANON: tuple[Parameter, ...] = (*EMBEDDING, *DECODER_LAYER, *OUTPUT)
-
 KeyTable = Mapping[str, Stored]
 
-OURS: KeyTable = {parameter.name: Stored(parameter.name) for parameter in CANON}
+
+class _Ours(dict[str, Stored]):
+    """Every name stands for itself."""
+
+    def __missing__(self, name: str) -> Stored:
+        return Stored(name)
+
+
+OURS: KeyTable = _Ours()
 
 _HF_COMMON: KeyTable = {
     "embed_tokens.weight": Stored("model.embed_tokens.weight"),

@@ -8,20 +8,12 @@ and a start, and a conversion is a copy of blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mistral_ms.checkpoint.keys import (
-    DECODER_LAYER,
-    EMBEDDING,
-    OURS,
-    OUTPUT,
-    KeyTable,
-    Layout,
-    Parameter,
-    Stored,
-)
+from mistral_ms.checkpoint.keys import OURS, KeyTable, Layout, Stored
 from mistral_ms.config import ModelConfig
+from mistral_ms.errors import CheckpointError
+from mistral_ms.weights import ParamSpec, specs
 
 
 @dataclass(frozen=True)
@@ -63,37 +55,10 @@ class FormatLayout:
     places: dict[Block, Place]
 
 
-def _sizes(config: ModelConfig) -> dict[str, int]:
-    """What the letters of the canon's shapes stand for."""
-    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_size
-    return {
-        "V": config.vocab_size,
-        "H": config.hidden_size,
-        "I": config.intermediate_size,
-        "E": config.moe.num_local_experts if config.moe is not None else 0,
-        "N": heads,
-        "G": kv_heads,
-        "ND": heads * dim,
-        "GD": kv_heads * dim,
-    }
-
-
-def _instances(config: ModelConfig) -> Iterator[tuple[Parameter, int | None]]:
-    """Every parameter of the model with its layer, in the order of the computation."""
-    for parameter in EMBEDDING:
-        yield parameter, None
-    for layer in range(config.num_hidden_layers):
-        absent = "dense" if config.is_sparse(layer) else "sparse"
-        yield from ((p, layer) for p in DECODER_LAYER if p.scope != absent)
-    for parameter in OUTPUT:
-        if parameter.scope != "head" or not config.tie_word_embeddings:
-            yield parameter, None
-
-
 def _stacked_shape(stored: Stored, experts: int, block: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of a tensor that holds ``experts`` blocks (of the stored, not our, shape)."""
-    rows, columns = block[0] * stored.part[1], block[1]
-    return (experts * rows, columns) if stored.flat else (experts, rows, columns)
+    rows, columns = block[0] * stored.part[1], block[1:]
+    return (experts * rows, *columns) if stored.flat else (experts, rows, *columns)
 
 
 def format_layout(config: ModelConfig, table: KeyTable = OURS) -> FormatLayout:
@@ -105,24 +70,26 @@ def format_layout(config: ModelConfig, table: KeyTable = OURS) -> FormatLayout:
 
     Returns:
         Shapes in the order of the computation, and the place of every block.
+
+    Raises:
+        CheckpointError: the format has no name for a weight.
     """
-    sizes = _sizes(config)
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[Block, Place] = {}
-    for parameter, layer in _instances(config):
-        stored = table[parameter.name]
-        shape = tuple(sizes[letters] for letters in parameter.shape)
+    for spec in specs(config):
+        stored = _stored(spec, table)
+        experts: tuple[int | None, ...] = (None,)
+        shape = spec.shape
+        if spec.stacked:
+            experts, shape = tuple(range(spec.shape[0])), spec.shape[1:]
         stored_shape = shape[::-1] if stored.layout == "transposed" else shape
-        ours = parameter.name.format(layer=layer)
-        heads = sizes[parameter.heads] if parameter.heads else 0
-        experts = range(sizes["E"]) if parameter.stacked else (None,)
         for expert in experts:
-            theirs = stored.name.format(layer=layer, expert=expert)
-            block = Block(ours, expert, shape, heads)
+            theirs = stored.name.format(layer=spec.module, expert=expert)
+            block = Block(spec.name, expert, shape, spec.rotary_heads)
             if expert is None or "{expert}" in stored.name:
                 shapes[theirs], start = stored_shape, 0
             else:
-                shapes[theirs] = _stacked_shape(stored, sizes["E"], stored_shape)
+                shapes[theirs] = _stacked_shape(stored, len(experts), stored_shape)
                 start = (expert * stored.part[1] + stored.part[0]) * block.size
             places[block] = Place(theirs, start, stored.layout)
     return FormatLayout(shapes, places)
@@ -130,4 +97,16 @@ def format_layout(config: ModelConfig, table: KeyTable = OURS) -> FormatLayout:
 
 def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a model in our format."""
-    return format_layout(config).shapes
+    return {spec.name: spec.shape for spec in specs(config)}
+
+
+def _stored(spec: ParamSpec, table: KeyTable) -> Stored:
+    try:
+        return table[spec.pattern]
+    except KeyError:
+        raise CheckpointError(
+            "weight without a name",
+            where=spec.name,
+            rule="the format has no such tensor",
+            todo="keep the model in the mistral_ms format",
+        ) from None

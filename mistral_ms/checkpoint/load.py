@@ -22,7 +22,10 @@ class Storage(Protocol):
 
     holds_everything: bool
 
-    def window(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    def whole(self, name: str) -> tuple[int, ...]:
+        """The shape of a whole tensor."""
+
+    def window(self, name: str) -> tuple[slice, ...]:
         """Which part of a whole tensor it holds."""
 
     def parameter_shape(self, name: str, held: tuple[int, ...]) -> tuple[int, ...]:
@@ -69,10 +72,11 @@ def load_weights(
     for name, parameter in parameters.items():
         held = tensors[name]
         if storage is not None:
-            windows[name] = storage.window(name, held)
+            _check_shape(source, name, held, storage.whole(name))
+            windows[name] = storage.window(name)
             held = tuple(each.stop - each.start for each in windows[name])
             held = storage.parameter_shape(name, held)
-        _check_shape(source, name, held, parameter)
+        _check_shape(source, name, held, tuple(parameter.shape))
     for name, parameter in parameters.items():
         dtype = dtype_name(parameter.dtype)
         if alone:
@@ -87,13 +91,15 @@ def load_weights(
     source.verify()
 
 
-def _check_shape(source: Source, name: str, shape: tuple[int, ...], parameter: Parameter) -> None:
-    if tuple(parameter.shape) != tuple(shape):
+def _check_shape(
+    source: Source, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]
+) -> None:
+    if shape != wanted:
         raise CheckpointError(
             "wrong shape",
             where=f"{source.path}: {name}",
             value=list(shape),
-            rule=f"the model's weight is {list(parameter.shape)}",
+            rule=f"the model's weight is {list(wanted)}",
         )
 
 

@@ -35,6 +35,7 @@ from mistral_ms.checkpoint.verification import Verification
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError
 from mistral_ms.reading import is_file
+from mistral_ms.weights import EMBEDDING, HEAD
 
 
 class Source:
@@ -325,10 +326,10 @@ def _tied_head(config: ModelConfig, layout: FormatLayout, store: Store) -> froze
     Raises:
         CheckpointError: it does not.
     """
-    head = "lm_head.weight"
+    head = HEAD  # the formats that may have it agree on its name
     if not config.tie_word_embeddings or head not in store.tensors or head in layout.shapes:
         return frozenset()
-    embedding = next(p.name for b, p in layout.places.items() if b.name == "embed_tokens.weight")
+    embedding = next(p.name for b, p in layout.places.items() if b.name == EMBEDDING)
     one, two = store.tensors[head], store.tensors.get(embedding)
     if two is not None and not (
         one.shape == two.shape

@@ -120,11 +120,12 @@ def _presplit(
     Raises:
         ConfigError: another target format, or a layout that does not divide the model.
     """
-    from mistral_ms.checkpoint import open_checkpoint, our_shapes, presplit
+    from mistral_ms.checkpoint import open_checkpoint, presplit
     from mistral_ms.config import load_run_config
     from mistral_ms.errors import ConfigError
-    from mistral_ms.parallel.pipeline import held_names, stages_of
+    from mistral_ms.parallel.pipeline import held_specs, stages_of
     from mistral_ms.parallel.topology import Topology, written_parts
+    from mistral_ms.weights import specs
 
     if to not in (None, TargetFormat.MINDSPORE):
         raise ConfigError(
@@ -138,11 +139,8 @@ def _presplit(
     with open_checkpoint(src, **opening) as opened:
         model = opened.config
     parallel.check(model)
-    topology, shapes = Topology.of(parallel), our_shapes(model)
-    stages = stages_of(model, parallel.pp)
-    ranks = []
-    for place in topology.places:
-        held = {name: shapes[name] for name in held_names(stages[place.pp], shapes)}
-        ranks.append(written_parts(held, topology, place.rank))
+    topology, stages = Topology.of(parallel), stages_of(model, parallel.pp)
+    held = [held_specs(stage, specs(model)) for stage in stages]
+    ranks = [written_parts(held[place.pp], topology, place.rank) for place in topology.places]
     layout = str(parallel.sizes)
     return presplit(src, dst, ranks, layout, dtype, overwrite, say=say, **opening)

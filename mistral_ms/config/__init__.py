@@ -11,7 +11,7 @@ from mistral_ms.config.generation_file import (
 from mistral_ms.config.hugging_face import from_hf, to_hf, to_native
 from mistral_ms.config.load import apply_overrides, load_model_config, read_yaml
 from mistral_ms.config.mistral_params import from_mistral, to_mistral
-from mistral_ms.config.model import DType, ModelConfig, MoEArchitecture
+from mistral_ms.config.model import DType, LayerKinds, ModelConfig, MoEArchitecture
 from mistral_ms.config.parallel import ParallelConfig, layout_from_flags
 from mistral_ms.config.predict import PredictConfig, PredictionConfig, load_any_config
 from mistral_ms.config.rope_scaling import RopeScaling
@@ -42,6 +42,7 @@ __all__ = [
     "GenerationConfig",
     "GenerationFile",
     "InitFromConfig",
+    "LayerKinds",
     "LossScaleConfig",
     "MoEArchitecture",
     "ModelConfig",

@@ -19,7 +19,7 @@ from mistral_ms.config.hugging_face_keys import (
     HF_MOE_KEYS,
     HF_NEUTRAL,
 )
-from mistral_ms.config.model import ModelConfig
+from mistral_ms.config.model import LayerKinds, ModelConfig
 from mistral_ms.config.tables import mapping, pick, refuse_unknown, take_neutral
 from mistral_ms.errors import ConfigError
 
@@ -229,10 +229,13 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: a model that Hugging Face's classes cannot express (some layers dense, some
-            sparse; un-normalised top-k weights; a sparse model with a window in some layers).
+            sparse; un-normalised top-k weights; a sparse model with a window in some layers; layers
+            of other kinds).
     """
     reason = None
-    if config.moe is not None and (
+    if config.layer_kinds != LayerKinds():
+        reason = f"layers of kinds {config.layer_kinds}", "its classes have the layers of Mistral"
+    elif config.moe is not None and (
         len(config.sparse_layers) != config.num_hidden_layers or not config.moe.norm_topk_prob
     ):
         reason = (
@@ -280,6 +283,8 @@ def to_native(config: ModelConfig, *, block: bool = True) -> dict[str, Any]:
         keys["layer_types"] = data["layer_types"]
     if block:
         extra: dict[str, Any] = {"format": 1}
+        if config.layer_kinds != LayerKinds():
+            extra["layer_kinds"] = data["layer_kinds"]
         if moe is not None:
             extra["moe"] = {k: moe[k] for k in ("sparse_layers", "norm_topk_prob")}
             if config.layer_types is not None:

@@ -54,6 +54,26 @@ class MoEArchitecture(Frozen):
         return self
 
 
+class LayerKinds(Frozen):
+    """Which kind of layer stands at each place of a decoder block.
+
+    Kinds beside the default ones are made known by
+    :func:`mistral_ms.weights.register_layer`; Hugging Face's and Mistral's formats have none.
+
+    Attributes:
+        attention: of every block.
+        dense: in the place of the feed-forward where a block has no experts.
+        sparse: in its place where a block has experts.
+    """
+
+    attention: str = "attention"
+    dense: str = "feed_forward"
+    sparse: str = "moe"
+
+    def __str__(self) -> str:
+        return ", ".join((self.attention, self.dense, self.sparse))
+
+
 class ModelConfig(Frozen):
     """One Mistral or Mixtral model. Names are those of Hugging Face's config.json.
 
@@ -77,6 +97,7 @@ class ModelConfig(Frozen):
         initializer_range: standard deviation of freshly drawn weights.
         torch_dtype: dtype the published weights are stored in (HF's key).
         moe: the sparse layers; None for a dense model.
+        layer_kinds: which kinds of layers the blocks hold.
     """
 
     vocab_size: int = Field(ge=1, le=MOST_ROWS)
@@ -99,6 +120,7 @@ class ModelConfig(Frozen):
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
     moe: MoEArchitecture | None = None
+    layer_kinds: LayerKinds = LayerKinds()
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:

@@ -181,7 +181,7 @@ class Engine:
             model = division.build_model(config, DROPLESS, dtype, cache=spec, positions=length)
             if eos_ids is None:
                 eos_ids = read_checkpoint_settings(Path(path), config, tokenizer).eos_ids
-            load_weights(source, model.weights(), storage=division.storage)
+            load_weights(source, model.weights(), storage=division.storage(model.specs))
         step = division.next_token(model, dtype)
         return cls(
             model,

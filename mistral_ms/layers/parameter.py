@@ -9,6 +9,8 @@ import numpy as np
 from mindspore import Parameter
 from mindspore.common.initializer import initializer
 
+from mistral_ms.weights import ParamSpec
+
 
 def weight(*shape: int, dtype: str = "float32", init: str = "zeros") -> Parameter:
     """A trainable parameter of ``shape``; its name becomes its path in the model."""
@@ -16,7 +18,7 @@ def weight(*shape: int, dtype: str = "float32", init: str = "zeros") -> Paramete
 
 
 def buffer(*shape: int, dtype: str = "float32", init: str = "zeros") -> Parameter:
-    """State that is not trained and not part of a checkpoint."""
+    """State that is not trained and not part of a checkpoint, nor of a model's specifications."""
     parameter = Parameter(initializer(init, shape, getattr(ms, dtype)), requires_grad=False)
     parameter.is_buffer = True
     return parameter
@@ -27,13 +29,17 @@ def is_buffer(parameter: Parameter) -> bool:
     return getattr(parameter, "is_buffer", False)
 
 
-def draw(name: str, shape: tuple[int, ...], std: float, seed: int) -> np.ndarray:
-    """Initial values of one weight: normal(0, std) in float32; norms start at one.
+def draw(spec: ParamSpec, seed: int) -> np.ndarray:
+    """Initial values of one whole parameter, float32.
 
     Each weight has a random stream of its own, derived from the seed and its name: what a weight
     starts with depends neither on the order of construction nor on which process holds it.
+
+    Args:
+        spec: of the parameter; its ``init`` says what is drawn.
+        seed: of the run.
     """
-    if len(shape) == 1:
-        return np.ones(shape, np.float32)
-    stream = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    return stream.standard_normal(shape, dtype=np.float32) * np.float32(std)
+    if spec.init != "normal":
+        return np.full(spec.shape, float(spec.init == "ones"), np.float32)
+    stream = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
+    return stream.standard_normal(spec.shape, dtype=np.float32) * np.float32(spec.std)

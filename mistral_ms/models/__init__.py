@@ -1,7 +1,7 @@
 """The decoder and the causal language model on top of it."""
 
 from mistral_ms.models.block import DecoderBlock
-from mistral_ms.models.causal_lm import CausalLM, NextTokenLogits
+from mistral_ms.models.causal_lm import CausalLM, NextTokenLogits, check_weights
 from mistral_ms.models.objective import LossReport, Objective
 from mistral_ms.models.parts import Parts
 from mistral_ms.models.scores import Scores
@@ -16,4 +16,5 @@ __all__ = [
     "Parts",
     "Scores",
     "Segment",
+    "check_weights",
 ]

@@ -6,6 +6,8 @@ attended to, never routed, never counted, wherever in the batch it stands.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -25,6 +27,7 @@ from mistral_ms.models.block import DecoderBlock
 from mistral_ms.models.parts import Parts
 from mistral_ms.models.segment import Segment
 from mistral_ms.moe import RouterSums
+from mistral_ms.weights import Specs, by_name, check_parameters, specs
 
 _gather = ops.Gather()
 _range = ops.Range()
@@ -44,8 +47,12 @@ class CausalLM(nn.Cell):
         segment: the run of layers that this is; the whole model when None. What it does not hold
             does not exist: without the embedding it is given hidden states instead of tokens.
 
+    Attributes:
+        specs: what is true of each of its parameters as wholes, by name.
+
     Raises:
         ConfigError: a segment of a model whose embedding is its head, too.
+        WeightError: its pieces have other parameters than the specifications describe.
     """
 
     def __init__(
@@ -81,6 +88,8 @@ class CausalLM(nn.Cell):
         if cache is not None:
             self.key_positions = parts.key_positions(cache)
         self.no_rows = Tensor(np.zeros(1, np.int32), ms.int32)
+        self.specs = by_name(filter(self.segment.holds, specs(config)))
+        check_weights(self.weights(), self.specs, parts)
 
     def construct(self, ids_BS: Tensor, positions_BS: Tensor) -> Tensor:
         """Logits [B, S, V] in float32 of int32 ids and positions [B, S]."""
@@ -176,10 +185,28 @@ class CausalLM(nn.Cell):
         return {name(n): p for n, p in self.parameters_and_names() if not is_buffer(p)}
 
     def initialize(self, seed: int) -> None:
-        """Draws fresh weights: normal(0, initializer_range), norms one; a function of the seed."""
+        """Draws fresh weights as their specifications say; a function of the seed."""
         for name, parameter in self.weights().items():
-            values = draw(name, parameter.shape, self.config.initializer_range, seed)
+            values = draw(self.specs[name], seed)
             parameter.set_data(Tensor(values).astype(parameter.dtype))
+
+
+def check_weights(weights: Mapping[str, ms.Parameter], specs: Specs, parts: Parts) -> None:
+    """Compares a model's parameters with their specifications; only trained ones get gradients.
+
+    Args:
+        weights: the model's parameters, by the names of checkpoints.
+        specs: of what the model holds.
+        parts: made the model.
+
+    Raises:
+        WeightError: another set of names, or other shapes.
+    """
+    held = {name: tuple(parameter.shape) for name, parameter in weights.items()}
+    check_parameters(held, {name: parts.held_shape(spec) for name, spec in specs.items()})
+    for name, parameter in weights.items():
+        if specs[name].kind != "trained":
+            parameter.requires_grad = False
 
 
 class NextTokenLogits(nn.Cell):

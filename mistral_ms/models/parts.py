@@ -15,6 +15,7 @@ from mistral_ms.layers import (
     RMSNorm,
 )
 from mistral_ms.moe import MoELayer
+from mistral_ms.weights import ParamSpec
 
 
 class Parts:
@@ -38,6 +39,10 @@ class Parts:
         dtype: str = "float32",
     ) -> None:
         self.config, self.routing, self.cache, self.dtype = config, routing, cache, dtype
+
+    def held_shape(self, spec: ParamSpec) -> tuple[int, ...]:
+        """The shape in which the pieces hold a parameter."""
+        return spec.shape
 
     def embedding(self) -> nn.Cell:
         """[T] int32 -> [T, H]."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import ConfigError
+from mistral_ms.weights import ParamSpec
 
 _LAYERS = "layers."
 
@@ -43,6 +44,12 @@ class Segment:
                 rule="embedding and head are one weight and would lie on two stages",
                 todo="use pp=1",
             )
+
+    def holds(self, spec: ParamSpec) -> bool:
+        """Whether a parameter of the whole model is there."""
+        if isinstance(spec.module, int):
+            return spec.module in self.layers
+        return self.embeds if spec.module == "embedding" else self.predicts
 
     def name_in_model(self, name: str) -> str:
         """A weight's name in the whole model, from its name in the segment alone."""

@@ -28,6 +28,7 @@ from mistral_ms.parallel.stage import StageLinks, segment_of
 from mistral_ms.parallel.storage import DividedStorage, Storage
 from mistral_ms.parallel.tensor import VocabularyNLL
 from mistral_ms.parallel.topology import GroupKind, Topology
+from mistral_ms.weights import Specs
 
 T = TypeVar("T")
 POLL_SECONDS = 0.5
@@ -135,8 +136,12 @@ class Division:
         tensor = self.groups.of(GroupKind.TENSOR)
         return None if tensor.size == 1 else VocabularyNLL(tensor, config.vocab_size)
 
-    def reduction(self, weights: Mapping[str, Parameter]) -> Reduction | None:
+    def reduction(self, weights: Mapping[str, Parameter], specs: Specs) -> Reduction | None:
         """What is added up at the end of a step; None for one process.
+
+        Args:
+            weights: what this rank trains, by name.
+            specs: of these weights, and of others.
 
         Raises:
             ConfigError: an optimizer that cannot be shared out among so many.
@@ -144,7 +149,7 @@ class Division:
         if self.world == 1:
             return None
         kind = ShardedReduction if self.parallel.optimizer_parallel else Reduction
-        return kind(weights, self.groups)
+        return kind(weights, self.groups, specs)
 
     @property
     def is_pipelined(self) -> bool:
@@ -159,16 +164,19 @@ class Division:
         """The ways to the stages beside this rank's own."""
         return StageLinks(self.groups)
 
-    @property
-    def storage(self) -> Storage:
-        """How this rank's part of a model lies in a checkpoint."""
+    def storage(self, specs: Specs) -> Storage:
+        """How this rank's part of a model lies in a checkpoint.
+
+        Args:
+            specs: of what the rank's stage holds.
+        """
         if self.world == 1:
-            return Storage()
-        return DividedStorage(self.topology, self.rank, self.parallel.optimizer_parallel)
+            return Storage(specs)
+        return DividedStorage(specs, self.topology, self.rank, self.parallel.optimizer_parallel)
 
     def initialize(self, model: CausalLM, seed: int) -> None:
         """Draws what one process would draw, and keeps this rank's parts."""
-        self.storage.initialize(model.weights(), model.config.initializer_range, seed)
+        self.storage(model.specs).initialize(model.weights(), seed)
 
     def of_all_stages(self, figures: np.ndarray) -> np.ndarray:
         """Sums over the stages of what all ranks of a stage have alike; all must ask.

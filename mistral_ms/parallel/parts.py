@@ -16,7 +16,8 @@ from mistral_ms.parallel.tensor import (
     VocabularyEmbedding,
     share_of_model,
 )
-from mistral_ms.parallel.topology import GroupKind
+from mistral_ms.parallel.topology import GroupKind, part_shape
+from mistral_ms.weights import ParamSpec
 
 
 class DividedParts(Parts):
@@ -49,6 +50,10 @@ class DividedParts(Parts):
         self.share = share_of_model(config, parallel)
         self.parallel, self.groups = parallel, groups
         self.tensor = groups.of(GroupKind.TENSOR)
+
+    def held_shape(self, spec: ParamSpec) -> tuple[int, ...]:
+        """See the base: of this rank's part."""
+        return part_shape(spec, self.parallel.sizes)
 
     def embedding(self) -> nn.Cell:
         """See the base: this rank's rows of the vocabulary."""

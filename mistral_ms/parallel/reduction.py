@@ -3,6 +3,8 @@
 Gradients are sums over tokens divided by the whole batch's counts, so the ranks' gradients are
 added up, never averaged: those of dense weights over the ranks that see other tokens, those of
 experts over the ranks that hold the same experts (their expert group's tokens have come to them).
+Where tensor-parallel ranks use the whole of a weight on different heads or columns, their parts of
+its gradient are added up first.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from mistral_ms.parallel.collectives import Collectives, Groups
 from mistral_ms.parallel.topology import GroupKind, gradient_group, is_divided
+from mistral_ms.weights import Specs
 
 BUFFER_BYTES = 64 << 20
 """Gradients that are added up in one message."""
@@ -28,19 +31,24 @@ class Reduction(nn.Cell):
     Args:
         weights: this rank's trained weights, by name.
         groups: this rank's groups.
+        specs: of these weights, and of others.
 
     Attributes:
         updated: the names of the weights that this rank updates, in order.
     """
 
-    def __init__(self, weights: Mapping[str, Parameter], groups: Groups) -> None:
+    def __init__(self, weights: Mapping[str, Parameter], groups: Groups, specs: Specs) -> None:
         super().__init__(auto_prefix=False)
         sizes = groups.topology.sizes
+        self.specs = {name: specs[name] for name in weights}
         dense, expert = groups.of(GroupKind.DATA), groups.of(GroupKind.EXPERT_DATA)
-        kinds = [gradient_group(name) for name in weights]
+        kinds = [gradient_group(spec) for spec in self.specs.values()]
         self.sizes, self.updated = sizes, tuple(weights)
         self.shapes = tuple(tuple(weight.shape) for weight in weights.values())
         self.data, self.experts = dense, expert
+        self.tensor = groups.of(GroupKind.TENSOR)
+        partial = [spec.partial_gradient for spec in self.specs.values()]
+        self.partial_buffers = _fill(self.shapes, partial)
         self.dense_buffers = _fill(self.shapes, [kind is GroupKind.DATA for kind in kinds])
         self.expert_buffers = _fill(self.shapes, [kind is not GroupKind.DATA for kind in kinds])
         # the loss of a data-parallel rank is known to all its tensor-parallel ranks
@@ -50,14 +58,15 @@ class Reduction(nn.Cell):
 
     def copies(self, name: str) -> int:
         """How many ranks of the stage count each element of a weight's gradient."""
-        dense = gradient_group(name) is GroupKind.DATA
-        holders = self.sizes.dp if dense else self.sizes.dp // self.sizes.ep
-        return holders if is_divided(name) else holders * self.sizes.mp
+        spec = self.specs[name]
+        holders = self.sizes.dp // self.sizes.ep if spec.stacked else self.sizes.dp
+        return holders if is_divided(spec) else holders * self.sizes.mp
 
     def gradients(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Float32 gradients of this rank's tokens, in the weights' order -> of all tokens, of the
         weights that this rank updates.
         """
+        gradients = self.summed(gradients, self.partial_buffers, self.tensor)
         gradients = self.summed(gradients, self.dense_buffers, self.data)
         return self.summed(gradients, self.expert_buffers, self.experts)
 

@@ -11,6 +11,7 @@ from mistral_ms.errors import ConfigError
 from mistral_ms.parallel.collectives import Collectives, Groups
 from mistral_ms.parallel.reduction import BUFFER_BYTES, Reduction
 from mistral_ms.parallel.topology import GroupKind, gradient_group, is_divided, owners
+from mistral_ms.weights import Specs
 
 _concat = ops.Concat(0)
 _stack = ops.Stack()
@@ -28,21 +29,22 @@ class ShardedReduction(Reduction):
     Args:
         weights: this rank's trained weights, by name.
         groups: this rank's groups.
+        specs: of these weights, and of others.
 
     Raises:
         ConfigError: there are fewer weights than ranks to share them out to.
     """
 
-    def __init__(self, weights: Mapping[str, Parameter], groups: Groups) -> None:
-        super().__init__(weights, groups)
+    def __init__(self, weights: Mapping[str, Parameter], groups: Groups, specs: Specs) -> None:
+        super().__init__(weights, groups, specs)
         sizes = groups.topology.sizes
         names = list(weights)
-        owner = owners({name: tuple(weight.shape) for name, weight in weights.items()}, sizes)
+        owner = owners(self.specs.values(), sizes)
         position = {
             GroupKind.DATA: self.data.position,
             GroupKind.EXPERT_DATA: self.experts.position,
         }
-        mine = [owner[name] == position[gradient_group(name)] for name in names]
+        mine = [owner[name] == position[gradient_group(self.specs[name])] for name in names]
         self.updated = tuple(name for name, own in zip(names, mine, strict=True) if own)
         if not self.updated:
             raise ConfigError(
@@ -59,13 +61,14 @@ class ShardedReduction(Reduction):
 
     def copies(self, name: str) -> int:
         """Only one of the data-parallel ranks counts an element."""
-        return 1 if is_divided(name) else self.sizes.mp
+        return 1 if is_divided(self.specs[name]) else self.sizes.mp
 
     def gradients(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Float32 gradients of this rank's tokens -> those that it updates, of all tokens."""
         # each message waits for the one before: ranks own different weights, so their graphs
         # differ, and a compiler that chose the order itself could choose another one on each
-        done = gradients[0]
+        gradients = self.summed(gradients, self.partial_buffers, self.tensor)
+        done = gradients[self.partial_buffers[-1][-1] if self.partial_buffers else 0]
         for buffer in self.dense_shards:
             gradients, done = self.sum_to_owners(gradients, buffer, self.data, done)
         for buffer in self.expert_shards:
@@ -115,8 +118,9 @@ class ShardedReduction(Reduction):
         """Buffers of a limited size; none where a group has a single member."""
         if size == 1:
             return ()
+        of_kind = {name: gradient_group(self.specs[name]) for name in names}
         queues = [
-            [i for i, name in enumerate(names) if gradient_group(name) is kind and owner[name] == p]
+            [i for i, name in enumerate(of_kind) if of_kind[name] is kind and owner[name] == p]
             for p in range(size)
         ]
         room = BUFFER_BYTES // 4 // size

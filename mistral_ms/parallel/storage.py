@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from mindspore import Parameter, Tensor
@@ -11,10 +11,10 @@ from mistral_ms.layers import draw
 from mistral_ms.parallel.topology import (
     Topology,
     weight_slice,
-    whole_shape,
     writes_owned,
     written_parts,
 )
+from mistral_ms.weights import Specs
 
 Shape = tuple[int, ...]
 Window = tuple[slice, ...]
@@ -23,19 +23,25 @@ Window = tuple[slice, ...]
 class Storage:
     """Of a process that is alone: all of everything, as it lies in the checkpoint.
 
+    Args:
+        specs: of the parameters that the process's stage holds.
+
     Attributes:
         holds_everything: no other process holds anything.
     """
 
     holds_everything = True
 
-    def whole(self, name: str, parameter: Parameter) -> Shape:
-        """The shape of a whole weight in a checkpoint, of which the process holds a part."""
-        return tuple(parameter.shape)
+    def __init__(self, specs: Specs) -> None:
+        self.specs = specs
 
-    def window(self, name: str, shape: Shape) -> Window:
-        """Which part of a whole weight of ``shape`` the process holds, one slice per axis."""
-        return tuple(slice(0, size) for size in shape)
+    def whole(self, name: str) -> Shape:
+        """The shape of a whole weight in a checkpoint, of which the process holds a part."""
+        return self.specs[name].shape
+
+    def window(self, name: str) -> Window:
+        """Which part of a whole weight the process holds, one slice per axis."""
+        return tuple(slice(0, size) for size in self.whole(name))
 
     def parameter_shape(self, name: str, held: Shape) -> Shape:
         """The shape of the parameter that keeps a part of ``held``."""
@@ -49,11 +55,11 @@ class Storage:
         """The way back."""
         return values
 
-    def written(self, weights: Mapping[str, Shape]) -> set[str]:
+    def written(self, weights: Iterable[str]) -> set[str]:
         """The weights whose parts this process writes; of those that hold the same, one does.
 
         Args:
-            weights: shapes of the whole weights that its stage holds, by name.
+            weights: names of what its stage holds.
         """
         return set(weights)
 
@@ -66,11 +72,10 @@ class Storage:
         """
         return weight in written
 
-    def initialize(self, weights: Mapping[str, Parameter], std: float, seed: int) -> None:
+    def initialize(self, weights: Mapping[str, Parameter], seed: int) -> None:
         """Draws what one process would draw, and keeps this process's parts."""
         for name, parameter in weights.items():
-            shape = self.whole(name, parameter)
-            part = draw(name, shape, std, seed)[self.window(name, shape)]
+            part = draw(self.specs[name], seed)[self.window(name)]
             values = np.ascontiguousarray(self.to_parameter(name, part))
             data = Tensor(values).astype(parameter.dtype)
             # what MindSpore has cut when it divided a graph stays known as cut
@@ -81,6 +86,7 @@ class DividedStorage(Storage):
     """Of one rank of the explicit path.
 
     Args:
+        specs: of the parameters that the rank's stage holds.
         topology: the layout.
         rank: the process.
         shared_out: each rank alone of those that hold a weight has its optimizer state.
@@ -88,23 +94,21 @@ class DividedStorage(Storage):
 
     holds_everything = False
 
-    def __init__(self, topology: Topology, rank: int, shared_out: bool) -> None:
+    def __init__(self, specs: Specs, topology: Topology, rank: int, shared_out: bool) -> None:
+        super().__init__(specs)
         self.topology, self.rank, self.shared_out = topology, rank, shared_out
 
-    def whole(self, name: str, parameter: Parameter) -> Shape:
+    def window(self, name: str) -> Window:
         """See the base."""
-        return whole_shape(name, tuple(parameter.shape), self.topology)
+        return weight_slice(self.specs[name], self.topology, self.rank)
 
-    def window(self, name: str, shape: Shape) -> Window:
-        """See the base."""
-        return weight_slice(name, shape, self.topology, self.rank)
-
-    def written(self, weights: Mapping[str, Shape]) -> set[str]:
+    def written(self, weights: Iterable[str]) -> set[str]:
         """See the base; the loads of all ranks are about even."""
-        return set(written_parts(weights, self.topology, self.rank))
+        held = [self.specs[name] for name in weights]
+        return set(written_parts(held, self.topology, self.rank))
 
     def writes_state(self, weight: str, written: set[str]) -> bool:
         """See the base."""
         if self.shared_out:
-            return writes_owned(weight, self.topology, self.rank)
+            return writes_owned(self.specs[weight], self.topology, self.rank)
         return weight in written

@@ -155,9 +155,9 @@ class GraphTrainStep:
         table = np.zeros((len(layers), 2 + 2 * experts), np.float32)
         lm = np.zeros(1, np.float32)
         for row, layer in enumerate(layers):
-            if self.storage.holds(f"layers.{layer}."):
+            if layer in self.storage.stage.layers:
                 table[row] = rooms[layer].asnumpy()[0]
-        if self.storage.holds("lm_head."):
+        if self.storage.stage.head:
             lm = rooms[None].asnumpy()[0]
         both = self._division.of_all_stages(np.concatenate([lm, table.ravel()]))
         return both[0], both[1:].reshape(table.shape)
@@ -165,8 +165,7 @@ class GraphTrainStep:
     def _check_parts(self) -> None:
         """Raises where MindSpore has cut a weight otherwise than its checkpoints will be."""
         for name, parameter in self.held().items():
-            whole = self.storage.whole(name, parameter)
-            window = self.storage.window(name, whole)
+            window = self.storage.window(name)
             part = tuple(each.stop - each.start for each in window)
             wanted = self.storage.parameter_shape(name, part)
             if tuple(parameter.shape) != wanted:

@@ -61,13 +61,13 @@ class PartSnapshot:
 def take_part(update: Update, identity: Identity, division: Division) -> PartSnapshot:
     """Copies what this process shall write; no process asks another one for anything."""
     weights, storage = update.held(), update.storage
-    shapes = {name: storage.whole(name, parameter) for name, parameter in weights.items()}
-    mine = storage.written(shapes)
+    shapes = {name: storage.whole(name) for name in weights}
+    mine = storage.written(weights)
 
     def _copied(name: str, weight: str, parameter: Any) -> Part:
         values, dtype = to_numpy(parameter)
         values = np.array(storage.from_parameter(weight, values), copy=True, order="C")
-        return Part(name, shapes[weight], storage.window(weight, shapes[weight]), dtype, values)
+        return Part(name, shapes[weight], storage.window(weight), dtype, values)
 
     def parts() -> Iterator[Part]:
         for name, parameter in update.state().items():

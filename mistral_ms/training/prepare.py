@@ -144,7 +144,7 @@ def initialize(
         ConfigError: the checkpoint is of another model.
     """
     if run.init_from is None:
-        storage.initialize(weights, run.model.initializer_range, run.training.seed)
+        storage.initialize(weights, run.training.seed)
         return
     start, rank, world = run.init_from, division.rank, division.world
     with open_checkpoint(

@@ -143,7 +143,8 @@ class TrainingRun:
             run.model, run.routing, run.training.dtype, positions=run.training.seq_length
         )
         if drawn:  # before the optimizer copies them
-            initialize(model.weights(), division.storage, run, division, self._say)
+            storage = division.storage(model.specs)
+            initialize(model.weights(), storage, run, division, self._say)
         pooled = run.routing.aux_loss == "pooled"
         return TrainStep(model, run.training, pooled_aux=pooled, division=division)
 

@@ -143,15 +143,15 @@ def restore(update: Update, path: Path) -> None:
             )
         for name, parameter in wanted.items():
             weight, shape = weight_of(name), stored.shape(name)
-            part = None if storage.holds_everything else storage.window(weight, shape)
-            values = storage.to_parameter(weight, stored.read(name, part))
-            if tuple(parameter.shape) != values.shape:
+            if shape != storage.whole(weight):
                 raise CheckpointError(
                     "wrong shape",
                     where=f"{path}: {name}",
-                    value=list(values.shape),
-                    rule=f"the training has {list(parameter.shape)}",
+                    value=list(shape),
+                    rule=f"the training has {list(storage.whole(weight))}",
                 )
+            part = None if storage.holds_everything else storage.window(weight)
+            values = storage.to_parameter(weight, stored.read(name, part))
             set_values(parameter, values)
     update.restored()
     try:

@@ -207,7 +207,9 @@ class TrainStep:
         self.weights: dict[str, Parameter] = {
             name: weight for name, weight in model.weights().items() if weight.requires_grad
         }
-        self._reduction = None if division is None else division.reduction(self.weights)
+        self._reduction = (
+            None if division is None else division.reduction(self.weights, model.specs)
+        )
         self.progress = Progress(scale=LossScale.start(config.scaling))
         objective = Objective(
             model,
@@ -286,7 +288,8 @@ class TrainStep:
     @property
     def storage(self) -> Storage:
         """See :class:`Update`."""
-        return Storage() if self._division is None else self._division.storage
+        specs = self.model.specs
+        return Storage(specs) if self._division is None else self._division.storage(specs)
 
     def held(self) -> dict[str, Parameter]:
         """See :class:`Update`."""

@@ -46,7 +46,7 @@ def room(rooms: str = "", packages: str = "", **modules: str) -> Room:
     return Room(frozenset(rooms.split()), frozenset(packages.split()), **split)
 
 
-MODEL_ROOMS = "config ops layers moe models"
+MODEL_ROOMS = "config weights ops layers moe models"
 BELOW_TRAINING = f"{MODEL_ROOMS} staging parallel tokenizer checkpoint data datasets"
 # numpy goes where mindspore goes: its tensors are made of arrays
 TABLE = {
@@ -58,12 +58,13 @@ TABLE = {
     "data": room(),
     "staging": room(),
     "config": room(packages="pydantic yaml"),
+    "weights": room("config"),
     "ops": room(packages="mindspore numpy"),
-    "layers": room("config ops", "mindspore numpy"),
-    "moe": room("config ops layers", "mindspore numpy"),
-    "models": room("config layers moe", "mindspore numpy"),
+    "layers": room("config weights ops", "mindspore numpy"),
+    "moe": room("config weights ops layers", "mindspore numpy"),
+    "models": room("config weights layers moe", "mindspore numpy"),
     "parallel": room(
-        "config ops layers moe models",
+        MODEL_ROOMS,
         "mindspore numpy matplotlib",
         mindspore_not_in=(
             "mistral_ms.parallel mistral_ms.parallel.topology mistral_ms.parallel.pipeline"
@@ -71,7 +72,7 @@ TABLE = {
     ),
     "tokenizer": room("config data", "sentencepiece tokenizers mistral_common jinja2"),
     "checkpoint": room(
-        "config staging parallel.topology",
+        "config weights staging parallel.topology",
         "numpy safetensors torch mindspore",
         mindspore_only_in="mistral_ms.checkpoint.load",
     ),
@@ -85,7 +86,7 @@ TABLE = {
     "lifelong": room(BELOW_TRAINING, "mindspore numpy"),
     "alignment": room(f"{BELOW_TRAINING} inference", "mindspore numpy torch transformers"),
     "launch": room("config"),
-    "planner": room("config parallel.topology"),
+    "planner": room("config weights parallel.topology"),
     "mindformers": room(
         f"{BELOW_TRAINING} training inference lifelong", "mindspore numpy mindformers"
     ),
@@ -229,6 +230,8 @@ PLANTED = {
         "inference may not import mistral_ms.cli",
     ),
     "data/a.py": ("import numpy", "data may not import numpy"),
+    "weights/a.py": ("from mistral_ms.layers import Linear", "weights may not import"),
+    "weights/b.py": ("import mindspore", "weights may not import mindspore"),
     "basement/a.py": ("", "the room basement is not in the table"),
 }
 ALLOWED = {
@@ -271,6 +274,7 @@ def test_nothing_imports_the_command_line():
     "name",
     [
         "config",
+        "weights",
         "tokenizer",
         "checkpoint",
         "data",

@@ -1,27 +1,31 @@
 """The key tables: written out for small models and compared with HF's own state dicts."""
 
 import pytest
+from support.configs import model
 
 from mistral_ms.checkpoint import our_shapes
-from mistral_ms.checkpoint.keys import CANON, HF, HF_FUSED, MISTRAL, MISTRAL_DUMP, OURS
+from mistral_ms.checkpoint.keys import HF, HF_FUSED, MISTRAL, MISTRAL_DUMP
 from mistral_ms.checkpoint.layout import format_layout
 from mistral_ms.config import ModelConfig, MoEArchitecture, from_hf
+from mistral_ms.weights import specs
 
-TABLES = {"hf": HF, "fused": HF_FUSED, "mistral": MISTRAL, "dump": MISTRAL_DUMP, "ours": OURS}
+TABLES = {"hf": HF, "fused": HF_FUSED, "mistral": MISTRAL, "dump": MISTRAL_DUMP}
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_every_table_has_exactly_the_rows_of_the_canon(name):
-    assert set(TABLES[name]) == {parameter.name for parameter in CANON}
+def test_every_table_names_exactly_the_weights_that_models_have(name):
+    """Of a model with a dense layer, a sparse one, and a head of its own."""
+    config = model(num_hidden_layers=2, moe={"sparse_layers": (1,)})
+    assert set(TABLES[name]) == {spec.pattern for spec in specs(config)}
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "mistral", "head_dim", "tied", "multi_query"])
 def test_hf_names_and_shapes_are_those_of_the_transformers_classes(foreign, kind):
     import torch
 
-    model = foreign.model(kind, torch.float32)
-    config, _ = from_hf(model.config.to_dict())
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    theirs = foreign.model(kind, torch.float32)
+    config, _ = from_hf(theirs.config.to_dict())
+    expected = {name: tuple(p.shape) for name, p in theirs.named_parameters()}
     assert format_layout(config, HF).shapes == expected
 
 

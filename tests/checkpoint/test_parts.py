@@ -52,9 +52,9 @@ def test_every_rank_of_every_layout_reads_its_part(written, values, stored, want
     ):
         assert set(states.names()) == set(values) - set(source.names())
         for rank in range(topology.sizes.world):
-            for name, shape in held(topology, rank).items():
-                assert source.shape(name) == shape
-                window = weight_slice(name, shape, topology, rank)
+            for name, spec in held(topology, rank).items():
+                assert source.shape(name) == spec.shape
+                window = weight_slice(spec, topology, rank)
                 got = source.read_window(name, window)
                 assert np.array_equal(bits(got), bits(values[name][window])), name
                 for state in (f"{kind}.{name}" for kind in KINDS):

@@ -17,6 +17,7 @@ from mistral_ms.checkpoint import (
 from mistral_ms.config import MoEArchitecture
 from mistral_ms.errors import CheckpointError
 from mistral_ms.parallel.topology import Topology, written_parts
+from mistral_ms.weights import specs
 
 SPARSE = MODEL.model_copy(update={"moe": MoEArchitecture(num_local_experts=4)})
 
@@ -56,15 +57,15 @@ READERS = {
     "convert to mistral": lambda path, **o: convert(path, path.parent / "out", "mistral", **o),
     "convert to ours": lambda path, **o: convert(path, path.parent / "out", "mindspore", **o),
     "presplit": lambda path, **o: presplit(
-        path, path.parent / "out", ranks(our_shapes(SPARSE)), "dp4 ep2", **o
+        path, path.parent / "out", ranks(SPARSE), "dp4 ep2", **o
     ),
     "read": read_all,
 }
 
 
-def ranks(shapes):
+def ranks(config):
     topology = Topology(LAYOUTS["dp4 ep2"])
-    return [written_parts(shapes, topology, rank) for rank in range(4)]
+    return [written_parts(specs(config), topology, rank) for rank in range(4)]
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -144,7 +145,7 @@ def test_ranks_that_read_together_share_the_work(sound, tmp_path, victim):
     parts = shutil.copytree(sound / "parts", tmp_path / "parts")
     flip(parts / f"model-rank-{victim:05d}.safetensors", -1)
     told = []
-    for rank, windows in enumerate(ranks(our_shapes(MODEL))):
+    for rank, windows in enumerate(ranks(MODEL)):
         try:
             with open_checkpoint(parts, rank=rank, world=4) as source:
                 for name, window in windows.items():

@@ -26,6 +26,7 @@ from mistral_ms.parallel.collectives import Groups, RecordedGroups
 from mistral_ms.parallel.dispatchers import make_dispatcher
 from mistral_ms.parallel.experts import routed_experts
 from mistral_ms.parallel.topology import Traffic, expert_slice, weight_slice
+from mistral_ms.weights import by_name, specs
 
 
 def total(sent: list[Traffic]) -> np.ndarray:
@@ -115,9 +116,10 @@ def dispatch_all(worker: Worker) -> None:
         worker.keep(f"{case.name}/traffic", total(recorded.sent))
         if case.policy != "choice_major":
             region = routed_experts(model(), case.routing, case.parallel, groups)
+            held = by_name(specs(model()))
             for name, whole in expert_weights().items():
                 path = f"layers.0.moe.experts.{name}"
-                cut = weight_slice(path, whole.shape, case.topology, worker.rank)
+                cut = weight_slice(held[path], case.topology, worker.rank)
                 getattr(region, name).set_data(Tensor(np.ascontiguousarray(whole[cut])))
             run_region(worker, case, Region(region), one)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mindspore as ms
 import numpy as np
 from distributed.worker import Worker
@@ -22,6 +24,7 @@ from mistral_ms.parallel.tensor import (
     share_of_model,
 )
 from mistral_ms.parallel.topology import GroupKind, Topology, weight_slice
+from mistral_ms.weights import by_name, specs
 
 CONFIG = small_model(
     vocab_size=32,
@@ -47,9 +50,11 @@ GRAPH = ("ep2",)
 ROWS, WIDTH = 4, 6
 
 
+SPECS = by_name(specs(CONFIG))
+
+
 def weights() -> dict[str, np.ndarray]:
-    shapes = {name: p.shape for name, p in CausalLM(CONFIG, positions=WIDTH).weights().items()}
-    return {name: draw(name, shape, 0.3, 1) for name, shape in shapes.items()}
+    return {name: draw(replace(spec, std=0.3), 1) for name, spec in SPECS.items()}
 
 
 def windows() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -100,7 +105,7 @@ def run_models(worker: Worker) -> None:
         divide(model, CONFIG, parallel, groups)
         held = model.weights()
         for path, whole in weights().items():
-            cut = weight_slice(path, whole.shape, topology, worker.rank)
+            cut = weight_slice(SPECS[path], topology, worker.rank)
             held[path].set_data(Tensor(np.ascontiguousarray(whole[cut])))
         rows = ROWS // parallel.dp
         mine = slice(groups.place.dp * rows, (groups.place.dp + 1) * rows)

@@ -20,6 +20,7 @@ from mistral_ms.parallel.tensor import (
     share_of_model,
 )
 from mistral_ms.parallel.topology import GroupKind, Topology, weight_slice
+from mistral_ms.weights import specs
 
 MODES = {2: ("pynative", "graph"), 4: ("pynative",)}
 """By number of processes: one compilation shows that the layers compile."""
@@ -32,25 +33,14 @@ CONFIG = ModelConfig(
     num_attention_heads=4,
     num_key_value_heads=4,
 )
-WEIGHTS = {
-    "embed_tokens.weight": (24, 16),
-    "input_layernorm.weight": (16,),
-    "attention.q_proj.weight": (16, 16),
-    "attention.k_proj.weight": (16, 16),
-    "attention.v_proj.weight": (16, 16),
-    "attention.o_proj.weight": (16, 16),
-    "post_attention_layernorm.weight": (16,),
-    "feed_forward.w1.weight": (12, 16),
-    "feed_forward.w2.weight": (16, 12),
-    "feed_forward.w3.weight": (12, 16),
-    "norm.weight": (16,),
-    "lm_head.weight": (24, 16),
-}
+WEIGHTS = {spec.name.removeprefix("layers.0."): spec for spec in specs(CONFIG)}
+"""By their names in :class:`Divided`."""
 
 
 def whole_weights() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(3)
-    drawn = {n: rng.normal(size=s) / np.sqrt(s[-1]) for n, s in WEIGHTS.items()}
+    shapes = {name: spec.shape for name, spec in WEIGHTS.items()}
+    drawn = {n: rng.normal(size=s) / np.sqrt(s[-1]) for n, s in shapes.items()}
     return {n: (w + (w.ndim == 1)).astype(np.float32) for n, w in drawn.items()}
 
 
@@ -116,7 +106,7 @@ def run_tensor(worker: Worker) -> None:
     net = Divided(tensor, parallel)
     whole = whole_weights()
     for name, parameter in net.parameters_and_names():
-        cut = weight_slice(name, whole[name].shape, topology, worker.rank)
+        cut = weight_slice(WEIGHTS[name], topology, worker.rank)
         parameter.set_data(Tensor(np.ascontiguousarray(whole[name][cut])))
     given = (*(Tensor(a) for a in inputs()), *context())
     for mode in MODES[worker.world]:

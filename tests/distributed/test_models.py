@@ -5,7 +5,7 @@ import functools
 import mindspore as ms
 import numpy as np
 import pytest
-from distributed.models import CONFIG, GRAPH, LAYOUTS, WIDTH, SumLoss, weights, windows
+from distributed.models import CONFIG, GRAPH, LAYOUTS, SPECS, WIDTH, SumLoss, weights, windows
 from mindspore import Tensor, nn
 from support.models import fill
 
@@ -51,9 +51,9 @@ def test_the_loss_adds_up_over_the_data_parallel_ranks(report, world, name, mode
 @pytest.mark.parametrize("path", weights())
 def test_gradients_add_up_over_their_group(report, world, name, mode, path):
     layout, want = topology(world, name), alone()[path]
-    for group in layout.groups(gradient_group(path)):
+    for group in layout.groups(gradient_group(SPECS[path])):
         parts = [report(world).get(rank, f"model/{name}/{mode}/{path}") for rank in group.ranks]
-        cut = weight_slice(path, want.shape, layout, group.ranks[0])
+        cut = weight_slice(SPECS[path], layout, group.ranks[0])
         # float32 noise of sums in another order, through two layers
         np.testing.assert_allclose(sum(parts), want[cut], rtol=0, atol=5e-6 * np.abs(want).max())
     assert np.abs(want).max() > 1e-3

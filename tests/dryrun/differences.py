@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from dryrun.rehearsal import Said
-from dryrun.small_runs import FLOAT, HALF, KEYS, QUERIES, WIDE, C, E, H, S, V, layers_of
+from dryrun.small_runs import FLOAT, HALF, KEYS, QUERIES, WIDE, C, E, H, S, V, layers_of, small_run
 
-from mistral_ms.config import ParallelConfig
+from mistral_ms.config import ModelConfig, ParallelConfig
 from mistral_ms.parallel.topology import GroupKind, Topology, owners
+from mistral_ms.weights import specs
 
 FORWARD, BACKWARD, RECOMPUTE, UPDATE = "forward", "backward", "recompute", "optimizer"
 STATES = S * H * HALF  # of a rank's micro-batch: one window
@@ -70,6 +71,7 @@ class Expected:
         self.rank, self.micro = rank, micro
         self.stage = self.topology.place(rank).pp
         self.last = self.stage == self.config.pp - 1
+        self.model = ModelConfig(**small_run(parallel)["model"])
         layers = layers_of(parallel)
         self.layers = layers // self.config.pp  # of the stage
         # total, lm, aux, z; choices and kept choices of all layers
@@ -193,8 +195,8 @@ class Expected:
             item = HALF if weight.rounded else FLOAT
             graph[self.said("AllGather", FORWARD, weight.kind, numbers // many * item)] += 1
             graph[self.said("ReduceScatter", BACKWARD, weight.kind, numbers * FLOAT)] += 1
-        shapes = {name: weight.shape for name, weight in self.weights.items()}
-        owner = owners(shapes, self.config.sizes)
+        here = [spec for spec in specs(self.model) if spec.name in self.weights]
+        owner = owners(here, self.config.sizes)
         explicit = Counter()
         for kind in (GroupKind.DATA, GroupKind.EXPERT_DATA):
             many = len(self.ranks(kind))

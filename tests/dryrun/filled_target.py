@@ -36,15 +36,14 @@ class Filled:
         self.cell.compile(*inputs)
 
 
-def fill_and_compare(weights: Any, storage: Any, std: float) -> None:
+def fill_and_compare(weights: Any, storage: Any) -> None:
     """Draws a rank's parts of the weights, and finds them again. Rounding is NumPy's: what the
     device would have to compute is not computed here.
     """
     assert weights
     parts = {}
     for name, parameter in weights.items():
-        whole = draw(name, storage.whole(name, parameter), std, SEED)
-        part = whole[storage.window(name, whole.shape)]
+        part = draw(storage.specs[name], SEED)[storage.window(name)]
         parts[name] = part.astype(ms.dtype_to_nptype(parameter.dtype))
         set_values(parameter, storage.to_parameter(name, parts[name]))
     for name, parameter in weights.items():
@@ -59,7 +58,7 @@ def build(run: RunConfig, layers: int | None = None) -> Any:
     assert rank == int(os.environ["RANK_ID"])
     update = GraphTrainStep(run, Division(run.parallel, rank, run.parallel.world), segmented=False)
     weights = update.held()
-    fill_and_compare(weights, update.storage, run.model.initializer_range)
+    fill_and_compare(weights, update.storage)
     for name, mean in update.state().items():
         assert tuple(mean.shape) == tuple(weights[name.partition(".")[2]].shape), name
         assert not mean.asnumpy().any(), name
@@ -74,6 +73,6 @@ def generate(run: PredictConfig, layers: int | None = None) -> Any:
     built = graph.decode(run)
     built.cell.compile(*built.inputs)
     storage = graph.generation_storage(run, get_rank())
-    fill_and_compare(built.cell.weights(), storage, run.model.initializer_range)
+    fill_and_compare(built.cell.weights(), storage)
     ids = Tensor(np.zeros((run.prediction.batch, run.prediction.chunk), np.int32))
     return replace(built, inputs=(ids, ids, built.inputs[2]))

@@ -16,6 +16,7 @@ from mistral_ms.checkpoint.config_file import encode_config
 from mistral_ms.checkpoint.layout import format_layout
 from mistral_ms.config import ModelConfig
 from mistral_ms.parallel.topology import Topology, written_parts
+from mistral_ms.weights import specs
 
 SIZES = dict(
     vocab_size=11,
@@ -142,9 +143,8 @@ def parts(path: Path) -> None:
 
     source = path.with_name(f"{path.name}-source")
     hf_shards(source)
-    shapes = format_layout(SPARSE).shapes
     topology = Topology.of(ParallelConfig(dp=2, ep=2))
-    ranks = [written_parts(shapes, topology, place.rank) for place in topology.places]
+    ranks = [written_parts(specs(SPARSE), topology, place.rank) for place in topology.places]
     presplit(source, path, ranks, "dp=2 ep=2")
 
 

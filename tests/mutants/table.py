@@ -139,16 +139,28 @@ MUTANTS = [
         ),
     ),
     *of(
-        "parallel/topology/slices.py",
+        "weights/attention.py",
         "parallel/test_slices.py",
         rows_instead_of_columns_of_the_output_projection=(
-            '"attention.o_proj.weight": 1',
-            '"attention.o_proj.weight": 0',
+            'Cut("mp", 1, G)',
+            'Cut("mp", 0, G)',
         ),
-        experts_are_not_divided=("cut[0] = _even(name, shape[0], sizes.ep, place.ep)", "pass"),
+        heads_are_divided_one_by_one=(
+            'rows, columns = Cut("mp", 0, G)',
+            'rows, columns = Cut("mp", 0, N)',
+        ),
+    ),
+    *of(
+        "weights/moe.py",
+        "parallel/test_slices.py",
+        experts_are_not_divided=("rows, columns = (each, Cut", "rows, columns = (Cut"),
+    ),
+    *of(
+        "parallel/topology/slices.py",
+        "parallel/test_slices.py",
         expert_gradients_over_all_ranks=(
-            "GroupKind.EXPERT_DATA if _EXPERTS",
-            "GroupKind.DATA if _EXPERTS",
+            "GroupKind.EXPERT_DATA if spec.stacked",
+            "GroupKind.DATA if spec.stacked",
         ),
     ),
     *of(

@@ -29,8 +29,9 @@ def test_every_element_is_written_exactly_once(sizes):
     topology = Topology(sizes)
     counts = {name: np.zeros(shape, np.int64) for name, shape in our_shapes(MODEL).items()}
     for rank in range(sizes.world):
-        for name, window in written_parts(held(topology, rank), topology, rank).items():
-            assert window == weight_slice(name, counts[name].shape, topology, rank), "holds it"
+        here = held(topology, rank)
+        for name, window in written_parts(here.values(), topology, rank).items():
+            assert window == weight_slice(here[name], topology, rank), "holds it"
             counts[name][window] += 1
     for name, count in counts.items():
         assert (count == 1).all(), name
@@ -42,9 +43,9 @@ def test_a_shared_out_state_is_written_exactly_once(sizes):
     topology = Topology(sizes)
     counts = {name: np.zeros(shape, np.int64) for name, shape in our_shapes(MODEL).items()}
     for rank in range(sizes.world):
-        for name, shape in held(topology, rank).items():
-            if owner(name, topology, rank) and writes_owned(name, topology, rank):
-                counts[name][weight_slice(name, shape, topology, rank)] += 1
+        for name, spec in held(topology, rank).items():
+            if owner(spec, topology, rank) and writes_owned(spec, topology, rank):
+                counts[name][weight_slice(spec, topology, rank)] += 1
     for name, count in counts.items():
         assert (count == 1).all(), name
 
@@ -56,8 +57,7 @@ def test_ranks_of_a_stage_write_about_as_much(sizes):
     topology = Topology(sizes)
     loads = {}
     for rank in range(sizes.world):
-        shapes = held(topology, rank)
-        parts = written_parts(shapes, topology, rank)
+        parts = written_parts(held(topology, rank).values(), topology, rank)
         sliced = (np.prod([s.stop - s.start for s in window]) for window in parts.values())
         loads.setdefault(topology.place(rank).pp, []).append(int(sum(sliced)))
     largest = max(int(np.prod(shape)) for shape in our_shapes(MODEL).values())

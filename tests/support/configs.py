@@ -16,5 +16,5 @@ def model(**changes) -> ModelConfig:
     moe = changes.pop("moe", {})
     return ModelConfig(
         **{**SIZES, **changes},
-        moe=None if moe is None else MoEArchitecture(num_local_experts=8, **moe),
+        moe=None if moe is None else MoEArchitecture(**{"num_local_experts": 8, **moe}),
     )

@@ -19,6 +19,7 @@ from mistral_ms.parallel.topology import (
     writes_owned,
     written_parts,
 )
+from mistral_ms.weights import ParamSpec, specs
 
 MODEL = ModelConfig(
     vocab_size=24,
@@ -50,8 +51,8 @@ def whole(seed: int) -> dict[str, np.ndarray]:
     return weights | state
 
 
-def held(topology: Topology, rank: int) -> dict[str, tuple[int, ...]]:
-    """Whole shapes of the weights of a rank's stage: layers divided evenly, ends at the ends."""
+def held(topology: Topology, rank: int) -> dict[str, ParamSpec]:
+    """The weights of a rank's stage: layers divided evenly, ends at the ends."""
     stage, stages = topology.place(rank).pp, topology.sizes.pp
     size = MODEL.num_hidden_layers // stages
     layers = {f"layers.{n}." for n in range(stage * size, (stage + 1) * size)}
@@ -61,30 +62,34 @@ def held(topology: Topology, rank: int) -> dict[str, tuple[int, ...]]:
             return any(name.startswith(layer) for layer in layers)
         return stage == (0 if name.startswith("embed") else stages - 1)
 
-    return {name: shape for name, shape in our_shapes(MODEL).items() if is_here(name)}
+    return {spec.name: spec for spec in specs(MODEL) if is_here(spec.name)}
 
 
-def owner(name: str, topology: Topology, rank: int) -> bool:
+def owner(spec: ParamSpec, topology: Topology, rank: int) -> bool:
     """Whose optimizer state it is when that is shared out: some fixed rule of the test's own."""
-    members = topology.group(gradient_group(name), rank).ranks
-    return members[sum(map(ord, name)) % len(members)] == rank
+    members = topology.group(gradient_group(spec), rank).ranks
+    return members[sum(map(ord, spec.name)) % len(members)] == rank
 
 
 def parts_of(
     values: dict[str, np.ndarray], topology: Topology, rank: int, shared_out: bool = False
 ) -> dict[str, list[Part]]:
     """What a rank writes."""
-    shapes = held(topology, rank)
-    windows = {n: weight_slice(n, s, topology, rank) for n, s in shapes.items()}
-    mine = written_parts(shapes, topology, rank)
+    here = held(topology, rank)
+    windows = {name: weight_slice(spec, topology, rank) for name, spec in here.items()}
+    mine = written_parts(here.values(), topology, rank)
     if shared_out:
-        states = [n for n in shapes if owner(n, topology, rank) and writes_owned(n, topology, rank)]
+        states = [
+            name
+            for name, spec in here.items()
+            if owner(spec, topology, rank) and writes_owned(spec, topology, rank)
+        ]
     else:
         states = list(mine)
 
     def part(name: str, weight: str) -> Part:
         window = windows[weight]
-        return Part(name, shapes[weight], window, "float32", values[name][window])
+        return Part(name, here[weight].shape, window, "float32", values[name][window])
 
     return {
         "model": [part(name, name) for name in mine],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn
+from mindspore import ParameterTuple, Tensor, nn
 from mindspore.communication import get_group_size, get_rank
 from mindspore.nn.utils import no_init_parameters
 
@@ -18,8 +18,9 @@ from mistral_ms.parallel.graph.parts import GraphParts
 from mistral_ms.parallel.graph.step import TrainingGraph
 from mistral_ms.parallel.graph.update import GlobalNorm, GraphAdamW
 from mistral_ms.parallel.pipeline import stages_of
-from mistral_ms.parallel.sharding import Sharding, layout_of
+from mistral_ms.parallel.sharding import Sharding, graph_form
 from mistral_ms.parallel.topology import Topology
+from mistral_ms.weights import ParamSpec
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,13 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
         kind = LazyGraphModel if divided and training.micro_batches > 1 else GraphModel
         model = kind(parts, stages)
         _recompute(model, parallel.recompute)
-        cell = _step(run, model, model.weights(), sharding)
+        cell = _step(run, model, sharding)
     return GraphStep(cell, _inputs(run), model, segmented)
 
 
-def _step(
-    run: RunConfig, model: GraphModel, weights: dict[str, Parameter], sharding: Sharding | None
-) -> TrainingGraph:
+def _step(run: RunConfig, model: GraphModel, sharding: Sharding | None) -> TrainingGraph:
     training, parallel = run.training, run.parallel
+    weights = model.weights()
     host = training.offload_optimizer == "host"
     optimizer = GraphAdamW(weights, training.optimizer, host)
     rooms = tuple(model.rooms().values())
@@ -105,8 +105,7 @@ def _step(
         every = ParameterTuple((*optimizer.weights, *rooms))
         reducer = nn.PipelineGradReducer(every, opt_shard=parallel.optimizer_parallel)
     copies = tuple(
-        copies_of(name, tuple(weight.shape), sharding, parallel.optimizer_parallel)
-        for name, weight in weights.items()
+        copies_of(model.specs[name], sharding, parallel.optimizer_parallel) for name in weights
     )
     norm = GlobalNorm(copies, sharding is not None)
     step = TrainingGraph(net, optimizer, norm, training.clip_norm, reducer, rooms)
@@ -114,21 +113,19 @@ def _step(
     return step
 
 
-def copies_of(
-    name: str, shape: tuple[int, ...], sharding: Sharding | None, optimizer_parallel: bool
-) -> int:
+def copies_of(spec: ParamSpec, sharding: Sharding | None, optimizer_parallel: bool) -> int:
     """How many ranks of a stage hold the same part of a weight's gradient at the update.
 
     Args:
-        name: of the weight.
-        shape: of the whole weight.
+        spec: of the weight.
         sharding: the table; None on one device.
         optimizer_parallel: whether they divide it among them.
     """
     if sharding is None:
         return 1
-    layout = layout_of(name)
-    return sharding.copies_of(layout) // sharding.shares(layout, shape, optimizer_parallel)
+    form = graph_form(spec)
+    shares = sharding.shares(form.layout, form.shape, optimizer_parallel)
+    return sharding.copies_of(form.layout) // shares
 
 
 def _recompute(model: GraphModel, amount: str) -> None:

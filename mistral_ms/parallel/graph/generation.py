@@ -13,6 +13,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from mistral_ms.config import DROPLESS, ModelConfig, ParallelConfig, PredictConfig
 from mistral_ms.layers import CacheSpec, is_buffer, output_logits
+from mistral_ms.models import check_weights
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.graph.cached import CachedAttention, KeyTable
 from mistral_ms.parallel.graph.checks import check_prediction
@@ -22,6 +23,7 @@ from mistral_ms.parallel.graph.region import Region, Shape
 from mistral_ms.parallel.graph.storage import GraphStorage
 from mistral_ms.parallel.sharding import Sharding
 from mistral_ms.parallel.topology import Topology
+from mistral_ms.weights import HEAD, by_name, specs
 
 
 class CachedParts(GraphParts):
@@ -105,6 +107,9 @@ class GraphNextToken(nn.Cell):
     Args:
         parts: makes the pieces.
 
+    Raises:
+        WeightError: its pieces have other parameters than the specifications describe.
+
     Attributes:
         config: the architecture.
         key_positions: see :class:`~mistral_ms.parallel.graph.cached.KeyTable`.
@@ -119,6 +124,7 @@ class GraphNextToken(nn.Cell):
         self.layers = nn.CellList(blocks)
         self.norm = parts.norm()
         self.lm_head = parts.head()
+        check_weights(self.weights(), by_name(specs(parts.config)), parts)
         self.key_positions = parts.key_table()
         self.last_logits = LastLogits(parts.dtype, parts.sharding)
 
@@ -211,7 +217,7 @@ def generation_storage(run: PredictConfig, rank: int = 0) -> GraphStorage:
         run: as for :func:`build_generation`.
         rank: the process.
     """
-    divided_head = {"lm_head.weight": "output_divided"}
+    divided_head = {HEAD: "output_divided"}
     return GraphStorage(run.model, run.parallel, rank, divided_head)
 
 

@@ -8,11 +8,12 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, lazy_inline, nn, ops
 
 from mistral_ms.layers import is_buffer, output_logits, token_nll
-from mistral_ms.models import DecoderBlock
+from mistral_ms.models import DecoderBlock, check_weights
 from mistral_ms.parallel.graph.notes import Note, notes
 from mistral_ms.parallel.graph.parts import GraphParts
 from mistral_ms.parallel.graph.region import Region, Shape
 from mistral_ms.parallel.sharding import Sharding
+from mistral_ms.weights import by_name, specs
 
 _cast = ops.Cast()
 _sum = ops.ReduceSum()
@@ -99,6 +100,12 @@ class GraphModel(nn.Cell):
     Args:
         parts: makes the pieces.
         stages: the stage of each layer.
+
+    Attributes:
+        specs: what is true of each of its parameters, by name.
+
+    Raises:
+        WeightError: its pieces have other parameters than the specifications describe.
     """
 
     def __init__(self, parts: GraphParts, stages: tuple[int, ...]) -> None:
@@ -108,6 +115,8 @@ class GraphModel(nn.Cell):
         self.layers = nn.CellList(blocks)
         self.norm = parts.norm()
         self.lm_head = parts.head()
+        self.specs = by_name(specs(parts.config))
+        check_weights(self.weights(), self.specs, parts)
         self.loss = Loss(parts.dtype, parts.sharding)
         if max(stages) > 0:
             self.embed_tokens.pipeline_stage = 0

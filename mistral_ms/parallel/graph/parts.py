@@ -16,7 +16,8 @@ from mistral_ms.parallel.graph.dense import (
     Weight,
 )
 from mistral_ms.parallel.graph.moe import GraphMoE, LossCoefficients, region_dispatcher
-from mistral_ms.parallel.sharding import Sharding
+from mistral_ms.parallel.sharding import Sharding, graph_form
+from mistral_ms.weights import ParamSpec
 
 
 class GraphParts(Parts):
@@ -50,6 +51,10 @@ class GraphParts(Parts):
         super().__init__(config, routing, None, dtype)
         self.sequence, self.segmented, self.losses = sequence, segmented, losses
         self.parallel, self.sharding, self.groups = parallel, sharding, groups
+
+    def held_shape(self, spec: ParamSpec) -> tuple[int, ...]:
+        """See the base: whole, in the form that the graph has."""
+        return graph_form(spec).shape
 
     def embedding(self) -> nn.Cell:
         """[B, S] int32 -> [T, H]."""

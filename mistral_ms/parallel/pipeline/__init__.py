@@ -2,7 +2,7 @@
 
 from mistral_ms.parallel.pipeline.checks import check_objective
 from mistral_ms.parallel.pipeline.costs import LayerCosts, layer_costs
-from mistral_ms.parallel.pipeline.names import held_names
+from mistral_ms.parallel.pipeline.holding import held_specs
 from mistral_ms.parallel.pipeline.picture import schedule_png
 from mistral_ms.parallel.pipeline.program import Transfer, program
 from mistral_ms.parallel.pipeline.schedule import Phase, Schedule, Step, make_schedule
@@ -17,7 +17,7 @@ __all__ = [
     "Transfer",
     "balance",
     "check_objective",
-    "held_names",
+    "held_specs",
     "layer_costs",
     "make_schedule",
     "program",

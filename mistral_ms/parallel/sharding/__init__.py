@@ -1,5 +1,6 @@
-"""How the tensors of the auto-parallel graph lie on the ranks of a stage, as a table of names."""
+"""How the tensors of the auto-parallel graph lie on the ranks of a stage."""
 
-from mistral_ms.parallel.sharding.layouts import LAYOUTS, Sharding, layout_of
+from mistral_ms.parallel.sharding.forms import GraphForm, graph_form
+from mistral_ms.parallel.sharding.layouts import LAYOUTS, Axes, Sharding
 
-__all__ = ["LAYOUTS", "Sharding", "layout_of"]
+__all__ = ["LAYOUTS", "Axes", "GraphForm", "Sharding", "graph_form"]

@@ -4,7 +4,8 @@ The ranks of a pipeline stage form a matrix (copy, expert, tensor) = (dp / ep, e
 order: an expert group is one row of ``expert``, the copies of an expert one column of ``copy``. A
 layout says which of these axes divide each axis of a tensor; what is not divided is the same on
 all ranks. Plain strategies (tuples of numbers) cannot tell copies from experts once dp exceeds ep,
-so the graph uses nothing but this table.
+so the graph uses nothing but layouts. Those of weights follow from their specifications, see
+:mod:`mistral_ms.parallel.sharding.forms`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ COPY, EXPERT, TENSOR = "copy", "expert", "tensor"
 DATA = (COPY, EXPERT)
 ALL = (COPY, EXPERT, TENSOR)
 Axis = str | tuple[str, ...] | None
+Axes = tuple[Axis, ...]
+"""What divides each axis of a tensor."""
 
-LAYOUTS: dict[str, tuple[Axis, ...]] = {
+LAYOUTS: dict[str, Axes] = {
     # activations
     "rows": (ALL, None),  # [T, H] of norms, residuals, embedding, head: sequence parallel
     "whole_rows": (DATA, None),  # [T, H], whole on each tensor-parallel rank
@@ -37,30 +40,7 @@ LAYOUTS: dict[str, tuple[Axis, ...]] = {
 }
 """Which axes of (copy, expert, tensor) divide the axes of each kind of tensor."""
 
-WEIGHT_LAYOUTS = {
-    "embed_tokens.weight": "matrix",
-    "lm_head.weight": "matrix",
-    "q_proj.weight": "output_divided",
-    "k_proj.weight": "output_divided",
-    "v_proj.weight": "output_divided",
-    "o_proj.weight": "input_divided",
-    "feed_forward.w1.weight": "output_divided",
-    "feed_forward.w3.weight": "output_divided",
-    "feed_forward.w2.weight": "input_divided",
-    "experts.w1": "experts",
-    "experts.w3": "experts",
-    "experts.w2": "experts",
-    "router.weight": "matrix",
-    "norm.weight": "vector",
-}
-"""The layout of each weight of the training graph, by the end of its name."""
-
-WHOLE_ON_TENSOR_RANKS: dict[str, tuple[Axis, ...]] = {"rows": (DATA, None), "tokens": (DATA,)}
-
-
-def layout_of(name: str) -> str:
-    """The layout of a weight of the training graph."""
-    return next(layout for end, layout in WEIGHT_LAYOUTS.items() if name.endswith(end))
+WHOLE_ON_TENSOR_RANKS: dict[str, Axes] = {"rows": (DATA, None), "tokens": (DATA,)}
 
 
 class Sharding:
@@ -85,54 +65,58 @@ class Sharding:
 
     def __call__(self, name: str) -> ms.Layout:
         """The layout of a kind of tensor, for ``shard``."""
-        axes = ["None" if axis is None else axis for axis in self.layouts[name]]
+        axes = ["None" if axis is None else axis for axis in self.axes(name)]
         return ms.Layout(tuple(self.matrix.values()), tuple(self.matrix))(*axes)
 
-    def parts(self, name: str) -> tuple[int, ...]:
-        """Into how many parts each axis of a kind of tensor is divided."""
+    def axes(self, layout: str | Axes) -> Axes:
+        """What divides each axis: of a kind of tensor, or as it is said."""
+        return self.layouts[layout] if isinstance(layout, str) else layout
+
+    def parts(self, layout: str | Axes) -> tuple[int, ...]:
+        """Into how many parts each axis of a tensor is divided."""
         found = []
-        for axis in self.layouts[name]:
+        for axis in self.axes(layout):
             parts = 1
             for each in (axis,) if isinstance(axis, str) else axis or ():
                 parts *= self.matrix[each]
             found.append(parts)
         return tuple(found)
 
-    def copies_of(self, name: str) -> int:
-        """How many ranks of a stage hold the same part of a kind of tensor."""
+    def copies_of(self, layout: str | Axes) -> int:
+        """How many ranks of a stage hold the same part of a tensor."""
         parts = 1
-        for each in self.parts(name):
+        for each in self.parts(layout):
             parts *= each
         return self.ranks // parts
 
-    def part(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a rank's part of a kind of tensor, whose whole has ``shape``."""
-        return tuple(size // n for size, n in zip(shape, self.parts(name), strict=True))
+    def part(self, layout: str | Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a rank's part of a tensor, whose whole has ``shape``."""
+        return tuple(size // n for size, n in zip(shape, self.parts(layout), strict=True))
 
-    def place(self, name: str, number: int) -> tuple[int, ...]:
-        """Which part of each axis of a kind of tensor a rank holds.
+    def place(self, layout: str | Axes, number: int) -> tuple[int, ...]:
+        """Which part of each axis of a tensor a rank holds.
 
         Args:
-            name: the layout.
+            layout: of the tensor.
             number: of the rank in its stage.
         """
         at = self._coordinates(number)
         found = []
-        for axis in self.layouts[name]:
+        for axis in self.axes(layout):
             place = 0
             for each in (axis,) if isinstance(axis, str) else axis or ():
                 place = place * self.matrix[each] + at[each]
             found.append(place)
         return tuple(found)
 
-    def copy_number(self, name: str, number: int) -> int:
+    def copy_number(self, layout: str | Axes, number: int) -> int:
         """The place of a rank among those of its stage that hold the same part, by their numbers.
 
         Args:
-            name: the layout.
+            layout: of the tensor.
             number: of the rank in its stage.
         """
-        axes = self.layouts[name]
+        axes = self.axes(layout)
         used = {
             each for axis in axes for each in ((axis,) if isinstance(axis, str) else axis or ())
         }
@@ -142,17 +126,17 @@ class Sharding:
                 place = place * size + at[axis]
         return place
 
-    def shares(self, name: str, shape: tuple[int, ...], optimizer_parallel: bool) -> int:
+    def shares(self, layout: str | Axes, shape: tuple[int, ...], optimizer_parallel: bool) -> int:
         """Among how many ranks optimizer parallelism divides the rows of each part of a weight:
         all that hold it, or none when there are too few rows, or it is off.
 
         Args:
-            name: the layout.
+            layout: of the weight.
             shape: of the whole weight.
             optimizer_parallel: whether it is on.
         """
-        copies = self.copies_of(name)
-        return copies if optimizer_parallel and self.part(name, shape)[0] % copies == 0 else 1
+        copies = self.copies_of(layout)
+        return copies if optimizer_parallel and self.part(layout, shape)[0] % copies == 0 else 1
 
     def _coordinates(self, number: int) -> dict[str, int]:
         at = {}

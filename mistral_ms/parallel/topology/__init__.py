@@ -9,8 +9,8 @@ from mistral_ms.parallel.topology.slices import (
     expert_slice,
     gradient_group,
     is_divided,
+    part_shape,
     weight_slice,
-    whole_shape,
 )
 from mistral_ms.parallel.topology.traffic import Traffic
 from mistral_ms.parallel.topology.writing import Window, writers, writes_owned, written_parts
@@ -27,9 +27,9 @@ __all__ = [
     "gradient_group",
     "is_divided",
     "owners",
+    "part_shape",
     "traffic",
     "weight_slice",
-    "whole_shape",
     "writers",
     "writes_owned",
     "written_parts",

@@ -8,39 +8,33 @@ updates a piece may round its last elements in another way than one that updates
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from mistral_ms.config.layout import Sizes
-from mistral_ms.parallel.topology.groups import GroupKind
-from mistral_ms.parallel.topology.slices import gradient_group
+from mistral_ms.parallel.topology.slices import part_shape
+from mistral_ms.weights import ParamSpec
 
 
-def owners(shapes: Mapping[str, tuple[int, ...]], sizes: Sizes) -> dict[str, int]:
-    """The position of every weight's owner in its :func:`gradient_group`.
+def owners(weights: Iterable[ParamSpec], sizes: Sizes) -> dict[str, int]:
+    """The position of every weight's owner in its :func:`gradient_group`, by name.
 
     The largest weights are given away first, each to the rank that has least so far. Every rank of
     a stage finds the same answer, for all hold parts of the same shapes.
 
     Args:
-        shapes: of the parts that one rank holds, by name.
+        weights: that one stage trains.
         sizes: of the layout.
     """
     loads = [0] * sizes.dp
+    weights = tuple(weights)
     found = {}
+    size = {spec.name: math.prod(part_shape(spec, sizes)) for spec in weights}
     # experts first: fewer ranks hold the same ones, so there is less choice
-    ordered = sorted(
-        shapes, key=lambda name: (not _is_expert(name), -math.prod(shapes[name]), name)
-    )
-    for name in ordered:
+    for spec in sorted(weights, key=lambda w: (not w.stacked, -size[w.name], w.name)):
         # the dp numbers of the group's members, one of each set that is loaded alike
-        members = range(0, sizes.dp, sizes.ep) if _is_expert(name) else range(sizes.dp)
+        members = range(0, sizes.dp, sizes.ep) if spec.stacked else range(sizes.dp)
         owner = min(members, key=lambda dp: (loads[dp], dp))
-        found[name] = members.index(owner)
-        loaded = range(owner, owner + sizes.ep) if _is_expert(name) else (owner,)
-        for dp in loaded:
-            loads[dp] += math.prod(shapes[name])
-    return {name: found[name] for name in shapes}
-
-
-def _is_expert(name: str) -> bool:
-    return gradient_group(name) is GroupKind.EXPERT_DATA
+        found[spec.name] = members.index(owner)
+        for dp in range(owner, owner + sizes.ep) if spec.stacked else (owner,):
+            loads[dp] += size[spec.name]
+    return {spec.name: found[spec.name] for spec in weights}

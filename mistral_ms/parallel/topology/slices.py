@@ -1,6 +1,6 @@
 """Which part of every weight a rank holds, and with whom it shares the gradient.
 
-Names are those of our checkpoints. Which layers a rank holds at all is the pipeline's matter.
+Which layers a rank holds at all is the pipeline's matter.
 """
 
 from __future__ import annotations
@@ -8,30 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mistral_ms.config import ModelConfig
-from mistral_ms.config.layout import Rules, check_layout
+from mistral_ms.config.layout import Rules, Sizes, check_layout
 from mistral_ms.errors import TopologyError
 from mistral_ms.parallel.topology.groups import GroupKind
 from mistral_ms.parallel.topology.places import Topology
-
-_EXPERTS = ".moe.experts."
-# the axis that mp divides, by the end of the name; None where every rank holds all
-_DIVIDED = {
-    "embed_tokens.weight": 0,
-    "lm_head.weight": 0,
-    "attention.q_proj.weight": 0,
-    "attention.k_proj.weight": 0,
-    "attention.v_proj.weight": 0,
-    "attention.o_proj.weight": 1,
-    "feed_forward.w1.weight": 0,
-    "feed_forward.w3.weight": 0,
-    "feed_forward.w2.weight": 1,
-    "moe.experts.w1": 1,
-    "moe.experts.w3": 1,
-    "moe.experts.w2": 2,
-    "moe.router.weight": None,
-    "layernorm.weight": None,
-    "norm.weight": None,
-}
+from mistral_ms.weights import Cut, ParamSpec
 
 
 @dataclass(frozen=True)
@@ -66,77 +47,72 @@ def expert_slice(model: ModelConfig, topology: Topology, rank: int) -> ExpertSli
     )
 
 
-def weight_slice(
-    name: str, shape: tuple[int, ...], topology: Topology, rank: int
-) -> tuple[slice, ...]:
+def weight_slice(spec: ParamSpec, topology: Topology, rank: int) -> tuple[slice, ...]:
     """What ``rank`` cuts out of a whole weight; one slice per axis.
 
     Args:
-        name: of the weight, such as ``layers.0.moe.experts.w1``.
-        shape: of the whole weight.
+        spec: the weight.
         topology: the layout.
         rank: the process.
 
     Raises:
-        TopologyError: a name that no table knows, or an axis that does not divide evenly.
+        TopologyError: the layout does not divide the weight's units evenly.
     """
-    place, sizes = topology.place(rank), topology.sizes
-    cut = [slice(0, size) for size in shape]
-    axis = _divided_axis(name)
-    if axis is not None:
-        cut[axis] = _even(name, shape[axis], sizes.mp, place.mp)
-    if _EXPERTS in f".{name}":
-        cut[0] = _even(name, shape[0], sizes.ep, place.ep)
-    return tuple(cut)
+    place = topology.place(rank)
+    number = {"mp": place.mp, "ep": place.ep}
+    found = [slice(0, size) for size in spec.shape]
+    for cut in spec.divide:
+        _check_even(spec, cut, topology.sizes)
+        held = _share(spec.shape[cut.axis], _parts(cut, topology.sizes), number[cut.by])
+        found[cut.axis] = slice(held.start, held.stop)
+    return tuple(found)
 
 
-def whole_shape(name: str, shape: tuple[int, ...], topology: Topology) -> tuple[int, ...]:
-    """The shape of a whole weight, from that of the part that each rank holds.
+def part_shape(spec: ParamSpec, sizes: Sizes) -> tuple[int, ...]:
+    """The shape of the part of a weight that each rank of its stage holds.
+
+    Args:
+        spec: the weight.
+        sizes: of the layout.
 
     Raises:
-        TopologyError: a name that no table knows.
+        TopologyError: see :func:`weight_slice`.
     """
-    whole = list(shape)
-    axis = _divided_axis(name)
-    if axis is not None:
-        whole[axis] *= topology.sizes.mp
-    if _EXPERTS in f".{name}":
-        whole[0] *= topology.sizes.ep
-    return tuple(whole)
+    shape = list(spec.shape)
+    for cut in spec.divide:
+        _check_even(spec, cut, sizes)
+        shape[cut.axis] //= _parts(cut, sizes)
+    return tuple(shape)
 
 
-def is_divided(name: str) -> bool:
-    """Whether tensor-parallel ranks hold different parts of a weight.
-
-    Raises:
-        TopologyError: a name that no table knows.
-    """
-    return _divided_axis(name) is not None
+def is_divided(spec: ParamSpec) -> bool:
+    """Whether tensor-parallel ranks hold different parts of a weight."""
+    return spec.divide_by("mp") is not None
 
 
-def gradient_group(name: str) -> GroupKind:
+def gradient_group(spec: ParamSpec) -> GroupKind:
     """The ranks that hold the same part of a weight and whose gradients of it are added up.
 
     Experts have met the tokens of their whole expert group already, so theirs is smaller. Sums,
-    not means: all gradients are then divided by the same number of tokens.
+    not means: all gradients are then divided by the same number of tokens. A partial gradient is
+    added up among the tensor-parallel ranks before.
     """
-    return GroupKind.EXPERT_DATA if _EXPERTS in f".{name}" else GroupKind.DATA
+    return GroupKind.EXPERT_DATA if spec.stacked else GroupKind.DATA
 
 
-def _divided_axis(name: str) -> int | None:
-    for end, axis in _DIVIDED.items():
-        if name.endswith(end):
-            return axis
-    raise TopologyError("unknown weight", where=name, rule="its division is in no table")
+def _parts(cut: Cut, sizes: Sizes) -> int:
+    return sizes.mp if cut.by == "mp" else sizes.ep
 
 
-def _even(name: str, size: int, parts: int, number: int) -> slice:
-    if size % parts:
+def _check_even(spec: ParamSpec, cut: Cut, sizes: Sizes) -> None:
+    parts = _parts(cut, sizes)
+    if cut.units % parts:
         raise TopologyError(
-            "uneven weight", where=name, value=size, rule=f"must be divisible by {parts}"
+            "uneven weight",
+            where=f"{spec.name}, axis {spec.axes[cut.axis]}",
+            value=f"{cut.units} units",
+            rule=f"{cut.by} ({parts}) must divide them",
         )
-    held = _share(size, parts, number)
-    return slice(held.start, held.stop)
 
 
 def _share(total: int, parts: int, number: int) -> range:

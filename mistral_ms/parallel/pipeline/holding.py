@@ -1,0 +1,19 @@
+"""Which weights of a whole model a stage holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mistral_ms.parallel.pipeline.stages import Stage
+from mistral_ms.weights import ParamSpec
+
+
+def held_specs(stage: Stage, weights: Iterable[ParamSpec]) -> tuple[ParamSpec, ...]:
+    """Those of ``weights`` that are on a stage, in their order."""
+    return tuple(spec for spec in weights if _holds(stage, spec))
+
+
+def _holds(stage: Stage, spec: ParamSpec) -> bool:
+    if isinstance(spec.module, int):
+        return spec.module in stage.layers
+    return stage.embedding if spec.module == "embedding" else stage.head

@@ -1,0 +1,24 @@
+"""Grouped-query attention: :class:`mistral_ms.layers.Attention`."""
+
+from __future__ import annotations
+
+from mistral_ms.config import ModelConfig
+from mistral_ms.weights.layers import register_layer
+from mistral_ms.weights.spec import Cut, ParamSpec, matrix
+
+
+@register_layer("attention")
+def attention_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
+    """Projections of N query and G key/value heads; a key/value head and its queries stay together.
+
+    Rows of ``q_proj`` and ``k_proj`` are rotated.
+    """
+    H, D, std = config.hidden_size, config.head_size, config.initializer_range
+    N, G = config.num_attention_heads, config.num_key_value_heads
+    rows, columns = Cut("mp", 0, G), Cut("mp", 1, G)
+    return (
+        matrix("q_proj.weight", ("ND", "H"), (N * D, H), std, rows, rotary_heads=N),
+        matrix("k_proj.weight", ("GD", "H"), (G * D, H), std, rows, rotary_heads=G),
+        matrix("v_proj.weight", ("GD", "H"), (G * D, H), std, rows),
+        matrix("o_proj.weight", ("H", "ND"), (H, N * D), std, columns),
+    )

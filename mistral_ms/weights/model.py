@@ -1,0 +1,102 @@
+"""All parameters of a model: :class:`mistral_ms.models.CausalLM`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from mistral_ms.config import ModelConfig
+from mistral_ms.errors import WeightError
+from mistral_ms.weights.embedding import EMBEDDING, HEAD, vocabulary_specs
+from mistral_ms.weights.layers import layer_specs
+from mistral_ms.weights.norm import norm_specs
+from mistral_ms.weights.spec import Module, ParamSpec, inside
+
+Specs = Mapping[str, ParamSpec]
+"""Parameters by name."""
+
+
+def specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
+    """Every parameter of a model, in the order of the computation.
+
+    Args:
+        config: the architecture; its ``layer_kinds`` say which layers the blocks hold.
+
+    Raises:
+        WeightError: an unknown kind of layer, or a name given twice.
+    """
+    found = tuple(_specs(config))
+    names = set()
+    for spec in found:
+        if spec.name in names:
+            raise WeightError("parameter given twice", where=spec.name, rule="names are unique")
+        names.add(spec.name)
+    return found
+
+
+def by_name(parameters: Iterable[ParamSpec]) -> dict[str, ParamSpec]:
+    """Parameters by name, in their order."""
+    return {spec.name: spec for spec in parameters}
+
+
+def count(parameters: Iterable[ParamSpec]) -> int:
+    """Elements of all weights; buffers are not weights."""
+    return sum(math.prod(spec.shape) for spec in parameters if spec.kind != "buffer")
+
+
+def check_parameters(
+    held: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compares the parameters that a model has with those that its specifications describe.
+
+    Args:
+        held: shapes of the model's parameters, by name.
+        expected: the shapes that this process should hold, by name.
+
+    Raises:
+        WeightError: a parameter without a specification, one that is missing, or another shape.
+    """
+    todo = "declare it beside its layer, in mistral_ms.weights or with register_layer"
+    for name in held:
+        if name not in expected:
+            raise WeightError("weight without a specification", where=name, todo=todo)
+    for name, shape in expected.items():
+        if name not in held:
+            raise WeightError("specification without a weight", where=name, value=list(shape))
+        if held[name] != shape:
+            raise WeightError(
+                "weight of another shape",
+                where=name,
+                value=list(held[name]),
+                rule=f"its specification says {list(shape)}",
+            )
+
+
+def _specs(config: ModelConfig) -> Iterator[ParamSpec]:
+    yield from _of("embedding", inside(EMBEDDING.removesuffix(".weight"), vocabulary_specs(config)))
+    for layer in range(config.num_hidden_layers):
+        yield from _of(layer, inside(f"layers.{layer}", _block(config, layer)))
+    yield from _of("head", inside("norm", norm_specs(config.hidden_size)))
+    if not config.tie_word_embeddings:
+        yield from _of("head", inside(HEAD.removesuffix(".weight"), vocabulary_specs(config)))
+
+
+def _block(config: ModelConfig, layer: int) -> tuple[ParamSpec, ...]:
+    """:class:`mistral_ms.models.DecoderBlock`."""
+    H, kinds = config.hidden_size, config.layer_kinds
+    if config.is_sparse(layer):
+        second = inside("moe", layer_specs(kinds.sparse, config))
+    else:
+        second = inside("feed_forward", layer_specs(kinds.dense, config))
+    return (
+        *inside("input_layernorm", norm_specs(H)),
+        *inside("attention", layer_specs(kinds.attention, config)),
+        *inside("post_attention_layernorm", norm_specs(H)),
+        *second,
+    )
+
+
+def _of(module: Module, parameters: Iterable[ParamSpec]) -> Iterator[ParamSpec]:
+    for spec in parameters:
+        yield replace(spec, module=module)
