@@ -15,6 +15,7 @@ from mistral_ms.config import ModelConfig
 from mistral_ms.layers.kv_cache import CacheSpec, KVCache
 from mistral_ms.layers.linear import Linear
 from mistral_ms.ops import reference
+from mistral_ms.weights import attention_specs, by_name
 
 AttentionContext: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 """What all layers with the same window share in one forward pass, in this order:
@@ -68,13 +69,13 @@ class Attention(nn.Cell):
         self, config: ModelConfig, cache: CacheSpec | None = None, dtype: str = "float32"
     ) -> None:
         super().__init__()
-        H, D = config.hidden_size, config.head_size
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = D
-        self.q_proj = Linear(H, self.num_heads * D, dtype)
-        self.k_proj = Linear(H, self.num_kv_heads * D, dtype)
-        self.v_proj = Linear(H, self.num_kv_heads * D, dtype)
-        self.o_proj = Linear(self.num_heads * D, H, dtype)
+        self.head_dim = D = config.head_size
+        specs = by_name(attention_specs(config))
+        self.q_proj = Linear.of(specs["q_proj.weight"], dtype)
+        self.k_proj = Linear.of(specs["k_proj.weight"], dtype)
+        self.v_proj = Linear.of(specs["v_proj.weight"], dtype)
+        self.o_proj = Linear.of(specs["o_proj.weight"], dtype)
         self.cache = None if cache is None else KVCache(cache, self.num_kv_heads, D, dtype)
 
     def construct(self, x_TH: Tensor, context: AttentionContext) -> Tensor:

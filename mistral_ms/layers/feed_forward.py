@@ -7,6 +7,7 @@ from mindspore import Tensor, nn
 from mistral_ms.config import ModelConfig
 from mistral_ms.layers.linear import Linear
 from mistral_ms.ops import reference
+from mistral_ms.weights import by_name, feed_forward_specs
 
 
 class FeedForward(nn.Cell):
@@ -19,9 +20,10 @@ class FeedForward(nn.Cell):
 
     def __init__(self, config: ModelConfig, dtype: str = "float32") -> None:
         super().__init__()
-        self.w1 = Linear(config.hidden_size, config.intermediate_size, dtype)
-        self.w3 = Linear(config.hidden_size, config.intermediate_size, dtype)
-        self.w2 = Linear(config.intermediate_size, config.hidden_size, dtype)
+        specs = by_name(feed_forward_specs(config))
+        self.w1 = Linear.of(specs["w1.weight"], dtype)
+        self.w3 = Linear.of(specs["w3.weight"], dtype)
+        self.w2 = Linear.of(specs["w2.weight"], dtype)
 
     def construct(self, x_TH: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""

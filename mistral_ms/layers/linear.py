@@ -7,6 +7,7 @@ from mindspore import Tensor, nn, ops
 
 from mistral_ms.layers.parameter import weight
 from mistral_ms.ops import reference
+from mistral_ms.weights import ParamSpec
 
 
 class Linear(nn.Cell):
@@ -21,6 +22,12 @@ class Linear(nn.Cell):
     def __init__(self, input_size: int, output_size: int, dtype: str = "float32") -> None:
         super().__init__()
         self.weight = weight(output_size, input_size, dtype=dtype)
+
+    @classmethod
+    def of(cls, spec: ParamSpec, dtype: str = "float32") -> Linear:
+        """The map whose weight a specification describes."""
+        output_size, input_size = spec.shape
+        return cls(input_size, output_size, dtype)
 
     def construct(self, x_TI: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""

@@ -10,6 +10,7 @@ from mindspore import Tensor, nn, ops
 from mistral_ms.config import ModelConfig, RoutingConfig
 from mistral_ms.layers.parameter import weight
 from mistral_ms.ops import reference, select
+from mistral_ms.weights import router_specs
 
 Choice: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 """What the router decided, in this order:
@@ -36,7 +37,8 @@ class Router(nn.Cell):
         top_k, normalize = config.moe.num_experts_per_tok, config.moe.norm_topk_prob
         self.gating_top_k = select.gating_top_k(routing.kernels, top_k, normalize)
         self.compute_dtype = getattr(ms, routing.router_dtype)
-        self.weight = weight(config.moe.num_local_experts, config.hidden_size, dtype=dtype)
+        (spec,) = router_specs(config)
+        self.weight = weight(*spec.shape, dtype=dtype)
 
     def construct(self, x_TH: Tensor) -> Choice:
         """[T, H] -> the choice of every token."""

@@ -4,7 +4,7 @@ from mistral_ms.weights.attention import attention_specs
 from mistral_ms.weights.embedding import EMBEDDING, HEAD, vocabulary_specs
 from mistral_ms.weights.feed_forward import feed_forward_specs
 from mistral_ms.weights.layers import LayerSpecs, layer_specs, register_layer
-from mistral_ms.weights.model import Specs, by_name, check_parameters, count, specs
+from mistral_ms.weights.model import Specs, by_name, check_parameters, specs
 from mistral_ms.weights.moe import expert_specs, moe_specs, router_specs
 from mistral_ms.weights.norm import norm_specs
 from mistral_ms.weights.spec import Cut, ParamSpec, inside, matrix, scale
@@ -19,7 +19,6 @@ __all__ = [
     "attention_specs",
     "by_name",
     "check_parameters",
-    "count",
     "expert_specs",
     "feed_forward_specs",
     "inside",

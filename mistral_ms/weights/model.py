@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -38,11 +37,6 @@ def specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
 def by_name(parameters: Iterable[ParamSpec]) -> dict[str, ParamSpec]:
     """Parameters by name, in their order."""
     return {spec.name: spec for spec in parameters}
-
-
-def count(parameters: Iterable[ParamSpec]) -> int:
-    """Elements of all weights; buffers are not weights."""
-    return sum(math.prod(spec.shape) for spec in parameters if spec.kind != "buffer")
 
 
 def check_parameters(

@@ -16,7 +16,14 @@ from mistral_ms.layers import RotaryTable, visible_keys
 from mistral_ms.layers.parameter import weight
 from mistral_ms.ops import reference, select
 from mistral_ms.parallel.graph.region import Region, Shape, first_shape
-from mistral_ms.parallel.sharding import Sharding
+from mistral_ms.parallel.sharding import Sharding, graph_form
+from mistral_ms.weights import (
+    ParamSpec,
+    attention_specs,
+    by_name,
+    feed_forward_specs,
+    vocabulary_specs,
+)
 
 
 def row_shape(ids: Shape, table: Shape) -> Any:
@@ -59,28 +66,25 @@ class GraphNorm(Region):
 class GraphLinear(nn.Cell):
     """y = x W^T with W [output, input], divided by either axis.
 
+    Divided by output: [T, I] whole on the tensor-parallel ranks to their columns of [T, O]. By
+    input: columns of [T, I] to rows of [T, O], partial sums added up on the way.
+
     Args:
-        inputs: I.
-        outputs: O.
+        spec: of the weight.
         dtype: what is computed in.
-        divided: ``output``: [T, I] whole on the tensor-parallel ranks to their columns of [T, O];
-            ``input``: columns of [T, I] to rows of [T, O], partial sums added up on the way.
         sharding: the table; None on one device.
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, dtype: str, divided: str, sharding: Sharding | None
-    ) -> None:
+    def __init__(self, spec: ParamSpec, dtype: str, sharding: Sharding | None) -> None:
         super().__init__()
-        self.weight = weight(outputs, inputs)
+        self.weight = weight(*spec.shape)
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
         self.product = ops.MatMul(transpose_b=True)
         if sharding is not None:
-            before, after = (
-                ("whole_rows", "columns") if divided == "output" else ("columns", "rows")
-            )
+            layout = graph_form(spec).layout
+            before, after = ("columns", "rows") if layout[0] is None else ("whole_rows", "columns")
             self.product.shard(
-                in_strategy=(sharding(before), sharding(f"{divided}_divided")),
+                in_strategy=(sharding(before), sharding(layout)),
                 out_strategy=(sharding(after),),
             )
 
@@ -102,7 +106,8 @@ class GraphEmbedding(Region):
         self.dtype = getattr(ms, dtype)
         super().__init__(sharding, ("tokens", "matrix"), ("rows",), row_shape, (self.dtype,))
         self.dtype = getattr(ms, dtype)
-        self.weight = weight(config.vocab_size, config.hidden_size)
+        (spec,) = vocabulary_specs(config)
+        self.weight = weight(*spec.shape)
         self.gather, self.cast = ops.Gather(), ops.Cast()
 
     def compute(self, ids_T: Tensor, weight_VH: Tensor) -> Tensor:
@@ -191,12 +196,11 @@ class GraphAttention(nn.Cell):
         self, config: ModelConfig, dtype: str, core: Region, sharding: Sharding | None
     ) -> None:
         super().__init__()
-        H, D = config.hidden_size, config.head_size
-        heads, kv_heads = config.num_attention_heads * D, config.num_key_value_heads * D
-        self.q_proj = GraphLinear(H, heads, dtype, "output", sharding)
-        self.k_proj = GraphLinear(H, kv_heads, dtype, "output", sharding)
-        self.v_proj = GraphLinear(H, kv_heads, dtype, "output", sharding)
-        self.o_proj = GraphLinear(heads, H, dtype, "input", sharding)
+        specs = by_name(attention_specs(config))
+        self.q_proj = GraphLinear(specs["q_proj.weight"], dtype, sharding)
+        self.k_proj = GraphLinear(specs["k_proj.weight"], dtype, sharding)
+        self.v_proj = GraphLinear(specs["v_proj.weight"], dtype, sharding)
+        self.o_proj = GraphLinear(specs["o_proj.weight"], dtype, sharding)
         self.core = core
 
     def construct(self, x_TH: Tensor, context: tuple[Tensor, ...]) -> Tensor:
@@ -231,13 +235,12 @@ class Weight(nn.Cell):
     """Holds a weight [O, I] under the name that checkpoints give it.
 
     Args:
-        outputs: O.
-        inputs: I.
+        spec: of the weight.
     """
 
-    def __init__(self, outputs: int, inputs: int) -> None:
+    def __init__(self, spec: ParamSpec) -> None:
         super().__init__()
-        self.weight = weight(outputs, inputs)
+        self.weight = weight(*spec.shape)
 
 
 class GraphFeedForward(nn.Cell):
@@ -251,9 +254,9 @@ class GraphFeedForward(nn.Cell):
 
     def __init__(self, config: ModelConfig, dtype: str, sharding: Sharding | None) -> None:
         super().__init__()
-        H, I = config.hidden_size, config.intermediate_size  # noqa: E741
-        self.w1, self.w3 = Weight(I, H), Weight(I, H)
-        self.w2 = GraphLinear(I, H, dtype, "input", sharding)
+        specs = by_name(feed_forward_specs(config))
+        self.w1, self.w3 = Weight(specs["w1.weight"]), Weight(specs["w3.weight"])
+        self.w2 = GraphLinear(specs["w2.weight"], dtype, sharding)
         self.gate_up = GateUpRegion(sharding)
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
 

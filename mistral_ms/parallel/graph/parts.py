@@ -17,7 +17,7 @@ from mistral_ms.parallel.graph.dense import (
 )
 from mistral_ms.parallel.graph.moe import GraphMoE, LossCoefficients, region_dispatcher
 from mistral_ms.parallel.sharding import Sharding, graph_form
-from mistral_ms.weights import ParamSpec
+from mistral_ms.weights import ParamSpec, vocabulary_specs
 
 
 class GraphParts(Parts):
@@ -100,4 +100,5 @@ class GraphParts(Parts):
 
     def head(self) -> nn.Cell:
         """Holds the output head [V, H]."""
-        return Weight(self.config.vocab_size, self.config.hidden_size)
+        (spec,) = vocabulary_specs(self.config)
+        return Weight(spec)

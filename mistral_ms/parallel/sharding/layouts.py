@@ -63,9 +63,9 @@ class Sharding:
         """Ranks of a stage."""
         return self.parallel.dp * self.parallel.mp
 
-    def __call__(self, name: str) -> ms.Layout:
-        """The layout of a kind of tensor, for ``shard``."""
-        axes = ["None" if axis is None else axis for axis in self.axes(name)]
+    def __call__(self, layout: str | Axes) -> ms.Layout:
+        """The layout of a tensor, for ``shard``."""
+        axes = ["None" if axis is None else axis for axis in self.axes(layout)]
         return ms.Layout(tuple(self.matrix.values()), tuple(self.matrix))(*axes)
 
     def axes(self, layout: str | Axes) -> Axes:
