@@ -145,19 +145,11 @@ MUTANTS = [
             'Cut("mp", 1, G)',
             'Cut("mp", 0, G)',
         ),
-        heads_are_divided_one_by_one=(
-            'rows, columns = Cut("mp", 0, G)',
-            'rows, columns = Cut("mp", 0, N)',
-        ),
-    ),
-    *of(
-        "weights/moe.py",
-        "parallel/test_slices.py",
-        experts_are_not_divided=("rows, columns = (each, Cut", "rows, columns = (Cut"),
     ),
     *of(
         "parallel/topology/slices.py",
         "parallel/test_slices.py",
+        experts_are_not_divided=('if cut.by == "mp" else sizes.ep', 'if cut.by == "mp" else 1'),
         expert_gradients_over_all_ranks=(
             "GroupKind.EXPERT_DATA if spec.stacked",
             "GroupKind.DATA if spec.stacked",
