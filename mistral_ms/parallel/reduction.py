@@ -104,7 +104,7 @@ class Reduction(nn.Cell):
         group: Collectives,
     ) -> tuple[Tensor, ...]:
         """Adds up the gradients whose indices stand in ``buffers``, a buffer a message."""
-        if group.size == 1:
+        if group.size == 1 or len(buffers) == 0:
             return gradients
         found = list(gradients)
         for buffer in buffers:
