@@ -54,6 +54,7 @@ class ShardedReduction(Reduction):
                 rule="every data-parallel rank updates at least one weight",
                 todo="use a smaller dp or fewer stages",
             )
+        self.summed_last = self.partial_buffers[-1][-1] if self.partial_buffers else 0
         places = iter(range(len(self.updated)))
         self.place_n = tuple(next(places) if own else -1 for own in mine)
         self.dense_shards = self._shards(names, owner, GroupKind.DATA, self.data.size)
@@ -68,7 +69,7 @@ class ShardedReduction(Reduction):
         # each message waits for the one before: ranks own different weights, so their graphs
         # differ, and a compiler that chose the order itself could choose another one on each
         gradients = self.summed(gradients, self.partial_buffers, self.tensor)
-        done = gradients[self.partial_buffers[-1][-1] if self.partial_buffers else 0]
+        done = gradients[self.summed_last]
         for buffer in self.dense_shards:
             gradients, done = self.sum_to_owners(gradients, buffer, self.data, done)
         for buffer in self.expert_shards:
