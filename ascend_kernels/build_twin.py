@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mistral_ms.cache import cache_directory
 from mistral_ms.errors import KernelError
-from mistral_ms.parallel.dryrun.standins import cache_directory
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

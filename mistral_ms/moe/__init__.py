@@ -1,8 +1,15 @@
 """The sparse layer: routing, dispatch, experts, combine, losses."""
 
 from mistral_ms.moe.capacity import expert_capacity
-from mistral_ms.moe.dispatcher import Dispatcher, LocalDispatcher, Record
-from mistral_ms.moe.experts import Experts, RoutedExperts, surviving_weights
+from mistral_ms.moe.dispatcher import (
+    Dispatcher,
+    PackedDispatcher,
+    PaddedDispatcher,
+    Plan,
+    kept_choices,
+    local_dispatcher,
+)
+from mistral_ms.moe.experts import Experts, RoutedExperts
 from mistral_ms.moe.layer import MoELayer
 from mistral_ms.moe.losses import (
     RouterSums,
@@ -16,15 +23,17 @@ __all__ = [
     "Choice",
     "Dispatcher",
     "Experts",
-    "LocalDispatcher",
     "MoELayer",
-    "Record",
+    "PackedDispatcher",
+    "PaddedDispatcher",
+    "Plan",
     "RoutedExperts",
     "Router",
     "RouterSums",
     "expert_capacity",
+    "kept_choices",
     "load_balancing_loss",
+    "local_dispatcher",
     "router_sums",
     "router_z_loss",
-    "surviving_weights",
 ]

@@ -1,81 +1,173 @@
-"""The contract of dispatch and combine, and the dispatcher of a single device.
+"""The contract of dispatch and combine, and the dispatchers of a single device.
 
-A dispatcher brings token rows to the experts and their results back. The local one only permutes;
-those that communicate live in ``mistral_ms.parallel`` and are injected from there.
+A dispatcher brings token rows to the experts and their results back. The local ones only permute;
+those that communicate live in ``mistral_ms.parallel`` and are injected from there::
+
+    plan = dispatcher.plan(choice, valid_T)
+    rows, group_sizes_L = dispatcher.dispatch(x_TH, plan)
+    y_TH = dispatcher.combine(experts(rows, group_sizes_L), plan)
+
+Rows lie before the experts in one of two ways. *Packed*: [R, H], sorted by expert, exactly the
+rows that were chosen, and the sizes of the groups. *Padded*: [L, C, H], as many for every expert,
+zero where a place is empty.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import RoutingConfig
 from mistral_ms.moe.capacity import expert_capacity
+from mistral_ms.moe.router import Choice
 from mistral_ms.ops import select
 from mistral_ms.ops.reference import SlotTable
 
-Record: TypeAlias = tuple[Tensor, ...]
-"""What happened to the choices: first the four tensors of a :data:`SlotTable` of this process's own
-tokens, then whatever the dispatcher needs to bring results back."""
+_sum_keep = ops.ReduceSum(keep_dims=True)
+
+Plan: TypeAlias = tuple[SlotTable, Tensor, Tensor | None, tuple[Any, ...]]
+"""Where rows go, in this order (a plain tuple: GRAPH_MODE cannot build named ones):
+
+* slots: where every choice of this process's own tokens goes;
+* weights_TK: float32, weight of each choice in its token's sum (carries the gradient);
+* group_sizes_L: int32, packed rows of each expert of this process; None where rows are padded;
+* journey: what else the dispatcher needs for the way there and back.
+"""
 
 
 class Dispatcher(nn.Cell):
-    """The contract. ``dispatch`` returns a record of what happened; ``combine`` takes it."""
-
-    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, valid_T: Tensor) -> tuple[Tensor, Record]:
-        """Brings rows to their experts.
-
-        Args:
-            x_TH: token rows.
-            experts_TK: int32, chosen experts.
-            valid_T: float32, 0 for padding.
-
-        Returns:
-            The rows that the experts of this process compute, [L, C, H] (zero where a place is
-            empty), and the record.
-        """
-        raise NotImplementedError
-
-    def combine(self, y_LCH: Tensor, weights_TK: Tensor, record: Record) -> Tensor:
-        """Brings results back and adds them up by weight: [L, C, H] -> [T, H].
-
-        Where several processes hold shares of the same experts, ``y_LCH`` is this one's partial
-        sum: the dispatcher adds the partial sums up on the way.
-        """
-        raise NotImplementedError
-
-
-class LocalDispatcher(Dispatcher):
-    """All experts on this device.
+    """The contract.
 
     Args:
-        num_experts: E.
+        num_experts: E, of the whole layer.
         routing: policy, capacity, and which kernels run.
+
+    Attributes:
+        packed: whether rows lie packed before the experts, or padded.
     """
+
+    packed: bool
 
     def __init__(self, num_experts: int, routing: RoutingConfig) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.routing = routing
+        self.num_experts, self.routing = num_experts, routing
+
+    def plan(self, choice: Choice, valid_T: Tensor) -> Plan:
+        """Decides where rows go.
+
+        Args:
+            choice: of every token.
+            valid_T: float32, 0 for padding, which goes nowhere.
+        """
+        raise NotImplementedError
+
+    def dispatch(self, x_TH: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
+        """Brings rows to their experts: [T, H] -> the rows that the experts of this process
+        compute, packed or padded, and the plan's group sizes.
+
+        Packed rows beyond the last group are zero.
+        """
+        raise NotImplementedError
+
+    def combine(self, y: Tensor, plan: Plan) -> Tensor:
+        """Brings results back, as the rows lay, and adds them up by weight -> [T, H].
+
+        Where several processes hold shares of the same experts, ``y`` is this one's partial sum:
+        the dispatcher adds the partial sums up on the way.
+        """
+        raise NotImplementedError
+
+    def weights(self, choice: Choice, slots: SlotTable) -> Tensor:
+        """[T, K]: the choice's weights, rescaled where the routing says so."""
+        if self.routing.rescale_survivors:
+            return surviving_weights(choice[0], slots[1])
+        return choice[0]
+
+
+class PaddedDispatcher(Dispatcher):
+    """All experts on this device, with C places each.
+
+    Under ``dropless`` C = T, a place for everyone.
+    """
+
+    packed = False
+
+    def __init__(self, num_experts: int, routing: RoutingConfig) -> None:
+        super().__init__(num_experts, routing)
         choice_major = routing.drop_priority == "choice_major"
         self.assign_slots = select.assign_slots(routing.kernels, num_experts, choice_major)
         self.place_rows = select.dispatch(routing.kernels)
         self.add_up = select.combine(routing.kernels)
 
-    def dispatch(
-        self, x_TH: Tensor, experts_TK: Tensor, valid_T: Tensor
-    ) -> tuple[Tensor, SlotTable]:
-        """See the contract; L = E."""
+    def plan(self, choice: Choice, valid_T: Tensor) -> Plan:
+        """See the contract."""
+        experts_TK = choice[1]
         T, K = experts_TK.shape
         capacity = expert_capacity(T, self.num_experts, K, self.routing)
-        table = self.assign_slots(experts_TK, valid_T, capacity)
-        slot_TK, kept_TK, source_EC, filled_EC = table
-        rows = self.place_rows(x_TH, slot_TK, kept_TK, source_EC, filled_EC)
-        return rows.reshape(self.num_experts, capacity, x_TH.shape[-1]), table
+        slots = self.assign_slots(experts_TK, valid_T, capacity)
+        return slots, self.weights(choice, slots), None, ()
 
-    def combine(self, y_LCH: Tensor, weights_TK: Tensor, record: SlotTable) -> Tensor:
+    def dispatch(self, x_TH: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
+        """See the contract: [E, C, H]."""
+        slots, _, group_sizes_E, _ = plan
+        slot_TK, kept_TK, source_EC, filled_EC = slots
+        rows = self.place_rows(x_TH, slot_TK, kept_TK, source_EC, filled_EC)
+        return rows.reshape(self.num_experts, -1, x_TH.shape[-1]), group_sizes_E
+
+    def combine(self, y: Tensor, plan: Plan) -> Tensor:
         """See the contract."""
-        rows = y_LCH.reshape(-1, y_LCH.shape[-1])
-        slot_TK, kept_TK, source_EC, filled_EC = record
+        slots, weights_TK, _, _ = plan
+        slot_TK, kept_TK, source_EC, filled_EC = slots
+        rows = y.reshape(-1, y.shape[-1])
         return self.add_up(rows, weights_TK, slot_TK, kept_TK, source_EC, filled_EC)
+
+
+class PackedDispatcher(Dispatcher):
+    """All experts on this device, each with exactly the rows that chose it: R = T * K."""
+
+    packed = True
+
+    def __init__(self, num_experts: int, routing: RoutingConfig) -> None:
+        super().__init__(num_experts, routing)
+        self.pack_choices = select.pack_choices(routing.kernels, num_experts)
+        self.place_rows = select.dispatch(routing.kernels)
+        self.add_up = select.combine(routing.kernels)
+
+    def plan(self, choice: Choice, valid_T: Tensor) -> Plan:
+        """See the contract."""
+        slots, group_sizes_E = self.pack_choices(choice[1], valid_T)
+        return slots, self.weights(choice, slots), group_sizes_E, ()
+
+    def dispatch(self, x_TH: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
+        """See the contract."""
+        slots, _, group_sizes_E, _ = plan
+        slot_TK, kept_TK, source_R, filled_R = slots
+        return self.place_rows(x_TH, slot_TK, kept_TK, source_R, filled_R), group_sizes_E
+
+    def combine(self, y: Tensor, plan: Plan) -> Tensor:
+        """See the contract."""
+        slots, weights_TK, _, _ = plan
+        slot_TK, kept_TK, source_R, filled_R = slots
+        return self.add_up(y, weights_TK, slot_TK, kept_TK, source_R, filled_R)
+
+
+def local_dispatcher(num_experts: int, routing: RoutingConfig) -> Dispatcher:
+    """The dispatcher of a policy on a single device."""
+    if routing.policy == "dropless":
+        return PackedDispatcher(num_experts, routing)
+    return PaddedDispatcher(num_experts, routing)
+
+
+def kept_choices(plan: Plan) -> Tensor:
+    """float32 [T, K]: 1 where a choice of this process's tokens goes to its expert, else 0."""
+    slots, _, _, _ = plan
+    _, kept_TK, _, _ = slots
+    return kept_TK
+
+
+def surviving_weights(weights_TK: Tensor, kept_TK: Tensor) -> Tensor:
+    """Weights of the choices that got a place, divided by their sum; zero where none did."""
+    survivors = weights_TK * kept_TK
+    total = _sum_keep(survivors, -1)
+    return survivors / ops.select(total > 0, total, ops.ones_like(total))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, nn
 
-from mistral_ms.config import ModelConfig, RoutingConfig
+from mistral_ms.config import ModelConfig
 from mistral_ms.layers.parameter import weight
-from mistral_ms.moe.dispatcher import Dispatcher
+from mistral_ms.moe.dispatcher import Dispatcher, kept_choices
 from mistral_ms.moe.router import Choice
-from mistral_ms.ops import reference
-from mistral_ms.ops.reference import SlotTable
-
-_sum_keep = ops.ReduceSum(keep_dims=True)
+from mistral_ms.ops import reference, select
 
 
 class Experts(nn.Cell):
@@ -21,10 +18,15 @@ class Experts(nn.Cell):
         config: sizes.
         local_experts: L, how many this process holds; all of them when None.
         dtype: dtype of the weights.
+        packed: whether rows come packed, with group sizes, or padded, as many for every expert.
     """
 
     def __init__(
-        self, config: ModelConfig, local_experts: int | None = None, dtype: str = "float32"
+        self,
+        config: ModelConfig,
+        local_experts: int | None = None,
+        dtype: str = "float32",
+        packed: bool = False,
     ) -> None:
         super().__init__()
         assert config.moe is not None
@@ -33,11 +35,26 @@ class Experts(nn.Cell):
         self.w1 = weight(L, I, H, dtype=dtype)
         self.w3 = weight(L, I, H, dtype=dtype)
         self.w2 = weight(L, H, I, dtype=dtype)
+        self.packed = packed
+        if packed:
+            self.grouped_linear = select.grouped_linear(select.dense_kernels(), dtype)
 
-    def compute(self, x_LCH: Tensor) -> Tensor:
-        """w2(silu(w1 x) * w3 x) per expert: [L, C, H] -> [L, C, H]."""
-        gate = reference.batched_linear(x_LCH, self.w1)
-        up = reference.batched_linear(x_LCH, self.w3)
+    def compute(self, rows: Tensor, group_sizes_L: Tensor | None = None) -> Tensor:
+        """w2(silu(w1 x) * w3 x) of each row x by its expert.
+
+        Args:
+            rows: packed [R, H], or padded [L, C, H].
+            group_sizes_L: int32, packed rows of each expert.
+
+        Returns:
+            The results, as the rows lie.
+        """
+        if self.packed:
+            gate = self.grouped_linear(rows, self.w1, group_sizes_L)
+            up = self.grouped_linear(rows, self.w3, group_sizes_L)
+            return self.grouped_linear(reference.swiglu(gate, up), self.w2, group_sizes_L)
+        gate = reference.batched_linear(rows, self.w1)
+        up = reference.batched_linear(rows, self.w3)
         return reference.batched_linear(reference.swiglu(gate, up), self.w2)
 
 
@@ -46,7 +63,6 @@ class RoutedExperts(Experts):
 
     Args:
         config: sizes.
-        routing: whether surviving weights are rescaled.
         dispatcher: brings rows to experts and back; injected.
         local_experts: L, experts held here; all when None.
         dtype: dtype of the weights.
@@ -55,26 +71,18 @@ class RoutedExperts(Experts):
     def __init__(
         self,
         config: ModelConfig,
-        routing: RoutingConfig,
         dispatcher: Dispatcher,
         local_experts: int | None = None,
         dtype: str = "float32",
     ) -> None:
-        super().__init__(config, local_experts, dtype)
+        super().__init__(config, local_experts, dtype, dispatcher.packed)
         self.dispatcher = dispatcher
-        self.rescale = routing.rescale_survivors
 
-    def construct(self, x_TH: Tensor, choice: Choice, valid_T: Tensor) -> tuple[Tensor, SlotTable]:
-        """[T, H] -> [T, H] and the record; a token whose every choice is dropped gets zero."""
-        weights_TK, experts_TK, _, _ = choice
-        rows, record = self.dispatcher.dispatch(x_TH, experts_TK, valid_T)
-        if self.rescale:
-            weights_TK = surviving_weights(weights_TK, record[1])
-        return self.dispatcher.combine(self.compute(rows), weights_TK, record), record
-
-
-def surviving_weights(weights_TK: Tensor, kept_TK: Tensor) -> Tensor:
-    """Weights of the choices that got a place, divided by their sum; zero where none did."""
-    survivors = weights_TK * kept_TK
-    total = _sum_keep(survivors, -1)
-    return survivors / ops.select(total > 0, total, ops.ones_like(total))
+    def construct(self, x_TH: Tensor, choice: Choice, valid_T: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, H] -> [T, H], and which choices were computed, see
+        :func:`~mistral_ms.moe.kept_choices`; a token whose every choice is dropped gets zero.
+        """
+        plan = self.dispatcher.plan(choice, valid_T)
+        rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
+        y = self.compute(rows, group_sizes_L)
+        return self.dispatcher.combine(y, plan), kept_choices(plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import Tensor, nn
 
 from mistral_ms.config import ModelConfig, RoutingConfig
-from mistral_ms.moe.dispatcher import LocalDispatcher
+from mistral_ms.moe.dispatcher import local_dispatcher
 from mistral_ms.moe.experts import RoutedExperts
 from mistral_ms.moe.losses import RouterSums, router_sums
 from mistral_ms.moe.router import Router
@@ -32,8 +32,8 @@ class MoELayer(nn.Cell):
         assert config.moe is not None
         self.router = Router(config, routing, dtype)
         if experts is None:
-            dispatcher = LocalDispatcher(config.moe.num_local_experts, routing)
-            experts = RoutedExperts(config, routing, dispatcher, dtype=dtype)
+            dispatcher = local_dispatcher(config.moe.num_local_experts, routing)
+            experts = RoutedExperts(config, dispatcher, dtype=dtype)
         self.experts = experts
 
     def construct(self, x_TH: Tensor, valid_T: Tensor) -> tuple[Tensor, RouterSums]:
@@ -44,5 +44,5 @@ class MoELayer(nn.Cell):
             valid_T: float32, 0 for padding: neither routed nor counted; its output is zero.
         """
         choice = self.router(x_TH)
-        y_TH, record = self.experts(x_TH, choice, valid_T)
-        return y_TH, router_sums(choice, record, valid_T)
+        y_TH, kept_TK = self.experts(x_TH, choice, valid_T)
+        return y_TH, router_sums(choice, kept_TK, valid_T)

@@ -13,7 +13,6 @@ from mindspore import Tensor, ops
 
 from mistral_ms.moe.router import Choice
 from mistral_ms.ops import reference
-from mistral_ms.ops.reference import SlotTable
 
 _sum = ops.ReduceSum()
 
@@ -31,10 +30,16 @@ Stacked over the sparse layers of a model they are [layers, E] and [layers].
 """
 
 
-def router_sums(choice: Choice, record: SlotTable, valid_T: Tensor) -> RouterSums:
-    """The sums of one layer's pass."""
+def router_sums(choice: Choice, kept_TK: Tensor, valid_T: Tensor) -> RouterSums:
+    """The sums of one layer's pass.
+
+    Args:
+        choice: of every token.
+        kept_TK: float32, 1 where a choice was computed.
+        valid_T: float32, 0 for padding.
+    """
     _, experts_TK, probs_TE, logits_TE = choice
-    routed_E, kept_E = reference.count_choices(experts_TK, valid_T, record[1], probs_TE.shape[-1])
+    routed_E, kept_E = reference.count_choices(experts_TK, valid_T, kept_TK, probs_TE.shape[-1])
     log_z_T = ops.logsumexp(logits_TE, -1)
     return (
         _sum(probs_TE * valid_T.reshape(-1, 1), 0),

@@ -9,8 +9,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from mistral_ms.ops import reference
+
 _softmax = ops.Softmax(-1)
 _sum = ops.ReduceSum(keep_dims=True)
+_any_row = ops.ReduceAny()
+_cumsum = ops.CumSum()
 _one_hot = ops.OneHot()
 _ON, _OFF = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
 
@@ -73,6 +77,31 @@ class SwiGLUHalves(nn.Cell):
     def construct(self, gate_up: Tensor) -> Tensor:
         """[..., 2 * I] -> [..., I]."""
         return self.swiglu(gate_up, -1)
+
+
+class GroupedLinear(nn.Cell):
+    """``reference.grouped_linear`` by GroupedMatmul, called as MindFormers calls it.
+
+    The primitive wants matrices [input, output], so every call transposes the weights, and groups
+    that end with the last row. So the last expert computes the rows beyond the groups, too, and
+    their results are set to zero; they must hold finite numbers. The gradients are MindSpore's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        from mindspore.ops.auto_generate import GroupedMatmul
+
+        self.multiply = GroupedMatmul(split_item=3, group_type=0)
+
+    def construct(self, x_RI: Tensor, w_EOI: Tensor, group_sizes_E: Tensor) -> Tensor:
+        """[R, I], [E, O, I] and int32 [E] -> [R, O]."""
+        R = x_RI.shape[0]
+        end_E = ops.minimum(_cumsum(ops.maximum(group_sizes_E, 0), 0), R)
+        groups_E = ops.cast(ops.cat((end_E[:-1], ops.fill(ms.int32, (1,), R))), ms.int64)
+        w_EIO = w_EOI.transpose(0, 2, 1)
+        y_RO = self.multiply([x_RI], [w_EIO], None, None, None, None, None, groups_E)[0]
+        inside_R1 = _any_row(reference.rows_of_groups(group_sizes_E, R), 0).reshape(R, 1)
+        return ops.select(ops.broadcast_to(inside_R1, y_RO.shape), y_RO, ops.zeros_like(y_RO))
 
 
 COMPRESSED_MASK = 2048

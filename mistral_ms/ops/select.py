@@ -1,24 +1,29 @@
-"""Which implementation of each routing operation runs: one value decides, every choice is logged.
+"""Which implementation of each operation runs: one value decides, every choice is logged.
 
-=============  ==========  ================  ====================================================
-operation      reference   custom            cann
-=============  ==========  ================  ====================================================
-gating_top_k   MindSpore   MoeGatingTopK     MoeGatingTopKSoftmax finds the experts; the weights and
-                                             the gradient are plain MindSpore, because the primitive
-                                             has neither a gradient nor all probabilities
-assign_slots   MindSpore   MoeExpertCapacity none: MoeInitRoutingV2 assigns and moves rows in one,
-                                             token by token only, and knows no padding
-dispatch       MindSpore   MoeDispatch       none: see above; MoeTokenPermute has no capacity
-combine        MindSpore   MoeCombine        none: MoeFinalizeRouting wants a residual and has no
-                                             gradient; MoeTokenUnpermute takes no dropped choices
-rms_norm       MindSpore   none              RmsNorm
-swiglu_halves  MindSpore   none              Swiglu
-attention      MindSpore   none              FlashAttentionScore
-=============  ==========  ================  ====================================================
+==============  ==========  ================  ===================================================
+operation       reference   custom            cann
+==============  ==========  ================  ===================================================
+gating_top_k    MindSpore   MoeGatingTopK     MoeGatingTopKSoftmax finds the experts; the weights
+                                              and the gradient are plain MindSpore, because the
+                                              primitive has neither a gradient nor all
+                                              probabilities
+assign_slots    MindSpore   MoeExpertCapacity none: MoeInitRoutingV2 assigns and moves rows in one,
+                                              token by token only, and knows no padding
+pack_choices    MindSpore   none              none: MoeTokenPermute sorts and moves rows in one,
+                                              and knows no padding
+dispatch        MindSpore   MoeDispatch       none: see above; MoeTokenPermute has no capacity
+combine         MindSpore   MoeCombine        none: MoeFinalizeRouting wants a residual and has no
+                                              gradient; MoeTokenUnpermute takes no dropped choices
+grouped_linear  MindSpore   none              GroupedMatmul
+rms_norm        MindSpore   none              RmsNorm
+swiglu_halves   MindSpore   none              Swiglu
+attention       MindSpore   none              FlashAttentionScore
+==============  ==========  ================  ===================================================
 
-The last three belong to the auto-parallel graph, which takes :func:`dense_kernels`.
+The last four are no part of the routing and take :func:`dense_kernels`: ``cann`` on Ascend, ``cpu``
+elsewhere. ``cpu`` has one operator, for ``grouped_linear`` in float32, compiled at first use.
 
-Where ``cann`` has none, the reference runs, and the log says so.
+Where a value has no implementation of an operation, the reference runs, and the log says so.
 """
 
 from __future__ import annotations
@@ -29,13 +34,18 @@ from typing import Literal, TypeAlias
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.errors import KernelError
-from mistral_ms.ops import cann, custom, reference
+from mistral_ms.ops import cann, cpu, custom, reference
 from mistral_ms.ops.reference import SlotTable
 
-Kernels: TypeAlias = Literal["reference", "custom", "cann"]
+Kernels: TypeAlias = Literal["reference", "custom", "cann", "cpu"]
 
 log = logging.getLogger(__name__)
-_logged: set[tuple[str, str]] = set()
+_logged: set[str] = set()
+_LACKS = {
+    "cann": "CANN has no matching primitive",
+    "custom": "ascend_kernels has no operator for it",
+    "cpu": "there is no operator for the CPU",
+}
 
 
 def gating_top_k(kernels: Kernels, k: int, normalize: bool) -> nn.Cell:
@@ -49,7 +59,7 @@ def gating_top_k(kernels: Kernels, k: int, normalize: bool) -> nn.Cell:
     Raises:
         KernelError: the implementation is not there.
     """
-    if _choose("gating_top_k", kernels, cann="MoeGatingTopKSoftmax") == "custom":
+    if _choose("gating_top_k", kernels, ("custom", "cann")) == "custom":
         return custom.GatingTopK(k, normalize)
     if kernels == "cann":
         return cann.GatingTopK(k, normalize)
@@ -67,9 +77,23 @@ def assign_slots(kernels: Kernels, num_experts: int, choice_major: bool) -> nn.C
     Raises:
         KernelError: the implementation is not there.
     """
-    if _choose("assign_slots", kernels) == "custom":
+    if _choose("assign_slots", kernels, ("custom",)) == "custom":
         return custom.AssignSlots(num_experts, choice_major)
     return ReferenceSlots(num_experts, choice_major)
+
+
+def pack_choices(kernels: Kernels, num_experts: int) -> nn.Cell:
+    """The Cell of ``reference.pack_choices``: experts, valid tokens -> the slot table, group sizes.
+
+    Args:
+        kernels: which implementation.
+        num_experts: E.
+
+    Raises:
+        KernelError: the implementation is not there.
+    """
+    _choose("pack_choices", kernels, ())
+    return ReferencePacking(num_experts)
 
 
 def dispatch(kernels: Kernels) -> nn.Cell:
@@ -78,7 +102,9 @@ def dispatch(kernels: Kernels) -> nn.Cell:
     Raises:
         KernelError: the implementation is not there.
     """
-    return custom.Dispatch() if _choose("dispatch", kernels) == "custom" else reference.Dispatch()
+    if _choose("dispatch", kernels, ("custom",)) == "custom":
+        return custom.Dispatch()
+    return reference.Dispatch()
 
 
 def combine(kernels: Kernels) -> nn.Cell:
@@ -87,12 +113,36 @@ def combine(kernels: Kernels) -> nn.Cell:
     Raises:
         KernelError: the implementation is not there.
     """
-    return custom.Combine() if _choose("combine", kernels) == "custom" else reference.Combine()
+    if _choose("combine", kernels, ("custom",)) == "custom":
+        return custom.Combine()
+    return reference.Combine()
 
 
 def dense_kernels() -> Kernels:
-    """What operations outside the routing run with: CANN's on Ascend, else the reference."""
-    return "cann" if custom.on_ascend() else "reference"
+    """What operations outside the routing run with."""
+    return "cann" if custom.on_ascend() else "cpu"
+
+
+def grouped_linear(kernels: Kernels, dtype: str) -> nn.Cell:
+    """The Cell of ``reference.grouped_linear``: rows [R, I], matrices [E, O, I] and group sizes
+    int32 [E] -> [R, O].
+
+    Args:
+        kernels: which implementation.
+        dtype: of rows and matrices.
+
+    Raises:
+        KernelError: the implementation is not there.
+    """
+    has: tuple[Kernels, ...] = ("cann", "cpu")
+    lack = None
+    if kernels == "cpu":
+        lack = cpu.why_missing() if dtype == "float32" else "the CPU's operator is for float32"
+        has = ("cpu",) if lack is None else ()
+    chosen = _choose("grouped_linear", kernels, has, lack)
+    if chosen == "cpu":
+        return cpu.GroupedLinear()
+    return cann.GroupedLinear() if chosen == "cann" else ReferenceGroupedLinear()
 
 
 def rms_norm(kernels: Kernels, eps: float) -> nn.Cell:
@@ -105,7 +155,7 @@ def rms_norm(kernels: Kernels, eps: float) -> nn.Cell:
     Raises:
         KernelError: the implementation is not there.
     """
-    if _choose("rms_norm", kernels, cann="RmsNorm") == "cann":
+    if _choose("rms_norm", kernels, ("cann",)) == "cann":
         return cann.RMSNorm(eps)
     return ReferenceNorm(eps)
 
@@ -116,7 +166,7 @@ def swiglu_halves(kernels: Kernels) -> nn.Cell:
     Raises:
         KernelError: the implementation is not there.
     """
-    if _choose("swiglu_halves", kernels, cann="Swiglu") == "cann":
+    if _choose("swiglu_halves", kernels, ("cann",)) == "cann":
         return cann.SwiGLUHalves()
     return ReferenceSwiGLU()
 
@@ -136,9 +186,17 @@ def attention(kernels: Kernels, heads: int, kv_heads: int, head_dim: int, causal
     Raises:
         KernelError: the implementation is not there.
     """
-    if _choose("attention", kernels, cann="FlashAttentionScore") == "cann":
+    if _choose("attention", kernels, ("cann",)) == "cann":
         return cann.FlashAttention(heads, kv_heads, head_dim, causal)
     return ReferenceAttention(heads, kv_heads, head_dim)
+
+
+class ReferenceGroupedLinear(nn.Cell):
+    """``reference.grouped_linear``."""
+
+    def construct(self, x_RI: Tensor, w_EOI: Tensor, group_sizes_E: Tensor) -> Tensor:
+        """[R, O]."""
+        return reference.grouped_linear(x_RI, w_EOI, group_sizes_E)
 
 
 class ReferenceNorm(nn.Cell):
@@ -207,16 +265,31 @@ class ReferenceSlots(nn.Cell):
         )
 
 
-def _choose(operation: str, kernels: Kernels, cann: str | None = None) -> Kernels:
+class ReferencePacking(nn.Cell):
+    """``reference.pack_choices`` with its setting."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def construct(self, experts_TK: Tensor, valid_T: Tensor) -> tuple[SlotTable, Tensor]:
+        """The slot table, and the choices per expert."""
+        return reference.pack_choices(experts_TK, valid_T, self.num_experts)
+
+
+def _choose(
+    operation: str, kernels: Kernels, has: tuple[Kernels, ...], lack: str | None = None
+) -> Kernels:
     """Checks that the asked implementation is there and logs the choice, once per operation.
 
     Args:
         operation: name of the operation.
         kernels: which implementation is asked for.
-        cann: the matching primitive of CANN, if there is one.
+        has: those that the operation has besides the reference.
+        lack: one clause, when an implementation exists and cannot be used here.
 
     Returns:
-        What runs: ``reference`` too where ``cann`` has no match.
+        What runs: ``reference`` where the operation has nothing of what is asked for.
     """
     if kernels == "cann" and not custom.on_ascend():
         raise KernelError(
@@ -226,9 +299,9 @@ def _choose(operation: str, kernels: Kernels, cann: str | None = None) -> Kernel
             rule="they exist on Ascend only",
             todo="run on an NPU, or set kernels=reference",
         )
-    chosen: Kernels = "reference" if kernels == "cann" and cann is None else kernels
-    if (operation, kernels) not in _logged:
-        _logged.add((operation, kernels))
-        reason = "" if chosen == kernels else " (CANN has no matching primitive)"
-        log.info("%s: %s%s", operation, chosen, reason)
+    chosen: Kernels = kernels if kernels in has else "reference"
+    reason = "" if chosen == kernels else f" ({lack or _LACKS[kernels]})"
+    if (line := f"{operation}: {chosen}{reason}") not in _logged:
+        _logged.add(line)
+        log.log(logging.WARNING if lack else logging.INFO, line)
     return chosen

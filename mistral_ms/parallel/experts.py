@@ -49,4 +49,4 @@ def routed_experts(
         raise TopologyError("no experts")
     dispatcher = make_dispatcher(model.moe.num_local_experts, routing, parallel, groups)
     share = model.model_copy(update={"intermediate_size": len(part.columns)})
-    return RoutedExperts(share, routing, dispatcher, len(part.experts), dtype)
+    return RoutedExperts(share, dispatcher, len(part.experts), dtype)

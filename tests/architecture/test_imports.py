@@ -51,6 +51,7 @@ BELOW_TRAINING = f"{MODEL_ROOMS} staging parallel tokenizer checkpoint data data
 # numpy goes where mindspore goes: its tensors are made of arrays
 TABLE = {
     "errors": room(),
+    "cache": room(),
     "reading": room(),
     "recognition": room(),
     "signals": room(),
@@ -95,9 +96,9 @@ TABLE = {
         "typer rich mindspore numpy matplotlib",
     ),
 }
-COMMON = {"errors", "reading", "recognition", "signals", "__version__"}
-"""Every room may import them: what users meet, how files of others are read and recognised, how to
-be ended."""
+COMMON = {"errors", "cache", "reading", "recognition", "signals", "__version__"}
+"""Every room may import them: what users meet, where compiled files are kept, how files of others
+are read and recognised, how to be ended."""
 
 
 @dataclass(frozen=True)

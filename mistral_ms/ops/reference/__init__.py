@@ -12,16 +12,29 @@ T   tokens, B * S                   V   vocabulary
 H   hidden size                     N   query heads
 I   intermediate size               G   key/value heads
 O   any output size                 D   head dimension
+R   rows sorted by expert           Q   choices, T * K
 ==  ==============================  ==  =======================
 """
 
 from mistral_ms.ops.reference.activation import swiglu, swiglu_halves
 from mistral_ms.ops.reference.attention import attention
-from mistral_ms.ops.reference.matmul import batched_linear, batched_matmul, linear
+from mistral_ms.ops.reference.matmul import (
+    batched_linear,
+    batched_matmul,
+    grouped_linear,
+    linear,
+    rows_of_groups,
+)
 from mistral_ms.ops.reference.norm import rms_norm
 from mistral_ms.ops.reference.permute import Combine, Dispatch
 from mistral_ms.ops.reference.rope import rotate
-from mistral_ms.ops.reference.routing import SlotTable, assign_slots, count_choices, gating_top_k
+from mistral_ms.ops.reference.routing import (
+    SlotTable,
+    assign_slots,
+    count_choices,
+    gating_top_k,
+    pack_choices,
+)
 
 __all__ = [
     "Combine",
@@ -33,9 +46,12 @@ __all__ = [
     "batched_matmul",
     "count_choices",
     "gating_top_k",
+    "grouped_linear",
     "linear",
+    "pack_choices",
     "rms_norm",
     "rotate",
+    "rows_of_groups",
     "swiglu",
     "swiglu_halves",
 ]

@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import mindspore as ms
 from mindspore import Tensor, ops
 
+_cumsum = ops.CumSum()
+_range = ops.Range()
+_sum = ops.ReduceSum()
 _matmul_t = ops.MatMul(transpose_b=True)
 _batch_matmul_t = ops.BatchMatMul(transpose_b=True)
 _batch_matmul = ops.BatchMatMul()
@@ -25,3 +29,34 @@ def batched_linear(x_ECI: Tensor, weight_EOI: Tensor) -> Tensor:
 def batched_matmul(x_ECI: Tensor, weight_EIO: Tensor) -> Tensor:
     """The same with weights stored [input, output]: [E, C, I] and [E, I, O] give [E, C, O]."""
     return _batch_matmul(x_ECI, weight_EIO)
+
+
+def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, group_sizes_E: Tensor) -> Tensor:
+    """Rows sorted by expert, each multiplied by its expert's matrix.
+
+    Every expert multiplies all rows, with those of the others set to zero: E times the
+    multiplications, for static shapes and any dtype.
+
+    Args:
+        x_RI: first the rows of expert 0, then those of expert 1, ...; rows beyond the last group
+            give zero, whatever stands there.
+        weight_EOI: one matrix per expert.
+        group_sizes_E: int32, rows of each expert. A size below zero counts as zero, and groups
+            end where the rows end.
+
+    Returns:
+        [R, O].
+    """
+    (R, I), E = x_RI.shape, weight_EOI.shape[0]  # noqa: E741
+    inside_ER1 = rows_of_groups(group_sizes_E, R).reshape(E, R, 1)
+    x_ERI = ops.broadcast_to(x_RI.reshape(1, R, I), (E, R, I))
+    own_ERI = ops.select(ops.broadcast_to(inside_ER1, (E, R, I)), x_ERI, ops.zeros_like(x_ERI))
+    return _sum(batched_linear(own_ERI, weight_EOI), 0)
+
+
+def rows_of_groups(group_sizes_E: Tensor, rows: int) -> Tensor:
+    """Bool [E, R]: whether a row belongs to a group, when groups stand side by side."""
+    sizes_E1 = ops.maximum(group_sizes_E, 0).reshape(-1, 1)
+    first_E1 = _cumsum(sizes_E1, 0) - sizes_E1
+    place_ER = ops.cast(_range(0, rows, 1), ms.int32).reshape(1, -1) - first_E1
+    return ops.logical_and(place_ER >= 0, place_ER < sizes_E1)

@@ -98,15 +98,52 @@ def assign_slots(
     kept_TK = ops.logical_and(place_TK >= 0.0, place_TK < float(C))
     slot_TK = experts_TK * C + ops.cast(place_TK, ms.int32)
 
-    # the inverse map: every kept choice writes its own number + 1 into its place, the rest meet
-    # in one spare place at the end that is cut off
-    spare = ops.fill(ms.int32, (T, K), E * C)
-    target_Q1 = ops.select(kept_TK, slot_TK, spare).reshape(T * K, 1)
-    numbers = ops.cast(_range(1, T * K + 1, 1), ms.int32)
-    taken_EC = ops.scatter_nd(target_Q1, numbers, (E * C + 1,))[: E * C]
+    source_EC, filled_EC = _what_fills(slot_TK, kept_TK, E * C)
     return (
         ops.select(kept_TK, slot_TK, ops.zeros_like(slot_TK)),
         ops.stop_gradient(ops.cast(kept_TK, ms.float32)),
-        ops.maximum(taken_EC - 1, 0),
-        ops.stop_gradient(ops.cast(taken_EC > 0, ms.float32)),
+        source_EC,
+        filled_EC,
+    )
+
+
+def pack_choices(experts_TK: Tensor, valid_T: Tensor, num_experts: int) -> tuple[SlotTable, Tensor]:
+    """Sorts all choices by expert, those of one expert by token; padding has no place.
+
+    Args:
+        experts_TK: int32, chosen experts.
+        valid_T: float32, 0 for padding.
+        num_experts: E.
+
+    Returns:
+        A slot table of T * K places, of which the last ones are empty where there is padding, and
+        int32 [E], choices per expert. Nothing carries a gradient.
+    """
+    T, K = experts_TK.shape
+    queue_QE = expert_one_hot(experts_TK, valid_T, num_experts).reshape(T * K, num_experts)
+    # float32 counts are exact below 2^24 choices
+    passed_QE = _cumsum(queue_QE, 0)
+    count_E = passed_QE[-1]
+    first_E = _cumsum(count_E, 0) - count_E
+    slot_TK = ops.cast(_sum((passed_QE - 1.0 + first_E) * queue_QE, -1), ms.int32).reshape(T, K)
+    kept_TK = _sum(queue_QE, -1).reshape(T, K)
+    source_Q, filled_Q = _what_fills(slot_TK, kept_TK > 0.0, T * K)
+    table = slot_TK, ops.stop_gradient(kept_TK), source_Q, filled_Q
+    return table, ops.stop_gradient(ops.cast(count_E, ms.int32))
+
+
+def _what_fills(slot_TK: Tensor, kept_TK: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    """The inverse of slots: the choice that fills each place, int32, and 1 where one does, float32.
+
+    Every kept choice writes its own number + 1 into its place, the rest meet in one spare place at
+    the end that is cut off.
+    """
+    T, K = slot_TK.shape
+    spare_TK = ops.fill(ms.int32, (T, K), places)
+    target_Q1 = ops.select(kept_TK, slot_TK, spare_TK).reshape(T * K, 1)
+    numbers_Q = ops.cast(_range(1, T * K + 1, 1), ms.int32)
+    taken = ops.scatter_nd(target_Q1, numbers_Q, (places + 1,))[:places]
+    return (
+        ops.maximum(taken - 1, 0),
+        ops.stop_gradient(ops.cast(taken > 0, ms.float32)),
     )

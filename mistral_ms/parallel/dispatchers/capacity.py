@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import Tensor
 
 from mistral_ms.config import RoutingConfig
-from mistral_ms.moe import Dispatcher, LocalDispatcher, Record, expert_capacity
+from mistral_ms.moe import Choice, Dispatcher, PaddedDispatcher, Plan, expert_capacity
 from mistral_ms.parallel.dispatchers.carriers import Carrier
 from mistral_ms.parallel.dispatchers.routes import Route
 from mistral_ms.parallel.topology import Traffic
@@ -24,28 +24,32 @@ class CapacityDispatcher(Dispatcher):
         carrier: what each tensor-parallel rank carries.
     """
 
+    packed = False
+
     def __init__(
         self, num_experts: int, routing: RoutingConfig, route: Route, carrier: Carrier
     ) -> None:
-        super().__init__()
-        self.num_experts, self.routing = num_experts, routing
+        super().__init__(num_experts, routing)
         self.local_experts = num_experts // route.members
-        self.local = LocalDispatcher(num_experts, routing)
+        self.local = PaddedDispatcher(num_experts, routing)
         self.route, self.carrier = route, carrier
 
-    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, valid_T: Tensor) -> tuple[Tensor, Record]:
-        """See the contract: [L, P * C, H]; the record is that of the local dispatcher."""
-        loaded = self.carrier.load(x_TH)
-        rows_ECh, record = self.local.dispatch(loaded, experts_TK, valid_T)
-        arrived = self.route.exchange(self.by_member(rows_ECh))
-        return self.carrier.unload(self.by_expert(arrived)), record
+    def plan(self, choice: Choice, valid_T: Tensor) -> Plan:
+        """See the contract: that of the local dispatcher."""
+        return self.local.plan(choice, valid_T)
 
-    def combine(self, y_LCH: Tensor, weights_TK: Tensor, record: Record) -> Tensor:
+    def dispatch(self, x_TH: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
+        """See the contract: [L, P * C, H]."""
+        rows_ECh, group_sizes_L = self.local.dispatch(self.carrier.load(x_TH), plan)
+        arrived = self.route.exchange(self.by_member(rows_ECh))
+        return self.carrier.unload(self.by_expert(arrived)), group_sizes_L
+
+    def combine(self, y: Tensor, plan: Plan) -> Tensor:
         """See the contract."""
-        loaded = self.carrier.load_back(y_LCH)
+        loaded = self.carrier.load_back(y)
         arrived = self.route.exchange(self.by_sender(loaded))
         rows_ECh = arrived.reshape(self.num_experts, -1, arrived.shape[-1])
-        return self.local.combine(self.carrier.unload_back(rows_ECh), weights_TK, record)
+        return self.local.combine(self.carrier.unload_back(rows_ECh), plan)
 
     def by_member(self, rows_ECH: Tensor) -> Tensor:
         """Local, before the exchange: [E, C, H] -> [P, L, C, H], the places of each member."""

@@ -9,7 +9,7 @@ are real; on Ascend only real rows travel.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -19,9 +19,11 @@ from mistral_ms.parallel.topology import Traffic
 
 _sum = ops.ReduceSum()
 
-Plan: TypeAlias = tuple[Tensor, ...]
+Passage: TypeAlias = tuple[Any, ...]
 """What a route has to know for one pass, there and back; no gradient. Opaque to others. Of one hop:
 ``send_P``, ``receive_P`` (int32 row counts), ``sent_R``, ``received_S`` (float32, 1 for real rows).
+Of two hops: ``by_place`` and ``by_node``, the moves before either, and ``inside`` and ``between``,
+the passages of both.
 """
 
 
@@ -34,7 +36,7 @@ class CountedRoute(nn.Cell):
 
     members: int
 
-    def plan(self, sent_PL: Tensor, rows: int, relayed: int, room: int) -> tuple[Tensor, Plan]:
+    def plan(self, sent_PL: Tensor, rows: int, relayed: int, room: int) -> tuple[Tensor, Passage]:
         """Exchanges the counts.
 
         Args:
@@ -46,15 +48,15 @@ class CountedRoute(nn.Cell):
 
         Returns:
             received_PL, the rows that come from every member for every expert of this rank, and
-            the plan.
+            the passage.
         """
         raise NotImplementedError
 
-    def there(self, rows_RH: Tensor, plan: Plan) -> Tensor:
+    def there(self, rows_RH: Tensor, passage: Passage) -> Tensor:
         """Packed rows to the experts: [R, H] -> [S, H], packed by (sender, expert)."""
         raise NotImplementedError
 
-    def back(self, rows_SH: Tensor, plan: Plan) -> Tensor:
+    def back(self, rows_SH: Tensor, passage: Passage) -> Tensor:
         """The inverse: [S, H] -> [R, H]."""
         raise NotImplementedError
 
@@ -82,7 +84,7 @@ class FlatCountedRoute(CountedRoute):
         self.group = expert
         self.all_to_all_v = AllToAllV(expert)
 
-    def plan(self, sent_PL: Tensor, rows: int, relayed: int, room: int) -> tuple[Tensor, Plan]:
+    def plan(self, sent_PL: Tensor, rows: int, relayed: int, room: int) -> tuple[Tensor, Passage]:
         """See the contract."""
         received_PL = ops.stop_gradient(self.group.all_to_all(sent_PL))
         send_P, receive_P = _sum(sent_PL, 1), _sum(received_PL, 1)
@@ -90,14 +92,14 @@ class FlatCountedRoute(CountedRoute):
         received_S = blocks.first_places(_sum(receive_P), room)
         return received_PL, (send_P, receive_P, sent_R, received_S)
 
-    def there(self, rows_RH: Tensor, plan: Plan) -> Tensor:
+    def there(self, rows_RH: Tensor, passage: Passage) -> Tensor:
         """See the contract."""
-        send_P, receive_P, sent_R, received_S = plan
+        send_P, receive_P, sent_R, received_S = passage
         return self.all_to_all_v(rows_RH, send_P, receive_P, sent_R, received_S)
 
-    def back(self, rows_SH: Tensor, plan: Plan) -> Tensor:
+    def back(self, rows_SH: Tensor, passage: Passage) -> Tensor:
         """See the contract."""
-        send_P, receive_P, sent_R, received_S = plan
+        send_P, receive_P, sent_R, received_S = passage
         return self.all_to_all_v(rows_SH, receive_P, send_P, received_S, sent_R)
 
     def traffic(self, counts_PPL: np.ndarray, width: int, itemsize: int = 4) -> Traffic:
@@ -125,7 +127,7 @@ class HierarchicalCountedRoute(CountedRoute):
         self.inside, self.between = FlatCountedRoute(on_node), FlatCountedRoute(across)
         self.move_rows = blocks.MoveRows()
 
-    def plan(self, sent_PL: Tensor, rows: int, relayed: int, room: int) -> tuple[Tensor, Plan]:
+    def plan(self, sent_PL: Tensor, rows: int, relayed: int, room: int) -> tuple[Tensor, Passage]:
         """See the contract."""
         A, D = self.across.size, self.on_node.size
         L = sent_PL.shape[1]
@@ -141,18 +143,20 @@ class HierarchicalCountedRoute(CountedRoute):
         received, between = self.between.plan(
             relay_ADL.reshape(A, D * L), D * relayed, relayed, room
         )
-        return received.reshape(A * D, L), (*by_place, *inside, *by_node, *between)
+        return received.reshape(A * D, L), (by_place, inside, by_node, between)
 
-    def there(self, rows_RH: Tensor, plan: Plan) -> Tensor:
+    def there(self, rows_RH: Tensor, passage: Passage) -> Tensor:
         """See the contract."""
-        rows = self.inside.there(self.move_rows(rows_RH, plan[0:4]), plan[4:8])
-        return self.between.there(self.move_rows(rows, plan[8:12]), plan[12:16])
+        by_place, inside, by_node, between = passage
+        rows = self.inside.there(self.move_rows(rows_RH, by_place), inside)
+        return self.between.there(self.move_rows(rows, by_node), between)
 
-    def back(self, rows_SH: Tensor, plan: Plan) -> Tensor:
+    def back(self, rows_SH: Tensor, passage: Passage) -> Tensor:
         """See the contract."""
-        rows = self.between.back(rows_SH, plan[12:16])
-        rows = self.inside.back(self.move_rows(rows, blocks.inverse(plan[8:12])), plan[4:8])
-        return self.move_rows(rows, blocks.inverse(plan[0:4]))
+        by_place, inside, by_node, between = passage
+        rows = self.between.back(rows_SH, between)
+        rows = self.inside.back(self.move_rows(rows, blocks.inverse(by_node)), inside)
+        return self.move_rows(rows, blocks.inverse(by_place))
 
     def traffic(self, counts_PPL: np.ndarray, width: int, itemsize: int = 4) -> Traffic:
         """See the contract."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mistral_ms.config import ParallelConfig, RoutingConfig
-from mistral_ms.moe import Dispatcher, LocalDispatcher
+from mistral_ms.moe import Dispatcher, local_dispatcher
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.dispatchers.capacity import CapacityDispatcher
 from mistral_ms.parallel.dispatchers.carriers import Carrier, SharedRows, WholeRows
@@ -32,7 +32,7 @@ def make_dispatcher(
         TopologyError: a hierarchical exchange where expert groups do not lie evenly on the nodes.
     """
     if parallel.ep == 1 and parallel.mp == 1:
-        return LocalDispatcher(num_experts, routing)
+        return local_dispatcher(num_experts, routing)
     tensor = groups.of(GroupKind.TENSOR)
     shared = parallel.all_to_all == "group_wise"
     carrier: Carrier = SharedRows(tensor) if shared else WholeRows(tensor)

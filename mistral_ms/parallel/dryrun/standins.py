@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mistral_ms.cache import CACHE_VARIABLE, cache_directory
 from mistral_ms.errors import DryrunError
 from mistral_ms.parallel.dryrun.symbols import defined_in, lack_of
 
 TESTED_VERSION = "2.9.0"
-CACHE_VARIABLE = "MISTRAL_MS_CACHE"
 CANN_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
 SYMBOL_LIBRARY = "libmistral_ms_standin.so"
 
@@ -88,14 +88,6 @@ def find_runtime(environ: Mapping[str, str]) -> Runtime:
             return Runtime((Path(home) / "lib64", *own), None)
     built = standins(cache_directory(environ), mindspore)
     return Runtime((built, *own), built / SYMBOL_LIBRARY)
-
-
-def cache_directory(environ: Mapping[str, str]) -> Path:
-    """Where stand-ins are kept."""
-    if chosen := environ.get(CACHE_VARIABLE):
-        return Path(chosen)
-    base = environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mistral_ms"
 
 
 def why_impossible() -> str | None:

@@ -19,13 +19,13 @@ from mistral_ms.layers.parameter import weight
 from mistral_ms.moe import (
     Choice,
     Dispatcher,
-    LocalDispatcher,
-    Record,
+    PaddedDispatcher,
+    Plan,
     Router,
+    kept_choices,
     load_balancing_loss,
     router_sums,
     router_z_loss,
-    surviving_weights,
 )
 from mistral_ms.ops import reference, select
 from mistral_ms.parallel.collectives import Groups
@@ -78,8 +78,8 @@ class SparsePieces(Region):
 
     Args:
         config: sizes.
-        routing: the policy; static shapes need a capacity, or places for everyone.
-        dispatcher: brings rows to the experts and back.
+        dispatcher: brings padded rows to the experts and back: static shapes need a capacity, or
+            places for everyone.
         router: chooses.
         sharding: the table; None on one device.
         more: layouts of further inputs.
@@ -88,7 +88,6 @@ class SparsePieces(Region):
     def __init__(
         self,
         config: ModelConfig,
-        routing: RoutingConfig,
         dispatcher: Dispatcher,
         router: Router,
         sharding: Sharding | None,
@@ -97,7 +96,6 @@ class SparsePieces(Region):
         inputs = "whole_rows", "samples", "matrix", "experts", "experts", "experts", *more
         super().__init__(sharding, inputs, ("whole_rows",), first_shape, (0,))
         self.hidden_size = config.hidden_size
-        self.rescale = routing.rescale_survivors
         self.dispatcher, self.router = dispatcher, router
         self.swiglu = select.swiglu_halves(select.dense_kernels())
 
@@ -111,16 +109,10 @@ class SparsePieces(Region):
         gate, up = w1.reshape(-1, H, share), w3.reshape(-1, H, share)
         return ops.cat((gate, up), -1), w2.reshape(-1, H, share)
 
-    def results(
-        self, choice: Choice, rows: Tensor, record: Record, gate_up: Tensor, down: Tensor
-    ) -> Tensor:
+    def results(self, rows: Tensor, plan: Plan, gate_up: Tensor, down: Tensor) -> Tensor:
         """What the experts make of dispatched rows, brought back: [T, H]."""
         hidden = self.swiglu(reference.batched_matmul(rows, gate_up))
-        y = reference.batched_linear(hidden, down)
-        weights_TK = choice[0]
-        if self.rescale:
-            weights_TK = surviving_weights(weights_TK, record[1])
-        return self.dispatcher.combine(y, weights_TK, record)
+        return self.dispatcher.combine(reference.batched_linear(hidden, down), plan)
 
 
 class SparseRegion(SparsePieces):
@@ -137,9 +129,10 @@ class SparseRegion(SparsePieces):
     ) -> Tensor:
         """[T, H] -> [T, H]."""
         choice = self.router.choose(x_TH, gate_EH)
-        rows, record = self.dispatcher.dispatch(x_TH, choice[1], self.valid(positions_BS))
+        plan = self.dispatcher.plan(choice, self.valid(positions_BS))
+        rows, _ = self.dispatcher.dispatch(x_TH, plan)
         gate_up, down = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
-        return self.results(choice, rows, record, gate_up, down)
+        return self.results(rows, plan, gate_up, down)
 
 
 class TrainedSparseRegion(SparsePieces):
@@ -147,7 +140,6 @@ class TrainedSparseRegion(SparsePieces):
 
     Args:
         config: sizes.
-        routing: the policy.
         dispatcher: brings rows to the experts and back.
         router: chooses.
         coefficients: of the router's losses.
@@ -158,7 +150,6 @@ class TrainedSparseRegion(SparsePieces):
     def __init__(
         self,
         config: ModelConfig,
-        routing: RoutingConfig,
         dispatcher: Dispatcher,
         router: Router,
         coefficients: LossCoefficients,
@@ -166,7 +157,7 @@ class TrainedSparseRegion(SparsePieces):
         sharding: Sharding | None,
     ) -> None:
         more = "samples", "matrix"
-        super().__init__(config, routing, dispatcher, router, sharding, more)
+        super().__init__(config, dispatcher, router, sharding, more)
         self.groups, self.attach, self.note = groups, AttachLosses(), Note()
         # the tensor-parallel ranks form the same losses: each is responsible for its share
         self.share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
@@ -193,26 +184,27 @@ class TrainedSparseRegion(SparsePieces):
             x = x_TH[i * size : (i + 1) * size]
             valid = valid_T[i * size : (i + 1) * size]
             choice = self.router.choose(x, gate_EH)
-            rows, record = self.dispatcher.dispatch(x, choice[1], valid)
-            sent = (*sent, (choice, rows, record, valid))
+            plan = self.dispatcher.plan(choice, valid)
+            rows, _ = self.dispatcher.dispatch(x, plan)
+            sent = (*sent, (choice, rows, plan, valid))
         # share of the batch in its tokens, times the loss scale
         coefficients = self.coefficients * (shares_B3[0, 1] * shares_B3[0, 2])
         out: tuple[Tensor, ...] = ()
         for i in range(self.groups):
-            choice, rows, record, valid = sent[i]
-            y_TH = self.results(choice, rows, record, gate_up, down)
-            losses, routed_E, kept_E = _losses(choice, record, valid)
+            choice, rows, plan, valid = sent[i]
+            y_TH = self.results(rows, plan, gate_up, down)
+            losses, routed_E, kept_E = _losses(choice, kept_choices(plan), valid)
             y_TH = self.attach(y_TH, losses, coefficients)
             seen = ops.cat((losses * shares_B3[0, 1], routed_E, kept_E)) * self.share
             out = (*out, self.note(y_TH, notes, seen))
         return out[0] if self.groups == 1 else ops.cat(out, 0)
 
 
-def _losses(choice: Choice, record: Record, valid_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _losses(choice: Choice, kept_TK: Tensor, valid_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Load-balancing and z-loss of a dispatch group, times its tokens: float32 [2]; and its choices
     of each expert, before and after the capacity.
     """
-    probs_E, routed_E, kept_E, z, tokens = router_sums(choice, record, valid_T)
+    probs_E, routed_E, kept_E, z, tokens = router_sums(choice, kept_TK, valid_T)
     one_layer = (
         probs_E.reshape(1, -1),
         routed_E.reshape(1, -1),
@@ -255,10 +247,10 @@ class GraphMoE(nn.Cell):
         if coefficients is not None:
             self.notes = notes(2 + 2 * config.moe.num_local_experts)
             self.region: Region = TrainedSparseRegion(
-                config, routing, dispatcher, self.router, coefficients, interleave, sharding
+                config, dispatcher, self.router, coefficients, interleave, sharding
             )
         else:
-            self.region = SparseRegion(config, routing, dispatcher, self.router, sharding)
+            self.region = SparseRegion(config, dispatcher, self.router, sharding)
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
 
     def construct(self, x_TH: Tensor, batch: tuple[Tensor, ...]) -> tuple[Tensor, None]:
@@ -290,7 +282,7 @@ def region_dispatcher(
         groups: this rank's; None on one device.
     """
     if groups is None or (parallel.ep == 1 and parallel.mp == 1):
-        return LocalDispatcher(experts, routing)
+        return PaddedDispatcher(experts, routing)
     tensor = groups.of(GroupKind.TENSOR)
     shared = parallel.all_to_all == "group_wise"
     carrier = SharedRegionCarrier(tensor) if shared else RegionCarrier(tensor)
