@@ -21,7 +21,8 @@ from distributed.cases import (
 from distributed.worker import Worker
 from mindspore import Tensor, nn
 
-from mistral_ms.moe import Dispatcher
+from mistral_ms.moe import Dispatcher, kept_choices
+from mistral_ms.ops.reference import rows_of_groups
 from mistral_ms.parallel.collectives import Groups, RecordedGroups
 from mistral_ms.parallel.dispatchers import make_dispatcher
 from mistral_ms.parallel.experts import routed_experts
@@ -45,12 +46,20 @@ class StandIn(nn.Cell):
     def __init__(self, dispatcher: Dispatcher, factor_L: np.ndarray) -> None:
         super().__init__()
         self.dispatcher = dispatcher
-        self.factor_L11 = Tensor(factor_L.reshape(-1, 1, 1))
+        self.factor_L1, self.factor_L11 = (
+            Tensor(factor_L.reshape(shape)) for shape in ((-1, 1), (-1, 1, 1))
+        )
 
     def construct(self, x_TH, weights_TK, experts_TK, valid_T):
-        rows_LCH, record = self.dispatcher.dispatch(x_TH, experts_TK, valid_T)
-        y_LCH = rows_LCH * rows_LCH * self.factor_L11
-        return self.dispatcher.combine(y_LCH, weights_TK, record), rows_LCH, record[1]
+        choice = weights_TK, experts_TK, weights_TK, weights_TK
+        plan = self.dispatcher.plan(choice, valid_T)
+        rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
+        factor = self.factor_L11
+        if group_sizes_L is not None:
+            inside_LR = ms.ops.cast(rows_of_groups(group_sizes_L, rows.shape[0]), ms.float32)
+            factor = (inside_LR * self.factor_L1).sum(0).reshape(-1, 1)
+        y = rows * rows * factor
+        return self.dispatcher.combine(y, plan), rows, kept_choices(plan)
 
 
 class Identity(nn.Cell):
@@ -61,8 +70,10 @@ class Identity(nn.Cell):
         self.dispatcher, self.share = dispatcher, share
 
     def construct(self, x_TH, weights_TK, experts_TK, valid_T):
-        rows_LCH, record = self.dispatcher.dispatch(x_TH, experts_TK, valid_T)
-        return self.dispatcher.combine(rows_LCH * self.share, weights_TK, record)
+        choice = weights_TK, experts_TK, weights_TK, weights_TK
+        plan = self.dispatcher.plan(choice, valid_T)
+        rows, _ = self.dispatcher.dispatch(x_TH, plan)
+        return self.dispatcher.combine(rows * self.share, plan)
 
 
 class Region(nn.Cell):
@@ -74,8 +85,7 @@ class Region(nn.Cell):
 
     def construct(self, x_TH, weights_TK, experts_TK, valid_T):
         choice = weights_TK, experts_TK, weights_TK, weights_TK
-        y_TH, record = self.region(x_TH, choice, valid_T)
-        return y_TH, record[1]
+        return self.region(x_TH, choice, valid_T)
 
 
 class Weighted(nn.Cell):

@@ -11,7 +11,7 @@ from distributed.dispatching import Region, StandIn, Weighted, tensors
 from mindspore import Tensor
 from support.routing import capacity_oracle, slots_oracle
 
-from mistral_ms.moe import LocalDispatcher, RoutedExperts
+from mistral_ms.moe import RoutedExperts, local_dispatcher
 
 
 def places(case: Case, name: str) -> int:
@@ -29,25 +29,28 @@ def slots(case: Case, name: str, dp: int):
 
 
 def arrived_rows(case: Case, name: str, rank: int) -> np.ndarray:
-    """[L, P * C, H]: what lies in front of the experts of ``rank``, row by row."""
+    """What lies in front of the experts of ``rank``, row by row: padded [L, P * C, H], or packed
+    [P * T * min(K, L), H].
+    """
     place = case.topology.place(rank)
     L, C, P = E // case.ep, places(case, name), case.ep
     rows = np.zeros((L, P * C, H), np.float32)
-    used = [0] * L
-    for sender in range(P):
-        dp = place.expert_group * P + sender
-        table, x_TH = slots(case, name, dp), batch(name, dp).x_TH
-        for expert in range(place.ep * L, (place.ep + 1) * L):
+    packed = []
+    for local in range(L):
+        for sender in range(P):
+            dp = place.expert_group * P + sender
+            table, x_TH = slots(case, name, dp), batch(name, dp).x_TH
             for c in range(C):
-                if not table.filled_EC[expert * C + c]:
-                    continue
-                row = x_TH[table.source_EC[expert * C + c] // K]
-                if case.routing.policy == "dropless":  # packed
-                    rows[expert - place.ep * L, used[expert - place.ep * L]] = row
-                    used[expert - place.ep * L] += 1
-                else:
-                    rows[expert - place.ep * L, sender * C + c] = row
-    return rows
+                slot = (place.ep * L + local) * C + c
+                if table.filled_EC[slot]:
+                    row = x_TH[table.source_EC[slot] // K]
+                    rows[local, sender * C + c] = row
+                    packed.append(row)
+    if case.routing.policy != "dropless":
+        return rows
+    buffer = np.zeros((P * BATCHES[name] * min(K, L), H), np.float32)
+    buffer[: len(packed)] = packed or buffer[:0]
+    return buffer
 
 
 def stand_in_float64(case: Case, name: str, dp: int) -> dict[str, np.ndarray]:
@@ -67,7 +70,7 @@ def stand_in_float64(case: Case, name: str, dp: int) -> dict[str, np.ndarray]:
 def stand_in_local(policy: str, name: str, dp: int) -> dict[str, np.ndarray]:
     """The same by the local dispatcher, all experts in this process."""
     one = batch(name, dp)
-    net = StandIn(LocalDispatcher(E, ROUTINGS[policy]), factor(np.arange(E)))
+    net = StandIn(local_dispatcher(E, ROUTINGS[policy]), factor(np.arange(E)))
     gradient = ms.value_and_grad(Weighted(net), (1, 2), has_aux=True)
     values, by_input = gradient(Tensor(one.dout_TH), *tensors(one))
     names = ("combined", "rows", "kept", "dx", "dweights")
@@ -78,7 +81,7 @@ def stand_in_local(policy: str, name: str, dp: int) -> dict[str, np.ndarray]:
 def experts_local(policy: str, dp: int) -> dict[str, np.ndarray]:
     """Through all experts in this process: results and gradients of one rank's tokens."""
     one, routing = batch("random", dp), ROUTINGS[policy]
-    region = RoutedExperts(model(), routing, LocalDispatcher(E, routing))
+    region = RoutedExperts(model(), local_dispatcher(E, routing))
     for name, values in expert_weights().items():
         getattr(region, name).set_data(Tensor(values))
     weights = region.trainable_params()

@@ -1,44 +1,84 @@
-"""The local dispatcher keeps the contract."""
+"""The dispatchers of one device keep the contract."""
 
 import numpy as np
 import pytest
 from mindspore import Tensor
-from support.routing import capacity_oracle, random_choices, slots_oracle
+from support.routing import capacity_oracle, packed_oracle, random_choices, slots_oracle
 
 from mistral_ms.config import RoutingConfig
-from mistral_ms.moe import LocalDispatcher
+from mistral_ms.moe import PaddedDispatcher, kept_choices, local_dispatcher
 
 E, T, H = 4, 15, 3
+ROUTINGS = {
+    "dropless": RoutingConfig(),
+    "capacity-token-major": RoutingConfig(policy="capacity", capacity_factor=1.1),
+    "capacity-choice-major": RoutingConfig(
+        policy="capacity", capacity_factor=0.5, drop_priority="choice_major"
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    "routing",
-    [
-        RoutingConfig(),
-        RoutingConfig(policy="capacity", capacity_factor=1.1),
-        RoutingConfig(policy="capacity", capacity_factor=0.5, drop_priority="choice_major"),
-    ],
-    ids=["dropless", "capacity-token-major", "capacity-choice-major"],
-)
-def test_rows_record_and_way_back(routing):
-    rng = np.random.default_rng(0)
-    experts = random_choices(rng, T, E, 2)
-    valid = np.ones(T, np.float32)
-    valid[[2, 9]] = 0
-    x, weights = rng.normal(size=(T, H)).astype(np.float32), rng.random((T, 2)).astype(np.float32)
-    capacity = T
-    if routing.policy == "capacity":
+class Case:
+    """Tokens, two of them padding, and their choices."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.experts = random_choices(rng, T, E, 2)
+        self.valid = np.ones(T, np.float32)
+        self.valid[[2, 9]] = 0
+        self.x = rng.normal(size=(T, H)).astype(np.float32)
+        self.weights = rng.random((T, 2)).astype(np.float32)
+        probs = Tensor(np.zeros((T, E), np.float32))
+        self.choice = Tensor(self.weights), Tensor(self.experts), probs, probs
+
+    def there_and_back(self, dispatcher):
+        plan = dispatcher.plan(self.choice, Tensor(self.valid))
+        rows, group_sizes = dispatcher.dispatch(Tensor(self.x), plan)
+        back = dispatcher.combine(rows, plan)
+        return plan, rows.numpy(), group_sizes, back.numpy()
+
+    def slots(self, capacity, choice_major=False):
+        return slots_oracle(self.experts, self.valid, E, capacity, choice_major)
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_rows_lie_where_the_plan_says_and_come_back(name):
+    case, routing = Case(), ROUTINGS[name]
+    dispatcher = local_dispatcher(E, routing)
+    if dispatcher.packed:
+        want, sizes = packed_oracle(case.experts, case.valid, E)
+    else:
         capacity = capacity_oracle(T, E, 2, routing.capacity_factor)
-    want = slots_oracle(experts, valid, E, capacity, routing.drop_priority == "choice_major")
+        want = case.slots(capacity, routing.drop_priority == "choice_major")
+    plan, rows, group_sizes, back = case.there_and_back(dispatcher)
+    np.testing.assert_array_equal(kept_choices(plan).numpy(), want.kept_TK)
+    places = np.where(want.filled_EC[:, None] > 0, case.x[want.source_EC // 2], 0)
+    if dispatcher.packed:
+        np.testing.assert_array_equal(rows, places)
+        np.testing.assert_array_equal(group_sizes.numpy(), sizes)
+    else:
+        np.testing.assert_array_equal(rows, places.reshape(E, capacity, H))
+        assert group_sizes is None
+    share = (case.weights * want.kept_TK).sum(-1, keepdims=True)
+    np.testing.assert_allclose(back, case.x * share, atol=1e-6)  # two float32 products and a sum
+    assert (want.kept_TK[case.valid > 0] == 0).any() == (routing.policy == "capacity")
 
-    dispatcher = LocalDispatcher(E, routing)
-    rows, record = dispatcher.dispatch(Tensor(x), Tensor(experts), Tensor(valid))
-    for ours, theirs in zip(record, want.as_tuple(), strict=True):
-        np.testing.assert_array_equal(ours.numpy(), theirs)
-    places = np.where(want.filled_EC[:, None] > 0, x[want.source_EC // 2], 0)
-    np.testing.assert_array_equal(rows.numpy(), places.reshape(E, capacity, H))
 
-    back = dispatcher.combine(rows, Tensor(weights), record).numpy()
-    share = (weights * want.kept_TK).sum(-1, keepdims=True)
-    np.testing.assert_allclose(back, x * share, atol=1e-6)  # two float32 products and a sum
-    assert (want.kept_TK[valid > 0] == 0).any() == (routing.policy == "capacity")
+def test_padded_rows_under_dropless_have_a_place_for_everyone():
+    """For graphs that need equal groups."""
+    case = Case()
+    _, rows, _, back = case.there_and_back(PaddedDispatcher(E, RoutingConfig()))
+    want = case.slots(T)
+    assert rows.shape == (E, T, H)
+    np.testing.assert_array_equal(rows.any(-1).reshape(-1), want.filled_EC > 0)
+    packed_back = case.there_and_back(local_dispatcher(E, RoutingConfig()))[-1]
+    np.testing.assert_array_equal(back, packed_back)
+
+
+@pytest.mark.parametrize("policy", ["dropless", "capacity"])
+def test_rescaled_weights_of_the_survivors_add_up_to_one(policy):
+    case = Case()
+    routing = RoutingConfig(policy=policy, capacity_factor=0.5, rescale_survivors=True)
+    plan, _, _, back = case.there_and_back(local_dispatcher(E, routing))
+    alive = kept_choices(plan).numpy().any(-1)
+    np.testing.assert_allclose(back, case.x * alive[:, None], atol=1e-6)

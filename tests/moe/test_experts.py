@@ -7,11 +7,13 @@ from support.moe import moe_config
 from support.routing import silu
 
 from mistral_ms.config import DROPLESS
-from mistral_ms.moe import Experts, LocalDispatcher, RoutedExperts
+from mistral_ms.moe import Experts, RoutedExperts, local_dispatcher
 
 
-def test_every_expert_computes_its_own_feed_forward():
-    experts, rng = Experts(moe_config(H=6, I=10, E=3)), np.random.default_rng(0)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_every_expert_computes_its_own_feed_forward(packed):
+    experts = Experts(moe_config(H=6, I=10, E=3), packed=packed)
+    rng = np.random.default_rng(0)
     weights = {}
     for name, parameter in experts.parameters_and_names():
         weights[name] = rng.normal(0, 0.5, parameter.shape)
@@ -22,7 +24,11 @@ def test_every_expert_computes_its_own_feed_forward():
         "w3": (3, 10, 6),
     }
     x = rng.normal(size=(3, 5, 6)).astype(np.float32)
-    got = experts.compute(Tensor(x)).numpy()
+    if packed:
+        sizes = Tensor(np.full(3, 5, np.int32))
+        got = experts.compute(Tensor(x.reshape(15, 6)), sizes).numpy().reshape(3, 5, 6)
+    else:
+        got = experts.compute(Tensor(x)).numpy()
     for e in range(3):
         for c in range(5):
             hidden = silu(weights["w1"][e] @ x[e, c]) * (weights["w3"][e] @ x[e, c])
@@ -33,5 +39,5 @@ def test_every_expert_computes_its_own_feed_forward():
 @pytest.mark.parametrize("local", [1, 2])
 def test_a_process_can_hold_only_some(local):
     config = moe_config(E=4)
-    routed = RoutedExperts(config, DROPLESS, LocalDispatcher(4, DROPLESS), local_experts=local)
+    routed = RoutedExperts(config, local_dispatcher(4, DROPLESS), local_experts=local)
     assert {p.shape[0] for p in routed.get_parameters()} == {local}

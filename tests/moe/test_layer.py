@@ -191,10 +191,16 @@ def test_gradients_equal_torch(name):
     )
 
 
-def test_gradients_equal_torch_in_a_graph(graph):
-    check_gradients(
-        RoutingConfig(policy="capacity", drop_priority="choice_major", rescale_survivors=True)
-    )
+@pytest.mark.parametrize(
+    "routing",
+    [
+        RoutingConfig(),
+        RoutingConfig(policy="capacity", drop_priority="choice_major", rescale_survivors=True),
+    ],
+    ids=["dropless", "capacity"],
+)
+def test_gradients_equal_torch_in_a_graph(graph, routing):
+    check_gradients(routing)
 
 
 @pytest.mark.parametrize("normalize", [True, False])

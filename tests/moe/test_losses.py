@@ -28,8 +28,8 @@ def padding(seed=1):
 
 def sums_of(logits_TE, valid_T, k, capacity=B * S):
     weights, experts, probs = gating_top_k(logits_TE, k, True)
-    record = assign_slots(experts, valid_T, E, capacity, False)
-    return router_sums((weights, experts, probs, logits_TE), record, valid_T)
+    _, kept_TK, _, _ = assign_slots(experts, valid_T, E, capacity, False)
+    return router_sums((weights, experts, probs, logits_TE), kept_TK, valid_T)
 
 
 def stacked(logits_LTE, mask, k=2, capacity=B * S):

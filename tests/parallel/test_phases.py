@@ -1,9 +1,8 @@
 """The local halves of the dispatchers, without any communication, against loops."""
 
 import numpy as np
-import pytest
 from mindspore import Tensor
-from support.routing import random_choices, slots_oracle
+from support.routing import packed_oracle, random_choices
 
 from mistral_ms.config import RoutingConfig
 from mistral_ms.config.layout import Sizes
@@ -23,49 +22,36 @@ EXPERT = Collectives(TOPOLOGY.group(GroupKind.EXPERT, 0), 0)
 TENSOR = Collectives(TOPOLOGY.group(GroupKind.TENSOR, 0), 0)
 
 
-@pytest.mark.parametrize("priority", ["token_major", "choice_major"])
-def test_packing_before_a_counted_exchange(priority):
-    """Rows by expert, then by order of service; slot and source are each other's inverse."""
+def test_rows_are_packed_before_and_after_a_counted_exchange(monkeypatch):
+    """Before: by expert. After: from the order (sender, expert) to (expert, sender)."""
     rng = np.random.default_rng(1)
     experts = random_choices(rng, T, E, K)
     valid = np.ones(T, np.float32)
     valid[4] = 0
-    routing = RoutingConfig(drop_priority=priority)
-    dispatcher = DroplessDispatcher(E, routing, FlatCountedRoute(EXPERT), WholeRows(TENSOR))
-    table, counts = dispatcher.pack(Tensor(experts), Tensor(valid))
-    slot, kept, source, filled = (t.numpy() for t in table)
-    want = slots_oracle(experts, valid, E, T, priority == "choice_major")
-    order = [int(s) for s, f in zip(want.source_EC, want.filled_EC, strict=True) if f]
-    assert source[filled > 0].tolist() == order
-    np.testing.assert_array_equal(filled, np.arange(T * K) < len(order))
-    np.testing.assert_array_equal(counts.numpy(), want.filled_EC.reshape(E, T).sum(1))
-    np.testing.assert_array_equal(kept, want.kept_TK)
-    for choice, place in enumerate(slot.ravel()):
-        if kept.ravel()[choice]:
-            assert source[place] == choice
-        else:
-            assert place == 0
-
-
-def test_laying_out_after_a_counted_exchange():
-    """Rows packed by (sender, expert) to one run of places per expert, sender by sender."""
     received = np.array([[2, 0], [1, 3], [0, 1]], np.int32)
-    room, places = 12, 5
     route = FlatCountedRoute(EXPERT)
+    given = {}
+
+    def plan_of_the_route(sent_PL, rows, relayed, room):
+        given.update(sent=sent_PL.numpy(), rows=rows, room=room)
+        return Tensor(received), ()
+
+    monkeypatch.setattr(route, "plan", plan_of_the_route)
     dispatcher = DroplessDispatcher(E, RoutingConfig(), route, WholeRows(TENSOR))
-    slot, kept, source, filled = (
-        t.numpy() for t in dispatcher.lay_out(Tensor(received), room, places)
-    )
-    want, used, row = {}, [0, 0], 0
-    for sender in range(P):
-        for expert in range(L):
-            for _ in range(received[sender, expert]):
-                want[row] = expert * places + used[expert]
-                used[expert] += 1
-                row += 1
-    np.testing.assert_array_equal(kept.ravel(), [row in want for row in range(room)])
-    assert {r: int(slot[r, 0]) for r in want} == want
-    assert {int(source[p]): p for p in np.flatnonzero(filled)} == want
+    weights = Tensor(np.ones((T, K), np.float32))
+    choice = weights, Tensor(experts), weights, weights
+    table, _, group_sizes, (regrouped, _) = dispatcher.plan(choice, Tensor(valid))
+    want, sizes = packed_oracle(experts, valid, E)
+    for ours, theirs in zip(table, want.as_tuple(), strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs)
+    np.testing.assert_array_equal(given["sent"], sizes.reshape(P, L))
+    assert (given["rows"], given["room"]) == (T * K, P * T * min(K, L))
+    np.testing.assert_array_equal(group_sizes.numpy(), received.sum(0))
+    names = [(s, e, n) for s in range(P) for e in range(L) for n in range(received[s, e])]
+    order = sorted(range(len(names)), key=lambda row: (names[row][1], names[row][0]))
+    _, _, source, filled = (part.numpy() for part in regrouped)
+    assert source[filled > 0].tolist() == order
+    np.testing.assert_array_equal(filled, np.arange(given["room"]) < len(order))
 
 
 def test_reordering_around_an_equal_exchange():

@@ -52,6 +52,30 @@ def slots_oracle(
     return Slots(slot_TK, kept_TK, source_EC, filled_EC)
 
 
+def packed_oracle(
+    experts_TK: np.ndarray, valid_T: np.ndarray, num_experts: int
+) -> tuple[Slots, np.ndarray]:
+    """All choices sorted by expert, those of one expert by token, and how many each expert has."""
+    T, K = experts_TK.shape
+    rows = [
+        (t, k)
+        for expert in range(num_experts)
+        for t in range(T)
+        for k in range(K)
+        if valid_T[t] and experts_TK[t, k] == expert
+    ]
+    slots = Slots(
+        np.zeros((T, K), np.int32),
+        np.zeros((T, K), np.float32),
+        np.zeros(T * K, np.int32),
+        np.zeros(T * K, np.float32),
+    )
+    for place, (t, k) in enumerate(rows):
+        slots.slot_TK[t, k], slots.kept_TK[t, k] = place, 1
+        slots.source_EC[place], slots.filled_EC[place] = t * K + k, 1
+    return slots, np.bincount([experts_TK[row] for row in rows], minlength=num_experts)
+
+
 def random_choices(rng: np.random.Generator, tokens: int, experts: int, top_k: int) -> np.ndarray:
     """Distinct experts per token, some experts far more wanted than others."""
     popularity = rng.dirichlet(np.full(experts, 0.5)) + 1e-3

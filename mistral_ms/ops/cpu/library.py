@@ -22,7 +22,7 @@ from mistral_ms.cache import cache_directory
 from mistral_ms.errors import KernelError
 
 SOURCE = Path(__file__).with_name("grouped_linear.cc")
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread")
 ONE_DNN = ("libdnnl.so.3", "libdnnl.so.2")
 """Names that the source looks for, too."""
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 from mindspore import Tensor, nn
-from support.routing import random_choices, slots_oracle
+from support.routing import packed_oracle, random_choices, slots_oracle
 
-from mistral_ms.ops.reference import assign_slots, count_choices, gating_top_k
+from mistral_ms.ops.reference import assign_slots, count_choices, gating_top_k, pack_choices
 
 SOFTMAX = 1e-5
 """MindSpore's exponential on CPU is good to 6e-6 (measured against float64; torch's to 7e-7)."""
@@ -59,6 +59,21 @@ class TestGating:
         weights, experts, _ = gating_top_k(Tensor(np.zeros((9, 8), np.float32)), 3, True)
         assert all(len(set(row)) == 3 for row in experts.numpy().tolist())
         np.testing.assert_allclose(weights.numpy(), 1 / 3, rtol=1e-6)
+
+
+class TestPackChoices:
+    @pytest.mark.parametrize("k", [1, 3])
+    @pytest.mark.parametrize("tokens", [1, 33])
+    @pytest.mark.parametrize("share", [0.0, 0.8, 1.0])
+    def test_equals_the_loop(self, tokens, k, share):
+        rng = np.random.default_rng([tokens, k])
+        experts = random_choices(rng, tokens, 4, k)
+        valid = (rng.random(tokens) < share).astype(np.float32)
+        want, sizes = packed_oracle(experts, valid, 4)
+        table, group_sizes = pack_choices(Tensor(experts), Tensor(valid), 4)
+        assert_same_table([part.numpy() for part in table], want.as_tuple())
+        np.testing.assert_array_equal(group_sizes.numpy(), sizes)
+        assert group_sizes.dtype == ms.int32
 
 
 class TestAssignSlots:
