@@ -19,6 +19,7 @@ from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM, Objective
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.dispatchers import make_dispatcher
+from mistral_ms.parallel.experts import routed_experts
 from mistral_ms.parallel.inference import DividedNextTokenLogits
 from mistral_ms.parallel.parts import DividedParts
 from mistral_ms.parallel.stage import segment_of
@@ -53,10 +54,10 @@ class Step(NamedTuple):
 class Gradients(nn.Cell):
     """Forward and backward."""
 
-    def __init__(self, net: nn.Cell, weights=None) -> None:
+    def __init__(self, net: nn.Cell, position: int | None = 0, weights=None) -> None:
         super().__init__()
         self.net = net
-        self.both = ms.value_and_grad(net, None if weights else 0, weights)
+        self.both = ms.value_and_grad(net, position, weights)
 
     def construct(self, *inputs):
         return self.both(*inputs)
@@ -70,22 +71,37 @@ class RoundTrip(nn.Cell):
         self.dispatcher = dispatcher
 
     def construct(self, x_TH, weights_TK, experts_TK, valid_T):
-        rows_LCH, record = self.dispatcher.dispatch(x_TH, experts_TK, valid_T)
-        y_TH = self.dispatcher.combine(rows_LCH * rows_LCH, weights_TK, record)
-        return y_TH.sum()
+        plan = self.dispatcher.plan((weights_TK, experts_TK, weights_TK, weights_TK), valid_T)
+        rows, _ = self.dispatcher.dispatch(x_TH, plan)
+        return self.dispatcher.combine(rows * rows, plan).sum()
+
+
+class ThroughExperts(nn.Cell):
+    """The routed region, summed up."""
+
+    def __init__(self, region: nn.Cell) -> None:
+        super().__init__()
+        self.region = region
+
+    def construct(self, x_TH, weights_TK, experts_TK, valid_T):
+        choice = weights_TK, experts_TK, weights_TK, weights_TK
+        return self.region(x_TH, choice, valid_T)[0].sum()
+
+
+def tokens() -> tuple[Tensor, ...]:
+    return (
+        Tensor(np.ones((T, H), np.float32)),
+        Tensor(np.ones((T, K), np.float32)),
+        Tensor(np.zeros((T, K), np.int32)),
+        Tensor(np.ones(T, np.float32)),
+    )
 
 
 def dispatcher(way: str, policy: str) -> Step:
     parallel = LAYOUTS[way]
     groups = Groups(Topology.of(parallel), RANK, "Ascend")
     net = RoundTrip(make_dispatcher(E, ROUTINGS[policy], parallel, groups))
-    inputs = (
-        Tensor(np.ones((T, H), np.float32)),
-        Tensor(np.ones((T, K), np.float32)),
-        Tensor(np.zeros((T, K), np.int32)),
-        Tensor(np.ones(T, np.float32)),
-    )
-    return Step(Gradients(net), inputs)
+    return Step(Gradients(net), tokens())
 
 
 def flat_capacity() -> Step:
@@ -93,7 +109,12 @@ def flat_capacity() -> Step:
 
 
 def flat_dropless() -> Step:
-    return dispatcher("flat", "dropless")
+    """With the experts and their gradients."""
+    groups = Groups(Topology.of(FLAT), RANK, "Ascend")
+    with no_init_parameters():
+        region = routed_experts(CONFIG, ROUTINGS["dropless"], FLAT, groups)
+    weights = region.trainable_params()
+    return Step(Gradients(ThroughExperts(region), weights=weights), tokens())
 
 
 def hierarchical_capacity() -> Step:
@@ -133,7 +154,7 @@ def language_model() -> Step:
     objective = Objective(model, aux_coef=0.02, z_coef=0.001, token_nll=nll)
     ids = Tensor(np.ones((2, T // 2), np.int32))
     weights = list(model.weights().values())
-    return Step(Gradients(Total(objective), weights), (ids, ids, ids))
+    return Step(Gradients(Total(objective), None, weights), (ids, ids, ids))
 
 
 class Collective(nn.Cell):

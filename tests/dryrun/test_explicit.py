@@ -128,6 +128,12 @@ def test_a_dispatcher_there_and_back(compile_graph, target):
         assert total == dispatcher.traffic(T, K, H)
 
 
+def test_experts_multiply_packed_rows_by_one_operator(compile_target):
+    """Three products forward; the gradients of rows and weights of each."""
+    text, _ = compile_target("flat_dropless", RANK)
+    assert text.count(" = GroupedMatmul(") + text.count(" = PrimFunc_GroupedMatmul(") == 9
+
+
 def test_a_whole_model(compile_graph):
     """A dense and a sparse layer, divided by heads, columns, experts and vocabulary."""
     graph = compile_graph("language_model", RANK)

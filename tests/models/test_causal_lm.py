@@ -84,15 +84,19 @@ ROUTINGS = {
 
 
 class TestBitForBit:
-    @pytest.mark.parametrize("kind", ["mixtral", "mistral-sliding-window"])
-    def test_the_future_does_not_change_the_past(self, kind):
+    @pytest.mark.parametrize(("kind", "bound"), [("mixtral", 1e-5), ("mistral-sliding-window", 0)])
+    def test_the_future_does_not_change_the_past(self, kind, bound):
+        """Dropless up to rounding: an expert that later tokens choose, too, has more rows, and
+        oneDNN adds up in another order for one row than for several.
+        """
         pair = make_pair(kind)
         model = fill(CausalLM(pair.config), pair.weights())
         ids, places = ragged_batch([16], pair.config.vocab_size)
         before = logits(model, ids, places)
         ids[0, 11:] = ids[0, 11:][::-1] + 1
         after = logits(model, ids, places)
-        np.testing.assert_array_equal(before[0, :11], after[0, :11])
+        atol = bound * np.abs(before).max()
+        np.testing.assert_allclose(before[0, :11], after[0, :11], rtol=0, atol=atol)
         assert (before[0, 11:] != after[0, 11:]).any(-1).all()
 
     def test_nor_does_it_under_a_token_major_capacity(self):
