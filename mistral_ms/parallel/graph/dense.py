@@ -156,7 +156,7 @@ class AttentionRegion(Region):
         self.head_dim, self.window = config.head_size, window
         self.rotary = RotaryTable(config, sequence)
         self.kernels = select.dense_kernels()
-        self.mask_needed = self.kernels == "reference" or not causal
+        self.mask_needed = self.kernels != "cann" or not causal
         self.attend = select.attention(
             self.kernels, self.heads, self.kv_heads, self.head_dim, causal
         )
