@@ -17,6 +17,7 @@ PACKAGE = Path(mistral_ms.__file__).parent
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?![\w-])")
 OF_OTHERS = {
     "mistral_ms/launch/command.py",
+    "mistral_ms/ops/cpu/library.py",
     "mistral_ms/parallel/dryrun/standins.py",
     "mistral_ms/parallel/dryrun/symbols.py",
 }
