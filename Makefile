@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/python run_mixtral.py demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 3
 
 # What a person runs while working: everything that needs no process of its own.
 fast: install

@@ -58,7 +58,7 @@ def pytest_configure(config):
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """What runs side by side (pytest -n 2): whole files, so that their fixtures are made once."""
+    """What runs side by side (pytest -n 3): whole files, so that their fixtures are made once."""
     from xdist.scheduler import LoadScopeScheduling
 
     config.option.loadscopereorder = False  # by FIRST, not by the number of tests
