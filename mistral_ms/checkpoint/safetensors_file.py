@@ -119,6 +119,9 @@ def _check_entries(path: Path, entries: dict[str, Any], start: int, total: int) 
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise _damaged(path, "__metadata__", "must be an object")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise _damaged(path, f"__metadata__: {key}: {value!r}"[:200], "must be a string")
     spans: list[tuple[int, int, str, TensorInfo]] = []
     for name, entry in entries.items():
         info, begin, end = _check_entry(path, name, entry)

@@ -129,6 +129,10 @@ def read_info(directory: Path) -> DatasetInfo:
         if Path(file.name).name != file.name:
             raise _damaged(path, repr(file.name), "files must lie in the dataset's own directory")
         _check_size(Path(directory) / file.name, file.size)
+    names = {file.name for file in info.files}
+    for file in info.files:
+        if file.windows and f"{file.name}.db" not in names:
+            raise _damaged(path, f"no {file.name}.db", "MindRecord's index is listed, too")
     if sum(file.windows for file in info.files) != info.counts.windows:
         found = f"{info.counts.windows} windows"
         raise _damaged(path, found, "must be the sum over the files")

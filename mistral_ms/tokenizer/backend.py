@@ -74,7 +74,7 @@ class BackendTokenizer(VocabularyTokenizer):
         self.bos_id = self._id_of(ids, settings, "bos_token")
         self.eos_ids = (self._id_of(ids, settings, "eos_token"),)
         start = ids.get(WORD_START)
-        with _panics_refused(self._path):
+        with panics_refused(self._path):
             self.drops_first_space = (
                 not self.byte_level and start is not None and backend.decode([start]) == ""
             )
@@ -129,14 +129,14 @@ class BackendTokenizer(VocabularyTokenizer):
 
     def _text_ids(self, text: str) -> list[int]:
         self._model.encode_special_tokens = True  # text stays text, see the Tokenizer protocol
-        with _panics_refused(self._path):
+        with panics_refused(self._path):
             return list(self._model.encode(text, add_special_tokens=False).ids)
 
     def encode_special(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """See :class:`mistral_ms.tokenizer.Tokenizer`."""
         check_text(text)
         self._model.encode_special_tokens = False
-        with _panics_refused(self._path):
+        with panics_refused(self._path):
             found = self._model.encode(text, add_special_tokens=False)
         return list(found.ids), list(found.offsets)
 
@@ -172,7 +172,7 @@ class BackendTokenizer(VocabularyTokenizer):
 
 
 @contextmanager
-def _panics_refused(path: Path) -> Iterator[None]:
+def panics_refused(path: Path) -> Iterator[None]:
     """Panics of the library, which are no ``Exception``, become errors that name the file."""
     try:
         yield

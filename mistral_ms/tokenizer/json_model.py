@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from mistral_ms.config.model import MOST_ROWS
 from mistral_ms.errors import TokenizerError
 from mistral_ms.reading import TOKENIZER_BYTES, parse_json, read_text
-from mistral_ms.tokenizer.backend import BackendTokenizer
+from mistral_ms.tokenizer.backend import BackendTokenizer, panics_refused
 from mistral_ms.tokenizer.settings import damaged, read_settings
 
 
@@ -49,7 +49,10 @@ def read_backend(path: Path) -> Backend:
         if not isinstance(content.get("model"), dict):
             raise ValueError("model must be an object")
         _check_ids(content)
-        return Backend.from_str(text)
+        with panics_refused(path):
+            return Backend.from_str(text)
+    except TokenizerError:
+        raise
     except Exception as error:  # the library raises no narrower class
         raise damaged(path, " ".join(str(error).split())) from error
 

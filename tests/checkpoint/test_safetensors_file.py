@@ -96,6 +96,10 @@ LIES = {
     "dtype is a list": ({"a": entry(["F32"], [3], 0, 12)}, "no such dtype"),
     "keys": ({"a": {"dtype": "F32", "shape": [3]}}, "exactly the keys"),
     "metadata": ({"__metadata__": [1], "a": entry("F32", [3], 0, 12)}, "must be an object"),
+    "metadata value": (
+        {"__metadata__": {"format": 0}, "a": entry("F32", [3], 0, 12)},
+        "__metadata__: format: 0: must be a string",
+    ),
     "not an object": ([1, 2], "must be a JSON object"),
     "not JSON": (b"{nonsense", "must be JSON"),
     "deeply nested": (b'{"a":' + b"[" * 100_000, "damaged header: .*must be JSON"),

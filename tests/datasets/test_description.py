@@ -23,6 +23,10 @@ def edit(path, **changes):
     (path / "dataset.json").write_text(json.dumps(values | changes))
 
 
+def listed(path):
+    return json.loads((path / "dataset.json").read_text())["files"]
+
+
 def truncate(path):
     data = (path / RECORDS).read_bytes()
     (path / RECORDS).write_bytes(data[:-1])
@@ -41,6 +45,10 @@ DAMAGE = {
     "outside": (
         lambda path: edit(path, files=[{"name": "../a", "size": 1, "sha256": "", "windows": 1}]),
         "'../a': files must lie in the dataset's own directory",
+    ),
+    "index not listed": (
+        lambda path: edit(path, files=[file for file in listed(path) if file["windows"]]),
+        rf"no {RECORDS}\.db: MindRecord's index is listed",
     ),
     "sum": (lambda path: edit(path, files=[]), r"windows: must be the sum over the files"),
     "missing": (lambda path: (path / RECORDS).unlink(), rf"{RECORDS}: missing: dataset.json names"),

@@ -144,6 +144,9 @@ class TestOneVersion:
 
         with pytest.raises(TokenizerError, match=r"damaged tokenizer: .*index out of bounds"):
             JsonTokenizer(edited(change))
+        prefix = dict(continuing_subword_prefix="a long one")
+        with pytest.raises(TokenizerError, match=r"damaged tokenizer: .*out of bounds"):
+            JsonTokenizer(edited(lambda source: source["model"].update(prefix)))
 
     def test_damaged_config(self, hf_directory, tmp_path):
         shutil.copyfile(hf_directory / "tokenizer.json", tmp_path / "tokenizer.json")
