@@ -99,7 +99,7 @@ def like_the_library(damaged: Path, seen: Seen, good: Path, before: Seen) -> str
         elif file.suffix in (".bin", ".pth"):
             import torch
 
-            for name, tensor in torch.load(file, weights_only=True, mmap=False).items():
+            for name, tensor in torch.load(file, "cpu", weights_only=True, mmap=False).items():
                 bits = tensor.contiguous().reshape(-1).view(torch.uint8)
                 theirs[name] = _digest(bits.numpy().tobytes())
     ours = {name: value for name, value in seen.items() if name not in ("config", "sound")}
