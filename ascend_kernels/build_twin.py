@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral_ms.cache import cache_directory
+from mistral_ms.cache import cache_directory, kept
 from mistral_ms.errors import KernelError
 
 HERE = Path(__file__).resolve().parent
@@ -196,24 +195,11 @@ def _cache() -> Path:
 
 def _kept(folder: Path, stem: str, suffix: str, key: str, command: list[str], source: Path) -> Path:
     """What the cache has under a key, made by ``command`` (which ends with -o) if need be."""
-    made = folder / f"{stem}-{key[:24]}{suffix}"
-    if not made.exists():
-        with _alone(folder / f"{key[:2]}.lock"):  # who comes second finds it made
-            if not made.exists():
-                # a name of its own: the compiler of a build that was killed may still be writing
-                part = made.with_name(f"{made.name}.{os.getpid()}.part")
-                _run([*command, str(part)], source)
-                part.replace(made)
+    file = folder / f"{stem}-{key[:24]}{suffix}"
+    lock = folder / f"{key[:2]}.lock"
+    made = kept(file, lock, lambda part: _run([*command, str(part)], source))
     os.utime(made)
     return made
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Nobody else, thread or process, holds this lock at the same time; a dead holder lets go."""
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @functools.cache

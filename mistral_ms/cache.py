@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 CACHE_VARIABLE = "MISTRAL_MS_CACHE"
@@ -21,3 +22,25 @@ def cache_directory(environ: Mapping[str, str] | None = None) -> Path:
         return Path(chosen)
     base = variables.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "mistral_ms"
+
+
+def kept(file: Path, lock: Path, make: Callable[[Path], None]) -> Path:
+    """A file of the cache, made if it is not there: of those that come together, one makes it.
+
+    Args:
+        file: where it is kept; its directory exists.
+        lock: beside it; a holder that dies lets go.
+        make: writes the content to a path that is used once, which then takes the file's place.
+            What a killed process goes on writing is never in the way.
+
+    Returns:
+        ``file``.
+    """
+    if not file.exists():
+        with lock.open("a") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if not file.exists():  # who comes second finds it made
+                part = file.with_name(f"{file.name}.{os.getpid()}.part")
+                make(part)
+                part.replace(file)
+    return file

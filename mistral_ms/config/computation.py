@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mistral_ms.config.model import LayerKinds, ModelConfig
+from mistral_ms.config.model import ModelConfig
 from mistral_ms.errors import ConfigError
 
 _BESIDES = ("torch_dtype", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -18,7 +18,7 @@ def computation(model: ModelConfig) -> dict[str, Any]:
     if model.moe is not None:
         values["moe"]["sparse_layers"] = list(model.sparse_layers)
         del values["moe"]["router_aux_loss_coef"]
-    if model.layer_kinds == LayerKinds():
+    if model.layer_kinds.default:
         values["layer_kinds"] = None  # as where nothing was said of them
     return values
 

@@ -19,7 +19,7 @@ from mistral_ms.config.hugging_face_keys import (
     HF_MOE_KEYS,
     HF_NEUTRAL,
 )
-from mistral_ms.config.model import LayerKinds, ModelConfig
+from mistral_ms.config.model import ModelConfig
 from mistral_ms.config.tables import mapping, pick, refuse_unknown, take_neutral
 from mistral_ms.errors import ConfigError
 
@@ -233,7 +233,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
             of other kinds).
     """
     reason = None
-    if config.layer_kinds != LayerKinds():
+    if not config.layer_kinds.default:
         reason = f"layers of kinds {config.layer_kinds}", "its classes have the layers of Mistral"
     elif config.moe is not None and (
         len(config.sparse_layers) != config.num_hidden_layers or not config.moe.norm_topk_prob
@@ -283,7 +283,7 @@ def to_native(config: ModelConfig, *, block: bool = True) -> dict[str, Any]:
         keys["layer_types"] = data["layer_types"]
     if block:
         extra: dict[str, Any] = {"format": 1}
-        if config.layer_kinds != LayerKinds():
+        if not config.layer_kinds.default:
             extra["layer_kinds"] = data["layer_kinds"]
         if moe is not None:
             extra["moe"] = {k: moe[k] for k in ("sparse_layers", "norm_topk_prob")}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mistral_ms.config.base import validate
-from mistral_ms.config.model import MOST_LAYERS, LayerKinds, ModelConfig
+from mistral_ms.config.model import MOST_LAYERS, ModelConfig
 from mistral_ms.config.tables import mapping, pick, refuse_unknown, take_neutral
 from mistral_ms.errors import ConfigError
 
@@ -176,7 +176,7 @@ def to_mistral(config: ModelConfig) -> dict[str, Any]:
         ConfigError: a model that the format cannot express.
     """
     reason = None
-    if config.layer_kinds != LayerKinds():
+    if not config.layer_kinds.default:
         reason = f"layers of kinds {config.layer_kinds}"
     elif config.tie_word_embeddings:
         reason = "tied head"

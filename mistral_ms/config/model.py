@@ -70,6 +70,11 @@ class LayerKinds(Frozen):
     dense: str = "feed_forward"
     sparse: str = "moe"
 
+    @property
+    def default(self) -> bool:
+        """Whether all are those of Mistral and Mixtral."""
+        return self == LayerKinds()
+
     def __str__(self) -> str:
         return ", ".join((self.attention, self.dense, self.sparse))
 

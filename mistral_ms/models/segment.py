@@ -47,9 +47,7 @@ class Segment:
 
     def holds(self, spec: ParamSpec) -> bool:
         """Whether a parameter of the whole model is there."""
-        if isinstance(spec.module, int):
-            return spec.module in self.layers
-        return self.embeds if spec.module == "embedding" else self.predicts
+        return spec.lies_in(self.layers, self.embeds, self.predicts)
 
     def name_in_model(self, name: str) -> str:
         """A weight's name in the whole model, from its name in the segment alone."""

@@ -85,11 +85,33 @@ class Dispatcher(nn.Cell):
         return choice[0]
 
 
-class PaddedDispatcher(Dispatcher):
-    """All experts on this device, with C places each.
+class _LocalDispatcher(Dispatcher):
+    """All experts on this device; a slot table alone says where rows go."""
 
-    Under ``dropless`` C = T, a place for everyone.
-    """
+    def __init__(self, num_experts: int, routing: RoutingConfig) -> None:
+        super().__init__(num_experts, routing)
+        self.place_rows = select.dispatch(routing.kernels)
+        self.add_up = select.combine(routing.kernels)
+
+    def dispatch(self, x_TH: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
+        """See the contract."""
+        slots, _, group_sizes_E, _ = plan
+        slot_TK, kept_TK, source_R, filled_R = slots
+        rows = self.place_rows(x_TH, slot_TK, kept_TK, source_R, filled_R)
+        if not self.packed:
+            rows = rows.reshape(self.num_experts, -1, x_TH.shape[-1])
+        return rows, group_sizes_E
+
+    def combine(self, y: Tensor, plan: Plan) -> Tensor:
+        """See the contract."""
+        slots, weights_TK, _, _ = plan
+        slot_TK, kept_TK, source_R, filled_R = slots
+        rows = y if self.packed else y.reshape(-1, y.shape[-1])
+        return self.add_up(rows, weights_TK, slot_TK, kept_TK, source_R, filled_R)
+
+
+class PaddedDispatcher(_LocalDispatcher):
+    """C places for each expert. Under ``dropless`` C = T, a place for everyone."""
 
     packed = False
 
@@ -97,8 +119,6 @@ class PaddedDispatcher(Dispatcher):
         super().__init__(num_experts, routing)
         choice_major = routing.drop_priority == "choice_major"
         self.assign_slots = select.assign_slots(routing.kernels, num_experts, choice_major)
-        self.place_rows = select.dispatch(routing.kernels)
-        self.add_up = select.combine(routing.kernels)
 
     def plan(self, choice: Choice, valid_T: Tensor) -> Plan:
         """See the contract."""
@@ -108,48 +128,20 @@ class PaddedDispatcher(Dispatcher):
         slots = self.assign_slots(experts_TK, valid_T, capacity)
         return slots, self.weights(choice, slots), None, ()
 
-    def dispatch(self, x_TH: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
-        """See the contract: [E, C, H]."""
-        slots, _, group_sizes_E, _ = plan
-        slot_TK, kept_TK, source_EC, filled_EC = slots
-        rows = self.place_rows(x_TH, slot_TK, kept_TK, source_EC, filled_EC)
-        return rows.reshape(self.num_experts, -1, x_TH.shape[-1]), group_sizes_E
 
-    def combine(self, y: Tensor, plan: Plan) -> Tensor:
-        """See the contract."""
-        slots, weights_TK, _, _ = plan
-        slot_TK, kept_TK, source_EC, filled_EC = slots
-        rows = y.reshape(-1, y.shape[-1])
-        return self.add_up(rows, weights_TK, slot_TK, kept_TK, source_EC, filled_EC)
-
-
-class PackedDispatcher(Dispatcher):
-    """All experts on this device, each with exactly the rows that chose it: R = T * K."""
+class PackedDispatcher(_LocalDispatcher):
+    """For each expert exactly the rows that chose it: R = T * K."""
 
     packed = True
 
     def __init__(self, num_experts: int, routing: RoutingConfig) -> None:
         super().__init__(num_experts, routing)
         self.pack_choices = select.pack_choices(routing.kernels, num_experts)
-        self.place_rows = select.dispatch(routing.kernels)
-        self.add_up = select.combine(routing.kernels)
 
     def plan(self, choice: Choice, valid_T: Tensor) -> Plan:
         """See the contract."""
         slots, group_sizes_E = self.pack_choices(choice[1], valid_T)
         return slots, self.weights(choice, slots), group_sizes_E, ()
-
-    def dispatch(self, x_TH: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
-        """See the contract."""
-        slots, _, group_sizes_E, _ = plan
-        slot_TK, kept_TK, source_R, filled_R = slots
-        return self.place_rows(x_TH, slot_TK, kept_TK, source_R, filled_R), group_sizes_E
-
-    def combine(self, y: Tensor, plan: Plan) -> Tensor:
-        """See the contract."""
-        slots, weights_TK, _, _ = plan
-        slot_TK, kept_TK, source_R, filled_R = slots
-        return self.add_up(y, weights_TK, slot_TK, kept_TK, source_R, filled_R)
 
 
 def local_dispatcher(num_experts: int, routing: RoutingConfig) -> Dispatcher:

@@ -74,7 +74,7 @@ class BackendTokenizer(VocabularyTokenizer):
         self.bos_id = self._id_of(ids, settings, "bos_token")
         self.eos_ids = (self._id_of(ids, settings, "eos_token"),)
         start = ids.get(WORD_START)
-        with panics_refused(self._path):
+        with _panics_refused(self._path):
             self.drops_first_space = (
                 not self.byte_level and start is not None and backend.decode([start]) == ""
             )
@@ -129,14 +129,14 @@ class BackendTokenizer(VocabularyTokenizer):
 
     def _text_ids(self, text: str) -> list[int]:
         self._model.encode_special_tokens = True  # text stays text, see the Tokenizer protocol
-        with panics_refused(self._path):
+        with _panics_refused(self._path):
             return list(self._model.encode(text, add_special_tokens=False).ids)
 
     def encode_special(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """See :class:`mistral_ms.tokenizer.Tokenizer`."""
         check_text(text)
         self._model.encode_special_tokens = False
-        with panics_refused(self._path):
+        with _panics_refused(self._path):
             found = self._model.encode(text, add_special_tokens=False)
         return list(found.ids), list(found.offsets)
 
@@ -171,13 +171,18 @@ class BackendTokenizer(VocabularyTokenizer):
         return frozenset(self._added[i].content for i in self._control)
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether the library has panicked: that is no ``Exception``, and its class has no module."""
+    return type(error).__name__ == "PanicException"
+
+
 @contextmanager
-def panics_refused(path: Path) -> Iterator[None]:
-    """Panics of the library, which are no ``Exception``, become errors that name the file."""
+def _panics_refused(path: Path) -> Iterator[None]:
+    """Panics of the library become errors that name the file."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not is_panic(error):
             raise
         raise damaged(path, " ".join(str(error).split())) from error
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from mistral_ms.config.model import MOST_ROWS
 from mistral_ms.errors import TokenizerError
 from mistral_ms.reading import TOKENIZER_BYTES, parse_json, read_text
-from mistral_ms.tokenizer.backend import BackendTokenizer, panics_refused
+from mistral_ms.tokenizer.backend import BackendTokenizer, is_panic
 from mistral_ms.tokenizer.settings import damaged, read_settings
 
 
@@ -49,21 +49,20 @@ def read_backend(path: Path) -> Backend:
         if not isinstance(content.get("model"), dict):
             raise ValueError("model must be an object")
         _check_ids(content)
-        with panics_refused(path):
-            return Backend.from_str(text)
-    except TokenizerError:
+        return Backend.from_str(text)
+    except BaseException as error:
+        if isinstance(error, Exception) or is_panic(error):  # the library has no narrower class
+            raise damaged(path, " ".join(str(error).split())) from error
         raise
-    except Exception as error:  # the library raises no narrower class
-        raise damaged(path, " ".join(str(error).split())) from error
 
 
 def _check_ids(content: Mapping[str, Any]) -> None:
     """The library ends the process where an id asks for more memory than there is."""
     vocabulary, added = content["model"].get("vocab"), content.get("added_tokens")
-    named = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    named = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
     for token in added if isinstance(added, list) else []:
         if isinstance(token, dict):
-            named[str(token.get("content"))] = token.get("id")
-    for name, number in named.items():
+            named.append((token.get("content"), token.get("id")))
+    for name, number in named:
         if isinstance(number, int) and not 0 <= number < MOST_ROWS:
             raise ValueError(f"{name!r} has the id {number}: must be 0 to {MOST_ROWS - 1}")

@@ -96,6 +96,18 @@ class ParamSpec:
         """How one kind of parallelism divides it; None when it does not."""
         return next((cut for cut in self.divide if cut.by == by), None)
 
+    def lies_in(self, layers: range, embedding: bool, head: bool) -> bool:
+        """Whether it belongs to a part of a model.
+
+        Args:
+            layers: the part's decoder blocks.
+            embedding: whether the part has the embedding.
+            head: whether it has the final norm and the head.
+        """
+        if isinstance(self.module, int):
+            return self.module in layers
+        return embedding if self.module == "embedding" else head
+
     @property
     def stacked(self) -> bool:
         """Whether expert parallelism divides it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from distributed import corners
 from distributed.worker import Worker
+from support.configs import TINY
 from support.configs import model as small_model
 
 from mistral_ms.config import (
@@ -35,17 +36,8 @@ def model(name: str) -> ModelConfig:
     """
     stages = next((sizes[name].pp for sizes in LAYOUTS.values() if name in sizes), 1)
     moe = {"sparse_layers": tuple(range(1, stages, 2))} if name in MIXED else {}
-    return small_model(
-        moe=moe,
-        vocab_size=48,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2 if name in DEEP else stages,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.1,
-    )
+    layers = 2 if name in DEEP else stages
+    return small_model(**TINY | {"num_hidden_layers": layers}, moe=moe)
 
 
 LAYOUTS = {

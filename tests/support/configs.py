@@ -2,6 +2,17 @@
 
 from mistral_ms.config import ModelConfig, MoEArchitecture
 
+TINY = dict(
+    vocab_size=48,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=32,
+    initializer_range=0.1,
+)
+"""What trains in a second."""
 SIZES = dict(
     vocab_size=320,
     hidden_size=64,

@@ -132,6 +132,15 @@ class TestOneVersion:
         path = edited(lambda source: source["model"]["vocab"].update({"<0xC7>": 2**31}))
         with pytest.raises(TokenizerError, match=r"'<0xC7>' has the id 2147483648: must be 0 to"):
             JsonTokenizer(path)
+        name = {"content": "<0xC7>", "id": 5}  # an added token of that name hides nothing
+        path = edited(
+            lambda source: (
+                source["model"]["vocab"].update({"<0xC7>": 2**31})
+                or source["added_tokens"].append(source["added_tokens"][0] | name)
+            )
+        )
+        with pytest.raises(TokenizerError, match=r"'<0xC7>' has the id 2147483648: must be 0 to"):
+            JsonTokenizer(path)
         path = edited(lambda source: source["added_tokens"][0].update(id=-1))
         with pytest.raises(TokenizerError, match=r"has the id -1: must be 0 to"):
             JsonTokenizer(path)

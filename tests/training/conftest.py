@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import mindspore as ms
 import numpy as np
 import pytest
+from support.configs import TINY
 
 from mistral_ms.config import (
     ModelConfig,
@@ -19,17 +20,6 @@ from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.models import CausalLM
 from mistral_ms.training import Progress, TrainStep
 from mistral_ms.training.loss_scale import LossScale
-
-TINY = dict(
-    vocab_size=48,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=32,
-    initializer_range=0.1,
-)
 
 
 @pytest.fixture(scope="session")

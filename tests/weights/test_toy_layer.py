@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from mindspore import Tensor
-from support.configs import model
+from support.configs import TINY, model
 from support.training import run_steps
 from weights.toy import KINDS, ToyParts
 
@@ -36,14 +36,7 @@ from mistral_ms.training.state import restore, take_snapshot
 from mistral_ms.weights import by_name, specs
 
 CONFIG = model(
-    vocab_size=48,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=32,
-    initializer_range=0.1,
+    **TINY,
     torch_dtype="float32",
     moe={"num_local_experts": 4, "sparse_layers": (1,)},
     layer_kinds=KINDS,

@@ -7,7 +7,6 @@ flags, the compiler's version and MindSpore's.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import mindspore as ms
 
-from mistral_ms.cache import cache_directory
+from mistral_ms.cache import cache_directory, kept
 from mistral_ms.errors import KernelError
 
 SOURCE = Path(__file__).with_name("grouped_linear.cc")
@@ -67,18 +66,15 @@ def _compiled(tool: str) -> Path:
     made_of = repr((FLAGS, version.stdout, ms.__version__)).encode() + SOURCE.read_bytes()
     name = f"{SOURCE.stem}-{hashlib.sha256(made_of).hexdigest()[:24]}"
     folder = _folder()
-    target = folder / f"{name}.so"
-    with (folder / f"{name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of processes that come together one compiles
-        if not target.exists():
-            part = folder / f"{name}.{os.getpid()}.part"
-            command = [tool, *FLAGS, str(SOURCE), "-o", str(part), "-ldl"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                said = (done.stderr.strip().splitlines() or ["no message"])[0]
-                raise KernelError("compilation failed", where=SOURCE, value=said)
-            part.replace(target)
-    return target
+
+    def compile_to(part: Path) -> None:
+        command = [tool, *FLAGS, str(SOURCE), "-o", str(part), "-ldl"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["no message"])[0]
+            raise KernelError("compilation failed", where=SOURCE, value=said)
+
+    return kept(folder / f"{name}.so", folder / f"{name}.lock", compile_to)
 
 
 def _folder() -> Path:

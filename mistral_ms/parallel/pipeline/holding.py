@@ -10,10 +10,4 @@ from mistral_ms.weights import ParamSpec
 
 def held_specs(stage: Stage, weights: Iterable[ParamSpec]) -> tuple[ParamSpec, ...]:
     """Those of ``weights`` that are on a stage, in their order."""
-    return tuple(spec for spec in weights if _holds(stage, spec))
-
-
-def _holds(stage: Stage, spec: ParamSpec) -> bool:
-    if isinstance(spec.module, int):
-        return spec.module in stage.layers
-    return stage.embedding if spec.module == "embedding" else stage.head
+    return tuple(s for s in weights if s.lies_in(stage.layers, stage.embedding, stage.head))
