@@ -379,6 +379,7 @@ class TestLayerTypes:
             to_hf(model(layer_types=ALTERNATING, sliding_window=9))
 
 
+# config.json of published models, as their repositories have it; sizes are beside the point
 PUBLISHED = {
     "Mixtral-8x7B-v0.1": {
         "architectures": ["MixtralForCausalLM"],

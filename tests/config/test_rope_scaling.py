@@ -80,6 +80,3 @@ class TestRopeScaling:
     def test_the_longest_sequence(self, scaling, longest):
         source = MIXTRAL | {"rope_scaling": scaling, "max_position_embeddings": 100}
         assert from_hf(source)[0].longest_sequence == longest
-
-
-# config.json of published models, as their repositories have it; sizes are beside the point
