@@ -10,6 +10,7 @@ import numpy as np
 
 from mistral_ms import __version__
 from mistral_ms.cli.demo_story import Story
+from mistral_ms.optimizers import AdamWConfig, settings_of
 from mistral_ms.training import StepRecord
 from mistral_ms.training.figures import dropped_figure, expert_load_figure, loss_figure
 from mistral_ms.training.report import Passage, Picture, Report, render_html
@@ -47,7 +48,9 @@ def build_report(story: Story) -> Report:
 
 def _facts(story: Story) -> list[tuple[str, str]]:
     model, training, summary = story.run.model, story.run.training, story.summary
-    routing, optimizer, schedule = story.run.routing, training.optimizer, training.schedule
+    routing, schedule = story.run.routing, training.schedule
+    optimizer = settings_of(training.optimizer)
+    assert isinstance(optimizer, AdamWConfig)
     moe = model.moe
     assert moe is not None
     return [

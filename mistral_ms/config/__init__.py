@@ -26,6 +26,7 @@ from mistral_ms.config.run import (
 from mistral_ms.config.training import (
     LossScaleConfig,
     OptimizerConfig,
+    ParamGroupConfig,
     ScheduleConfig,
     TrainingConfig,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "OptimizerConfig",
     "PackingConfig",
     "ParallelConfig",
+    "ParamGroupConfig",
     "PredictConfig",
     "PredictionConfig",
     "RopeScaling",

@@ -5,29 +5,54 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, SerializeAsAny, model_validator
 
 from mistral_ms.config.base import Frozen, validate
 from mistral_ms.config.model import DType
 
 
 class OptimizerConfig(Frozen):
-    """AdamW with decoupled weight decay (arXiv:1711.05101).
+    """An optimizer and its settings.
+
+    Each optimizer has settings of its own beside these (its file in ``mistral_ms/optimizers`` says
+    which); they are kept here as they are, and checked before a training is built
+    (:func:`mistral_ms.optimizers.settings_of`).
 
     Attributes:
+        name: ``adamw``, ``sgd`` or ``muon``, or another that is registered.
         learning_rate: the peak that the schedule scales.
-        beta1: decay of the mean of gradients.
-        beta2: decay of the mean of squared gradients.
-        eps: added to the root of the second mean, after bias correction (as in PyTorch).
         weight_decay: share of a matrix that is taken away per step, times the learning rate;
             vectors (norms) are not decayed.
     """
 
-    learning_rate: float = Field(default=3e-4, gt=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    name: str = Field(default="adamw", min_length=1)
+    learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+
+
+class ParamGroupConfig(Frozen):
+    """Some weights that are trained differently.
+
+    Attributes:
+        pattern: matches the whole name of a weight, as ``inspect`` shows it; ``*`` stands for any
+            characters, ``?`` for one, ``[abc]`` for one of those.
+        lr_factor: what their learning rate is multiplied by.
+        weight_decay: theirs, vectors' too; None leaves it to the optimizer.
+        frozen: they stay as they are: no gradient, no part in the gradients' norm, no state.
+    """
+
+    pattern: str = Field(min_length=1)
+    lr_factor: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    weight_decay: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    frozen: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ParamGroupConfig:
+        if self.frozen and (self.lr_factor != 1.0 or self.weight_decay is not None):
+            raise ValueError("frozen weights have neither lr_factor nor weight_decay")
+        return self
 
 
 class ScheduleConfig(Frozen):
@@ -88,8 +113,10 @@ class TrainingConfig(Frozen):
         constant_router_weight: train Top-1 routing with renormalised weights all the same: the
             one weight is then always 1, and the language-model loss does not move the router.
         loss_scale: for float16, which has one by default; other dtypes have none.
-        offload_optimizer: ``host`` keeps the optimizer's means and master weights in host memory.
+        offload_optimizer: ``host`` keeps the optimizer's state and master weights in host memory.
         optimizer: of all weights.
+        param_groups: weights that are trained differently; the first pattern that a name matches
+            decides, and weights that match none are trained as the optimizer says.
         schedule: of the learning rate.
     """
 
@@ -106,7 +133,8 @@ class TrainingConfig(Frozen):
     constant_router_weight: bool = False
     loss_scale: LossScaleConfig | None = None
     offload_optimizer: Literal["none", "host"] = "none"
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: SerializeAsAny[OptimizerConfig] = OptimizerConfig()
+    param_groups: tuple[ParamGroupConfig, ...] = ()
     schedule: ScheduleConfig = ScheduleConfig()
 
     @model_validator(mode="after")

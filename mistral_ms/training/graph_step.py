@@ -11,6 +11,7 @@ from mindspore import Parameter, Tensor, ops
 from mistral_ms.config import ModelConfig, RunConfig
 from mistral_ms.datasets.batches import Batch
 from mistral_ms.errors import ConfigError, TopologyError
+from mistral_ms.optimizers import with_settings
 from mistral_ms.parallel import graph
 from mistral_ms.parallel.apply import Division
 from mistral_ms.parallel.graph.storage import GraphStorage
@@ -18,7 +19,7 @@ from mistral_ms.training.graphs import batch_tensors
 from mistral_ms.training.loss_scale import LossScale
 from mistral_ms.training.memory import MemoryReport, memory_report
 from mistral_ms.training.modes import graph_mode
-from mistral_ms.training.optimizer import MEAN, MEAN_SQUARE, adam_coefficients
+from mistral_ms.training.optimizer import weight_of
 from mistral_ms.training.schedule import learning_rate
 from mistral_ms.training.step import Progress, StepResult, advance
 
@@ -44,7 +45,7 @@ class GraphTrainStep:
     """
 
     def __init__(self, run: RunConfig, division: Division, segmented: bool) -> None:
-        self.config = run.training
+        self.config = with_settings(run.training)
         self.progress = Progress(scale=LossScale.start(run.training.scaling))
         self._model, self._parallel, self._division = run.model, run.parallel, division
         divided = division.world > 1
@@ -80,23 +81,25 @@ class GraphTrainStep:
 
     def state(self) -> dict[str, Parameter]:
         """See Update; of this stage."""
-        adam = self._cell.optimizer
-        found: dict[str, Parameter] = {}
-        for kind, means in ((MEAN, adam.mean), (MEAN_SQUARE, adam.mean_square)):
-            every = dict(zip(self._built.model.weights(), means, strict=True))
-            found |= {f"{kind}.{name}": each for name, each in self.storage.held(every).items()}
-        return found
+        every = self._cell.weight_update.state()
+        return {name: each for name, each in every.items() if weight_of(name) in self.storage.specs}
+
+    def state_kinds(self) -> frozenset[str]:
+        """See Update."""
+        return self._cell.weight_update.plan.kinds
 
     def restored(self) -> None:
         """See Update; nothing depends on them."""
 
     def memory(self) -> MemoryReport:
         """See Update; of this stage, without the sums of gradients, which MindSpore makes."""
-        held, state = list(self.held().values()), list(self.state().values())
+        weights, state = self.held(), list(self.state().values())
+        held, names = list(weights.values()), self._cell.weight_update.names
+        trained = [weights[name] for name in names if name in weights]
         on_host = self.config.offload_optimizer == "host"
         owned = held if on_host else [*held, *state]
         host = state if on_host else []
-        return memory_report(owned, trained=held, weights=held, host=host)
+        return memory_report(owned, trained=trained, weights=held, host=host)
 
     def layer_statistics(self, batch: Batch) -> list[dict[str, Any]]:
         """See Update: the graph's layers cannot be run one by one."""
@@ -114,14 +117,10 @@ class GraphTrainStep:
         progress, config = self.progress, self.config
         rate = learning_rate(config, progress.step)
         scale = progress.scale.value
-        size, eps, decay = adam_coefficients(config.optimizer, progress.updates, rate)
-        for setting, value in (
-            (self._cell.size, size),
-            (self._cell.eps, eps),
-            (self._cell.decay, decay),
-            (self._cell.unscale, 1.0 / scale),
-        ):
+        coefficients = self._cell.weight_update.plan.coefficients(progress.updates, rate)
+        for setting, value in zip(self._cell.coefficients, coefficients, strict=True):
             ops.assign(setting, Tensor(value, ms.float32))
+        ops.assign(self._cell.unscale, Tensor(1.0 / scale, ms.float32))
         shares = [1.0 / max(1, batch.tokens), 1.0 / max(1, batch.present), scale]
         ordered = in_order_of_micro_batches(batch, self._parallel.dp, config.micro_batches)
         rows = np.tile(np.array(shares, np.float32), (len(batch.samples_B), 1))

@@ -10,7 +10,7 @@ from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig, Traini
 from mistral_ms.config.computation import computation
 from mistral_ms.errors import TrainingError
 
-FIXED = ("seed", "seq_length", "global_batch_size", "dtype")
+FIXED = ("seed", "seq_length", "global_batch_size", "dtype", "optimizer.name")
 """Of the training: to change one would be another training under the old one's name."""
 
 
@@ -54,7 +54,7 @@ class Identity:
             same command would have given from the start.
 
         Raises:
-            TrainingError: another model, dataset, seed, batch or dtype.
+            TrainingError: another model, dataset, seed, batch, dtype or optimizer.
         """
         ours = _flat(self.as_dict())
         theirs = _flat({key: state.get(key, {}) for key in self.as_dict()})
@@ -69,8 +69,8 @@ class Identity:
                     f"resume with another {group if group != 'training' else name}",
                     where=key,
                     value=f"now {now!r}, in {where} {then!r}",
-                    rule="a training goes on with the model, data, seed and batch that it began "
-                    "with",
+                    rule="a training goes on with the model, data, seed, batch and optimizer that "
+                    "it began with",
                     todo="start a new run with init_from to train these weights differently",
                 )
             changed.append(f"{key}: {then!r} before, {now!r} from here on")

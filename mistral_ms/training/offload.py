@@ -1,6 +1,6 @@
-"""AdamW with its state in host memory: the device keeps nothing but the working weights.
+"""The optimizer with its state in host memory: the device keeps nothing but the working weights.
 
-The heterogeneous optimizer of large-model training (ZeRO-Offload, arXiv:2101.06840): means and
+The heterogeneous optimizer of large-model training (ZeRO-Offload, arXiv:2101.06840): its state and
 float32 master weights, three quarters of all persistent bytes, live in the memory of the host, and
 its processor updates them. What crosses the bus per step is the gradients on the way down and the
 weights on the way back.
@@ -14,10 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from mistral_ms.config import OptimizerConfig
+from mistral_ms.optimizers import Plan, WeightUpdate
 from mistral_ms.training.modes import graph_mode
 from mistral_ms.training.optimizer import (
-    AdamW,
     is_mixed,
     master_copies,
     master_state,
@@ -38,25 +37,25 @@ class HostOptimizer:
 
     Args:
         weights: what is trained, by name, all of one dtype.
-        config: betas, eps, decay.
+        plan: the optimizer.
         bucket_bytes: a bucket is full when its float32 gradients exceed this.
     """
 
     def __init__(
         self,
         weights: Mapping[str, Parameter],
-        config: OptimizerConfig,
+        plan: Plan,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self._mixed = is_mixed(weights)
-        self._buckets = [_Bucket(part, config) for part in _fill(weights, bucket_bytes)]
+        self._buckets = [_Bucket(part, plan) for part in _fill(weights, bucket_bytes)]
 
     def update(self, gradients: Sequence[Tensor], coefficients: Tensor) -> None:
-        """Updates means and masters on the host and the weights on the device.
+        """Updates state and masters on the host and the weights on the device.
 
         Args:
             gradients: float32, one per weight, on the device.
-            coefficients: of :func:`~mistral_ms.training.optimizer.adam_coefficients`.
+            coefficients: of :meth:`~mistral_ms.optimizers.Plan.coefficients`, float32 [n].
         """
         queue = list(gradients)
         parts = [[queue.pop(0) for _ in bucket.weights] for bucket in self._buckets]
@@ -66,7 +65,7 @@ class HostOptimizer:
                 arrived = [gradient.move_to("CPU", blocking=False) for gradient in part]
                 if updating is not None:
                     updating[0].send_back(updating[1])
-                updating = bucket, host.submit(bucket.update, arrived, coefficients)
+                updating = bucket, host.submit(bucket.run, arrived, coefficients)
             if updating is not None:
                 updating[0].send_back(updating[1])
 
@@ -74,47 +73,61 @@ class HostOptimizer:
         """Everything that a resume needs beside the weights."""
         found: dict[str, Parameter] = {}
         for bucket in self._buckets:
-            found |= master_state(bucket.adamw) if self._mixed else {}
-            found |= bucket.adamw.state()
+            found |= master_state(bucket.masters) if self._mixed else {}
+            found |= bucket.update.state()
         return found
 
     def host_parameters(self) -> list[Parameter]:
-        """All that lives in host memory: masters and means."""
+        """All that lives in host memory: masters and state."""
         return [
             parameter
             for bucket in self._buckets
-            for parameter in (*bucket.adamw.weights, *bucket.adamw.state().values())
+            for parameter in (*bucket.masters.values(), *bucket.update.state().values())
         ]
 
     def restored(self) -> None:
         """To be called when the weights were set from outside: float32 masters follow them."""
         if not self._mixed:
             for bucket in self._buckets:
-                for master, weight in zip(bucket.adamw.weights, bucket.weights, strict=True):
+                for master, weight in zip(bucket.masters.values(), bucket.weights, strict=True):
                     set_master(master, weight)
 
 
 class _Bucket:
-    """Some weights, their masters and means, and the two graphs that move them."""
+    """Some weights, their masters and state, and the two graphs that move them."""
 
-    def __init__(self, weights: Mapping[str, Parameter], config: OptimizerConfig) -> None:
+    def __init__(self, weights: Mapping[str, Parameter], plan: Plan) -> None:
         self.weights = tuple(weights.values())
-        self.adamw = AdamW(master_copies(weights), config, on_host=True)
+        self.masters = master_copies(weights)
+        self.update = WeightUpdate(self.masters, plan, on_host=True)
+        self._update = _Waited(self.update)
         self._write_back = _WriteBack(self.weights)
 
-    def update(self, gradients: Sequence[Tensor], coefficients: Tensor) -> None:
+    def run(self, gradients: Sequence[Tensor], coefficients: Tensor) -> None:
         """On the host's own thread."""
         with graph_mode():
             # mutable: a tuple of plain tensors would be compiled into the graph as constants
-            self.adamw(ms.mutable(tuple(gradients)), coefficients).asnumpy()
+            self._update(ms.mutable(tuple(gradients)), coefficients).asnumpy()
 
     def send_back(self, updated: Future[None]) -> None:
         """Waits for the update, then copies the masters into the device's weights."""
         updated.result()
         device = ms.get_context("device_target")
-        masters = (master.value() for master in self.adamw.weights)
+        masters = (master.value() for master in self.masters.values())
         values = [master.move_to(device, blocking=False) for master in masters]
         self._write_back(ms.mutable(tuple(values)))
+
+
+class _Waited(nn.Cell):
+    """The update as a cell that returns a scalar that is ready when all is updated."""
+
+    def __init__(self, update: WeightUpdate) -> None:
+        super().__init__(auto_prefix=False)
+        self.update = update
+
+    def construct(self, gradients: tuple[Tensor, ...], coefficients: Tensor) -> Tensor:
+        """See :class:`~mistral_ms.optimizers.WeightUpdate`."""
+        return ops.depend(coefficients[0], self.update(gradients, coefficients))
 
 
 class _WriteBack(nn.Cell):

@@ -15,6 +15,7 @@ import yaml
 from mistral_ms.checkpoint import BackgroundWriter, CheckpointSeries, read_state
 from mistral_ms.config import PACKAGED_TOKENIZER, RunConfig
 from mistral_ms.errors import CheckpointError, TrainingError
+from mistral_ms.optimizers import with_settings
 from mistral_ms.parallel.apply import Division
 from mistral_ms.parallel.pipeline import check_objective
 from mistral_ms.training.failure import write_failure
@@ -89,6 +90,7 @@ class TrainingRun:
         self.files, self._say = RunFiles(output), say
         self.division = Division(run.parallel) if division is None else division
         check_device(run)
+        run = run.model_copy(update={"training": with_settings(run.training)})
         if resume:
             self.files.again()
         elif self.division.is_first:
@@ -104,7 +106,7 @@ class TrainingRun:
         say = self._say
         self.data, tokenizer = open_data(run, self.files, self.division, say, resuming=resume)
         check_objective(run.model, run.routing, run.parallel, run.training.aux_coef)
-        training = run.training.with_steps(self.data.windows)
+        training = with_settings(run.training.with_steps(self.data.windows))
         self.run = run.model_copy(update={"training": training})
         self.identity = Identity(
             run.model, run.routing, training, run.parallel, self.data.info.digest

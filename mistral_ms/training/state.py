@@ -1,6 +1,6 @@
 """A training's state as a checkpoint of ours, and back, bit for bit.
 
-Weights go into ``model-*``, everything that the optimizer keeps (means, and masters of 16-bit
+Weights go into ``model-*``, everything that the optimizer keeps (its state, and masters of 16-bit
 weights) into ``optimizer-*``, and the rest into ``state.json``. Where the optimizer lives makes no
 difference: a training may go on with its state on the host that began with it on the device.
 """
@@ -123,6 +123,7 @@ def restore(update: Update, path: Path) -> None:
             value=state.get("format"),
             rule=f"this release reads format {FORMAT}",
         )
+    _check_optimizer(update, state, path)
     storage = update.storage
     # whoever chose the checkpoint has read every byte of it: CheckpointSeries.newest
     with open_checkpoint(path, "mistral_ms", verify=False) as source:
@@ -131,7 +132,7 @@ def restore(update: Update, path: Path) -> None:
     with open_tensor_set(path, OPTIMIZER) as stored:
         kept = stored.names()
         if not storage.holds_everything:  # a part of the weights, and of their kinds of state all
-            kinds = {name.partition(".")[0] for name in wanted}
+            kinds = update.state_kinds()
             kept = tuple(n for n in kept if n in wanted or n.partition(".")[0] not in kinds)
         if differing := sorted(set(wanted) ^ set(kept)):
             raise CheckpointError(
@@ -139,7 +140,8 @@ def restore(update: Update, path: Path) -> None:
                 where=path,
                 value=differing[0],
                 rule="the optimizer's tensors must be those of this training",
-                todo="continue with the dtype that the training began with",
+                todo="continue with the dtype, optimizer and frozen weights that the training began "
+                "with",
             )
         for name, parameter in wanted.items():
             weight, shape = weight_of(name), stored.shape(name)
@@ -161,6 +163,21 @@ def restore(update: Update, path: Path) -> None:
         raise CheckpointError(
             "damaged state", where=path / "state.json", value=repr(error)
         ) from error
+
+
+def _check_optimizer(update: Update, state: Mapping[str, Any], path: Path) -> None:
+    """Raises for a checkpoint of another optimizer; two may keep state of the same names."""
+    training = state.get("training")
+    then = (training or {}).get("optimizer", {}).get("name")
+    now = update.config.optimizer.name
+    if then is not None and then != now:
+        raise CheckpointError(
+            "another optimizer's state",
+            where=path,
+            value=f"now {now!r}, in the checkpoint {then!r}",
+            rule="a training goes on with the optimizer that it began with",
+            todo=f"set training.optimizer.name={then}, or start a new run with init_from",
+        )
 
 
 def _named(arrays: Arrays) -> list[tuple[str, tuple[int, ...], str, np.ndarray]]:

@@ -13,7 +13,9 @@ from mistral_ms.config import ModelConfig, TrainingConfig
 from mistral_ms.datasets.batches import Batch
 from mistral_ms.errors import TrainingError
 from mistral_ms.models import CausalLM, LossReport, Objective
+from mistral_ms.optimizers import Plan, check_layout, make_plan, with_settings
 from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.pipeline import check_trained
 from mistral_ms.parallel.sharded import ShardedReduction
 from mistral_ms.parallel.storage import Storage
 from mistral_ms.training.graphs import (
@@ -28,10 +30,11 @@ from mistral_ms.training.loss_scale import LossScale
 from mistral_ms.training.memory import MemoryReport, memory_report
 from mistral_ms.training.modes import graph_mode
 from mistral_ms.training.offload import HostOptimizer
-from mistral_ms.training.optimizer import DeviceOptimizer, adam_coefficients
+from mistral_ms.training.optimizer import MASTER, DeviceOptimizer, is_mixed
 from mistral_ms.training.pipelined import Pipelined
 from mistral_ms.training.schedule import learning_rate
 from mistral_ms.training.statistics import layer_statistics
+from mistral_ms.weights import specs
 
 
 @dataclass(slots=True)
@@ -118,6 +121,9 @@ class Update(Protocol):
     def state(self) -> dict[str, Parameter]:
         """Everything that a resume needs beside the weights, by the names of checkpoints."""
 
+    def state_kinds(self) -> frozenset[str]:
+        """What stands before the names of weights in ``state``, over all processes."""
+
     def restored(self) -> None:
         """To be called when weights or state were set from outside."""
 
@@ -188,6 +194,10 @@ class TrainStep:
         division: which part of model and batch this process has; None when it is alone. Each
             data-parallel rank's micro-batches are dispatch groups of their own.
 
+    Raises:
+        ConfigError: the optimizer, its settings or its parameter groups are not possible for this
+            model and layout.
+
     Attributes:
         weights: the parameters that are trained, by name.
         optimizer: on the device or on the host.
@@ -202,10 +212,14 @@ class TrainStep:
         pooled_aux: bool = True,
         division: Division | None = None,
     ) -> None:
+        config = with_settings(config)
         self.model, self.config = model, config
         self._division = division
+        self._plan = _plan_of(model, config, division)
         self.weights: dict[str, Parameter] = {
-            name: weight for name, weight in model.weights().items() if weight.requires_grad
+            name: weight
+            for name, weight in model.weights().items()
+            if weight.requires_grad and name in self._plan.group_of
         }
         self._reduction = (
             None if division is None else division.reduction(self.weights, model.specs)
@@ -226,10 +240,10 @@ class TrainStep:
             self._spread = self._reduction.spread(self.weights)
         self.optimizer: DeviceOptimizer | HostOptimizer
         if config.offload_optimizer == "host":
-            self.optimizer = HostOptimizer(updated, config.optimizer)
+            self.optimizer = HostOptimizer(updated, self._plan)
             finish = Finish(None, config.clip_norm, self._reduction)
         else:
-            self.optimizer = DeviceOptimizer(updated, config.optimizer)
+            self.optimizer = DeviceOptimizer(updated, self._plan)
             finish = Finish(self.optimizer, config.clip_norm, self._reduction)
         self._fused: FusedUpdate | None = None
         self._gradients: InTurn | Pipelined | None = None
@@ -257,7 +271,7 @@ class TrainStep:
         progress, config = self.progress, self.config
         rate = learning_rate(config, progress.step)
         scale = progress.scale.value
-        coefficients = Tensor(adam_coefficients(config.optimizer, progress.updates, rate))
+        coefficients = Tensor(self._plan.coefficients(progress.updates, rate))
         shares = [1.0 / max(1, batch.tokens), 1.0 / max(1, batch.present), scale]
         scales = Tensor(np.array(shares, np.float32))
         mine = batch
@@ -288,8 +302,8 @@ class TrainStep:
     @property
     def storage(self) -> Storage:
         """See :class:`Update`."""
-        specs = self.model.specs
-        return Storage(specs) if self._division is None else self._division.storage(specs)
+        held = self.model.specs
+        return Storage(held) if self._division is None else self._division.storage(held)
 
     def held(self) -> dict[str, Parameter]:
         """See :class:`Update`."""
@@ -298,6 +312,10 @@ class TrainStep:
     def state(self) -> dict[str, Parameter]:
         """See :class:`Update`."""
         return self.optimizer.state()
+
+    def state_kinds(self) -> frozenset[str]:
+        """See :class:`Update`."""
+        return self._plan.kinds | ({MASTER} if is_mixed(self.weights) else set())
 
     def restored(self) -> None:
         """See :class:`Update`."""
@@ -359,6 +377,15 @@ class TrainStep:
             kept_LE=_table(report.kept_LE),
             gradient_norms=dict(norms),
         )
+
+
+def _plan_of(model: CausalLM, config: TrainingConfig, division: Division | None) -> Plan:
+    """The optimizer of the whole model, of which a process may hold a part."""
+    plan = make_plan(config, specs(model.config))
+    if division is not None:
+        check_layout(plan, division.parallel)
+        check_trained(model.config, division.parallel.pp, plan.group_of)
+    return plan
 
 
 def _table(counts: np.ndarray) -> np.ndarray:

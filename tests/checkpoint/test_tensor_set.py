@@ -60,12 +60,12 @@ def test_a_shard_that_the_manifest_does_not_list(saved):
 def test_an_index_that_promises_more(saved):
     path = saved / "optimizer.safetensors.index.json"
     index = json.loads(path.read_text())
-    index["weight_map"]["adam_mean.x"] = "optimizer-00001-of-00001.safetensors"
+    index["weight_map"]["exp_avg.x"] = "optimizer-00001-of-00001.safetensors"
     path.write_text(json.dumps(index))
     manifest = json.loads((saved / "COMPLETE").read_text())
     manifest["files"][path.name]["size"] = path.stat().st_size
     (saved / "COMPLETE").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"missing tensor: .*adam_mean\.x"):
+    with pytest.raises(CheckpointError, match=r"missing tensor: .*exp_avg\.x"):
         open_tensor_set(saved, "optimizer")
 
 

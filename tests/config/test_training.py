@@ -65,15 +65,28 @@ class TestTrainingConfig:
         ("key", "value"),
         [
             ("learning_rate", 0.0),
-            ("beta1", 1.0),
-            ("beta2", 1.0),
-            ("eps", 0.0),
+            ("learning_rate", float("nan")),
             ("weight_decay", -1),
+            ("name", ""),
         ],
     )
     def test_optimizer_out_of_range(self, key, value):
         with pytest.raises(ValidationError, match=key):
             OptimizerConfig(**{key: value})
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"pattern": ""}, "pattern"),
+            ({"pattern": "*", "lr_factor": 0.0}, "lr_factor"),
+            ({"pattern": "*", "weight_decay": -1.0}, "weight_decay"),
+            ({"pattern": "*", "frozen": True, "lr_factor": 2.0}, "frozen weights have neither"),
+            ({"pattern": "*", "freeze": True}, "freeze"),
+        ],
+    )
+    def test_parameter_group_refused(self, values, message):
+        with pytest.raises(ValidationError, match=message):
+            TrainingConfig(**TRAINING, param_groups=[values])
 
     @pytest.mark.parametrize(
         ("key", "value"), [("kind", "step"), ("warmup_steps", -1), ("floor", 1.1), ("floor", -0.1)]

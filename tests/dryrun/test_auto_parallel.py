@@ -97,7 +97,7 @@ def test_a_stage_holds_its_own_layers_and_their_state(compile_layout):
     assert layers == {"1"}
     assert not any("embed" in name or "lm_head" in name for name in graph.parameters)
     for expert in EXPERTS:
-        for prefix in ("", "adam_mean.", "adam_mean_square."):
+        for prefix in ("", "exp_avg.", "exp_avg_sq."):
             held = graph.parameters[f"{prefix}layers.1.moe.experts.{expert}"]
             assert held.shape == (H, WIDE)  # one expert of eight
 
@@ -139,7 +139,7 @@ def test_hierarchical_exchange_has_two_hops_each_way(compile_layout):
 
 
 def test_optimizer_parallelism_divides_every_matrix_experts_too(copies):
-    for prefix in ("", "adam_mean.", "adam_mean_square."):
+    for prefix in ("", "exp_avg.", "exp_avg_sq."):
         shapes = {
             name.removeprefix(prefix): held.shape
             for name, held in copies.parameters.items()

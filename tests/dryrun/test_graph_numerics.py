@@ -160,16 +160,14 @@ def steps():
     _, step = build(config)
     arrays = batch(config.model)
     weights = step.cell.weights
-    state = (*weights, *step.cell.optimizer.mean, *step.cell.optimizer.mean_square)
-    beta1, beta2, eps = np.float64(np.float32(0.9)), np.float64(np.float32(0.95)), 1e-8
-    root = np.sqrt(1 - beta2)
-    for setting, value in (
-        (step.cell.size, RATE * root / (1 - beta1)),
-        (step.cell.eps, eps * root),
-        (step.cell.decay, RATE * DECAY),
-        (step.cell.unscale, 1 / scale),
-    ):
-        ops.assign(setting, Tensor(value, ms.float32))
+    update = step.cell.weight_update
+    kept = update.state()
+    means = [kept[f"{kind}.{name}"] for kind in ("exp_avg", "exp_avg_sq") for name in update.names]
+    state = (*weights, *means)
+    coefficients = update.plan.coefficients(0, RATE)
+    for setting, value in zip(step.cell.coefficients, coefficients, strict=True):
+        ops.assign(setting, Tensor(value))
+    ops.assign(step.cell.unscale, Tensor(1 / scale, ms.float32))
     gradient = ms.grad(step.model, None, weights)
     found = []
     for share in (np.nan, 1 / (arrays[1] != IGNORE_INDEX).sum()):

@@ -116,7 +116,7 @@ def test_matrices_and_experts_are_divided(text):
             "moe.router.weight": (E, H),
             **{f"moe.experts.{name}": (E // 2 * H, WIDE // 2) for name in ("w1", "w3", "w2")},
         }
-        for prefix in ("", "adam_mean.", "adam_mean_square.", "accu_grads."):
+        for prefix in ("", "exp_avg.", "exp_avg_sq.", "accu_grads."):
             assert {name: held[prefix + at + name].shape for name in shapes} == shapes
 
 

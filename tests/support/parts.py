@@ -39,7 +39,7 @@ LAYOUTS = {
     "pp2": Sizes(1, 1, 2, 1),
     "dp4 mp2 pp2 ep2": Sizes(4, 2, 2, 2),
 }
-KINDS = ("adam_mean", "adam_mean_square")
+KINDS = ("exp_avg", "exp_avg_sq")
 
 
 def whole(seed: int) -> dict[str, np.ndarray]:

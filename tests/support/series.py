@@ -26,7 +26,7 @@ def arrays(step: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Weights and optimizer state that only this step has."""
     rng = np.random.default_rng(step)
     weights = {n: rng.random(s, np.float32) for n, s in our_shapes(CONFIG).items()}
-    state = {f"adam_mean.{n}": rng.random(v.shape, np.float32) for n, v in weights.items()}
+    state = {f"exp_avg.{n}": rng.random(v.shape, np.float32) for n, v in weights.items()}
     return weights, state
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from support.training import as_reported, bits, run_steps
 
+from mistral_ms.optimizers import make_plan
 from mistral_ms.training.offload import HostOptimizer
 
 pytestmark = pytest.mark.usefixtures("strict_graphs")
@@ -42,7 +43,8 @@ def test_the_size_of_the_buckets_does_not_matter(make_update, data):
     for nbytes in (1, 10_000):
         # one of the few tests whose compilations grow with the number of tensors
         update = make(make_update, "host")
-        update.optimizer = HostOptimizer(update.weights, update.config.optimizer, nbytes)
+        plan = make_plan(update.config, update.model.specs.values())
+        update.optimizer = HostOptimizer(update.weights, plan, nbytes)
         run_steps(update, data, 3)
         states.append(bits(update))
     assert states[0] == states[1]

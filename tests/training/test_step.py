@@ -10,6 +10,7 @@ from support.models import fill
 from mistral_ms.config import DROPLESS, OptimizerConfig, ScheduleConfig, TrainingConfig
 from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.models import CausalLM
+from mistral_ms.optimizers import settings_of
 from mistral_ms.training import TrainStep, learning_rate
 
 pytestmark = pytest.mark.usefixtures("strict_graphs")
@@ -38,7 +39,7 @@ def torch_training(pair, data, config):
         {"params": [p for p in named.values() if p.ndim > 1]},
         {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    chosen = config.optimizer
+    chosen = settings_of(config.optimizer)
     adamw = torch.optim.AdamW(
         groups, betas=(chosen.beta1, chosen.beta2), eps=chosen.eps,
         weight_decay=chosen.weight_decay,

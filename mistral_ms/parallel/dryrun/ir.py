@@ -28,11 +28,7 @@ _UNREAD = re.compile(
     r"AllGatherV|ReduceScatterV|AlltoAllVC|NeighborExchange\w*|Collective(Gather|Scatter)|Barrier"
     r"|(Inner)?Comm(All|Reduce|Isend|Irecv|Broadcast)\w*"
 )
-# names of optimizer state, ours and those of MindSpore's optimizers
 _CACHE = re.compile(r"attention\.(keys|values)$|key_positions\.held$")
-_STATE = re.compile(
-    r"(^|\.)(adam_mean|adam_mean_square|master|adam_m|adam_v|moment1|moment2|moments)\."
-)
 # cells of the update: ours and those of MindSpore's optimizers
 _UPDATE = re.compile(r"optimizer|-GlobalNorm\b", re.IGNORECASE)
 ITEM_BYTES = {
@@ -131,8 +127,16 @@ class Graph:
         """Of keys and values of earlier tokens, and the table of their positions."""
         return self._bytes("cache")
 
+    def _kind(self, name: str) -> str:
+        if name.startswith("accu_grads."):  # MindSpore's, of a pipeline
+            return "gradient"
+        if _CACHE.search(name):
+            return "cache"
+        # an optimizer's state is called by its kind and the weight that it belongs to
+        return "state" if name.partition(".")[2] in self.parameters else "weight"
+
     def _bytes(self, kind: str) -> int:
-        return sum(t.nbytes or 0 for n, t in self.parameters.items() if _kind(n) == kind)
+        return sum(t.nbytes or 0 for n, t in self.parameters.items() if self._kind(n) == kind)
 
 
 @dataclass
@@ -307,14 +311,6 @@ def _executions(
         return known[name]
 
     return {name: visit(name, frozenset()) for name in (root, *list(callers))}
-
-
-def _kind(name: str) -> str:
-    if name.startswith("accu_grads."):  # MindSpore's, of a pipeline
-        return "gradient"
-    if _CACHE.search(name):
-        return "cache"
-    return "state" if _STATE.search(name) else "weight"
 
 
 def _types(text: str) -> list[TensorType]:

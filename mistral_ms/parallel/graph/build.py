@@ -10,17 +10,18 @@ from mindspore.communication import get_group_size, get_rank
 from mindspore.nn.utils import no_init_parameters
 
 from mistral_ms.config import RunConfig
+from mistral_ms.optimizers import StoredMatrices, WeightUpdate, check_layout, make_plan
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.graph.checks import check_run
 from mistral_ms.parallel.graph.model import GraphModel, LazyGraphModel
 from mistral_ms.parallel.graph.moe import LossCoefficients
 from mistral_ms.parallel.graph.parts import GraphParts
 from mistral_ms.parallel.graph.step import TrainingGraph
-from mistral_ms.parallel.graph.update import GlobalNorm, GraphAdamW
+from mistral_ms.parallel.graph.update import GlobalNorm
 from mistral_ms.parallel.pipeline import stages_of
 from mistral_ms.parallel.sharding import Sharding, graph_form
 from mistral_ms.parallel.topology import Topology
-from mistral_ms.weights import ParamSpec
+from mistral_ms.weights import ParamSpec, specs
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,34 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
         kind = LazyGraphModel if divided and training.micro_batches > 1 else GraphModel
         model = kind(parts, stages)
         _recompute(model, parallel.recompute)
-        cell = _step(run, model, sharding)
+        update = _weight_update(run, model)
+        cell = _step(run, model, update, sharding)
     return GraphStep(cell, _inputs(run), model, segmented)
 
 
-def _step(run: RunConfig, model: GraphModel, sharding: Sharding | None) -> TrainingGraph:
+def _weight_update(run: RunConfig, model: GraphModel) -> WeightUpdate:
+    """The optimizer of the weights that are trained.
+
+    Args:
+        run: the run.
+        model: all its weights are whole; it may have fewer layers than the run's.
+    """
+    training, weights = run.training, model.weights()
+    plan = make_plan(training, specs(run.model))
+    check_layout(plan, run.parallel)
+    trained = {name: weight for name, weight in weights.items() if name in plan.group_of}
+    stored = {}
+    for name in trained:
+        form = graph_form(model.specs[name])
+        if form.rows and len(form.order) == 3:
+            stored[name] = StoredMatrices(form.rows, transposed=form.order == (0, 2, 1))
+    return WeightUpdate(trained, plan, on_host=training.offload_optimizer == "host", stored=stored)
+
+
+def _step(
+    run: RunConfig, model: GraphModel, update: WeightUpdate, sharding: Sharding | None
+) -> TrainingGraph:
     training, parallel = run.training, run.parallel
-    weights = model.weights()
-    host = training.offload_optimizer == "host"
-    optimizer = GraphAdamW(weights, training.optimizer, host)
     rooms = tuple(model.rooms().values())
     net, reducer = model, None
     if parallel.pp > 1:
@@ -102,13 +122,13 @@ def _step(run: RunConfig, model: GraphModel, sharding: Sharding | None) -> Train
     elif training.micro_batches > 1:
         net = nn.GradAccumulationCell(model, training.micro_batches)
     if training.micro_batches > 1:
-        every = ParameterTuple((*optimizer.weights, *rooms))
+        every = ParameterTuple((*update.weights, *rooms))
         reducer = nn.PipelineGradReducer(every, opt_shard=parallel.optimizer_parallel)
     copies = tuple(
-        copies_of(model.specs[name], sharding, parallel.optimizer_parallel) for name in weights
+        copies_of(model.specs[name], sharding, parallel.optimizer_parallel) for name in update.names
     )
     norm = GlobalNorm(copies, sharding is not None)
-    step = TrainingGraph(net, optimizer, norm, training.clip_norm, reducer, rooms)
+    step = TrainingGraph(net, update, norm, training.clip_norm, reducer, rooms)
     step.set_train()
     return step
 

@@ -1,4 +1,4 @@
-"""From gradients to updated weights, as the end of the auto-parallel graph.
+"""From gradients to what the optimizer takes, as the end of the auto-parallel graph.
 
 Behind the gradient the compiler divides nothing any more: every tensor here is this rank's part,
 and what ranks must agree on is brought together explicitly.
@@ -6,15 +6,12 @@ and what ranks must agree on is brought together explicitly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import mindspore as ms
-from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore.communication import GlobalComm
 
-from mistral_ms.config import OptimizerConfig
+from mistral_ms.optimizers import WeightUpdate
 
-MEAN, MEAN_SQUARE = "adam_mean", "adam_mean_square"
 NORM_EPS = 1e-6
 """Keeps the quotient finite (PyTorch's constant)."""
 
@@ -25,7 +22,7 @@ _expand = ops.ExpandDims()
 _zeros_like = ops.ZerosLike()
 
 _square = ops.MultitypeFuncGraph("sum_of_squares")
-_update = ops.MultitypeFuncGraph("adamw")
+_prepare = ops.MultitypeFuncGraph("prepare")
 
 
 @_square.register("Number", "Tensor")
@@ -34,34 +31,10 @@ def _sum_of_squares(share: float, gradient: Tensor) -> Tensor:
     return _expand(_sum(wide * wide, ()) * share, 0)
 
 
-@_update.register(
-    "Function", "Function", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor", "Tensor",
-    "Tensor", "Tensor", "Bool", "Tensor", "Tensor", "Tensor", "Tensor",
-)  # fmt: skip
-def _adamw(
-    adam: ops.Primitive,
-    shrink: ops.Primitive,
-    finite: Tensor,
-    factor: Tensor,
-    size: Tensor,
-    eps: Tensor,
-    decay: Tensor,
-    beta1: Tensor,
-    beta2: Tensor,
-    no_power: Tensor,
-    decayed: bool,
-    weight: Tensor,
-    mean: Tensor,
-    mean_square: Tensor,
-    gradient: Tensor,
-) -> Tensor:
+@_prepare.register("Tensor", "Tensor", "Tensor")
+def _scaled_or_zero(finite: Tensor, factor: Tensor, gradient: Tensor) -> Tensor:
     gradient = _cast(gradient, ms.float32) * factor
-    gradient = ops.select(finite, gradient, _zeros_like(gradient))
-    if decayed:
-        gradient = ops.depend(gradient, shrink(weight, decay, weight))
-    return adam(
-        weight, mean, mean_square, no_power, no_power, size, beta1, beta2, eps, gradient
-    )  # fmt: skip
+    return ops.select(finite, gradient, _zeros_like(gradient))
 
 
 class GlobalNorm(nn.Cell):
@@ -93,65 +66,35 @@ class GlobalNorm(nn.Cell):
         return ops.sqrt(total)
 
 
-class GraphAdamW(nn.Cell):
-    """AdamW as ``training.optimizer.AdamW`` computes it, from the same three coefficients.
+class GraphUpdate(nn.Cell):
+    """The optimizer's update, without a branch.
 
     Args:
-        weights: float32, by name. Matrices are decayed, vectors (norms) are not.
-        config: betas and decay.
-        on_host: the kernels run on the host's processor and the state stays in its memory.
+        weight_update: of all weights that are trained.
     """
 
-    def __init__(
-        self, weights: Mapping[str, Parameter], config: OptimizerConfig, on_host: bool
-    ) -> None:
+    def __init__(self, weight_update: WeightUpdate) -> None:
         super().__init__(auto_prefix=False)
-        self.weights = ParameterTuple(weights.values())
-        self.mean = self.weights.clone(prefix=MEAN, init="zeros")
-        self.mean_square = self.weights.clone(prefix=MEAN_SQUARE, init="zeros")
-        self.decayed = tuple(config.weight_decay > 0 and w.ndim > 1 for w in weights.values())
-        self.beta1 = Tensor(config.beta1, ms.float32)
-        self.beta2 = Tensor(config.beta2, ms.float32)
-        self.no_power = Tensor(0.0, ms.float32)
-        self.adam, self.shrink = ops.Adam(), ops.ApplyGradientDescent()
-        if on_host:
-            self.adam.set_device("CPU")
-            self.shrink.set_device("CPU")
+        self.weight_update = weight_update
 
     def construct(
         self,
         gradients: tuple[Tensor, ...],
         factor: Tensor,
-        coefficients: tuple[Tensor, Tensor, Tensor],
+        coefficients: tuple[Tensor, ...],
         finite: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Updates all weights and means in place.
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        """Updates all weights and their state in place.
 
         Without ``finite`` nothing changes, and there is no branch: one would keep the pipeline's
-        graph from being found. Both betas become one, rate, decay and gradients zero.
+        graph from being found.
 
         Args:
             gradients: one per weight.
             factor: float32 [1], what each is multiplied by.
-            coefficients: float32 scalars: rate * sqrt(1 - beta2^t) / (1 - beta1^t),
-                eps * sqrt(1 - beta2^t), rate * decay.
+            coefficients: of :meth:`~mistral_ms.optimizers.Plan.coefficients`, float32 scalars.
             finite: bool [1].
         """
-        size, eps, decay = coefficients
         yes = _sum(_cast(finite, ms.float32), ())
-        update = ops.partial(
-            _update,
-            self.adam,
-            self.shrink,
-            yes > 0.0,
-            factor,
-            size * yes,
-            eps,
-            decay * yes,
-            self.beta1 * yes + (1.0 - yes),
-            self.beta2 * yes + (1.0 - yes),
-            self.no_power,
-        )
-        return _hyper_map(
-            update, self.decayed, self.weights, self.mean, self.mean_square, gradients
-        )
+        prepared = _hyper_map(ops.partial(_prepare, yes > 0.0, factor), gradients)
+        return self.weight_update(prepared, coefficients, yes)

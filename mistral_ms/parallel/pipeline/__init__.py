@@ -1,6 +1,6 @@
 """Stages and schedules of the pipeline: arithmetic and a picture, without MindSpore."""
 
-from mistral_ms.parallel.pipeline.checks import check_objective
+from mistral_ms.parallel.pipeline.checks import check_objective, check_trained
 from mistral_ms.parallel.pipeline.costs import LayerCosts, layer_costs
 from mistral_ms.parallel.pipeline.holding import held_specs
 from mistral_ms.parallel.pipeline.picture import schedule_png
@@ -17,6 +17,7 @@ __all__ = [
     "Transfer",
     "balance",
     "check_objective",
+    "check_trained",
     "held_specs",
     "layer_costs",
     "make_schedule",

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.errors import ConfigError
+from mistral_ms.parallel.pipeline.holding import held_specs
+from mistral_ms.parallel.pipeline.stages import stages_of
+from mistral_ms.weights import specs
 
 
 def check_objective(
@@ -32,3 +37,25 @@ def check_objective(
             rule="the pooled load-balancing loss couples the layers of all pipeline stages",
             todo="set routing.aux_loss=per_layer, training.aux_coef=0, or parallel.pp=1",
         )
+
+
+def check_trained(model: ModelConfig, pp: int, trained: Collection[str]) -> None:
+    """Raises if a stage would have no gradients.
+
+    Args:
+        model: the whole model.
+        pp: stages.
+        trained: the names of all weights that are trained.
+
+    Raises:
+        ConfigError: names a stage whose weights are all frozen.
+    """
+    for stage in stages_of(model, pp):
+        if not any(spec.name in trained for spec in held_specs(stage, specs(model))):
+            raise ConfigError(
+                "nothing to train in a stage",
+                where="training.param_groups",
+                value=f"stage {stage.number} of {pp} is all frozen",
+                rule="every pipeline stage trains at least one weight",
+                todo="use a smaller parallel.pp, or freeze less",
+            )

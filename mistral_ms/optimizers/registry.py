@@ -1,0 +1,93 @@
+"""Optimizers by their names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mistral_ms.config import OptimizerConfig, TrainingConfig
+from mistral_ms.config.base import validate
+from mistral_ms.errors import ConfigError
+from mistral_ms.optimizers.rule import Rule
+from mistral_ms.weights import ParamSpec
+
+RuleOf = Callable[[Any, ParamSpec], type[Rule]]
+"""From the settings and a weight of the whole model to its rule."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What is registered of an optimizer.
+
+    Attributes:
+        settings: the class of its settings.
+        rule_of: which rule updates a weight.
+    """
+
+    settings: type[OptimizerConfig]
+    rule_of: RuleOf
+
+
+_OPTIMIZERS: dict[str, Optimizer] = {}
+
+
+def register(name: str, settings: type[OptimizerConfig], rule: type[Rule] | RuleOf) -> None:
+    """Makes an optimizer known.
+
+    Args:
+        name: what ``training.optimizer.name`` calls it.
+        settings: its settings, with their defaults and limits; a class with ``extra="forbid"``, for
+            the base keeps what it does not know.
+        rule: the rule of all weights, or a function that says which rule a weight has.
+
+    Raises:
+        ValueError: the name is taken, or the settings would take any key.
+    """
+    if name in _OPTIMIZERS:
+        raise ValueError(f"there is an optimizer named {name!r} already")
+    if settings.model_config.get("extra") != "forbid":
+        raise ValueError(f'{settings.__name__} must be declared with extra="forbid"')
+    if isinstance(rule, type):
+        one: type[Rule] = rule
+        _OPTIMIZERS[name] = Optimizer(settings, lambda settings, weight: one)
+    else:
+        _OPTIMIZERS[name] = Optimizer(settings, rule)
+
+
+def find(name: str) -> Optimizer:
+    """The optimizer of a name.
+
+    Raises:
+        ConfigError: there is none; names the nearest.
+    """
+    if name not in _OPTIMIZERS:
+        near = difflib.get_close_matches(name, _OPTIMIZERS, 1)
+        raise ConfigError(
+            "unknown optimizer",
+            where="training.optimizer.name",
+            value=name,
+            rule=f"known: {', '.join(sorted(_OPTIMIZERS))}",
+            todo=f"did you mean {near[0]}?" if near else None,
+        )
+    return _OPTIMIZERS[name]
+
+
+def settings_of(config: OptimizerConfig) -> OptimizerConfig:
+    """The settings of the optimizer that a configuration names, every one spelled out.
+
+    Raises:
+        ConfigError: an unknown optimizer; a key that it does not have; a value out of its range.
+    """
+    kind = find(config.name).settings
+    return validate(kind, config.model_dump(), "training.optimizer")
+
+
+def with_settings(config: TrainingConfig) -> TrainingConfig:
+    """The same training, its optimizer's settings checked and spelled out.
+
+    Raises:
+        ConfigError: see :func:`settings_of`.
+    """
+    return config.model_copy(update={"optimizer": settings_of(config.optimizer)})
