@@ -30,8 +30,8 @@ class SGDConfig(OptimizerConfig, extra="forbid"):
 
 
 class SGD(Rule):
-    """Fused kernels that write in place. ``ops.ApplyMomentum`` on CPU does not look ahead when it is
-    asked to (MindSpore 2.9), so the two terms of g + m * b are taken off one after the other.
+    """Fused kernels that write in place. On CPU ``ops.ApplyMomentum`` does not look ahead when it
+    is asked to (MindSpore 2.9), so the two terms of g + m * b are taken off one after the other.
     """
 
     idle = (0.0, 0.0, 1.0)

@@ -140,8 +140,7 @@ def restore(update: Update, path: Path) -> None:
                 where=path,
                 value=differing[0],
                 rule="the optimizer's tensors must be those of this training",
-                todo="continue with the dtype, optimizer and frozen weights that the training began "
-                "with",
+                todo="continue with the dtype, optimizer and frozen weights that it began with",
             )
         for name, parameter in wanted.items():
             weight, shape = weight_of(name), stored.shape(name)

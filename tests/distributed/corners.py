@@ -8,7 +8,10 @@ from mistral_ms.config import IGNORE_INDEX
 from mistral_ms.datasets.batches import Batch
 
 STEPS = 3
-TRAINED = {"plain": "dp2 ep2 copies", "host, two micro-batches, dropless": "dp2 ep2 shared out"}
+TRAINED = {
+    "plain": "dp2 ep2 copies",
+    "muon on the host, two micro-batches, dropless": "dp2 ep2 shared out",
+}
 """Trainings of two processes, by variant, that go on with these batches: they have compiled."""
 
 

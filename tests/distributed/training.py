@@ -60,7 +60,11 @@ FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "k
 VARIANTS = {
     "plain": {},
     "two micro-batches": {"micro_batches": 2},
-    "host, two micro-batches, dropless": {"offload_optimizer": "host", "micro_batches": 2},
+    "muon on the host, two micro-batches, dropless": {
+        "offload_optimizer": "host",
+        "micro_batches": 2,
+        "optimizer": {"name": "muon", "learning_rate": 1e-3},
+    },
     "host, four micro-batches, dropless": {"offload_optimizer": "host", "micro_batches": 4},
     "float16": {"dtype": "float16"},
 }
@@ -68,7 +72,7 @@ VARIANTS = {
 OTHERS = {
     "dp2": ("float16",),
     "pp2": ("float16",),
-    "dp2 ep2 shared out": ("host, two micro-batches, dropless", "float16"),
+    "dp2 ep2 shared out": ("muon on the host, two micro-batches, dropless", "float16"),
     "dp2 pp2 ep2": ("two micro-batches",),
     "pp4, gpipe": ("host, four micro-batches, dropless",),
 }

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from mindspore import Tensor, ops
+from mindspore import ops
 from support.training import as_reported, bits, run_steps
 
 from mistral_ms.config import OptimizerConfig, ParallelConfig, RoutingConfig, RunConfig

@@ -9,7 +9,13 @@ from support.configs import model
 
 from mistral_ms.config import ParallelConfig, RoutingConfig
 from mistral_ms.errors import ConfigError, TopologyError
-from mistral_ms.parallel.pipeline import LayerCosts, balance, check_objective, layer_costs
+from mistral_ms.parallel.pipeline import (
+    LayerCosts,
+    balance,
+    check_objective,
+    check_trained,
+    layer_costs,
+)
 
 
 def all_divisions(costs, stages):
@@ -95,3 +101,11 @@ def test_the_pooled_loss_couples_stages():
 )
 def test_objectives_that_do_not(config, routing, pp, coef):
     check_objective(config, routing, ParallelConfig(pp=pp), coef)
+
+
+def test_a_stage_that_is_all_frozen_is_named():
+    config = model(num_hidden_layers=2)
+    trained = ["embed_tokens.weight", "layers.0.input_layernorm.weight"]
+    check_trained(config, 1, trained)
+    with pytest.raises(ConfigError, match=r"in a stage: .*stage 1 of 2 is all frozen"):
+        check_trained(config, 2, trained)
