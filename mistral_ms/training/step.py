@@ -383,7 +383,7 @@ def _plan_of(model: CausalLM, config: TrainingConfig, division: Division | None)
     """The optimizer of the whole model, of which a process may hold a part."""
     plan = make_plan(config, specs(model.config))
     if division is not None:
-        check_layout(plan, division.parallel)
+        check_layout(plan, division.parallel, graph=False)
         check_trained(model.config, division.parallel.pp, plan.group_of)
     return plan
 

@@ -61,24 +61,21 @@ def test_refused(groups, message):
 
 
 @pytest.mark.parametrize(
-    ("layout", "key"),
+    ("layout", "graph", "key"),
     [
-        ({"dp": 2, "ep": 2, "optimizer_parallel": True}, None),
-        ({"pp": 2}, None),
-        ({"dp": 2, "execution": "graph"}, None),
-        ({"mp": 2}, r"parallel\.mp: 2 with training\.optimizer\.name=muon"),
-        (
-            {"dp": 2, "optimizer_parallel": True, "execution": "graph"},
-            r"parallel\.optimizer_parallel: true with parallel\.execution=graph",
-        ),
+        ({"dp": 2, "ep": 2, "optimizer_parallel": True}, False, None),
+        ({"pp": 2}, False, None),
+        ({}, True, None),
+        ({"mp": 2}, False, r"parallel\.mp: 2 with training\.optimizer\.name=muon"),
+        ({"dp": 2}, True, r"parallel\.execution: graph, 2 processes, with training"),
     ],
 )
-def test_layouts_that_divide_matrices_are_not_for_muon(layout, key):
+def test_layouts_that_divide_matrices_are_not_for_muon(layout, graph, key):
     parallel = ParallelConfig(**layout)
-    check_layout(make_plan(training({"name": "adamw"}), PARAMETERS), parallel)
+    check_layout(make_plan(training({"name": "adamw"}), PARAMETERS), parallel, graph=graph)
     muon = make_plan(training({"name": "muon"}), PARAMETERS)
     if key is None:
-        check_layout(muon, parallel)
+        check_layout(muon, parallel, graph=graph)
         return
     with pytest.raises(ConfigError, match=f"whole matrices: {key}"):
-        check_layout(muon, parallel)
+        check_layout(muon, parallel, graph=graph)

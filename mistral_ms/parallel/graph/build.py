@@ -101,7 +101,7 @@ def _weight_update(run: RunConfig, model: GraphModel) -> WeightUpdate:
     """
     training, weights = run.training, model.weights()
     plan = make_plan(training, specs(run.model))
-    check_layout(plan, run.parallel)
+    check_layout(plan, run.parallel, graph=True)
     trained = {name: weight for name, weight in weights.items() if name in plan.group_of}
     stored = {}
     for name in trained:
