@@ -7,23 +7,21 @@ holds for a whole sequence and for a cache alike.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
-from mistral_ms.config import ModelConfig
-from mistral_ms.layers.kv_cache import CacheSpec, KVCache
-from mistral_ms.layers.linear import Linear
-from mistral_ms.ops import reference
-from mistral_ms.weights import attention_specs, by_name
+from mistral_ms.layers.kv_cache import KVCache, write_cache
+from mistral_ms.ops import reference, select
 
-AttentionContext: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+AttentionContext: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """What all layers with the same window share in one forward pass, in this order:
 
 * cos_BS1R: cosines of the rotary angles, R = D / 2;
 * sin_BS1R: sines;
-* visible_B1SM: bool, which key each query may see;
-* cache_rows: int32 [B * G * S], where the cache takes the new keys; unused without a cache.
+* visible_B1SM: bool, which key each query may see; None where the core needs none;
+* cache_rows_T: int32, where the cache takes the new keys; None or unused without a cache.
 """
 
 
@@ -56,41 +54,83 @@ def visible_keys(
     return ops.expand_dims(visible, 1)
 
 
+class AttentionCore(nn.Cell):
+    """What stands between the projections: rotation, entry into a cache, attention. It holds no
+    weights.
+
+    Args:
+        heads: N, of this process.
+        kv_heads: G, of this process.
+        head_dim: D.
+        causal: there is no cache, and nothing but the causal rule hides keys.
+
+    Attributes:
+        needs_visibility: whether the context must say which keys are seen; a fused operator knows
+            the causal rule.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, causal: bool = False) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        kernels = select.dense_kernels()
+        self.needs_visibility = kernels != "cann" or not causal
+        self.attend = select.attention(kernels, heads, kv_heads, head_dim, causal)
+
+    def construct(
+        self,
+        q_TQ: Tensor,
+        k_TP: Tensor,
+        v_TP: Tensor,
+        context: AttentionContext,
+        cache: tuple[Parameter, Parameter] | None = None,
+    ) -> Tensor:
+        """[T, N * D] and twice [T, G * D] -> [T, N * D], T = B * S.
+
+        Args:
+            q_TQ: queries, heads side by side.
+            k_TP: keys.
+            v_TP: values.
+            context: of the layer's window.
+            cache: buffers [B * M, G * D] of keys and values, written in place; None attends
+                within the given sequence.
+        """
+        cos_BS1R, sin_BS1R, visible_B1SM, cache_rows_T = context
+        B, S = cos_BS1R.shape[:2]
+        N, G, D = self.heads, self.kv_heads, self.head_dim
+        q = reference.rotate(q_TQ.reshape(B, S, N, D), cos_BS1R, sin_BS1R)
+        k = reference.rotate(k_TP.reshape(B, S, G, D), cos_BS1R, sin_BS1R)
+        q_BSQ, k_BMP, v_BMP = q.reshape(B, S, N * D), k, v_TP
+        if cache is not None:
+            k_BMP, v_BMP = write_cache(cache, cache_rows_T, k.reshape(B * S, G * D), v_TP)
+        k_BMP, v_BMP = k_BMP.reshape(B, -1, G * D), v_BMP.reshape(B, -1, G * D)
+        return self.attend(q_BSQ, k_BMP, v_BMP, visible_B1SM).reshape(B * S, N * D)
+
+
 class Attention(nn.Cell):
     """Multi-head attention with G key/value heads for N query heads.
 
     Args:
-        config: sizes.
-        cache: sizes of the cache; None attends within the given sequence.
-        dtype: dtype of the weights.
+        linears: by name: ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``.
+        core: what stands between them, see :class:`AttentionCore`.
+        cache: of keys and values; None attends within the given sequence.
     """
 
     def __init__(
-        self, config: ModelConfig, cache: CacheSpec | None = None, dtype: str = "float32"
+        self, linears: Mapping[str, nn.Cell], core: nn.Cell, cache: KVCache | None = None
     ) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = D = config.head_size
-        specs = by_name(attention_specs(config))
-        self.q_proj = Linear.of(specs["q_proj.weight"], dtype)
-        self.k_proj = Linear.of(specs["k_proj.weight"], dtype)
-        self.v_proj = Linear.of(specs["v_proj.weight"], dtype)
-        self.o_proj = Linear.of(specs["o_proj.weight"], dtype)
-        self.cache = None if cache is None else KVCache(cache, self.num_kv_heads, D, dtype)
+        self.q_proj, self.k_proj = linears["q_proj"], linears["k_proj"]
+        self.v_proj, self.o_proj = linears["v_proj"], linears["o_proj"]
+        self.core, self.cache = core, cache
 
-    def construct(self, x_TH: Tensor, context: AttentionContext) -> Tensor:
-        """[T, H] -> [T, H], T = B * S."""
-        cos_BS1R, sin_BS1R, visible_B1SM, cache_rows = context
-        B, S = cos_BS1R.shape[:2]
-        N, G, D = self.num_heads, self.num_kv_heads, self.head_dim
-        q = self.q_proj(x_TH).reshape(B, S, N, D)
-        k = self.k_proj(x_TH).reshape(B, S, G, D)
-        v = self.v_proj(x_TH).reshape(B, S, G, D)
-        q = reference.rotate(q, cos_BS1R, sin_BS1R)
-        k = reference.rotate(k, cos_BS1R, sin_BS1R)
+    def construct(self, x_TH: Tensor, context: tuple[Any, ...]) -> Tensor:
+        """[T, H] -> [T, H], T = B * S.
+
+        Args:
+            x_TH: normalised states.
+            context: what the core takes: an :data:`AttentionContext`.
+        """
+        q, k, v = self.q_proj(x_TH), self.k_proj(x_TH), self.v_proj(x_TH)
         if self.cache is None:
-            k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        else:
-            k, v = self.cache(k, v, cache_rows)
-        mixed = reference.attention(q, k, v, visible_B1SM)
-        return self.o_proj(mixed.reshape(B * S, N * D))
+            return self.o_proj(self.core(q, k, v, context))
+        return self.o_proj(self.core(q, k, v, context, (self.cache.keys, self.cache.values)))

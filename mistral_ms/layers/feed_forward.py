@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from mindspore import Tensor, nn
 
-from mistral_ms.config import ModelConfig
-from mistral_ms.layers.linear import Linear
-from mistral_ms.ops import reference
-from mistral_ms.weights import by_name, feed_forward_specs
+from mistral_ms.ops import reference, select
 
 
 class FeedForward(nn.Cell):
     """SwiGLU feed-forward: w2(silu(w1 x) * w3 x) (arXiv:2002.05202).
 
     Args:
-        config: sizes.
-        dtype: dtype of the weights.
+        linears: by name: ``w1``, ``w3`` and ``w2``.
+        gated: see :class:`GatedLinear`.
     """
 
-    def __init__(self, config: ModelConfig, dtype: str = "float32") -> None:
+    def __init__(self, linears: Mapping[str, nn.Cell], gated: nn.Cell) -> None:
         super().__init__()
-        specs = by_name(feed_forward_specs(config))
-        self.w1 = Linear.of(specs["w1.weight"], dtype)
-        self.w3 = Linear.of(specs["w3.weight"], dtype)
-        self.w2 = Linear.of(specs["w2.weight"], dtype)
+        self.w1, self.w3, self.w2 = linears["w1"], linears["w3"], linears["w2"]
+        self.gated = gated
 
     def construct(self, x_TH: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
-        return self.w2(reference.swiglu(self.w1(x_TH), self.w3(x_TH)))
+        return self.w2(self.gated(x_TH, self.w1.weight, self.w3.weight))
+
+
+class GatedLinear(nn.Cell):
+    """silu(w1 x) * w3 x with the weights handed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.swiglu = select.swiglu(select.dense_kernels())
+
+    def construct(self, x_TH: Tensor, w1_IH: Tensor, w3_IH: Tensor) -> Tensor:
+        """[T, H] -> [T, I]."""
+        return self.swiglu(reference.linear(x_TH, w1_IH), reference.linear(x_TH, w3_IH))

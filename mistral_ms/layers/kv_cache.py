@@ -18,6 +18,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from mistral_ms.config import ModelConfig
 from mistral_ms.layers.parameter import buffer
 
+_scatter = ops.ScatterUpdate()
+
 
 @dataclass(frozen=True)
 class CacheSpec:
@@ -54,17 +56,13 @@ class Columns(nn.Cell):
 
     Args:
         spec: sizes.
-        num_kv_heads: G.
     """
 
-    def __init__(self, spec: CacheSpec, num_kv_heads: int) -> None:
+    def __init__(self, spec: CacheSpec) -> None:
         super().__init__()
-        self.spec, self.num_kv_heads = spec, num_kv_heads
-        row = np.arange(spec.batch, dtype=np.int32)
-        self.row_start_B1 = Tensor(row[:, None] * spec.columns, ms.int32)
-        self.head_G1 = Tensor(np.arange(num_kv_heads, dtype=np.int32)[:, None], ms.int32)
-        self.row_B11 = Tensor(row[:, None, None], ms.int32)
-        self.scatter = ops.ScatterUpdate()
+        self.spec = spec
+        first = np.arange(spec.batch, dtype=np.int32)[:, None] * spec.columns
+        self.first_column_B1 = Tensor(first, ms.int32)
 
     def construct(self, held: Parameter, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Enters the new positions (-1 = padding) in place.
@@ -74,17 +72,15 @@ class Columns(nn.Cell):
             positions_BS: int32.
 
         Returns:
-            The places in the [B, G, M] rows of every layer's buffers, flat int32 [B * G * S], and
-            the position in every column [B, M].
+            The rows of every layer's buffers [B * M, ...] that take the new entries, int32 [B * S],
+            and the position in every column [B, M].
         """
         B, S = positions_BS.shape
-        M, G = self.spec.columns, self.num_kv_heads
         spare = ops.fill(ms.int32, (B, S), self.spec.length)
         column_BS = ops.select(positions_BS >= 0, positions_BS % self.spec.length, spare)
-        places = (column_BS + self.row_start_B1).reshape(-1)
-        held = self.scatter(held, places, positions_BS.reshape(-1))
-        rows_BGS = (self.row_B11 * G + self.head_G1) * M + column_BS.reshape(B, 1, S)
-        return rows_BGS.reshape(-1), held.reshape(B, M)
+        rows_T = (column_BS + self.first_column_B1).reshape(-1)
+        held = _scatter(held, rows_T, positions_BS.reshape(-1))
+        return rows_T, held.reshape(B, self.spec.columns)
 
 
 class KeyPositions(nn.Cell):
@@ -92,14 +88,13 @@ class KeyPositions(nn.Cell):
 
     Args:
         spec: sizes.
-        num_kv_heads: G.
     """
 
-    def __init__(self, spec: CacheSpec, num_kv_heads: int) -> None:
+    def __init__(self, spec: CacheSpec) -> None:
         super().__init__()
         self.spec = spec
         self.held = buffer(spec.batch * spec.columns, dtype="int32")
-        self.columns = Columns(spec, num_kv_heads)
+        self.columns = Columns(spec)
         self.reset()
 
     def reset(self) -> None:
@@ -118,38 +113,41 @@ def forget(held: Parameter) -> None:
 
 
 class KVCache(nn.Cell):
-    """Keys and values of one layer, updated in place.
+    """Keys and values of one layer, updated in place; a row for each column of each sequence, with
+    the heads side by side.
 
     Args:
         spec: sizes.
-        num_kv_heads: G.
-        head_dim: D.
+        width: G * D.
         dtype: dtype of the buffers.
     """
 
-    def __init__(
-        self, spec: CacheSpec, num_kv_heads: int, head_dim: int, dtype: str = "float32"
-    ) -> None:
+    def __init__(self, spec: CacheSpec, width: int, dtype: str = "float32") -> None:
         super().__init__()
-        self.shape = (spec.batch, num_kv_heads, spec.columns, head_dim)
-        rows = spec.batch * num_kv_heads * spec.columns
-        self.keys = buffer(rows, head_dim, dtype=dtype)
-        self.values = buffer(rows, head_dim, dtype=dtype)
-        self.scatter = ops.ScatterUpdate()
+        rows = spec.batch * spec.columns
+        self.keys = buffer(rows, width, dtype=dtype)
+        self.values = buffer(rows, width, dtype=dtype)
 
     def clear(self) -> None:
         """Overwrites everything with zeros."""
         for kept in (self.keys, self.values):
-            zero(kept)
-
-    def construct(self, k_BSGD: Tensor, v_BSGD: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes new keys and values at ``rows`` and returns the whole buffers, [B, G, M, D]."""
-        D = self.shape[-1]
-        k = self.scatter(self.keys, rows, k_BSGD.transpose(0, 2, 1, 3).reshape(-1, D))
-        v = self.scatter(self.values, rows, v_BSGD.transpose(0, 2, 1, 3).reshape(-1, D))
-        return k.reshape(self.shape), v.reshape(self.shape)
+            # in place: a compiled graph does not see what set_data puts there
+            ops.assign(kept, ops.zeros(kept.shape, kept.dtype))
 
 
-def zero(kept: Parameter) -> None:
-    """Overwrites a buffer with zeros, in place."""
-    ops.assign(kept, ops.zeros(kept.shape, kept.dtype))
+def write_cache(
+    cache: tuple[Parameter, Parameter], rows_T: Tensor, k_TP: Tensor, v_TP: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Writes new keys and values into the buffers of a layer.
+
+    Args:
+        cache: keys and values, [B * M, G * D], written in place.
+        rows_T: int32, the row of each new entry, see :class:`Columns`.
+        k_TP: [T, G * D].
+        v_TP: [T, G * D].
+
+    Returns:
+        The whole buffers with the new entries.
+    """
+    keys, values = cache
+    return _scatter(keys, rows_T, k_TP), _scatter(values, rows_T, v_TP)

@@ -7,7 +7,6 @@ from mindspore import Tensor, nn, ops
 
 from mistral_ms.layers.parameter import weight
 from mistral_ms.ops import reference
-from mistral_ms.weights import ParamSpec
 
 
 class Linear(nn.Cell):
@@ -17,21 +16,25 @@ class Linear(nn.Cell):
         input_size: I.
         output_size: O.
         dtype: dtype of the weight.
+        reduce: applied to the product, where each process of a group holds some columns of the
+            weight: adds up the partial sums. None: the weight is whole, or rows of one.
     """
 
-    def __init__(self, input_size: int, output_size: int, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        dtype: str = "float32",
+        reduce: nn.Cell | None = None,
+    ) -> None:
         super().__init__()
         self.weight = weight(output_size, input_size, dtype=dtype)
-
-    @classmethod
-    def of(cls, spec: ParamSpec, dtype: str = "float32") -> Linear:
-        """The map whose weight a specification describes."""
-        output_size, input_size = spec.shape
-        return cls(input_size, output_size, dtype)
+        self.reduce = reduce
 
     def construct(self, x_TI: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
-        return reference.linear(x_TI, self.weight)
+        y_TO = reference.linear(x_TI, self.weight)
+        return y_TO if self.reduce is None else self.reduce(y_TO)
 
 
 def output_logits(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import Tensor, nn
 
 from mistral_ms.layers.parameter import weight
-from mistral_ms.ops import reference
+from mistral_ms.ops import select
 
 
 class RMSNorm(nn.Cell):
@@ -15,13 +15,19 @@ class RMSNorm(nn.Cell):
         size: H.
         eps: added to the mean square.
         dtype: dtype of the weight.
+        copy: applied to the result, where the processes of a group use it each in its own way:
+            adds up their gradients. None: nothing to do.
     """
 
-    def __init__(self, size: int, eps: float, dtype: str = "float32") -> None:
+    def __init__(
+        self, size: int, eps: float, dtype: str = "float32", copy: nn.Cell | None = None
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        self.norm = select.rms_norm(select.dense_kernels(), eps)
         self.weight = weight(size, dtype=dtype, init="ones")
+        self.copy = copy
 
     def construct(self, x_TH: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
-        return reference.rms_norm(x_TH, self.weight, self.eps)
+        y_TH = self.norm(x_TH, self.weight)
+        return y_TH if self.copy is None else self.copy(y_TH)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import mindspore as ms
-import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import DROPLESS, ModelConfig, RoutingConfig
@@ -87,7 +86,6 @@ class CausalLM(nn.Cell):
         self.cached = cache is not None
         if cache is not None:
             self.key_positions = parts.key_positions(cache)
-        self.no_rows = Tensor(np.zeros(1, np.int32), ms.int32)
         self.specs = by_name(filter(self.segment.holds, specs(config)))
         check_weights(self.weights(), self.specs, parts)
 
@@ -153,7 +151,7 @@ class CausalLM(nn.Cell):
         in the cache.
         """
         cos, sin = self.rotary(positions_BS)
-        rows, keys_BM = self.no_rows, positions_BS
+        rows, keys_BM = None, positions_BS
         if self.cached:
             rows, keys_BM = self.key_positions(positions_BS)
         visible = visible_keys(positions_BS, keys_BM, self.windows[0], segments_BS)

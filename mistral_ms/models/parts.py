@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from mindspore import nn, ops
 
 from mistral_ms.config import ModelConfig, RoutingConfig
 from mistral_ms.layers import (
     Attention,
+    AttentionCore,
     CacheSpec,
     Embedding,
     FeedForward,
+    GatedLinear,
     KeyPositions,
+    KVCache,
     Linear,
     RMSNorm,
 )
 from mistral_ms.moe import MoELayer
-from mistral_ms.weights import ParamSpec
+from mistral_ms.weights import ParamSpec, attention_specs, feed_forward_specs
 
 
 class Parts:
     """Makes the pieces of a model for one device.
 
     Models ask for pieces and know nothing of processes; a maker in ``mistral_ms.parallel`` hands
-    out pieces of the same contract that hold a part and talk to the others.
+    out pieces of the same contract that hold a part and talk to the others. Layers that are put
+    together from pieces are put together here alone.
 
     Args:
         config: the architecture.
@@ -61,21 +67,48 @@ class Parts:
         """Adds a layer's result to the states: twice [T, H] -> [T, H]."""
         return ops.Add()
 
-    def attention(self, layer: int) -> nn.Cell:
-        """Normalised states and an AttentionContext -> [T, H].
+    def linear(self, spec: ParamSpec) -> nn.Cell:
+        """[T, I] -> [T, O] by a weight [O, I]."""
+        output_size, input_size = spec.shape
+        return Linear(input_size, output_size, self.dtype)
+
+    def linears(self, specs: Iterable[ParamSpec]) -> dict[str, nn.Cell]:
+        """Linear maps by the names of the cells whose only parameter they are."""
+        return {spec.name.removesuffix(".weight"): self.linear(spec) for spec in specs}
+
+    def attention(self, layer: int) -> Attention:
+        """Normalised states and the context of :meth:`attention_core` -> [T, H].
 
         Args:
             layer: index of the block, which may decide what the piece sees.
         """
-        return Attention(self.config, self.cache, self.dtype)
+        linears = self.linears(attention_specs(self.config))
+        return Attention(linears, self.attention_core(layer), self.kv_cache())
 
-    def key_positions(self, cache: CacheSpec) -> KeyPositions:
+    def attention_core(self, layer: int) -> nn.Cell:
+        """See :class:`~mistral_ms.layers.AttentionCore`."""
+        config = self.config
+        heads = config.num_attention_heads, config.num_key_value_heads
+        return AttentionCore(*heads, config.head_size)
+
+    def kv_cache(self) -> KVCache | None:
+        """Keys and values of one layer."""
+        if self.cache is None:
+            return None
+        width = self.config.num_key_value_heads * self.config.head_size
+        return KVCache(self.cache, width, self.dtype)
+
+    def key_positions(self, cache: CacheSpec) -> nn.Cell:
         """What all attentions share of a cache: which position each column holds."""
-        return KeyPositions(cache, self.config.num_key_value_heads)
+        return KeyPositions(cache)
 
-    def feed_forward(self) -> nn.Cell:
+    def feed_forward(self) -> FeedForward:
         """[T, H] -> [T, H]."""
-        return FeedForward(self.config, self.dtype)
+        return FeedForward(self.linears(feed_forward_specs(self.config)), self.gated())
+
+    def gated(self) -> nn.Cell:
+        """See :class:`~mistral_ms.layers.GatedLinear`."""
+        return GatedLinear()
 
     def moe(self) -> nn.Cell:
         """[T, H] and the mask of tokens -> [T, H] and the router's sums."""

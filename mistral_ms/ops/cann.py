@@ -65,8 +65,8 @@ class RMSNorm(nn.Cell):
         return self.norm(x_TH, ops.cast(weight_H, x_TH.dtype))[0]
 
 
-class SwiGLUHalves(nn.Cell):
-    """``reference.swiglu_halves`` by Swiglu."""
+class SwiGLU(nn.Cell):
+    """``reference.swiglu`` by Swiglu, which wants gate and up side by side."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,9 +74,9 @@ class SwiGLUHalves(nn.Cell):
 
         self.swiglu = Swiglu()
 
-    def construct(self, gate_up: Tensor) -> Tensor:
-        """[..., 2 * I] -> [..., I]."""
-        return self.swiglu(gate_up, -1)
+    def construct(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Twice [..., I] -> [..., I]."""
+        return self.swiglu(ops.cat((gate, up), -1), -1)
 
 
 class GroupedLinear(nn.Cell):

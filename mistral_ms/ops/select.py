@@ -16,7 +16,7 @@ combine         MindSpore   MoeCombine        none: MoeFinalizeRouting wants a r
                                               gradient; MoeTokenUnpermute takes no dropped choices
 grouped_linear  MindSpore   none              GroupedMatmul
 rms_norm        MindSpore   none              RmsNorm
-swiglu_halves   MindSpore   none              Swiglu
+swiglu          MindSpore   none              Swiglu
 attention       MindSpore   none              FlashAttentionScore
 ==============  ==========  ================  ===================================================
 
@@ -160,14 +160,14 @@ def rms_norm(kernels: Kernels, eps: float) -> nn.Cell:
     return ReferenceNorm(eps)
 
 
-def swiglu_halves(kernels: Kernels) -> nn.Cell:
-    """The Cell of ``reference.swiglu_halves``: [..., 2 * I] -> [..., I].
+def swiglu(kernels: Kernels) -> nn.Cell:
+    """The Cell of ``reference.swiglu``: gate and up, both [..., I] -> [..., I].
 
     Raises:
         KernelError: the implementation is not there.
     """
-    if _choose("swiglu_halves", kernels, ("cann",)) == "cann":
-        return cann.SwiGLUHalves()
+    if _choose("swiglu", kernels, ("cann",)) == "cann":
+        return cann.SwiGLU()
     return ReferenceSwiGLU()
 
 
@@ -212,11 +212,11 @@ class ReferenceNorm(nn.Cell):
 
 
 class ReferenceSwiGLU(nn.Cell):
-    """``reference.swiglu_halves``."""
+    """``reference.swiglu``."""
 
-    def construct(self, gate_up: Tensor) -> Tensor:
+    def construct(self, gate: Tensor, up: Tensor) -> Tensor:
         """[..., I]."""
-        return reference.swiglu_halves(gate_up)
+        return reference.swiglu(gate, up)
 
 
 class ReferenceAttention(nn.Cell):

@@ -16,7 +16,7 @@ from mindspore import Parameter, Tensor, nn
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.errors import ConfigError, TopologyError
-from mistral_ms.layers import CacheSpec
+from mistral_ms.layers import CacheSpec, VocabularyNLL
 from mistral_ms.models import CausalLM, NextTokenLogits
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.inference import DividedLogits, DividedNextTokenLogits
@@ -26,7 +26,6 @@ from mistral_ms.parallel.reduction import Reduction
 from mistral_ms.parallel.sharded import ShardedReduction
 from mistral_ms.parallel.stage import StageLinks, segment_of
 from mistral_ms.parallel.storage import DividedStorage, Storage
-from mistral_ms.parallel.tensor import VocabularyNLL
 from mistral_ms.parallel.topology import GroupKind, Topology
 from mistral_ms.weights import Specs
 

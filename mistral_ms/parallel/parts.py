@@ -1,21 +1,30 @@
-"""The pieces of one rank's share of a model: the ordinary ones where nobody has to talk."""
+"""The pieces of one rank's share of a model (tensor parallelism: Megatron-LM, arXiv:1909.08053).
+
+They are those of one device with this rank's sizes, and with the communication of its tensor group
+where the ranks have to talk:
+
+=============================  ===================================  =======================
+piece                          what is injected                     talks
+=============================  ===================================  =======================
+norm before a divided layer    CopyToGroup                          backward: one sum
+linear divided by its input    SumOverGroup                         forward: one sum
+embedding                      SumOverGroup                         forward: one sum
+loss                           the group, see VocabularyNLL         forward: three small ones
+=============================  ===================================  =======================
+
+A sparse layer needs none of them: its dispatcher talks.
+"""
 
 from __future__ import annotations
 
 from mindspore import nn
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
-from mistral_ms.layers import Attention, CacheSpec, FeedForward, KeyPositions, Linear
+from mistral_ms.layers import AttentionCore, CacheSpec, Embedding, KVCache, Linear, RMSNorm
 from mistral_ms.models import Parts
 from mistral_ms.moe import MoELayer
-from mistral_ms.parallel.collectives import Groups
+from mistral_ms.parallel.collectives import CopyToGroup, Groups, SumOverGroup
 from mistral_ms.parallel.experts import routed_experts
-from mistral_ms.parallel.tensor import (
-    NormForShares,
-    RowLinear,
-    VocabularyEmbedding,
-    share_of_model,
-)
 from mistral_ms.parallel.topology import GroupKind, part_shape
 from mistral_ms.weights import ParamSpec
 
@@ -47,9 +56,10 @@ class DividedParts(Parts):
         cache: CacheSpec | None = None,
     ) -> None:
         super().__init__(config, routing, cache, dtype)
-        self.share = share_of_model(config, parallel)
+        parallel.check(config)
         self.parallel, self.groups = parallel, groups
         self.tensor = groups.of(GroupKind.TENSOR)
+        self.kv_heads = config.num_key_value_heads // self.tensor.size
 
     def held_shape(self, spec: ParamSpec) -> tuple[int, ...]:
         """See the base: of this rank's part."""
@@ -59,36 +69,32 @@ class DividedParts(Parts):
         """See the base: this rank's rows of the vocabulary."""
         if self.tensor.size == 1:
             return super().embedding()
-        sizes = self.config.vocab_size, self.config.hidden_size
-        return VocabularyEmbedding(*sizes, self.tensor, self.dtype)
+        rows, H = self.config.vocab_size // self.tensor.size, self.config.hidden_size
+        first, reduce = self.tensor.position * rows, SumOverGroup(self.tensor)
+        return Embedding(rows, H, self.dtype, first, reduce)
 
     def norm(self, shared: bool = True) -> nn.Cell:
         """See the base: its gradients are added up where the ranks use its result apart."""
-        if self.tensor.size == 1 or not shared:
-            return super().norm(shared)
-        return NormForShares(
-            self.config.hidden_size, self.config.rms_norm_eps, self.tensor, self.dtype
-        )
+        copy = CopyToGroup(self.tensor) if self.tensor.size > 1 and shared else None
+        return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, self.dtype, copy)
 
-    def attention(self, layer: int) -> nn.Cell:
-        """See the base: this rank's heads."""
-        attention = Attention(self.share, self.cache, self.dtype)
-        if self.tensor.size > 1:
-            heads = self.config.num_attention_heads * self.config.head_size
-            attention.o_proj = RowLinear(heads, self.config.hidden_size, self.tensor, self.dtype)
-        return attention
+    def linear(self, spec: ParamSpec) -> nn.Cell:
+        """See the base: this rank's rows of the weight, or its columns."""
+        output_size, input_size = self.held_shape(spec)
+        divided = input_size < spec.shape[1]
+        reduce = SumOverGroup(self.tensor) if divided else None
+        return Linear(input_size, output_size, self.dtype, reduce)
 
-    def key_positions(self, cache: CacheSpec) -> KeyPositions:
+    def attention_core(self, layer: int) -> nn.Cell:
+        """See the base: of this rank's heads."""
+        heads = self.config.num_attention_heads // self.tensor.size
+        return AttentionCore(heads, self.kv_heads, self.config.head_size)
+
+    def kv_cache(self) -> KVCache | None:
         """See the base: for this rank's key/value heads."""
-        return KeyPositions(cache, self.share.num_key_value_heads)
-
-    def feed_forward(self) -> nn.Cell:
-        """See the base: this rank's columns."""
-        feed_forward = FeedForward(self.share, self.dtype)
-        if self.tensor.size > 1:
-            sizes = self.config.intermediate_size, self.config.hidden_size
-            feed_forward.w2 = RowLinear(*sizes, self.tensor, self.dtype)
-        return feed_forward
+        if self.cache is None:
+            return None
+        return KVCache(self.cache, self.kv_heads * self.config.head_size, self.dtype)
 
     def moe(self) -> nn.Cell:
         """See the base: the whole router, this rank's experts, and the way to the others."""

@@ -1,4 +1,4 @@
-"""A whole language model, built as for one device and then divided; run in the workers."""
+"""A whole language model of divided pieces; run in the workers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ from mindspore import Tensor, nn
 from support.configs import model as small_model
 from support.models import next_labels, positions
 
-from mistral_ms.config import DROPLESS, ModelConfig, ParallelConfig
-from mistral_ms.layers import Attention, FeedForward, Linear, draw, output_logits
+from mistral_ms.config import DROPLESS, ParallelConfig
+from mistral_ms.layers import VocabularyNLL, draw, output_logits
 from mistral_ms.models import CausalLM
 from mistral_ms.parallel.collectives import Groups
-from mistral_ms.parallel.experts import routed_experts
-from mistral_ms.parallel.tensor import (
-    NormForShares,
-    RowLinear,
-    VocabularyEmbedding,
-    VocabularyNLL,
-    share_of_model,
-)
+from mistral_ms.parallel.parts import DividedParts
 from mistral_ms.parallel.topology import GroupKind, Topology, weight_slice
 from mistral_ms.weights import by_name, specs
 
@@ -77,32 +70,12 @@ class SumLoss(nn.Cell):
         return self.nll(logits, labels.reshape(-1))[0].sum()
 
 
-def divide(model: CausalLM, config: ModelConfig, parallel: ParallelConfig, groups: Groups) -> None:
-    """Replaces what has to talk; the names of the weights stay."""
-    tensor, share, H = groups.of(GroupKind.TENSOR), share_of_model(config, parallel), 16
-    eps = config.rms_norm_eps
-    for block in model.layers:
-        block.input_layernorm = NormForShares(H, eps, tensor)
-        block.attention = Attention(share)
-        heads = config.num_attention_heads * config.head_size
-        block.attention.o_proj = RowLinear(heads, H, tensor)
-        if block.sparse:
-            block.moe.experts = routed_experts(config, DROPLESS, parallel, groups)
-        else:
-            block.post_attention_layernorm = NormForShares(H, eps, tensor)
-            block.feed_forward = FeedForward(share)
-            block.feed_forward.w2 = RowLinear(config.intermediate_size, H, tensor)
-    model.embed_tokens = VocabularyEmbedding(config.vocab_size, H, tensor)
-    model.norm = NormForShares(H, eps, tensor)
-    model.lm_head = Linear(H, config.vocab_size // parallel.mp)
-
-
 def run_models(worker: Worker) -> None:
     for name, parallel in LAYOUTS[worker.world].items():
         topology = Topology.of(parallel, worker.world)
         groups = Groups(topology, worker.rank, "CPU")
-        model = CausalLM(CONFIG, positions=WIDTH)
-        divide(model, CONFIG, parallel, groups)
+        parts = DividedParts(CONFIG, DROPLESS, parallel, groups)
+        model = CausalLM(CONFIG, positions=WIDTH, parts=parts)
         held = model.weights()
         for path, whole in weights().items():
             cut = weight_slice(SPECS[path], topology, worker.rank)

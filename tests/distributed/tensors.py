@@ -7,18 +7,11 @@ import numpy as np
 from distributed.worker import Worker
 from mindspore import Tensor, nn
 
-from mistral_ms.config import ModelConfig, ParallelConfig
-from mistral_ms.layers import Attention, FeedForward, output_logits
-from mistral_ms.layers.linear import Linear
-from mistral_ms.parallel.collectives import Collectives, Groups
-from mistral_ms.parallel.tensor import (
-    ColumnLinear,
-    NormForShares,
-    RowLinear,
-    VocabularyEmbedding,
-    VocabularyNLL,
-    share_of_model,
-)
+from mistral_ms.config import DROPLESS, ModelConfig, ParallelConfig
+from mistral_ms.layers import VocabularyNLL, output_logits
+from mistral_ms.models import Parts
+from mistral_ms.parallel.collectives import Groups
+from mistral_ms.parallel.parts import DividedParts
 from mistral_ms.parallel.topology import GroupKind, Topology, weight_slice
 from mistral_ms.weights import specs
 
@@ -34,7 +27,7 @@ CONFIG = ModelConfig(
     num_key_value_heads=4,
 )
 WEIGHTS = {spec.name.removeprefix("layers.0."): spec for spec in specs(CONFIG)}
-"""By their names in :class:`Divided`."""
+"""By their names in :class:`Block`."""
 
 
 def whole_weights() -> dict[str, np.ndarray]:
@@ -53,57 +46,39 @@ def inputs() -> tuple[np.ndarray, np.ndarray]:
 
 
 def context() -> tuple[Tensor, ...]:
-    """Rotary rows, who sees whom (causal), no cache."""
+    """Rotary rows, who sees whom (causal)."""
     rng = np.random.default_rng(5)
     angles = rng.random((B, S, 1, 2)).astype(np.float32)
     visible = np.broadcast_to(np.tri(S, dtype=bool), (B, 1, S, S))
-    rows = np.zeros(1, np.int32)
-    return tuple(Tensor(a) for a in (np.cos(angles), np.sin(angles), visible, rows))
+    return tuple(Tensor(a) for a in (np.cos(angles), np.sin(angles), visible))
 
 
-class Divided(nn.Cell):
-    """Embedding, one dense block, norm, head and loss of one tensor-parallel rank."""
+class Block(nn.Cell):
+    """Embedding, one dense block, norm, head and loss, of pieces of one device or of a rank."""
 
-    def __init__(self, tensor: Collectives, parallel: ParallelConfig) -> None:
+    def __init__(self, parts: Parts, nll: nn.Cell) -> None:
         super().__init__()
-        share, H = share_of_model(CONFIG, parallel), CONFIG.hidden_size
-        self.embed_tokens = VocabularyEmbedding(CONFIG.vocab_size, H, tensor)
-        self.input_layernorm = NormForShares(H, EPS, tensor)
-        self.attention = Attention(share)
-        self.attention.o_proj = RowLinear(H, H, tensor)
-        self.post_attention_layernorm = NormForShares(H, EPS, tensor)
-        self.feed_forward = FeedForward(share)
-        self.feed_forward.w2 = RowLinear(CONFIG.intermediate_size, H, tensor)
-        self.norm = NormForShares(H, EPS, tensor)
-        self.lm_head = Linear(H, CONFIG.vocab_size // tensor.size)
-        self.nll = VocabularyNLL(tensor, CONFIG.vocab_size)
+        self.embed_tokens = parts.embedding()
+        self.input_layernorm, self.post_attention_layernorm = parts.norm(), parts.norm()
+        self.attention, self.feed_forward = parts.attention(0), parts.feed_forward()
+        self.norm, self.lm_head, self.nll = parts.norm(), parts.head(), nll
 
-    def construct(self, ids_T, labels_T, cos, sin, visible, rows):
+    def construct(self, ids_T, labels_T, cos, sin, visible):
+        context = cos, sin, visible, None
         embedded = self.embed_tokens(ids_T)
-        x_TH = embedded + self.attention(self.input_layernorm(embedded), (cos, sin, visible, rows))
+        x_TH = embedded + self.attention(self.input_layernorm(embedded), context)
         x_TH = x_TH + self.feed_forward(self.post_attention_layernorm(x_TH))
         logits = output_logits(self.norm(x_TH), self.lm_head.weight)
         nll_T, mask_T = self.nll(logits, labels_T)
-        return nll_T.sum() / mask_T.sum(), nll_T, mask_T, embedded
-
-
-class Pair(nn.Cell):
-    """A column-parallel map and a row-parallel one after it."""
-
-    def __init__(self, tensor: Collectives) -> None:
-        super().__init__()
-        self.first, self.second = ColumnLinear(16, 12, tensor), RowLinear(12, 8, tensor)
-
-    def construct(self, x_TI, dout_TO):
-        y_TO = self.second(self.first(x_TI))
-        return (y_TO * dout_TO).sum(), y_TO
+        return nll_T.sum() / mask_T.sum(), nll_T, mask_T, embedded, logits
 
 
 def run_tensor(worker: Worker) -> None:
     parallel = ParallelConfig(mp=worker.world)
     topology = Topology.of(parallel)
-    tensor = Groups(topology, worker.rank, "CPU").of(GroupKind.TENSOR)
-    net = Divided(tensor, parallel)
+    groups = Groups(topology, worker.rank, "CPU")
+    nll = VocabularyNLL(groups.of(GroupKind.TENSOR), CONFIG.vocab_size)
+    net = Block(DividedParts(CONFIG, DROPLESS, parallel, groups), nll)
     whole = whole_weights()
     for name, parameter in net.parameters_and_names():
         cut = weight_slice(WEIGHTS[name], topology, worker.rank)
@@ -114,27 +89,7 @@ def run_tensor(worker: Worker) -> None:
         names = [n for n, _ in net.parameters_and_names()]
         gradient = ms.value_and_grad(net, None, net.trainable_params(), has_aux=True)
         values, gradients = gradient(*given)
-        found = dict(zip(("loss", "nll", "mask", "embedded"), values, strict=True))
+        found = dict(zip(("loss", "nll", "mask", "embedded"), values[:4], strict=True))
         for name, value in {**found, **dict(zip(names, gradients, strict=True))}.items():
             worker.keep(f"tensor/{mode}/{name}", value)
     worker.mode("pynative")
-    run_pair(worker, tensor, topology)
-
-
-def pair_data() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(8)
-    shapes = {"x": (5, 16), "first": (12, 16), "second": (8, 12), "dout": (5, 8)}
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def run_pair(worker: Worker, tensor: Collectives, topology: Topology) -> None:
-    data, pair, part = pair_data(), Pair(tensor), 12 // worker.world
-    held = slice(worker.rank * part, (worker.rank + 1) * part)
-    pair.first.weight.set_data(Tensor(data["first"][held]))
-    pair.second.weight.set_data(Tensor(np.ascontiguousarray(data["second"][:, held])))
-    gradient = ms.value_and_grad(pair, 0, pair.trainable_params(), has_aux=True)
-    values, (dx, by_weight) = gradient(Tensor(data["x"]), Tensor(data["dout"]))
-    for name, value in zip(
-        ("y", "dx", "first", "second"), (values[1], dx, *by_weight), strict=True
-    ):
-        worker.keep(f"pair/{name}", value)

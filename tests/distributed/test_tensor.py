@@ -7,26 +7,19 @@ import numpy as np
 import pytest
 from distributed.tensors import (
     CONFIG,
-    EPS,
     MODES,
     WEIGHTS,
+    Block,
     context,
     inputs,
-    pair_data,
     whole_weights,
 )
-from mindspore import Tensor, nn
+from mindspore import Tensor
 
+from mistral_ms.config import DROPLESS
 from mistral_ms.config.layout import Sizes
-from mistral_ms.layers import (
-    Attention,
-    Embedding,
-    FeedForward,
-    Linear,
-    RMSNorm,
-    output_logits,
-    token_nll,
-)
+from mistral_ms.layers import TokenNLL
+from mistral_ms.models import Parts
 from mistral_ms.parallel.topology import Topology, weight_slice
 
 each_world = pytest.mark.parametrize("world", [2, 4])
@@ -35,29 +28,9 @@ each_run = pytest.mark.parametrize(
 )
 
 
-class Whole(nn.Cell):
-    """The same layers in one process."""
-
-    def __init__(self):
-        super().__init__()
-        H = CONFIG.hidden_size
-        self.embed_tokens = Embedding(CONFIG.vocab_size, H)
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(H, EPS), RMSNorm(H, EPS)
-        self.attention, self.feed_forward = Attention(CONFIG), FeedForward(CONFIG)
-        self.norm, self.lm_head = RMSNorm(H, EPS), Linear(H, CONFIG.vocab_size)
-
-    def construct(self, ids_T, labels_T, cos, sin, visible, rows):
-        embedded = self.embed_tokens(ids_T)
-        x_TH = embedded + self.attention(self.input_layernorm(embedded), (cos, sin, visible, rows))
-        x_TH = x_TH + self.feed_forward(self.post_attention_layernorm(x_TH))
-        logits = output_logits(self.norm(x_TH), self.lm_head.weight)
-        nll_T, mask_T = token_nll(logits, labels_T)
-        return nll_T.sum() / mask_T.sum(), nll_T, mask_T, embedded, logits
-
-
 @functools.cache
 def alone() -> dict[str, np.ndarray]:
-    net = Whole()
+    net = Block(Parts(CONFIG, DROPLESS), TokenNLL())
     for name, parameter in net.parameters_and_names():
         parameter.set_data(Tensor(whole_weights()[name]))
     gradient = ms.value_and_grad(net, None, net.trainable_params(), has_aux=True)
@@ -102,26 +75,3 @@ def test_gradients_of_every_weight(report, world, mode, name):
         # float32 noise: the same sums in another order
         np.testing.assert_allclose(got, want[cut], rtol=0, atol=3e-6 * np.abs(want).max())
     assert np.abs(want).max() > 1e-3
-
-
-@each_world
-def test_a_column_map_and_a_row_map(report, world):
-    """y = x A^T B^T and its gradients in float64."""
-    x, first, second, dout = (
-        pair_data()[n].astype(np.float64) for n in ("x", "first", "second", "dout")
-    )
-    hidden = x @ first.T
-    whole = {
-        "y": hidden @ second.T,
-        "dx": dout @ second @ first,
-        "first": (dout @ second).T @ x,
-        "second": dout.T @ hidden,
-    }
-    part = 12 // world
-    for rank in range(world):
-        held = slice(rank * part, (rank + 1) * part)
-        want = {**whole, "first": whole["first"][held], "second": whole["second"][:, held]}
-        for name, value in want.items():
-            got = report(world).get(rank, f"pair/{name}")
-            # float32 sums of products up to 16 * 12 terms of size 1
-            np.testing.assert_allclose(got, value, atol=2e-5, rtol=1e-5, err_msg=name)

@@ -15,7 +15,7 @@ from mindspore.nn.utils import no_init_parameters
 from support.configs import model as small_model
 
 from mistral_ms.config import ParallelConfig, RoutingConfig
-from mistral_ms.layers import CacheSpec
+from mistral_ms.layers import CacheSpec, VocabularyNLL
 from mistral_ms.models import CausalLM, Objective
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.dispatchers import make_dispatcher
@@ -23,7 +23,6 @@ from mistral_ms.parallel.experts import routed_experts
 from mistral_ms.parallel.inference import DividedNextTokenLogits
 from mistral_ms.parallel.parts import DividedParts
 from mistral_ms.parallel.stage import segment_of
-from mistral_ms.parallel.tensor import VocabularyNLL
 from mistral_ms.parallel.topology import GroupKind, Topology
 
 RANK = int(os.environ.get("RANK_ID", "0"))

@@ -104,7 +104,7 @@ def test_what_a_rank_holds(compile_step, step):
     experts = (E // 2 * H, WIDE // 2), E // 2 * H * WIDE // 2 * HALF
     for layer in range(LAYERS):
         at = f"layers.{layer}."
-        assert held[f"{at}attention.keys"] == held[f"{at}attention.values"] == cache
+        assert held[f"{at}attention.cache.keys"] == held[f"{at}attention.cache.values"] == cache
         assert {held[f"{at}moe.experts.{name}"] for name in ("w1", "w3", "w2")} == {experts}
         assert held[f"{at}attention.q_proj.weight"][0] == (H // 2, H)
         assert held[f"{at}attention.k_proj.weight"][0] == (KEYS, H)

@@ -6,14 +6,14 @@ import pytest
 from mindspore import Tensor
 from support.models import positions
 
-from mistral_ms.config import ModelConfig
+from mistral_ms.config import DROPLESS, ModelConfig
 from mistral_ms.layers import (
-    Attention,
     RotaryTable,
     inverse_frequencies,
     rope_angles,
     visible_keys,
 )
+from mistral_ms.models import Parts
 
 
 def visible_oracle(queries, keys, window):
@@ -66,7 +66,7 @@ def make(N=6, G=2, D=4, H=10, window=None, seed=0):
         sliding_window=window,
         max_position_embeddings=32,
     )
-    cell, rng = Attention(config), np.random.default_rng(seed)
+    cell, rng = Parts(config, DROPLESS).attention(0), np.random.default_rng(seed)
     for _, parameter in cell.parameters_and_names():
         parameter.set_data(Tensor(rng.normal(0, 0.5, parameter.shape).astype(np.float32)))
     return config, cell
@@ -75,8 +75,7 @@ def make(N=6, G=2, D=4, H=10, window=None, seed=0):
 def run(config, cell, x, places):
     cos, sin = RotaryTable(config, 32)(Tensor(places))
     visible = visible_keys(Tensor(places), Tensor(places), config.sliding_window)
-    rows = Tensor(np.zeros(1, np.int32))
-    out = cell(Tensor(x.reshape(-1, x.shape[-1])), (cos, sin, visible, rows))
+    out = cell(Tensor(x.reshape(-1, x.shape[-1])), (cos, sin, visible, None))
     return out.numpy().reshape(x.shape)
 
 

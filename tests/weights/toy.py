@@ -60,21 +60,17 @@ def toy_moe_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
 class ToyAttention(Attention):
     """Without a cache."""
 
-    def __init__(self, config, dtype):
-        super().__init__(config, None, dtype)
+    def __init__(self, linears, core, config, dtype):
+        super().__init__(linears, core)
+        self.heads = config.num_attention_heads, config.num_key_value_heads, config.head_size
         self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps, dtype)
         self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps, dtype)
 
     def construct(self, x_TH, context):
-        cos, sin, visible, _ = context
-        B, S = cos.shape[:2]
-        N, G, D = self.num_heads, self.num_kv_heads, self.head_dim
-        q = self.q_norm(self.q_proj(x_TH).reshape(B * S * N, D)).reshape(B, S, N, D)
-        k = self.k_norm(self.k_proj(x_TH).reshape(B * S * G, D)).reshape(B, S, G, D)
-        v = self.v_proj(x_TH).reshape(B, S, G, D)
-        q, k = reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
-        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        return self.o_proj(reference.attention(q, k, v, visible).reshape(B * S, N * D))
+        T, (N, G, D) = x_TH.shape[0], self.heads
+        q = self.q_norm(self.q_proj(x_TH).reshape(T * N, D)).reshape(T, N * D)
+        k = self.k_norm(self.k_proj(x_TH).reshape(T * G, D)).reshape(T, G * D)
+        return self.o_proj(self.core(q, k, self.v_proj(x_TH), context))
 
 
 class ToyRouter(Router):
@@ -117,7 +113,8 @@ class ToyMoE(MoELayer):
 
 class ToyParts(Parts):
     def attention(self, layer):
-        return ToyAttention(self.config, self.dtype)
+        linears = self.linears(attention_specs(self.config))
+        return ToyAttention(linears, self.attention_core(layer), self.config, self.dtype)
 
     def moe(self):
         return ToyMoE(self.config, self.routing, self.dtype)

@@ -16,13 +16,14 @@ R   rows sorted by expert           Q   choices, T * K
 ==  ==============================  ==  =======================
 """
 
-from mistral_ms.ops.reference.activation import swiglu, swiglu_halves
+from mistral_ms.ops.reference.activation import swiglu
 from mistral_ms.ops.reference.attention import attention
 from mistral_ms.ops.reference.matmul import (
     batched_linear,
     batched_matmul,
     grouped_linear,
     linear,
+    linear_primitive,
     rows_of_groups,
 )
 from mistral_ms.ops.reference.norm import rms_norm
@@ -48,10 +49,10 @@ __all__ = [
     "gating_top_k",
     "grouped_linear",
     "linear",
+    "linear_primitive",
     "pack_choices",
     "rms_norm",
     "rotate",
     "rows_of_groups",
     "swiglu",
-    "swiglu_halves",
 ]

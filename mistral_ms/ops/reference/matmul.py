@@ -11,9 +11,16 @@ from mindspore import Tensor, ops
 _cumsum = ops.CumSum()
 _range = ops.Range()
 _sum = ops.ReduceSum()
-_matmul_t = ops.MatMul(transpose_b=True)
 _batch_matmul_t = ops.BatchMatMul(transpose_b=True)
 _batch_matmul = ops.BatchMatMul()
+
+
+def linear_primitive() -> ops.Primitive:
+    """The operator of :func:`linear`, for who attaches a layout to it."""
+    return ops.MatMul(transpose_b=True)
+
+
+_matmul_t = linear_primitive()
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:

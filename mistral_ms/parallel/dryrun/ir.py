@@ -28,7 +28,7 @@ _UNREAD = re.compile(
     r"AllGatherV|ReduceScatterV|AlltoAllVC|NeighborExchange\w*|Collective(Gather|Scatter)|Barrier"
     r"|(Inner)?Comm(All|Reduce|Isend|Irecv|Broadcast)\w*"
 )
-_CACHE = re.compile(r"attention\.(keys|values)$|key_positions\.held$")
+_CACHE = re.compile(r"attention\.cache\.(keys|values)$|key_positions\.held$")
 # cells of the update: ours and those of MindSpore's optimizers
 _UPDATE = re.compile(r"optimizer|-GlobalNorm\b", re.IGNORECASE)
 ITEM_BYTES = {

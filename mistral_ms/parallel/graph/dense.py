@@ -12,18 +12,13 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import ModelConfig
-from mistral_ms.layers import RotaryTable, visible_keys
+from mistral_ms.layers import GatedLinear, embedded
 from mistral_ms.layers.parameter import weight
-from mistral_ms.ops import reference, select
+from mistral_ms.ops import select
+from mistral_ms.ops.reference import linear_primitive
 from mistral_ms.parallel.graph.region import Region, Shape, first_shape
 from mistral_ms.parallel.sharding import Sharding, graph_form
-from mistral_ms.weights import (
-    ParamSpec,
-    attention_specs,
-    by_name,
-    feed_forward_specs,
-    vocabulary_specs,
-)
+from mistral_ms.weights import ParamSpec, vocabulary_specs
 
 
 def row_shape(ids: Shape, table: Shape) -> Any:
@@ -31,7 +26,7 @@ def row_shape(ids: Shape, table: Shape) -> Any:
     return [*ids, table[1]]
 
 
-def gate_up_shape(x: Shape, w1: Shape, w3: Shape) -> Any:
+def gated_shape(x: Shape, w1: Shape, w3: Shape) -> Any:
     """The rows of the input, the outputs of one weight."""
     return [x[0], w1[0]]
 
@@ -79,7 +74,7 @@ class GraphLinear(nn.Cell):
         super().__init__()
         self.weight = weight(*spec.shape)
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
-        self.product = ops.MatMul(transpose_b=True)
+        self.product = linear_primitive()
         if sharding is not None:
             layout = graph_form(spec).layout
             before, after = ("columns", "rows") if layout[0] is None else ("whole_rows", "columns")
@@ -108,11 +103,11 @@ class GraphEmbedding(Region):
         self.dtype = getattr(ms, dtype)
         (spec,) = vocabulary_specs(config)
         self.weight = weight(*spec.shape)
-        self.gather, self.cast = ops.Gather(), ops.Cast()
+        self.cast = ops.Cast()
 
     def compute(self, ids_T: Tensor, weight_VH: Tensor) -> Tensor:
         """[T] int32 -> [T, H]."""
-        return self.cast(self.gather(weight_VH, ids_T, 0), self.dtype)
+        return self.cast(embedded(ids_T, weight_VH), self.dtype)
 
     def construct(self, ids_BS: Tensor) -> Tensor:
         """[B, S] int32 -> [T, H]."""
@@ -122,113 +117,31 @@ class GraphEmbedding(Region):
         return self.compute(ids_T, self.weight)
 
 
-class AttentionRegion(Region):
-    """Rotation and attention of this rank's samples and heads.
+class GatedRegion(Region):
+    """:class:`~mistral_ms.layers.GatedLinear` with this rank's rows of w1 and w3.
 
     Args:
-        config: sizes.
-        sequence: S.
-        window: the layer's sliding window; None = all.
-        causal: nothing but the causal rule hides keys.
-        sharding: the table; None on one device.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        sequence: int,
-        window: int | None,
-        causal: bool,
-        sharding: Sharding | None,
-    ) -> None:
-        super().__init__(
-            sharding,
-            ("columns", "columns", "columns", "samples", "samples"),
-            ("columns",),
-            first_shape,
-            (0,),
-        )
-        parts = 1 if sharding is None else sharding.parallel.mp
-        self.heads, self.kv_heads = (
-            config.num_attention_heads // parts,
-            config.num_key_value_heads // parts,
-        )
-        self.head_dim, self.window = config.head_size, window
-        self.rotary = RotaryTable(config, sequence)
-        self.kernels = select.dense_kernels()
-        self.mask_needed = self.kernels != "cann" or not causal
-        self.attend = select.attention(
-            self.kernels, self.heads, self.kv_heads, self.head_dim, causal
-        )
-
-    def compute(
-        self,
-        q_TQ: Tensor,
-        k_TP: Tensor,
-        v_TP: Tensor,
-        positions_BS: Tensor,
-        segments_BS: Tensor,
-    ) -> Tensor:
-        """[T, N * D] and twice [T, G * D] -> [T, N * D]."""
-        B, S = positions_BS.shape
-        N, G, D = self.heads, self.kv_heads, self.head_dim
-        cos_BS1R, sin_BS1R = self.rotary(positions_BS)
-        q = reference.rotate(q_TQ.reshape(B, S, N, D), cos_BS1R, sin_BS1R)
-        k = reference.rotate(k_TP.reshape(B, S, G, D), cos_BS1R, sin_BS1R)
-        visible = None
-        if self.mask_needed:
-            visible = visible_keys(positions_BS, positions_BS, self.window, segments_BS)
-        q, k = q.reshape(B, S, N * D), k.reshape(B, S, G * D)
-        return self.attend(q, k, v_TP.reshape(B, S, G * D), visible).reshape(B * S, N * D)
-
-
-class GraphAttention(nn.Cell):
-    """Attention in the place of :class:`~mistral_ms.layers.Attention`, by the same names.
-
-    Args:
-        config: sizes.
         dtype: what is computed in.
-        core: what stands between the projections.
         sharding: the table; None on one device.
     """
 
-    def __init__(
-        self, config: ModelConfig, dtype: str, core: Region, sharding: Sharding | None
-    ) -> None:
-        super().__init__()
-        specs = by_name(attention_specs(config))
-        self.q_proj = GraphLinear(specs["q_proj.weight"], dtype, sharding)
-        self.k_proj = GraphLinear(specs["k_proj.weight"], dtype, sharding)
-        self.v_proj = GraphLinear(specs["v_proj.weight"], dtype, sharding)
-        self.o_proj = GraphLinear(specs["o_proj.weight"], dtype, sharding)
-        self.core = core
-
-    def construct(self, x_TH: Tensor, context: tuple[Tensor, ...]) -> Tensor:
-        """[T, H] and what the core takes beside queries, keys and values -> [T, H]."""
-        q, k, v = self.q_proj(x_TH), self.k_proj(x_TH), self.v_proj(x_TH)
-        return self.o_proj(self.core(q, k, v, *context))
-
-
-class GateUpRegion(Region):
-    """silu(w1 x) * w3 x with this rank's rows of w1 and w3, as one product.
-
-    Args:
-        sharding: the table; None on one device.
-    """
-
-    def __init__(self, sharding: Sharding | None) -> None:
-        super().__init__(
-            sharding,
-            ("whole_rows", "output_divided", "output_divided"),
-            ("columns",),
-            gate_up_shape,
-            (0,),
-        )
-        self.swiglu = select.swiglu_halves(select.dense_kernels())
+    def __init__(self, dtype: str, sharding: Sharding | None) -> None:
+        inputs = "whole_rows", "output_divided", "output_divided"
+        super().__init__(sharding, inputs, ("columns",), gated_shape, (0,))
+        self.gated = GatedLinear()
+        self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
 
     def compute(self, x_TH: Tensor, w1_IH: Tensor, w3_IH: Tensor) -> Tensor:
         """[T, H] -> [T, I]."""
-        return self.swiglu(reference.linear(x_TH, ops.cat((w1_IH, w3_IH), 0)))
+        return self.gated(x_TH, w1_IH, w3_IH)
+
+    def construct(self, x_TH: Tensor, w1_IH: Tensor, w3_IH: Tensor) -> Tensor:
+        """[T, H] and float32 weights -> [T, I]."""
+        # rounded out here, so that optimizer parallelism gathers what is rounded
+        w1_IH, w3_IH = self.cast(w1_IH, self.dtype), self.cast(w3_IH, self.dtype)
+        if self.morph is not None:
+            return self.morph(x_TH, w1_IH, w3_IH)
+        return self.compute(x_TH, w1_IH, w3_IH)
 
 
 class Weight(nn.Cell):
@@ -241,26 +154,3 @@ class Weight(nn.Cell):
     def __init__(self, spec: ParamSpec) -> None:
         super().__init__()
         self.weight = weight(*spec.shape)
-
-
-class GraphFeedForward(nn.Cell):
-    """The dense feed-forward in the place of :class:`~mistral_ms.layers.FeedForward`.
-
-    Args:
-        config: sizes.
-        dtype: what is computed in.
-        sharding: the table; None on one device.
-    """
-
-    def __init__(self, config: ModelConfig, dtype: str, sharding: Sharding | None) -> None:
-        super().__init__()
-        specs = by_name(feed_forward_specs(config))
-        self.w1, self.w3 = Weight(specs["w1.weight"]), Weight(specs["w3.weight"])
-        self.w2 = GraphLinear(specs["w2.weight"], dtype, sharding)
-        self.gate_up = GateUpRegion(sharding)
-        self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
-
-    def construct(self, x_TH: Tensor) -> Tensor:
-        """[T, H] -> [T, H]."""
-        w1 = self.cast(self.w1.weight, self.dtype)
-        return self.w2(self.gate_up(x_TH, w1, self.cast(self.w3.weight, self.dtype)))

@@ -15,7 +15,7 @@ from mistral_ms.config import DROPLESS, ModelConfig, ParallelConfig, PredictConf
 from mistral_ms.layers import CacheSpec, is_buffer, output_logits
 from mistral_ms.models import check_weights
 from mistral_ms.parallel.collectives import Groups
-from mistral_ms.parallel.graph.cached import CachedAttention, KeyTable
+from mistral_ms.parallel.graph.attention import CachedAttentionRegion, KeyTable
 from mistral_ms.parallel.graph.checks import check_prediction
 from mistral_ms.parallel.graph.model import GraphBlock
 from mistral_ms.parallel.graph.parts import GraphParts
@@ -54,6 +54,7 @@ class CachedParts(GraphParts):
             config,
             DROPLESS,
             dtype,
+            cache,
             sequence=positions,
             segmented=True,
             parallel=parallel,
@@ -61,18 +62,15 @@ class CachedParts(GraphParts):
             sharding=sharding,
             groups=groups,
         )
-        self.whole_cache = cache
 
-    def attention(self, layer: int) -> nn.Cell:
-        """See the base; the context is (positions, places, positions held)."""
+    def attention_core(self, layer: int) -> nn.Cell:
+        """See the base; the context is (positions, the cache's rows, positions held)."""
         window = self.config.window_of(layer)
-        return CachedAttention(
-            self.config, self.dtype, self.whole_cache, self.sequence, window, self.sharding
-        )
+        return CachedAttentionRegion(self.config, self.sequence, window, self.sharding)
 
-    def key_table(self) -> KeyTable:
-        """What all attentions share of the cache."""
-        return KeyTable(self.whole_cache, self.sharding)
+    def key_positions(self, cache: CacheSpec) -> KeyTable:
+        """See the base."""
+        return KeyTable(cache, self.sharding)
 
 
 class LastLogits(Region):
@@ -112,20 +110,21 @@ class GraphNextToken(nn.Cell):
 
     Attributes:
         config: the architecture.
-        key_positions: see :class:`~mistral_ms.parallel.graph.cached.KeyTable`.
+        key_positions: see :class:`~mistral_ms.parallel.graph.attention.KeyTable`.
         batch: rows that it takes, those of all ranks.
     """
 
     def __init__(self, parts: CachedParts) -> None:
         super().__init__()
-        self.config, self.batch = parts.config, parts.whole_cache.batch
+        assert parts.cache is not None
+        self.config, self.batch = parts.config, parts.cache.batch
         self.embed_tokens = parts.embedding()
         blocks = [GraphBlock(parts, layer) for layer in range(parts.config.num_hidden_layers)]
         self.layers = nn.CellList(blocks)
         self.norm = parts.norm()
         self.lm_head = parts.head()
         check_weights(self.weights(), by_name(specs(parts.config)), parts)
-        self.key_positions = parts.key_table()
+        self.key_positions = parts.key_positions(parts.cache)
         self.last_logits = LastLogits(parts.dtype, parts.sharding)
 
     def construct(self, ids_BS: Tensor, positions_BS: Tensor, last_B: Tensor) -> Tensor:
@@ -137,8 +136,8 @@ class GraphNextToken(nn.Cell):
             positions_BS: int32, -1 for padding.
             last_B: int32.
         """
-        places_T, held_BM = self.key_positions(positions_BS)
-        context = positions_BS, places_T, held_BM
+        rows_T, held_BM = self.key_positions(positions_BS)
+        context = positions_BS, rows_T, held_BM
         x_TH = self.embed_tokens(ids_BS)
         for layer in self.layers:
             x_TH = layer(x_TH, context, (positions_BS,))
@@ -152,7 +151,7 @@ class GraphNextToken(nn.Cell):
         """Resets and zeroes the cache; needed after logits that were not finite."""
         self.reset_cache()
         for layer in self.layers:
-            layer.attention.clear()
+            layer.attention.cache.clear()
 
     def weights(self) -> dict[str, Parameter]:
         """All weights by the names of our checkpoints."""

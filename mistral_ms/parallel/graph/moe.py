@@ -97,22 +97,21 @@ class SparsePieces(Region):
         super().__init__(sharding, inputs, ("whole_rows",), first_shape, (0,))
         self.hidden_size = config.hidden_size
         self.dispatcher, self.router = dispatcher, router
-        self.swiglu = select.swiglu_halves(select.dense_kernels())
+        self.swiglu = select.swiglu(select.dense_kernels())
 
     def valid(self, positions_BS: Tensor) -> Tensor:
         """1 for tokens, 0 for padding: float32 [T]."""
         return _cast(positions_BS.reshape(-1) >= 0, ms.float32)
 
-    def matrices(self, w1: Tensor, w3: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
-        """[L * H, I] each -> gate and up side by side [L, H, 2 * I], and down [L, H, I]."""
-        H, share = self.hidden_size, w1.shape[1]
-        gate, up = w1.reshape(-1, H, share), w3.reshape(-1, H, share)
-        return ops.cat((gate, up), -1), w2.reshape(-1, H, share)
+    def matrices(self, *weights: Tensor) -> tuple[Tensor, ...]:
+        """[L * H, I] each -> [L, H, I] each."""
+        return tuple(each.reshape(-1, self.hidden_size, each.shape[1]) for each in weights)
 
-    def results(self, rows: Tensor, plan: Plan, gate_up: Tensor, down: Tensor) -> Tensor:
+    def results(self, rows: Tensor, plan: Plan, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
         """What the experts make of dispatched rows, brought back: [T, H]."""
-        hidden = self.swiglu(reference.batched_matmul(rows, gate_up))
-        return self.dispatcher.combine(reference.batched_linear(hidden, down), plan)
+        gate, up = reference.batched_matmul(rows, w1), reference.batched_matmul(rows, w3)
+        hidden = self.swiglu(gate, up)
+        return self.dispatcher.combine(reference.batched_linear(hidden, w2), plan)
 
 
 class SparseRegion(SparsePieces):
@@ -131,8 +130,7 @@ class SparseRegion(SparsePieces):
         choice = self.router.choose(x_TH, gate_EH)
         plan = self.dispatcher.plan(choice, self.valid(positions_BS))
         rows, _ = self.dispatcher.dispatch(x_TH, plan)
-        gate_up, down = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
-        return self.results(rows, plan, gate_up, down)
+        return self.results(rows, plan, *self.matrices(w1_LH_I, w3_LH_I, w2_LH_I))
 
 
 class TrainedSparseRegion(SparsePieces):
@@ -177,7 +175,7 @@ class TrainedSparseRegion(SparsePieces):
     ) -> Tensor:
         """[T, H] -> [T, H], with the router's losses attached, and what is noted of them."""
         valid_T = self.valid(positions_BS)
-        gate_up, down = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
+        w1, w3, w2 = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
         size = x_TH.shape[0] // self.groups
         sent: tuple[Any, ...] = ()
         for i in range(self.groups):
@@ -192,7 +190,7 @@ class TrainedSparseRegion(SparsePieces):
         out: tuple[Tensor, ...] = ()
         for i in range(self.groups):
             choice, rows, plan, valid = sent[i]
-            y_TH = self.results(rows, plan, gate_up, down)
+            y_TH = self.results(rows, plan, w1, w3, w2)
             losses, routed_E, kept_E = _losses(choice, kept_choices(plan), valid)
             y_TH = self.attach(y_TH, losses, coefficients)
             seen = ops.cat((losses * shares_B3[0, 1], routed_E, kept_E)) * self.share

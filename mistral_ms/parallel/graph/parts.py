@@ -5,13 +5,14 @@ from __future__ import annotations
 from mindspore import nn, ops
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
+from mistral_ms.layers import CacheSpec
 from mistral_ms.models import Parts
 from mistral_ms.parallel.collectives import Groups
+from mistral_ms.parallel.graph.attention import AttentionRegion
 from mistral_ms.parallel.graph.dense import (
-    AttentionRegion,
-    GraphAttention,
+    GatedRegion,
     GraphEmbedding,
-    GraphFeedForward,
+    GraphLinear,
     GraphNorm,
     Weight,
 )
@@ -27,7 +28,8 @@ class GraphParts(Parts):
         config: the architecture.
         routing: the routing policy.
         dtype: what is computed in.
-        sequence: S.
+        cache: sizes of the whole cache; None without.
+        sequence: S, or rows of the rotary tables.
         segmented: more than the causal rule and the layers' windows hides keys from queries.
         parallel: the layout of the run.
         losses: coefficients of the router's losses; None where nothing is trained.
@@ -40,6 +42,7 @@ class GraphParts(Parts):
         config: ModelConfig,
         routing: RoutingConfig,
         dtype: str,
+        cache: CacheSpec | None = None,
         *,
         sequence: int,
         segmented: bool,
@@ -48,7 +51,7 @@ class GraphParts(Parts):
         sharding: Sharding | None = None,
         groups: Groups | None = None,
     ) -> None:
-        super().__init__(config, routing, None, dtype)
+        super().__init__(config, routing, cache, dtype)
         self.sequence, self.segmented, self.losses = sequence, segmented, losses
         self.parallel, self.sharding, self.groups = parallel, sharding, groups
 
@@ -72,16 +75,19 @@ class GraphParts(Parts):
             add.shard(in_strategy=(rows, rows))
         return add
 
-    def attention(self, layer: int) -> nn.Cell:
+    def linear(self, spec: ParamSpec) -> nn.Cell:
+        """See the base."""
+        return GraphLinear(spec, self.dtype, self.sharding)
+
+    def attention_core(self, layer: int) -> nn.Cell:
         """See the base; the context is (positions, segments)."""
         window = self.config.window_of(layer)
         causal = not self.segmented and (window is None or window >= self.sequence)
-        core = AttentionRegion(self.config, self.sequence, window, causal, self.sharding)
-        return GraphAttention(self.config, self.dtype, core, self.sharding)
+        return AttentionRegion(self.config, self.sequence, window, causal, self.sharding)
 
-    def feed_forward(self) -> nn.Cell:
+    def gated(self) -> nn.Cell:
         """See the base."""
-        return GraphFeedForward(self.config, self.dtype, self.sharding)
+        return GatedRegion(self.dtype, self.sharding)
 
     def moe(self) -> nn.Cell:
         """See the base; takes positions and shares for the mask, and returns no sums."""

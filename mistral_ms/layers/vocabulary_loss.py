@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import IGNORE_INDEX
-from mistral_ms.parallel.collectives import Collectives
-from mistral_ms.parallel.tensor.vocabulary import own_ids
+from mistral_ms.layers.embedding import own_ids
 
 _largest = ops.ReduceMax(keep_dims=True)
 _sum = ops.ReduceSum(keep_dims=True)
@@ -19,17 +20,35 @@ _concat_columns = ops.Concat(1)
 _zeros_like = ops.ZerosLike()
 
 
+class Group(Protocol):
+    """The processes that hold the parts of the vocabulary, in order.
+
+    Attributes:
+        size: how many.
+        position: of this one.
+    """
+
+    size: int
+    position: int
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Everybody's tensor [...], stacked: [size, ...]."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of everybody's tensor."""
+
+
 class _ShareNLL(nn.Cell):
     """-log softmax(logits)[label] of every row, with the gradient written out."""
 
-    def __init__(self, tensor: Collectives, rows: int) -> None:
+    def __init__(self, group: Group, rows: int) -> None:
         super().__init__()
-        self.group = tensor
-        self.first, self.rows = tensor.position * rows, rows
+        self.group = group
+        self.first, self.rows = group.position * rows, rows
 
     def construct(self, logits_TW: Tensor, labels_T1: Tensor) -> tuple[Tensor, Tensor]:
         """Float32 share of the logits, W = V / P; int32 labels 0 .. V: whole losses [T, 1], and
-        this rank's share of the probabilities.
+        this process's share of the probabilities.
 
         Three small messages per token: the largest logit, the label's, the sum of exponentials.
         """
@@ -48,7 +67,7 @@ class _ShareNLL(nn.Cell):
         out: tuple[Tensor, ...],
         dout: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor]:
-        """(softmax - one_hot(label)) * dout of this rank's share; needs no message."""
+        """(softmax - one_hot(label)) * dout of this process's share; needs no message."""
         scale_T1 = dout[0]
         row_T1, own_T1 = own_ids(labels_T1, self.first, self.rows)
         numbers_T1 = ops.cast(_range(0, labels_T1.shape[0], 1).reshape(-1, 1), ms.int32)
@@ -60,24 +79,23 @@ class _ShareNLL(nn.Cell):
 class VocabularyNLL(nn.Cell):
     """The counterpart of :func:`mistral_ms.layers.token_nll` for a share of the logits.
 
-    The share is ``output_logits(hidden, weight)`` with this rank's rows of the head; the hidden
-    states come from a :class:`~mistral_ms.parallel.tensor.NormForShares`, which adds up the
-    gradients of the shares.
+    The share is ``output_logits(hidden, weight)`` with this process's rows of the head; the norm
+    before it adds up the gradients of the shares, see :class:`~mistral_ms.layers.RMSNorm`.
 
     Args:
-        tensor: the tensor group.
+        group: the processes that hold the P parts.
         vocab_size: V; P divides it.
     """
 
-    def __init__(self, tensor: Collectives, vocab_size: int) -> None:
+    def __init__(self, group: Group, vocab_size: int) -> None:
         super().__init__()
-        self.nll = _ShareNLL(tensor, vocab_size // tensor.size)
+        self.nll = _ShareNLL(group, vocab_size // group.size)
 
     def construct(self, logits_TW: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood of every label, and which of them count; whole on all ranks.
+        """Negative log-likelihood of every label, and which of them count; whole in all processes.
 
         Args:
-            logits_TW: this rank's share, any float dtype; W = V / P.
+            logits_TW: this process's share, any float dtype; W = V / P.
             labels_T: int32 token ids, IGNORE_INDEX where there is nothing to predict.
 
         Returns:
