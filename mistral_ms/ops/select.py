@@ -15,12 +15,13 @@ dispatch        MindSpore   MoeDispatch       none: see above; MoeTokenPermute h
 combine         MindSpore   MoeCombine        none: MoeFinalizeRouting wants a residual and has no
                                               gradient; MoeTokenUnpermute takes no dropped choices
 grouped_linear  MindSpore   none              GroupedMatmul
+grouped_swiglu  MindSpore   none              GroupedMatmul, Swiglu
 rms_norm        MindSpore   none              RmsNorm
 swiglu          MindSpore   none              Swiglu
 attention       MindSpore   none              FlashAttentionScore
 ==============  ==========  ================  ===================================================
 
-The last four are no part of the routing and take :func:`dense_kernels`: ``cann`` on Ascend, ``cpu``
+The last five are no part of the routing and take :func:`dense_kernels`: ``cann`` on Ascend, ``cpu``
 elsewhere. ``cpu`` has one operator, for ``grouped_linear`` in float32, compiled at first use.
 
 Where a value has no implementation of an operation, the reference runs, and the log says so.
@@ -145,6 +146,22 @@ def grouped_linear(kernels: Kernels, dtype: str) -> nn.Cell:
     return cann.GroupedLinear() if chosen == "cann" else ReferenceGroupedLinear()
 
 
+def grouped_swiglu(kernels: Kernels, dtype: str) -> nn.Cell:
+    """The Cell of packed experts whose matrices all lie as [E, H, I]: rows [R, H], w1, w3 and w2,
+    and group sizes int32 [E] -> w2 (silu(x w1) * (x w3)), [R, H].
+
+    Args:
+        kernels: which implementation.
+        dtype: of rows and matrices.
+
+    Raises:
+        KernelError: the implementation is not there.
+    """
+    if _choose("grouped_swiglu", kernels, ("cann",)) == "cann":
+        return cann.GroupedSwiGLU()
+    return ComposedGroupedSwiGLU(grouped_linear(kernels, dtype), swiglu(kernels))
+
+
 def rms_norm(kernels: Kernels, eps: float) -> nn.Cell:
     """The Cell of ``reference.rms_norm``: rows [T, H] and weight [H] -> [T, H].
 
@@ -197,6 +214,33 @@ class ReferenceGroupedLinear(nn.Cell):
     def construct(self, x_RI: Tensor, w_EOI: Tensor, group_sizes_E: Tensor) -> Tensor:
         """[R, O]."""
         return reference.grouped_linear(x_RI, w_EOI, group_sizes_E)
+
+
+class ComposedGroupedSwiGLU(nn.Cell):
+    """Made of products by any implementation of ``grouped_linear``; copies w1 and w3, to transpose
+    them.
+
+    Args:
+        product: the Cell of ``grouped_linear``.
+        gated: the Cell of ``swiglu``.
+    """
+
+    def __init__(self, product: nn.Cell, gated: nn.Cell) -> None:
+        super().__init__()
+        self.product, self.gated = product, gated
+
+    def construct(
+        self,
+        x_RH: Tensor,
+        w1_EHI: Tensor,
+        w3_EHI: Tensor,
+        w2_EHI: Tensor,
+        group_sizes_E: Tensor,
+    ) -> Tensor:
+        """[R, H]."""
+        gate = self.product(x_RH, w1_EHI.transpose(0, 2, 1), group_sizes_E)
+        up = self.product(x_RH, w3_EHI.transpose(0, 2, 1), group_sizes_E)
+        return self.product(self.gated(gate, up), w2_EHI, group_sizes_E)
 
 
 class ReferenceNorm(nn.Cell):

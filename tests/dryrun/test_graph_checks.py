@@ -25,7 +25,6 @@ def run(**changes):
 
 
 REFUSED = {
-    "static shapes": {"routing": {"policy": "dropless"}},
     "layer by layer": {"routing": {"aux_loss": "pooled"}},
     "embedding and head are two weights": {"model": {"tie_word_embeddings": True}},
     "a pipeline of 4 stages needs": {"training": {"micro_batches": 2}},

@@ -125,21 +125,46 @@ def test_shapes_that_do_not_fit_are_refused():
         cpu.GroupedLinear()(Tensor(x), Tensor(w), Tensor(np.array([3, 1], np.int32))).asnumpy()
 
 
-def test_what_surrounds_the_primitive_of_cann_is_the_reference(monkeypatch):
-    """The primitive runs on Ascend only; with its products made otherwise, the rest runs here."""
+class Products(nn.Cell):
+    """In the place of the primitive, which runs on Ascend only; as strict as its documentation."""
 
-    class Products(nn.Cell):
-        def construct(self, x, w, *nothing_and_ends):
-            ends = nothing_and_ends[-1]
-            assert ends.dtype == ms.int64
-            assert int(ends[-1]) == R, "as its documentation demands"
-            sizes = ms.ops.diff(ms.ops.cat((Tensor([0], ms.int64), ends))).astype(ms.int32)
-            return [reference.grouped_linear(x[0], w[0].transpose(0, 2, 1), sizes)]
+    def construct(self, x, w, *nothing_and_ends):
+        ends, rows = nothing_and_ends[-1], x[0].shape[0]
+        assert ends.dtype == ms.int64
+        assert rows > 0
+        assert len(ends) > 1
+        assert int(ends[-1]) == rows
+        sizes = ms.ops.diff(ms.ops.cat((Tensor([0], ms.int64), ends))).astype(ms.int32)
+        return [reference.grouped_linear(x[0], w[0].transpose(0, 2, 1), sizes)]
 
-    monkeypatch.setattr(cann.GroupedLinear, "__init__", lambda self: nn.Cell.__init__(self))
-    cell = cann.GroupedLinear()
-    cell.multiply = Products()
-    check(cell)
+
+def with_products(cell):
+    cell.multiply.multiply = Products()
+    return cell
+
+
+def test_what_surrounds_the_primitive_of_cann_is_the_reference():
+    check(with_products(cann.GroupedLinear()))
+
+
+@pytest.mark.parametrize("experts", [E, 1])
+@pytest.mark.parametrize("name", SIZES)
+def test_experts_of_cann_are_three_products(name, experts):
+    """Results and gradients; rows beyond the groups give zero, whatever stands there."""
+    rng = np.random.default_rng(0)
+    shapes = (R, I), *[(experts, I, 3)] * 3, (R, I)
+    *given, dout = (Tensor(rng.normal(size=s).astype(np.float32)) for s in shapes)
+    sizes = Tensor(np.array(SIZES[name][-experts:], np.int32))
+    fused = with_products(cann.GroupedSwiGLU())
+    fused.swiglu = select.ReferenceSwiGLU()
+    composed = select.ComposedGroupedSwiGLU(select.ReferenceGroupedLinear(), fused.swiglu)
+    found = []
+    for cell in (fused, composed):
+        weighted = ms.grad(lambda *x, cell=cell: (cell(*x, sizes) * dout).sum(), (0, 1, 2, 3))
+        found.append([part.asnumpy() for part in (cell(*given, sizes), *weighted(*given))])
+    for ours, theirs in zip(*found, strict=True):
+        # sums of a few float32 products of size 1
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 class TestChoice:

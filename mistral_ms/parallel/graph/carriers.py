@@ -11,6 +11,7 @@ from mindspore import Tensor, nn
 
 from mistral_ms.parallel.collectives import Collectives
 from mistral_ms.parallel.dispatchers.carriers import Carrier
+from mistral_ms.parallel.dispatchers.make import Communication
 
 
 class Exchange(nn.Cell):
@@ -91,3 +92,7 @@ class SharedRegionCarrier(Carrier):
     def unload_back(self, x: Tensor) -> Tensor:
         """Gathers the shares again: [..., H / P] -> [..., H]."""
         return self.unload(x)
+
+
+IN_REGION = Communication(Exchange, RegionCarrier, SharedRegionCarrier)
+"""What communicates inside a region; an exchange of unequal numbers has one gradient both ways."""

@@ -28,13 +28,6 @@ def check_run(run: RunConfig, layers: int) -> None:
     sparse = bool(model.sparse_layers)
     rules: tuple[Rule, ...] = (
         (
-            sparse and run.routing.policy != "capacity",
-            "routing.policy",
-            run.routing.policy,
-            "a graph has static shapes: experts have a capacity",
-            "set routing.policy=capacity",
-        ),
-        (
             sparse and training.aux_coef > 0 and run.routing.aux_loss == "pooled",
             "routing.aux_loss",
             "pooled",

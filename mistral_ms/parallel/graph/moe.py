@@ -1,8 +1,14 @@
 """The sparse layer as one region: gate, dispatch, experts, combine, and the router's losses.
 
-All of it is the code of the explicit path: the router's choice, the slot table, the capacity
-dispatcher with its flat or hierarchical route, the losses. Only where weights come from differs,
-and the carriers of tensor-parallel ranks.
+All of it is the code of the explicit path: the router's choice, the slot table, the dispatchers
+with their flat or hierarchical routes, the losses. Only where weights come from differs, and the
+carriers of tensor-parallel ranks.
+
+The graph has static shapes. Capacity gives every expert C places; under ``dropless`` packed rows
+lie in buffers for the worst case, in which every rank of the expert group sends all it can to the
+experts of this one: P * T * min(K, L) rows of H elements, P * min(1, L / K) times the average.
+What travels between expert ranks and what the experts compute on Ascend are the real rows; what
+tensor-parallel ranks exchange are the buffers.
 """
 
 from __future__ import annotations
@@ -19,23 +25,21 @@ from mistral_ms.layers.parameter import weight
 from mistral_ms.moe import (
     Choice,
     Dispatcher,
-    PaddedDispatcher,
     Plan,
     Router,
     kept_choices,
     load_balancing_loss,
+    local_dispatcher,
     router_sums,
     router_z_loss,
 )
 from mistral_ms.ops import reference, select
 from mistral_ms.parallel.collectives import Groups
-from mistral_ms.parallel.dispatchers.capacity import CapacityDispatcher
-from mistral_ms.parallel.dispatchers.routes import FlatRoute, HierarchicalRoute, Route
-from mistral_ms.parallel.graph.carriers import Exchange, RegionCarrier, SharedRegionCarrier
+from mistral_ms.parallel.dispatchers import make_dispatcher
+from mistral_ms.parallel.graph.carriers import IN_REGION
 from mistral_ms.parallel.graph.notes import AttachLosses, Note, notes
 from mistral_ms.parallel.graph.region import Region, first_shape
 from mistral_ms.parallel.sharding import Sharding
-from mistral_ms.parallel.topology import GroupKind
 
 _cast = ops.Cast()
 
@@ -78,9 +82,9 @@ class SparsePieces(Region):
 
     Args:
         config: sizes.
-        dispatcher: brings padded rows to the experts and back: static shapes need a capacity, or
-            places for everyone.
+        dispatcher: brings rows to the experts and back.
         router: chooses.
+        dtype: what is computed in.
         sharding: the table; None on one device.
         more: layouts of further inputs.
     """
@@ -90,14 +94,19 @@ class SparsePieces(Region):
         config: ModelConfig,
         dispatcher: Dispatcher,
         router: Router,
+        dtype: str,
         sharding: Sharding | None,
         more: tuple[str, ...] = (),
     ) -> None:
         inputs = "whole_rows", "samples", "matrix", "experts", "experts", "experts", *more
         super().__init__(sharding, inputs, ("whole_rows",), first_shape, (0,))
         self.hidden_size = config.hidden_size
-        self.dispatcher, self.router = dispatcher, router
-        self.swiglu = select.swiglu(select.dense_kernels())
+        self.dispatcher, self.router, self.packed = dispatcher, router, dispatcher.packed
+        kernels = select.dense_kernels()
+        if self.packed:
+            self.grouped_swiglu = select.grouped_swiglu(kernels, dtype)
+        else:
+            self.swiglu = select.swiglu(kernels)
 
     def valid(self, positions_BS: Tensor) -> Tensor:
         """1 for tokens, 0 for padding: float32 [T]."""
@@ -107,11 +116,22 @@ class SparsePieces(Region):
         """[L * H, I] each -> [L, H, I] each."""
         return tuple(each.reshape(-1, self.hidden_size, each.shape[1]) for each in weights)
 
-    def results(self, rows: Tensor, plan: Plan, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    def results(
+        self,
+        rows: Tensor,
+        group_sizes_L: Tensor | None,
+        plan: Plan,
+        w1: Tensor,
+        w3: Tensor,
+        w2: Tensor,
+    ) -> Tensor:
         """What the experts make of dispatched rows, brought back: [T, H]."""
-        gate, up = reference.batched_matmul(rows, w1), reference.batched_matmul(rows, w3)
-        hidden = self.swiglu(gate, up)
-        return self.dispatcher.combine(reference.batched_linear(hidden, w2), plan)
+        if self.packed:
+            y = self.grouped_swiglu(rows, w1, w3, w2, group_sizes_L)
+        else:
+            gate, up = reference.batched_matmul(rows, w1), reference.batched_matmul(rows, w3)
+            y = reference.batched_linear(self.swiglu(gate, up), w2)
+        return self.dispatcher.combine(y, plan)
 
 
 class SparseRegion(SparsePieces):
@@ -129,8 +149,9 @@ class SparseRegion(SparsePieces):
         """[T, H] -> [T, H]."""
         choice = self.router.choose(x_TH, gate_EH)
         plan = self.dispatcher.plan(choice, self.valid(positions_BS))
-        rows, _ = self.dispatcher.dispatch(x_TH, plan)
-        return self.results(rows, plan, *self.matrices(w1_LH_I, w3_LH_I, w2_LH_I))
+        rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
+        matrices = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
+        return self.results(rows, group_sizes_L, plan, *matrices)
 
 
 class TrainedSparseRegion(SparsePieces):
@@ -140,6 +161,7 @@ class TrainedSparseRegion(SparsePieces):
         config: sizes.
         dispatcher: brings rows to the experts and back.
         router: chooses.
+        dtype: what is computed in.
         coefficients: of the router's losses.
         groups: dispatch groups; their communication and computation may overlap.
         sharding: the table; None on one device.
@@ -150,12 +172,13 @@ class TrainedSparseRegion(SparsePieces):
         config: ModelConfig,
         dispatcher: Dispatcher,
         router: Router,
+        dtype: str,
         coefficients: LossCoefficients,
         groups: int,
         sharding: Sharding | None,
     ) -> None:
         more = "samples", "matrix"
-        super().__init__(config, dispatcher, router, sharding, more)
+        super().__init__(config, dispatcher, router, dtype, sharding, more)
         self.groups, self.attach, self.note = groups, AttachLosses(), Note()
         # the tensor-parallel ranks form the same losses: each is responsible for its share
         self.share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
@@ -183,14 +206,14 @@ class TrainedSparseRegion(SparsePieces):
             valid = valid_T[i * size : (i + 1) * size]
             choice = self.router.choose(x, gate_EH)
             plan = self.dispatcher.plan(choice, valid)
-            rows, _ = self.dispatcher.dispatch(x, plan)
-            sent = (*sent, (choice, rows, plan, valid))
+            rows, group_sizes_L = self.dispatcher.dispatch(x, plan)
+            sent = (*sent, (choice, rows, group_sizes_L, plan, valid))
         # share of the batch in its tokens, times the loss scale
         coefficients = self.coefficients * (shares_B3[0, 1] * shares_B3[0, 2])
         out: tuple[Tensor, ...] = ()
         for i in range(self.groups):
-            choice, rows, plan, valid = sent[i]
-            y_TH = self.results(rows, plan, w1, w3, w2)
+            choice, rows, group_sizes_L, plan, valid = sent[i]
+            y_TH = self.results(rows, group_sizes_L, plan, w1, w3, w2)
             losses, routed_E, kept_E = _losses(choice, kept_choices(plan), valid)
             y_TH = self.attach(y_TH, losses, coefficients)
             seen = ops.cat((losses * shares_B3[0, 1], routed_E, kept_E)) * self.share
@@ -245,10 +268,10 @@ class GraphMoE(nn.Cell):
         if coefficients is not None:
             self.notes = notes(2 + 2 * config.moe.num_local_experts)
             self.region: Region = TrainedSparseRegion(
-                config, dispatcher, self.router, coefficients, interleave, sharding
+                config, dispatcher, self.router, dtype, coefficients, interleave, sharding
             )
         else:
-            self.region = SparseRegion(config, dispatcher, self.router, sharding)
+            self.region = SparseRegion(config, dispatcher, self.router, dtype, sharding)
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
 
     def construct(self, x_TH: Tensor, batch: tuple[Tensor, ...]) -> tuple[Tensor, None]:
@@ -279,15 +302,6 @@ def region_dispatcher(
         parallel: how tokens travel.
         groups: this rank's; None on one device.
     """
-    if groups is None or (parallel.ep == 1 and parallel.mp == 1):
-        return PaddedDispatcher(experts, routing)
-    tensor = groups.of(GroupKind.TENSOR)
-    shared = parallel.all_to_all == "group_wise"
-    carrier = SharedRegionCarrier(tensor) if shared else RegionCarrier(tensor)
-    route: Route
-    if parallel.all_to_all == "hierarchical":
-        hops = groups.of(GroupKind.EXPERT_NODE), groups.of(GroupKind.EXPERT_CROSS)
-        route = HierarchicalRoute(*hops, Exchange)
-    else:
-        route = FlatRoute(groups.of(GroupKind.EXPERT), Exchange)
-    return CapacityDispatcher(experts, routing, route, carrier)
+    if groups is None:
+        return local_dispatcher(experts, routing)
+    return make_dispatcher(experts, routing, parallel, groups, IN_REGION)
