@@ -80,6 +80,12 @@ class Unanswered(Collectives):
         self._say("AlltoAll", x)
         return x
 
+    def all_to_all_v(
+        self, rows_RH: Tensor, send_P: Tensor, receive_P: Tensor, received_S: Tensor
+    ) -> Tensor:
+        self._say("AlltoAllV", rows_RH)
+        return ops.zeros((received_S.shape[0], rows_RH.shape[1]), rows_RH.dtype)
+
     def pass_on(self, x: Tensor) -> Tensor:
         self._say("Send" if self.position == 0 else "Receive", x)
         return x

@@ -24,7 +24,11 @@ def layers_of(parallel: Mapping[str, object]) -> int:
 
 
 def small_run(
-    parallel: dict[str, object], micro: int = 1, moe: bool = True, **training: object
+    parallel: dict[str, object],
+    micro: int = 1,
+    moe: bool = True,
+    policy: str = "capacity",
+    **training: object,
 ) -> dict[str, object]:
     """As a run file has it."""
     model = {
@@ -47,7 +51,7 @@ def small_run(
         model["moe"] = {"num_local_experts": E}
     return {
         "model": model,
-        "routing": {"policy": "capacity", "aux_loss": "per_layer"},
+        "routing": {"policy": policy, "aux_loss": "per_layer"},
         "training": {
             "steps": 1,
             "seq_length": S,

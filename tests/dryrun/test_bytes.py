@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 from dryrun.differences import Expected
 from dryrun.rehearsal import Said, rehearse
-from dryrun.small_runs import HALF, C, E, H, S, explicit, small_run
+from dryrun.small_runs import FLOAT, HALF, C, E, H, K, S, explicit, small_run
 
 from mistral_ms.errors import DryrunError
 from mistral_ms.parallel.dryrun.ir import read
@@ -21,6 +21,7 @@ PIPELINE = {"dp": 4, "ep": 4, "pp": 2, "recompute": "full"}
 HOPS = {"dp": 4, "ep": 4, "devices_per_node": 2, "all_to_all": "hierarchical"}
 TENSOR = {"dp": 4, "mp": 2, "ep": 2}
 STAGES = {"dp": 2, "mp": 2, "pp": 2, "ep": 2, "all_to_all": "group_wise", "recompute": "full"}
+DROPLESS = {"dp": 8, "mp": 2, "pp": 2, "ep": 8, "recompute": "full"}
 CASES = {
     "pipeline, first stage": (PIPELINE, 1, 2),
     "pipeline, last stage": (PIPELINE, 6, 2),
@@ -30,6 +31,7 @@ CASES = {
     "tensor parallel stages, last stage": (STAGES, 6, 2),
     "interleaved": ({"dp": 2, "ep": 2, "interleave": 2}, 1, 1),
     "optimizer parallel": ({"dp": 4, "ep": 2, "optimizer_parallel": True}, 3, 1),
+    "dropless, tensor parallel stages of 32": (DROPLESS, 11, 2),
 }
 
 
@@ -50,7 +52,8 @@ def both(compile_run):
     def count(case):
         if case not in known:
             parallel, rank, micro = CASES[case]
-            run = small_run(parallel, micro)
+            policy = "dropless" if parallel is DROPLESS else "capacity"
+            run = small_run(parallel, micro, policy=policy)
             text, groups = compile_run(run, rank)
             known[case] = text, groups, rehearse(explicit(run), rank)
         text, groups, said = known[case]
@@ -79,13 +82,36 @@ def test_every_difference_has_a_reason(both, case):
     over, same = unexplained(graph, said, Expected(*CASES[case]).all())
     assert over == {}
     # no reason hides an exchange, nor a message of stages: they are the same on both sides
-    operators = ("AlltoAll",) if "tensor" in case else ("AlltoAll", "Send", "Receive")
+    operators = ["AlltoAll", "AlltoAllV"]
+    operators += [] if "tensor" in case else ["Send", "Receive"]
     for operator in operators:
         counted = {key: n for key, n in said.items() if key.operator == operator}
         assert {key: n for key, n in same.items() if key.operator == operator} == counted
 
 
-@pytest.mark.parametrize("case", CASES)
+def exchanges(graph):
+    return {key: n for key, n in graph.items() if key.operator in ("AlltoAll", "AlltoAllV")}
+
+
+def test_dropless_exchanges_counts_first_and_then_real_rows(both):
+    """The bytes are those of the buffers: eight ranks with one expert each can be sent a row of
+    each token. Counts have no gradient.
+    """
+    _, _, graph, _ = both("dropless, tensor parallel stages of 32")
+    ranks, times = (1, 3, 5, 7, 9, 11, 13, 15), 2  # a layer, two micro-batches
+    counts, there, back = E * FLOAT, S * K * H * HALF, 8 * S * H * HALF
+    wanted = {
+        **{Said("AlltoAll", phase, ranks, counts): times for phase in ("forward", "recompute")},
+        **{
+            Said("AlltoAllV", phase, ranks, size): times
+            for phase in ("forward", "recompute", "backward")
+            for size in (there, back)
+        },
+    }
+    assert exchanges(graph) == wanted
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "dropless" not in case])
 def test_exchanges_per_layer_and_micro_batch(both, case):
     """By hand: two forward and two backward of E * C rows, in two hops where hierarchical."""
     _, _, graph, _ = both(case)
@@ -108,7 +134,7 @@ def test_exchanges_per_layer_and_micro_batch(both, case):
     if expected.config.recompute == "full":
         phases.append("recompute")
     wanted = {Said("AlltoAll", phase, each, size): times for phase in phases for each in groups}
-    assert {key: n for key, n in graph.items() if key.operator == "AlltoAll"} == wanted
+    assert exchanges(graph) == wanted
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,11 +7,12 @@ rank of the second data-parallel place; its experts are shared with rank 1.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from dryrun.small_runs import HALF, WIDE, E, H, V
+from dryrun.small_runs import HALF, WIDE, E, H, K, V
 from support import configs
 
 from mistral_ms.config import PredictConfig
@@ -27,7 +28,7 @@ BATCH, LENGTH, CHUNK = 8, 48, 16
 HERE = BATCH // 4  # samples of a data-parallel rank
 KEYS = H // 2 // 2  # of the model, of a tensor-parallel rank
 WIDTHS = {"prefill": CHUNK, "decode": 1}
-FLOAT = 4
+FLOAT = INT = 4
 
 
 def prediction(**parallel):
@@ -67,16 +68,19 @@ def counted(graph):
 
 @pytest.mark.parametrize("step", WIDTHS)
 def test_what_travels(compile_step, step):
-    """For each layer attention's partial sums, rows to the experts and back, and the experts'
-    partial sums; at the end the logits, to everybody. Every expert has a place for every token.
+    """For each layer attention's partial sums, counts and rows to the experts, rows back, and the
+    experts' partial sums; at the end the logits, to everybody. Two ranks may send both rows of
+    every token to the four experts of one.
     """
     _, graph = compile_step(step)
     tokens = HERE * WIDTHS[step]
-    states, places = tokens * H * HALF, E * tokens * H * HALF
+    states, rows, room = (n * tokens * H * HALF for n in (1, K, 2 * K))
     assert counted(graph) == {
         ("AllReduce", TENSOR, states): LAYERS,
-        ("AlltoAll", EXPERT, places): 2 * LAYERS,
-        ("AllReduce", TENSOR, places): LAYERS,
+        ("AlltoAll", EXPERT, E * INT): LAYERS,
+        ("AlltoAllV", EXPERT, rows): LAYERS,
+        ("AlltoAllV", EXPERT, room): LAYERS,
+        ("AllReduce", TENSOR, room): LAYERS,
         ("AllGather", TENSOR, HERE * V // 2 * FLOAT): 1,
         ("AllGather", EXPERT, HERE * V * FLOAT): 1,
         ("AllGather", (3, 7), 2 * HERE * V * FLOAT): 1,
@@ -86,9 +90,16 @@ def test_what_travels(compile_step, step):
 def test_group_wise_each_tensor_parallel_rank_sends_its_share(compile_step):
     """Of the prompts: both graphs are of one cell."""
     _, graph = compile_step("prefill", "group_wise")
-    places = E * HERE * CHUNK * H * HALF
-    exchanges = {key: n for key, n in counted(graph).items() if key[0] == "AlltoAll"}
-    assert exchanges == {("AlltoAll", EXPERT, places // 2): 2 * LAYERS}
+    share = HERE * CHUNK * H // 2 * HALF
+    exchanges = {key: n for key, n in counted(graph).items() if key[0] == "AlltoAllV"}
+    assert exchanges == {("AlltoAllV", EXPERT, n * share): LAYERS for n in (K, 2 * K)}
+
+
+def test_experts_multiply_real_rows_alone(compile_step):
+    """Two products in each layer, of rows whose number is known when they have come."""
+    text, _ = compile_step("prefill")
+    products = re.findall(r"PrimFunc_GroupedMatmul\(.*\n.*TupleShape\(\((-?\d+), (\d+)\)\)", text)
+    assert products == [("-1", str(width)) for width in (WIDE, H)] * LAYERS
 
 
 @pytest.mark.parametrize("step", WIDTHS)
@@ -170,12 +181,18 @@ def test_the_command_compiles_the_shipped_prediction(command, tmp_path):
     )
     assert done.exit_code == 0, done.output
     found = json.loads(out.read_text())
-    lines = [line for line in found["communication"] if line["operator"] == "AlltoAll"]
-    assert [(line["group"], line["ranks"], line["count"]) for line in lines] == [
-        ("expert", list(range(8)), 2)
-    ]
-    assert lines[0]["bytes"] == 8 * (8 * 512) * 64 * 2  # experts, tokens of a rank, H, bytes
-    assert found["alltoall_per_moe_layer"] == {"forward": 2, "backward": 0}
+    exchanges = {
+        (line["operator"], line["group"], line["bytes"], line["count"])
+        for line in found["communication"]
+        if "AlltoAll" in line["operator"]
+    }
+    row, tokens = 64 * 2, 8 * 512  # of a rank
+    assert exchanges == {
+        ("AlltoAll", "expert", 8 * INT, 1),
+        ("AlltoAllV", "expert", tokens * K * row, 1),
+        ("AlltoAllV", "expert", 8 * tokens * row, 1),
+    }
+    assert found["alltoall_per_moe_layer"] == {"forward": 3, "backward": 0}
     assert found["cache_bytes"] == 8 * 4097 * (4 + 2 * 8 * 16 * 2)
     assert "cache " in done.output
 

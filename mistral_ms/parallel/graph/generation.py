@@ -27,8 +27,7 @@ from mistral_ms.weights import HEAD, by_name, specs
 
 
 class CachedParts(GraphParts):
-    """The pieces of a model with a cache. Nothing is dropped: every expert has a place for every
-    token of a rank.
+    """The pieces of a model with a cache. Routing is dropless.
 
     Args:
         config: the architecture.
