@@ -128,10 +128,10 @@ def test_a_dispatcher_there_and_back(compile_graph, target):
         assert total == dispatcher.traffic(T, K, H)
 
 
-def test_experts_multiply_packed_rows_by_one_operator(compile_target):
-    """Three products forward; the gradients of rows and weights of each."""
+def test_the_one_expert_of_a_rank_multiplies_packed_rows(compile_target):
+    """Three ordinary products forward; the gradients of rows and weights of each."""
     text, _ = compile_target("flat_dropless", RANK)
-    assert text.count(" = GroupedMatmul(") + text.count(" = PrimFunc_GroupedMatmul(") == 9
+    assert text.count(" = MatMul(") + text.count(" = PrimFunc_MatMul(") == 9
 
 
 def test_a_whole_model(compile_graph):
