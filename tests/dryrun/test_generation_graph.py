@@ -96,10 +96,10 @@ def test_group_wise_each_tensor_parallel_rank_sends_its_share(compile_step):
 
 
 def test_experts_multiply_real_rows_alone(compile_step):
-    """Two products in each layer, of rows whose number is known when they have come."""
+    """Three products in each layer, of rows whose number is known when they have come."""
     text, _ = compile_step("prefill")
     products = re.findall(r"PrimFunc_GroupedMatmul\(.*\n.*TupleShape\(\((-?\d+), (\d+)\)\)", text)
-    assert products == [("-1", str(width)) for width in (WIDE, H)] * LAYERS
+    assert products == [("-1", str(width)) for width in (WIDE // 2, WIDE // 2, H)] * LAYERS
 
 
 @pytest.mark.parametrize("step", WIDTHS)
