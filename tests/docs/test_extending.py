@@ -1,0 +1,163 @@
+"""The examples of docs/extending.md do what the page says."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+import torch
+from mindspore import Tensor
+from safetensors.numpy import load_file
+from support.hf import BASE, hf_logits, make_pair
+from support.models import ragged_batch
+from support.updates import STEPS, Ours, start_values, training
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mistral_ms.checkpoint import convert, open_checkpoint
+from mistral_ms.checkpoint import converter as written
+from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.config import hugging_face_keys as known
+from mistral_ms.config.layout import Sizes
+from mistral_ms.models import CausalLM
+from mistral_ms.optimizers import registry
+from mistral_ms.parallel.collectives import Collectives
+from mistral_ms.parallel.dispatchers import FlatRoute
+from mistral_ms.parallel.topology import GroupKind, Topology
+
+PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+RELATIVE = 2e-5
+"""Of a logit difference over the largest logit: the promise to Hugging Face's models."""
+
+
+@pytest.fixture
+def examples(tmp_path, monkeypatch):
+    """From a section to the module that its Python blocks make; a file, for graphs are compiled
+    from sources.
+    """
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def module(title):
+        (section,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+        blocks = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+        name = f"example_{title.replace(' ', '_').replace('-', '_').lower()}"
+        (tmp_path / f"{name}.py").write_text("\n\n".join(blocks))
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return importlib.import_module(name)
+
+    return module
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """Everything that the examples enter themselves into is as before afterwards."""
+    for table in (known.ARCHITECTURES, known.HF_CLASS_DEFAULTS, written._FORMATS):
+        for name in ("llama", "torchtune"):
+            monkeypatch.setitem(table, name, None)
+            monkeypatch.delitem(table, name)
+    monkeypatch.setattr(registry, "_OPTIMIZERS", dict(registry._OPTIMIZERS))
+    return monkeypatch
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["pynative", "graph"])
+def test_an_optimizer(tables, examples, graph):
+    """A dozen steps against a loop; signs agree, so only the decay is rounded."""
+    examples("An optimizer")
+    rate, decay, momentum = 1e-2, 0.1, 0.8
+    config = {"name": "signum", "weight_decay": decay, "momentum": momentum}
+    start = start_values()
+    ours = Ours(training(config), start)
+    want = {name: values.astype(np.float64) for name, values in start.items()}
+    buffers = {name: np.zeros_like(values) for name, values in want.items()}
+    rng = np.random.default_rng(3)
+    for step in range(STEPS):
+        gradients = {n: rng.standard_normal(v.shape).astype(np.float32) for n, v in start.items()}
+        got = ours.step(gradients, step, rate, graph)
+        for name, weight in want.items():
+            buffers[name] = momentum * buffers[name] + (1 - momentum) * gradients[name]
+            left = 1 - rate * decay * (weight.ndim > 1)
+            want[name] = weight * left - rate * np.sign(buffers[name])
+    for name, weight in want.items():
+        np.testing.assert_allclose(got[name], weight, rtol=2e-6, atol=1e-6)
+
+
+class Mirrored(Collectives):
+    """Three members, of which the first and the last change what they have: its own inverse."""
+
+    def all_to_all(self, x):
+        return x.flip((0,))
+
+
+def test_an_all_to_all_route(examples):
+    """The flat route's results, gradients and bytes, in twice as many messages."""
+    topology = Topology(Sizes(3, 1, 1, 3))
+    group = Mirrored(topology.group(GroupKind.EXPERT, 0), 0)
+    flat, pieces = FlatRoute(group), examples("An all-to-all route").PiecewiseRoute(group)
+    rng = np.random.default_rng(4)
+    x, factor = (Tensor(rng.standard_normal((3, 2, 5, 4)).astype(np.float32)) for _ in range(2))
+    found = []
+    for route in (flat, pieces):
+        gradient = ms.grad(lambda x, route=route: (route.exchange(x) * factor).sum())(x)
+        found.append((route.exchange(x).numpy(), gradient.numpy()))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    once, twice = flat.traffic(x.shape), pieces.traffic(x.shape)
+    assert twice.bytes_inside == once.bytes_inside > 0
+    assert twice.messages_inside == 2 * once.messages_inside > 0
+
+
+def test_a_model_family(tables, examples, tmp_path):
+    """A Llama with grouped queries gives Hugging Face's logits."""
+    torch.manual_seed(5)
+    theirs = LlamaForCausalLM(LlamaConfig(**BASE)).float().eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "llama"
+    examples("A model family")
+    with open_checkpoint(tmp_path / "hf") as source:
+        model = CausalLM(source.config)
+        load_weights(source, model.weights())
+    ids, positions = ragged_batch([7, 4], BASE["vocab_size"])
+    got = model(Tensor(ids), Tensor(positions)).numpy()
+    pair = type("Pair", (), {"hf": theirs})
+    want, real = hf_logits(pair, ids, positions), positions >= 0
+    assert np.abs(got - want)[real].max() <= RELATIVE * np.abs(want[real]).max()
+
+
+def test_a_checkpoint_format(tables, examples, tmp_path):
+    """Every tensor of a converted model is the one that is made by hand."""
+    pair = make_pair("mistral-sliding-window")
+    pair.hf.save_pretrained(tmp_path / "hf")
+    examples("A checkpoint format")
+    detect = sys.modules["mistral_ms.checkpoint.detect"]  # the package has a function of the name
+    tables.setattr(detect, "KINDS", (*detect.KINDS, "torchtune"))
+    convert(tmp_path / "hf", tmp_path / "tune", to="torchtune")
+    got = load_file(tmp_path / "tune" / "model.safetensors")
+    want = {}
+    for name, values in pair.weights().items():
+        for ours, names in NAMES.items():
+            name = name.replace(ours, names)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = BASE["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+            rows, columns = values.shape
+            halves = values.reshape(heads, 2, rows // heads // 2, columns)
+            values = halves.transpose(0, 2, 1, 3).reshape(rows, columns)
+        want[name] = values
+    assert got.keys() == want.keys()
+    for name, values in want.items():
+        np.testing.assert_array_equal(got[name], values)
+
+
+NAMES = {
+    "embed_tokens": "tok_embeddings",
+    "input_layernorm.weight": "sa_norm.scale",
+    "post_attention_layernorm.weight": "mlp_norm.scale",
+    "norm.weight": "norm.scale",
+    "attention.": "attn.",
+    "o_proj": "output_proj",
+    "feed_forward": "mlp",
+    "lm_head": "output",
+}
+"""From our names to torchtune's, written apart from the page."""
