@@ -151,7 +151,6 @@ REFUSED = {
     "parallel.pp: 2: the graph of generation has one stage": {"parallel": {"pp": 2, "ep": 1}},
     "parallel.recompute: full: there is no gradient": {"parallel": {"recompute": "full"}},
     "parallel.optimizer_parallel": {"parallel": {"optimizer_parallel": True}},
-    "embedding and head are two weights": {"tie_word_embeddings": True},
     "heads of a multiple of 16": {"head_dim": 8},
     "dp \\* mp \\* pp = 6: MindSpore divides": {"parallel": {"dp": 3, "ep": 1}, "batch": 9},
 }

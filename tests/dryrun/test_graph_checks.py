@@ -25,8 +25,8 @@ def run(**changes):
 
 
 REFUSED = {
-    "layer by layer": {"routing": {"aux_loss": "pooled"}},
-    "embedding and head are two weights": {"model": {"tie_word_embeddings": True}},
+    "couples the layers of all pipeline stages": {"routing": {"aux_loss": "pooled"}},
+    "embedding and head are one weight": {"model": {"tie_word_embeddings": True}},
     "a pipeline of 4 stages needs": {"training": {"micro_batches": 2}},
     "pipeline is 1f1b": {"parallel": {"schedule": "gpipe"}},
     "norms and residuals divide them": {

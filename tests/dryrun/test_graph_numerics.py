@@ -81,7 +81,8 @@ def both_gradients(config, scale=1.0):
     ours, step = build(config)
     arrays = batch(config.model)
     tensors = [Tensor(each) for each in arrays]
-    objective = Objective(ours, aux_coef=AUX, z_coef=Z, pooled_aux=False)
+    pooled = config.routing.aux_loss == "pooled"
+    objective = Objective(ours, aux_coef=AUX, z_coef=Z, pooled_aux=pooled)
     expected = ms.value_and_grad(objective, None, ms.ParameterTuple(ours.weights().values()), True)
     net = step.model
     shares = np.array([1 / (arrays[1] != IGNORE_INDEX).sum(), 1 / (arrays[2] >= 0).sum(), scale])
@@ -105,7 +106,10 @@ CASES = {
     "choice-major, rescaled": {
         "routing": {"drop_priority": "choice_major", "rescale_survivors": True}
     },
-    "dropless, padding at the end": {"routing": {"policy": "dropless"}, "num_hidden_layers": 1},
+    "dropless, pooled aux, embedding and head tied": {
+        "routing": {"policy": "dropless", "aux_loss": "pooled"},
+        "tie_word_embeddings": True,
+    },
     "token-major in one layer, window in the other, stretched positions": {
         "moe": {"sparse_layers": "every_other"},
         "sliding_window": 5,

@@ -9,7 +9,7 @@ from mindspore import ParameterTuple, Tensor, nn
 from mindspore.communication import get_group_size, get_rank
 from mindspore.nn.utils import no_init_parameters
 
-from mistral_ms.config import RunConfig
+from mistral_ms.config import ModelConfig, RunConfig
 from mistral_ms.optimizers import StoredMatrices, WeightUpdate, check_layout, make_plan
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.graph.checks import check_run
@@ -69,7 +69,6 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
     groups = Groups(Topology.of(parallel, get_group_size()), get_rank()) if divided else None
     if segmented is None:
         segmented = run.data is not None and run.data.packing.boundaries == "attention"
-    sparse = max(1, len(config.sparse_layers))
     with no_init_parameters():
         parts = GraphParts(
             config,
@@ -78,7 +77,7 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
             sequence=training.seq_length,
             segmented=segmented,
             parallel=parallel,
-            losses=LossCoefficients(training.aux_coef / sparse, training.z_coef / sparse),
+            losses=_coefficients(run, config),
             sharding=sharding,
             groups=groups,
         )
@@ -90,6 +89,14 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
         update = _weight_update(run, model)
         cell = _step(run, model, update, sharding)
     return GraphStep(cell, _inputs(run), model, segmented)
+
+
+def _coefficients(run: RunConfig, config: ModelConfig) -> LossCoefficients:
+    """Of the router's losses; whatever is not pooled is a mean over layers."""
+    training, sparse = run.training, max(1, len(config.sparse_layers))
+    pooled = run.routing.aux_loss == "pooled" and run.parallel.pp == 1
+    aux = training.aux_coef if pooled else training.aux_coef / sparse
+    return LossCoefficients(aux, training.z_coef / sparse, pooled)
 
 
 def _weight_update(run: RunConfig, model: GraphModel) -> WeightUpdate:

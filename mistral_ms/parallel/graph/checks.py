@@ -28,11 +28,14 @@ def check_run(run: RunConfig, layers: int) -> None:
     sparse = bool(model.sparse_layers)
     rules: tuple[Rule, ...] = (
         (
-            sparse and training.aux_coef > 0 and run.routing.aux_loss == "pooled",
+            sparse
+            and parallel.pp > 1
+            and training.aux_coef > 0
+            and run.routing.aux_loss == "pooled",
             "routing.aux_loss",
             "pooled",
-            "the graph forms the load-balancing loss layer by layer",
-            "set routing.aux_loss=per_layer or training.aux_coef=0",
+            "the pooled load-balancing loss couples the layers of all pipeline stages",
+            "set routing.aux_loss=per_layer, training.aux_coef=0, or parallel.pp=1",
         ),
         (
             sparse and parallel.optimizer_parallel and _crosses_experts(model, parallel),
@@ -138,11 +141,11 @@ def _of_all_graphs(model: ModelConfig, parallel: ParallelConfig) -> tuple[Rule, 
             None,
         ),
         (
-            model.tie_word_embeddings,
+            model.tie_word_embeddings and parallel.pp > 1,
             "model.tie_word_embeddings",
             True,
-            "embedding and head are two weights of the graph",
-            None,
+            "embedding and head are one weight and would lie on two stages",
+            "use parallel.pp=1",
         ),
         (
             bool(model.hidden_size % parallel.mp),

@@ -73,19 +73,21 @@ class CachedParts(GraphParts):
 
 
 class LastLogits(Region):
-    """Logits of one token of each sample; tensor-parallel ranks divide the vocabulary.
+    """Logits of one token of each sample. Tensor-parallel ranks divide the vocabulary, unless the
+    head is the embedding, which is whole: then each forms all of them.
 
     Args:
         dtype: what they are computed in.
+        tied: whether the head is the embedding.
         sharding: the table; None on one device.
     """
 
-    def __init__(self, dtype: str, sharding: Sharding | None) -> None:
+    def __init__(self, dtype: str, tied: bool, sharding: Sharding | None) -> None:
         def shapes(x: Shape, weight: Shape, last: Shape) -> Any:
             return [last[0], weight[0]]
 
-        inputs = "whole_rows", "output_divided", "table"
-        super().__init__(sharding, inputs, ("columns",), shapes, (ms.float32,))
+        head, logits = ("matrix", "samples") if tied else ("output_divided", "columns")
+        super().__init__(sharding, ("whole_rows", head, "table"), (logits,), shapes, (ms.float32,))
         self.gather, self.range, self.cast = ops.Gather(), ops.Range(), ops.Cast()
         self.dtype = getattr(ms, dtype)
 
@@ -121,10 +123,12 @@ class GraphNextToken(nn.Cell):
         blocks = [GraphBlock(parts, layer) for layer in range(parts.config.num_hidden_layers)]
         self.layers = nn.CellList(blocks)
         self.norm = parts.norm()
-        self.lm_head = parts.head()
+        self.tied = parts.config.tie_word_embeddings
+        if not self.tied:
+            self.lm_head = parts.head()
         check_weights(self.weights(), by_name(specs(parts.config)), parts)
         self.key_positions = parts.key_positions(parts.cache)
-        self.last_logits = LastLogits(parts.dtype, parts.sharding)
+        self.last_logits = LastLogits(parts.dtype, self.tied, parts.sharding)
 
     def construct(self, ids_BS: Tensor, positions_BS: Tensor, last_B: Tensor) -> Tensor:
         """Float32 [B, V]: logits after column ``last_B`` (int32) of each row; enters the tokens
@@ -140,7 +144,11 @@ class GraphNextToken(nn.Cell):
         x_TH = self.embed_tokens(ids_BS)
         for layer in self.layers:
             x_TH = layer(x_TH, context, (positions_BS,))
-        return self.last_logits(self.norm(x_TH), self.lm_head.weight, last_B)
+        return self.last_logits(self.norm(x_TH), self.head_weight(), last_B)
+
+    def head_weight(self) -> Parameter:
+        """The output head [V, H]; the embedding's own weight when tied."""
+        return self.embed_tokens.weight if self.tied else self.lm_head.weight
 
     def reset_cache(self) -> None:
         """Forgets all cached positions; the next call starts new sequences."""
@@ -215,7 +223,7 @@ def generation_storage(run: PredictConfig, rank: int = 0) -> GraphStorage:
         run: as for :func:`build_generation`.
         rank: the process.
     """
-    divided_head = {HEAD: "output_divided"}
+    divided_head = {} if run.model.tie_word_embeddings else {HEAD: "output_divided"}
     return GraphStorage(run.model, run.parallel, rank, divided_head)
 
 

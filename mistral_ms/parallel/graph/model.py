@@ -80,13 +80,23 @@ class Loss(nn.Cell):
 
 
 class GraphBlock(DecoderBlock):
-    """The ordinary block without its sums: there are none, and the None that would stand for them
-    becomes a call of Python in the compiled graph where blocks are computed again.
+    """The ordinary block without its sums, where there are none: the None that would stand for
+    them becomes a call of Python in the compiled graph where blocks are computed again.
+
+    Attributes:
+        pooled: whether it gives sums, for the pooled load-balancing loss.
     """
 
+    def __init__(self, parts: GraphParts, layer: int) -> None:
+        super().__init__(parts, layer)
+        self.pooled = self.sparse and parts.losses is not None and parts.losses.pooled
+
     def construct(self, x_TH: Tensor, context: Any, valid_T: Any) -> Any:
-        """[T, H] -> [T, H]; context and mask are what the pieces of :class:`GraphParts` take."""
-        return super().construct(x_TH, context, valid_T)[0]
+        """[T, H] -> [T, H], and sums; context and mask are what the pieces of :class:`GraphParts`
+        take.
+        """
+        both = super().construct(x_TH, context, valid_T)
+        return both if self.pooled else both[0]
 
 
 class GraphModel(nn.Cell):
@@ -113,12 +123,18 @@ class GraphModel(nn.Cell):
         self.embed_tokens = parts.embedding()
         blocks = [GraphBlock(parts, layer) for layer in range(parts.config.num_hidden_layers)]
         self.layers = nn.CellList(blocks)
+        self.pooled = any(block.pooled for block in blocks)
+        if self.pooled:
+            self.pooled_loss = parts.pooled_loss()
+            self.room_of_pooled = max(i for i, block in enumerate(blocks) if block.pooled)
         self.norm = parts.norm()
-        self.lm_head = parts.head()
+        self.tied = parts.config.tie_word_embeddings
+        if not self.tied:
+            self.lm_head = parts.head()
         self.specs = by_name(specs(parts.config))
         check_weights(self.weights(), self.specs, parts)
         self.loss = Loss(parts.dtype, parts.sharding)
-        if max(stages) > 0:
+        if max(stages) > 0:  # then nothing is tied or pooled
             self.embed_tokens.pipeline_stage = 0
             for block, stage in zip(blocks, stages, strict=True):
                 block.pipeline_stage = stage
@@ -146,9 +162,20 @@ class GraphModel(nn.Cell):
                 over its tokens that are not padding, the loss scale.
         """
         x_TH = self.embed_tokens(ids_BS)
+        sums: tuple[Tensor, ...] = ()
         for layer in self.layers:
             x_TH = layer(x_TH, (positions_BS, segments_BS), (positions_BS, shares_B3))
-        return self.loss(self.norm(x_TH), self.lm_head.weight, labels_BS, shares_B3)
+            if layer.pooled:
+                x_TH, summed = x_TH
+                sums = (*sums, summed)
+        if self.pooled:
+            room = self.layers[self.room_of_pooled].moe.notes
+            x_TH = self.pooled_loss(x_TH, sums, shares_B3, room)
+        return self.loss(self.norm(x_TH), self.head_weight(), labels_BS, shares_B3)
+
+    def head_weight(self) -> Parameter:
+        """The output head [V, H]; the embedding's own weight when tied."""
+        return self.embed_tokens.weight if self.tied else self.lm_head.weight
 
     def weights(self) -> dict[str, Parameter]:
         """All weights by the names of our checkpoints."""

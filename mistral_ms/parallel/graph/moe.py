@@ -23,10 +23,10 @@ from mindspore import Tensor, nn, ops
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.layers.parameter import weight
 from mistral_ms.moe import (
-    Choice,
     Dispatcher,
     Plan,
     Router,
+    RouterSums,
     kept_choices,
     load_balancing_loss,
     local_dispatcher,
@@ -38,7 +38,7 @@ from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.dispatchers import make_dispatcher
 from mistral_ms.parallel.graph.carriers import IN_REGION
 from mistral_ms.parallel.graph.notes import AttachLosses, Note, notes
-from mistral_ms.parallel.graph.region import Region, first_shape
+from mistral_ms.parallel.graph.region import Region, Shape, first_shape
 from mistral_ms.parallel.sharding import Sharding
 
 _cast = ops.Cast()
@@ -66,15 +66,18 @@ class MatrixExperts(nn.Cell):
 
 @dataclass(frozen=True)
 class LossCoefficients:
-    """Of the router's losses, over the number of sparse layers.
+    """Of the router's losses.
 
     Attributes:
-        aux: of the load-balancing loss.
-        z: of the z-loss.
+        aux: of the load-balancing loss; of each layer, or of the pooled one.
+        z: of the z-loss of each layer.
+        pooled: the load-balancing loss is formed behind the last layer, of the sums of all
+            (:mod:`mistral_ms.parallel.graph.pooled`).
     """
 
     aux: float = 0.0
     z: float = 0.0
+    pooled: bool = False
 
 
 class SparsePieces(Region):
@@ -87,6 +90,7 @@ class SparsePieces(Region):
         dtype: what is computed in.
         sharding: the table; None on one device.
         more: layouts of further inputs.
+        summed: shape of a second output, float32, whose rows are divided among all ranks.
     """
 
     def __init__(
@@ -97,9 +101,17 @@ class SparsePieces(Region):
         dtype: str,
         sharding: Sharding | None,
         more: tuple[str, ...] = (),
+        summed: tuple[int, int] | None = None,
     ) -> None:
+        def two_shapes(x: Shape, *others: Shape) -> Any:
+            return x, list(summed)
+
         inputs = "whole_rows", "samples", "matrix", "experts", "experts", "experts", *more
-        super().__init__(sharding, inputs, ("whole_rows",), first_shape, (0,))
+        if summed is None:
+            super().__init__(sharding, inputs, ("whole_rows",), first_shape, (0,))
+        else:
+            outputs = "whole_rows", "rows"
+            super().__init__(sharding, inputs, outputs, two_shapes, (0, ms.float32))
         self.hidden_size = config.hidden_size
         self.dispatcher, self.router, self.packed = dispatcher, router, dispatcher.packed
         kernels = select.dense_kernels()
@@ -177,13 +189,26 @@ class TrainedSparseRegion(SparsePieces):
         groups: int,
         sharding: Sharding | None,
     ) -> None:
-        more = "samples", "matrix"
-        super().__init__(config, dispatcher, router, dtype, sharding, more)
+        assert config.moe is not None
+        ranks = 1 if sharding is None else sharding.ranks
+        summed = (ranks * groups, 2 * config.moe.num_local_experts + 1)
+        super().__init__(
+            config,
+            dispatcher,
+            router,
+            dtype,
+            sharding,
+            ("samples", "matrix"),
+            summed if coefficients.pooled else None,
+        )
         self.groups, self.attach, self.note = groups, AttachLosses(), Note()
         # the tensor-parallel ranks form the same losses: each is responsible for its share
         self.share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
-        each = [coefficients.aux * self.share, coefficients.z * self.share]
+        self.pooled = coefficients.pooled
+        aux = 0.0 if self.pooled else coefficients.aux
+        each = [aux * self.share, coefficients.z * self.share]
         self.coefficients = Tensor(np.array(each, np.float32))
+        self.z_alone = Tensor(np.array([0.0, 1.0], np.float32))
 
     def compute(
         self,
@@ -195,8 +220,11 @@ class TrainedSparseRegion(SparsePieces):
         w2_LH_I: Tensor,
         shares_B3: Tensor,
         notes: Tensor,
-    ) -> Tensor:
-        """[T, H] -> [T, H], with the router's losses attached, and what is noted of them."""
+    ) -> Any:
+        """[T, H] -> [T, H], with the router's losses attached, and what is noted of them; for the
+        pooled loss also what it takes, see
+        :class:`~mistral_ms.parallel.graph.pooled.PooledLoss`.
+        """
         valid_T = self.valid(positions_BS)
         w1, w3, w2 = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
         size = x_TH.shape[0] // self.groups
@@ -211,21 +239,29 @@ class TrainedSparseRegion(SparsePieces):
         # share of the batch in its tokens, times the loss scale
         coefficients = self.coefficients * (shares_B3[0, 1] * shares_B3[0, 2])
         out: tuple[Tensor, ...] = ()
+        rows_for_pooled: tuple[Tensor, ...] = ()
         for i in range(self.groups):
             choice, rows, group_sizes_L, plan, valid = sent[i]
             y_TH = self.results(rows, group_sizes_L, plan, w1, w3, w2)
-            losses, routed_E, kept_E = _losses(choice, kept_choices(plan), valid)
+            sums = router_sums(choice, kept_choices(plan), valid)
+            probs_E, routed_E, kept_E, _, tokens = sums
+            losses = _losses(sums)
+            if self.pooled:
+                losses = losses * self.z_alone
+                row = ops.cat((probs_E, routed_E, tokens.reshape(1)))
+                rows_for_pooled = (*rows_for_pooled, row)
             y_TH = self.attach(y_TH, losses, coefficients)
             seen = ops.cat((losses * shares_B3[0, 1], routed_E, kept_E)) * self.share
             out = (*out, self.note(y_TH, notes, seen))
-        return out[0] if self.groups == 1 else ops.cat(out, 0)
+        y_TH = out[0] if self.groups == 1 else ops.cat(out, 0)
+        if self.pooled:
+            return y_TH, ops.stack(rows_for_pooled)
+        return y_TH
 
 
-def _losses(choice: Choice, kept_TK: Tensor, valid_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Load-balancing and z-loss of a dispatch group, times its tokens: float32 [2]; and its choices
-    of each expert, before and after the capacity.
-    """
-    probs_E, routed_E, kept_E, z, tokens = router_sums(choice, kept_TK, valid_T)
+def _losses(sums: RouterSums) -> Tensor:
+    """Load-balancing and z-loss of a dispatch group, times its tokens: float32 [2]."""
+    probs_E, routed_E, kept_E, z, tokens = sums
     one_layer = (
         probs_E.reshape(1, -1),
         routed_E.reshape(1, -1),
@@ -234,7 +270,7 @@ def _losses(choice: Choice, kept_TK: Tensor, valid_T: Tensor) -> tuple[Tensor, T
         tokens.reshape(1),
     )
     each = ops.stack((load_balancing_loss(one_layer, False), router_z_loss(one_layer)))
-    return each * tokens, routed_E, kept_E
+    return each * tokens
 
 
 class GraphMoE(nn.Cell):
@@ -265,6 +301,7 @@ class GraphMoE(nn.Cell):
         self.experts = MatrixExperts(config)
         assert config.moe is not None
         self.trained = coefficients is not None
+        self.pooled = coefficients is not None and coefficients.pooled
         if coefficients is not None:
             self.notes = notes(2 + 2 * config.moe.num_local_experts)
             self.region: Region = TrainedSparseRegion(
@@ -274,8 +311,9 @@ class GraphMoE(nn.Cell):
             self.region = SparseRegion(config, dispatcher, self.router, dtype, sharding)
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
 
-    def construct(self, x_TH: Tensor, batch: tuple[Tensor, ...]) -> tuple[Tensor, None]:
-        """[T, H] -> [T, H]; losses and counts go their own ways, so there are no sums.
+    def construct(self, x_TH: Tensor, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        """[T, H] -> [T, H]; losses and counts go their own ways, so there are no sums but those
+        for the pooled loss.
 
         Args:
             x_TH: token rows.
@@ -288,6 +326,8 @@ class GraphMoE(nn.Cell):
         given: tuple[Tensor, ...] = (batch[0], self.router.weight, w1, w3, w2)
         if self.trained:
             given = (*given, batch[1], self.notes)
+        if self.pooled:
+            return self.region(x_TH, *given)
         return self.region(x_TH, *given), None
 
 

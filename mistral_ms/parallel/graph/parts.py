@@ -17,6 +17,7 @@ from mistral_ms.parallel.graph.dense import (
     Weight,
 )
 from mistral_ms.parallel.graph.moe import GraphMoE, LossCoefficients, region_dispatcher
+from mistral_ms.parallel.graph.pooled import PooledLoss
 from mistral_ms.parallel.sharding import Sharding, graph_form
 from mistral_ms.weights import ParamSpec, vocabulary_specs
 
@@ -103,6 +104,11 @@ class GraphParts(Parts):
             self.parallel.interleave,
             self.sharding,
         )
+
+    def pooled_loss(self) -> nn.Cell:
+        """The load-balancing loss of all layers."""
+        assert self.losses is not None
+        return PooledLoss(self.config, self.losses.aux, self.sharding)
 
     def head(self) -> nn.Cell:
         """Holds the output head [V, H]."""
