@@ -63,15 +63,18 @@ class Expected:
         parallel: its layout.
         rank: which.
         micro: micro-batches.
+        tied: whether the embedding is the head, too.
     """
 
-    def __init__(self, parallel: dict[str, object], rank: int, micro: int) -> None:
+    def __init__(
+        self, parallel: dict[str, object], rank: int, micro: int, tied: bool = False
+    ) -> None:
         self.config = ParallelConfig(**parallel)
         self.topology = Topology.of(self.config)
         self.rank, self.micro = rank, micro
         self.stage = self.topology.place(rank).pp
         self.last = self.stage == self.config.pp - 1
-        self.model = ModelConfig(**small_run(parallel)["model"])
+        self.model, self.tied = ModelConfig(**small_run(parallel, tied=tied)["model"]), tied
         layers = layers_of(parallel)
         self.layers = layers // self.config.pp  # of the stage
         # total, lm, aux, z; choices and kept choices of all layers
@@ -108,6 +111,7 @@ class Expected:
                 found[f"{at}moe.experts.{matrix}"] = Weight(shape, GroupKind.EXPERT_DATA)
         if self.last:
             found["norm.weight"] = norm
+        if self.last and not self.tied:
             found["lm_head.weight"] = self._vocabulary(rounded=True)
         return found
 

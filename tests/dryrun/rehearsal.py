@@ -115,7 +115,8 @@ def rehearse(run: RunConfig, rank: int) -> Counter[Said]:
     groups = UnansweredGroups(division.topology, rank)
     division.groups = groups
     model = division.build_model(run.model, run.routing, training.dtype)
-    update = TrainStep(model, training, pooled_aux=False, division=division)
+    pooled = run.routing.aux_loss == "pooled"
+    update = TrainStep(model, training, pooled_aux=pooled, division=division)
     text = [0] * (training.global_batch_size * training.seq_length + 1)
     data = InMemoryWindows(text, training.seq_length, training.global_batch_size, 0)
     with _eager():

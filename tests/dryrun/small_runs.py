@@ -17,10 +17,12 @@ HALF, FLOAT = 2, 4
 
 
 def layers_of(parallel: Mapping[str, object]) -> int:
-    """One for each stage; two where matrices are divided, to tell what is said for each layer from
-    what is said once. More would be compiled for longer, and say the same once more.
+    """One for each stage; two where matrices are divided or dispatch groups overlap, to tell what
+    is said for each layer from what is said once. More would be compiled for longer, and say the
+    same once more.
     """
-    return 2 if parallel.get("mp", 1) > 1 else parallel.get("pp", 1)
+    several = parallel.get("mp", 1) > 1 or parallel.get("interleave", 1) > 1
+    return 2 if several else parallel.get("pp", 1)
 
 
 def small_run(
@@ -28,6 +30,8 @@ def small_run(
     micro: int = 1,
     moe: bool = True,
     policy: str = "capacity",
+    aux_loss: str = "per_layer",
+    tied: bool = False,
     **training: object,
 ) -> dict[str, object]:
     """As a run file has it."""
@@ -38,6 +42,7 @@ def small_run(
         "num_hidden_layers": layers_of(parallel),
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "tie_word_embeddings": tied,
     }
     if model["num_hidden_layers"] == 2:  # which changes no message
         model |= {
@@ -51,7 +56,7 @@ def small_run(
         model["moe"] = {"num_local_experts": E}
     return {
         "model": model,
-        "routing": {"policy": policy, "aux_loss": "per_layer"},
+        "routing": {"policy": policy, "aux_loss": aux_loss},
         "training": {
             "steps": 1,
             "seq_length": S,

@@ -29,15 +29,22 @@ CASES = {
     "tensor parallel": (TENSOR, 3, 2),
     "tensor parallel stages, group-wise": (STAGES, 2, 2),
     "tensor parallel stages, last stage": (STAGES, 6, 2),
-    "interleaved": ({"dp": 2, "ep": 2, "interleave": 2}, 1, 1),
+    "interleaved, pooled aux, tied": ({"dp": 2, "ep": 2, "interleave": 2}, 1, 1),
     "optimizer parallel": ({"dp": 4, "ep": 2, "optimizer_parallel": True}, 3, 1),
     "dropless, tensor parallel stages of 32": (DROPLESS, 11, 2),
 }
+CHANGES = {
+    "interleaved, pooled aux, tied": {"aux_loss": "pooled", "tied": True},
+    "dropless, tensor parallel stages of 32": {"policy": "dropless"},
+}
+
+
+def expected(case) -> Expected:
+    return Expected(*CASES[case], CHANGES.get(case, {}).get("tied", False))
 
 
 def of_graph(text, groups, case) -> Counter[Said]:
-    parallel, rank, _ = CASES[case]
-    graph = read(text, rank, Expected(parallel, rank, 1).config.world, groups)
+    graph = read(text, CASES[case][1], expected(case).config.world, groups)
     counts: Counter[Said] = Counter()
     for each in graph.communication:
         counts[Said(each.operator, str(each.phase), each.ranks, each.nbytes)] += each.times
@@ -52,8 +59,7 @@ def both(compile_run):
     def count(case):
         if case not in known:
             parallel, rank, micro = CASES[case]
-            policy = "dropless" if parallel is DROPLESS else "capacity"
-            run = small_run(parallel, micro, policy=policy)
+            run = small_run(parallel, micro, **CHANGES.get(case, {}))
             text, groups = compile_run(run, rank)
             known[case] = text, groups, rehearse(explicit(run), rank)
         text, groups, said = known[case]
@@ -79,7 +85,7 @@ def unexplained(graph, said, differences):
 @pytest.mark.parametrize("case", CASES)
 def test_every_difference_has_a_reason(both, case):
     _, _, graph, said = both(case)
-    over, same = unexplained(graph, said, Expected(*CASES[case]).all())
+    over, same = unexplained(graph, said, expected(case).all())
     assert over == {}
     # no reason hides an exchange, nor a message of stages: they are the same on both sides
     operators = ["AlltoAll", "AlltoAllV"]
@@ -115,23 +121,22 @@ def test_dropless_exchanges_counts_first_and_then_real_rows(both):
 def test_exchanges_per_layer_and_micro_batch(both, case):
     """By hand: two forward and two backward of E * C rows, in two hops where hierarchical."""
     _, _, graph, _ = both(case)
-    parallel, rank, micro = CASES[case]
-    expected = Expected(parallel, rank, micro)
+    this = expected(case)
     groups = {
         "hierarchical, two nodes of two": [(0, 1), (1, 3)],
         "pipeline, first stage": [(0, 1, 2, 3)],
         "pipeline, last stage": [(4, 5, 6, 7)],
         "tensor parallel stages, group-wise": [(0, 2)],
         "tensor parallel stages, last stage": [(4, 6)],
-        "interleaved": [(0, 1)],
+        "interleaved, pooled aux, tied": [(0, 1)],
         "optimizer parallel": [(2, 3)],
     }.get(case, [(1, 3)])
-    times = 2 * micro * expected.config.interleave * expected.layers
+    times = 2 * this.micro * this.config.interleave * this.layers
     size = E * C * H * HALF
-    if expected.config.all_to_all == "group_wise":
+    if this.config.all_to_all == "group_wise":
         size //= 2
     phases = ["forward", "backward"]
-    if expected.config.recompute == "full":
+    if this.config.recompute == "full":
         phases.append("recompute")
     wanted = {Said("AlltoAll", phase, each, size): times for phase in phases for each in groups}
     assert exchanges(graph) == wanted
@@ -141,7 +146,7 @@ def test_exchanges_per_layer_and_micro_batch(both, case):
 def test_no_reason_is_idle(both, case):
     """Each predicts something that was counted, and without it the comparison fails."""
     _, _, graph, said = both(case)
-    reasons = Expected(*CASES[case]).all()
+    reasons = expected(case).all()
     for number, left_out in enumerate(reasons):
         others = reasons[:number] + reasons[number + 1 :]
         over, _ = unexplained(graph, said, others)
@@ -190,5 +195,5 @@ def test_a_changed_graph_is_noticed(both, mutation):
     except DryrunError as error:
         assert "unknown communication" in str(error)
     else:
-        over, _ = unexplained(graph, said, Expected(*CASES[case]).all())
+        over, _ = unexplained(graph, said, expected(case).all())
         assert over

@@ -90,7 +90,8 @@ class SparsePieces(Region):
         dtype: what is computed in.
         sharding: the table; None on one device.
         more: layouts of further inputs.
-        summed: shape of a second output, float32, whose rows are divided among all ranks.
+        summed: shape of a second output, float32, whose rows are divided among all ranks; empty
+            when there is none.
     """
 
     def __init__(
@@ -101,17 +102,17 @@ class SparsePieces(Region):
         dtype: str,
         sharding: Sharding | None,
         more: tuple[str, ...] = (),
-        summed: tuple[int, int] | None = None,
+        summed: tuple[int, ...] = (),
     ) -> None:
         def two_shapes(x: Shape, *others: Shape) -> Any:
             return x, list(summed)
 
         inputs = "whole_rows", "samples", "matrix", "experts", "experts", "experts", *more
-        if summed is None:
-            super().__init__(sharding, inputs, ("whole_rows",), first_shape, (0,))
-        else:
+        if summed:
             outputs = "whole_rows", "rows"
             super().__init__(sharding, inputs, outputs, two_shapes, (0, ms.float32))
+        else:
+            super().__init__(sharding, inputs, ("whole_rows",), first_shape, (0,))
         self.hidden_size = config.hidden_size
         self.dispatcher, self.router, self.packed = dispatcher, router, dispatcher.packed
         kernels = select.dense_kernels()
@@ -199,7 +200,7 @@ class TrainedSparseRegion(SparsePieces):
             dtype,
             sharding,
             ("samples", "matrix"),
-            summed if coefficients.pooled else None,
+            summed if coefficients.pooled else (),
         )
         self.groups, self.attach, self.note = groups, AttachLosses(), Note()
         # the tensor-parallel ranks form the same losses: each is responsible for its share

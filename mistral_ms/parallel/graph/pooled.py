@@ -28,33 +28,26 @@ class PooledRegion(Region):
 
     def __init__(self, config: ModelConfig, coefficient: float, sharding: Sharding | None) -> None:
         assert config.moe is not None
-        layers = len(config.sparse_layers)
-        inputs = "rows", *["rows"] * layers, "samples", "matrix"
+        inputs = "rows", "rows", "samples", "matrix"
         super().__init__(sharding, inputs, ("rows",), first_shape, (0,))
-        self.experts = config.moe.num_local_experts
+        self.experts, self.layers = config.moe.num_local_experts, len(config.sparse_layers)
         # the tensor-parallel ranks form the same loss: each is responsible for its share
-        share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
-        self.coefficient = Tensor(np.array([coefficient * share], np.float32))
-        # the report takes the mean over layers
-        self.noted = share * layers
+        self.share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
+        self.coefficient = Tensor(np.array([coefficient * self.share], np.float32))
         self.others = Tensor(np.zeros(1 + 2 * self.experts, np.float32))
         self.attach, self.note = AttachLosses(), Note()
 
-    def compute(self, x_TH: Tensor, *given: Tensor) -> Tensor:
-        """[T, H] -> [T, H]; ``given`` are the sums of each layer [groups, 2 E + 1], shares [B, 3]
-        and the room for figures.
-        """
-        E, shares_B3, room = self.experts, given[-2], given[-1]
-        sums_GLF = ops.stack(given[:-2], 1)
-        total = ops.zeros(1, ms.float32)
-        for i in range(sums_GLF.shape[0]):
-            sums_LF = sums_GLF[i]
-            probs_LE, routed_LE = sums_LF[:, :E], sums_LF[:, E : 2 * E]
-            tokens_L = sums_LF[:, 2 * E]
-            sums = probs_LE, routed_LE, routed_LE, tokens_L, tokens_L
-            total = total + load_balancing_loss(sums, True) * tokens_L[0]
+    def compute(self, x_TH: Tensor, sums_GF: Tensor, shares_B3: Tensor, room: Tensor) -> Tensor:
+        """[T, H] -> [T, H]."""
+        E, total = self.experts, ops.zeros((1,), ms.float32)
+        for i in range(sums_GF.shape[0]):
+            probs_1E, routed_1E = sums_GF[i : i + 1, :E], sums_GF[i : i + 1, E : 2 * E]
+            tokens_1 = sums_GF[i : i + 1, 2 * E]
+            sums = probs_1E, routed_1E, routed_1E, tokens_1, tokens_1
+            total = total + load_balancing_loss(sums, True) * tokens_1 / self.layers
         x_TH = self.attach(x_TH, total, self.coefficient * (shares_B3[0, 1] * shares_B3[0, 2]))
-        seen = total * (shares_B3[0, 1] * self.noted)
+        # the report takes the mean over layers
+        seen = total * (shares_B3[0, 1] * (self.share * self.layers))
         return self.note(x_TH, room, ops.cat((seen, self.others)))
 
 
@@ -70,17 +63,23 @@ class PooledLoss(nn.Cell):
     def __init__(self, config: ModelConfig, coefficient: float, sharding: Sharding | None) -> None:
         super().__init__()
         self.region = PooledRegion(config, coefficient, sharding)
+        self.add = ops.Add()
+        if sharding is not None:
+            self.add.shard(in_strategy=(sharding("rows"), sharding("rows")))
 
     def construct(
-        self, x_TH: Tensor, sums: tuple[Tensor, ...], shares_B3: Tensor, room: Parameter
+        self, x_TH: Tensor, layers: tuple[Tensor, ...], shares_B3: Tensor, room: Parameter
     ) -> Tensor:
         """[T, H], unchanged.
 
         Args:
             x_TH: the states.
-            sums: of each sparse layer, of all dispatch groups of all ranks, float32 [., 2 E + 1]:
-                router probabilities, choices, tokens.
+            layers: of each sparse layer the sums of all dispatch groups of all ranks, float32
+                [groups, 2 E + 1]: router probabilities, choices, tokens.
             shares_B3: see :class:`~mistral_ms.parallel.graph.model.GraphModel`.
             room: for the figures of any sparse layer; that of the loss is noted there.
         """
-        return self.region(x_TH, *sums, shares_B3, room)
+        sums = layers[0]
+        for each in layers[1:]:
+            sums = self.add(sums, each)
+        return self.region(x_TH, sums, shares_B3, room)
