@@ -1,83 +1,117 @@
-"""Ranks of a job without a new import of MindSpore for each.
+"""Processes of a job without a new import of MindSpore for each.
 
-msrun starts this file for every rank. It asks the job's server, a process that has imported
-MindSpore, for a fork that becomes the rank, and ends as that ends. How a fresh interpreter joins a
-job is shown by what runs ``run_mixtral.py`` under msrun: test_train_command.py and test_launch.py.
+msrun starts this file for every rank, and this file starts msrun. It asks a server, a process that
+has imported MindSpore, for a fork that becomes the rank, and ends as that ends. How a fresh
+interpreter joins a job is shown by test_launch.py and test_generate_command.py.
 """
 
 from __future__ import annotations
 
-import gc
+import contextlib
+import functools
 import json
 import os
 import runpy
+import select
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 SOCKET = "MISTRAL_MS_TEST_SOCKET"
 """Variable of the environment: where the server listens."""
 
 
-def start_server(
-    directory: Path, processes: int, environ: dict[str, str]
-) -> tuple[subprocess.Popen, Path]:
-    """A server, and the socket that it listens to as soon as this returns.
+@functools.cache
+def start_server() -> tuple[socket.socket, Path]:
+    """The server of this process, made when it is first asked for.
+
+    Forks have one thread for operations each.
+
+    Returns:
+        What the server lives as long as; and the socket that it listens to.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="mistral_ms-forks-"))
+    path = folder / "socket"
+    listener = socket.socket(socket.AF_UNIX)
+    descriptor = os.open(folder, os.O_RDONLY)
+    listener.bind(f"/proc/self/fd/{descriptor}/{path.name}")  # the path itself may be too long
+    os.close(descriptor)
+    listener.listen(16)
+    ours, theirs = socket.socketpair()
+    here = Path(__file__).parent
+    roots = [str(here.parents[1]), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environ = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(filter(None, roots))}
+    subprocess.Popen(
+        [sys.executable, __file__, "serve", str(theirs.fileno())],
+        stdin=listener, pass_fds=[theirs.fileno()], env=environ, start_new_session=True,
+    )  # fmt: skip
+    theirs.close()
+    listener.close()
+    return ours, path
+
+
+def serve(client: int) -> None:
+    """Forks for each connection, until its client has ended.
 
     Args:
-        directory: takes the server's output.
-        processes: how many forks there will be; it ends with the last one.
-        environ: what ranks inherit, but for what msrun changes.
+        client: a socket on whose other side the client is.
     """
-    path = directory / "server.sock"
-    listener = socket.socket(socket.AF_UNIX)
-    folder = os.open(directory, os.O_RDONLY)
-    listener.bind(f"/proc/self/fd/{folder}/{path.name}")  # the path itself may be too long for it
-    os.close(folder)
-    listener.listen(16)
-    with (directory / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, __file__, "serve", str(processes)],
-            stdin=listener, stdout=log, stderr=log, env=environ, start_new_session=True,
-        )  # fmt: skip
-    listener.close()
-    return process, path
+    from support.preload import preload
 
-
-def serve(processes: int) -> None:
-    """Forks for each connection and waits for all forks."""
-    import mindspore  # noqa: F401
-
-    gc.freeze()  # what is here is neither examined nor copied by the forks
+    preload()
     listener = socket.socket(fileno=0)
-    for _ in range(processes):
-        line, _ = listener.accept()
-        if os.fork() == 0:
-            listener.close()
-            _guard(line)
-        line.close()
-    for _ in range(processes):
-        os.wait()
+    while True:
+        ready = select.select([listener, client], [], [], 60)[0]
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if client in ready:
+            os._exit(0)
+        if listener in ready:
+            line, _ = listener.accept()
+            data, fds, _, _ = socket.recv_fds(line, 1 << 20, 2)
+            while not data.endswith(b"\n") and (more := line.recv(1 << 20)):
+                data += more
+            if data.endswith(b"\n"):  # else the client has ended
+                request = json.loads(data)
+                preload(next(iter(request["argv"][1:]), ""))
+                if os.fork() == 0:
+                    listener.close()
+                    os.close(client)
+                    _guard(line, request, fds)
+            for fd in fds:
+                os.close(fd)
+            line.close()
 
 
-def _guard(line: socket.socket) -> None:
-    """Starts one rank, waits for it and tells its client how it ended; never returns."""
-    data, fds, _, _ = socket.recv_fds(line, 1 << 20, 2)
-    while not data.endswith(b"\n"):
-        data += line.recv(1 << 20)
+def _guard(line: socket.socket, request: dict, fds: list[int]) -> None:
+    """Starts one process, tells its client how it ended, ends it if the client is no more; never
+    returns.
+    """
     pid = os.fork()
     if pid == 0:
-        _become(json.loads(data), fds)
+        line.close()
+        _become(request, fds)
+    for fd in fds:
+        os.close(fd)
+    ended = os.pidfd_open(pid)
+    if ended not in select.select([line, ended], [], [])[0]:
+        os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
-    line.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+    with contextlib.suppress(OSError):
+        line.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
     os._exit(0)
 
 
 def _become(request: dict, fds: list[int]) -> None:
-    """The rank itself; ends as a Python program that runs a script does."""
+    """The process itself; ends as a Python program that runs a script does."""
     for number, fd in enumerate(fds, 1):
         os.dup2(fd, number)
+        os.close(fd)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
@@ -88,12 +122,12 @@ def _become(request: dict, fds: list[int]) -> None:
 
 
 def main() -> None:
-    """What msrun starts: ``forked.py SCRIPT ARGUMENTS``."""
-    line = socket.socket(socket.AF_UNIX)
+    """``forked.py SCRIPT ARGUMENTS``."""
+    line, cwd = socket.socket(socket.AF_UNIX), Path.cwd()
     path = Path(os.environ[SOCKET])
     os.chdir(path.parent)
     line.connect(path.name)
-    request = {"argv": sys.argv[1:], "cwd": str(path.parent), "env": dict(os.environ)}
+    request = {"argv": sys.argv[1:], "cwd": str(cwd), "env": dict(os.environ)}
     socket.send_fds(line, [json.dumps(request).encode() + b"\n"], [1, 2])
     code = int(line.makefile().readline() or 1)
     if code < 0:

@@ -46,71 +46,98 @@ class Report:
 def run(script: str, workers: int, directory: Path, timeout: int) -> Report:
     """Runs ``script`` of this directory; a failure shows the log of the rank that failed first.
 
-    The ranks are forks of one process, see :mod:`distributed.forked`.
-
     Args:
         script: file name; called with the directory to save into.
         workers: number of processes.
         directory: empty; takes logs and results.
         timeout: seconds until all processes are ended.
     """
-    logs = directory / "logs"
-    command = [
-        str(Path(sys.executable).parent / "msrun"),
-        f"--worker_num={workers}",
-        f"--local_worker_num={workers}",
-        f"--master_port={free_port()}",
-        f"--log_dir={logs}",
-        "--join=True",
-        "--cluster_time_out=60",
-        str(HERE / "forked.py"),
-        str(HERE / script),
-        str(directory),
-    ]
-    environ = environment(directory)
-    server, path = start_server(directory, workers + 1, environ)  # and a scheduler
-    with (directory / "msrun.log").open("w") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=directory,
-            env={**environ, SOCKET: str(path)},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout)
-            if code == 0:  # else ranks that msrun's end has left behind are ended below
-                server.wait(timeout)
-            ending = f"exit code {code}"
-        except subprocess.TimeoutExpired:
-            code, ending = 1, f"no end after {timeout} s"
-        finally:
-            end(process, directory)
-            server.wait()
-    if crashed_at_exit(directory / "msrun.log"):
-        code = 0  # whether all ranks have saved is looked at below
+    job = run_job(workers, directory, "job", str(HERE / script), str(directory), timeout=timeout)
+    code = 0 if job.crashed_at_exit else job.code  # whether all have saved is looked at below
     results = [directory / f"rank_{rank}.npz" for rank in range(workers)]
     missing = [path.stem for path in results if not path.exists()]
     if code or missing:
-        pytest.fail(f"{script}, {workers} workers: {ending}; no result of {missing}\n{tails(logs)}")
+        pytest.fail(
+            f"{script}, {workers} workers: {job.ending}; no result of {missing}\n{job.tails()}"
+        )
     return Report(tuple(dict(np.load(path)) for path in results))
 
 
-def crashed_at_exit(log: Path) -> bool:
-    """Whether all that msrun complains of is a segmentation fault, or what followed from it.
+@dataclass(frozen=True)
+class Job:
+    """A job that has ended.
 
-    On a crowded machine a MindSpore process was seen to crash while it ended, all its work done and
-    saved. Callers look at the work.
+    Attributes:
+        code: msrun's exit code; 1 when it was too slow.
+        ending: the same in words.
+        said: what msrun said, and after it every rank.
+        logs: directory with what each rank said.
     """
-    codes = set(re.findall(r"exit with exception\. Error code: (-?\d+)", log.read_text()))
-    return codes == {"-11"}
+
+    code: int
+    ending: str
+    said: str
+    logs: Path
+
+    @property
+    def crashed_at_exit(self) -> bool:
+        """Whether all that msrun complains of is a segmentation fault, or what followed from it.
+
+        On a crowded machine a MindSpore process was seen to crash while it ended, all its work done
+        and saved. Callers look at the work.
+        """
+        return set(re.findall(r"exit with exception\. Error code: (-?\d+)", self.said)) == {"-11"}
+
+    def tails(self) -> str:
+        """The end of every worker's log, those with a Python error first and at length."""
+        paths = self.logs.glob("worker_*.log")
+        texts = {path.name: path.read_text(errors="replace") for path in paths}
+        failed = sorted(texts, key=lambda name: ("Traceback" not in texts[name], name))
+        parts = []
+        for number, name in enumerate(failed):
+            lines = texts[name].splitlines()[-(TAIL if number == 0 else 5) :]
+            parts.append("\n".join([f"--- {name}", *lines]))
+        return "\n".join(parts)
+
+
+def run_job(workers: int, directory: Path, name: str, *command: str, timeout: int) -> Job:
+    """Runs msrun to its end; it and all ranks are forks, see :mod:`distributed.forked`.
+
+    Args:
+        workers: number of ranks.
+        directory: in which they run; also the mark of the job's processes.
+        name: of the job: what logs are called.
+        command: a script and its arguments.
+        timeout: seconds until all processes are ended.
+    """
+    logs, log = directory / f"{name}_logs", directory / f"{name}.log"
+    _, path = start_server()
+    forked, msrun = HERE / "forked.py", Path(sys.executable).parent / "msrun"
+    flags = [
+        f"--worker_num={workers}", f"--local_worker_num={workers}",
+        f"--master_port={free_port()}", f"--log_dir={logs}", "--join=True", "--cluster_time_out=60",
+    ]  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(forked), str(msrun), *flags, str(forked), *command],
+            cwd=directory, env={**environment(directory), SOCKET: str(path)}, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        code = process.wait(timeout)
+        ending = f"exit code {code}"
+    except subprocess.TimeoutExpired:
+        code, ending = 1, f"no end after {timeout} s"
+    finally:
+        end(process, directory)
+    return Job(code, ending, log.read_text(errors="replace"), logs)
 
 
 def end(process: subprocess.Popen, directory: Path) -> None:
-    """Ends msrun and the workers that it left behind.
+    """Ends a job and what it left behind.
 
     msrun gives every worker a session of its own; they are found by the mark in their environment.
+    A fork ends with the process that asked for it.
     """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -145,14 +172,3 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
-
-
-def tails(logs: Path) -> str:
-    """The end of every worker's log, those with a Python error first and at length."""
-    texts = {path.name: path.read_text(errors="replace") for path in logs.glob("worker_*.log")}
-    failed = sorted(texts, key=lambda name: ("Traceback" not in texts[name], name))
-    parts = []
-    for number, name in enumerate(failed):
-        lines = texts[name].splitlines()[-(TAIL if number == 0 else 5) :]
-        parts.append("\n".join([f"--- {name}", *lines]))
-    return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""``generate`` and ``align`` by the launcher: four processes, one voice, Hugging Face's tokens."""
+"""``generate`` by the launcher, ``align`` by msrun: one voice, Hugging Face's tokens."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.harness import free_port
+from distributed.harness import free_port, run_job
 from support.hf import save_with_tokenizer
 
 from mistral_ms.tokenizer import packaged_tokenizer
@@ -18,10 +18,10 @@ SCRIPT = ROOT / "scripts" / "msrun_generate.sh"
 NEW = 6
 
 
-def together(root, workers, *arguments):
-    """A job of so many processes; what it said."""
+def together(root, *arguments):
+    """A job of four processes; what it said."""
     command = [
-        str(SCRIPT), "--workers", str(workers), "--port", str(free_port()), "--join-limit", "60",
+        str(SCRIPT), "--workers", "4", "--port", str(free_port()), "--join-limit", "60",
         "--log-dir", str(root / "logs"), *map(str, arguments),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 def test_generate_with_experts_stages_and_data_divided(model, tmp_path):
     path, pair = model
     done = together(
-        tmp_path, 4, "--dp", 2, "--pp", 2, "--ep", 2, "--", path, "--prompt", "The harbour",
+        tmp_path, "--dp", 2, "--pp", 2, "--ep", 2, "--", path, "--prompt", "The harbour",
         "--prompt", "Eight workshops share", "--prompt", "Which", "--max-new-tokens", NEW,
         "--json", "out.json",
     )  # fmt: skip
@@ -55,13 +55,16 @@ def test_generate_with_experts_stages_and_data_divided(model, tmp_path):
         assert done.stdout.count(shown["prompt"] + shown["text"]) == 1
 
 
+def align(root, workers, *arguments):
+    """A job that compares; its launcher is shown above and in tests/launch."""
+    command = (str(ROOT / "run_mixtral.py"), "align", *map(str, arguments))
+    return run_job(workers, root, "align", *command, "--max-new-tokens", "0", timeout=300)
+
+
 def test_align_with_matrices_divided(model, tmp_path):
-    done = together(
-        tmp_path, 2, "--align", "--mp", 2, "--", model[0], "--max-new-tokens", 0,
-        "--json", "a.json",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines().count("aligned") == 1
+    job = align(tmp_path, 2, model[0], "--mp", 2, "--json", "a.json")
+    assert job.code == 0, job.said
+    assert job.said.splitlines().count("aligned") == 1
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["routing_agreement"] == found["top1_agreement"] == 1
     assert 0 < found["max_abs_diff"] < 1e-4
@@ -74,8 +77,6 @@ def test_the_first_rank_tells_of_a_defect_in_the_second_stage(model, tmp_path):
         pair.hf.model.layers[1].post_attention_layernorm.weight[0] += 0.5
         pair.hf.save_pretrained(tmp_path / "bad")
         pair.hf.model.layers[1].post_attention_layernorm.weight.copy_(saved)
-    done = together(
-        tmp_path, 2, "--align", "--pp", 2, "--", path, tmp_path / "bad", "--max-new-tokens", 0
-    )
-    assert done.returncode == 1
-    assert "first part at: layer 1 feed-forward" in done.stdout
+    job = align(tmp_path, 2, path, tmp_path / "bad", "--pp", 2)
+    assert job.code == 1
+    assert "first part at: layer 1 feed-forward" in job.said

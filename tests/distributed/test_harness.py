@@ -1,11 +1,11 @@
 """Whatever happens to a run, none of its processes outlives it."""
 
-import os
 import subprocess
 import sys
 import time
 
-from distributed.harness import end, environment
+from distributed.forked import SOCKET, start_server
+from distributed.harness import HERE, end, environment
 
 
 def test_workers_in_sessions_of_their_own_are_ended(tmp_path):
@@ -24,21 +24,49 @@ def test_workers_in_sessions_of_their_own_are_ended(tmp_path):
         env=environment(tmp_path / "other"),
     )
     end(parent, tmp_path)
-    deadline = time.monotonic() + 20
-    while alive(worker) and time.monotonic() < deadline:
-        time.sleep(0.05)
     try:
-        assert not alive(worker)
+        assert ends(worker)
         assert stranger.poll() is None
     finally:
         stranger.kill()
         stranger.wait()
 
 
+def fork(root, code):
+    """A fork that runs Python code, as its client sees it."""
+    (root / "script.py").write_text(code)
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "forked.py"), str(root / "script.py")], text=True,
+        env={**environment(root), SOCKET: str(start_server()[1])}, stdout=subprocess.PIPE, cwd=root,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def test_a_fork_ends_with_who_asked_for_it(tmp_path):
+    client = fork(tmp_path, "import os, time; print(os.getpid(), flush=True); time.sleep(600)")
+    pid = int(client.stdout.readline())
+    assert alive(pid) and pid != client.pid
+    end(client, tmp_path)
+    assert ends(pid)
+
+
+def test_a_fork_is_where_its_client_is_and_ends_as_it_does(tmp_path):
+    client = fork(tmp_path, "import os, sys; print(os.getcwd()); sys.exit(3)")
+    assert client.communicate()[0] == f"{tmp_path}\n"
+    assert client.returncode == 3
+
+
+def ends(pid):
+    """Whether a process ends soon."""
+    deadline = time.monotonic() + 20
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive(pid)
+
+
 def alive(pid):
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+            return file.read().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
-        return file.read().split()[2] != "Z"

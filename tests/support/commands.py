@@ -8,7 +8,6 @@ tests/end_to_end/test_demo.py and by everything under msrun.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import runpy
@@ -22,10 +21,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.preload import preload
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "run_mixtral.py"
-IMPORTS = ("mindspore", "numpy", "pydantic", "rich.console", "tokenizers", "typer")
-"""What commands need and what holds no state of any of them."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +144,7 @@ def run(*arguments: object, cwd: Path, stdin: str = "", timeout: float = 600, **
 
 def serve() -> None:
     """The server: reads requests from its standard input, a socket, until that is closed."""
-    for name in IMPORTS:
-        __import__(name)
-    gc.freeze()  # what is here is neither examined nor copied by the forks
+    preload()
     line = socket.socket(fileno=os.dup(0))
     reader = line.makefile("r")
     wake, woken = os.pipe()
@@ -160,12 +157,14 @@ def serve() -> None:
             text = reader.readline()
             if not text:
                 os._exit(0)
+            request = json.loads(text)
+            preload(request["arguments"][0])
             pid = os.fork()
             if pid == 0:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 line.close()
-                _command(json.loads(text))
+                _command(request)
             _say(line, pid=pid)
         if wake in ready:
             os.read(wake, 1 << 10)
