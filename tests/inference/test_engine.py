@@ -71,12 +71,10 @@ def ids(generation):
     [
         "mixtral",
         "mistral-sliding-window",
-        pytest.param("tied-head", marks=pytest.mark.slow),
-        pytest.param("one-kv-head", marks=pytest.mark.slow),
-        pytest.param("alternating-windows", marks=pytest.mark.slow),
     ],
 )
 def test_greedy_tokens_are_hugging_faces(saved, load, kind):
+    """Of other kinds so does tests/alignment/test_align.py."""
     pair, _ = saved(kind)
     engine = load(kind, batch=3, chunk=4)
     assert ids(engine.generate(RAGGED, GREEDY)) == [hf_greedy(pair, p) for p in RAGGED]
@@ -87,7 +85,7 @@ def test_greedy_tokens_are_hugging_faces(saved, load, kind):
     [
         ("mixtral", 1, 64),  # alone, in one piece
         # two groups, the second with an idle row
-        pytest.param("mixtral", 2, 3, marks=pytest.mark.slow),
+        pytest.param("one-kv-head", 2, 3, marks=pytest.mark.slow),
         ("mistral-sliding-window", 1, 1),  # token by token
         # more rows than prompts; a chunk beyond the window
         pytest.param("mistral-sliding-window", 5, 8, marks=pytest.mark.slow),

@@ -11,7 +11,16 @@ from mistral_ms.models import CausalLM, Scores
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 7])
-def test_equal_torch(chunk, mode):
+def test_equal_torch(chunk):
+    check(chunk)
+
+
+def test_equal_torch_compiled(graph):
+    """With chunks, the last of which is not full."""
+    check(7)
+
+
+def check(chunk):
     pair = make_pair("mixtral")
     model = fill(CausalLM(pair.config), pair.weights())
     ids, places = ragged_batch([9, 4, 1], 320)

@@ -1,6 +1,5 @@
 """Models cut into runs of layers: together they are the whole one, bit for bit."""
 
-import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
@@ -93,20 +92,16 @@ def test_dense_layers_report_for_the_sparse_ones_elsewhere():
     assert not report[3].numpy().any()
 
 
-@pytest.mark.parametrize("mode", [ms.PYNATIVE_MODE, ms.GRAPH_MODE], ids=["pynative", "graph"])
-def test_copies_are_dispatch_groups(mode):
-    """The sum over the halves of the batch, each with the batch's shares."""
+def test_copies_are_dispatch_groups():
+    """The sum over the halves of the batch, each with the batch's shares; compiled, in
+    tests/distributed/test_training.py.
+    """
     whole, _ = whole_and_parts(CAPACITY)
     arrays = batch()
     shares = Tensor(np.array([1 / 29, 1 / 29], np.float32))
     one = Objective(whole, **COEFFICIENTS)
     halves = [one(*(array[half : half + 2] for array in arrays), shares) for half in (0, 2)]
-    before = ms.get_context("mode")
-    ms.set_context(mode=mode)
-    try:
-        total, report = Objective(whole, copies=2, **COEFFICIENTS)(*arrays, shares)
-    finally:
-        ms.set_context(mode=before)
+    total, report = Objective(whole, copies=2, **COEFFICIENTS)(*arrays, shares)
     np.testing.assert_allclose(float(total), sum(float(t) for t, _ in halves), rtol=1e-6)
     for got, *want in zip(report, *(parts for _, parts in halves), strict=True):
         # another order of sums

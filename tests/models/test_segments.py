@@ -40,7 +40,16 @@ def pair(request):
     return make_pair(request.param)
 
 
-def test_each_document_is_alone(pair, mode):
+def test_each_document_is_alone(pair):
+    check(pair)
+
+
+def test_each_document_is_alone_in_a_graph(graph):
+    """With a window, which meets the documents' ends."""
+    check(make_pair("mixtral-sliding-window"))
+
+
+def check(pair):
     model = fill(CausalLM(pair.config, DROPLESS), pair.weights())
     ids, positions, segments = packed(np.random.default_rng(2))
     got = logits_of(model, ids, positions, segments)

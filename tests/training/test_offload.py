@@ -25,29 +25,32 @@ def make(make_update, offload, **options):
     return make_update(steps=STEPS, offload_optimizer=offload, **options)
 
 
+def on_host(make_update, bucket, **options):
+    """With buckets of so many bytes; a tensor is never cut."""
+    update = make(make_update, "host", **options)
+    plan = make_plan(update.config, update.model.specs.values())
+    update.optimizer = HostOptimizer(update.weights, plan, bucket)
+    return update
+
+
 @pytest.mark.parametrize("options", MODES)
 def test_host_and_device_give_the_same_bits(make_update, data, options):
-    runs = {}
-    for offload in ("none", "host"):
-        update = make(make_update, offload, **options)
+    """The host updates several tensors at a time, and several times."""
+    runs = []
+    for update in (make(make_update, "none", **options), on_host(make_update, 10_000, **options)):
         results = run_steps(update, data, STEPS)
-        runs[offload] = bits(update), [as_reported(result) for result in results]
-    assert runs["none"] == runs["host"]
+        runs.append((bits(update), [as_reported(result) for result in results]))
+    assert runs[0] == runs[1]
     assert results[-1].lm_loss < results[0].lm_loss - 0.3, "the weights must have moved"
 
 
 @pytest.mark.slow
 def test_the_size_of_the_buckets_does_not_matter(make_update, data):
-    """One tensor a bucket, or several: a tensor is never cut."""
-    states = []
-    for nbytes in (1, 10_000):
-        # one of the few tests whose compilations grow with the number of tensors
-        update = make(make_update, "host")
-        plan = make_plan(update.config, update.model.specs.values())
-        update.optimizer = HostOptimizer(update.weights, plan, nbytes)
+    """One tensor a bucket. All in one bucket, as is usual: tests/launch/test_acceptance.py."""
+    device, host = make(make_update, "none"), on_host(make_update, 1)
+    for update in (device, host):
         run_steps(update, data, 3)
-        states.append(bits(update))
-    assert states[0] == states[1]
+    assert bits(host) == bits(device)
 
 
 BYTES = {
