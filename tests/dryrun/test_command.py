@@ -82,7 +82,11 @@ CAPACITY = ["routing.policy=capacity", "routing.aux_loss=per_layer"]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["routing.policy=capacity"], "impossible graph: routing.aux_loss: pooled: "),
+        (
+            ["parallel.dp=16", "parallel.pp=2", "training.micro_batches=2",
+             "training.global_batch_size=32"],
+            "impossible graph: routing.aux_loss: pooled: ",
+        ),
         (
             [*CAPACITY, "parallel.dp=16", "parallel.pp=2"],
             "impossible graph: training.micro_batches: 1: a pipeline of 2 stages needs ",
