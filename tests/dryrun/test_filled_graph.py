@@ -11,7 +11,7 @@ import pytest
 from dryrun.small_runs import small_run
 
 LAYOUTS = {
-    "shares of a pipeline's last stage": ({"dp": 4, "ep": 2, "pp": 2}, 2, 7),
+    "shares of a pipeline's last stage, some frozen": ({"dp": 4, "ep": 2, "pp": 2}, 2, 7),
     "tensor parallel, no shares": ({"dp": 4, "mp": 2, "ep": 2}, 1, 5),
 }
 
@@ -20,5 +20,7 @@ LAYOUTS = {
 def test_weights_fill_what_mindspore_has_cut(compile_run, case):
     parallel, micro, rank = LAYOUTS[case]
     shared = {"optimizer_parallel": parallel.get("mp", 1) == 1}
-    run = small_run({**parallel, **shared, "execution": "graph"}, micro)
+    frozen = [{"pattern": "*.moe.router.*", "frozen": True}, {"pattern": "norm.*", "frozen": True}]
+    groups = frozen if "frozen" in case else []
+    run = small_run({**parallel, **shared, "execution": "graph"}, micro, param_groups=groups)
     compile_run(run, rank, "dryrun.filled_target:build")

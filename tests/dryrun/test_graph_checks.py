@@ -40,6 +40,9 @@ REFUSED = {
     "model.head_dim: 24: FlashAttentionScore takes heads of a multiple of 16": {
         "model": {"head_dim": 24}
     },
+    "stage 2 of 4 is all frozen": {
+        "training": {"param_groups": [{"pattern": "layers.2.*", "frozen": True}]}
+    },
     "takes its batch at once": {"parallel": {"dp": 1, "ep": 1, "pp": 1}},
 }
 

@@ -109,7 +109,9 @@ def _weight_update(run: RunConfig, model: GraphModel) -> WeightUpdate:
     training, weights = run.training, model.weights()
     plan = make_plan(training, specs(run.model))
     check_layout(plan, run.parallel, graph=True)
-    trained = {name: weight for name, weight in weights.items() if name in plan.group_of}
+    for name, weight in weights.items():  # MindSpore's pipeline adds up what wants a gradient
+        weight.requires_grad = name in plan.group_of
+    trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
     stored = {}
     for name in trained:
         form = graph_form(model.specs[name])

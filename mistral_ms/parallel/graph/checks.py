@@ -7,6 +7,9 @@ from typing import Any
 
 from mistral_ms.config import ModelConfig, ParallelConfig, PredictConfig, RunConfig
 from mistral_ms.errors import ConfigError
+from mistral_ms.optimizers import make_plan
+from mistral_ms.parallel.pipeline import check_trained
+from mistral_ms.weights import specs
 
 Rule = tuple[bool, str, Any, str, str | None]
 """Whether it is broken, the key, its value, the rule, and what to do."""
@@ -83,6 +86,8 @@ def check_run(run: RunConfig, layers: int) -> None:
         ),
     )
     _refuse((*_of_all_graphs(model, parallel), *rules))
+    built = model.model_copy(update={"num_hidden_layers": layers})
+    check_trained(built, parallel.pp, make_plan(training, specs(model)).group_of)
 
 
 def check_prediction(run: PredictConfig) -> None:
