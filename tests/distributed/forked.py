@@ -7,12 +7,14 @@ interpreter joins a job is shown by test_launch.py and test_generate_command.py.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,6 +36,7 @@ def start_server() -> tuple[socket.socket, Path]:
         What the server lives as long as; and the socket that it listens to.
     """
     folder = Path(tempfile.mkdtemp(prefix="mistral_ms-forks-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / "socket"
     listener = socket.socket(socket.AF_UNIX)
     descriptor = os.open(folder, os.O_RDONLY)
