@@ -35,6 +35,7 @@ from mistral_ms.inference.sequence import RunningSequence
 from mistral_ms.inference.settings import read_checkpoint_settings
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM, NextTokenLogits
+from mistral_ms.ops.modes import graph_mode
 from mistral_ms.parallel.apply import Division
 from mistral_ms.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
@@ -108,7 +109,7 @@ class Engine:
             )
         self.batch, self.max_length, self.chunk = step.batch, max_length, chunk
         step.set_train(False)
-        self._step = ms.jit(step.construct) if graph else step
+        self._step = step
         self._graph, self._compiled = graph, set[int]()
 
     @classmethod
@@ -335,7 +336,14 @@ class Engine:
         return np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
 
     def _logits(self, ids: np.ndarray, positions: np.ndarray, last: np.ndarray) -> np.ndarray:
-        return self._step(Tensor(ids), Tensor(positions), Tensor(last)).asnumpy()
+        inputs = Tensor(ids), Tensor(positions), Tensor(last)
+        if not self._graph:
+            return self._step(*inputs).asnumpy()
+        # "increment": MindSpore takes the phase's graph without walking through all cells and
+        # without looking at the shapes, so only steps of one column have this phase
+        self._step.phase = "increment" if ids.shape[1] == 1 else "predict"
+        with graph_mode():
+            return self._step(*inputs).asnumpy()
 
     def _check(self, prompts: Sequence[Sequence[int]], request: GenerationConfig) -> None:
         if request.stop and self.tokenizer is None:

@@ -4,7 +4,7 @@ from mistral_ms.layers.attention import Attention, AttentionContext, AttentionCo
 from mistral_ms.layers.embedding import Embedding, embedded
 from mistral_ms.layers.feed_forward import FeedForward, GatedLinear
 from mistral_ms.layers.kv_cache import CacheSpec, Columns, KeyPositions, KVCache, forget
-from mistral_ms.layers.linear import Linear, output_logits
+from mistral_ms.layers.linear import Linear, OutputLogits, output_logits
 from mistral_ms.layers.loss import HeadLoss, TokenNLL, token_nll
 from mistral_ms.layers.norm import RMSNorm
 from mistral_ms.layers.parameter import draw, is_buffer
@@ -25,6 +25,7 @@ __all__ = [
     "KVCache",
     "KeyPositions",
     "Linear",
+    "OutputLogits",
     "RMSNorm",
     "RotaryTable",
     "TokenNLL",

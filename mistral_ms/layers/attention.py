@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from mistral_ms.layers.kv_cache import KVCache, write_cache
-from mistral_ms.ops import reference, select
+from mistral_ms.ops import reference, select, select_cpu
 
 AttentionContext: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """What all layers with the same window share in one forward pass, in this order:
@@ -75,6 +76,7 @@ class AttentionCore(nn.Cell):
         kernels = select.dense_kernels()
         self.needs_visibility = kernels != "cann" or not causal
         self.attend = select.attention(kernels, heads, kv_heads, head_dim, causal)
+        self.cached = select_cpu.cached_attention(kernels, heads, kv_heads)
 
     def construct(
         self,
@@ -95,6 +97,10 @@ class AttentionCore(nn.Cell):
                 within the given sequence.
         """
         cos_BS1R, sin_BS1R, visible_B1SM, cache_rows_T = context
+        if cache is not None and self.cached is not None and q_TQ.dtype == ms.float32:
+            return self.cached(
+                q_TQ, k_TP, v_TP, cos_BS1R, sin_BS1R, visible_B1SM, cache_rows_T, *cache
+            )
         B, S = cos_BS1R.shape[:2]
         N, G, D = self.heads, self.kv_heads, self.head_dim
         q = reference.rotate(q_TQ.reshape(B, S, N, D), cos_BS1R, sin_BS1R)

@@ -6,7 +6,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.layers.parameter import weight
-from mistral_ms.ops import reference
+from mistral_ms.ops import reference, select, select_cpu
 
 
 class Linear(nn.Cell):
@@ -30,11 +30,24 @@ class Linear(nn.Cell):
         super().__init__()
         self.weight = weight(output_size, input_size, dtype=dtype)
         self.reduce = reduce
+        self.linear = select_cpu.linear(select.dense_kernels())
 
     def construct(self, x_TI: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
-        y_TO = reference.linear(x_TI, self.weight)
+        y_TO = self.linear(x_TI, self.weight)
         return y_TO if self.reduce is None else self.reduce(y_TO)
+
+
+class OutputLogits(nn.Cell):
+    """:func:`output_logits` of a few states, as in generation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = select_cpu.linear(select.dense_kernels())
+
+    def construct(self, hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+        """[T, H] and [V, H] -> float32 [T, V]."""
+        return ops.cast(self.linear(hidden_TH, weight_VH), ms.float32)
 
 
 def output_logits(hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from mistral_ms.errors import ConfigError
 from mistral_ms.layers import (
     AttentionContext,
     CacheSpec,
+    OutputLogits,
     RotaryTable,
     draw,
     is_buffer,
@@ -226,10 +227,11 @@ class NextTokenLogits(nn.Cell):
             raise ConfigError("model without a cache", rule="generation needs CausalLM(cache=...)")
         self.model = model
         self.batch = model.key_positions.spec.batch
+        self.logits = OutputLogits()
 
     def construct(self, ids_BS: Tensor, positions_BS: Tensor, last_B: Tensor) -> Tensor:
         """Float32 [B, V]: logits after column ``last_B`` (int32) of each row."""
         B, S = ids_BS.shape
         hidden_TH = self.model.hidden_states(ids_BS, positions_BS)[0]
         rows_B = last_B + _range(0, B, 1) * S
-        return output_logits(_gather(hidden_TH, rows_B, 0), self.model.head_weight())
+        return self.logits(_gather(hidden_TH, rows_B, 0), self.model.head_weight())

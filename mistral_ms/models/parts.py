@@ -112,7 +112,8 @@ class Parts:
 
     def moe(self) -> nn.Cell:
         """[T, H] and the mask of tokens -> [T, H] and the router's sums."""
-        return MoELayer(self.config, self.routing, self.dtype)
+        forward_only = self.cache is not None
+        return MoELayer(self.config, self.routing, self.dtype, forward_only=forward_only)
 
     def head(self) -> nn.Cell:
         """Holds the output head [V, H]."""

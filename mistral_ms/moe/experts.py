@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import ModelConfig
 from mistral_ms.layers.parameter import weight
-from mistral_ms.moe.dispatcher import Dispatcher, kept_choices
+from mistral_ms.moe.dispatcher import Dispatcher, PackedDispatcher, kept_choices
 from mistral_ms.moe.router import Choice
-from mistral_ms.ops import reference, select
+from mistral_ms.ops import cpu, reference, select, select_cpu
 
 
 class Experts(nn.Cell):
@@ -36,6 +36,7 @@ class Experts(nn.Cell):
         self.w3 = weight(L, I, H, dtype=dtype)
         self.w2 = weight(L, H, I, dtype=dtype)
         self.packed = packed
+        self.swiglu = select.swiglu(select.dense_kernels())
         if packed:
             self.grouped_linear = select.grouped_linear(select.dense_kernels(), dtype)
 
@@ -52,10 +53,10 @@ class Experts(nn.Cell):
         if self.packed:
             gate = self.grouped_linear(rows, self.w1, group_sizes_L)
             up = self.grouped_linear(rows, self.w3, group_sizes_L)
-            return self.grouped_linear(reference.swiglu(gate, up), self.w2, group_sizes_L)
+            return self.grouped_linear(self.swiglu(gate, up), self.w2, group_sizes_L)
         gate = reference.batched_linear(rows, self.w1)
         up = reference.batched_linear(rows, self.w3)
-        return reference.batched_linear(reference.swiglu(gate, up), self.w2)
+        return reference.batched_linear(self.swiglu(gate, up), self.w2)
 
 
 class RoutedExperts(Experts):
@@ -66,6 +67,7 @@ class RoutedExperts(Experts):
         dispatcher: brings rows to experts and back; injected.
         local_experts: L, experts held here; all when None.
         dtype: dtype of the weights.
+        forward_only: nobody asks for gradients.
     """
 
     def __init__(
@@ -74,14 +76,28 @@ class RoutedExperts(Experts):
         dispatcher: Dispatcher,
         local_experts: int | None = None,
         dtype: str = "float32",
+        forward_only: bool = False,
     ) -> None:
         super().__init__(config, local_experts, dtype, dispatcher.packed)
         self.dispatcher = dispatcher
+        self.fused = None
+        if (
+            forward_only
+            and dtype == "float32"
+            and type(dispatcher) is PackedDispatcher
+            and not dispatcher.routing.rescale_survivors
+        ):
+            self.fused = select_cpu.fused_experts(select.dense_kernels())
 
     def construct(self, x_TH: Tensor, choice: Choice, valid_T: Tensor) -> tuple[Tensor, Tensor]:
         """[T, H] -> [T, H], and which choices were computed, see
         :func:`~mistral_ms.moe.kept_choices`; a token whose every choice is dropped gets zero.
         """
+        weights_TK, experts_TK, _, _ = choice
+        T, K = experts_TK.shape
+        if self.fused is not None and T * K <= cpu.FEW_CHOICES:
+            y_TH = self.fused(x_TH, experts_TK, weights_TK, valid_T, self.w1, self.w3, self.w2)
+            return y_TH, ops.broadcast_to(valid_T.reshape(T, 1), (T, K))
         plan = self.dispatcher.plan(choice, valid_T)
         rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
         y = self.compute(rows, group_sizes_L)

@@ -19,6 +19,7 @@ class MoELayer(nn.Cell):
         routing: the routing policy.
         dtype: dtype of the weights.
         experts: the routed region; all experts on this device when None.
+        forward_only: nobody asks for gradients.
     """
 
     def __init__(
@@ -27,13 +28,14 @@ class MoELayer(nn.Cell):
         routing: RoutingConfig,
         dtype: str = "float32",
         experts: RoutedExperts | None = None,
+        forward_only: bool = False,
     ) -> None:
         super().__init__()
         assert config.moe is not None
         self.router = Router(config, routing, dtype)
         if experts is None:
             dispatcher = local_dispatcher(config.moe.num_local_experts, routing)
-            experts = RoutedExperts(config, dispatcher, dtype=dtype)
+            experts = RoutedExperts(config, dispatcher, dtype=dtype, forward_only=forward_only)
         self.experts = experts
 
     def construct(self, x_TH: Tensor, valid_T: Tensor) -> tuple[Tensor, RouterSums]:

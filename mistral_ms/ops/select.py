@@ -24,6 +24,12 @@ attention       MindSpore   none              FlashAttentionScore
 The last five are no part of the routing and take :func:`dense_kernels`: ``cann`` on Ascend, ``cpu``
 elsewhere. ``cpu`` has one operator, for ``grouped_linear`` in float32, compiled at first use.
 
+
+The last four are no part of the routing and take :func:`dense_kernels`: ``cann`` on Ascend, ``cpu``
+elsewhere. ``cpu`` has operators in C++, compiled at first use, for all of these but ``attention``,
+and more in ``ops/select_cpu.py``. They compute in float32; what has another dtype takes the
+reference.
+
 Where a value has no implementation of an operation, the reference runs, and the log says so.
 """
 
@@ -135,12 +141,8 @@ def grouped_linear(kernels: Kernels, dtype: str) -> nn.Cell:
     Raises:
         KernelError: the implementation is not there.
     """
-    has: tuple[Kernels, ...] = ("cann", "cpu")
-    lack = None
-    if kernels == "cpu":
-        lack = cpu.why_missing() if dtype == "float32" else "the CPU's operator is for float32"
-        has = ("cpu",) if lack is None else ()
-    chosen = _choose("grouped_linear", kernels, has, lack)
+    lack = None if dtype == "float32" else "the CPU's operator is for float32"
+    chosen = choose_dense("grouped_linear", kernels, lack=lack)
     if chosen == "cpu":
         return cpu.GroupedLinear()
     return cann.GroupedLinear() if chosen == "cann" else ReferenceGroupedLinear()
@@ -163,7 +165,7 @@ def grouped_swiglu(kernels: Kernels, dtype: str) -> nn.Cell:
 
 
 def rms_norm(kernels: Kernels, eps: float) -> nn.Cell:
-    """The Cell of ``reference.rms_norm``: rows [T, H] and weight [H] -> [T, H].
+    """The Cell of ``reference.rms_norm``: rows [..., H] and weight [H] -> [..., H].
 
     Args:
         kernels: which implementation.
@@ -172,9 +174,10 @@ def rms_norm(kernels: Kernels, eps: float) -> nn.Cell:
     Raises:
         KernelError: the implementation is not there.
     """
-    if _choose("rms_norm", kernels, ("cann",)) == "cann":
-        return cann.RMSNorm(eps)
-    return ReferenceNorm(eps)
+    chosen = choose_dense("rms_norm", kernels)
+    if chosen == "cpu":
+        return cpu.RMSNorm(eps)
+    return cann.RMSNorm(eps) if chosen == "cann" else ReferenceNorm(eps)
 
 
 def swiglu(kernels: Kernels) -> nn.Cell:
@@ -183,9 +186,10 @@ def swiglu(kernels: Kernels) -> nn.Cell:
     Raises:
         KernelError: the implementation is not there.
     """
-    if _choose("swiglu", kernels, ("cann",)) == "cann":
-        return cann.SwiGLU()
-    return ReferenceSwiGLU()
+    chosen = choose_dense("swiglu", kernels)
+    if chosen == "cpu":
+        return cpu.SwiGLU()
+    return cann.SwiGLU() if chosen == "cann" else ReferenceSwiGLU()
 
 
 def attention(kernels: Kernels, heads: int, kv_heads: int, head_dim: int, causal: bool) -> nn.Cell:
@@ -321,6 +325,23 @@ class ReferencePacking(nn.Cell):
         return reference.pack_choices(experts_TK, valid_T, self.num_experts)
 
 
+def choose_dense(
+    operation: str, kernels: Kernels, on_ascend: bool = True, lack: str | None = None
+) -> Kernels:
+    """:func:`_choose` for an operation that has an operator for the CPU.
+
+    Args:
+        operation: name of the operation.
+        kernels: which implementation is asked for.
+        on_ascend: CANN has a matching primitive.
+        lack: one clause, when the CPU's operator cannot be used.
+    """
+    if kernels == "cpu":
+        lack = lack or cpu.why_missing()
+        return _choose(operation, kernels, ("cpu",) if lack is None else (), lack)
+    return _choose(operation, kernels, ("cann",) if on_ascend else ())
+
+
 def _choose(
     operation: str, kernels: Kernels, has: tuple[Kernels, ...], lack: str | None = None
 ) -> Kernels:
@@ -346,6 +367,8 @@ def _choose(
     chosen: Kernels = kernels if kernels in has else "reference"
     reason = "" if chosen == kernels else f" ({lack or _LACKS[kernels]})"
     if (line := f"{operation}: {chosen}{reason}") not in _logged:
+        # the same reason warns once
+        warns = lack is not None and not any(lack in each for each in _logged)
         _logged.add(line)
-        log.log(logging.WARNING if lack else logging.INFO, line)
+        log.log(logging.WARNING if warns else logging.INFO, line)
     return chosen

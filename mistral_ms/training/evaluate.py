@@ -17,8 +17,8 @@ from mistral_ms.config import IGNORE_INDEX
 from mistral_ms.datasets import Batch, MindRecordWindows
 from mistral_ms.errors import TokenizerError
 from mistral_ms.models import CausalLM, Scores
+from mistral_ms.ops.modes import graph_mode
 from mistral_ms.tokenizer import load_tokenizer
-from mistral_ms.training.modes import graph_mode
 
 
 @dataclass(frozen=True, slots=True)

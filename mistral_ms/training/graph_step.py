@@ -11,6 +11,7 @@ from mindspore import Parameter, Tensor, ops
 from mistral_ms.config import ModelConfig, RunConfig
 from mistral_ms.datasets.batches import Batch
 from mistral_ms.errors import ConfigError, TopologyError
+from mistral_ms.ops.modes import graph_mode
 from mistral_ms.optimizers import with_settings
 from mistral_ms.parallel import graph
 from mistral_ms.parallel.apply import Division
@@ -18,7 +19,6 @@ from mistral_ms.parallel.graph.storage import GraphStorage
 from mistral_ms.training.graphs import batch_tensors
 from mistral_ms.training.loss_scale import LossScale
 from mistral_ms.training.memory import MemoryReport, memory_report
-from mistral_ms.training.modes import graph_mode
 from mistral_ms.training.optimizer import weight_of
 from mistral_ms.training.schedule import learning_rate
 from mistral_ms.training.step import Progress, StepResult, advance

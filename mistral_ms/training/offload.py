@@ -14,8 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
+from mistral_ms.ops.modes import graph_mode
 from mistral_ms.optimizers import Plan, WeightUpdate
-from mistral_ms.training.modes import graph_mode
 from mistral_ms.training.optimizer import (
     is_mixed,
     master_copies,

@@ -13,6 +13,7 @@ from mistral_ms.config import ModelConfig, TrainingConfig
 from mistral_ms.datasets.batches import Batch
 from mistral_ms.errors import TrainingError
 from mistral_ms.models import CausalLM, LossReport, Objective
+from mistral_ms.ops.modes import graph_mode
 from mistral_ms.optimizers import Plan, check_layout, make_plan, with_settings
 from mistral_ms.parallel.apply import Division
 from mistral_ms.parallel.pipeline import check_trained
@@ -28,7 +29,6 @@ from mistral_ms.training.graphs import (
 )
 from mistral_ms.training.loss_scale import LossScale
 from mistral_ms.training.memory import MemoryReport, memory_report
-from mistral_ms.training.modes import graph_mode
 from mistral_ms.training.offload import HostOptimizer
 from mistral_ms.training.optimizer import MASTER, DeviceOptimizer, is_mixed
 from mistral_ms.training.pipelined import Pipelined

@@ -64,7 +64,7 @@ TABLE = {
     "layers": room("config weights ops", "mindspore numpy"),
     "moe": room("config weights ops layers", "mindspore numpy"),
     "models": room("config weights layers moe", "mindspore numpy"),
-    "optimizers": room("config weights", "mindspore numpy pydantic"),
+    "optimizers": room("config weights ops", "mindspore numpy pydantic"),
     "parallel": room(
         f"{MODEL_ROOMS} optimizers",
         "mindspore numpy matplotlib",

@@ -20,9 +20,9 @@ from mistral_ms.config import (
 from mistral_ms.data import DEMO_TEXT
 from mistral_ms.errors import ConfigError, TopologyError
 from mistral_ms.inference import load_graph_engine
+from mistral_ms.ops.modes import graph_mode
 from mistral_ms.training import read_metrics
 from mistral_ms.training import run as training_run
-from mistral_ms.training.modes import graph_mode
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "run").glob("*.yaml"))
 TRAINED = [path for path in FILES if not path.stem.startswith("predict_")]

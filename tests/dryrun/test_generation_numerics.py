@@ -11,8 +11,8 @@ from mistral_ms.errors import ConfigError
 from mistral_ms.inference import Engine, load_graph_engine
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM
+from mistral_ms.ops.modes import graph_mode
 from mistral_ms.parallel import graph
-from mistral_ms.training.modes import graph_mode
 
 LENGTH, CHUNK, BATCH = 40, 4, 3
 RAGGED = [[1, 5, 9, 20, 31, 8, 8, 17, 9, 14, 3], [1, 7], [1, 13, 14, 15, 16, 25, 21]]

@@ -10,8 +10,8 @@ from support import configs
 
 from mistral_ms.config import IGNORE_INDEX, RunConfig
 from mistral_ms.models import CausalLM, Objective
+from mistral_ms.ops.modes import graph_mode
 from mistral_ms.parallel import graph
-from mistral_ms.training.modes import graph_mode
 
 B, S = 3, 16
 AUX, Z = 0.05, 0.01

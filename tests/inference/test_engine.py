@@ -241,10 +241,12 @@ class TestBadInput:
 
     def test_a_request_after_logits_that_were_not_finite(self, engine):
         before = ids(engine.generate([[1, 2, 3]], GREEDY))
-        values = engine.model.layers[0].attention.cache.values
-        ops.assign(values, Tensor(np.full(values.shape, np.nan, np.float32)))
+        weight = engine.model.layers[0].attention.v_proj.weight
+        values = weight.asnumpy().copy()
+        ops.assign(weight, Tensor(np.full(values.shape, np.nan, np.float32)))
         with pytest.raises(GenerationError, match="not finite"):
             engine.generate([[1, 2, 3]], GREEDY)
+        ops.assign(weight, Tensor(values))
         assert ids(engine.generate([[1, 2, 3]], GREEDY)) == before
 
     def test_bfloat16_on_a_cpu(self, load):

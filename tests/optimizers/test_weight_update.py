@@ -6,8 +6,8 @@ import pytest
 from mindspore import Parameter, Tensor
 from support.updates import Ours, start_values, training
 
+from mistral_ms.ops.modes import graph_mode
 from mistral_ms.optimizers import StoredMatrices, WeightUpdate
-from mistral_ms.training.modes import graph_mode
 
 OPTIMIZERS = {
     "adamw": {},

@@ -12,8 +12,8 @@ import torch
 from mindspore import Parameter, Tensor, nn
 
 from mistral_ms.config import OptimizerConfig, TrainingConfig
+from mistral_ms.ops.modes import graph_mode
 from mistral_ms.optimizers import WeightUpdate, make_plan
-from mistral_ms.training.modes import graph_mode
 from mistral_ms.weights import Cut, ParamSpec
 
 SHAPES = {"matrix.weight": (7, 5), "wide.weight": (4, 9), "stacked": (3, 6, 4), "norm.weight": (9,)}

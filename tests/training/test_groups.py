@@ -13,8 +13,8 @@ from support.training import torch_group_loss
 from mistral_ms.config import DROPLESS, RoutingConfig
 from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.models import CausalLM, LossReport, Objective
+from mistral_ms.ops.modes import graph_mode
 from mistral_ms.training.graphs import MicroGradients
-from mistral_ms.training.modes import graph_mode
 
 pytestmark = pytest.mark.usefixtures("strict_graphs")
 

@@ -1,6 +1,23 @@
 """Operators in C++ for the CPU, compiled when they are first used."""
 
+from mistral_ms.ops.cpu.adamw import AdamW, SumOfSquares
+from mistral_ms.ops.cpu.cached_attention import CachedAttention
+from mistral_ms.ops.cpu.fused_experts import FEW_CHOICES, FusedExperts
 from mistral_ms.ops.cpu.grouped_linear import GroupedLinear
 from mistral_ms.ops.cpu.library import why_missing
+from mistral_ms.ops.cpu.linear import Linear
+from mistral_ms.ops.cpu.rms_norm import RMSNorm
+from mistral_ms.ops.cpu.swiglu import SwiGLU
 
-__all__ = ["GroupedLinear", "why_missing"]
+__all__ = [
+    "FEW_CHOICES",
+    "AdamW",
+    "CachedAttention",
+    "FusedExperts",
+    "GroupedLinear",
+    "Linear",
+    "RMSNorm",
+    "SumOfSquares",
+    "SwiGLU",
+    "why_missing",
+]

@@ -9,28 +9,18 @@
 // rows are distributed. The threads live as long as one call: that costs some 20 microseconds each,
 // and a process may fork at any time.
 //
-// Entry points for mindspore.ops.Custom("aot"): parameters are the inputs, then the output; a
-// result other than zero raises an error in Python.
+// A few rows are multiplied here, one dot product for each element of the result: that takes the time
+// that reading the matrices takes.
 
 #include <dlfcn.h>
 
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <system_error>
-#include <thread>
-#include <vector>
+#include "common.h"
 
 namespace {
 
-enum Result { kDone = 0, kNoOneDnn = 1, kArguments = 2, kProduct = 3 };
-
-constexpr int64_t kWorkOfThread = 1 << 19;  // multiplications; fewer are done before a thread begins
+constexpr int64_t kWorkOfThread = 1 << 18;  // multiplications; fewer are done before a thread begins
 constexpr int64_t kColumnsOfThread = 64;
-
-using Sgemm = int (*)(char, char, int64_t, int64_t, int64_t, float, const float*, int64_t,
-                      const float*, int64_t, float, float*, int64_t);
+constexpr int64_t kFewRows = 4;
 
 Sgemm FindSgemm() {
   for (const char* name : {"libdnnl.so.3", "libdnnl.so.2"}) {
@@ -41,20 +31,10 @@ Sgemm FindSgemm() {
   return nullptr;
 }
 
-Sgemm OneDnn() {
-  static const Sgemm sgemm = FindSgemm();
-  return sgemm;
-}
-
-// The types are those of three inputs and one output, with the group sizes at `sizes`; and there is
-// a oneDNN.
-Result Check(int parameters, const char** dtypes, int sizes) {
+// The types are those of three inputs and one output; and there is a oneDNN.
+Result Check(int parameters, const char** dtypes, const char* types) {
   if (OneDnn() == nullptr) return kNoOneDnn;
-  if (parameters != 4) return kArguments;
-  for (int i = 0; i < 4; ++i) {
-    if (std::strcmp(dtypes[i], i == sizes ? "int32" : "float32") != 0) return kArguments;
-  }
-  return kDone;
+  return AreOfTypes(types, parameters, dtypes) ? kDone : kArguments;
 }
 
 struct Group {
@@ -74,28 +54,18 @@ std::vector<Group> Groups(const void* sizes, int64_t experts, int64_t rows) {
   return groups;
 }
 
-// Divides columns among threads and calls compute(first column, columns) for each share.
-template <typename Compute>
-Result Divide(int64_t columns, int64_t work, Compute compute) {
-  int64_t threads = std::min(work / kWorkOfThread, columns / kColumnsOfThread);
-  threads = std::clamp<int64_t>(threads, 1, std::max(1u, std::thread::hardware_concurrency()));
-  std::atomic<bool> failed{false};
-  const auto share = [&](int64_t i) {
-    const int64_t begin = columns * i / threads, end = columns * (i + 1) / threads;
-    if (compute(begin, end - begin) != 0) failed = true;
-  };
-  std::vector<std::thread> others;
-  others.reserve(threads);
-  for (int64_t i = 1; i < threads; ++i) {
-    try {
-      others.emplace_back(share, i);
-    } catch (const std::system_error&) {  // no thread is to be had
-      share(i);
-    }
+// The columns that a thread takes at least.
+int64_t Grain(int64_t columns, int64_t work) {
+  if (work == 0) return columns;
+  return std::max(kColumnsOfThread, columns * kWorkOfThread / work);
+}
+
+// x [rows, I], w [columns, I] -> y [rows, columns], a row of y being `width` long
+MULTIVERSION void FewRows(const float* x, const float* w, float* y, int64_t rows, int64_t columns,
+                          int64_t I, int64_t width) {
+  for (int64_t o = 0; o < columns; ++o) {
+    for (int64_t r = 0; r < rows; ++r) y[r * width + o] = Dot(x + r * I, w + o * I, I);
   }
-  share(0);
-  for (auto& thread : others) thread.join();
-  return failed ? kProduct : kDone;
 }
 
 void Clear(float* matrix, const Group& rows, int64_t width, int64_t column, int64_t columns) {
@@ -106,41 +76,67 @@ void Clear(float* matrix, const Group& rows, int64_t width, int64_t column, int6
 
 }  // namespace
 
+Sgemm OneDnn() {
+  static const Sgemm sgemm = FindSgemm();
+  return sgemm;
+}
+
+// x [T, I] of a few rows, w [O, I] -> y [T, O]
+extern "C" int FewRowsLinear(int parameters, void** data, int*, int64_t** shapes,
+                             const char** dtypes, void*, void*) {
+  if (!AreOfTypes("fff", parameters, dtypes)) return kArguments;
+  const int64_t T = shapes[0][0], I = shapes[0][1], O = shapes[1][0];
+  if (shapes[1][1] != I) return kArguments;
+  const auto* x = static_cast<const float*>(data[0]);
+  const auto* w = static_cast<const float*>(data[1]);
+  auto* y = static_cast<float*>(data[2]);
+  Divide(O, Grain(O, T * O * I), [&](int64_t column, int64_t columns) {
+    FewRows(x, w + column * I, y + column, T, columns, I, O);
+    return 0;
+  });
+  return kDone;
+}
+
 // x [R, I], w [E, O, I], group sizes [E] -> y [R, O]
 extern "C" int GroupedLinear(int parameters, void** data, int*, int64_t** shapes,
                              const char** dtypes, void*, void*) {
-  if (const Result wrong = Check(parameters, dtypes, 2)) return wrong;
+  if (const Result wrong = Check(parameters, dtypes, "ffif")) return wrong;
   const int64_t R = shapes[0][0], I = shapes[0][1], E = shapes[1][0], O = shapes[1][1];
   if (shapes[1][2] != I || shapes[2][0] != E) return kArguments;
   const auto* x = static_cast<const float*>(data[0]);
   const auto* w = static_cast<const float*>(data[1]);
   auto* y = static_cast<float*>(data[3]);
   const auto groups = Groups(data[2], E, R);
-  return Divide(O, R * O * I, [&](int64_t column, int64_t columns) {
+  const bool done = Divide(O, Grain(O, R * O * I), [&](int64_t column, int64_t columns) {
     for (int64_t e = 0; e < E; ++e) {
       const auto [first, rows] = groups[e];
       if (rows == 0) continue;
-      if (OneDnn()('N', 'T', rows, columns, I, 1.0f, x + first * I, I,
-                   w + (e * O + column) * I, I, 0.0f, y + first * O + column, O)) {
+      const float* own_w = w + (e * O + column) * I;
+      float* own_y = y + first * O + column;
+      if (rows <= kFewRows) {
+        FewRows(x + first * I, own_w, own_y, rows, columns, I, O);
+      } else if (OneDnn()('N', 'T', rows, columns, I, 1.0f, x + first * I, I, own_w, I, 0.0f, own_y,
+                          O)) {
         return 1;
       }
     }
     Clear(y, groups[E], O, column, columns);
     return 0;
   });
+  return done ? kDone : kProduct;
 }
 
 // dy [R, O], w [E, O, I], group sizes [E] -> dx [R, I]
 extern "C" int GroupedLinearInputGradient(int parameters, void** data, int*, int64_t** shapes,
                                           const char** dtypes, void*, void*) {
-  if (const Result wrong = Check(parameters, dtypes, 2)) return wrong;
+  if (const Result wrong = Check(parameters, dtypes, "ffif")) return wrong;
   const int64_t R = shapes[0][0], O = shapes[0][1], E = shapes[1][0], I = shapes[1][2];
   if (shapes[1][1] != O || shapes[2][0] != E) return kArguments;
   const auto* dy = static_cast<const float*>(data[0]);
   const auto* w = static_cast<const float*>(data[1]);
   auto* dx = static_cast<float*>(data[3]);
   const auto groups = Groups(data[2], E, R);
-  return Divide(I, R * O * I, [&](int64_t column, int64_t columns) {
+  const bool done = Divide(I, Grain(I, R * O * I), [&](int64_t column, int64_t columns) {
     for (int64_t e = 0; e < E; ++e) {
       const auto [first, rows] = groups[e];
       if (rows == 0) continue;
@@ -152,12 +148,13 @@ extern "C" int GroupedLinearInputGradient(int parameters, void** data, int*, int
     Clear(dx, groups[E], I, column, columns);
     return 0;
   });
+  return done ? kDone : kProduct;
 }
 
 // dy [R, O], x [R, I], group sizes [E] -> dw [E, O, I]
 extern "C" int GroupedLinearWeightGradient(int parameters, void** data, int*, int64_t** shapes,
                                            const char** dtypes, void*, void*) {
-  if (const Result wrong = Check(parameters, dtypes, 2)) return wrong;
+  if (const Result wrong = Check(parameters, dtypes, "ffif")) return wrong;
   const int64_t R = shapes[0][0], O = shapes[0][1], I = shapes[1][1], E = shapes[2][0];
   if (shapes[1][0] != R) return kArguments;
   const auto* dy = static_cast<const float*>(data[0]);
@@ -165,7 +162,7 @@ extern "C" int GroupedLinearWeightGradient(int parameters, void** data, int*, in
   auto* dw = static_cast<float*>(data[3]);
   const auto groups = Groups(data[2], E, R);
   // an expert's matrix is divided by rows: O of them
-  return Divide(O, R * O * I, [&](int64_t column, int64_t columns) {
+  const bool done = Divide(O, Grain(O, R * O * I), [&](int64_t column, int64_t columns) {
     for (int64_t e = 0; e < E; ++e) {
       const auto [first, rows] = groups[e];
       float* part = dw + (e * O + column) * I;
@@ -178,4 +175,5 @@ extern "C" int GroupedLinearWeightGradient(int parameters, void** data, int*, in
     }
     return 0;
   });
+  return done ? kDone : kProduct;
 }

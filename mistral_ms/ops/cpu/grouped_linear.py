@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn, ops
 
-from mistral_ms.ops.cpu.library import library
+from mistral_ms.ops.cpu.library import first, operator
 
 # the primitive, not ops.zeros_like: GRAPH_MODE may lose that Python function inside a bprop
 _zeros_like = ops.ZerosLike()
@@ -21,24 +21,12 @@ class GroupedLinear(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        path = library()
-        self.product = ops.Custom(
-            f"{path}:GroupedLinear",
-            lambda x, w, _: [x[0], w[1]],
-            lambda x, *_: x,
-            "aot",
+        self.product = operator("GroupedLinear", lambda x, w, _: [x[0], w[1]], first)
+        self.input_gradient = operator(
+            "GroupedLinearInputGradient", lambda dy, w, _: [dy[0], w[2]], first
         )
-        self.input_gradient = ops.Custom(
-            f"{path}:GroupedLinearInputGradient",
-            lambda dy, w, _: [dy[0], w[2]],
-            lambda dy, *_: dy,
-            "aot",
-        )
-        self.weight_gradient = ops.Custom(
-            f"{path}:GroupedLinearWeightGradient",
-            lambda dy, x, sizes: [sizes[0], dy[1], x[1]],
-            lambda dy, *_: dy,
-            "aot",
+        self.weight_gradient = operator(
+            "GroupedLinearWeightGradient", lambda dy, x, sizes: [sizes[0], dy[1], x[1]], first
         )
 
     def construct(self, x_RI: Tensor, w_EOI: Tensor, group_sizes_E: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Compiling the operators, once for all runs.
 
-The library is kept in the user's cache under the digest of all that it is made of: the source, the
+The library is kept in the user's cache under the digest of all that it is made of: the sources, the
 flags, the compiler's version and MindSpore's.
 """
 
@@ -13,17 +13,44 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
+from mindspore import ops
 
 from mistral_ms.cache import cache_directory, kept
 from mistral_ms.errors import KernelError
 
-SOURCE = Path(__file__).with_name("grouped_linear.cc")
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread")
+FOLDER = Path(__file__).parent
+"""Where the sources are."""
+# the last two let loops be vectorized; no result depends on them
+FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math",
+)  # fmt: skip
 ONE_DNN = ("libdnnl.so.3", "libdnnl.so.2")
-"""Names that the source looks for, too."""
+"""Names that the sources look for, too."""
+Infer = Callable[..., Any]
+
+
+def first(dtype: Any, *_: Any) -> Any:
+    """The dtype of a result that has that of the first input."""
+    return dtype
+
+
+def operator(name: str, shape: Infer, dtype: Infer) -> ops.Custom:
+    """An operator of the library.
+
+    Args:
+        name: of its function.
+        shape: of the result, from the inputs' shapes.
+        dtype: of the result, from the inputs' dtypes.
+
+    Raises:
+        KernelError: see :func:`library`.
+    """
+    return ops.Custom(f"{library()}:{name}", shape, dtype, "aot")
 
 
 def library() -> Path:
@@ -63,16 +90,19 @@ def _one_dnn_is_loaded() -> bool:
 def _compiled(tool: str) -> Path:
     """The library that the cache has, or a new one."""
     version = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False)
-    made_of = repr((FLAGS, version.stdout, ms.__version__)).encode() + SOURCE.read_bytes()
-    name = f"{SOURCE.stem}-{hashlib.sha256(made_of).hexdigest()[:24]}"
+    files = sorted([*FOLDER.glob("*.h"), *FOLDER.glob("*.cc")])
+    made_of = [repr((FLAGS, version.stdout, ms.__version__)).encode()]
+    made_of += [file.read_bytes() for file in files]
+    name = f"operators-{hashlib.sha256(bytes(0).join(made_of)).hexdigest()[:24]}"
+    sources = [str(file) for file in files if file.suffix == ".cc"]
     folder = _folder()
 
     def compile_to(part: Path) -> None:
-        command = [tool, *FLAGS, str(SOURCE), "-o", str(part), "-ldl"]
+        command = [tool, *FLAGS, *sources, "-o", str(part), "-ldl"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["no message"])[0]
-            raise KernelError("compilation failed", where=SOURCE, value=said)
+            raise KernelError("compilation failed", where=FOLDER, value=said)
 
     return kept(folder / f"{name}.so", folder / f"{name}.lock", compile_to)
 

@@ -1,4 +1,4 @@
-"""How cells are executed while training."""
+"""How cells are executed."""
 
 from __future__ import annotations
 

@@ -1,0 +1,77 @@
+"""Operations for which the CPU alone has an operator, see :mod:`mistral_ms.ops.select`."""
+
+from __future__ import annotations
+
+from mindspore import Tensor, nn, ops
+
+from mistral_ms.ops import cpu, reference
+from mistral_ms.ops.select import Kernels, choose_dense
+
+_sum = ops.ReduceSum()
+
+
+def linear(kernels: Kernels) -> nn.Cell:
+    """The Cell of ``reference.linear``: rows [T, I] and matrix [O, I] -> [T, O].
+
+    Raises:
+        KernelError: the implementation is not there.
+    """
+    if choose_dense("linear", kernels, on_ascend=False) == "cpu":
+        return cpu.Linear()
+    return ReferenceLinear()
+
+
+def fused_experts(kernels: Kernels) -> nn.Cell | None:
+    """All experts of a few tokens in float32, without a gradient, see :class:`cpu.FusedExperts`;
+    None where they are computed by other operations.
+    """
+    chosen = choose_dense("fused_experts", kernels, on_ascend=False)
+    return cpu.FusedExperts() if chosen == "cpu" else None
+
+
+def cached_attention(kernels: Kernels, heads: int, kv_heads: int) -> nn.Cell | None:
+    """Attention with its rotation and its cache in float32, without a gradient, see
+    :class:`cpu.CachedAttention`; None where it is made of other operations.
+
+    Args:
+        kernels: which implementation.
+        heads: N of this process.
+        kv_heads: G of this process.
+    """
+    chosen = choose_dense("cached_attention", kernels, on_ascend=False)
+    return cpu.CachedAttention(heads, kv_heads) if chosen == "cpu" else None
+
+
+def sum_of_squares(kernels: Kernels) -> nn.Cell:
+    """The Cell of the sum of the squares of a float32 tensor: float32 [1].
+
+    Raises:
+        KernelError: the implementation is not there.
+    """
+    if choose_dense("sum_of_squares", kernels, on_ascend=False) == "cpu":
+        return cpu.SumOfSquares()
+    return ReferenceSumOfSquares()
+
+
+def adamw(kernels: Kernels) -> nn.Cell | None:
+    """An update of AdamW in float32, see :class:`cpu.AdamW`; None where it is made of other
+    operations.
+    """
+    chosen = choose_dense("adamw", kernels, on_ascend=False)
+    return cpu.AdamW() if chosen == "cpu" else None
+
+
+class ReferenceLinear(nn.Cell):
+    """``reference.linear``."""
+
+    def construct(self, x_TI: Tensor, w_OI: Tensor) -> Tensor:
+        """[T, O]."""
+        return reference.linear(x_TI, w_OI)
+
+
+class ReferenceSumOfSquares(nn.Cell):
+    """Rows first: one sum over all axes takes five times as long on CPU."""
+
+    def construct(self, x: Tensor) -> Tensor:
+        """[1]."""
+        return _sum(_sum(x * x, -1)).reshape(1)
