@@ -10,6 +10,7 @@ from mindspore import Tensor, ops
 from pydantic import Field
 
 from mistral_ms.config import OptimizerConfig
+from mistral_ms.ops import select, select_cpu
 from mistral_ms.optimizers.registry import register
 from mistral_ms.optimizers.rule import Rule
 
@@ -29,7 +30,8 @@ class AdamWConfig(OptimizerConfig, extra="forbid"):
 
 
 class AdamW(Rule):
-    """PyTorch's arithmetic by the fused kernel ``ops.Adam``, which writes in place.
+    """PyTorch's arithmetic by the fused kernel ``ops.Adam``, which writes in place; on CPU by an
+    operator that makes the whole update in one pass over memory.
 
     PyTorch divides both means by their bias corrections and adds eps to the corrected root. The
     kernel folds the corrections into the rate and adds eps to the raw root, which is the same when
@@ -43,6 +45,9 @@ class AdamW(Rule):
         self.no_power = Tensor(0.0, ms.float32)
         self.adam = self.kernel(ops.Adam())
         self.shrink = self.kernel(ops.ApplyGradientDescent())
+        # where the device is the host, both places take this one: the same bits
+        self.fused = select_cpu.adamw(select.dense_kernels())
+        self.scales = self.fused is not None
 
     @classmethod
     def state_names(cls, settings: AdamWConfig) -> tuple[str, ...]:
@@ -70,7 +75,13 @@ class AdamW(Rule):
         coefficients: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
         """See the base."""
-        size, eps, decay, beta1, beta2 = coefficients
+        size, eps, decay, beta1, beta2 = coefficients[:5]
+        if self.fused is not None:
+            scale = coefficients[5]
+            updated = self.fused(
+                weight, state[0], state[1], gradient, scale, size, eps, decay, beta1, beta2
+            )
+            return (updated,)
         if self.decays:
             gradient = ops.depend(gradient, self.shrink(weight, decay, weight))
         return self.adam(

@@ -25,12 +25,15 @@ class Rule(nn.Cell):
             in any way. Otherwise the rule is given whole weights, of the shape that they have in
             checkpoints ([O, I], or [E, O, I] of stacked experts), and layouts that divide its
             matrices are refused.
+        scales: the gradient comes as it was before clipping; what it must be multiplied by comes
+            behind the coefficients.
         idle: None for a rule that returns new values. A rule whose kernels write weight and state
             in place has here the coefficients with which a gradient of zero changes nothing: the
             auto-parallel graph allows no branch around the update.
     """
 
     elementwise: ClassVar[bool] = True
+    scales: bool = False
     idle: ClassVar[tuple[float, ...] | None] = None
 
     def __init__(self, settings: Any, decays: bool, on_host: bool) -> None:

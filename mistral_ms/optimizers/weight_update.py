@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from mistral_ms.optimizers.plan import Plan
+
+_one = Tensor(1.0, ms.float32)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class WeightUpdate(nn.Cell):
         counts = [plan.counts[number] for number in used]
         self.places = tuple(tuple(range(at, at + n)) for at, n in zip(starts, counts, strict=True))
         self.idle = tuple(each.rule.idle or () for each in groups)
+        self.scales = tuple(rule.scales for rule in self.rules)
         self.in_place = tuple(each.rule.idle is not None for each in groups)
         # elementwise rules do not care how a matrix lies
         forms = [(stored or {}).get(name) for name in weights]
@@ -93,6 +97,7 @@ class WeightUpdate(nn.Cell):
         gradients: tuple[Tensor, ...],
         coefficients: Tensor | tuple[Tensor, ...],
         finite: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> tuple[tuple[Tensor, ...], ...]:
         """Updates all weights and their state.
 
@@ -102,6 +107,7 @@ class WeightUpdate(nn.Cell):
                 as many scalars.
             finite: a float32 scalar, one or zero. With zero and with gradients that are zero
                 nothing changes; None is one.
+            scale: a float32 scalar that all gradients must be multiplied by first; None is one.
 
         Returns:
             Tensors that are ready when each update is.
@@ -114,22 +120,26 @@ class WeightUpdate(nn.Cell):
                 if finite is not None and self.in_place[number]:
                     value = value * finite + self.idle[number][k] * (1.0 - finite)
                 own = (*own, value)
+            if self.scales[number]:
+                own = (*own, _one if scale is None else scale)
             values = (*values, own)
         # a tuple, one entry a weight: a pipeline's stage drops the entries of the other stages'
         # weights from tuples, but from a chain it would drop everything behind the first of them
         done: tuple[tuple[Tensor, ...], ...] = ()
         for i in range(len(self.weights)):
-            number = self.rule_of[i]
+            number, gradient = self.rule_of[i], gradients[i]
+            if scale is not None and not self.scales[number]:
+                gradient = gradient * scale
             weight, held = self.weights[i], self.states[self.begins[i] : self.begins[i + 1]]
             if self.in_place[number]:
-                updated = self.rules[number](weight, gradients[i], held, values[number])
+                updated = self.rules[number](weight, gradient, held, values[number])
             else:
                 state: tuple[Tensor, ...] = ()
                 for k in range(len(held)):
                     state = (*state, self.as_stored(held[k], i))
                 new = self.rules[number](
                     self.as_stored(weight, i),
-                    self.as_stored(gradients[i], i),
+                    self.as_stored(gradient, i),
                     state,
                     values[number],
                 )

@@ -2,56 +2,65 @@
 
 from __future__ import annotations
 
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
+
+from mistral_ms.ops import select, select_cpu
 
 _sum = ops.ReduceSum()
-_stack = ops.Stack()
+_concat = ops.Concat(0)
 
 NORM_EPS = 1e-6
 """Keeps the quotient finite (PyTorch's constant)."""
 
 
-def sums_of_squares(gradients: tuple[Tensor, ...]) -> Tensor:
-    """Float32 [n]: of each gradient."""
-    squares: tuple[Tensor, ...] = ()
-    for gradient in gradients:
-        square = gradient * gradient
-        # Rows first: one sum over all axes takes five times as long on CPU.
-        squares = (*squares, _sum(_sum(square, -1)))
-    return _stack(squares)
-
-
-def clip_by_global_norm(
-    gradients: tuple[Tensor, ...],
-    limit: float | None,
-    unscale: Tensor | float = 1.0,
-    squares_n: Tensor | None = None,
-    square: Tensor | None = None,
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Scales all gradients by min(1, limit / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_.
+class Clipping(nn.Cell):
+    """What all gradients are multiplied by: min(1, limit / (norm + 1e-6)), as
+    torch.nn.utils.clip_grad_norm_.
 
     Args:
-        gradients: float32, of any shapes.
         limit: the largest norm that is left alone; None only measures.
-        unscale: what the gradients must be multiplied by first, float32: one over the loss scale,
-            a power of two. One multiplication does both.
-        squares_n: the sums of their squares, where ``gradients`` are parts of the whole ones.
-        square: the sum over all, where there are more than these.
-
-    Returns:
-        The gradients; the norm they had, a float32 scalar; and each one's norm, float32 [n].
     """
-    if squares_n is None:
-        squares_n = sums_of_squares(gradients)
-    if square is None:
-        square = _sum(squares_n)
-    norm = ops.sqrt(square) * unscale
-    norms_n = ops.sqrt(squares_n) * unscale
-    scale = ops.ones_like(norm)
-    if limit is not None:
-        scale = ops.minimum(limit / (norm + NORM_EPS), scale)
-    scale = scale * unscale
-    clipped: tuple[Tensor, ...] = ()
+
+    def __init__(self, limit: float | None) -> None:
+        super().__init__(auto_prefix=False)
+        self.limit = limit
+        self.sum_of_squares = select_cpu.sum_of_squares(select.dense_kernels())
+
+    def squares(self, gradients: tuple[Tensor, ...]) -> Tensor:
+        """Float32 [n]: the sum of the squares of each gradient."""
+        squares: tuple[Tensor, ...] = ()
+        for gradient in gradients:
+            squares = (*squares, self.sum_of_squares(gradient))
+        return _concat(squares)
+
+    def construct(
+        self, squares_n: Tensor, unscale: Tensor | float = 1.0, square: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The scale.
+
+        Args:
+            squares_n: of :meth:`squares`, or, of gradients that are parts, of the whole ones.
+            unscale: what the gradients must be multiplied by first, float32: one over the loss
+                scale, a power of two. One multiplication does both.
+            square: the sum over all, where there are more than these.
+
+        Returns:
+            What the gradients must be multiplied by, and the norm they had, float32 scalars; and
+            each one's norm, float32 [n].
+        """
+        if square is None:
+            square = _sum(squares_n)
+        norm = ops.sqrt(square) * unscale
+        norms_n = ops.sqrt(squares_n) * unscale
+        scale = ops.ones_like(norm)
+        if self.limit is not None:
+            scale = ops.minimum(self.limit / (norm + NORM_EPS), scale)
+        return scale * unscale, norm, norms_n
+
+
+def scaled(gradients: tuple[Tensor, ...], scale: Tensor) -> tuple[Tensor, ...]:
+    """All gradients multiplied by a scalar."""
+    found: tuple[Tensor, ...] = ()
     for gradient in gradients:
-        clipped = (*clipped, gradient * scale)
-    return clipped, norm, norms_n
+        found = (*found, gradient * scale)
+    return found

@@ -18,7 +18,7 @@ from mindspore.common.initializer import initializer
 from mistral_ms.datasets.batches import Batch
 from mistral_ms.models import Objective
 from mistral_ms.parallel.reduction import Reduction
-from mistral_ms.training.clipping import clip_by_global_norm, sums_of_squares
+from mistral_ms.training.clipping import Clipping, scaled
 from mistral_ms.training.optimizer import DeviceOptimizer
 
 _cast = ops.Cast()
@@ -119,7 +119,7 @@ class Finish(nn.Cell):
 
     Args:
         optimizer: updates on the device; None hands the clipped gradients out instead.
-        clip_norm: see :func:`~mistral_ms.training.clipping.clip_by_global_norm`.
+        clip_norm: see :class:`~mistral_ms.training.clipping.Clipping`.
         reduction: adds up over the processes; None when this one is alone.
     """
 
@@ -130,7 +130,8 @@ class Finish(nn.Cell):
         reduction: Reduction | None = None,
     ) -> None:
         super().__init__(auto_prefix=False)
-        self.optimizer, self.clip_norm, self.reduction = optimizer, clip_norm, reduction
+        self.optimizer, self.reduction = optimizer, reduction
+        self.clipping = Clipping(clip_norm)
 
     def construct(
         self, gradients: tuple[Tensor, ...], total: Tensor, scales: Tensor, coefficients: Tensor
@@ -143,16 +144,14 @@ class Finish(nn.Cell):
         """
         if self.reduction is not None:
             gradients = self.reduction.gradients(gradients)
-        squares_n, square = sums_of_squares(gradients), None
+        squares_n, square = self.clipping.squares(gradients), None
         if self.reduction is not None:
             squares_n, square, total = self.reduction.squares(squares_n, total)
-        clipped, norm, norms_n = clip_by_global_norm(
-            gradients, self.clip_norm, 1.0 / scales[2], squares_n, square
-        )
+        scale, norm, norms_n = self.clipping(squares_n, 1.0 / scales[2], square)
         if self.optimizer is None:
-            return norm, norms_n, clipped
+            return norm, norms_n, scaled(gradients, scale)
         if ops.logical_and(_is_finite(norm), _is_finite(total)):
-            done = self.optimizer(clipped, coefficients)
+            done = self.optimizer(gradients, coefficients, scale)
         else:
             done = coefficients[0]
         return ops.depend(norm, done), norms_n, ()

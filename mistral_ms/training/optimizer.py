@@ -66,9 +66,18 @@ class DeviceOptimizer(nn.Cell):
         self.weight_update = WeightUpdate(masters, plan)
         self._masters = masters if self.mixed else {}
 
-    def construct(self, gradients: tuple[Tensor, ...], coefficients: Tensor) -> Tensor:
-        """Updates everything in place; returns a scalar that is ready when that is done."""
-        done = ops.depend(coefficients[0], self.weight_update(gradients, coefficients))
+    def construct(
+        self, gradients: tuple[Tensor, ...], coefficients: Tensor, scale: Tensor
+    ) -> Tensor:
+        """Updates everything in place; returns a scalar that is ready when that is done.
+
+        Args:
+            gradients: float32.
+            coefficients: see :class:`WeightUpdate`.
+            scale: a float32 scalar that the gradients must be multiplied by first.
+        """
+        updated = self.weight_update(gradients, coefficients, None, scale)
+        done = ops.depend(coefficients[0], updated)
         if self.mixed:
             for i in range(len(self.weights)):
                 weight, master = self.weights[i], ops.depend(self.weight_update.weights[i], done)

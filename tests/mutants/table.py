@@ -114,9 +114,9 @@ MUTANTS = [
     *of(
         "training/clipping.py",
         "training/test_clipping.py",
-        small_gradients_are_scaled_up=("ops.minimum(limit", "ops.maximum(limit"),
+        small_gradients_are_scaled_up=("ops.minimum(self.limit", "ops.maximum(self.limit"),
         the_norm_is_not_unscaled=("ops.sqrt(square) * unscale", "ops.sqrt(square)"),
-        gradients_are_not_unscaled=("scale = scale * unscale", "scale = scale * 1.0"),
+        gradients_are_not_unscaled=("return scale * unscale", "return scale * 1.0"),
         norms_are_squares=("norms_n = ops.sqrt(squares_n)", "norms_n = squares_n"),
     ),
     *of(

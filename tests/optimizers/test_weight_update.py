@@ -49,6 +49,20 @@ def test_each_weight_is_updated_by_itself(optimizer):
         np.testing.assert_array_equal(parameter[name].asnumpy(), want[name], err_msg=name)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_scales_gradients_before_anything_else(optimizer):
+    """By a power of two, so that the bits are those of gradients that were multiplied before."""
+    gradients = start_values(1)
+    want = Ours(training(optimizer), start_values())
+    want.step({name: 0.25 * g for name, g in gradients.items()}, 0, 0.1, graph=False)
+    got = Ours(training(optimizer), start_values())
+    own = tuple(Tensor(gradients[name]) for name in got.update.names)
+    coefficients = Tensor(got.plan.coefficients(0, 0.1))
+    got.update(own, coefficients, None, Tensor(0.25, ms.float32))
+    for name, value in everything(got).items():
+        np.testing.assert_array_equal(value, everything(want)[name], err_msg=name)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_muon_sees_the_matrices_of_checkpoints(transposed):
     """Kept as [E * R, C], transposed or not: the update is that of [E, O, I]."""

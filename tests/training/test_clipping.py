@@ -5,11 +5,18 @@ import pytest
 import torch
 from mindspore import Tensor
 
-from mistral_ms.training.clipping import clip_by_global_norm
+from mistral_ms.training.clipping import Clipping, scaled
 
 SHAPES = [(6, 5), (3, 4, 2), (7,), ()]
 RELATIVE = 1e-6
 """A sum of 60 squares and three roundings in float32; 1e-7 measured."""
+
+
+def clip_by_global_norm(gradients, limit, unscale=1.0):
+    """The gradients, the norm they had, and each one's norm."""
+    clipping = Clipping(limit)
+    scale, norm, norms_n = clipping(clipping.squares(gradients), unscale)
+    return scaled(gradients, scale), norm, norms_n
 
 
 def gradients(scale):
