@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 _scores = ops.BatchMatMul(transpose_b=True)
 _values = ops.BatchMatMul()
-_softmax = ops.Softmax(-1)
+_probabilities = ops.Softmax(-1)
+_row_sum = ops.ReduceSum(keep_dims=True)
+_select = ops.Select()
 _HIDDEN = Tensor(np.finfo(np.float32).min, ms.float32)
+
+
+class Softmax(nn.Cell):
+    """Softmax over the last axis, with MindSpore's gradient from operands of equal shapes.
+
+    A CPU kernel that broadcasts keeps its index tables, 8 bytes per element and operand, as long as
+    its graph lives: for attention that is six times the scores in every layer, forward, and four
+    times in the gradient. ``BroadcastTo`` keeps none.
+    """
+
+    def construct(self, x: Tensor) -> Tensor:
+        """float32 [..., M] -> [..., M]."""
+        return _probabilities(x)
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Out * (dout - sum(out * dout)), the very operations of the primitive's own gradient."""
+        return (out * (dout - ops.broadcast_to(_row_sum(out * dout, -1), out.shape)),)
+
+
+_softmax = Softmax()
 
 
 def attention(q_BSND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_B1SM: Tensor) -> Tensor:
@@ -32,7 +54,10 @@ def attention(q_BSND: Tensor, k_BGMD: Tensor, v_BGMD: Tensor, visible_B1SM: Tens
     q = (q_BSND * D**-0.5).reshape(B, S, G, group, D).transpose(0, 2, 3, 1, 4)
     scores = _scores(q.reshape(B * G, group * S, D), k_BGMD.reshape(B * G, M, D))
     scores = ops.cast(scores, ms.float32).reshape(B, N, S, M)
-    weights = _softmax(ops.select(ops.broadcast_to(visible_B1SM, (B, N, S, M)), scores, _HIDDEN))
+    # both broadcasts are made once for all layers, see Softmax for why they are written out
+    visible_BNSM = ops.broadcast_to(visible_B1SM, (B, N, S, M))
+    hidden_BNSM = ops.broadcast_to(_HIDDEN, (B, N, S, M))
+    weights = _softmax(_select(visible_BNSM, scores, hidden_BNSM))
     weights = ops.cast(weights, v_BGMD.dtype).reshape(B * G, group * S, M)
     mixed = _values(weights, v_BGMD.reshape(B * G, M, D))
     return mixed.reshape(B, N, S, D).transpose(0, 2, 1, 3).reshape(B, S, N * D)
