@@ -102,6 +102,8 @@ class Step:
     judge: Callable[[bool], Verdict]
 
 
+EXPLICIT = "parallel.execution=explicit"
+"""On Ascend the graph is the default."""
 NAMES = ("align", "experts", "hierarchical", "offload", "graph", "cards32")
 
 
@@ -193,7 +195,7 @@ def _align(lines: _Lines, one: Run) -> Step:
 
 def _cards32(lines: _Lines) -> Step:
     o, output = lines.options, lines.options.output / "cards32"
-    changes: tuple[str, ...] = (f"training.steps={STEPS}", f"output={output}")
+    changes: tuple[str, ...] = (f"training.steps={STEPS}", f"output={output}", EXPLICIT)
     if o.small:
         half = o.workers // 2
         machines: tuple[str, ...] = ("--workers", str(o.workers), "--nodes", "1")
@@ -247,7 +249,7 @@ class _Lines:
         return ("--port", str(self.options.port), "--log-dir", str(logs), "--")
 
     def _tiny(self, name: str) -> tuple[str, ...]:
-        length = (f"training.steps={STEPS}", "training.schedule.warmup_steps=5")
+        length = (f"training.steps={STEPS}", "training.schedule.warmup_steps=5", EXPLICIT)
         sizes = (*SMALL, "model.num_hidden_layers=1") if self.options.small else ()
         return (f"output={self.options.output / name}", *length, *sizes)
 

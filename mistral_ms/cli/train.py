@@ -137,6 +137,9 @@ def _execute(
             f"windows of {training.data.seq_length} tokens: steps {begun + 1} to {steps}"
         )
         say(f"memory {training.memory}")
+        say(f"in a step, calculated: {training.activations}")
+        if training.memory_warning is not None:
+            say(training.memory_warning)
         with show_progress(console, steps) as progress:
             result = training.execute([progress, heartbeat], heartbeat.phase)
     report(console, result)

@@ -32,10 +32,14 @@ class ParallelConfig(Frozen):
             ``hierarchical`` inside the node, then between equal places of the nodes;
             ``group_wise`` directly, each tensor-parallel rank carrying a share of every row,
             which is then gathered within the tensor group.
-        recompute: what the backward pass of the auto-parallel graph computes again instead of
-            keeping it: ``selective`` attention and norms, ``full`` whole decoder blocks.
+        recompute: what the backward pass computes again instead of keeping it: ``selective`` the
+            core of attention and norms, ``full`` whole decoder blocks. A pipeline of explicit
+            collectives computes the forward pass of every stage again in any case.
         execution: who divides a training: ``explicit`` collectives of ours, on CPU and Ascend, or
-            MindSpore, one auto-parallel ``graph`` on Ascend (of one process on any device).
+            MindSpore, one auto-parallel ``graph`` on Ascend (of one process on any device);
+            ``auto`` is ``graph`` on Ascend and ``explicit`` elsewhere.
+        max_device_memory: GiB of a device (MindFormers' key); `train` warns of a run that seems to
+            need more. None: 64 on Ascend, no limit elsewhere.
         interleave: parts of a micro-batch whose communication and computation may overlap.
     """
 
@@ -49,7 +53,8 @@ class ParallelConfig(Frozen):
     optimizer_parallel: bool = False
     all_to_all: Literal["flat", "hierarchical", "group_wise"] = "flat"
     recompute: Literal["none", "selective", "full"] = "none"
-    execution: Literal["explicit", "graph"] = "explicit"
+    execution: Literal["auto", "explicit", "graph"] = "auto"
+    max_device_memory: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     interleave: Literal[1, 2] = 1
 
     @model_validator(mode="after")
@@ -63,6 +68,12 @@ class ParallelConfig(Frozen):
     def sizes(self) -> Sizes:
         """The four sizes alone."""
         return Sizes(self.dp, self.mp, self.pp, self.ep)
+
+    def execution_on(self, device: str) -> Literal["explicit", "graph"]:
+        """Who divides a training on a device ("Ascend", "CPU")."""
+        if self.execution == "auto":
+            return "graph" if device == "Ascend" else "explicit"
+        return self.execution
 
     @property
     def world(self) -> int:

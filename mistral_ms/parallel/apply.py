@@ -17,7 +17,7 @@ from mindspore import Parameter, Tensor, nn
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.errors import ConfigError, TopologyError
 from mistral_ms.layers import CacheSpec, VocabularyNLL
-from mistral_ms.models import CausalLM, NextTokenLogits
+from mistral_ms.models import CausalLM, NextTokenLogits, Recompute
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.inference import DividedLogits, DividedNextTokenLogits
 from mistral_ms.parallel.parts import DividedParts
@@ -50,7 +50,6 @@ class Division:
     """
 
     def __init__(self, parallel: ParallelConfig, rank: int = 0, world: int | None = None) -> None:
-        _check_recompute(parallel)
         self.parallel = parallel
         self.topology = Topology.of(parallel, world)
         self.groups = Groups(self.topology, rank)
@@ -155,6 +154,14 @@ class Division:
         """Whether batches pass several stages."""
         return self.parallel.pp > 1
 
+    @property
+    def recompute(self) -> Recompute:
+        """What the gradient of one micro-batch computes again. A stage of a pipeline computes its
+        whole forward pass again in any case, ``full`` adds no second time to that.
+        """
+        amount = self.parallel.recompute
+        return "selective" if self.is_pipelined and amount == "full" else amount
+
     def schedule(self, micro_batches: int) -> Schedule:
         """Which stage works on which of so many micro-batches when."""
         return make_schedule(self.parallel.schedule, self.parallel.pp, micro_batches)
@@ -246,17 +253,3 @@ class Division:
     def wait_for_all(self) -> None:
         """Returns when every process has come here."""
         self.anybody(False)
-
-
-def _check_recompute(parallel: ParallelConfig) -> None:
-    """Stages of a pipeline compute their whole forward pass again in any case, which is as much as
-    any run can ask for; without a pipeline nothing is.
-    """
-    if parallel.recompute != "none" and parallel.pp == 1 and parallel.execution == "explicit":
-        raise ConfigError(
-            "not known here",
-            where="parallel.recompute",
-            value=f"{parallel.recompute} with parallel.pp=1",
-            rule="without a pipeline only the auto-parallel graph recomputes",
-            todo="use none, or parallel.execution=graph",
-        )

@@ -1,4 +1,4 @@
-"""How many bytes a training keeps between its steps, and where; counted, not calculated."""
+"""How many bytes a training keeps between its steps, counted, and in a step, calculated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 from mindspore import Parameter
 
+from mistral_ms.config import RunConfig
 from mistral_ms.layers import is_buffer
+from mistral_ms.models import tokens_at_a_time
+from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.memory import FLOAT, ActivationMemory, activation_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,11 @@ class MemoryReport:
     device_optimizer: int
     device_gradients: int
     host_optimizer: int
+
+    @property
+    def device(self) -> int:
+        """Everything on the device."""
+        return self.device_weights + self.device_optimizer + self.device_gradients
 
     @property
     def device_bytes_per_parameter(self) -> float:
@@ -70,6 +79,31 @@ def memory_report(
         device_gradients=_bytes(p for p in owned if id(p) in added),
         device_optimizer=_bytes(p for p in owned if id(p) not in held | added and not is_buffer(p)),
         host_optimizer=_bytes(outside),
+    )
+
+
+def step_memory(
+    run: RunConfig, division: Division, kept: MemoryReport, device: str
+) -> ActivationMemory:
+    """What a step of this process holds beside what is kept between steps.
+
+    Args:
+        run: the run, its steps counted out.
+        division: this process among the others.
+        kept: between steps.
+        device: "Ascend", whose operators are fused, or "CPU".
+    """
+    execution = run.parallel.execution_on(device)
+    return activation_memory(
+        run.model,
+        run.routing,
+        run.training,
+        run.parallel,
+        stage=division.groups.place.pp,
+        execution=execution,
+        fused=device == "Ascend",
+        logit_tokens=tokens_at_a_time(run.model.vocab_size) if execution == "explicit" else None,
+        gradients=kept.parameters * FLOAT,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import mindspore as ms
 import yaml
 
 from mistral_ms.checkpoint import BackgroundWriter, CheckpointSeries, read_state
@@ -17,6 +18,7 @@ from mistral_ms.config import PACKAGED_TOKENIZER, RunConfig
 from mistral_ms.errors import CheckpointError, TrainingError
 from mistral_ms.optimizers import with_settings
 from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.memory import too_large
 from mistral_ms.parallel.pipeline import check_objective
 from mistral_ms.training.failure import write_failure
 from mistral_ms.training.figures import write_figures
@@ -25,7 +27,7 @@ from mistral_ms.training.graph_step import GraphTrainStep
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.interrupt import stop_on_signals
 from mistral_ms.training.loop import Observer, TrainingSummary, train
-from mistral_ms.training.memory import MemoryReport
+from mistral_ms.training.memory import MemoryReport, step_memory
 from mistral_ms.training.metrics import MetricsWriter, StepRecord, read_metrics
 from mistral_ms.training.parts import save_parts, take_part
 from mistral_ms.training.prepare import Say, check_device, initialize, open_data, side_files
@@ -127,6 +129,10 @@ class TrainingRun:
                 step = self.update.progress.step
                 self.history = read_metrics(self.files.metrics, step)
         self.memory = self.update.memory()
+        device = ms.get_context("device_target")
+        self.activations = step_memory(self.run, self.division, self.memory, device)
+        needed = self.memory.device + self.activations.total
+        self.memory_warning = too_large(needed, self.run.parallel.max_device_memory, device)
 
     def _update(self, drawn: bool) -> Update:
         """The training step, on the path that the run names.
@@ -135,7 +141,7 @@ class TrainingRun:
             drawn: its weights are drawn or read now; otherwise a checkpoint's will come.
         """
         run, division = self.run, self.division
-        if run.parallel.execution == "graph":
+        if run.parallel.execution_on(ms.get_context("device_target")) == "graph":
             segmented = self.data.info.config.boundaries == "attention"
             update = GraphTrainStep(run, division, segmented=segmented)
             if drawn:

@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor, nn
 from mistral_ms.config import ModelConfig, TrainingConfig
 from mistral_ms.datasets.batches import Batch
 from mistral_ms.errors import TrainingError
-from mistral_ms.models import CausalLM, LossReport, Objective
+from mistral_ms.models import CausalLM, LossReport, Objective, recompute
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.optimizers import Plan, check_layout, make_plan, with_settings
 from mistral_ms.parallel.apply import Division
@@ -225,6 +225,7 @@ class TrainStep:
             None if division is None else division.reduction(self.weights, model.specs)
         )
         self.progress = Progress(scale=LossScale.start(config.scaling))
+        recompute(model.layers, "none" if division is None else division.recompute)
         objective = Objective(
             model,
             aux_coef=config.aux_coef,

@@ -69,7 +69,8 @@ TABLE = {
         f"{MODEL_ROOMS} optimizers",
         "mindspore numpy matplotlib",
         mindspore_not_in=(
-            "mistral_ms.parallel mistral_ms.parallel.topology mistral_ms.parallel.pipeline"
+            "mistral_ms.parallel mistral_ms.parallel.topology mistral_ms.parallel.pipeline "
+            "mistral_ms.parallel.memory"
         ),
     ),
     "tokenizer": room("config data", "sentencepiece tokenizers mistral_common jinja2"),
@@ -276,7 +277,7 @@ def test_nothing_imports_the_command_line():
 
 LIGHT = (
     "config", "weights", "tokenizer", "checkpoint", "data", "datasets", "cli", "launch",
-    "parallel.topology", "parallel.pipeline",
+    "parallel.topology", "parallel.pipeline", "parallel.memory",
 )  # fmt: skip
 LOADS = f"""
 import os, sys

@@ -18,7 +18,7 @@ from mistral_ms.config import (
     read_yaml,
 )
 from mistral_ms.data import DEMO_TEXT
-from mistral_ms.errors import ConfigError, TopologyError
+from mistral_ms.errors import TopologyError
 from mistral_ms.inference import load_graph_engine
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.training import read_metrics
@@ -27,8 +27,6 @@ from mistral_ms.training import run as training_run
 FILES = sorted((Path(__file__).parents[2] / "configs" / "run").glob("*.yaml"))
 TRAINED = [path for path in FILES if not path.stem.startswith("predict_")]
 PREDICTED = [path for path in FILES if path not in TRAINED]
-WITHOUT_A_PIPELINE = ("finetune_mistral_7b_8card", "pretrain_mistral_7b_8card")
-"""They ask for recomputation, which `train` does in pipelines only: refused as they stand."""
 each_file = pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
 
 MODEL = dict(
@@ -65,8 +63,6 @@ def small(path):
         changes.append("training.micro_batches=2")
     if "inputs" not in values.get("data", {}):  # the demo's text; or a dataset of the user's
         changes += [f"data.inputs=[{DEMO_TEXT}]", "data.tokenizer=packaged-v1"]
-    if "recompute" in values.get("parallel", {}):  # as without a pipeline the scripts do
-        changes.append("parallel.recompute=none")
     return changes
 
 
@@ -111,8 +107,8 @@ def trained(tmp_path_factory, begin):
     """
     known = {}
 
-    def train(path, *more):
-        changes = [*small(path), *more]
+    def train(path):
+        changes = small(path)
         if path.stem.startswith("finetune"):
             base = path if "model" in read_yaml(path) else TRAINED[-1]
             changes.append(f"init_from={begin(load_run_config(base, small(base)).model)}")
@@ -131,22 +127,8 @@ def trained(tmp_path_factory, begin):
 
 @each_file
 def test_a_file_trains(trained, path):
-    run, output = trained(path)
-    check(run, output)
-
-
-def test_the_graph_recomputes_what_the_file_asks_for(trained):
-    """As the refusal of the explicit way advises."""
-    path = next(path for path in TRAINED if path.stem == WITHOUT_A_PIPELINE[1])
-    wanted = load_run_config(path).parallel.recompute
-    changes = ("parallel.execution=graph", f"parallel.recompute={wanted}")
-    run, output = trained(path, *changes, "training.micro_batches=1")
-    assert run.parallel.recompute == wanted
-    check(run, output)
-
-
-def check(run, output):
     """One step was made, of this configuration."""
+    run, output = trained(path)
     (record,) = read_metrics(output / "metrics.jsonl")
     training = run.training
     even = np.log(run.model.vocab_size)  # of a model that knows nothing
@@ -164,9 +146,7 @@ def check(run, output):
 
 @each_file
 def test_a_file_as_it_stands_lacks_processes_alone(path, tmp_path, begin):
-    """What one process says to it. The files without a pipeline are refused by their own default
-    way, with the way out.
-    """
+    """What one process says to it."""
     values, output = read_yaml(path), f"output={tmp_path}/out"
     more = (
         []
@@ -174,18 +154,9 @@ def test_a_file_as_it_stands_lacks_processes_alone(path, tmp_path, begin):
         else [f"init_from={begin(load_run_config(TRAINED[-1], small(TRAINED[-1])).model)}"]
     )
     parallel = load_run_config(path, more).parallel
-    if path.stem in WITHOUT_A_PIPELINE:
-        refusal = pytest.raises(
-            ConfigError,
-            match=r"^not known here: parallel\.recompute: full with parallel\.pp=1: without a "
-            r"pipeline only the auto-parallel graph recomputes: use none, or "
-            r"parallel\.execution=graph$",
-        )
-    elif parallel.world > 1:
-        refusal = pytest.raises(TopologyError, match=rf"{parallel.world}")
-    else:
+    if parallel.world == 1:
         return
-    with refusal:
+    with pytest.raises(TopologyError, match=rf"{parallel.world}"):
         CliRunner().invoke(
             app, ["train", "--config", str(path), *more, output], catch_exceptions=False
         )

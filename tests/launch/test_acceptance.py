@@ -46,7 +46,8 @@ def printed(script, capsys, *arguments):
 def test_what_is_run_on_npus(script, capsys):
     # the environment may be in the repository
     python, tiny = (path.removeprefix(f"{ROOT}/") for path in (sys.executable, TINY))
-    short = ["training.steps=20", "training.schedule.warmup_steps=5"]
+    explicit = "parallel.execution=explicit"
+    short = ["training.steps=20", "training.schedule.warmup_steps=5", explicit]
 
     def alone(name, *more):
         command = [python, "run_mixtral.py", "train", "--config", tiny]
@@ -72,8 +73,9 @@ def test_what_is_run_on_npus(script, capsys):
         [
             "scripts/pretrain_mixtral_8x7b_4node_32card.sh", "--node-rank", "0",
             "--master", "10.0.0.1", "--port", "8118", "--log-dir", "/out/cards32-ranks", "--",
-            "training.steps=20", "output=/out/cards32", "training.schedule.warmup_steps=20",
-            "training.optimizer.learning_rate=3.0e-6", "data.dataset=/data",
+            "training.steps=20", "output=/out/cards32", explicit,
+            "training.schedule.warmup_steps=20", "training.optimizer.learning_rate=3.0e-6",
+            "data.dataset=/data",
         ],
     ]  # fmt: skip
 

@@ -7,26 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from mistral_ms.config import load_run_config
-
 ROOT = Path(__file__).parents[2]
 SCRIPTS, RUNS = ROOT / "scripts", ROOT / "configs" / "run"
 TINY = f"model={ROOT}/configs/model/mixtral_tiny.yaml"
-PLAIN = "parallel.recompute=none"  # `train` recomputes in pipelines only
-# script: run file, machines, processes on each, overrides of the script's own
+# script: run file, machines, processes on each
 STARTED = {
-    "pretrain_mistral_7b_1node_8card": ("pretrain_mistral_7b_8card", 1, 8, [PLAIN]),
-    "finetune_mistral_7b_1node_8card": ("finetune_mistral_7b_8card", 1, 8, [PLAIN]),
-    "pretrain_mixtral_8x7b_2node_16card": ("pretrain_mixtral_8x7b_16card", 2, 8, []),
-    "finetune_mixtral_8x7b_2node_16card": ("finetune_mixtral_8x7b_16card", 2, 8, []),
-    "pretrain_mixtral_8x7b_4node_32card": ("pretrain_mixtral_8x7b_32card", 4, 8, []),
-    "finetune_mixtral_8x7b_4node_32card": ("finetune_mixtral_8x7b_32card", 4, 8, []),
-    "pretrain_mixtral_8x7b_8node_64card": ("pretrain_mixtral_8x7b_64card", 8, 8, []),
-    "finetune_mixtral_8x7b_8node_64card": ("finetune_mixtral_8x7b_64card", 8, 8, []),
-    "pretrain_mixtral_8x22b_16node_128card": ("pretrain_mixtral_8x22b_128card", 16, 8, []),
-    "pretrain_mixtral_tiny_200ep": ("pretrain_mixtral_tiny_200ep", 1, 1, []),
-    "pretrain_mixtral_tiny_200ep_ep2pp2": ("pretrain_mixtral_tiny_200ep_ep2pp2", 1, 4, []),
-    "finetune_tiny": ("finetune_tiny", 1, 1, []),
+    "pretrain_mistral_7b_1node_8card": ("pretrain_mistral_7b_8card", 1, 8),
+    "finetune_mistral_7b_1node_8card": ("finetune_mistral_7b_8card", 1, 8),
+    "pretrain_mixtral_8x7b_2node_16card": ("pretrain_mixtral_8x7b_16card", 2, 8),
+    "finetune_mixtral_8x7b_2node_16card": ("finetune_mixtral_8x7b_16card", 2, 8),
+    "pretrain_mixtral_8x7b_4node_32card": ("pretrain_mixtral_8x7b_32card", 4, 8),
+    "finetune_mixtral_8x7b_4node_32card": ("finetune_mixtral_8x7b_32card", 4, 8),
+    "pretrain_mixtral_8x7b_8node_64card": ("pretrain_mixtral_8x7b_64card", 8, 8),
+    "finetune_mixtral_8x7b_8node_64card": ("finetune_mixtral_8x7b_64card", 8, 8),
+    "pretrain_mixtral_8x22b_16node_128card": ("pretrain_mixtral_8x22b_128card", 16, 8),
+    "pretrain_mixtral_tiny_200ep": ("pretrain_mixtral_tiny_200ep", 1, 1),
+    "pretrain_mixtral_tiny_200ep_ep2pp2": ("pretrain_mixtral_tiny_200ep_ep2pp2", 1, 4),
+    "finetune_tiny": ("finetune_tiny", 1, 1),
 }
 
 
@@ -53,7 +50,7 @@ def test_no_run_file_and_no_script_is_forgotten():
 
 @pytest.mark.parametrize("name", STARTED)
 def test_what_a_script_starts(name):
-    run, nodes, workers, own = STARTED[name]
+    run, nodes, workers = STARTED[name]
     machine = ["--master", "10.0.0.1", "--node-rank", str(nodes - 1)] if nodes > 1 else []
     users = [TINY] if run == "finetune_tiny" else []  # it takes the model of a checkpoint
     users += ["checkpoint.keep_last=1", "--json", "out.json"]
@@ -66,18 +63,16 @@ def test_what_a_script_starts(name):
         f"--master_addr={'10.0.0.1' if nodes > 1 else '127.0.0.1'}", "--master_port=9000",
         f"--node_rank={nodes - 1}", "--log_dir=runs/logs", "--join=True",
         "--cluster_time_out=600", "--tail_worker_log=0", str(ROOT / "run_mixtral.py"), "train",
-        "--config", str(config), *own, *users,
+        "--config", str(config), *users,
     ]  # fmt: skip
-    # `train` knows the explicit path, which refuses this only when it has begun
-    parallel = load_run_config(config, [*own, *users[:-2]]).parallel
-    assert parallel.recompute == "none" or parallel.pp > 1
 
 
 def test_a_users_override_comes_after_the_scripts_own():
-    users = ["parallel.recompute=full", "parallel.pp=2", "parallel.dp=4"]
-    done = script("pretrain_mistral_7b_1node_8card", "--print", "--", *users)
+    own, users = "parallel.recompute=none", ["parallel.recompute=full", "training.steps=5"]
+    done = script("start_run", "pretrain_mistral_7b_8card", own, "--workers", "8", "--print", "--",
+                  *users)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-4:] == [PLAIN, *users]
+    assert done.stdout.split()[-3:] == [own, *users]
 
 
 def test_without_arguments_the_flags_are_named():

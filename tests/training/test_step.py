@@ -7,10 +7,17 @@ import torch
 from support.hf import make_pair
 from support.models import fill
 
-from mistral_ms.config import DROPLESS, OptimizerConfig, ScheduleConfig, TrainingConfig
+from mistral_ms.config import (
+    DROPLESS,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
 from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.models import CausalLM
 from mistral_ms.optimizers import settings_of
+from mistral_ms.parallel.apply import Division
 from mistral_ms.training import TrainStep, learning_rate
 
 pytestmark = pytest.mark.usefixtures("strict_graphs")
@@ -22,9 +29,9 @@ NORM = 1e-4
 """Relative: gradients agree to 1e-5 of each tensor's largest element."""
 
 
-def run(model, text, config):
+def run(model, text, config, division=None):
     data = InMemoryWindows(text, config.seq_length, config.global_batch_size, config.seed)
-    update = TrainStep(model, config)
+    update = TrainStep(model, config, division=division)
     return [update(data.batch(step)) for step in range(config.steps)]
 
 
@@ -97,6 +104,19 @@ def trained(make_model, sparse, capacity, training, text):
     """One training, looked at from several sides: compiling it is what takes time."""
     model = make_model(sparse, capacity)
     return run(model, text, training), bits(model)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_changes_no_bit(
+    trained, make_model, sparse, capacity, training, text, recompute
+):
+    """The same operations on the same numbers, only later."""
+    model = make_model(sparse, capacity)
+    division = Division(ParallelConfig(recompute=recompute))
+    results = run(model, text, training, division)
+    assert [r.loss for r in results] == [r.loss for r in trained[0]]
+    assert [r.grad_norm for r in results] == [r.grad_norm for r in trained[0]]
+    assert bits(model) == trained[1]
 
 
 class TestSparse:

@@ -27,7 +27,7 @@ class Softmax(nn.Cell):
         return _probabilities(x)
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        """Out * (dout - sum(out * dout)), the very operations of the primitive's own gradient."""
+        """The gradient out * (dout - sum(out * dout)), the same operations as the primitive's."""
         return (out * (dout - ops.broadcast_to(_row_sum(out * dout, -1), out.shape)),)
 
 

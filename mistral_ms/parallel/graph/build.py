@@ -10,6 +10,7 @@ from mindspore.communication import get_group_size, get_rank
 from mindspore.nn.utils import no_init_parameters
 
 from mistral_ms.config import ModelConfig, RunConfig
+from mistral_ms.models import recompute
 from mistral_ms.optimizers import StoredMatrices, WeightUpdate, check_layout, make_plan
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.graph.checks import check_run
@@ -85,7 +86,7 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
         stages = tuple(stage.number for stage in held for _ in stage.layers)
         kind = LazyGraphModel if divided and training.micro_batches > 1 else GraphModel
         model = kind(parts, stages)
-        _recompute(model, parallel.recompute)
+        recompute(model.layers, parallel.recompute)
         update = _weight_update(run, model)
         cell = _step(run, model, update, sharding)
     return GraphStep(cell, _inputs(run), model, segmented)
@@ -155,16 +156,6 @@ def copies_of(spec: ParamSpec, sharding: Sharding | None, optimizer_parallel: bo
     form = graph_form(spec)
     shares = sharding.shares(form.layout, form.shape, optimizer_parallel)
     return sharding.copies_of(form.layout) // shares
-
-
-def _recompute(model: GraphModel, amount: str) -> None:
-    for block in model.layers:
-        if amount == "full":
-            block.recompute()
-        elif amount == "selective":
-            block.input_layernorm.recompute()
-            block.attention.core.recompute()
-            block.post_attention_layernorm.recompute()
 
 
 def _inputs(run: RunConfig) -> tuple[Tensor, ...]:

@@ -1,0 +1,274 @@
+"""How many bytes a training step holds on one rank beside what it keeps between steps: calculated
+from the configuration, without MindSpore.
+
+Counted are the tensors that gradients are computed from. What else lives at the peak depends on the
+order in which the back end works; ``working`` is an estimate of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig, TrainingConfig
+from mistral_ms.parallel.pipeline import make_schedule, stages_of
+
+FLOAT = 4
+"""Bytes of float32."""
+ASCEND_GIB = 64.0
+"""Device memory of an Ascend 910B."""
+GIB = 1 << 30
+_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMemory:
+    """Bytes that one decoder block holds of one micro-batch until its gradient is computed.
+
+    Attributes:
+        states: the block's input.
+        norms: what the two norms normalised and gave, the states between them, the router's
+            scores.
+        attention: queries, keys, values and the result.
+        probabilities: of attention; log-sum-exps where the operator is fused.
+        feed_forward: the intermediate activations.
+        dispatch: token rows on their way to experts and back.
+    """
+
+    states: int
+    norms: int
+    attention: int
+    probabilities: int
+    feed_forward: int
+    dispatch: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return (
+            self.states
+            + self.norms
+            + self.attention
+            + self.probabilities
+            + self.feed_forward
+            + self.dispatch
+        )
+
+    def kept(self, recompute: Recompute) -> int:
+        """What is left between the forward and the backward pass.
+
+        Args:
+            recompute: what the backward pass computes again.
+        """
+        if recompute == "full":
+            return self.states
+        return self.total - (self.probabilities if recompute == "selective" else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationMemory:
+    """Bytes of one rank, at the fullest moment of a step.
+
+    Attributes:
+        layers: kept by the blocks of the stage, of all micro-batches whose blocks are kept.
+        in_flight: micro-batches that the stage has begun and not ended.
+        stage_inputs: what an explicit pipeline keeps of them.
+        working: what the gradient of one block needs beside what was kept.
+        dispatch: of ``layers`` or of ``working``: rows on their way to experts and back, of one
+            block.
+        logits: of the tokens whose loss is computed at a time, with probabilities and gradient.
+        gradients: of the weights, from one micro-batch.
+    """
+
+    layers: int
+    in_flight: int
+    stage_inputs: int
+    working: int
+    dispatch: int
+    logits: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        """The sum; logits and the gradient of a block do not live at the same time."""
+        largest = max(self.working, self.logits)
+        return self.layers + self.stage_inputs + largest + self.gradients
+
+    def __str__(self) -> str:
+        def size(nbytes: int) -> str:
+            return f"{nbytes / 1e6:.1f} MB"
+
+        return (
+            f"kept by layers {size(self.layers)}, inputs of {self.in_flight} micro-batches in "
+            f"flight {size(self.stage_inputs)}, gradient of a layer {size(self.working)} (rows of "
+            f"its experts {size(self.dispatch)}), logits {size(self.logits)}, gradients of weights "
+            f"{size(self.gradients)}"
+        )
+
+
+def layer_memory(
+    model: ModelConfig,
+    routing: RoutingConfig,
+    parallel: ParallelConfig,
+    *,
+    layer: int,
+    rows: int,
+    seq_length: int,
+    itemsize: int,
+    fused: bool,
+) -> LayerMemory:
+    """What one block keeps of one micro-batch of a rank if nothing is computed again.
+
+    Args:
+        model: the whole model.
+        routing: how many rows experts compute.
+        parallel: the layout.
+        layer: index of the block.
+        rows: sequences of the micro-batch, B.
+        seq_length: S.
+        itemsize: bytes of an activation.
+        fused: whether attention, norms and SwiGLU are fused operators, which keep less.
+    """
+    T, H, D = rows * seq_length, model.hidden_size, model.head_size
+    N, G = model.num_attention_heads // parallel.mp, model.num_key_value_heads // parallel.mp
+    I = model.intermediate_size // parallel.mp  # noqa: E741
+    states = T * H * itemsize
+    # between the norms the states again; of each norm its result, one number a token and, unfused,
+    # the normalised states and a float32 copy of its input
+    norms = 3 * states + 2 * T * FLOAT
+    if not fused:
+        norms += 2 * states + (2 * T * H * FLOAT if itemsize != FLOAT else 0)
+    attention = T * (2 * N + 2 * G) * D * itemsize
+    if fused:
+        probabilities = 2 * T * N * FLOAT
+    else:
+        copy = itemsize if itemsize != FLOAT else 0  # what the values are multiplied with
+        probabilities = T * N * seq_length * (FLOAT + copy)
+    widths = 3 if fused else 4  # gate, up, their product; unfused silu(gate), too
+    if not model.is_sparse(layer):
+        return LayerMemory(
+            states, norms, attention, probabilities, widths * T * I * itemsize, dispatch=0
+        )
+    assert model.moe is not None
+    norms += 2 * T * model.moe.num_local_experts * FLOAT
+    R = expert_rows(model, routing, parallel, T)
+    return LayerMemory(
+        states,
+        norms,
+        attention,
+        probabilities,
+        widths * R * I * itemsize,
+        dispatch=2 * R * H * itemsize,
+    )
+
+
+def expert_rows(
+    model: ModelConfig, routing: RoutingConfig, parallel: ParallelConfig, tokens: int
+) -> int:
+    """R: rows of the buffers that a rank's experts compute from.
+
+    Args:
+        model: the whole model, which has experts.
+        routing: the policy.
+        parallel: the layout.
+        tokens: T of this rank.
+    """
+    assert model.moe is not None
+    E, K = model.moe.num_local_experts, model.moe.num_experts_per_tok
+    if routing.policy == "dropless":
+        if parallel.ep == 1:
+            return tokens * K
+        return parallel.ep * tokens * min(K, E // parallel.ep)  # room for the worst case
+    return E * max(1, min(tokens, math.ceil(routing.capacity_factor * K * tokens / E)))
+
+
+def activation_memory(
+    model: ModelConfig,
+    routing: RoutingConfig,
+    training: TrainingConfig,
+    parallel: ParallelConfig,
+    *,
+    stage: int,
+    execution: Literal["explicit", "graph"],
+    fused: bool,
+    logit_tokens: int | None,
+    gradients: int,
+) -> ActivationMemory:
+    """What a step holds on a rank.
+
+    Args:
+        model: the whole model.
+        routing: the routing policy.
+        training: batch, sequence length, micro-batches, dtype.
+        parallel: the layout and what is computed again.
+        stage: the rank's pipeline stage.
+        execution: an explicit pipeline keeps the inputs of its stages alone, that of the graph
+            what the layers keep.
+        fused: see :func:`layer_memory`.
+        logit_tokens: the most tokens whose logits are held at a time; None: all of a micro-batch.
+        gradients: bytes of the weights' gradients from one micro-batch.
+    """
+    itemsize, S = _ITEMSIZE[training.dtype], training.seq_length
+    rows = max(1, training.global_batch_size // (parallel.dp * training.micro_batches))
+    held = stages_of(model, parallel.pp)[stage]
+    layers = [
+        layer_memory(
+            model,
+            routing,
+            parallel,
+            layer=layer,
+            rows=rows,
+            seq_length=S,
+            itemsize=itemsize,
+            fused=fused,
+        )
+        for layer in held.layers
+    ]
+    schedule = make_schedule(parallel.schedule, parallel.pp, training.micro_batches)
+    in_flight = schedule.in_flight(stage) if parallel.pp > 1 else 1
+    explicit = execution == "explicit"
+    recompute: Recompute = parallel.recompute
+    if explicit and parallel.pp > 1 and recompute == "full":
+        recompute = "selective"  # the whole stage is computed again in any case
+    kept = sum(layer.kept(recompute) for layer in layers) * (1 if explicit else in_flight)
+    scores = 0 if fused else 2 * max(layer.probabilities for layer in layers)
+    inputs = rows * S * model.hidden_size * itemsize
+    logits = 0
+    if held.head:
+        tokens = rows * S if logit_tokens is None else min(rows * S, logit_tokens)
+        # tensor-parallel ranks divide the vocabulary, in the graph the tokens
+        logits = 3 * tokens * model.vocab_size // parallel.mp * FLOAT
+    return ActivationMemory(
+        layers=kept,
+        in_flight=in_flight,
+        stage_inputs=in_flight * inputs if explicit and parallel.pp > 1 else 0,
+        working=max(layer.total - layer.kept(recompute) for layer in layers) + scores,
+        dispatch=max(layer.dispatch for layer in layers),
+        logits=logits,
+        gradients=gradients,
+    )
+
+
+def too_large(nbytes: int, limit_gib: float | None, device: str) -> str | None:
+    """What to say of a step that does not fit a device; None if it does.
+
+    Args:
+        nbytes: everything that the step holds there.
+        limit_gib: memory of the device in GiB; None: :data:`ASCEND_GIB` on Ascend, and on CPU
+            whatever the host has.
+        device: "Ascend" or "CPU".
+    """
+    if limit_gib is None:
+        if device != "Ascend":
+            return None
+        limit_gib = ASCEND_GIB
+    if nbytes <= limit_gib * GIB:
+        return None
+    return (
+        f"warning: about {nbytes / GIB:.1f} GiB on a device of {limit_gib:g} GiB "
+        "(parallel.max_device_memory): parallel.recompute, training.micro_batches, "
+        "parallel.optimizer_parallel or training.offload_optimizer need less"
+    )
