@@ -71,6 +71,6 @@ def small_run(
 
 
 def explicit(run: dict[str, object]) -> RunConfig:
-    """The same run for the explicit path, which has no choice of what to compute again."""
+    """The same run for the explicit path, whose stages go forward again whatever it says."""
     parallel = {**run["parallel"], "recompute": "none"}
     return RunConfig.model_validate({**run, "parallel": parallel})
