@@ -68,7 +68,7 @@ def test_what_a_script_starts(name):
 
 
 def test_a_users_override_comes_after_the_scripts_own():
-    own, users = "parallel.recompute=none", ["parallel.recompute=full", "training.steps=5"]
+    own, users = "parallel.recompute=none", ["parallel.recompute=full", "checkpoint.keep_last=1"]
     done = script("start_run", "pretrain_mistral_7b_8card", own, "--workers", "8", "--print", "--",
                   *users)  # fmt: skip
     assert done.returncode == 0, done.stderr
