@@ -23,7 +23,9 @@ def run() -> None:
     """Runs one command; bad input becomes one clear line on stderr and exit code 2."""
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings are for its developers
     from mistral_ms.cli import commands
+    from mistral_ms.config import when_unknown
 
+    when_unknown(import_gates)
     commands.register(app)
     try:
         app()
@@ -32,3 +34,8 @@ def run() -> None:
             f"error: {error}", style="red", markup=False
         )
         sys.exit(2)
+
+
+def import_gates() -> None:
+    """Gates register themselves; MindSpore is imported only where a configuration names one."""
+    import mistral_ms.moe  # noqa: F401

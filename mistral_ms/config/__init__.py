@@ -2,6 +2,12 @@
 
 from mistral_ms.config.conventions import IGNORE_INDEX, PACKAGED_TOKENIZER
 from mistral_ms.config.data import DataConfig, DataSourceConfig, PackingConfig
+from mistral_ms.config.gates import (
+    GateSettings,
+    SoftmaxTopKSettings,
+    register_gate_settings,
+    when_unknown,
+)
 from mistral_ms.config.generation import GenerationConfig
 from mistral_ms.config.generation_file import (
     GenerationFile,
@@ -40,6 +46,7 @@ __all__ = [
     "DType",
     "DataConfig",
     "DataSourceConfig",
+    "GateSettings",
     "GenerationConfig",
     "GenerationFile",
     "InitFromConfig",
@@ -57,6 +64,7 @@ __all__ = [
     "RoutingConfig",
     "RunConfig",
     "ScheduleConfig",
+    "SoftmaxTopKSettings",
     "TrainingConfig",
     "apply_overrides",
     "from_hf",
@@ -68,7 +76,9 @@ __all__ = [
     "read_end_tokens",
     "read_generation_file",
     "read_yaml",
+    "register_gate_settings",
     "to_hf",
     "to_mistral",
     "to_native",
+    "when_unknown",
 ]

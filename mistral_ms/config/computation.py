@@ -18,6 +18,8 @@ def computation(model: ModelConfig) -> dict[str, Any]:
     if model.moe is not None:
         values["moe"]["sparse_layers"] = list(model.sparse_layers)
         del values["moe"]["router_aux_loss_coef"]
+        if model.moe.gate.default:
+            del values["moe"]["gate"]  # as where nothing was said of it
     if model.layer_kinds.default:
         values["layer_kinds"] = None  # as where nothing was said of them
     return values

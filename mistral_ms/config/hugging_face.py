@@ -229,12 +229,14 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError: a model that Hugging Face's classes cannot express (some layers dense, some
-            sparse; un-normalised top-k weights; a sparse model with a window in some layers; layers
-            of other kinds).
+            sparse; un-normalised top-k weights; another gate; a sparse model with a window in some
+            layers; layers of other kinds).
     """
     reason = None
     if not config.layer_kinds.default:
         reason = f"layers of kinds {config.layer_kinds}", "its classes have the layers of Mistral"
+    elif config.moe is not None and not config.moe.gate.default:
+        reason = f"gate {config.moe.gate.name}", "MixtralForCausalLM has the gate softmax_top_k"
     elif config.moe is not None and (
         len(config.sparse_layers) != config.num_hidden_layers or not config.moe.norm_topk_prob
     ):
@@ -287,6 +289,8 @@ def to_native(config: ModelConfig, *, block: bool = True) -> dict[str, Any]:
             extra["layer_kinds"] = data["layer_kinds"]
         if moe is not None:
             extra["moe"] = {k: moe[k] for k in ("sparse_layers", "norm_topk_prob")}
+            if config.moe is not None and not config.moe.gate.default:
+                extra["moe"]["gate"] = moe["gate"]
             if config.layer_types is not None:
                 extra["layer_types"] = data["layer_types"]
         keys["mistral_ms"] = extra

@@ -186,6 +186,8 @@ def to_mistral(config: ModelConfig) -> dict[str, Any]:
         reason = "dense and sparse layers mixed"
     elif config.moe is not None and not config.moe.norm_topk_prob:
         reason = "un-normalised top-k weights"
+    elif config.moe is not None and not config.moe.gate.default:
+        reason = f"gate {config.moe.gate.name}"
     if reason is not None:
         raise ConfigError(
             "not expressible in Mistral's format",

@@ -6,11 +6,12 @@ weights serve both. That lives in :mod:`mistral_ms.config.routing`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from mistral_ms.config.base import Frozen
+from mistral_ms.config.gates import GateSettings, SoftmaxTopKSettings, gate_settings
 from mistral_ms.config.rope_scaling import RopeScaling
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -35,6 +36,8 @@ class MoEArchitecture(Frozen):
         sparse_layers: which layers are sparse: all, every other one (layers 1, 3, ... as in
             GShard and Switch), or an explicit list of layer indices.
         norm_topk_prob: divide the K chosen probabilities by their sum (Mixtral does).
+        gate: which gate routes the tokens, by its name or with its settings; see
+            ``mistral_ms.moe.gates``.
         router_aux_loss_coef: the coefficient the model was published with (HF's key).
     """
 
@@ -42,7 +45,13 @@ class MoEArchitecture(Frozen):
     num_experts_per_tok: int = Field(default=2, ge=1)
     sparse_layers: Literal["all", "every_other"] | tuple[int, ...] = "all"
     norm_topk_prob: bool = True
+    gate: SerializeAsAny[GateSettings] = SoftmaxTopKSettings()
     router_aux_loss_coef: float = Field(default=0.001, ge=0, allow_inf_nan=False)
+
+    @field_validator("gate", mode="before")
+    @classmethod
+    def _known_gate(cls, value: Any) -> GateSettings:
+        return gate_settings(value)
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> MoEArchitecture:

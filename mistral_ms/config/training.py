@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from mistral_ms.config.base import Frozen, validate
 from mistral_ms.config.model import DType
@@ -109,6 +109,9 @@ class TrainingConfig(Frozen):
         aux_coef: coefficient of the load-balancing loss. Hugging Face's definition, by which a
             balanced router scores K and not 1: coefficients of Megatron do not carry over.
         z_coef: coefficient of the router z-loss.
+        router_losses: coefficients of further router losses by their names, of those that the
+            model's gate brings and of those that were registered (``mistral_ms.moe``); each is
+            reported under its name, also where its coefficient is 0.
         clip_norm: gradients are scaled down to this global norm; None leaves them alone.
         constant_router_weight: train Top-1 routing with renormalised weights all the same: the
             one weight is then always 1, and the language-model loss does not move the router.
@@ -129,6 +132,7 @@ class TrainingConfig(Frozen):
     seed: int = Field(default=0, ge=0)
     aux_coef: float = Field(default=0.001, ge=0)
     z_coef: float = Field(default=0.0, ge=0)
+    router_losses: dict[str, float] = Field(default_factory=dict)
     clip_norm: float | None = Field(default=1.0, gt=0)
     constant_router_weight: bool = False
     loss_scale: LossScaleConfig | None = None
@@ -136,6 +140,16 @@ class TrainingConfig(Frozen):
     optimizer: SerializeAsAny[OptimizerConfig] = OptimizerConfig()
     param_groups: tuple[ParamGroupConfig, ...] = ()
     schedule: ScheduleConfig = ScheduleConfig()
+
+    @field_validator("router_losses")
+    @classmethod
+    def _coefficients(cls, losses: dict[str, float]) -> dict[str, float]:
+        for name, coefficient in losses.items():
+            if name in ("aux", "z"):
+                raise ValueError(f"the coefficient of {name} is training.{name}_coef")
+            if not 0 <= coefficient < math.inf:
+                raise ValueError(f"{name}: {coefficient:g} must be 0 or more, and finite")
+        return losses
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Protocol
 
@@ -23,6 +23,8 @@ class Batch:
         positions_BS: of the tokens in their documents; -1 for padding.
         segments_BS: only tokens of equal number see each other; -1 for padding.
         samples_B: numbers of the windows, for replay.
+        rows_B: numbers of the rows in the global batch, whatever part of it this is; those of a
+            global batch when not given.
     """
 
     ids_BS: np.ndarray
@@ -30,6 +32,11 @@ class Batch:
     positions_BS: np.ndarray
     segments_BS: np.ndarray
     samples_B: np.ndarray
+    rows_B: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+
+    def __post_init__(self) -> None:
+        if len(self.rows_B) == 0:
+            object.__setattr__(self, "rows_B", np.arange(len(self.samples_B), dtype=np.int32))
 
     @property
     def tokens(self) -> int:
@@ -43,13 +50,13 @@ class Batch:
 
     def of_rows(self, rows: np.ndarray) -> Batch:
         """Some rows, in the order of their numbers in ``rows``."""
-        return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return Batch(*(getattr(self, each.name)[rows] for each in fields(self)))
 
     def split(self, parts: int) -> tuple[Batch, ...]:
         """Equal parts in the order of the rows; ``parts`` divides B."""
         if len(self.samples_B) % parts:
             raise ValueError(f"{len(self.samples_B)} rows cannot be cut into {parts} equal parts")
-        cut = [np.split(getattr(self, field.name), parts) for field in fields(self)]
+        cut = [np.split(getattr(self, each.name), parts) for each in fields(self)]
         return tuple(Batch(*arrays) for arrays in zip(*cut, strict=True))
 
 

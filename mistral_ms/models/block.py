@@ -6,7 +6,7 @@ from mindspore import Tensor, nn
 
 from mistral_ms.layers import AttentionContext
 from mistral_ms.models.parts import Parts
-from mistral_ms.moe import RouterSums
+from mistral_ms.moe import GateContext, RouterSums
 
 
 class DecoderBlock(nn.Cell):
@@ -30,17 +30,21 @@ class DecoderBlock(nn.Cell):
         self.attention = parts.attention(layer)
         self.post_attention_layernorm = parts.norm(shared=not self.sparse)
         if self.sparse:
-            self.moe = parts.moe()
+            self.moe = parts.moe(layer)
         else:
             self.feed_forward = parts.feed_forward()
 
     def construct(
-        self, x_TH: Tensor, context: AttentionContext, valid_T: Tensor
+        self,
+        x_TH: Tensor,
+        context: AttentionContext,
+        valid_T: Tensor,
+        gate_context: GateContext | None = None,
     ) -> tuple[Tensor, RouterSums | None]:
         """[T, H] -> [T, H], and the router's sums (None when dense)."""
         x_TH = self.add(x_TH, self.attention(self.input_layernorm(x_TH), context))
         normed_TH = self.post_attention_layernorm(x_TH)
         if self.sparse:
-            y_TH, sums = self.moe(normed_TH, valid_T)
+            y_TH, sums = self.moe(normed_TH, valid_T, gate_context)
             return self.add(x_TH, y_TH), sums
         return self.add(x_TH, self.feed_forward(normed_TH)), None

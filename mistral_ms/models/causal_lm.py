@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import DROPLESS, ModelConfig, RoutingConfig
@@ -26,7 +27,7 @@ from mistral_ms.layers import (
 from mistral_ms.models.block import DecoderBlock
 from mistral_ms.models.parts import Parts
 from mistral_ms.models.segment import Segment
-from mistral_ms.moe import RouterSums
+from mistral_ms.moe import Gate, RouterSums, gate_context, stack_sums
 from mistral_ms.weights import Specs, by_name, check_parameters, specs
 
 _gather = ops.Gather()
@@ -96,7 +97,11 @@ class CausalLM(nn.Cell):
         return output_logits(hidden_TH, self.head_weight()).reshape(*ids_BS.shape, -1)
 
     def hidden_states(
-        self, ids_BS: Tensor, positions_BS: Tensor, segments_BS: Tensor | None = None
+        self,
+        ids_BS: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor | None = None,
+        random_B3: Tensor | None = None,
     ) -> tuple[Tensor, RouterSums | None]:
         """Normalised hidden states [B * S, H] and the router sums of the sparse layers.
 
@@ -105,45 +110,42 @@ class CausalLM(nn.Cell):
             positions_BS: int32, -1 for padding.
             segments_BS: int32; tokens of different segments do not see each other. Not with a
                 cache.
+            random_B3: int32, for each row the seed, the step and the row's number in the global
+                batch; what a gate draws from in training. None outside of training.
 
         Returns:
             The states, and the sums stacked over the sparse layers, [layers, E] and [layers];
             None for a dense model.
         """
-        return self.decode(self.embed(ids_BS), positions_BS, segments_BS)
+        return self.decode(self.embed(ids_BS), positions_BS, segments_BS, random_B3)
 
     def embed(self, ids_BS: Tensor) -> Tensor:
         """[B * S, H] of int32 tokens."""
         return self.embed_tokens(ids_BS.reshape(-1))
 
     def decode(
-        self, x_TH: Tensor, positions_BS: Tensor, segments_BS: Tensor | None = None
+        self,
+        x_TH: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor | None = None,
+        random_B3: Tensor | None = None,
     ) -> tuple[Tensor, RouterSums | None]:
         """From embedded tokens, or what the segment before gave, to the result of the last layer
         that is held, normalised where it is the model's last; and the router sums as above.
         """
         contexts = self.attention_contexts(positions_BS, segments_BS)
         valid_T = ops.cast(positions_BS.reshape(-1) >= 0, ms.float32)
-        probs, routed, kept, z, tokens = [], [], [], [], []
+        context = None if random_B3 is None else gate_context(random_B3, positions_BS.shape[1])
+        found: tuple[RouterSums, ...] = ()
         for layer in self.layers:
-            x_TH, sums = layer(x_TH, contexts[layer.window], valid_T)
+            x_TH, sums = layer(x_TH, contexts[layer.window], valid_T, context)
             if layer.sparse:
-                probs.append(sums[0])
-                routed.append(sums[1])
-                kept.append(sums[2])
-                z.append(sums[3])
-                tokens.append(sums[4])
+                found = (*found, sums)
         if self.predicts:
             x_TH = self.norm(x_TH)
         if not self.sparse:
             return x_TH, None
-        return x_TH, (
-            ops.stack(probs),
-            ops.stack(routed),
-            ops.stack(kept),
-            ops.stack(z),
-            ops.stack(tokens),
-        )
+        return x_TH, stack_sums(found)
 
     def attention_contexts(
         self, positions_BS: Tensor, segments_BS: Tensor | None = None
@@ -182,6 +184,20 @@ class CausalLM(nn.Cell):
         """
         name = self.segment.name_in_model
         return {name(n): p for n, p in self.parameters_and_names() if not is_buffer(p)}
+
+    def update_gates(self, routed_LE: np.ndarray) -> None:
+        """Moves the state of all gates on, after an update of the weights.
+
+        Args:
+            routed_LE: choices of each expert in every sparse layer of the whole model, before the
+                capacity, of the whole batch.
+        """
+        for row, number in enumerate(self.config.sparse_layers):
+            if number in self.segment.layers:
+                layer = self.layers[number - self.segment.layers.start]
+                for _, cell in layer.cells_and_names():
+                    if isinstance(cell, Gate):
+                        cell.update(routed_LE[row])
 
     def initialize(self, seed: int) -> None:
         """Draws fresh weights as their specifications say; a function of the seed."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
@@ -12,7 +13,7 @@ from mistral_ms.errors import ConfigError
 from mistral_ms.layers import HeadLoss, TokenNLL, output_logits
 from mistral_ms.models.causal_lm import CausalLM
 from mistral_ms.models.segment import Segment
-from mistral_ms.moe import load_balancing_loss, router_z_loss
+from mistral_ms.moe import LossTerm, RouterSums, gate_class, loss_terms
 
 _sum = ops.ReduceSum()
 _concat = ops.Concat(0)
@@ -41,6 +42,8 @@ class LossReport(NamedTuple):
         routed_LE: choices per sparse layer and expert, before the capacity (a scalar 0 for a
             dense model).
         kept_LE: choices that got a place (likewise).
+        others: further router losses, without their coefficients, in the order of
+            ``Objective.others``; each counted as ``aux`` is.
     """
 
     lm: Tensor
@@ -48,10 +51,34 @@ class LossReport(NamedTuple):
     z: Tensor
     routed_LE: Tensor
     kept_LE: Tensor
+    others: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def unpack(cls, parts: Sequence[Any]) -> LossReport:
+        """The parts that :class:`Objective` returns, the further losses one by one at the end."""
+        lm, aux, z, routed_LE, kept_LE, *others = parts
+        return cls(lm, aux, z, routed_LE, kept_LE, tuple(others))
+
+
+class RouterLoss(nn.Cell):
+    """One loss of a router's sums.
+
+    Args:
+        term: the loss.
+        pooled: see :class:`Objective`.
+    """
+
+    def __init__(self, term: LossTerm, pooled: bool) -> None:
+        super().__init__()
+        self.term, self.pooled = term, pooled
+
+    def construct(self, sums: RouterSums) -> Tensor:
+        """A float32 scalar."""
+        return self.term(sums, self.pooled)
 
 
 class Objective(nn.Cell):
-    """lm + aux_coef * aux + z_coef * z.
+    """lm + aux_coef * aux + z_coef * z, and further router losses by their coefficients.
 
     Of a segment it is that segment's part: the router losses of its own layers, and lm where it
     predicts. The parts of all segments of a model add up, as long as aux is not pooled.
@@ -60,6 +87,7 @@ class Objective(nn.Cell):
         model: the model to train, or a segment of it.
         aux_coef: coefficient of the load-balancing loss.
         z_coef: coefficient of the router z-loss.
+        router_losses: coefficients of further router losses by their names.
         pooled_aux: whether aux pools all layers (Hugging Face) or averages per layer.
         loss_chunk: tokens whose logits are held at a time; None chooses: all where they fit in
             256 MiB, as many as fit otherwise.
@@ -69,8 +97,11 @@ class Objective(nn.Cell):
         token_nll: of logits [T, V] and labels [T], see :func:`mistral_ms.layers.token_nll`; for
             a model whose logits are divided, one that brings them together.
 
+    Attributes:
+        others: names of the further router losses, in the order of ``LossReport.others``.
+
     Raises:
-        ConfigError: pooled aux of a segment.
+        ConfigError: pooled aux of a segment, a router loss that the model's gate does not have.
     """
 
     def __init__(
@@ -79,6 +110,7 @@ class Objective(nn.Cell):
         *,
         aux_coef: float = 0.0,
         z_coef: float = 0.0,
+        router_losses: Mapping[str, float] | None = None,
         pooled_aux: bool = True,
         loss_chunk: int | None = None,
         copies: int = 1,
@@ -102,7 +134,21 @@ class Objective(nn.Cell):
         before = len([layer for layer in sparse if layer < model.segment.layers.start])
         self.rows_before = before, experts
         self.rows_after = len(sparse) - before - len(held), experts
-        self.aux_coef, self.z_coef, self.pooled_aux = aux_coef, z_coef, pooled_aux
+        further = dict(router_losses or {})
+        self.others = tuple(further)
+        self.coefficients = aux_coef, z_coef, *further.values()
+        self.router_losses = nn.CellList()
+        if model.config.moe is not None:
+            own = gate_class(model.config).losses
+            for term in loss_terms(("aux", "z", *further), own):
+                self.router_losses.append(RouterLoss(term, pooled_aux))
+        elif further:
+            raise ConfigError(
+                "impossible objective",
+                where="training.router_losses",
+                value=", ".join(further),
+                rule="a dense model has no router",
+            )
         self.chunk = loss_chunk or tokens_at_a_time(model.config.vocab_size)
         self.token_nll = TokenNLL() if token_nll is None else token_nll
         self.head_loss = HeadLoss(self.chunk, self.token_nll)
@@ -114,6 +160,7 @@ class Objective(nn.Cell):
         positions_BS: Tensor,
         segments_BS: Tensor | None = None,
         shares: Tensor | None = None,
+        random_B3: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The total loss, and its parts in the order of :class:`LossReport`.
 
@@ -124,13 +171,17 @@ class Objective(nn.Cell):
             segments_BS: int32; documents that do not see each other. None: one.
             shares: float32 [2]: one over the counted labels of the whole batch, one over its
                 tokens that are not padding. None: this is the whole batch.
+            random_B3: int32, for each row the seed, the step and the row's number in the global
+                batch; None: gates route as outside of training.
         """
         if shares is None:
             counted = _count(labels_BS != IGNORE_INDEX)
             present = _count(positions_BS >= 0)
             one = ops.ones((), ms.float32)
             shares = 1.0 / ops.maximum(ops.stack((counted, present)), one)
-        total, _, parts = self.segment(ids_BS, labels_BS, positions_BS, segments_BS, shares)
+        total, _, parts = self.segment(
+            ids_BS, labels_BS, positions_BS, segments_BS, shares, random_B3
+        )
         return total, parts
 
     def segment(
@@ -140,6 +191,7 @@ class Objective(nn.Cell):
         positions_BS: Tensor,
         segments_BS: Tensor | None,
         shares: Tensor,
+        random_B3: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """This segment's part of the total loss, what it hands on, and its parts of the report.
 
@@ -149,11 +201,14 @@ class Objective(nn.Cell):
             positions_BS: int32.
             segments_BS: int32.
             shares: float32 [2].
+            random_B3: int32.
         """
-        total, states, parts = self.one_copy(x, labels_BS, positions_BS, segments_BS, shares, 0)
+        total, states, parts = self.one_copy(
+            x, labels_BS, positions_BS, segments_BS, shares, random_B3, 0
+        )
         for number in range(1, self.copies):
             other, more_states, others = self.one_copy(
-                x, labels_BS, positions_BS, segments_BS, shares, number
+                x, labels_BS, positions_BS, segments_BS, shares, random_B3, number
             )
             total = total + other
             states = _concat((states, more_states))
@@ -170,14 +225,16 @@ class Objective(nn.Cell):
         positions_BS: Tensor,
         segments_BS: Tensor | None,
         shares: Tensor,
+        random_B3: Tensor | None,
         number: int,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """The same of one dispatch group, the rows of copy ``number``."""
         x, labels_BS = self.rows(x, number), self.rows(labels_BS, number)
         positions_BS = self.rows(positions_BS, number)
         segments_BS = None if segments_BS is None else self.rows(segments_BS, number)
+        random_B3 = None if random_B3 is None else self.rows(random_B3, number)
         x_TH = self.model.embed(x) if self.embeds else x
-        hidden_TH, sums = self.model.decode(x_TH, positions_BS, segments_BS)
+        hidden_TH, sums = self.model.decode(x_TH, positions_BS, segments_BS, random_B3)
         zero = ops.zeros((), ms.float32)
         lm = zero
         if self.predicts:
@@ -186,10 +243,15 @@ class Objective(nn.Cell):
             none = zero if self.rows_before[1] == 0 else self.counts(None)
             return lm, hidden_TH, (lm, zero, zero, none, none)
         weight = _count(positions_BS.reshape(-1) >= 0) * shares[1] * self.fraction
-        aux = load_balancing_loss(sums, self.pooled_aux) * weight
-        z = router_z_loss(sums) * weight
-        total = lm + self.aux_coef * aux + self.z_coef * z
-        return total, hidden_TH, (lm, aux, z, self.counts(sums[1]), self.counts(sums[2]))
+        total = lm
+        losses: tuple[Tensor, ...] = ()
+        for i in range(len(self.coefficients)):
+            loss = self.router_losses[i](sums) * weight
+            total = total + self.coefficients[i] * loss
+            losses = (*losses, loss)
+        _, routed_LE, kept_LE, _, _, _ = sums
+        counts = self.counts(routed_LE), self.counts(kept_LE)
+        return total, hidden_TH, (lm, *losses[:2], *counts, *losses[2:])
 
     def rows(self, x: Tensor, number: int) -> Tensor:
         """The rows of one copy."""

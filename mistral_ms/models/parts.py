@@ -110,10 +110,16 @@ class Parts:
         """See :class:`~mistral_ms.layers.GatedLinear`."""
         return GatedLinear()
 
-    def moe(self) -> nn.Cell:
-        """[T, H] and the mask of tokens -> [T, H] and the router's sums."""
+    def moe(self, layer: int) -> nn.Cell:
+        """[T, H], the mask of tokens, and what the gate may know -> [T, H] and the router's sums.
+
+        Args:
+            layer: index of the block; layers draw different random numbers.
+        """
         forward_only = self.cache is not None
-        return MoELayer(self.config, self.routing, self.dtype, forward_only=forward_only)
+        return MoELayer(
+            self.config, self.routing, self.dtype, forward_only=forward_only, layer=layer
+        )
 
     def head(self) -> nn.Cell:
         """Holds the output head [V, H]."""

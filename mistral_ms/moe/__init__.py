@@ -1,4 +1,4 @@
-"""The sparse layer: routing, dispatch, experts, combine, losses."""
+"""The sparse layer: gates, dispatch, experts, combine, losses."""
 
 from mistral_ms.moe.capacity import expert_capacity
 from mistral_ms.moe.dispatcher import (
@@ -10,30 +10,45 @@ from mistral_ms.moe.dispatcher import (
     local_dispatcher,
 )
 from mistral_ms.moe.experts import Experts, RoutedExperts
+from mistral_ms.moe.gates import Gate, gate_class, make_gate, register_gate, settings_of
 from mistral_ms.moe.layer import MoELayer
 from mistral_ms.moe.losses import (
+    LossTerm,
     RouterSums,
     load_balancing_loss,
+    loss_terms,
+    register_loss,
     router_sums,
     router_z_loss,
+    stack_sums,
 )
-from mistral_ms.moe.router import Choice, Router
+from mistral_ms.moe.routing import GateContext, Routing, gate_context
 
 __all__ = [
-    "Choice",
     "Dispatcher",
     "Experts",
+    "Gate",
+    "GateContext",
+    "LossTerm",
     "MoELayer",
     "PackedDispatcher",
     "PaddedDispatcher",
     "Plan",
     "RoutedExperts",
-    "Router",
     "RouterSums",
+    "Routing",
     "expert_capacity",
+    "gate_class",
+    "gate_context",
     "kept_choices",
     "load_balancing_loss",
     "local_dispatcher",
+    "loss_terms",
+    "make_gate",
+    "register_gate",
+    "register_loss",
     "router_sums",
     "router_z_loss",
+    "settings_of",
+    "stack_sums",
 ]

@@ -3,7 +3,7 @@
 A dispatcher brings token rows to the experts and their results back. The local ones only permute;
 those that communicate live in ``mistral_ms.parallel`` and are injected from there::
 
-    plan = dispatcher.plan(choice, valid_T)
+    plan = dispatcher.plan(chosen, valid_T)
     rows, group_sizes_L = dispatcher.dispatch(x_TH, plan)
     y_TH = dispatcher.combine(experts(rows, group_sizes_L), plan)
 
@@ -20,7 +20,7 @@ from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import RoutingConfig
 from mistral_ms.moe.capacity import expert_capacity
-from mistral_ms.moe.router import Choice
+from mistral_ms.moe.routing import Routing
 from mistral_ms.ops import select
 from mistral_ms.ops.reference import SlotTable
 
@@ -53,11 +53,11 @@ class Dispatcher(nn.Cell):
         super().__init__()
         self.num_experts, self.routing = num_experts, routing
 
-    def plan(self, choice: Choice, valid_T: Tensor) -> Plan:
+    def plan(self, chosen: Routing, valid_T: Tensor) -> Plan:
         """Decides where rows go.
 
         Args:
-            choice: of every token.
+            chosen: experts and weights of every token.
             valid_T: float32, 0 for padding, which goes nowhere.
         """
         raise NotImplementedError
@@ -78,11 +78,13 @@ class Dispatcher(nn.Cell):
         """
         raise NotImplementedError
 
-    def weights(self, choice: Choice, slots: SlotTable) -> Tensor:
-        """[T, K]: the choice's weights, rescaled where the routing says so."""
+    def weights(self, chosen: Routing, slots: SlotTable) -> Tensor:
+        """[T, K]: the weights of the chosen experts, rescaled where the routing says so."""
+        weights_TK, _, _, _, _ = chosen
+        _, kept_TK, _, _ = slots
         if self.routing.rescale_survivors:
-            return surviving_weights(choice[0], slots[1])
-        return choice[0]
+            return surviving_weights(weights_TK, kept_TK)
+        return weights_TK
 
 
 class _LocalDispatcher(Dispatcher):
@@ -120,13 +122,13 @@ class PaddedDispatcher(_LocalDispatcher):
         choice_major = routing.drop_priority == "choice_major"
         self.assign_slots = select.assign_slots(routing.kernels, num_experts, choice_major)
 
-    def plan(self, choice: Choice, valid_T: Tensor) -> Plan:
+    def plan(self, chosen: Routing, valid_T: Tensor) -> Plan:
         """See the contract."""
-        experts_TK = choice[1]
+        _, experts_TK, _, _, _ = chosen
         T, K = experts_TK.shape
         capacity = expert_capacity(T, self.num_experts, K, self.routing)
         slots = self.assign_slots(experts_TK, valid_T, capacity)
-        return slots, self.weights(choice, slots), None, ()
+        return slots, self.weights(chosen, slots), None, ()
 
 
 class PackedDispatcher(_LocalDispatcher):
@@ -138,10 +140,11 @@ class PackedDispatcher(_LocalDispatcher):
         super().__init__(num_experts, routing)
         self.pack_choices = select.pack_choices(routing.kernels, num_experts)
 
-    def plan(self, choice: Choice, valid_T: Tensor) -> Plan:
+    def plan(self, chosen: Routing, valid_T: Tensor) -> Plan:
         """See the contract."""
-        slots, group_sizes_E = self.pack_choices(choice[1], valid_T)
-        return slots, self.weights(choice, slots), group_sizes_E, ()
+        _, experts_TK, _, _, _ = chosen
+        slots, group_sizes_E = self.pack_choices(experts_TK, valid_T)
+        return slots, self.weights(chosen, slots), group_sizes_E, ()
 
 
 def local_dispatcher(num_experts: int, routing: RoutingConfig) -> Dispatcher:

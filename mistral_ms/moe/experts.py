@@ -7,7 +7,7 @@ from mindspore import Tensor, nn, ops
 from mistral_ms.config import ModelConfig
 from mistral_ms.layers.parameter import weight
 from mistral_ms.moe.dispatcher import Dispatcher, PackedDispatcher, kept_choices
-from mistral_ms.moe.router import Choice
+from mistral_ms.moe.routing import Routing
 from mistral_ms.ops import cpu, reference, select, select_cpu
 
 
@@ -89,16 +89,16 @@ class RoutedExperts(Experts):
         ):
             self.fused = select_cpu.fused_experts(select.dense_kernels())
 
-    def construct(self, x_TH: Tensor, choice: Choice, valid_T: Tensor) -> tuple[Tensor, Tensor]:
+    def construct(self, x_TH: Tensor, routing: Routing, valid_T: Tensor) -> tuple[Tensor, Tensor]:
         """[T, H] -> [T, H], and which choices were computed, see
         :func:`~mistral_ms.moe.kept_choices`; a token whose every choice is dropped gets zero.
         """
-        weights_TK, experts_TK, _, _ = choice
+        weights_TK, experts_TK, _, _, _ = routing
         T, K = experts_TK.shape
         if self.fused is not None and T * K <= cpu.FEW_CHOICES:
             y_TH = self.fused(x_TH, experts_TK, weights_TK, valid_T, self.w1, self.w3, self.w2)
             return y_TH, ops.broadcast_to(valid_T.reshape(T, 1), (T, K))
-        plan = self.dispatcher.plan(choice, valid_T)
+        plan = self.dispatcher.plan(routing, valid_T)
         rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
         y = self.compute(rows, group_sizes_L)
         return self.dispatcher.combine(y, plan), kept_choices(plan)

@@ -7,12 +7,13 @@ from mindspore import Tensor, nn
 from mistral_ms.config import ModelConfig, RoutingConfig
 from mistral_ms.moe.dispatcher import local_dispatcher
 from mistral_ms.moe.experts import RoutedExperts
+from mistral_ms.moe.gates import make_gate
 from mistral_ms.moe.losses import RouterSums, router_sums
-from mistral_ms.moe.router import Router
+from mistral_ms.moe.routing import GateContext
 
 
 class MoELayer(nn.Cell):
-    """Router and routed experts.
+    """Gate and routed experts.
 
     Args:
         config: sizes.
@@ -20,6 +21,7 @@ class MoELayer(nn.Cell):
         dtype: dtype of the weights.
         experts: the routed region; all experts on this device when None.
         forward_only: nobody asks for gradients.
+        layer: number of the decoder block, for the gate.
     """
 
     def __init__(
@@ -29,22 +31,26 @@ class MoELayer(nn.Cell):
         dtype: str = "float32",
         experts: RoutedExperts | None = None,
         forward_only: bool = False,
+        layer: int = 0,
     ) -> None:
         super().__init__()
         assert config.moe is not None
-        self.router = Router(config, routing, dtype)
+        self.router = make_gate(config, routing, layer, dtype)
         if experts is None:
             dispatcher = local_dispatcher(config.moe.num_local_experts, routing)
             experts = RoutedExperts(config, dispatcher, dtype=dtype, forward_only=forward_only)
         self.experts = experts
 
-    def construct(self, x_TH: Tensor, valid_T: Tensor) -> tuple[Tensor, RouterSums]:
+    def construct(
+        self, x_TH: Tensor, valid_T: Tensor, context: GateContext | None = None
+    ) -> tuple[Tensor, RouterSums]:
         """[T, H] -> [T, H] and the sums that losses and statistics are made of.
 
         Args:
             x_TH: token rows.
             valid_T: float32, 0 for padding: neither routed nor counted; its output is zero.
+            context: what the gate may know in training; None outside.
         """
-        choice = self.router(x_TH)
-        y_TH, kept_TK = self.experts(x_TH, choice, valid_T)
-        return y_TH, router_sums(choice, kept_TK, valid_T)
+        routing = self.router(x_TH, context)
+        y_TH, kept_TK = self.experts(x_TH, routing, valid_T)
+        return y_TH, router_sums(routing, kept_TK, valid_T)

@@ -6,54 +6,140 @@ so that each loss can be formed exactly wherever all its parts have come togethe
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import TypeAlias, TypeVar
 
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from mistral_ms.moe.router import Choice
+from mistral_ms.errors import ConfigError
+from mistral_ms.moe.routing import Routing
 from mistral_ms.ops import reference
 
 _sum = ops.ReduceSum()
 
 
-RouterSums: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+RouterSums: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]
 """Sums over the tokens of a sparse layer that are not padding, all float32, in this order:
 
-* probs_E: router probabilities (carries the gradient);
+* scores_E: the router's scores (carries the gradient);
 * routed_E: choices per expert, before the capacity (no gradient);
 * kept_E: choices per expert that got a place (no gradient);
 * z: squares of logsumexp(logits), a scalar (carries the gradient);
-* tokens: how many tokens, a scalar.
+* tokens: how many tokens, a scalar;
+* terms: [E] each, what the gate gives beside (``Gate.statistics`` names them).
 
 Stacked over the sparse layers of a model they are [layers, E] and [layers].
 """
 
+LossTerm = Callable[[RouterSums, bool], Tensor]
+"""A loss: of stacked sums, and of whether the load-balancing loss pools all layers -> a float32
+scalar. Of several dispatch groups the mean counts, weighted by their tokens."""
 
-def router_sums(choice: Choice, kept_TK: Tensor, valid_T: Tensor) -> RouterSums:
+Term = TypeVar("Term", bound=LossTerm)
+
+_LOSSES: dict[str, LossTerm] = {}
+
+
+def register_loss(name: str) -> Callable[[Term], Term]:
+    """Makes a loss of every gate known; decorates its function.
+
+    Args:
+        name: its name in ``training.router_losses`` and in the metrics.
+
+    Raises:
+        ConfigError: another loss has that name.
+    """
+
+    def register(term: Term) -> Term:
+        if name in _LOSSES:
+            raise ConfigError("loss given twice", where=name, rule="a name has one meaning")
+        _LOSSES[name] = term
+        return term
+
+    return register
+
+
+def loss_terms(names: Sequence[str], own: Mapping[str, LossTerm]) -> tuple[LossTerm, ...]:
+    """The losses of these names.
+
+    Args:
+        names: as in ``training.router_losses``.
+        own: losses that the model's gate brings.
+
+    Raises:
+        ConfigError: an unknown loss, or one of another gate.
+    """
+    known = {**_LOSSES, **own}
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            raise ConfigError(
+                "unknown router loss",
+                where="training.router_losses",
+                value=name,
+                rule=f"with this model's gate there are: {', '.join(sorted(known))}",
+                todo=f"perhaps {near[0]}" if near else None,
+            )
+    return tuple(known[name] for name in names)
+
+
+def router_sums(routing: Routing, kept_TK: Tensor, valid_T: Tensor) -> RouterSums:
     """The sums of one layer's pass.
 
     Args:
-        choice: of every token.
+        routing: of every token.
         kept_TK: float32, 1 where a choice was computed.
         valid_T: float32, 0 for padding.
     """
-    _, experts_TK, probs_TE, logits_TE = choice
-    routed_E, kept_E = reference.count_choices(experts_TK, valid_T, kept_TK, probs_TE.shape[-1])
+    _, experts_TK, scores_TE, logits_TE, terms = routing
+    routed_E, kept_E = reference.count_choices(experts_TK, valid_T, kept_TK, scores_TE.shape[-1])
     log_z_T = ops.logsumexp(logits_TE, -1)
+    summed: tuple[Tensor, ...] = ()
+    for term_TE in terms:
+        summed = (*summed, _sum(term_TE * valid_T.reshape(-1, 1), 0))
     return (
-        _sum(probs_TE * valid_T.reshape(-1, 1), 0),
+        _sum(scores_TE * valid_T.reshape(-1, 1), 0),
         routed_E,
         kept_E,
         _sum(log_z_T * log_z_T * valid_T),
         _sum(valid_T),
+        summed,
     )
 
 
+def stack_sums(layers: tuple[RouterSums, ...]) -> RouterSums:
+    """The sums of several layers, stacked in their order."""
+    scores, routed, kept, z, tokens = [], [], [], [], []
+    # no comprehensions: compiled, those over tuples may compute something else
+    for sums in layers:
+        scores.append(sums[0])
+        routed.append(sums[1])
+        kept.append(sums[2])
+        z.append(sums[3])
+        tokens.append(sums[4])
+    terms: tuple[Tensor, ...] = ()
+    for number in range(len(layers[0][5])):
+        each = []
+        for sums in layers:
+            each.append(sums[5][number])
+        terms = (*terms, ops.stack(each))
+    return (
+        ops.stack(scores),
+        ops.stack(routed),
+        ops.stack(kept),
+        ops.stack(z),
+        ops.stack(tokens),
+        terms,
+    )
+
+
+@register_loss("aux")
 def load_balancing_loss(sums: RouterSums, pooled: bool) -> Tensor:
     """E * sum_e f_e * P_e, as Hugging Face's Mixtral defines it.
 
-    f_e is the mean number of choices of expert e per token, P_e its mean probability (Switch
+    f_e is the mean number of choices of expert e per token, P_e its mean score (Switch
     Transformer, arXiv:2101.03961, equations 4 to 6, extended to K choices). A balanced router
     scores K (2.0 for Top-2), not 1.0.
 
@@ -65,16 +151,19 @@ def load_balancing_loss(sums: RouterSums, pooled: bool) -> Tensor:
     Returns:
         A float32 scalar.
     """
-    probs_LE, routed_LE, _, _, tokens_L = sums
-    layers, num_experts = probs_LE.shape
+    scores_LE, routed_LE, _, _, tokens_L, _ = sums
+    layers, num_experts = scores_LE.shape
     if pooled:
         tokens = ops.maximum(_sum(tokens_L), ops.ones((), ms.float32))
-        return num_experts * _sum((_sum(probs_LE, 0) / tokens) * (_sum(routed_LE, 0) / tokens))
+        return num_experts * _sum((_sum(scores_LE, 0) / tokens) * (_sum(routed_LE, 0) / tokens))
     tokens_L1 = ops.maximum(tokens_L, ops.ones_like(tokens_L)).reshape(-1, 1)
-    return num_experts * _sum((probs_LE / tokens_L1) * (routed_LE / tokens_L1)) / layers
+    return num_experts * _sum((scores_LE / tokens_L1) * (routed_LE / tokens_L1)) / layers
 
 
-def router_z_loss(sums: RouterSums) -> Tensor:
-    """Mean of logsumexp(logits)^2 over tokens and layers (ST-MoE, arXiv:2202.08906, eq. 5)."""
-    _, _, _, z_L, tokens_L = sums
+@register_loss("z")
+def router_z_loss(sums: RouterSums, pooled: bool = False) -> Tensor:
+    """Mean of logsumexp(logits)^2 over tokens and layers (ST-MoE, arXiv:2202.08906, eq. 5);
+    ``pooled`` changes nothing.
+    """
+    _, _, _, z_L, tokens_L, _ = sums
     return _sum(z_L) / ops.maximum(_sum(tokens_L), ops.ones((), ms.float32))

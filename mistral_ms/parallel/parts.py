@@ -96,10 +96,10 @@ class DividedParts(Parts):
             return None
         return KVCache(self.cache, self.kv_heads * self.config.head_size, self.dtype)
 
-    def moe(self) -> nn.Cell:
+    def moe(self, layer: int) -> nn.Cell:
         """See the base: the whole router, this rank's experts, and the way to the others."""
         experts = routed_experts(self.config, self.routing, self.parallel, self.groups, self.dtype)
-        return MoELayer(self.config, self.routing, self.dtype, experts)
+        return MoELayer(self.config, self.routing, self.dtype, experts, layer=layer)
 
     def head(self) -> nn.Cell:
         """See the base: this rank's rows."""

@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mistral_ms.training.result import NotFiniteError
 from mistral_ms.training.statistics import weight_statistics
-from mistral_ms.training.step import NotFiniteError, Update
+from mistral_ms.training.step import Update
 
 
 def write_failure(path: Path, update: Update, error: NotFiniteError) -> None:
@@ -28,6 +29,7 @@ def write_failure(path: Path, update: Update, error: NotFiniteError) -> None:
         "lm_loss": result.lm_loss,
         "aux_loss": result.aux_loss,
         "z_loss": result.z_loss,
+        "router_losses": result.router_losses,
         "grad_norm": result.grad_norm,
         "lr": result.learning_rate,
         "loss_scale": result.loss_scale,

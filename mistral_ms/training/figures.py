@@ -28,7 +28,7 @@ HEAT_COLUMNS = 120
 
 def write_figures(directory: Path, records: Sequence[StepRecord], run: RunConfig) -> None:
     """Writes the pictures of a training as PNG files: loss and learning rate; and, of a sparse
-    model, expert load and dropped choices.
+    model, expert load, dropped choices, and router losses where there are further ones.
 
     Args:
         directory: where to; made when it is not there.
@@ -44,6 +44,8 @@ def write_figures(directory: Path, records: Sequence[StepRecord], run: RunConfig
         pictures["expert_load"] = expert_load_figure(records, factor)
         if limited:
             pictures["dropped"] = dropped_figure(records)
+        if records[-1].router_losses:
+            pictures["router_losses"] = router_losses_figure(records)
     directory.mkdir(exist_ok=True)
     for name, png in pictures.items():
         (directory / f"{name}.png").write_bytes(png)
@@ -165,6 +167,28 @@ def dropped_figure(records: Sequence[StepRecord]) -> bytes:
     axes.set_xlim(0, steps[-1])
     axes.legend(loc="best", frameon=False)
     _epoch_axis(axes, records)
+    return _png(figure)
+
+
+def router_losses_figure(records: Sequence[StepRecord]) -> bytes:
+    """Every router loss over the steps, without its coefficient, each in a panel with its name.
+
+    Args:
+        records: of one training in order, with further router losses.
+    """
+    steps = [r.step for r in records]
+    losses = {"aux": [r.aux_loss for r in records], "z": [r.z_loss for r in records]}
+    for name in records[-1].router_losses:
+        # a resumed training may have begun without it
+        losses[name] = [r.router_losses.get(name, math.nan) for r in records]
+    figure = _figure(0.8 + 1.5 * len(losses))
+    panels = figure.subplots(len(losses), 1, sharex=True, squeeze=False)[:, 0]
+    for panel, (name, values) in zip(panels, losses.items(), strict=True):
+        panel.plot(steps, values, color=BLUE, lw=1.4)
+        panel.set_ylabel(name)
+        panel.set_ylim(bottom=0)
+    panels[-1].set_xlabel("step")
+    _epoch_axis(panels[0], records)
     return _png(figure)
 
 

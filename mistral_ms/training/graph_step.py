@@ -20,8 +20,9 @@ from mistral_ms.training.graphs import batch_tensors
 from mistral_ms.training.loss_scale import LossScale
 from mistral_ms.training.memory import MemoryReport, memory_report
 from mistral_ms.training.optimizer import weight_of
+from mistral_ms.training.result import StepResult
 from mistral_ms.training.schedule import learning_rate
-from mistral_ms.training.step import Progress, StepResult, advance
+from mistral_ms.training.step import Progress, advance
 
 
 class GraphTrainStep:
@@ -125,7 +126,8 @@ class GraphTrainStep:
         ordered = in_order_of_micro_batches(batch, self._parallel.dp, config.micro_batches)
         rows = np.tile(np.array(shares, np.float32), (len(batch.samples_B), 1))
         with graph_mode():
-            self._cell(*batch_tensors(ordered), Tensor(rows))
+            ids, labels, positions, segments, _ = batch_tensors(ordered)
+            self._cell(ids, labels, positions, segments, Tensor(rows))
         result = self._result(rate, scale)
         return advance(progress, config, batch, result)
 

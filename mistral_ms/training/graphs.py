@@ -29,11 +29,24 @@ Losses = tuple[Tensor, tuple[Tensor, ...]]
 """The total and the parts of a LossReport."""
 
 
-def batch_tensors(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ids, labels, positions and segments, int32 [B, S]."""
+BatchTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""ids, labels, positions and segments, int32 [B, S]; and int32 [B, 3], what gates draw from."""
+
+
+def batch_tensors(batch: Batch, seed: int = 0, step: int = 0) -> BatchTensors:
+    """The arrays of a batch, or of a part of one, as tensors.
+
+    Args:
+        batch: the rows.
+        seed: of the run; its lowest 32 bits count.
+        step: the first being 0.
+    """
     arrays = (batch.ids_BS, batch.labels_BS, batch.positions_BS, batch.segments_BS)
     ids, labels, positions, segments = (Tensor(np.ascontiguousarray(array)) for array in arrays)
-    return ids, labels, positions, segments
+    word = np.uint32(seed & 0xFFFFFFFF).astype(np.int32)
+    constant_B = np.ones_like(batch.rows_B)
+    random_B3 = np.stack([constant_B * word, constant_B * np.int32(step), batch.rows_B], -1)
+    return ids, labels, positions, segments, Tensor(random_B3)
 
 
 def gradient_sums(weights: Mapping[str, Parameter]) -> ParameterTuple:
@@ -69,9 +82,12 @@ class _Scaled(nn.Cell):
         labels_BS: Tensor,
         positions_BS: Tensor,
         segments_BS: Tensor,
+        random_B3: Tensor,
         scales: Tensor,
     ) -> Losses:
-        total, parts = self.objective(ids_BS, labels_BS, positions_BS, segments_BS, scales[:2])
+        total, parts = self.objective(
+            ids_BS, labels_BS, positions_BS, segments_BS, scales[:2], random_B3
+        )
         return total * scales[2], (total, *parts)
 
 
@@ -95,6 +111,7 @@ class MicroGradients(nn.Cell):
         labels_BS: Tensor,
         positions_BS: Tensor,
         segments_BS: Tensor,
+        random_B3: Tensor,
         scales: Tensor,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """See :class:`~mistral_ms.models.Objective` for the arguments.
@@ -104,13 +121,16 @@ class MicroGradients(nn.Cell):
             labels_BS: int32.
             positions_BS: int32.
             segments_BS: int32.
+            random_B3: int32.
             scales: float32 [3]: the two shares of this group in the batch (one over all counted
                 labels, one over all tokens), and the loss scale.
 
         Returns:
             The total and the parts of a LossReport; the scaled gradients, float32.
         """
-        (_, parts), gradients = self.gradient(ids_BS, labels_BS, positions_BS, segments_BS, scales)
+        (_, parts), gradients = self.gradient(
+            ids_BS, labels_BS, positions_BS, segments_BS, random_B3, scales
+        )
         return parts, to_float32(gradients)
 
 
@@ -175,11 +195,14 @@ class FusedUpdate(nn.Cell):
         labels_BS: Tensor,
         positions_BS: Tensor,
         segments_BS: Tensor,
+        random_B3: Tensor,
         scales: Tensor,
         coefficients: Tensor,
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, tuple[Tensor, ...]]:
         """The losses as :class:`MicroGradients` gives them, and what :class:`Finish` gives."""
-        parts, gradients = self.micro(ids_BS, labels_BS, positions_BS, segments_BS, scales)
+        parts, gradients = self.micro(
+            ids_BS, labels_BS, positions_BS, segments_BS, random_B3, scales
+        )
         norm, norms_n, clipped = self.finish(gradients, parts[0], scales, coefficients)
         return parts, norm, norms_n, clipped
 
@@ -206,10 +229,13 @@ class Accumulate(nn.Cell):
         labels_BS: Tensor,
         positions_BS: Tensor,
         segments_BS: Tensor,
+        random_B3: Tensor,
         scales: Tensor,
     ) -> tuple[Tensor, ...]:
         """The losses as :class:`MicroGradients` gives them."""
-        parts, gradients = self.micro(ids_BS, labels_BS, positions_BS, segments_BS, scales)
+        parts, gradients = self.micro(
+            ids_BS, labels_BS, positions_BS, segments_BS, random_B3, scales
+        )
         done = scales[0]
         for i in range(len(self.sums)):
             done = ops.depend(done, ops.assign_add(self.sums[i], gradients[i]))
@@ -231,7 +257,7 @@ class InTurn:
         self._accumulate = Accumulate(MicroGradients(objective, weights), weights)
         self.sums = self._accumulate.sums
 
-    def __call__(self, parts: Sequence[Batch], scales: Tensor) -> list[np.ndarray]:
+    def __call__(self, parts: Sequence[BatchTensors], scales: Tensor) -> list[np.ndarray]:
         """Adds the gradients of all micro-batches to the sums.
 
         Args:
@@ -241,7 +267,7 @@ class InTurn:
         Returns:
             Total and report, added up over the micro-batches.
         """
-        return added_up([self._accumulate(*batch_tensors(part), scales) for part in parts])
+        return added_up([self._accumulate(*part, scales) for part in parts])
 
     def cells(self) -> tuple[nn.Cell, ...]:
         """The cells that are compiled for the device."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
 from mistral_ms.errors import DataError
-from mistral_ms.training.step import StepResult
+from mistral_ms.training.result import StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class StepRecord:
     Attributes:
         step: number of the update, the first being 1.
         epoch: passes over the data after it, with their fraction.
-        loss: lm + aux_coef * aux + z_coef * z.
+        loss: the sum of all losses, each times its coefficient.
         lm_loss: mean negative log-likelihood over the predicted tokens.
         aux_loss: load-balancing loss, without its coefficient.
         z_loss: router z-loss, without its coefficient.
@@ -36,6 +36,7 @@ class StepRecord:
         dropped_fraction: share of all choices that found their expert full.
         expert_load: for each sparse layer the share of choices that fell on each expert, before
             the capacity; each row adds up to 1.
+        router_losses: further router losses by name, without their coefficients.
     """
 
     step: int
@@ -51,6 +52,7 @@ class StepRecord:
     skipped: int
     dropped_fraction: float
     expert_load: tuple[tuple[float, ...], ...]
+    router_losses: dict[str, float] = field(default_factory=dict)
 
 
 def make_record(
@@ -73,6 +75,7 @@ def make_record(
         skipped=skipped,
         dropped_fraction=result.dropped_fraction,
         expert_load=tuple(tuple(round(float(x), 6) for x in row) for row in load),
+        router_losses=result.router_losses,
     )
 
 
@@ -109,9 +112,10 @@ class MetricsWriter:
 
 def _line(record: StepRecord) -> str:
     values = asdict(record)
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            values[name] = None
+    for group in (values, values["router_losses"]):
+        for name, value in group.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                group[name] = None
     return json.dumps(values, allow_nan=False) + "\n"
 
 
@@ -133,6 +137,8 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[StepRecord]:
         try:
             values = json.loads(line)
             values = {k: math.nan if v is None else v for k, v in values.items()}
+            losses = values.get("router_losses", {}).items()
+            values["router_losses"] = {k: math.nan if v is None else v for k, v in losses}
             values["expert_load"] = tuple(tuple(row) for row in values["expert_load"])
             records.append(StepRecord(**values))
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -14,11 +14,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
-from mistral_ms.datasets.batches import Batch
 from mistral_ms.models import Objective
 from mistral_ms.parallel.pipeline import Phase, Schedule, Transfer, program
 from mistral_ms.parallel.stage import StageLinks
-from mistral_ms.training.graphs import added_up, batch_tensors, gradient_sums, to_float32
+from mistral_ms.training.graphs import BatchTensors, added_up, gradient_sums, to_float32
 
 _cast = ops.Cast()
 _sum = ops.ReduceSum()
@@ -41,10 +40,11 @@ class StageForward(nn.Cell):
         labels_BS: Tensor,
         positions_BS: Tensor,
         segments_BS: Tensor,
+        random_B3: Tensor,
         shares: Tensor,
     ) -> Tensor:
         """[B * S, H]; the arguments are those of :meth:`Objective.segment`."""
-        return self.objective.segment(x, labels_BS, positions_BS, segments_BS, shares)[1]
+        return self.objective.segment(x, labels_BS, positions_BS, segments_BS, shares, random_B3)[1]
 
 
 class _Pulled(nn.Cell):
@@ -62,11 +62,12 @@ class _Pulled(nn.Cell):
         labels_BS: Tensor,
         positions_BS: Tensor,
         segments_BS: Tensor,
+        random_B3: Tensor,
         scales: Tensor,
         pull_TH: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         total, states_TH, parts = self.objective.segment(
-            x, labels_BS, positions_BS, segments_BS, scales[:2]
+            x, labels_BS, positions_BS, segments_BS, scales[:2], random_B3
         )
         scaled = total * scales[2]
         if not self.predicts:
@@ -100,6 +101,7 @@ class StageBackward(nn.Cell):
         labels_BS: Tensor,
         positions_BS: Tensor,
         segments_BS: Tensor,
+        random_B3: Tensor,
         scales: Tensor,
         pull_TH: Tensor,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -110,11 +112,12 @@ class StageBackward(nn.Cell):
             labels_BS: int32.
             positions_BS: int32.
             segments_BS: int32.
+            random_B3: int32, see :class:`~mistral_ms.models.Objective`.
             scales: as of :class:`~mistral_ms.training.graphs.MicroGradients`.
             pull_TH: the gradient of what the stage handed on; of no meaning for the last one.
         """
         (_, parts), gradients = self.gradient(
-            x, labels_BS, positions_BS, segments_BS, scales, pull_TH
+            x, labels_BS, positions_BS, segments_BS, random_B3, scales, pull_TH
         )
         back = scales
         if not self.embeds:
@@ -155,7 +158,7 @@ class Pipelined:
         self._dtype = next(iter(weights.values())).dtype
         self.sums = self._backward.sums
 
-    def __call__(self, parts: Sequence[Batch], scales: Tensor) -> list[np.ndarray]:
+    def __call__(self, parts: Sequence[BatchTensors], scales: Tensor) -> list[np.ndarray]:
         """Adds the gradients of all micro-batches to the sums.
 
         Args:
@@ -165,15 +168,14 @@ class Pipelined:
         Returns:
             The stage's parts of total and report, added up over the micro-batches.
         """
-        tensors = [batch_tensors(part) for part in parts]
         given: dict[int, Tensor] = {}
         made: dict[int, Tensor] = {}
         pulls: dict[int, Tensor] = {}
         backs: dict[int, Tensor] = {}
         losses: list[tuple[Tensor, ...]] = []
-        nothing = ops.zeros((parts[0].ids_BS.size, self._width), self._dtype)
+        nothing = ops.zeros((parts[0][0].size, self._width), self._dtype)
         if self._embeds:
-            given = {number: ids_BS for number, (ids_BS, *_) in enumerate(tensors)}
+            given = {number: ids_BS for number, (ids_BS, *_) in enumerate(parts)}
         for event in self._program:
             number = event.micro_batch
             if isinstance(event, Transfer):
@@ -186,10 +188,10 @@ class Pipelined:
                     kept[number] = arrived
             elif event.phase is Phase.FORWARD:
                 if self._forward is not None:
-                    _, *rest = tensors[number]
+                    _, *rest = parts[number]
                     made[number] = self._forward(given[number], *rest, scales[:2])
             else:
-                _, *rest = tensors[number]
+                _, *rest = parts[number]
                 pull = pulls.pop(number, nothing)
                 found, back = self._backward(given.pop(number), *rest, scales, pull)
                 losses.append(found)

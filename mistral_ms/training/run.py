@@ -31,8 +31,9 @@ from mistral_ms.training.memory import MemoryReport, step_memory
 from mistral_ms.training.metrics import MetricsWriter, StepRecord, read_metrics
 from mistral_ms.training.parts import save_parts, take_part
 from mistral_ms.training.prepare import Say, check_device, initialize, open_data, side_files
+from mistral_ms.training.result import NotFiniteError
 from mistral_ms.training.state import restore, take_snapshot
-from mistral_ms.training.step import NotFiniteError, TrainStep, Update
+from mistral_ms.training.step import TrainStep, Update
 from mistral_ms.training.tensorboard import TensorBoardWriter
 
 

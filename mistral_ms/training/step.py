@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,7 +10,6 @@ from mindspore import Parameter, Tensor, nn
 
 from mistral_ms.config import ModelConfig, TrainingConfig
 from mistral_ms.datasets.batches import Batch
-from mistral_ms.errors import TrainingError
 from mistral_ms.models import CausalLM, LossReport, Objective, recompute
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.optimizers import Plan, check_layout, make_plan, with_settings
@@ -20,6 +18,7 @@ from mistral_ms.parallel.pipeline import check_trained
 from mistral_ms.parallel.sharded import ShardedReduction
 from mistral_ms.parallel.storage import Storage
 from mistral_ms.training.graphs import (
+    BatchTensors,
     Finish,
     FinishAccumulated,
     FusedUpdate,
@@ -32,6 +31,7 @@ from mistral_ms.training.memory import MemoryReport, memory_report
 from mistral_ms.training.offload import HostOptimizer
 from mistral_ms.training.optimizer import MASTER, DeviceOptimizer, is_mixed
 from mistral_ms.training.pipelined import Pipelined
+from mistral_ms.training.result import NotFiniteError, StepResult
 from mistral_ms.training.schedule import learning_rate
 from mistral_ms.training.statistics import layer_statistics
 from mistral_ms.weights import specs
@@ -50,47 +50,6 @@ class Progress:
     step: int = 0
     updates: int = 0
     scale: LossScale = field(default_factory=LossScale)
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step reports, on the host.
-
-    Attributes:
-        loss: lm + aux_coef * aux + z_coef * z.
-        lm_loss: mean negative log-likelihood over the predicted tokens.
-        aux_loss: load-balancing loss, without its coefficient.
-        z_loss: router z-loss, without its coefficient.
-        grad_norm: global norm of the gradients before clipping, without the loss scale.
-        learning_rate: the rate of this update.
-        loss_scale: the scale of this step; 1 without scaling.
-        routed_LE: choices per sparse layer and expert, before the capacity; [0, 0] when dense.
-        kept_LE: choices that got a place.
-        gradient_norms: of each trained weight of this process's stage.
-    """
-
-    loss: float
-    lm_loss: float
-    aux_loss: float
-    z_loss: float
-    grad_norm: float
-    learning_rate: float
-    loss_scale: float
-    routed_LE: np.ndarray
-    kept_LE: np.ndarray
-    gradient_norms: dict[str, float]
-
-    @property
-    def finite(self) -> bool:
-        """Whether losses and gradients were; otherwise the weights were left alone."""
-        losses = (self.loss, self.lm_loss, self.aux_loss, self.z_loss, self.grad_norm)
-        return all(map(math.isfinite, losses))
-
-    @property
-    def dropped_fraction(self) -> float:
-        """Share of all choices that found their expert full."""
-        routed = float(self.routed_LE.sum())
-        return float(routed - self.kept_LE.sum()) / routed if routed else 0.0
 
 
 class Update(Protocol):
@@ -132,30 +91,6 @@ class Update(Protocol):
 
     def layer_statistics(self, batch: Batch) -> list[dict[str, Any]]:
         """The outputs of embedding and blocks on a batch; empty where they cannot be had."""
-
-
-class NotFiniteError(TrainingError):
-    """A loss or a gradient that is not a number; neither weights nor state were changed.
-
-    Attributes:
-        step: the step, the first being 1.
-        batch: what it saw.
-        result: what it reported.
-    """
-
-    def __init__(self, step: int, batch: Batch, result: StepResult, scaled: bool) -> None:
-        names = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm")
-        name = next(name for name in names if not math.isfinite(getattr(result, name)))
-        self.step, self.batch, self.result = step, batch, result
-        super().__init__(
-            f"{name} is not finite",
-            where=f"step {step}",
-            value=getattr(result, name),
-            rule=f"even at the smallest loss scale, {result.loss_scale:g}"
-            if scaled
-            else "weights would not recover from it; they were left as they were",
-            todo="lower the learning rate, lengthen the warm-up, or clip the gradients",
-        )
 
 
 def advance(
@@ -230,10 +165,12 @@ class TrainStep:
             model,
             aux_coef=config.aux_coef,
             z_coef=config.z_coef,
+            router_losses=config.router_losses,
             pooled_aux=pooled_aux,
             copies=1 if division is None else division.parallel.interleave,
             token_nll=None if division is None else division.token_nll(model.config),
         )
+        self._others = objective.others
         updated = dict(self.weights)
         self._spread: nn.Cell | None = None
         if isinstance(self._reduction, ShardedReduction):
@@ -282,7 +219,7 @@ class TrainStep:
         with graph_mode():
             if self._fused is not None:
                 losses, norm, norms_n, clipped = self._fused(
-                    *batch_tensors(mine), scales, coefficients
+                    *self._tensors(mine), scales, coefficients
                 )
                 sums = [part.asnumpy() for part in losses]
             else:
@@ -293,6 +230,8 @@ class TrainStep:
                 self.optimizer.update(clipped, coefficients)
             if self._spread is not None and result.finite:
                 self._spread()
+        if result.finite:
+            self.model.update_gates(result.routed_LE)
         return advance(progress, config, batch, result)
 
     @property
@@ -349,8 +288,12 @@ class TrainStep:
         self, batch: Batch, scales: Tensor, coefficients: Tensor
     ) -> tuple[list[np.ndarray], Tensor, Tensor, tuple[Tensor, ...]]:
         assert self._gradients is not None and self._finish is not None
-        sums = self._gradients(batch.split(self.config.micro_batches), scales)
+        parts = [self._tensors(part) for part in batch.split(self.config.micro_batches)]
+        sums = self._gradients(parts, scales)
         return sums, *self._finish(Tensor(sums[0]), scales, coefficients)
+
+    def _tensors(self, batch: Batch) -> BatchTensors:
+        return batch_tensors(batch, self.config.seed, self.progress.step)
 
     def _of_all_ranks(self, sums: list[np.ndarray]) -> list[np.ndarray]:
         """Adds up what the ranks' dispatch groups contributed, in one message."""
@@ -364,7 +307,7 @@ class TrainStep:
     def _result(
         self, sums: list[np.ndarray], norm: Tensor, norms_n: Tensor, rate: float, scale: float
     ) -> StepResult:
-        total, report = float(sums[0]), LossReport(*sums[1:])
+        total, report = float(sums[0]), LossReport.unpack(sums[1:])
         norms = zip(self.weights, norms_n.asnumpy().tolist(), strict=True)
         return StepResult(
             loss=total,
@@ -377,6 +320,7 @@ class TrainStep:
             routed_LE=_table(report.routed_LE),
             kept_LE=_table(report.kept_LE),
             gradient_norms=dict(norms),
+            router_losses=dict(zip(self._others, map(float, report.others), strict=True)),
         )
 
 

@@ -34,6 +34,8 @@ class TensorBoardWriter:
             "training/tokens_per_s": record.tokens_per_s,
             "routing/dropped_fraction": record.dropped_fraction,
         }
+        for name, loss in record.router_losses.items():
+            figures[f"loss/{name}"] = loss
         for layer, load in enumerate(record.expert_load):
             # 1 when every expert is asked equally often
             figures[f"routing/busiest_expert/layer_{layer}"] = max(load) * len(load)

@@ -3,9 +3,16 @@
 from mistral_ms.weights.attention import attention_specs
 from mistral_ms.weights.embedding import EMBEDDING, HEAD, vocabulary_specs
 from mistral_ms.weights.feed_forward import feed_forward_specs
+from mistral_ms.weights.gates import (
+    GateSpecs,
+    gate_matrix,
+    num_experts,
+    register_gate_specs,
+    router_specs,
+)
 from mistral_ms.weights.layers import LayerSpecs, layer_specs, register_layer
 from mistral_ms.weights.model import Specs, by_name, check_parameters, specs
-from mistral_ms.weights.moe import expert_specs, moe_specs, router_specs
+from mistral_ms.weights.moe import expert_specs, moe_specs
 from mistral_ms.weights.norm import norm_specs
 from mistral_ms.weights.spec import Cut, ParamSpec, inside, matrix, scale
 
@@ -13,6 +20,7 @@ __all__ = [
     "EMBEDDING",
     "HEAD",
     "Cut",
+    "GateSpecs",
     "LayerSpecs",
     "ParamSpec",
     "Specs",
@@ -21,11 +29,14 @@ __all__ = [
     "check_parameters",
     "expert_specs",
     "feed_forward_specs",
+    "gate_matrix",
     "inside",
     "layer_specs",
     "matrix",
     "moe_specs",
     "norm_specs",
+    "num_experts",
+    "register_gate_specs",
     "register_layer",
     "router_specs",
     "scale",

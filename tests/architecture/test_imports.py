@@ -62,7 +62,7 @@ TABLE = {
     "weights": room("config"),
     "ops": room(packages="mindspore numpy"),
     "layers": room("config weights ops", "mindspore numpy"),
-    "moe": room("config weights ops layers", "mindspore numpy"),
+    "moe": room("config weights ops layers", "mindspore numpy pydantic"),  # gates have settings
     "models": room("config weights layers moe", "mindspore numpy"),
     "optimizers": room("config weights ops", "mindspore numpy pydantic"),
     "parallel": room(

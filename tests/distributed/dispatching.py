@@ -51,7 +51,7 @@ class StandIn(nn.Cell):
         )
 
     def construct(self, x_TH, weights_TK, experts_TK, valid_T):
-        choice = weights_TK, experts_TK, weights_TK, weights_TK
+        choice = weights_TK, experts_TK, weights_TK, weights_TK, ()
         plan = self.dispatcher.plan(choice, valid_T)
         rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
         factor = self.factor_L11
@@ -70,7 +70,7 @@ class Identity(nn.Cell):
         self.dispatcher, self.share = dispatcher, share
 
     def construct(self, x_TH, weights_TK, experts_TK, valid_T):
-        choice = weights_TK, experts_TK, weights_TK, weights_TK
+        choice = weights_TK, experts_TK, weights_TK, weights_TK, ()
         plan = self.dispatcher.plan(choice, valid_T)
         rows, _ = self.dispatcher.dispatch(x_TH, plan)
         return self.dispatcher.combine(rows * self.share, plan)
@@ -84,7 +84,7 @@ class Region(nn.Cell):
         self.region = region
 
     def construct(self, x_TH, weights_TK, experts_TK, valid_T):
-        choice = weights_TK, experts_TK, weights_TK, weights_TK
+        choice = weights_TK, experts_TK, weights_TK, weights_TK, ()
         return self.region(x_TH, choice, valid_T)
 
 

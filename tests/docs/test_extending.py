@@ -14,21 +14,30 @@ from mindspore import Tensor
 from safetensors.numpy import load_file
 from support.hf import BASE, hf_logits, make_pair
 from support.models import ragged_batch
+from support.moe import moe_config
+from support.routing import softmax
 from support.updates import STEPS, Ours, start_values, training
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mistral_ms.checkpoint import convert, open_checkpoint
 from mistral_ms.checkpoint import converter as written
 from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.config import DROPLESS, MoEArchitecture
+from mistral_ms.config import gates as gate_settings
 from mistral_ms.config import hugging_face_keys as known
 from mistral_ms.config.layout import Sizes
 from mistral_ms.models import CausalLM
+from mistral_ms.moe import gate_context, make_gate
+from mistral_ms.moe.gates import base as gates
 from mistral_ms.optimizers import registry
 from mistral_ms.parallel.collectives import Collectives
 from mistral_ms.parallel.dispatchers import FlatRoute
 from mistral_ms.parallel.topology import GroupKind, Topology
+from mistral_ms.weights import gates as gate_parameters
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+RANDOM = Tensor(np.array([[1, 5, 0], [1, 5, 1]], np.int32))
+"""Of two rows: seed, step, and number of the row."""
 RELATIVE = 2e-5
 """Of a logit difference over the largest logit: the promise to Hugging Face's models."""
 
@@ -59,7 +68,34 @@ def tables(monkeypatch):
             monkeypatch.setitem(table, name, None)
             monkeypatch.delitem(table, name)
     monkeypatch.setattr(registry, "_OPTIMIZERS", dict(registry._OPTIMIZERS))
+    monkeypatch.setattr(gate_settings, "_SETTINGS", dict(gate_settings._SETTINGS))
+    monkeypatch.setattr(gate_parameters, "_GATES", dict(gate_parameters._GATES))
+    monkeypatch.setattr(gates, "_GATES", dict(gates._GATES))
     return monkeypatch
+
+
+def test_a_gate(tables, examples):
+    """Choices under noise and pressure, weights, and the next pressure against NumPy."""
+    examples("A gate")
+    moe = MoEArchitecture(num_local_experts=4, gate={"name": "pressed_top_k", "rate": 0.5})
+    config = moe_config(E=4).model_copy(update={"moe": moe})
+    gate, rng = make_gate(config, DROPLESS), np.random.default_rng(2)
+    weight, pressure = (rng.normal(size=size).astype(np.float32) for size in ((4, 6), 4))
+    gate.weight.set_data(Tensor(weight))
+    gate.pressure.set_data(Tensor(pressure))
+    x, context = rng.normal(size=(6, 6)).astype(np.float32), gate_context(RANDOM, 3)
+    logits = x @ weight.T
+    noisy = logits + gate.normal(context).numpy()
+    for noise, given in ((noisy, context), (logits, None)):
+        weights, experts, scores, _, (squares,) = gate(Tensor(x), given)
+        np.testing.assert_array_equal(experts.numpy(), np.argsort(pressure - noise, -1)[:, :2])
+        np.testing.assert_allclose(scores.numpy(), softmax(logits), rtol=1e-5)
+        np.testing.assert_array_equal(
+            weights.numpy(), np.take_along_axis(scores.numpy(), experts.numpy(), -1)
+        )
+        np.testing.assert_allclose(squares.numpy(), noise**2, rtol=1e-4, atol=1e-5)
+    gate.update(np.array([4, 2, 0, 2], np.float32))
+    np.testing.assert_allclose(gate.pressure.numpy(), pressure + np.float32([0.5, 0, -0.5, 0]))
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["pynative", "graph"])

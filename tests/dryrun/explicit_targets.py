@@ -70,7 +70,7 @@ class RoundTrip(nn.Cell):
         self.dispatcher = dispatcher
 
     def construct(self, x_TH, weights_TK, experts_TK, valid_T):
-        plan = self.dispatcher.plan((weights_TK, experts_TK, weights_TK, weights_TK), valid_T)
+        plan = self.dispatcher.plan((weights_TK, experts_TK, weights_TK, weights_TK, ()), valid_T)
         rows, _ = self.dispatcher.dispatch(x_TH, plan)
         return self.dispatcher.combine(rows * rows, plan).sum()
 
@@ -83,7 +83,7 @@ class ThroughExperts(nn.Cell):
         self.region = region
 
     def construct(self, x_TH, weights_TK, experts_TK, valid_T):
-        choice = weights_TK, experts_TK, weights_TK, weights_TK
+        choice = weights_TK, experts_TK, weights_TK, weights_TK, ()
         return self.region(x_TH, choice, valid_T)[0].sum()
 
 

@@ -29,7 +29,7 @@ class Case:
         self.x = rng.normal(size=(T, H)).astype(np.float32)
         self.weights = rng.random((T, 2)).astype(np.float32)
         probs = Tensor(np.zeros((T, E), np.float32))
-        self.choice = Tensor(self.weights), Tensor(self.experts), probs, probs
+        self.choice = Tensor(self.weights), Tensor(self.experts), probs, probs, ()
 
     def there_and_back(self, dispatcher):
         plan = dispatcher.plan(self.choice, Tensor(self.valid))

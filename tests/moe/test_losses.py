@@ -8,7 +8,7 @@ from mindspore import Tensor
 from support.routing import softmax
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from mistral_ms.moe import load_balancing_loss, router_sums, router_z_loss
+from mistral_ms.moe import load_balancing_loss, router_sums, router_z_loss, stack_sums
 from mistral_ms.ops.reference import assign_slots, gating_top_k
 
 L, B, S, E = 3, 2, 7, 5
@@ -29,12 +29,12 @@ def padding(seed=1):
 def sums_of(logits_TE, valid_T, k, capacity=B * S):
     weights, experts, probs = gating_top_k(logits_TE, k, True)
     _, kept_TK, _, _ = assign_slots(experts, valid_T, E, capacity, False)
-    return router_sums((weights, experts, probs, logits_TE), kept_TK, valid_T)
+    return router_sums((weights, experts, probs, logits_TE, ()), kept_TK, valid_T)
 
 
 def stacked(logits_LTE, mask, k=2, capacity=B * S):
     layers = [sums_of(Tensor(layer), Tensor(mask.ravel()), k, capacity) for layer in logits_LTE]
-    return tuple(ms.ops.stack(parts) for parts in zip(*layers, strict=True))
+    return stack_sums(layers)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -105,7 +105,7 @@ def test_nothing_but_padding_is_zero_not_nan():
 
 def test_sums_count_routed_and_kept_choices_apart():
     mask = padding()
-    _, routed, kept, _, tokens = stacked(logits(), mask, capacity=2)
+    _, routed, kept, _, tokens, _ = stacked(logits(), mask, capacity=2)
     assert (tokens.numpy() == mask.sum()).all()
     for layer in range(L):
         chosen = np.argsort(-softmax(logits()[layer].astype(np.float64)), -1)[:, :2]
@@ -119,7 +119,7 @@ def test_padded_rows_may_hold_anything():
     mask, rows = padding(), logits()
     first = stacked(rows, mask, capacity=2)
     rows[:, mask.ravel() == 0] = 1e4
-    for ours, theirs in zip(first, stacked(rows, mask, capacity=2), strict=True):
+    for ours, theirs in zip(first[:5], stacked(rows, mask, capacity=2)[:5], strict=True):
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
 
 
@@ -128,15 +128,7 @@ def gradients(loss, rows, mask):
 
     def total(a, b, c):
         layers = [sums_of(x, Tensor(mask.ravel()), 2) for x in (a, b, c)]
-        return loss(
-            (
-                ms.ops.stack([s[0] for s in layers]),
-                ms.ops.stack([s[1] for s in layers]),
-                ms.ops.stack([s[2] for s in layers]),
-                ms.ops.stack([s[3] for s in layers]),
-                ms.ops.stack([s[4] for s in layers]),
-            )
-        )
+        return loss(stack_sums(layers))
 
     return [g.numpy() for g in ms.grad(total, grad_position=(0, 1, 2))(*map(Tensor, rows))]
 

@@ -97,12 +97,12 @@ MUTANTS = [
         "moe/losses.py",
         "moe/test_losses.py",
         aux_loss_is_one_when_balanced=(
-            "return num_experts * _sum((_sum(probs_LE",
-            "return _sum((_sum(probs_LE",
+            "return num_experts * _sum((_sum(scores_LE",
+            "return _sum((_sum(scores_LE",
         ),
         padding_counts_in_the_aux_loss=(
-            "_sum(probs_TE * valid_T.reshape(-1, 1), 0)",
-            "_sum(probs_TE, 0)",
+            "_sum(scores_TE * valid_T.reshape(-1, 1), 0)",
+            "_sum(scores_TE, 0)",
         ),
         padding_counts_in_the_z_loss=("log_z_T * log_z_T * valid_T", "log_z_T * log_z_T"),
         z_loss_without_a_square=("_sum(log_z_T * log_z_T", "_sum(log_z_T"),

@@ -39,7 +39,7 @@ def test_rows_are_packed_before_and_after_a_counted_exchange(monkeypatch):
     monkeypatch.setattr(route, "plan", plan_of_the_route)
     dispatcher = DroplessDispatcher(E, RoutingConfig(), route, WholeRows(TENSOR))
     weights = Tensor(np.ones((T, K), np.float32))
-    choice = weights, Tensor(experts), weights, weights
+    choice = weights, Tensor(experts), weights, weights, ()
     table, _, group_sizes, (regrouped, _) = dispatcher.plan(choice, Tensor(valid))
     want, sizes = packed_oracle(experts, valid, E)
     for ours, theirs in zip(table, want.as_tuple(), strict=True):

@@ -1,6 +1,7 @@
 """The pictures: what they show, as far as a program can tell. People look at the rest."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,12 @@ from matplotlib.image import imread
 from mistral_ms.errors import DataError
 from mistral_ms.training import StepRecord
 from mistral_ms.training import figures as module
-from mistral_ms.training.figures import dropped_figure, expert_load_figure, loss_figure
+from mistral_ms.training.figures import (
+    dropped_figure,
+    expert_load_figure,
+    loss_figure,
+    router_losses_figure,
+)
 
 
 def records(steps=60, layers=2, experts=8, loss=lambda t: 10 * 0.9**t):
@@ -125,3 +131,14 @@ def test_dropped_shows_percent_and_a_centred_mean(drawn):
 )
 def test_smoothing_by_hand(window, want):
     assert module._smooth(np.array([0.0, 3, 6, 9]), window) == pytest.approx(want)
+
+
+def test_router_losses_have_a_panel_each_by_their_names(drawn):
+    """A training that goes on with a loss more shows a gap before."""
+    course = records(steps=4)
+    course[2:] = [replace(r, router_losses={"load": 0.25 * r.step}) for r in course[2:]]
+    router_losses_figure(course)
+    panels = drawn[0].axes
+    assert [panel.get_ylabel() for panel in panels] == ["aux", "z", "load"]
+    shown = panels[2].lines[0].get_ydata()
+    np.testing.assert_array_equal(shown, [np.nan, np.nan, 0.75, 1.0])

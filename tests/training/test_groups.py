@@ -14,7 +14,7 @@ from mistral_ms.config import DROPLESS, RoutingConfig
 from mistral_ms.datasets import InMemoryWindows
 from mistral_ms.models import CausalLM, LossReport, Objective
 from mistral_ms.ops.modes import graph_mode
-from mistral_ms.training.graphs import MicroGradients
+from mistral_ms.training.graphs import MicroGradients, batch_tensors
 
 pytestmark = pytest.mark.usefixtures("strict_graphs")
 
@@ -57,9 +57,9 @@ def summed(pair, batch):
         scales = Tensor(np.array([1 / batch.tokens, 1 / batch.present, scale], np.float32))
         losses, gradients = 0.0, {name: 0.0 for name in weights}
         for part in batch.split(parts):
-            arrays = (part.ids_BS, part.labels_BS, part.positions_BS, part.segments_BS)
+            tensors = batch_tensors(part)
             with graph_mode():
-                reported, grads = micro(*map(Tensor, arrays), scales)
+                reported, grads = micro(*tensors, scales)
             losses = losses + np.array([float(x.asnumpy()) for x in reported[:4]])
             for name, gradient in zip(weights, grads, strict=True):
                 gradients[name] = gradients[name] + gradient.asnumpy().astype(np.float64)

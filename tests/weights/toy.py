@@ -11,7 +11,8 @@ from mistral_ms.config import LayerKinds, ModelConfig
 from mistral_ms.layers import Attention, RMSNorm
 from mistral_ms.layers.parameter import weight
 from mistral_ms.models import Parts
-from mistral_ms.moe import MoELayer, Router
+from mistral_ms.moe import MoELayer
+from mistral_ms.moe.gates.softmax_top_k import SoftmaxTopK
 from mistral_ms.ops import reference
 from mistral_ms.weights import (
     Cut,
@@ -73,15 +74,13 @@ class ToyAttention(Attention):
         return self.o_proj(self.core(q, k, self.v_proj(x_TH), context))
 
 
-class ToyRouter(Router):
-    def __init__(self, config, routing, dtype):
-        super().__init__(config, routing, dtype)
+class ToyRouter(SoftmaxTopK):
+    def __init__(self, config, routing, layer, dtype):
+        super().__init__(config, routing, layer, dtype)
         self.bias = weight(config.moe.num_local_experts, dtype=dtype)
 
-    def choose(self, x_TH, weight_EH):
-        logits_TE = reference.linear(x_TH, weight_EH) + self.bias
-        weights_TK, experts_TK, probs_TE = self.gating_top_k(logits_TE)
-        return weights_TK, experts_TK, probs_TE, logits_TE
+    def logits(self, x_TH, weight_EH):
+        return reference.linear(x_TH, weight_EH) + self.bias
 
 
 class SharedExpert(nn.Cell):
@@ -98,15 +97,15 @@ class SharedExpert(nn.Cell):
 
 
 class ToyMoE(MoELayer):
-    def __init__(self, config, routing, dtype):
+    def __init__(self, config, routing, layer, dtype):
         super().__init__(config, routing, dtype)
-        self.router = ToyRouter(config, routing, dtype)
+        self.router = ToyRouter(config, routing, layer, dtype)
         self.shared_experts = SharedExpert(config, dtype)
         self.passes = weight(1)
         self.one = Tensor(np.ones(1, np.float32))
 
-    def construct(self, x_TH, valid_T):
-        y_TH, sums = super().construct(x_TH, valid_T)
+    def construct(self, x_TH, valid_T, context=None):
+        y_TH, sums = super().construct(x_TH, valid_T, context)
         counted = ops.assign_add(self.passes, self.one)
         return ops.depend(y_TH + self.shared_experts(x_TH), counted), sums
 
@@ -116,5 +115,5 @@ class ToyParts(Parts):
         linears = self.linears(attention_specs(self.config))
         return ToyAttention(linears, self.attention_core(layer), self.config, self.dtype)
 
-    def moe(self):
-        return ToyMoE(self.config, self.routing, self.dtype)
+    def moe(self, layer):
+        return ToyMoE(self.config, self.routing, layer, self.dtype)

@@ -28,6 +28,7 @@ from mistral_ms.ops.reference.matmul import (
 )
 from mistral_ms.ops.reference.norm import rms_norm
 from mistral_ms.ops.reference.permute import Combine, Dispatch
+from mistral_ms.ops.reference.random import normal, threefry2x32, uniform
 from mistral_ms.ops.reference.rope import rotate
 from mistral_ms.ops.reference.routing import (
     SlotTable,
@@ -50,9 +51,12 @@ __all__ = [
     "grouped_linear",
     "linear",
     "linear_primitive",
+    "normal",
     "pack_choices",
     "rms_norm",
     "rotate",
     "rows_of_groups",
     "swiglu",
+    "threefry2x32",
+    "uniform",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import Tensor
 
 from mistral_ms.config import RoutingConfig
-from mistral_ms.moe import Choice, Dispatcher, PaddedDispatcher, Plan, expert_capacity
+from mistral_ms.moe import Dispatcher, PaddedDispatcher, Plan, Routing, expert_capacity
 from mistral_ms.parallel.dispatchers.carriers import Carrier
 from mistral_ms.parallel.dispatchers.routes import Route
 from mistral_ms.parallel.topology import Traffic
@@ -34,9 +34,9 @@ class CapacityDispatcher(Dispatcher):
         self.local = PaddedDispatcher(num_experts, routing)
         self.route, self.carrier = route, carrier
 
-    def plan(self, choice: Choice, valid_T: Tensor) -> Plan:
+    def plan(self, chosen: Routing, valid_T: Tensor) -> Plan:
         """See the contract: that of the local dispatcher."""
-        return self.local.plan(choice, valid_T)
+        return self.local.plan(chosen, valid_T)
 
     def dispatch(self, x_TH: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """See the contract: [L, P * C, H]."""

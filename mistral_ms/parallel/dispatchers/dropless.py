@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from mistral_ms.config import RoutingConfig
-from mistral_ms.moe import Choice, Dispatcher, Plan
+from mistral_ms.moe import Dispatcher, Plan, Routing
 from mistral_ms.ops import select
 from mistral_ms.parallel.collectives import blocks
 from mistral_ms.parallel.dispatchers.carriers import Carrier
@@ -59,16 +59,17 @@ class DroplessDispatcher(Dispatcher):
         """R: the most rows that can arrive when every rank has so many tokens."""
         return self.route.members * tokens * min(top_k, self.local_experts)
 
-    def plan(self, choice: Choice, valid_T: Tensor) -> Plan:
+    def plan(self, chosen: Routing, valid_T: Tensor) -> Plan:
         """See the contract; exchanges the counts."""
-        T, K = choice[1].shape
-        slots, counts_E = self.pack_choices(choice[1], valid_T)
+        _, experts_TK, _, _, _ = chosen
+        T, K = experts_TK.shape
+        slots, counts_E = self.pack_choices(experts_TK, valid_T)
         counts_PL = counts_E.reshape(self.route.members, self.local_experts)
         room, relayed = self.room(T, K), T * min(K, self.relayed_experts)
         received_PL, passage = self.route.plan(counts_PL, T * K, relayed, room)
         # from the order (sender, expert) to (expert, sender)
         regrouped = blocks.swap_blocks(received_PL, room)
-        return slots, self.weights(choice, slots), _sum(received_PL, 0), (regrouped, passage)
+        return slots, self.weights(chosen, slots), _sum(received_PL, 0), (regrouped, passage)
 
     def dispatch(self, x_TH: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """See the contract: each expert's rows sender by sender."""

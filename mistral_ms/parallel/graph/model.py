@@ -91,11 +91,11 @@ class GraphBlock(DecoderBlock):
         super().__init__(parts, layer)
         self.pooled = self.sparse and parts.losses is not None and parts.losses.pooled
 
-    def construct(self, x_TH: Tensor, context: Any, valid_T: Any) -> Any:
+    def construct(self, x_TH: Tensor, context: Any, valid_T: Any, gate_context: Any = None) -> Any:
         """[T, H] -> [T, H], and sums; context and mask are what the pieces of :class:`GraphParts`
         take.
         """
-        both = super().construct(x_TH, context, valid_T)
+        both = super().construct(x_TH, context, valid_T, gate_context)
         return both if self.pooled else both[0]
 
 

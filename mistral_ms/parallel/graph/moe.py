@@ -24,12 +24,13 @@ from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.layers.parameter import weight
 from mistral_ms.moe import (
     Dispatcher,
+    Gate,
     Plan,
-    Router,
     RouterSums,
     kept_choices,
     load_balancing_loss,
     local_dispatcher,
+    make_gate,
     router_sums,
     router_z_loss,
 )
@@ -98,7 +99,7 @@ class SparsePieces(Region):
         self,
         config: ModelConfig,
         dispatcher: Dispatcher,
-        router: Router,
+        router: Gate,
         dtype: str,
         sharding: Sharding | None,
         more: tuple[str, ...] = (),
@@ -160,8 +161,8 @@ class SparseRegion(SparsePieces):
         w2_LH_I: Tensor,
     ) -> Tensor:
         """[T, H] -> [T, H]."""
-        choice = self.router.choose(x_TH, gate_EH)
-        plan = self.dispatcher.plan(choice, self.valid(positions_BS))
+        chosen = self.router.route(x_TH, (gate_EH,), (), None)
+        plan = self.dispatcher.plan(chosen, self.valid(positions_BS))
         rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
         matrices = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
         return self.results(rows, group_sizes_L, plan, *matrices)
@@ -184,7 +185,7 @@ class TrainedSparseRegion(SparsePieces):
         self,
         config: ModelConfig,
         dispatcher: Dispatcher,
-        router: Router,
+        router: Gate,
         dtype: str,
         coefficients: LossCoefficients,
         groups: int,
@@ -233,23 +234,23 @@ class TrainedSparseRegion(SparsePieces):
         for i in range(self.groups):
             x = x_TH[i * size : (i + 1) * size]
             valid = valid_T[i * size : (i + 1) * size]
-            choice = self.router.choose(x, gate_EH)
-            plan = self.dispatcher.plan(choice, valid)
+            chosen = self.router.route(x, (gate_EH,), (), None)
+            plan = self.dispatcher.plan(chosen, valid)
             rows, group_sizes_L = self.dispatcher.dispatch(x, plan)
-            sent = (*sent, (choice, rows, group_sizes_L, plan, valid))
+            sent = (*sent, (chosen, rows, group_sizes_L, plan, valid))
         # share of the batch in its tokens, times the loss scale
         coefficients = self.coefficients * (shares_B3[0, 1] * shares_B3[0, 2])
         out: tuple[Tensor, ...] = ()
         rows_for_pooled: tuple[Tensor, ...] = ()
         for i in range(self.groups):
-            choice, rows, group_sizes_L, plan, valid = sent[i]
+            chosen, rows, group_sizes_L, plan, valid = sent[i]
             y_TH = self.results(rows, group_sizes_L, plan, w1, w3, w2)
-            sums = router_sums(choice, kept_choices(plan), valid)
-            probs_E, routed_E, kept_E, _, tokens = sums
+            sums = router_sums(chosen, kept_choices(plan), valid)
+            scores_E, routed_E, kept_E, _, tokens, _ = sums
             losses = _losses(sums)
             if self.pooled:
                 losses = losses * self.z_alone
-                row = ops.cat((probs_E, routed_E, tokens.reshape(1)))
+                row = ops.cat((scores_E, routed_E, tokens.reshape(1)))
                 rows_for_pooled = (*rows_for_pooled, row)
             y_TH = self.attach(y_TH, losses, coefficients)
             seen = ops.cat((losses * shares_B3[0, 1], routed_E, kept_E)) * self.share
@@ -262,13 +263,14 @@ class TrainedSparseRegion(SparsePieces):
 
 def _losses(sums: RouterSums) -> Tensor:
     """Load-balancing and z-loss of a dispatch group, times its tokens: float32 [2]."""
-    probs_E, routed_E, kept_E, z, tokens = sums
+    scores_E, routed_E, kept_E, z, tokens, _ = sums
     one_layer = (
-        probs_E.reshape(1, -1),
+        scores_E.reshape(1, -1),
         routed_E.reshape(1, -1),
         kept_E.reshape(1, -1),
         z.reshape(1),
         tokens.reshape(1),
+        (),
     )
     each = ops.stack((load_balancing_loss(one_layer, False), router_z_loss(one_layer)))
     return each * tokens
@@ -298,7 +300,7 @@ class GraphMoE(nn.Cell):
         sharding: Sharding | None,
     ) -> None:
         super().__init__()
-        self.router = Router(config, routing)
+        self.router = make_gate(config, routing)
         self.experts = MatrixExperts(config)
         assert config.moe is not None
         self.trained = coefficients is not None
@@ -312,7 +314,9 @@ class GraphMoE(nn.Cell):
             self.region = SparseRegion(config, dispatcher, self.router, dtype, sharding)
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
 
-    def construct(self, x_TH: Tensor, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+    def construct(
+        self, x_TH: Tensor, batch: tuple[Tensor, ...], gate_context: None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """[T, H] -> [T, H]; losses and counts go their own ways, so there are no sums but those
         for the pooled loss.
 
@@ -320,6 +324,7 @@ class GraphMoE(nn.Cell):
             x_TH: token rows.
             batch: positions [B, S], and in training shares [B, 3], see
                 :class:`~mistral_ms.parallel.graph.model.GraphModel`.
+            gate_context: the graph's gate draws nothing.
         """
         w1 = self.cast(self.experts.w1, self.dtype)
         w3 = self.cast(self.experts.w3, self.dtype)

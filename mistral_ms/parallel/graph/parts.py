@@ -90,7 +90,7 @@ class GraphParts(Parts):
         """See the base."""
         return GatedRegion(self.dtype, self.sharding)
 
-    def moe(self) -> nn.Cell:
+    def moe(self, layer: int) -> nn.Cell:
         """See the base; takes positions and shares for the mask, and returns no sums."""
         assert self.config.moe is not None
         experts = self.config.moe.num_local_experts

@@ -1,0 +1,101 @@
+"""Which gate routes the tokens of a sparse layer, and its settings.
+
+A gate declares its settings beside its mathematics, in ``mistral_ms.moe.gates``. That package needs
+MindSpore, which a configuration must not: a program that wants gates found by their names alone
+tells :func:`when_unknown` how to import them, as the command line does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+
+from mistral_ms.config.base import Frozen
+
+
+class GateSettings(Frozen):
+    """The settings of a gate; a subclass adds its own.
+
+    Attributes:
+        name: of the gate.
+    """
+
+    name: str
+
+    @property
+    def default(self) -> bool:
+        """Whether it is the gate of Mixtral."""
+        return self == SoftmaxTopKSettings()
+
+
+class SoftmaxTopKSettings(GateSettings):
+    """Mixtral's gate; its settings are ``num_experts_per_tok`` and ``norm_topk_prob``."""
+
+    name: str = "softmax_top_k"
+
+
+_SETTINGS: dict[str, type[GateSettings]] = {"softmax_top_k": SoftmaxTopKSettings}
+_IMPORTERS: list[Callable[[], object]] = []
+
+
+def register_gate_settings(name: str, settings: type[GateSettings]) -> None:
+    """Makes a gate's settings known.
+
+    Args:
+        name: of the gate.
+        settings: their class; its field ``name`` has this name as its default.
+
+    Raises:
+        ValueError: another gate has the name, or the default is another one.
+    """
+    if _SETTINGS.get(name, settings) is not settings:
+        raise ValueError(f"gate {name} is registered twice")
+    if settings.model_fields["name"].default != name:
+        raise ValueError(f"{settings.__name__}.name must be {name!r}")
+    _SETTINGS[name] = settings
+
+
+def when_unknown(importer: Callable[[], object]) -> None:
+    """Has modules that register gates imported when a configuration names one that is not known."""
+    if importer not in _IMPORTERS:
+        _IMPORTERS.append(importer)
+
+
+def gate_settings(value: Any) -> GateSettings:
+    """Settings from what a configuration says: a name, or a name with keys and values.
+
+    Raises:
+        ValueError: an unknown gate, an unknown key, or a value that breaks a rule.
+    """
+    if isinstance(value, GateSettings):
+        return value
+    values = {"name": value} if isinstance(value, str) else value
+    if not isinstance(values, Mapping) or not isinstance(values.get("name"), str):
+        raise ValueError("give the gate's name, or a mapping with name and settings")
+    name = values["name"]
+    if name not in _SETTINGS:
+        for importer in _IMPORTERS:
+            importer()
+    if name not in _SETTINGS:
+        near = get_close_matches(name, _SETTINGS, 1)
+        raise ValueError(
+            f"unknown gate {name!r}: {f'perhaps {near[0]}; ' if near else ''}"
+            f"known: {', '.join(sorted(_SETTINGS))} (others are known once the module that "
+            "registers them is imported: mistral_ms.moe for those that ship)"
+        )
+    try:
+        return _SETTINGS[name].model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            known = sorted(_SETTINGS[name].model_fields)
+            near = get_close_matches(key, known, 1)
+            message = (
+                f"unknown key: {f'perhaps {near[0]}; ' if near else ''}known: {', '.join(known)}"
+            )
+        raise ValueError(f"{key}: {message}" if key else message) from None

@@ -1,0 +1,226 @@
+"""The contract of gates, and their register.
+
+A gate is one file of this package, imported by its ``__init__``: settings, parameters, the choice
+of experts and, if it has any, its state and its losses::
+
+    class MySettings(GateSettings):
+        name: str = "my_gate"
+        temperature: float = Field(default=1.0, gt=0)
+
+    @register_gate(MySettings)
+    class MyGate(Gate):
+        def route(self, x_TH, weights, state, context): ...
+
+and a model has it by ``moe.gate: {name: my_gate, temperature: 2.0}``. A gate may as well be
+registered by any other module that is imported before the configuration is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from mistral_ms.config import GateSettings, ModelConfig, RoutingConfig, register_gate_settings
+from mistral_ms.config.model import MOST_EXPERTS, MoEArchitecture
+from mistral_ms.errors import WeightError
+from mistral_ms.layers.parameter import weight
+from mistral_ms.moe.losses import LossTerm
+from mistral_ms.moe.routing import GateContext, Routing
+from mistral_ms.ops import reference
+from mistral_ms.weights import ParamSpec, gate_matrix, register_gate_specs, router_specs
+
+_cast = ops.Cast()
+_range = ops.Range()
+
+State = dict[str, np.ndarray]
+"""Buffers of a gate by their names within it."""
+
+
+class Gate(nn.Cell):
+    """Which experts a token visits, and with what weight.
+
+    Its parameters are those of :meth:`specs`, by their names; a buffer is float32.
+
+    Args:
+        config: sizes, and the gate's settings.
+        routing: dtype of the gate's matrix product, and which kernels run.
+        layer: number of the decoder block, so that layers draw different random numbers.
+        dtype: dtype of the weights.
+
+    Attributes:
+        statistics: names of the terms that :meth:`route` gives beside scores and logits. Their sums
+            over tokens reach ``losses``.
+        losses: the gate's own losses by name, beside those of every gate; a run gives them
+            coefficients in ``training.router_losses``.
+    """
+
+    statistics: ClassVar[tuple[str, ...]] = ()
+    losses: ClassVar[Mapping[str, LossTerm]] = {}
+
+    def __init__(
+        self, config: ModelConfig, routing: RoutingConfig, layer: int = 0, dtype: str = "float32"
+    ) -> None:
+        super().__init__()
+        assert config.moe is not None
+        self.moe: MoEArchitecture = config.moe
+        self.top_k, self.num_experts = config.moe.num_experts_per_tok, config.moe.num_local_experts
+        self.layer = layer
+        self.compute_dtype = getattr(ms, routing.router_dtype)
+        names: dict[bool, list[str]] = {True: [], False: []}
+        for spec in router_specs(config):
+            buffer = spec.kind == "buffer"
+            names[buffer].append(spec.name)
+            setattr(self, spec.name, weight(*spec.shape, dtype="float32" if buffer else dtype))
+        self.weight_names, self.buffer_names = tuple(names[False]), tuple(names[True])
+
+    @classmethod
+    def specs(cls, config: ModelConfig) -> tuple[ParamSpec, ...]:
+        """The gate's parameters, under their names within it: one matrix ``weight`` [E, H].
+
+        State that training updates has the kind ``buffer``. Nothing is divided.
+
+        Args:
+            config: whose ``moe.gate`` has the gate's settings; what the gate cannot do with them
+                is a ConfigError from here.
+        """
+        return gate_matrix(config)
+
+    def route(
+        self,
+        x_TH: Tensor,
+        weights: tuple[Tensor, ...],
+        state: tuple[Tensor, ...],
+        context: GateContext | None,
+    ) -> Routing:
+        """The choice of every token; a function of its arguments and the settings alone.
+
+        Args:
+            x_TH: token rows.
+            weights: the gate's weights, in the order of :meth:`specs`.
+            state: its buffers, likewise.
+            context: step and random source; None outside of training.
+        """
+        raise NotImplementedError
+
+    def next_state(self, state: State, routed_E: np.ndarray) -> State:
+        """The buffers after an update of the weights; unchanged where a gate does not say more.
+
+        Called once for each optimizer step whose gradients are finite, on every process alike.
+
+        Args:
+            state: the buffers before it.
+            routed_E: float32, choices of each expert of this layer before the capacity, of all
+                micro-batches and all processes.
+        """
+        return state
+
+    def construct(self, x_TH: Tensor, context: GateContext | None = None) -> Routing:
+        """The choice of every token under the gate's own parameters."""
+        weights: tuple[Tensor, ...] = ()
+        for name in self.weight_names:
+            weights = (*weights, getattr(self, name))
+        state: tuple[Tensor, ...] = ()
+        for name in self.buffer_names:
+            state = (*state, getattr(self, name))
+        return self.route(x_TH, weights, state, context)
+
+    def logits(self, x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+        """Products in the router's dtype, as float32 [T, E]."""
+        product = reference.linear(
+            _cast(x_TH, self.compute_dtype), _cast(weight_EH, self.compute_dtype)
+        )
+        return _cast(product, ms.float32)
+
+    def normal(self, context: GateContext) -> Tensor:
+        """Standard normal float32 [T, E], a function of seed, step, layer, place of the token in
+        the global batch, and expert; see :mod:`mistral_ms.ops.reference.random`.
+        """
+        seed, step, place_T = context
+        first = self.layer * MOST_EXPERTS
+        experts_E = _cast(_range(first, first + self.num_experts, 1), ms.int32)
+        return reference.normal((seed, step), (place_T.reshape(-1, 1), experts_E.reshape(1, -1)))
+
+    def update(self, routed_E: np.ndarray) -> None:
+        """Puts :meth:`next_state` in the place of the state."""
+        if not self.buffer_names:
+            return
+        held = self.buffers()
+        state = {name: buffer.asnumpy().copy() for name, buffer in held.items()}
+        for name, values in self.next_state(state, routed_E).items():
+            ops.assign(held[name], Tensor(values))
+
+    def buffers(self) -> dict[str, Parameter]:
+        """The state, by name."""
+        return {name: getattr(self, name) for name in self.buffer_names}
+
+
+_GATES: dict[str, type[Gate]] = {}
+AnyGate = TypeVar("AnyGate", bound=type[Gate])
+
+
+def register_gate(settings: type[GateSettings]) -> Callable[[AnyGate], AnyGate]:
+    """Makes a gate known; decorates its class.
+
+    Args:
+        settings: the class of its settings, whose ``name`` is the gate's.
+
+    Raises:
+        ValueError: another gate has the name.
+        WeightError: likewise.
+    """
+
+    def register(gate: AnyGate) -> AnyGate:
+        name = str(settings.model_fields["name"].default)
+        register_gate_settings(name, settings)
+        inherited = gate.specs.__func__ is Gate.specs.__func__  # type: ignore[attr-defined]
+        register_gate_specs(name, gate_matrix if inherited else gate.specs)
+        _GATES[name] = gate
+        return gate
+
+    return register
+
+
+def gate_class(config: ModelConfig) -> type[Gate]:
+    """The gate that a model names.
+
+    Raises:
+        WeightError: the model is dense, or nobody has registered its gate.
+    """
+    name = None if config.moe is None else config.moe.gate.name
+    if name not in _GATES:
+        raise WeightError(
+            "unknown gate",
+            where="model.moe.gate",
+            value=name,
+            rule=f"known: {', '.join(sorted(_GATES))}",
+            todo="import the module that registers it",
+        )
+    return _GATES[name]
+
+
+def make_gate(
+    config: ModelConfig, routing: RoutingConfig, layer: int = 0, dtype: str = "float32"
+) -> Gate:
+    """The gate that a model names, its parameters zero; see :class:`Gate` for the arguments."""
+    return gate_class(config)(config, routing, layer, dtype)
+
+
+def settings_of(config: ModelConfig, kind: type[Any]) -> Any:
+    """The settings of a model's gate, which must be of this class.
+
+    Raises:
+        WeightError: the model is dense or has another gate.
+    """
+    found = None if config.moe is None else config.moe.gate
+    if not isinstance(found, kind):
+        raise WeightError(
+            "settings of another gate",
+            where="model.moe.gate",
+            value=type(found).__name__,
+            rule=f"must be {kind.__name__}",
+        )
+    return found

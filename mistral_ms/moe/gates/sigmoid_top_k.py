@@ -1,0 +1,117 @@
+"""DeepSeek-V3's gate: sigmoid scores, and a bias that balances the load without a loss."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+from mindspore import Tensor, ops
+from pydantic import Field
+
+from mistral_ms.config import GateSettings, ModelConfig
+from mistral_ms.errors import ConfigError
+from mistral_ms.moe.gates.base import Gate, State, register_gate, settings_of
+from mistral_ms.moe.routing import GateContext, Routing
+from mistral_ms.weights import ParamSpec, gate_matrix
+
+_top_k = ops.TopK(sorted=True)
+_sum_keep = ops.ReduceSum(keep_dims=True)
+_sum = ops.ReduceSum()
+_sigmoid = ops.Sigmoid()
+_gather = ops.GatherD()
+
+BIAS = "e_score_correction_bias"
+"""The buffer, by the name that it has in Hugging Face's DeepSeek-V3."""
+TINY = 1e-20
+"""Keeps the quotient of scores that are all zero finite (DeepSeek's constant)."""
+
+
+class SigmoidTopKSettings(GateSettings):
+    """Settings by the names of Hugging Face's DeepSeek-V3.
+
+    Attributes:
+        n_group: groups of neighbouring experts.
+        topk_group: a token's experts are of its best so many groups.
+        routed_scaling_factor: what the weights of the chosen experts are multiplied by.
+        bias_update_rate: what an update of the weights adds to the bias of an expert with less than
+            the mean load, and takes from one with more.
+    """
+
+    name: str = "sigmoid_top_k"
+    n_group: int = Field(default=1, ge=1)
+    topk_group: int = Field(default=1, ge=1)
+    routed_scaling_factor: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    bias_update_rate: float = Field(default=0.001, ge=0, allow_inf_nan=False)
+
+
+@register_gate(SigmoidTopKSettings)
+class SigmoidTopK(Gate):
+    """Sigmoid scores; experts are chosen by score plus bias, weighted by score alone (DeepSeek-V3,
+    arXiv:2412.19437, section 2.1.2).
+
+    With groups, a token's groups are those with the largest sums of their two best biased scores.
+    """
+
+    @classmethod
+    def specs(cls, config: ModelConfig) -> tuple[ParamSpec, ...]:
+        """The matrix, and the bias as a buffer.
+
+        Raises:
+            ConfigError: impossible groups.
+        """
+        settings = settings_of(config, SigmoidTopKSettings)
+        assert config.moe is not None
+        E, K = config.moe.num_local_experts, config.moe.num_experts_per_tok
+        groups, chosen = settings.n_group, settings.topk_group
+        if (
+            E % groups
+            or chosen > groups
+            or (groups > 1 and E // groups < 2)
+            or chosen * E // groups < K
+        ):
+            raise ConfigError(
+                "impossible groups of experts",
+                where="model.moe.gate",
+                value=f"n_group {groups}, topk_group {chosen}",
+                rule=f"{E} experts in equal groups of at least two, and {K} of them in the chosen "
+                "groups",
+            )
+        bias = ParamSpec(BIAS, ("E",), (E,), decay=False, init="zeros", kind="buffer")
+        return (*gate_matrix(config), bias)
+
+    def route(
+        self,
+        x_TH: Tensor,
+        weights: tuple[Tensor, ...],
+        state: tuple[Tensor, ...],
+        context: GateContext | None,
+    ) -> Routing:
+        """See the contract; scores are divided by their sum over all experts."""
+        settings = cast(SigmoidTopKSettings, self.moe.gate)
+        (weight_EH,), (bias_E,) = weights, state
+        logits_TE = self.logits(x_TH, weight_EH)
+        scores_TE = _sigmoid(logits_TE)
+        biased_TE = ops.stop_gradient(scores_TE + bias_E)
+        if settings.n_group > 1:
+            biased_TE = _in_best_groups(biased_TE, settings.n_group, settings.topk_group)
+        _, experts_TK = _top_k(biased_TE, self.top_k)
+        weights_TK = _gather(scores_TE, 1, experts_TK)
+        if self.moe.norm_topk_prob:
+            weights_TK = weights_TK / (_sum_keep(weights_TK, -1) + TINY)
+        weights_TK = weights_TK * settings.routed_scaling_factor
+        return weights_TK, experts_TK, scores_TE / (_sum_keep(scores_TE, -1) + TINY), logits_TE, ()
+
+    def next_state(self, state: State, routed_E: np.ndarray) -> State:
+        """See the contract: the bias of each expert moves against its excess of load."""
+        rate = np.float32(cast(SigmoidTopKSettings, self.moe.gate).bias_update_rate)
+        return {BIAS: state[BIAS] + rate * np.sign(routed_E.mean() - routed_E).astype(np.float32)}
+
+
+def _in_best_groups(biased_TE: Tensor, groups: int, chosen: int) -> Tensor:
+    """The scores, minus infinity outside of each token's best groups."""
+    T, E = biased_TE.shape
+    best_TGB, _ = _top_k(biased_TE.reshape(T, groups, E // groups), 2)
+    _, picked_TC = _top_k(_sum(best_TGB, -1), chosen)
+    in_TG = _sum(ops.one_hot(picked_TC, groups, Tensor(1.0), Tensor(0.0)), 1)
+    in_TE = ops.tile(in_TG.reshape(T, groups, 1), (1, 1, E // groups)).reshape(T, E)
+    return ops.select(in_TE > 0.0, biased_TE, ops.full_like(biased_TE, -np.inf))

@@ -1,0 +1,45 @@
+"""What a gate is told and what it says, as plain tuples: GRAPH_MODE cannot build named ones."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import mindspore as ms
+from mindspore import Tensor, ops
+
+_cast = ops.Cast()
+_range = ops.Range()
+
+Routing: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]
+"""Where every token of a dispatch group goes, in this order:
+
+* weights_TK: float32, weight of each chosen expert;
+* experts_TK: int32, the chosen experts, the gate's first choice first;
+* scores_TE: float32, affinities to all experts that add up to 1 for each token: what the
+  load-balancing loss takes for the router's probabilities;
+* logits_TE: float32, what the router z-loss keeps small;
+* terms: float32 [T, E] each, what the gate's own losses are made of, see
+  :class:`~mistral_ms.moe.gates.Gate`.
+"""
+
+GateContext: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""What a gate may know in training beside the tokens, in this order; nothing in it depends on the
+layout:
+
+* seed: int32 scalar, of the run;
+* step: int32 scalar, the first being 0;
+* place_T: int32, each token's place in the global batch: its row times the length of rows, plus
+  its column.
+"""
+
+
+def gate_context(random_B3: Tensor, columns: int) -> GateContext:
+    """The context of the tokens of some rows.
+
+    Args:
+        random_B3: int32, for each row the seed, the step and the row's number in the global batch.
+        columns: S, tokens of a row.
+    """
+    rows_B1 = random_B3[:, 2].reshape(-1, 1)
+    place_BS = rows_B1 * columns + _cast(_range(0, columns, 1), ms.int32)
+    return random_B3[0, 0], random_B3[0, 1], place_BS.reshape(-1)
