@@ -14,7 +14,7 @@ from mistral_ms.alignment.record import Side, Trace
 from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import DROPLESS, GenerationConfig, ModelConfig, ParallelConfig
-from mistral_ms.inference import Engine
+from mistral_ms.inference import load_engine
 from mistral_ms.layers import RotaryTable
 from mistral_ms.models import CausalLM
 from mistral_ms.parallel.apply import Division
@@ -33,7 +33,7 @@ def run_ours(
     """Runs every prompt alone through our model, dropless, in float32, in PyNative mode.
 
     The greedy continuation runs through the engine instead: all prompts in one ragged batch, with
-    the cache, compiled, as users generate.
+    the cache, compiled, as users generate; by the auto-parallel graph where the layout says so.
 
     Args:
         path: a checkpoint of any known format.
@@ -68,7 +68,7 @@ def run_ours(
     if not new_tokens:
         side.greedy.extend([] for _ in prompts)
     else:
-        engine = Engine.load(
+        engine = load_engine(
             path,
             batch=len(prompts),
             max_length=max(map(len, prompts)) + new_tokens,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mistral_ms.cli.opening import FollowLinks, NoVerify, SourceFormat
-from mistral_ms.cli.processes import DataRanks, ExpertRanks, Stages, TensorRanks
+from mistral_ms.cli.processes import DataRanks, Execution, ExpertRanks, Stages, TensorRanks, Way
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +40,7 @@ def align(
     mp: TensorRanks = 1,
     pp: Stages = 1,
     ep: ExpertRanks = 1,
+    execution: Way = Execution.AUTO,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
     ] = None,
@@ -55,7 +56,7 @@ def align(
 
     if ids is not None and prompts is not None:
         raise typer.BadParameter("give --prompts or --ids, not both")
-    division = join_processes(layout_from_flags(dp, mp, pp, ep))
+    division = join_processes(layout_from_flags(dp, mp, pp, ep, execution.value))
     console = Console(highlight=False, quiet=not division.is_first)
     if ms.get_context("device_target") == "CPU":
         # operator by operator, waiting for each is several times faster than a busy queue

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mistral_ms.cli.opening import FollowLinks, NoVerify, SourceFormat, of_checkpoint
-from mistral_ms.cli.processes import DataRanks, ExpertRanks, Stages, TensorRanks
+from mistral_ms.cli.processes import DataRanks, Execution, ExpertRanks, Stages, TensorRanks, Way
 
 if TYPE_CHECKING:
     from mistral_ms.checkpoint import Source
@@ -112,6 +112,7 @@ def generate(
     mp: TensorRanks = 1,
     pp: Stages = 1,
     ep: ExpertRanks = 1,
+    execution: Way = Execution.AUTO,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
     ] = None,
@@ -148,12 +149,12 @@ def generate(
         special_tokens=special_tokens,
     )
     setting.request({})  # wrong values are found before anything is read
-    parallel = layout_from_flags(dp, mp, pp, ep)
+    parallel = layout_from_flags(dp, mp, pp, ep, execution.value)
     options: dict[str, Any] = {
         "kind": source,
         "verify": not no_verify,
         "follow_links": follow_links,
-        "graph": not pynative,
+        "compiled": not pynative,
         "dtype": DTYPES[dtype],
     }
     if interactive and parallel.world > 1:
@@ -264,7 +265,7 @@ def _complete(
     All processes compute, the first one speaks. ``alive`` is called with every token.
     """
     from mistral_ms.checkpoint import open_checkpoint
-    from mistral_ms.inference import Engine
+    from mistral_ms.inference import load_engine
     from mistral_ms.inference.lengths import required_length
     from mistral_ms.inference.settings import read_checkpoint_settings
     from mistral_ms.tokenizer import load_tokenizer
@@ -281,7 +282,7 @@ def _complete(
         length = needed if max_length is None else max_length
     if speaks:
         _say_settings(settings, setting)
-    engine = Engine.load(ckpt, batch=len(ids), max_length=length, **options)
+    engine = load_engine(ckpt, batch=len(ids), max_length=length, **options)
 
     def stream(number: int, text: str) -> None:
         alive()
@@ -324,7 +325,7 @@ def _chat_loop(
 ) -> None:
     from mistral_ms.checkpoint import open_checkpoint
     from mistral_ms.errors import MistralMsError
-    from mistral_ms.inference import Engine
+    from mistral_ms.inference import load_engine
     from mistral_ms.inference.chat import ChatSession
     from mistral_ms.inference.settings import read_checkpoint_settings
     from mistral_ms.tokenizer import load_tokenizer
@@ -337,7 +338,7 @@ def _chat_loop(
     chat, tools = setting.chat(tokenizer, settings.eos_ids), setting.read_tools()
     _say_settings(settings, setting)
     length = min(CHAT_LENGTH, positions) if max_length is None else max_length
-    engine = Engine.load(ckpt, max_length=length, **options)
+    engine = load_engine(ckpt, max_length=length, **options)
     session = ChatSession(engine, setting.request(settings.sampling), chat, tools)
     print("Chat. /reset forgets the conversation, /exit or Ctrl-D ends.")
     while True:

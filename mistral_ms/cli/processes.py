@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,9 +14,25 @@ if TYPE_CHECKING:
     from mistral_ms.launch import Heartbeat
     from mistral_ms.parallel.apply import Division
 
+
+class Execution(StrEnum):
+    """Who divides the computation, see :class:`~mistral_ms.config.ParallelConfig`."""
+
+    AUTO = "auto"
+    EXPLICIT = "explicit"
+    GRAPH = "graph"
+
+
 DataRanks = Annotated[int, typer.Option("--dp", help="Under msrun: ranks that share the prompts.")]
 TensorRanks = Annotated[int, typer.Option("--mp", help="Under msrun: shares of every matrix.")]
 Stages = Annotated[int, typer.Option("--pp", help="Under msrun: pipeline stages.")]
+Way = Annotated[
+    Execution,
+    typer.Option(
+        help="explicit: our collectives; graph: one graph that MindSpore divides, on Ascend (of "
+        "one process anywhere); auto: graph on Ascend where it can do it, explicit elsewhere."
+    ),
+]
 ExpertRanks = Annotated[
     int, typer.Option("--ep", help="Under msrun: ranks that share the experts.")
 ]

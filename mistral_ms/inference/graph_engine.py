@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import mindspore as ms
@@ -25,6 +26,7 @@ def load_graph_engine(
     with_tokenizer: bool = True,
     verify: bool = True,
     follow_links: bool = False,
+    eos_ids: Sequence[int] | None = None,
 ) -> Engine:
     """Opens a checkpoint and loads it into auto-parallel graphs. The process stays in graph mode.
 
@@ -37,6 +39,7 @@ def load_graph_engine(
         with_tokenizer: load the directory's tokenizer; without it completions have no text.
         verify: compare a checkpoint of ours with its digests while it is read.
         follow_links: links may lead out of the directory; see :func:`open_checkpoint`.
+        eos_ids: tokens that end a text; what the checkpoint's files say when None.
 
     Raises:
         ConfigError: the checkpoint is of another model, or see
@@ -63,7 +66,8 @@ def load_graph_engine(
         else:
             for parameter in built.cell.get_parameters():
                 parameter.init_data()
-        ends = read_checkpoint_settings(Path(path), source.config, tokenizer).eos_ids
+        if eos_ids is None:
+            eos_ids = read_checkpoint_settings(Path(path), source.config, tokenizer).eos_ids
         storage = graph.generation_storage(run, rank)
         load_weights(source, built.cell.weights(), storage=storage)
     return Engine(
@@ -73,5 +77,5 @@ def load_graph_engine(
         chunk=run.prediction.chunk,
         tokenizer=tokenizer,
         graph=False,
-        eos_ids=ends,
+        eos_ids=eos_ids,
     )
