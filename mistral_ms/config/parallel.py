@@ -104,7 +104,9 @@ class ParallelConfig(Frozen):
         check_layout(self.sizes, self.rules(world, model), ConfigError, "parallel")
 
 
-def layout_from_flags(dp: int, mp: int, pp: int, ep: int) -> ParallelConfig:
+def layout_from_flags(
+    dp: int, mp: int, pp: int, ep: int, execution: str = "auto"
+) -> ParallelConfig:
     """The layout of a command without a run file. All tokens travel directly, so where one machine
     ends and the next begins does not matter.
 
@@ -112,4 +114,5 @@ def layout_from_flags(dp: int, mp: int, pp: int, ep: int) -> ParallelConfig:
         ConfigError: an impossible one.
     """
     sizes = {"dp": dp, "mp": mp, "pp": pp, "ep": ep}
-    return validate(ParallelConfig, {**sizes, "devices_per_node": max(1, dp * mp * pp)}, "flags")
+    nodes = {"devices_per_node": max(1, dp * mp * pp)}
+    return validate(ParallelConfig, {**sizes, **nodes, "execution": execution}, "flags")

@@ -77,7 +77,7 @@ def test_align_says_aligned_and_then_where_not(model, linked, tmp_path):
     path, pair = model
     damaged = damaged_record(path, tmp_path / "ours")
     good = run("align", linked, damaged, "--follow-links", "--no-verify", "--max-new-tokens", 4,
-               "--json", tmp_path / "a.json")  # fmt: skip
+               "--execution", "graph", "--json", tmp_path / "a.json")  # fmt: skip
     assert good.returncode == 0, good.stdout + good.stderr
     assert "aligned" in good.stdout
     keys = {"max_abs_diff", "mean_abs_diff", "top1_agreement", "routing_agreement",
@@ -97,6 +97,7 @@ def test_align_says_aligned_and_then_where_not(model, linked, tmp_path):
         (("generate", "nowhere", "--prompt", "x"), "nowhere"),
         (("generate", "nowhere"), "give --prompt"),
         (("generate", "nowhere", "--interactive", "--json", "f"), "--json goes with --prompt"),
+        (("generate", "nowhere", "--prompt", "x", "--execution", "own"), "explicit"),
         (("align", "nowhere"), "nowhere"),
         (("no-such-command",), "No such command"),
     ],

@@ -6,13 +6,14 @@ from mindspore import Tensor
 from support import configs
 from support.hf import make_pair
 
-from mistral_ms.config import GenerationConfig, PredictConfig
+from mistral_ms.config import GenerationConfig, ParallelConfig, PredictConfig
 from mistral_ms.errors import ConfigError
-from mistral_ms.inference import Engine, load_graph_engine
+from mistral_ms.inference import Engine, load_engine, load_graph_engine
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.parallel import graph
+from mistral_ms.parallel.apply import Division
 
 LENGTH, CHUNK, BATCH = 40, 4, 3
 RAGGED = [[1, 5, 9, 20, 31, 8, 8, 17, 9, 14, 3], [1, 7], [1, 13, 14, 15, 16, 25, 21]]
@@ -79,7 +80,8 @@ def test_a_hugging_face_directory_is_loaded_into_the_graph(tmp_path):
             load_graph_engine(tmp_path, run.model_copy(update={"model": other}))
     request = GenerationConfig(max_new_tokens=16)
     with graph_mode():  # which load_graph_engine would leave behind
-        engine = load_graph_engine(tmp_path, run, with_tokenizer=False)
+        division = Division(ParallelConfig(execution="graph"))
+        engine = load_engine(tmp_path, division=division, with_tokenizer=False, **sizes)
         found = engine.generate(RAGGED, request)
     plain = Engine.load(tmp_path, batch=BATCH, max_length=LENGTH, chunk=CHUNK, with_tokenizer=False)
     wanted = plain.generate(RAGGED, request)
