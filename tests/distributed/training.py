@@ -36,6 +36,8 @@ def model(name: str) -> ModelConfig:
     """
     stages = next((sizes[name].pp for sizes in LAYOUTS.values() if name in sizes), 1)
     moe = {"sparse_layers": tuple(range(1, stages, 2))} if name in MIXED else {}
+    if name in GATES:
+        moe["gate"] = GATES[name]
     layers = 2 if name in DEEP else stages
     return small_model(**TINY | {"num_hidden_layers": layers}, moe=moe)
 
@@ -55,6 +57,11 @@ LAYOUTS = {
     },
 }
 MIXED = ("pp4, gpipe", "dp2 pp2 ep2")
+GATES = {
+    "dp2 mp2 ep2": "noisy_top_k",
+    "pp4, gpipe": {"name": "sigmoid_top_k", "bias_update_rate": 0.05},
+}
+"""Gates other than the usual one: noise and state are those of one process, too."""
 DEEP = ("dp2 ep2 shared out", "generating")
 FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "kept_LE")
 VARIANTS = {
@@ -145,8 +152,9 @@ def run_training(worker: Worker) -> None:
             worker.keep(f"{key}/{figure}", np.array([getattr(r, figure) for r in results]))
         for path, weight in update.model.weights().items():
             worker.keep(f"{key}/weights/{path}", weight.asnumpy().copy())  # corners go on
-            norms = [result.gradient_norms[path] for result in results]
-            worker.keep(f"{key}/norms/{path}", np.array(norms))
+            if weight.requires_grad:
+                norms = [result.gradient_norms[path] for result in results]
+                worker.keep(f"{key}/norms/{path}", np.array(norms))
         if corners.TRAINED.get(variant) == name:
             for corner, batch in corners.batches().items():
                 results = [update(batch) for _ in range(corners.STEPS)]
