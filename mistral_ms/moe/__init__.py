@@ -9,7 +9,7 @@ from mistral_ms.moe.dispatcher import (
     kept_choices,
     local_dispatcher,
 )
-from mistral_ms.moe.experts import Experts, RoutedExperts
+from mistral_ms.moe.experts import Experts, RoutedExperts, TransposedExperts
 from mistral_ms.moe.gates import Gate, gate_class, make_gate, register_gate, settings_of
 from mistral_ms.moe.layer import MoELayer
 from mistral_ms.moe.losses import (
@@ -37,6 +37,7 @@ __all__ = [
     "RoutedExperts",
     "RouterSums",
     "Routing",
+    "TransposedExperts",
     "expert_capacity",
     "gate_class",
     "gate_context",

@@ -59,6 +59,38 @@ class Experts(nn.Cell):
         return reference.batched_linear(self.swiglu(gate, up), self.w2)
 
 
+class TransposedExperts(nn.Cell):
+    """The same with weights that are handed in and all lie as [L, H, I].
+
+    Args:
+        dtype: dtype of the weights.
+        packed: see :class:`Experts`.
+    """
+
+    def __init__(self, dtype: str, packed: bool) -> None:
+        super().__init__()
+        self.packed, kernels = packed, select.dense_kernels()
+        if packed:
+            self.grouped_swiglu = select.grouped_swiglu(kernels, dtype)
+        else:
+            self.swiglu = select.swiglu(kernels)
+
+    def construct(
+        self,
+        rows: Tensor,
+        w1_LHI: Tensor,
+        w3_LHI: Tensor,
+        w2_LHI: Tensor,
+        group_sizes_L: Tensor | None,
+    ) -> Tensor:
+        """See :meth:`Experts.compute`."""
+        if self.packed:
+            return self.grouped_swiglu(rows, w1_LHI, w3_LHI, w2_LHI, group_sizes_L)
+        gate = reference.batched_matmul(rows, w1_LHI)
+        up = reference.batched_matmul(rows, w3_LHI)
+        return reference.batched_linear(self.swiglu(gate, up), w2_LHI)
+
+
 class RoutedExperts(Experts):
     """The routed region: dispatch, experts, combine. The one place that a layout replaces.
 

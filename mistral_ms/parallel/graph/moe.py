@@ -27,6 +27,7 @@ from mistral_ms.moe import (
     Gate,
     Plan,
     RouterSums,
+    TransposedExperts,
     kept_choices,
     load_balancing_loss,
     local_dispatcher,
@@ -34,7 +35,6 @@ from mistral_ms.moe import (
     router_sums,
     router_z_loss,
 )
-from mistral_ms.ops import reference, select
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.dispatchers import make_dispatcher
 from mistral_ms.parallel.graph.carriers import IN_REGION
@@ -115,12 +115,8 @@ class SparsePieces(Region):
         else:
             super().__init__(sharding, inputs, ("whole_rows",), first_shape, (0,))
         self.hidden_size = config.hidden_size
-        self.dispatcher, self.router, self.packed = dispatcher, router, dispatcher.packed
-        kernels = select.dense_kernels()
-        if self.packed:
-            self.grouped_swiglu = select.grouped_swiglu(kernels, dtype)
-        else:
-            self.swiglu = select.swiglu(kernels)
+        self.dispatcher, self.router = dispatcher, router
+        self.experts = TransposedExperts(dtype, dispatcher.packed)
 
     def valid(self, positions_BS: Tensor) -> Tensor:
         """1 for tokens, 0 for padding: float32 [T]."""
@@ -140,12 +136,7 @@ class SparsePieces(Region):
         w2: Tensor,
     ) -> Tensor:
         """What the experts make of dispatched rows, brought back: [T, H]."""
-        if self.packed:
-            y = self.grouped_swiglu(rows, w1, w3, w2, group_sizes_L)
-        else:
-            gate, up = reference.batched_matmul(rows, w1), reference.batched_matmul(rows, w3)
-            y = reference.batched_linear(self.swiglu(gate, up), w2)
-        return self.dispatcher.combine(y, plan)
+        return self.dispatcher.combine(self.experts(rows, w1, w3, w2, group_sizes_L), plan)
 
 
 class SparseRegion(SparsePieces):
