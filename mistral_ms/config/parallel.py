@@ -34,7 +34,8 @@ class ParallelConfig(Frozen):
             which is then gathered within the tensor group.
         recompute: what the backward pass computes again instead of keeping it: ``selective`` the
             core of attention and norms, ``full`` whole decoder blocks. A pipeline of explicit
-            collectives computes the forward pass of every stage again in any case.
+            collectives computes the forward pass of every stage again in any case; without one,
+            several processes of them refuse ``full``.
         execution: who divides a training: ``explicit`` collectives of ours, on CPU and Ascend, or
             MindSpore, one auto-parallel ``graph`` on Ascend (of one process on any device);
             ``auto`` is ``graph`` on Ascend and ``explicit`` elsewhere.

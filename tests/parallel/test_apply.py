@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mistral_ms.config import ParallelConfig, load_run_config
+from mistral_ms.errors import ConfigError
 from mistral_ms.parallel.apply import Division
 
 ROOT = Path(__file__).parents[2]
@@ -12,9 +13,15 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("amount", ["none", "selective", "full"])
 def test_a_stage_that_goes_forward_again_recomputes_no_block_in_that(amount):
-    assert Division(ParallelConfig(dp=2, recompute=amount), world=2).recompute == amount
+    assert Division(ParallelConfig(recompute=amount)).recompute == amount
     wanted = "selective" if amount == "full" else amount
     assert Division(ParallelConfig(pp=2, recompute=amount), world=2).recompute == wanted
+
+
+def test_collectives_are_not_computed_again():
+    assert Division(ParallelConfig(dp=2, recompute="selective"), world=2).recompute == "selective"
+    with pytest.raises(ConfigError, match=r"parallel\.recompute: full with several processes"):
+        _ = Division(ParallelConfig(dp=2, recompute="full"), world=2).recompute
 
 
 def test_the_run_of_the_ready_made_script_is_not_refused():
