@@ -1,5 +1,6 @@
 """Frozen, typed configuration: read once at the edge, passed down as plain data."""
 
+from mistral_ms.config.capacity import expert_capacity
 from mistral_ms.config.conventions import IGNORE_INDEX, PACKAGED_TOKENIZER
 from mistral_ms.config.data import DataConfig, DataSourceConfig, PackingConfig
 from mistral_ms.config.gates import (
@@ -18,7 +19,7 @@ from mistral_ms.config.hugging_face import from_hf, to_hf, to_native
 from mistral_ms.config.load import apply_overrides, load_model_config, read_yaml
 from mistral_ms.config.mistral_params import from_mistral, to_mistral
 from mistral_ms.config.model import DType, LayerKinds, ModelConfig, MoEArchitecture
-from mistral_ms.config.parallel import ParallelConfig, layout_from_flags
+from mistral_ms.config.parallel import ParallelConfig, Recompute, layout_from_flags
 from mistral_ms.config.predict import PredictConfig, PredictionConfig, load_any_config
 from mistral_ms.config.rope_scaling import RopeScaling
 from mistral_ms.config.routing import DROPLESS, RoutingConfig
@@ -60,6 +61,7 @@ __all__ = [
     "ParamGroupConfig",
     "PredictConfig",
     "PredictionConfig",
+    "Recompute",
     "RopeScaling",
     "RoutingConfig",
     "RunConfig",
@@ -67,6 +69,7 @@ __all__ = [
     "SoftmaxTopKSettings",
     "TrainingConfig",
     "apply_overrides",
+    "expert_capacity",
     "from_hf",
     "from_mistral",
     "layout_from_flags",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,10 @@ from mistral_ms.config.base import Frozen, validate
 from mistral_ms.config.layout import Rules, Sizes, advice, check_layout
 from mistral_ms.config.model import ModelConfig
 from mistral_ms.errors import ConfigError
+
+Recompute: TypeAlias = Literal["none", "selective", "full"]
+"""``selective``: norms and the core of attention, so that attention probabilities are never kept;
+``full``: whole decoder blocks, their collectives included."""
 
 
 class ParallelConfig(Frozen):
@@ -53,7 +57,7 @@ class ParallelConfig(Frozen):
     schedule: Literal["gpipe", "1f1b"] = "1f1b"
     optimizer_parallel: bool = False
     all_to_all: Literal["flat", "hierarchical", "group_wise"] = "flat"
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     execution: Literal["auto", "explicit", "graph"] = "auto"
     max_device_memory: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     interleave: Literal[1, 2] = 1

@@ -152,14 +152,7 @@ class Engine:
             GenerationError: ``max_length`` exceeds the model's positions, or the backend cannot
                 compute in ``dtype``.
         """
-        if dtype == "bfloat16" and ms.get_context("device_target") == "CPU":
-            raise GenerationError(
-                "dtype not available",
-                where="dtype",
-                value=dtype,
-                rule="MindSpore's CPU backend multiplies matrices in float32 and float16 only",
-                todo="use float32",
-            )
+        check_dtype(dtype)
         division = Division(ParallelConfig()) if division is None else division
         with open_checkpoint(
             Path(path),
@@ -376,3 +369,19 @@ class Engine:
         if self.tokenizer is None or token_id < 0:
             return str(token_id)
         return f"{token_id} ({self.tokenizer.piece(token_id).text!r})"
+
+
+def check_dtype(dtype: DType) -> None:
+    """Raises if the device cannot compute in a dtype.
+
+    Raises:
+        GenerationError: bfloat16 on CPU.
+    """
+    if dtype == "bfloat16" and ms.get_context("device_target") == "CPU":
+        raise GenerationError(
+            "dtype not available",
+            where="dtype",
+            value=dtype,
+            rule="MindSpore's CPU backend multiplies matrices in float32 and float16 only",
+            todo="use float32",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import mindspore as ms
 
@@ -12,9 +13,20 @@ from mistral_ms.config import PredictConfig
 from mistral_ms.config.base import validate
 from mistral_ms.config.model import DType
 from mistral_ms.errors import ConfigError
-from mistral_ms.inference.engine import Engine
+from mistral_ms.inference.engine import Engine, check_dtype
 from mistral_ms.inference.graph_engine import load_graph_engine
+from mistral_ms.inference.lengths import check_length
 from mistral_ms.parallel.apply import Division
+
+
+class Opening(TypedDict, total=False):
+    """How a checkpoint is opened, and what of it is taken; see :meth:`Engine.load`."""
+
+    kind: str | None
+    verify: bool
+    follow_links: bool
+    with_tokenizer: bool
+    eos_ids: Sequence[int] | None
 
 
 def load_engine(
@@ -24,13 +36,9 @@ def load_engine(
     batch: int = 1,
     max_length: int | None = None,
     chunk: int = 256,
-    kind: str | None = None,
-    compiled: bool = True,
-    with_tokenizer: bool = True,
-    verify: bool = True,
-    follow_links: bool = False,
     dtype: DType = "float32",
-    eos_ids: Sequence[int] | None = None,
+    compiled: bool = True,
+    **opening: Unpack[Opening],
 ) -> Engine:
     """Opens a checkpoint and loads it for generation, as ``parallel.execution`` of the layout says;
     ``auto`` is explicit with pipeline stages and operator by operator, which the graph cannot do.
@@ -44,13 +52,9 @@ def load_engine(
         batch: sequences computed side by side.
         max_length: positions of a sequence; the model's longest sequence by default.
         chunk: prompt tokens that are computed at a time.
-        kind: which format to take when the directory holds several.
-        compiled: False runs the explicit way operator by operator.
-        with_tokenizer: load the directory's tokenizer; without it completions have no text.
-        verify: compare a checkpoint of ours with its digests while it is read.
-        follow_links: links may lead out of the directory.
         dtype: dtype of weights, cache and activations.
-        eos_ids: tokens that end a text; what the checkpoint's files say when None.
+        compiled: False runs the explicit way operator by operator.
+        opening: see :meth:`Engine.load`.
 
     Raises:
         ConfigError: the auto-parallel graph cannot do it, see
@@ -69,14 +73,10 @@ def load_engine(
             batch=batch,
             max_length=max_length,
             chunk=chunk,
-            kind=kind,
             graph=compiled,
-            with_tokenizer=with_tokenizer,
-            verify=verify,
-            follow_links=follow_links,
             dtype=dtype,
             division=division,
-            eos_ids=eos_ids,
+            **opening,
         )
     if not compiled:
         raise ConfigError(
@@ -86,28 +86,21 @@ def load_engine(
             rule="it is always compiled",
             todo="run operator by operator with execution explicit",
         )
+    check_dtype(dtype)
     with open_checkpoint(
         Path(path),
-        kind,
+        opening.get("kind"),
         verify=False,  # the weights are read below
-        follow_links=follow_links,
+        follow_links=opening.get("follow_links", False),
         rank=division.rank,
         world=division.world,
     ) as source:
         config = source.config
     length = config.longest_sequence if max_length is None else max_length
+    check_length(config, length, "max_length")
     rows = -(-batch // parallel.dp) * parallel.dp
     sizes = {"batch": rows, "max_length": length, "chunk": min(chunk, length), "dtype": dtype}
     run = validate(
         PredictConfig, {"model": config, "prediction": sizes, "parallel": parallel}, "generation"
     )
-    return load_graph_engine(
-        path,
-        run,
-        rank=division.rank,
-        kind=kind,
-        with_tokenizer=with_tokenizer,
-        verify=verify,
-        follow_links=follow_links,
-        eos_ids=eos_ids,
-    )
+    return load_graph_engine(path, run, rank=division.rank, **opening)

@@ -55,12 +55,15 @@ class LabelNLL(nn.Cell):
 _label_nll = LabelNLL()
 
 
-def token_nll(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+def token_nll(
+    logits_TV: Tensor, labels_T: Tensor, label_nll: nn.Cell = _label_nll
+) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of every label, and which of them count.
 
     Args:
         logits_TV: float logits.
         labels_T: int32 token ids, IGNORE_INDEX where there is nothing to predict.
+        label_nll: of logits and of labels that all count, see :class:`LabelNLL`.
 
     Returns:
         float32 [T], zero where ignored, and float32 [T], 1 where counted.
@@ -68,7 +71,7 @@ def token_nll(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
     counted = labels_T != IGNORE_INDEX
     mask_T = ops.cast(counted, ms.float32)
     safe_T1 = ops.select(counted, labels_T, _zeros_like(labels_T)).reshape(-1, 1)
-    nll_T1, _ = _label_nll(ops.cast(logits_TV, ms.float32), safe_T1)
+    nll_T1, _ = label_nll(ops.cast(logits_TV, ms.float32), safe_T1)
     return nll_T1.reshape(-1) * mask_T, mask_T
 
 

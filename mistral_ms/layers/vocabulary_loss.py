@@ -7,8 +7,8 @@ from typing import Protocol
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from mistral_ms.config import IGNORE_INDEX
 from mistral_ms.layers.embedding import own_ids
+from mistral_ms.layers.loss import token_nll
 
 _largest = ops.ReduceMax(keep_dims=True)
 _sum = ops.ReduceSum(keep_dims=True)
@@ -101,8 +101,4 @@ class VocabularyNLL(nn.Cell):
         Returns:
             float32 [T], zero where ignored, and float32 [T], 1 where counted.
         """
-        counted_T = labels_T != IGNORE_INDEX
-        mask_T = ops.cast(counted_T, ms.float32)
-        safe_T1 = ops.select(counted_T, labels_T, _zeros_like(labels_T)).reshape(-1, 1)
-        nll_T1, _ = self.nll(ops.cast(logits_TW, ms.float32), safe_T1)
-        return nll_T1.reshape(-1) * mask_T, mask_T
+        return token_nll(logits_TW, labels_T, self.nll)

@@ -4,7 +4,7 @@ from mistral_ms.models.block import DecoderBlock
 from mistral_ms.models.causal_lm import CausalLM, NextTokenLogits, check_weights
 from mistral_ms.models.objective import LossReport, Objective, tokens_at_a_time
 from mistral_ms.models.parts import Parts
-from mistral_ms.models.recomputation import Recompute, recompute
+from mistral_ms.models.recomputation import recompute
 from mistral_ms.models.scores import Scores
 from mistral_ms.models.segment import Segment
 
@@ -15,7 +15,6 @@ __all__ = [
     "NextTokenLogits",
     "Objective",
     "Parts",
-    "Recompute",
     "Scores",
     "Segment",
     "check_weights",

@@ -20,7 +20,12 @@ from mistral_ms.layers import (
     RMSNorm,
 )
 from mistral_ms.moe import MoELayer
-from mistral_ms.weights import ParamSpec, attention_specs, feed_forward_specs
+from mistral_ms.weights import (
+    ParamSpec,
+    attention_specs,
+    feed_forward_specs,
+    vocabulary_specs,
+)
 
 
 class Parts:
@@ -35,6 +40,10 @@ class Parts:
         routing: the routing policy of the sparse layers.
         cache: sizes of the key/value cache; None without.
         dtype: dtype of the weights.
+
+    Attributes:
+        heads: query heads that the pieces hold.
+        kv_heads: key/value heads.
     """
 
     def __init__(
@@ -45,6 +54,7 @@ class Parts:
         dtype: str = "float32",
     ) -> None:
         self.config, self.routing, self.cache, self.dtype = config, routing, cache, dtype
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
 
     def held_shape(self, spec: ParamSpec) -> tuple[int, ...]:
         """The shape in which the pieces hold a parameter."""
@@ -87,16 +97,13 @@ class Parts:
 
     def attention_core(self, layer: int) -> nn.Cell:
         """See :class:`~mistral_ms.layers.AttentionCore`."""
-        config = self.config
-        heads = config.num_attention_heads, config.num_key_value_heads
-        return AttentionCore(*heads, config.head_size)
+        return AttentionCore(self.heads, self.kv_heads, self.config.head_size)
 
     def kv_cache(self) -> KVCache | None:
         """Keys and values of one layer."""
         if self.cache is None:
             return None
-        width = self.config.num_key_value_heads * self.config.head_size
-        return KVCache(self.cache, width, self.dtype)
+        return KVCache(self.cache, self.kv_heads * self.config.head_size, self.dtype)
 
     def key_positions(self, cache: CacheSpec) -> nn.Cell:
         """What all attentions share of a cache: which position each column holds."""
@@ -123,4 +130,5 @@ class Parts:
 
     def head(self) -> nn.Cell:
         """Holds the output head [V, H]."""
-        return Linear(self.config.hidden_size, self.config.vocab_size, self.dtype)
+        (spec,) = vocabulary_specs(self.config)
+        return self.linear(spec)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, TypeAlias
 
 from mindspore import nn
 
-Recompute: TypeAlias = Literal["none", "selective", "full"]
-"""``selective``: norms and the core of attention, so that attention probabilities are never kept;
-``full``: whole decoder blocks, their collectives included."""
+from mistral_ms.config import Recompute
 
 
 def recompute(blocks: Iterable[nn.Cell], amount: Recompute) -> None:

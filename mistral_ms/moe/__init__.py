@@ -1,6 +1,5 @@
 """The sparse layer: gates, dispatch, experts, combine, losses."""
 
-from mistral_ms.moe.capacity import expert_capacity
 from mistral_ms.moe.dispatcher import (
     Dispatcher,
     PackedDispatcher,
@@ -38,7 +37,6 @@ __all__ = [
     "RouterSums",
     "Routing",
     "TransposedExperts",
-    "expert_capacity",
     "gate_class",
     "gate_context",
     "kept_choices",

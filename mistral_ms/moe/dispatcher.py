@@ -18,8 +18,7 @@ from typing import Any, TypeAlias
 
 from mindspore import Tensor, nn, ops
 
-from mistral_ms.config import RoutingConfig
-from mistral_ms.moe.capacity import expert_capacity
+from mistral_ms.config import RoutingConfig, expert_capacity
 from mistral_ms.moe.routing import Routing
 from mistral_ms.ops import select
 from mistral_ms.ops.reference import SlotTable

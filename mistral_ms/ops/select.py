@@ -22,10 +22,6 @@ attention       MindSpore   none              FlashAttentionScore
 ==============  ==========  ================  ===================================================
 
 The last five are no part of the routing and take :func:`dense_kernels`: ``cann`` on Ascend, ``cpu``
-elsewhere. ``cpu`` has one operator, for ``grouped_linear`` in float32, compiled at first use.
-
-
-The last four are no part of the routing and take :func:`dense_kernels`: ``cann`` on Ascend, ``cpu``
 elsewhere. ``cpu`` has operators in C++, compiled at first use, for all of these but ``attention``,
 and more in ``ops/select_cpu.py``. They compute in float32; what has another dtype takes the
 reference.

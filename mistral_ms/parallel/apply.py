@@ -14,10 +14,10 @@ from typing import TypeVar
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
+from mistral_ms.config import ModelConfig, ParallelConfig, Recompute, RoutingConfig
 from mistral_ms.errors import ConfigError, TopologyError
 from mistral_ms.layers import CacheSpec, VocabularyNLL
-from mistral_ms.models import CausalLM, NextTokenLogits, Recompute
+from mistral_ms.models import CausalLM, NextTokenLogits
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.inference import DividedLogits, DividedNextTokenLogits
 from mistral_ms.parallel.parts import DividedParts

@@ -7,11 +7,17 @@ order in which the back end works; ``working`` is an estimate of it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig, TrainingConfig
+from mistral_ms.config import (
+    ModelConfig,
+    ParallelConfig,
+    Recompute,
+    RoutingConfig,
+    TrainingConfig,
+    expert_capacity,
+)
 from mistral_ms.parallel.pipeline import make_schedule, stages_of
 
 FLOAT = 4
@@ -20,8 +26,6 @@ ASCEND_GIB = 64.0
 """Device memory of an Ascend 910B."""
 GIB = 1 << 30
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +102,17 @@ class ActivationMemory:
         return self.layers + self.stage_inputs + largest + self.gradients
 
     def __str__(self) -> str:
-        def size(nbytes: int) -> str:
-            return f"{nbytes / 1e6:.1f} MB"
-
         return (
-            f"kept by layers {size(self.layers)}, inputs of {self.in_flight} micro-batches in "
-            f"flight {size(self.stage_inputs)}, gradient of a layer {size(self.working)} (rows of "
-            f"its experts {size(self.dispatch)}), logits {size(self.logits)}, gradients of weights "
-            f"{size(self.gradients)}"
+            f"kept by layers {megabytes(self.layers)}, inputs of {self.in_flight} micro-batches in "
+            f"flight {megabytes(self.stage_inputs)}, gradient of a layer {megabytes(self.working)} "
+            f"(rows of its experts {megabytes(self.dispatch)}), logits {megabytes(self.logits)}, "
+            f"gradients of weights {megabytes(self.gradients)}"
         )
+
+
+def megabytes(nbytes: int) -> str:
+    """A number of bytes for a reader."""
+    return f"{nbytes / 1e6:.1f} MB"
 
 
 def layer_memory(
@@ -182,7 +188,7 @@ def expert_rows(
         if parallel.ep == 1:
             return tokens * K
         return parallel.ep * tokens * min(K, E // parallel.ep)  # room for the worst case
-    return E * max(1, min(tokens, math.ceil(routing.capacity_factor * K * tokens / E)))
+    return E * expert_capacity(tokens, E, K, routing)
 
 
 def activation_memory(

@@ -20,7 +20,7 @@ from __future__ import annotations
 from mindspore import nn
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
-from mistral_ms.layers import AttentionCore, CacheSpec, Embedding, KVCache, Linear, RMSNorm
+from mistral_ms.layers import CacheSpec, Embedding, Linear, RMSNorm
 from mistral_ms.models import Parts
 from mistral_ms.moe import MoELayer
 from mistral_ms.parallel.collectives import CopyToGroup, Groups, SumOverGroup
@@ -59,7 +59,8 @@ class DividedParts(Parts):
         parallel.check(config)
         self.parallel, self.groups = parallel, groups
         self.tensor = groups.of(GroupKind.TENSOR)
-        self.kv_heads = config.num_key_value_heads // self.tensor.size
+        self.heads //= self.tensor.size
+        self.kv_heads //= self.tensor.size
 
     def held_shape(self, spec: ParamSpec) -> tuple[int, ...]:
         """See the base: of this rank's part."""
@@ -85,23 +86,7 @@ class DividedParts(Parts):
         reduce = SumOverGroup(self.tensor) if divided else None
         return Linear(input_size, output_size, self.dtype, reduce)
 
-    def attention_core(self, layer: int) -> nn.Cell:
-        """See the base: of this rank's heads."""
-        heads = self.config.num_attention_heads // self.tensor.size
-        return AttentionCore(heads, self.kv_heads, self.config.head_size)
-
-    def kv_cache(self) -> KVCache | None:
-        """See the base: for this rank's key/value heads."""
-        if self.cache is None:
-            return None
-        return KVCache(self.cache, self.kv_heads * self.config.head_size, self.dtype)
-
     def moe(self, layer: int) -> nn.Cell:
         """See the base: the whole router, this rank's experts, and the way to the others."""
         experts = routed_experts(self.config, self.routing, self.parallel, self.groups, self.dtype)
         return MoELayer(self.config, self.routing, self.dtype, experts, layer=layer)
-
-    def head(self) -> nn.Cell:
-        """See the base: this rank's rows."""
-        rows = self.config.vocab_size // self.tensor.size
-        return Linear(self.config.hidden_size, rows, self.dtype)

@@ -11,7 +11,7 @@ from mistral_ms.config import RunConfig
 from mistral_ms.layers import is_buffer
 from mistral_ms.models import tokens_at_a_time
 from mistral_ms.parallel.apply import Division
-from mistral_ms.parallel.memory import FLOAT, ActivationMemory, activation_memory
+from mistral_ms.parallel.memory import FLOAT, ActivationMemory, activation_memory, megabytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +44,11 @@ class MemoryReport:
         return (self.device_weights + self.device_optimizer) / max(1, self.parameters)
 
     def __str__(self) -> str:
-        def size(nbytes: int) -> str:
-            return f"{nbytes / 1e6:.1f} MB"
-
         return (
-            f"on the device: weights {size(self.device_weights)}, optimizer state "
-            f"{size(self.device_optimizer)}, summed gradients {size(self.device_gradients)}; "
-            f"in host memory: optimizer state {size(self.host_optimizer)}"
+            f"on the device: weights {megabytes(self.device_weights)}, optimizer state "
+            f"{megabytes(self.device_optimizer)}, summed gradients "
+            f"{megabytes(self.device_gradients)}; in host memory: optimizer state "
+            f"{megabytes(self.host_optimizer)}"
         )
 
 

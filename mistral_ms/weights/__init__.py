@@ -14,6 +14,7 @@ from mistral_ms.weights.layers import LayerSpecs, layer_specs, register_layer
 from mistral_ms.weights.model import Specs, by_name, check_parameters, specs
 from mistral_ms.weights.moe import expert_specs, moe_specs
 from mistral_ms.weights.norm import norm_specs
+from mistral_ms.weights.registry import Registry
 from mistral_ms.weights.spec import Cut, ParamSpec, inside, matrix, scale
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "GateSpecs",
     "LayerSpecs",
     "ParamSpec",
+    "Registry",
     "Specs",
     "attention_specs",
     "by_name",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import WeightError
+from mistral_ms.weights.registry import Registry
 from mistral_ms.weights.spec import ParamSpec, matrix
 
 GateSpecs = Callable[[ModelConfig], tuple[ParamSpec, ...]]
@@ -18,7 +19,8 @@ def gate_matrix(config: ModelConfig) -> tuple[ParamSpec, ...]:
     return (matrix("weight", ("E", "H"), (E, H), config.initializer_range),)
 
 
-_GATES: dict[str, GateSpecs] = {"softmax_top_k": gate_matrix}
+_GATES: Registry[GateSpecs] = Registry("gate", "model.moe.gate")
+_GATES.add("softmax_top_k", gate_matrix)
 
 
 def register_gate_specs(name: str, specs: GateSpecs) -> None:
@@ -31,9 +33,7 @@ def register_gate_specs(name: str, specs: GateSpecs) -> None:
     Raises:
         WeightError: another gate has the name.
     """
-    if _GATES.get(name, specs) != specs:
-        raise WeightError("gate given twice", where=name, rule="a name has one meaning")
-    _GATES[name] = specs
+    _GATES.add(name, specs)
 
 
 def router_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
@@ -46,15 +46,7 @@ def router_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
     num_experts(config)
     assert config.moe is not None
     name = config.moe.gate.name
-    if name not in _GATES:
-        raise WeightError(
-            "unknown gate",
-            where="model.moe.gate",
-            value=name,
-            rule=f"known: {', '.join(sorted(_GATES))}",
-            todo="import the module that registers it",
-        )
-    found = _GATES[name](config)
+    found = _GATES.find(name)(config)
     for spec in found:
         if spec.divide:
             raise WeightError(

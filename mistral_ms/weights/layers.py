@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mistral_ms.config import ModelConfig
-from mistral_ms.errors import WeightError
+from mistral_ms.weights.registry import Registry
 from mistral_ms.weights.spec import ParamSpec
 
 LayerSpecs = Callable[[ModelConfig], tuple[ParamSpec, ...]]
 """The parameters of a layer, under the names that they have within it."""
 
-_KINDS: dict[str, LayerSpecs] = {}
+_KINDS: Registry[LayerSpecs] = Registry("layer kind", "model.layer_kinds")
 
 
 def register_layer(kind: str) -> Callable[[LayerSpecs], LayerSpecs]:
@@ -25,9 +25,7 @@ def register_layer(kind: str) -> Callable[[LayerSpecs], LayerSpecs]:
     """
 
     def register(specs: LayerSpecs) -> LayerSpecs:
-        if kind in _KINDS:
-            raise WeightError("layer kind given twice", where=kind, rule="a kind has one meaning")
-        _KINDS[kind] = specs
+        _KINDS.add(kind, specs)
         return specs
 
     return register
@@ -39,12 +37,4 @@ def layer_specs(kind: str, config: ModelConfig) -> tuple[ParamSpec, ...]:
     Raises:
         WeightError: no such kind.
     """
-    if kind not in _KINDS:
-        raise WeightError(
-            "unknown layer kind",
-            where="model.layer_kinds",
-            value=kind,
-            rule=f"known: {', '.join(sorted(_KINDS))}",
-            todo="import the module that registers it",
-        )
-    return _KINDS[kind](config)
+    return _KINDS.find(kind)(config)

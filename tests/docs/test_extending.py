@@ -69,8 +69,8 @@ def tables(monkeypatch):
             monkeypatch.delitem(table, name)
     monkeypatch.setattr(registry, "_OPTIMIZERS", dict(registry._OPTIMIZERS))
     monkeypatch.setattr(gate_settings, "_SETTINGS", dict(gate_settings._SETTINGS))
-    monkeypatch.setattr(gate_parameters, "_GATES", dict(gate_parameters._GATES))
-    monkeypatch.setattr(gates, "_GATES", dict(gates._GATES))
+    for known_gates in (gate_parameters._GATES, gates._GATES):
+        monkeypatch.setattr(known_gates, "_entries", dict(known_gates._entries))
     return monkeypatch
 
 
@@ -83,6 +83,8 @@ def test_a_gate(tables, examples):
     weight, pressure = (rng.normal(size=size).astype(np.float32) for size in ((4, 6), 4))
     gate.weight.set_data(Tensor(weight))
     gate.pressure.set_data(Tensor(pressure))
+    # The tolerances are float32's: six products in a logit, one exponential, and a square whose
+    # logit may be near zero.
     x, context = rng.normal(size=(6, 6)).astype(np.float32), gate_context(RANDOM, 3)
     logits = x @ weight.T
     noisy = logits + gate.normal(context).numpy()
@@ -117,6 +119,7 @@ def test_an_optimizer(tables, examples, graph):
             left = 1 - rate * decay * (weight.ndim > 1)
             want[name] = weight * left - rate * np.sign(buffers[name])
     for name, weight in want.items():
+        # A dozen roundings of float32, each of half a unit in the last place.
         np.testing.assert_allclose(got[name], weight, rtol=2e-6, atol=1e-6)
 
 

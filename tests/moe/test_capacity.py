@@ -5,8 +5,7 @@ import pytest
 from mindspore import Tensor, nn
 from support.routing import capacity_oracle
 
-from mistral_ms.config import RoutingConfig
-from mistral_ms.moe import expert_capacity
+from mistral_ms.config import RoutingConfig, expert_capacity
 
 FACTORS = (1.1, 1.0, 1.05, 1.15, 1.2, 1.25, 1.3, 0.7, 0.3, 2.0, 1.0625, 1.333333)
 

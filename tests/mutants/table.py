@@ -87,7 +87,7 @@ MUTANTS = [
         ),
     ),
     *of(
-        "moe/capacity.py",
+        "config/capacity.py",
         "moe/test_capacity.py",
         capacity_is_rounded_down=("math.ceil(round(exact, 9))", "math.floor(exact)"),
         capacity_for_one_choice=("(top_k * tokens)", "tokens"),

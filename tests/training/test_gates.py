@@ -139,6 +139,7 @@ def test_its_loss_is_in_the_total_and_reported_by_name(saved):
     for result in saved[0]:
         spread_loss = result.router_losses["spread"]
         assert 0.5 < spread_loss < 2, "the noise has variance one, the logits are small"
+        # The sum is one of float32.
         assert result.loss == pytest.approx(result.lm_loss + 0.01 * spread_loss, rel=1e-6)
     record = make_record(1, 0.1, 32, 1.0, saved[0][0])
     assert record.router_losses == saved[0][0].router_losses
@@ -156,6 +157,7 @@ def test_resume_and_micro_batches_draw_the_same(saved):
     for step in range(SAVED, STEPS):
         result, want = update(windows().batch(step)), results[step]
         np.testing.assert_array_equal(result.routed_LE, want.routed_LE)
+        # Means of two micro-batches against one sum: float32 rounds them otherwise.
         assert result.lm_loss == pytest.approx(want.lm_loss, rel=1e-5)
         assert result.router_losses["spread"] == pytest.approx(want.router_losses["spread"], 1e-5)
     np.testing.assert_array_equal(values(update)[PRESSURE], after[PRESSURE])

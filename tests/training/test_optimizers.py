@@ -101,6 +101,7 @@ def test_trains_resumes_and_is_the_same_on_the_host(trained, make_update, data, 
         frozen = ("embed_tokens.weight", "layers.0.moe.router.weight")
         norms = results[0].gradient_norms
         assert not any(n.endswith(frozen) for n in (*norms, *update.optimizer.state()))
+        # Norms of float32 tensors, each rounded once.
         assert results[0].grad_norm == pytest.approx(
             np.sqrt(sum(norm**2 for norm in norms.values())), rel=1e-6
         )
@@ -144,6 +145,7 @@ def test_muon_with_groups_by_the_auto_parallel_graph(sparse, data, training):
     results = run_steps(graph, data, FIRST), run_steps(wanted, data, FIRST)
     for mine, theirs in zip(*results, strict=True):
         for figure in ("loss", "lm_loss", "grad_norm"):
+            # The graph sums in another order: float32 rounding over the steps.
             assert getattr(mine, figure) == pytest.approx(getattr(theirs, figure), rel=2e-5)
     weight_names = {name: name for name in graph.held()}
     weight_names |= {name: weight_of(name) for name in graph.state()}

@@ -31,7 +31,13 @@ from mistral_ms.layers.parameter import weight
 from mistral_ms.moe.losses import LossTerm
 from mistral_ms.moe.routing import GateContext, Routing
 from mistral_ms.ops import reference
-from mistral_ms.weights import ParamSpec, gate_matrix, register_gate_specs, router_specs
+from mistral_ms.weights import (
+    ParamSpec,
+    Registry,
+    gate_matrix,
+    register_gate_specs,
+    router_specs,
+)
 
 _cast = ops.Cast()
 _range = ops.Range()
@@ -158,7 +164,7 @@ class Gate(nn.Cell):
         return {name: getattr(self, name) for name in self.buffer_names}
 
 
-_GATES: dict[str, type[Gate]] = {}
+_GATES: Registry[type[Gate]] = Registry("gate", "model.moe.gate")
 AnyGate = TypeVar("AnyGate", bound=type[Gate])
 
 
@@ -178,7 +184,7 @@ def register_gate(settings: type[GateSettings]) -> Callable[[AnyGate], AnyGate]:
         register_gate_settings(name, settings)
         inherited = gate.specs.__func__ is Gate.specs.__func__  # type: ignore[attr-defined]
         register_gate_specs(name, gate_matrix if inherited else gate.specs)
-        _GATES[name] = gate
+        _GATES.add(name, gate)
         return gate
 
     return register
@@ -190,16 +196,7 @@ def gate_class(config: ModelConfig) -> type[Gate]:
     Raises:
         WeightError: the model is dense, or nobody has registered its gate.
     """
-    name = None if config.moe is None else config.moe.gate.name
-    if name not in _GATES:
-        raise WeightError(
-            "unknown gate",
-            where="model.moe.gate",
-            value=name,
-            rule=f"known: {', '.join(sorted(_GATES))}",
-            todo="import the module that registers it",
-        )
-    return _GATES[name]
+    return _GATES.find(None if config.moe is None else config.moe.gate.name)
 
 
 def make_gate(

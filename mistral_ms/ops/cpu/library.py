@@ -50,7 +50,13 @@ def operator(name: str, shape: Infer, dtype: Infer) -> ops.Custom:
     Raises:
         KernelError: see :func:`library`.
     """
-    return ops.Custom(f"{library()}:{name}", shape, dtype, "aot")
+    return ops.Custom(f"{_library_of_process()}:{name}", shape, dtype, "aot")
+
+
+@functools.cache
+def _library_of_process() -> Path:
+    """:func:`library`, looked for once: that asks the compiler for its version, 9 ms each time."""
+    return library()
 
 
 def library() -> Path:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mindspore import Tensor
 
-from mistral_ms.config import RoutingConfig
-from mistral_ms.moe import Dispatcher, PaddedDispatcher, Plan, Routing, expert_capacity
+from mistral_ms.config import RoutingConfig, expert_capacity
+from mistral_ms.moe import Dispatcher, PaddedDispatcher, Plan, Routing
 from mistral_ms.parallel.dispatchers.carriers import Carrier
 from mistral_ms.parallel.dispatchers.routes import Route
 from mistral_ms.parallel.topology import Traffic

@@ -52,10 +52,7 @@ class GraphNorm(Region):
     def construct(self, x_TH: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
         # rounded out here, so that optimizer parallelism gathers what is rounded
-        weight_H = self.cast(self.weight, x_TH.dtype)
-        if self.morph is not None:
-            return self.morph(x_TH, weight_H)
-        return self.compute(x_TH, weight_H)
+        return super().construct(x_TH, self.cast(self.weight, x_TH.dtype))
 
 
 class GraphLinear(nn.Cell):
@@ -98,9 +95,9 @@ class GraphEmbedding(Region):
     """
 
     def __init__(self, config: ModelConfig, dtype: str, sharding: Sharding | None) -> None:
-        self.dtype = getattr(ms, dtype)
-        super().__init__(sharding, ("tokens", "matrix"), ("rows",), row_shape, (self.dtype,))
-        self.dtype = getattr(ms, dtype)
+        kind = getattr(ms, dtype)
+        super().__init__(sharding, ("tokens", "matrix"), ("rows",), row_shape, (kind,))
+        self.dtype = kind
         (spec,) = vocabulary_specs(config)
         self.weight = weight(*spec.shape)
         self.cast = ops.Cast()
@@ -111,10 +108,7 @@ class GraphEmbedding(Region):
 
     def construct(self, ids_BS: Tensor) -> Tensor:
         """[B, S] int32 -> [T, H]."""
-        ids_T = ids_BS.reshape(-1)
-        if self.morph is not None:
-            return self.morph(ids_T, self.weight)
-        return self.compute(ids_T, self.weight)
+        return super().construct(ids_BS.reshape(-1), self.weight)
 
 
 class GatedRegion(Region):
@@ -139,9 +133,7 @@ class GatedRegion(Region):
         """[T, H] and float32 weights -> [T, I]."""
         # rounded out here, so that optimizer parallelism gathers what is rounded
         w1_IH, w3_IH = self.cast(w1_IH, self.dtype), self.cast(w3_IH, self.dtype)
-        if self.morph is not None:
-            return self.morph(x_TH, w1_IH, w3_IH)
-        return self.compute(x_TH, w1_IH, w3_IH)
+        return super().construct(x_TH, w1_IH, w3_IH)
 
 
 class Weight(nn.Cell):

@@ -75,7 +75,7 @@ def test_equals_the_loop_and_its_losses():
     np.testing.assert_allclose(load, want_load, atol=ABSOLUTE)
     np.testing.assert_array_equal(weights, np.take_along_axis(importance, experts, -1))
     clean = tokens().astype(np.float64) @ weight.T
-    np.testing.assert_allclose(logits, clean, atol=3e-6)
+    np.testing.assert_allclose(logits, clean, atol=3e-6)  # sums of float32 against float64
     exponents = np.exp(clean)
     np.testing.assert_allclose(scores, exponents / exponents.sum(-1, keepdims=True), rtol=RELATIVE)
 
@@ -88,6 +88,7 @@ def test_equals_the_loop_and_its_losses():
     for term, each in zip(terms, (want_weights, want_load), strict=True):
         totals = np.stack([(each * valid[:, None]).sum(0), each.sum(0)])
         want = (totals.var(-1) / totals.mean(-1) ** 2).mean()
+        # A variance is a difference of squares: it loses two of float32's seven digits.
         np.testing.assert_allclose(float(term(sums, False)), want, rtol=1e-4)
 
 

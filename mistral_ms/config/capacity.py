@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mistral_ms.config import RoutingConfig
+from mistral_ms.config.routing import RoutingConfig
 
 
 def expert_capacity(tokens: int, experts: int, top_k: int, routing: RoutingConfig) -> int:
