@@ -57,7 +57,7 @@ def our_training(layers: int) -> Measure:
     import mindspore as ms
 
     from mistral_ms.config import DROPLESS, ModelConfig, MoEArchitecture, TrainingConfig
-    from mistral_ms.datasets import InMemoryWindows
+    from mistral_ms.datasets import InMemorySequences
     from mistral_ms.models import CausalLM
     from mistral_ms.training import TrainStep
 
@@ -68,9 +68,13 @@ def our_training(layers: int) -> Measure:
     model = CausalLM(ModelConfig(**SIZES, num_hidden_layers=layers, moe=moe), DROPLESS)
     model.initialize(0)
     text = tokens(BATCH * LENGTH + 1).tolist()
-    data = InMemoryWindows(text, LENGTH, BATCH, 0)
+    data = InMemorySequences(text, LENGTH, BATCH, 0)
     config = TrainingConfig(
-        steps=1000, seq_length=LENGTH, global_batch_size=BATCH, aux_coef=AUX, clip_norm=1.0
+        max_steps=1000,
+        seq_length=LENGTH,
+        global_batch_size=BATCH,
+        router_aux_loss_coef=AUX,
+        max_grad_norm=1.0,
     )
     update = TrainStep(model, config)
     update(data.batch(0))

@@ -50,9 +50,9 @@ def measure(layout: dict[str, Any], steps: int) -> dict[str, Any]:
     import numpy as np
 
     from mistral_ms.config import ParallelConfig, RoutingConfig, TrainingConfig, load_model_config
-    from mistral_ms.datasets import InMemoryWindows
-    from mistral_ms.parallel.apply import Division
+    from mistral_ms.datasets import InMemorySequences
     from mistral_ms.parallel.collectives import RecordedGroups, replay
+    from mistral_ms.parallel.context import ParallelContext
     from mistral_ms.training import TrainStep, step
 
     ms.set_device("CPU")
@@ -66,19 +66,25 @@ def measure(layout: dict[str, Any], steps: int) -> dict[str, Any]:
         rank = get_rank()
     model = load_model_config(ROOT / "configs" / "model" / "mixtral_tiny.yaml")
     text = np.random.default_rng(0).integers(3, model.vocab_size, 6 * BATCH * LENGTH + 1).tolist()
-    data = InMemoryWindows(text, LENGTH, BATCH, 0)
+    data = InMemorySequences(text, LENGTH, BATCH, 0)
     config = TrainingConfig(
-        steps=steps + 3, seq_length=LENGTH, global_batch_size=BATCH, micro_batches=2, aux_coef=0.02
+        max_steps=steps + 3,
+        seq_length=LENGTH,
+        global_batch_size=BATCH,
+        gradient_accumulation_steps=2,
+        router_aux_loss_coef=0.02,
     )
     routing = RoutingConfig(policy="capacity", capacity_factor=1.1, aux_loss="per_layer")
 
-    def prepared(groups: type | None) -> tuple[TrainStep, Division]:
-        division = Division(parallel, rank)
+    def prepared(groups: type | None) -> tuple[TrainStep, ParallelContext]:
+        parallel_context = ParallelContext(parallel, rank)
         if groups is not None:
-            division.groups = groups(division.topology, rank)
-        part = division.build_model(model, routing)
-        division.initialize(part, 0)
-        return TrainStep(part, config, pooled_aux=False, division=division), division
+            parallel_context.groups = groups(parallel_context.topology, rank)
+        part = parallel_context.build_model(model, routing)
+        parallel_context.initialize(part, 0)
+        return TrainStep(
+            part, config, pooled_aux=False, parallel_context=parallel_context
+        ), parallel_context
 
     update, _ = prepared(None)
     seconds = []
@@ -89,11 +95,11 @@ def measure(layout: dict[str, Any], steps: int) -> dict[str, Any]:
     row = {"step_s": statistics.median(seconds[2:]), "processes": parallel.world}
     if parallel.world == 1:
         return row | {"communication_s": 0.0, "operations": 0, "bytes": 0, "bytes_between": 0}
-    update, division = prepared(RecordedGroups)
+    update, parallel_context = prepared(RecordedGroups)
     compiled, step.graph_mode = step.graph_mode, nullcontext  # a compiled graph calls no Python
     update(data.batch(0))
     step.graph_mode = compiled
-    calls = list(division.groups.calls)
+    calls = list(parallel_context.groups.calls)
     times = []
     for _ in range(3):
         begun = time.perf_counter()

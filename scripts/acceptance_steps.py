@@ -30,7 +30,7 @@ SMALL = (
     *("model.hidden_size=32", "model.intermediate_size=64", "model.num_attention_heads=4"),
     "training.global_batch_size=8",
 )
-RATES_32 = ("training.schedule.warmup_steps=20", "training.optimizer.learning_rate=3.0e-6")
+RATES_32 = ("training.warmup_steps=20", "training.optimizer.learning_rate=3.0e-6")
 """The rates of the first 20 of the run file's 2000 warm-up steps to 3e-4."""
 
 
@@ -43,7 +43,7 @@ class Options:
         workers: processes on this machine.
         output: directory of everything that is written.
         hf: model in Hugging Face's format; None: one is trained for a few steps.
-        data: windows of 4096 for the 32-card run.
+        data: sequences of 4096 for the 32-card run.
         node_rank: number of this machine in the 32-card run.
         master: address of machine 0 in it.
         port: of its scheduler, and of those on this machine.
@@ -111,7 +111,9 @@ def make_steps(o: Options) -> tuple[Step, ...]:
     """All steps, in the order of :data:`NAMES`."""
     lines = _Lines(o)
     n = o.workers
-    groups = f"training.micro_batches={n}"  # as many dispatch groups as the ranks have
+    groups = (
+        f"training.gradient_accumulation_steps={n}"  # as many dispatch groups as the ranks have
+    )
     together = (f"parallel.dp={n}", f"parallel.ep={n}")
     hops = (f"parallel.devices_per_node={n // 2}", "parallel.all_to_all=hierarchical")
     one = lines.alone("one", groups)
@@ -195,7 +197,7 @@ def _align(lines: _Lines, one: Run) -> Step:
 
 def _cards32(lines: _Lines) -> Step:
     o, output = lines.options, lines.options.output / "cards32"
-    changes: tuple[str, ...] = (f"training.steps={STEPS}", f"output={output}", EXPLICIT)
+    changes: tuple[str, ...] = (f"training.max_steps={STEPS}", f"output={output}", EXPLICIT)
     if o.small:
         half = o.workers // 2
         machines: tuple[str, ...] = ("--workers", str(o.workers), "--nodes", "1")
@@ -204,8 +206,8 @@ def _cards32(lines: _Lines) -> Step:
             *(f"data.inputs=[{ROOT}/mistral_ms/data/demo.txt]", "data.tokenizer=packaged-v1"),
             *(f"parallel.dp={half}", f"parallel.ep={half}", "parallel.pp=2"),
             *("training.dtype=float32", "training.seq_length=64"),
-            "training.micro_batches=2",
-            *("training.schedule.warmup_steps=5", "training.optimizer.learning_rate=3.0e-3"),
+            "training.gradient_accumulation_steps=2",
+            *("training.warmup_steps=5", "training.optimizer.learning_rate=3.0e-3"),
         )
     else:
         machines = ("--node-rank", str(o.node_rank), "--master", str(o.master))
@@ -249,7 +251,7 @@ class _Lines:
         return ("--port", str(self.options.port), "--log-dir", str(logs), "--")
 
     def _tiny(self, name: str) -> tuple[str, ...]:
-        length = (f"training.steps={STEPS}", "training.schedule.warmup_steps=5", EXPLICIT)
+        length = (f"training.max_steps={STEPS}", "training.warmup_steps=5", EXPLICIT)
         sizes = (*SMALL, "model.num_hidden_layers=1") if self.options.small else ()
         return (f"output={self.options.output / name}", *length, *sizes)
 

@@ -108,7 +108,7 @@ class Problem:
     valid_T: Tensor
     x_TH: Tensor
     rows_EC_H: Tensor
-    table: reference.SlotTable
+    table: reference.RowIdMap
 
 
 def make(s: Sizes, dtype: str, seed: int = 0) -> Problem:
@@ -185,7 +185,7 @@ def check_slots(p: Problem) -> list[Check]:
 def check_rows(p: Problem, dtype: str) -> list[Check]:
     """Dispatch and combine with their gradients, against the reference in float32."""
     wide_x, wide_rows = p.x_TH.astype(ms.float32), p.rows_EC_H.astype(ms.float32)
-    ours, theirs = custom.Dispatch(), reference.Dispatch()
+    ours, theirs = custom.Permute(), reference.Permute()
     checks = [check("dispatch", dtype, ours(p.x_TH, *p.table), theirs(wide_x, *p.table))]
 
     def dispatched(cell: Callable[..., Tensor], x: Tensor, d: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def check_rows(p: Problem, dtype: str) -> list[Check]:
         check("dispatch gradient", dtype, dispatched(ours, p.x_TH, p.rows_EC_H),
               dispatched(theirs, wide_x, wide_rows))
     )  # fmt: skip
-    both, plain = custom.Combine(), reference.Combine()
+    both, plain = custom.Unpermute(), reference.Unpermute()
     checks.append(
         check("combine", dtype, both(p.rows_EC_H, p.weights_TK, *p.table),
               plain(wide_rows, p.weights_TK, *p.table))
@@ -242,7 +242,7 @@ def time_operators(s: Sizes, bandwidth: float) -> list[Timing]:
     p = make(s, "bfloat16")
     logits = p.logits_TE.astype(ms.float32)
     gating, slots = custom.GatingTopK(s.k, True), custom.AssignSlots(s.experts, False)
-    dispatch, combine = custom.Dispatch(), custom.Combine()
+    dispatch, combine = custom.Permute(), custom.Unpermute()
     calls: dict[str, Callable[[], object]] = {
         "gating_top_k": lambda: gating(logits),
         "expert_capacity": lambda: slots(p.experts_TK, p.valid_T, s.capacity),

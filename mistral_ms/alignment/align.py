@@ -13,7 +13,7 @@ from mistral_ms.alignment.hugging_face import run_hugging_face
 from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.config import ModelConfig, ParallelConfig
 from mistral_ms.errors import CheckpointError, GenerationError, TokenizerError
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.tokenizer import check_vocabulary, load_tokenizer
 
 DEFAULT_PROMPTS = (
@@ -48,7 +48,7 @@ def align(
     verify: bool = True,
     follow_links: bool = False,
     say: Callable[[str], None] = lambda text: None,
-    division: Division | None = None,
+    parallel_context: ParallelContext | None = None,
 ) -> Comparison | None:
     """Runs prompts through Hugging Face (torch, float32) and through us, and compares.
 
@@ -64,8 +64,8 @@ def align(
         verify: compare a checkpoint of ours with its digests while it is read.
         follow_links: links may lead out of both directories; see :func:`open_checkpoint`.
         say: told what is being done.
-        division: this process's part of several, which must all call this; Hugging Face's side
-            runs on the first one alone.
+        parallel_context: this process's part of several, which must all call this; Hugging Face's
+            side runs on the first one alone.
 
     Returns:
         The comparison; None on all processes but the first.
@@ -101,13 +101,15 @@ def align(
             say(f"dynamic rope_scaling: {room} new tokens, to max_position_embeddings, compared")
     new_tokens = min(new_tokens, room)
     say(f"Hugging Face: {sum(map(len, ids))} tokens in {len(ids)} prompts, {new_tokens} new each")
-    division = Division(ParallelConfig()) if division is None else division
-    oracle = division.first_alone(lambda: run_hugging_face(hf_path, ids, new_tokens, say))
+    parallel_context = (
+        ParallelContext(ParallelConfig()) if parallel_context is None else parallel_context
+    )
+    oracle = parallel_context.on_rank_0(lambda: run_hugging_face(hf_path, ids, new_tokens, say))
     gc.collect()  # both models at once might not fit
     say("mistral_ms: the same")
     from mistral_ms.alignment.ours import run_ours
 
-    side = run_ours(ours, ids, new_tokens, kind, division, **opening)
+    side = run_ours(ours, ids, new_tokens, kind, parallel_context, **opening)
     return None if oracle is None else compare(oracle, side, tolerance)
 
 

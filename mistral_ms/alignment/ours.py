@@ -17,7 +17,7 @@ from mistral_ms.config import DROPLESS, GenerationConfig, ModelConfig, ParallelC
 from mistral_ms.inference import load_engine
 from mistral_ms.layers import RotaryTable
 from mistral_ms.models import CausalLM
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 
 
 def run_ours(
@@ -25,7 +25,7 @@ def run_ours(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     kind: str | None = None,
-    division: Division | None = None,
+    parallel_context: ParallelContext | None = None,
     *,
     verify: bool = True,
     follow_links: bool = False,
@@ -40,30 +40,34 @@ def run_ours(
         prompts: token ids.
         new_tokens: how many tokens to continue greedily.
         kind: which format to take when the directory holds several.
-        division: this process's part of several, which must all call this; every data-parallel
-            rank then runs the same prompts.
+        parallel_context: this process's part of several, which must all call this; every
+            data-parallel rank then runs the same prompts.
         verify: compare a checkpoint of ours with its digests while it is read.
         follow_links: links may lead out of the directory; see :func:`open_checkpoint`.
     """
-    division = Division(ParallelConfig()) if division is None else division
+    parallel_context = (
+        ParallelContext(ParallelConfig()) if parallel_context is None else parallel_context
+    )
     side = Side()
     with open_checkpoint(
         path,
         kind,
         verify=verify,
         follow_links=follow_links,
-        rank=division.rank,
-        world=division.world,
+        rank=parallel_context.rank,
+        world=parallel_context.world,
     ) as source:
-        model = division.build_model(source.config, DROPLESS, positions=max(map(len, prompts)))
-        load_weights(source, model.weights(), storage=division.storage(model.specs))
+        model = parallel_context.build_model(
+            source.config, DROPLESS, positions=max(map(len, prompts))
+        )
+        load_weights(source, model.weights(), storage=parallel_context.storage(model.specs))
     model.set_train(False)
-    logits = division.logits(model)
+    logits = parallel_context.logits(model)
     scaling = model.config.rope_scaling
     for prompt in prompts:
         if scaling is not None and scaling.rope_type == "dynamic":
             model.rotary = RotaryTable(model.config, len(prompt))  # depends on the length
-        side.traces.append(_trace(model, logits, prompt, division))
+        side.traces.append(_trace(model, logits, prompt, parallel_context))
     del model, logits
     if not new_tokens:
         side.greedy.extend([] for _ in prompts)
@@ -77,14 +81,16 @@ def run_ours(
             eos_ids=source.config.eos_token_ids,  # the oracle ends by the configuration alone
             verify=False,  # just done
             follow_links=follow_links,
-            division=division,
+            parallel_context=parallel_context,
         )
         out = engine.generate(prompts, GenerationConfig(max_new_tokens=new_tokens))
         side.greedy.extend(list(c.token_ids) for c in out.completions)
     return side
 
 
-def _trace(model: CausalLM, logits: nn.Cell, prompt: Sequence[int], division: Division) -> Trace:
+def _trace(
+    model: CausalLM, logits: nn.Cell, prompt: Sequence[int], parallel_context: ParallelContext
+) -> Trace:
     """One forward pass with every block's parts recorded by hooks, which PyNative mode calls."""
     held: dict[str, np.ndarray] = {}
 
@@ -102,9 +108,9 @@ def _trace(model: CausalLM, logits: nn.Cell, prompt: Sequence[int], division: Di
         return hook
 
     handles = []
-    if model.segment.embeds:
+    if model.model_chunk.embeds:
         handles.append(model.embed_tokens.register_forward_hook(keep("embedding")))
-    for number, layer in zip(model.segment.layers, model.layers, strict=True):
+    for number, layer in zip(model.model_chunk.layers, model.layers, strict=True):
         block = layer.moe if layer.sparse else layer.feed_forward
         handles += [
             layer.attention.register_forward_hook(keep(f"layer {number} attention")),
@@ -126,9 +132,11 @@ def _trace(model: CausalLM, logits: nn.Cell, prompt: Sequence[int], division: Di
             handle.remove()
     config = model.config
     places = _places(config)
-    hidden = division.assemble(held, dict.fromkeys(places, (S, config.hidden_size)))
+    hidden = parallel_context.gather_from_stages(
+        held, dict.fromkeys(places, (S, config.hidden_size))
+    )
     chosen = dict.fromkeys(map(_experts, config.sparse_layers), (S, _choices(config)))
-    experts = division.assemble(held, chosen)
+    experts = parallel_context.gather_from_stages(held, chosen)
     return Trace(
         found,
         hidden,

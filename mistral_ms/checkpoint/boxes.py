@@ -28,10 +28,10 @@ class Box:
     size: tuple[int, ...]
 
     @classmethod
-    def of(cls, window: Sequence[slice]) -> Box:
+    def of(cls, tensor_slice: Sequence[slice]) -> Box:
         """The rectangle of some slices with plain bounds."""
-        starts = tuple(int(each.start) for each in window)
-        return cls(starts, tuple(int(each.stop) - int(each.start) for each in window))
+        starts = tuple(int(each.start) for each in tensor_slice)
+        return cls(starts, tuple(int(each.stop) - int(each.start) for each in tensor_slice))
 
     @property
     def volume(self) -> int:

@@ -25,7 +25,7 @@ class Storage(Protocol):
     def whole(self, name: str) -> tuple[int, ...]:
         """The shape of a whole tensor."""
 
-    def window(self, name: str) -> tuple[slice, ...]:
+    def local_slice(self, name: str) -> tuple[slice, ...]:
         """Which part of a whole tensor it holds."""
 
     def parameter_shape(self, name: str, held: tuple[int, ...]) -> tuple[int, ...]:
@@ -68,13 +68,13 @@ def load_weights(
             where=f"{source.path}: {name}",
             rule="the model needs it" if missing else "the model has no such weight",
         )
-    windows = {}
+    local_slices = {}
     for name, parameter in parameters.items():
         held = tensors[name]
         if storage is not None:
             _check_shape(source, name, held, storage.whole(name))
-            windows[name] = storage.window(name)
-            held = tuple(each.stop - each.start for each in windows[name])
+            local_slices[name] = storage.local_slice(name)
+            held = tuple(each.stop - each.start for each in local_slices[name])
             held = storage.parameter_shape(name, held)
         _check_shape(source, name, held, tuple(parameter.shape))
     for name, parameter in parameters.items():
@@ -82,7 +82,7 @@ def load_weights(
         if alone:
             values = source.read(name, dtype)
         else:
-            values = source.read_window(name, windows[name], dtype)
+            values = source.read_slice(name, local_slices[name], dtype)
         if storage is not None:
             values = storage.to_parameter(name, values)
         set_values(parameter, values)

@@ -48,21 +48,21 @@ class Part:
     Attributes:
         name: of the tensor.
         shape: of the whole.
-        window: which rectangle of it, one slice for each axis.
+        tensor_slice: which rectangle of it, one slice for each axis.
         dtype: on the disk: float32, float16 or bfloat16.
         values: of the rectangle's shape; see :func:`~mistral_ms.checkpoint.save_native`.
     """
 
     name: str
     shape: tuple[int, ...]
-    window: tuple[slice, ...]
+    tensor_slice: tuple[slice, ...]
     dtype: str
     values: Values
 
     @property
     def box(self) -> Box:
         """The rectangle."""
-        return Box.of(self.window)
+        return Box.of(self.tensor_slice)
 
     def entry(self) -> Entry:
         """For the file."""

@@ -21,13 +21,13 @@ from mistral_ms.checkpoint.source import Source, open_checkpoint
 from mistral_ms.checkpoint.target import check_target
 from mistral_ms.errors import CheckpointError
 
-Windows = Mapping[str, tuple[slice, ...]]
+TensorSlices = Mapping[str, tuple[slice, ...]]
 
 
 def presplit(
     src: Path,
     dst: Path,
-    ranks: Sequence[Windows],
+    ranks: Sequence[TensorSlices],
     layout: str,
     dtype: str = "keep",
     overwrite: bool = False,
@@ -72,8 +72,8 @@ def presplit(
         files = {path.name: path.read_bytes() for path in source.side_files}
         tensors: dict[str, int] = {}
         with begin_parts(dst, overwrite) as target:
-            for rank, windows in enumerate(ranks):
-                parts = list(_parts(source, windows, dtype))
+            for rank, tensor_slices in enumerate(ranks):
+                parts = list(_parts(source, tensor_slices, dtype))
                 write_part(target.directory, rank, stamp, {WEIGHTS: parts})
                 for part in parts:
                     tensors[part.name] = tensors.get(part.name, 0) + part.entry().nbytes
@@ -90,8 +90,8 @@ def presplit(
         )
 
 
-def _parts(source: Source, windows: Windows, dtype: str) -> Iterable[Part]:
-    for name, window in windows.items():
+def _parts(source: Source, tensor_slices: TensorSlices, dtype: str) -> Iterable[Part]:
+    for name, tensor_slice in tensor_slices.items():
         stored = TO_CONFIG[FROM_OPTION[dtype]] if dtype in FROM_OPTION else source.dtype(name)
-        read = partial(source.read_window, name, window, stored)
-        yield Part(name, source.shape(name), window, stored, read)
+        read = partial(source.read_slice, name, tensor_slice, stored)
+        yield Part(name, source.shape(name), tensor_slice, stored, read)

@@ -63,13 +63,13 @@ class CheckpointSeries:
 
     Args:
         directory: made with the first checkpoint.
-        keep_last: how many whole ones are kept; None keeps all.
+        save_total_limit: how many whole ones are kept; None keeps all.
     """
 
-    def __init__(self, directory: Path, keep_last: int | None = None) -> None:
-        if keep_last is not None and keep_last < 1:
-            raise ValueError(f"keep_last must be at least 1, not {keep_last}")
-        self.directory, self.keep_last = Path(directory), keep_last
+    def __init__(self, directory: Path, save_total_limit: int | None = None) -> None:
+        if save_total_limit is not None and save_total_limit < 1:
+            raise ValueError(f"save_total_limit must be at least 1, not {save_total_limit}")
+        self.directory, self.save_total_limit = Path(directory), save_total_limit
         self._damaged: set[Path] = set()  # found out by newest()
 
     def path(self, step: int) -> Path:
@@ -114,7 +114,7 @@ class CheckpointSeries:
         return None
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Writes the checkpoint of ``step``, then removes the oldest beyond ``keep_last``.
+        """Writes the checkpoint of ``step``, then removes the oldest beyond ``save_total_limit``.
 
         Args:
             step: its number. One that is there is replaced: a training that had to go back to
@@ -140,9 +140,9 @@ class CheckpointSeries:
             )
         write(path)
         self._damaged.discard(path)
-        if self.keep_last is not None:
+        if self.save_total_limit is not None:
             older = [each for each in self.steps() if each < step and self._counts(each)]
-            for each in older[: max(0, len(older) + 1 - self.keep_last)]:
+            for each in older[: max(0, len(older) + 1 - self.save_total_limit)]:
                 self._prune(self.path(each))
         return path
 

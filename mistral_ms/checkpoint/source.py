@@ -156,23 +156,23 @@ class Source:
         """What one of our tensors is assembled of, in its order."""
         return self._assembly(name).pieces
 
-    def read_window(
-        self, name: str, window: tuple[slice, ...], dtype: str = "float32"
+    def read_slice(
+        self, name: str, tensor_slice: tuple[slice, ...], dtype: str = "float32"
     ) -> np.ndarray:
         """Reads a rectangle of one of our tensors: of the files only the rows that it meets.
 
         Args:
             name: our name.
-            window: one slice with plain bounds for each axis.
+            tensor_slice: one slice with plain bounds for each axis.
             dtype: as for :meth:`read`.
 
         Raises:
             CheckpointError: as for :meth:`read`.
         """
-        assembly, box = self._assembly(name), Box.of(window)
+        assembly, box = self._assembly(name), Box.of(tensor_slice)
         if self.kind != "mistral_ms":
             rows = self.read(name, dtype, (box.start[0], box.stop[0]))
-            return np.ascontiguousarray(rows[(slice(None), *window[1:])])
+            return np.ascontiguousarray(rows[(slice(None), *tensor_slice[1:])])
         values = read_box(self.store, name, box)
         stored = self._stored(assembly, dtype)
         have = self.tensors[name].dtype

@@ -136,7 +136,7 @@ def stream(
     assembly: Assembly,
     dtype: str,
     workspace: Workspace,
-    window: tuple[int, int] | None = None,
+    span: tuple[int, int] | None = None,
 ) -> Iterator[np.ndarray]:
     """Streams a target tensor, or a range of it, in memory order.
 
@@ -145,7 +145,7 @@ def stream(
         assembly: the target tensor.
         dtype: its dtype (F32, F16, BF16).
         workspace: buffers that nobody else uses meanwhile.
-        window: the first element and the one behind the last; None for all of them.
+        span: the first element and the one behind the last; None for all of them.
 
     Yields:
         One-dimensional chunks of ``WEIGHT_DTYPES[dtype]``, each valid until the next is asked for.
@@ -153,7 +153,7 @@ def stream(
     Raises:
         CheckpointError: a value that is finite in the source overflows in ``dtype``.
     """
-    first, last = window or (0, assembly.size)
+    first, last = span or (0, assembly.size)
     for piece in assembly.pieces:
         position = piece.target_start
         if position >= last or position + piece.block.size <= first:

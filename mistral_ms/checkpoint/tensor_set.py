@@ -51,15 +51,15 @@ class TensorSet:
         """Shape of one of them."""
         return self._store.tensors[name].shape
 
-    def read(self, name: str, window: tuple[slice, ...] | None = None) -> np.ndarray:
+    def read(self, name: str, tensor_slice: tuple[slice, ...] | None = None) -> np.ndarray:
         """The values of one of them, in a new array; bfloat16 as bits in uint16.
 
         Args:
             name: its name.
-            window: the part that is wanted, one slice with plain bounds for each axis.
+            tensor_slice: the part that is wanted, one slice with plain bounds for each axis.
         """
-        if window is not None:
-            return read_box(self._store, name, Box.of(window))
+        if tensor_slice is not None:
+            return read_box(self._store, name, Box.of(tensor_slice))
         info = self._store.tensors[name]
         values = np.empty(info.size, WEIGHT_DTYPES[info.dtype])
         self._store.read_into(name, 0, values)

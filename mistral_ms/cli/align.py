@@ -56,12 +56,12 @@ def align(
 
     if ids is not None and prompts is not None:
         raise typer.BadParameter("give --prompts or --ids, not both")
-    division = join_processes(layout_from_flags(dp, mp, pp, ep, execution.value))
-    console = Console(highlight=False, quiet=not division.is_first)
+    parallel_context = join_processes(layout_from_flags(dp, mp, pp, ep, execution.value))
+    console = Console(highlight=False, quiet=not parallel_context.is_rank_0)
     if ms.get_context("device_target") == "CPU":
         # operator by operator, waiting for each is several times faster than a busy queue
         ms.runtime.launch_blocking()
-    with heartbeat_of(division):
+    with heartbeat_of(parallel_context):
         result = run(
             hf_dir,
             ckpt,
@@ -73,9 +73,9 @@ def align(
             verify=not no_verify,
             follow_links=follow_links,
             say=console.print,
-            division=division,
+            parallel_context=parallel_context,
         )
-        division.wait_for_all()
+        parallel_context.barrier()
     if result is None:  # the first process speaks
         return
     if json is not None:

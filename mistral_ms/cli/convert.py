@@ -141,6 +141,8 @@ def _presplit(
     parallel.check(model)
     topology, stages = Topology.of(parallel), stages_of(model, parallel.pp)
     held = [held_specs(stage, specs(model)) for stage in stages]
-    ranks = [written_parts(held[place.pp], topology, place.rank) for place in topology.places]
+    ranks = [
+        written_parts(held[coords.pp], topology, coords.rank) for coords in topology.all_coords
+    ]
     layout = str(parallel.sizes)
     return presplit(src, dst, ranks, layout, dtype, overwrite, say=say, **opening)

@@ -19,7 +19,7 @@ class Shape(StrEnum):
 
 
 class Boundaries(StrEnum):
-    """What happens in a window where one document ends and the next begins."""
+    """What happens in a sequence where one document ends and the next begins."""
 
     LOSS = "loss"
     ATTENTION = "attention"
@@ -77,7 +77,7 @@ def data(
         bool, typer.Option("--skip-bad", help="Count bad documents instead of stopping.")
     ] = False,
     drop_last: Annotated[
-        bool, typer.Option("--drop-last", help="Drop the last window if not full; else pad it.")
+        bool, typer.Option("--drop-last", help="Drop the last sequence if not full; else pad it.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a dataset that is at OUTPUT.")
@@ -127,11 +127,11 @@ def data(
     lines = [f"note: {note}" for note in result.notes]
     lines += [
         f"{counts.documents} documents, {counts.tokens} tokens -> "
-        f"{counts.windows} windows of {seq_length} in {output}",
-        f"{counts.predicted} tokens are predicted; last window: {end}",
+        f"{counts.sequences} sequences of {seq_length} in {output}",
+        f"{counts.predicted} tokens are predicted; last sequence: {end}",
     ]
-    if counts.silent_windows:
-        lines.append(f"left out {counts.silent_windows} windows in which nothing is predicted")
+    if counts.silent_sequences:
+        lines.append(f"left out {counts.silent_sequences} sequences in which nothing is predicted")
     for reason, number in counts.skipped.items():
         first = result.first_errors[reason]
         lines.append(f"skipped {number} documents, {reason}; the first: {first.where}")

@@ -68,8 +68,8 @@ def load_demo_run(steps: int | None = None) -> RunConfig:
     run = load_run_config(RUN_FILE)
     if steps is None:
         return run
-    warmup = min(run.training.schedule.warmup_steps, steps // 4)
-    shorter = [f"training.steps={steps}", f"training.schedule.warmup_steps={warmup}"]
+    warmup = min(run.training.warmup_steps, steps // 4)
+    shorter = [f"training.max_steps={steps}", f"training.warmup_steps={warmup}"]
     return load_run_config(RUN_FILE, shorter)
 
 

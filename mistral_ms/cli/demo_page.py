@@ -48,7 +48,7 @@ def build_report(story: Story) -> Report:
 
 def _facts(story: Story) -> list[tuple[str, str]]:
     model, training, summary = story.run.model, story.run.training, story.summary
-    routing, schedule = story.run.routing, training.schedule
+    routing = story.run.routing
     optimizer = settings_of(training.optimizer)
     assert isinstance(optimizer, AdamWConfig)
     moe = model.moe
@@ -73,29 +73,29 @@ def _facts(story: Story) -> list[tuple[str, str]]:
         ),
         (
             "Batch",
-            f"{training.global_batch_size} windows of {training.seq_length} tokens, "
+            f"{training.global_batch_size} sequences of {training.seq_length} tokens, "
             f"seed {training.seed}",
         ),
         (
             "Optimizer",
-            f"AdamW, rate {optimizer.learning_rate:g}, betas ({optimizer.beta1:g}, "
-            f"{optimizer.beta2:g}), decay {optimizer.weight_decay:g}, "
+            f"AdamW, lr {optimizer.learning_rate:g}, betas ({optimizer.adam_beta1:g}, "
+            f"{optimizer.adam_beta2:g}), decay {optimizer.weight_decay:g}, "
             + (
                 "no clipping"
-                if training.clip_norm is None
-                else f"clipped at {training.clip_norm:g}"
+                if training.max_grad_norm is None
+                else f"clipped at {training.max_grad_norm:g}"
             ),
         ),
         (
             "Schedule",
-            f"{schedule.warmup_steps} steps of warm-up, then {schedule.kind} to "
-            f"{100 * schedule.floor:g} % of the peak",
+            f"{training.warmup_steps} steps of warm-up, then {training.lr_scheduler_type} to "
+            f"{100 * training.min_lr_ratio:g} % of the peak",
         ),
         (
             "Loss",
-            f"language model + {training.aux_coef:g} × load balancing "
+            f"language model + {training.router_aux_loss_coef:g} × load balancing "
             f"({routing.aux_loss.replace('_', ' ')}) + "
-            f"{training.z_coef:g} × router z-loss",
+            f"{training.router_z_loss_coef:g} × router z-loss",
         ),
         ("Steps", f"{summary.steps} ({summary.epochs:.1f} epochs)"),
         (

@@ -16,7 +16,7 @@ from mistral_ms.checkpoint import convert, open_checkpoint, save_native
 from mistral_ms.checkpoint.load import to_numpy
 from mistral_ms.config import GenerationConfig, RunConfig
 from mistral_ms.data import demo_text
-from mistral_ms.datasets import InMemoryWindows
+from mistral_ms.datasets import InMemorySequences
 from mistral_ms.inference import Completion, Engine
 from mistral_ms.models import CausalLM
 from mistral_ms.tokenizer import Tokenizer, packaged_tokenizer
@@ -144,7 +144,7 @@ def tell(console: Console, run: RunConfig, output: Path, *, learns: bool) -> Sto
         f"{text.size / 1000:.1f} kB of text ({len(text.ids)} tokens)"
     )
     records: list[StepRecord] = []
-    source = InMemoryWindows(
+    source = InMemorySequences(
         text.ids, run.training.seq_length, run.training.global_batch_size, run.training.seed
     )
     with (
@@ -217,7 +217,7 @@ def save(
 
 
 def generate(checkpoint: Path, text: Text, length: int) -> Completion:
-    """Continues the title up to ``length`` tokens: as far as a window of the training reached."""
+    """Continues the title up to ``length`` tokens: as far as a sequence of the training reached."""
     engine = Engine.load(checkpoint, max_length=length)
     request = GenerationConfig(max_new_tokens=length - len(text.title_ids))
     return engine.generate([text.title_ids], request).completions[0]

@@ -158,7 +158,7 @@ def _compile(
         text = found.graph.read_text(encoding="utf-8", errors="replace")
         graph = read(text, request.rank, request.world, found.groups)
     topology = Topology.of(run.parallel)
-    micro_batches = run.training.micro_batches if isinstance(run, RunConfig) else 1
+    micro_batches = run.training.gradient_accumulation_steps if isinstance(run, RunConfig) else 1
     return report(graph, topology, request.rank, found.seconds, micro_batches)
 
 

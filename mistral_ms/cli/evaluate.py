@@ -15,7 +15,7 @@ def evaluate(
         Path, typer.Argument(metavar="CKPT", help="A checkpoint of any known format.")
     ],
     data: Annotated[Path, typer.Option(help="A dataset, written by the data command.")],
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 8,
     source: Annotated[
         SourceFormat | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
     ] = None,
@@ -31,20 +31,20 @@ def evaluate(
     from rich.console import Console
 
     from mistral_ms.cli.output import count_progress, write_json
-    from mistral_ms.datasets import MindRecordWindows
+    from mistral_ms.datasets import MindRecordSequences
     from mistral_ms.training.evaluate import evaluate, load_for_evaluation
 
     console = Console(highlight=False, soft_wrap=True)
-    windows = MindRecordWindows(data, 1, 0)
+    sequences = MindRecordSequences(data, 1, 0)
     model = load_for_evaluation(
-        checkpoint, windows, source, verify=not no_verify, follow_links=follow_links
+        checkpoint, sequences, source, verify=not no_verify, follow_links=follow_links
     )
-    with count_progress(console, "evaluating", "windows") as progress:
-        result = evaluate(model, windows, batch_size, progress)
+    with count_progress(console, "evaluating", "sequences") as progress:
+        result = evaluate(model, sequences, batch_size, progress)
     console.print(
         f"perplexity {result.perplexity:.4f}  (loss {result.loss:.4f} nats a token)\n"
         f"accuracy   {100 * result.accuracy:.2f} % of {result.tokens} predicted tokens in "
-        f"{result.windows} windows; {result.seconds:.1f} s, {result.tokens_per_s:.0f} tokens/s"
+        f"{result.sequences} sequences; {result.seconds:.1f} s, {result.tokens_per_s:.0f} tokens/s"
     )
     if json is not None:
         write_json(json, {"checkpoint": str(checkpoint), "data": str(data), **asdict(result)})

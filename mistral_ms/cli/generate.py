@@ -159,15 +159,15 @@ def generate(
     }
     if interactive and parallel.world > 1:
         raise typer.BadParameter("--interactive is for one process; give --prompt instead")
-    options["division"] = division = join_processes(parallel)
+    options["parallel_context"] = parallel_context = join_processes(parallel)
     if interactive:
         _chat_loop(ckpt, setting, max_length, options)
         return
-    with heartbeat_of(division) as heartbeat:
+    with heartbeat_of(parallel_context) as heartbeat:
         alive = _once_a_second(lambda: heartbeat.phase("generating"))
         _complete(ckpt, list(prompt or ()), setting, max_length, options, alive, json)
         # a rank that ends before the others is taken for a failed one
-        division.wait_for_all()
+        parallel_context.barrier()
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def _complete(
     from mistral_ms.inference.settings import read_checkpoint_settings
     from mistral_ms.tokenizer import load_tokenizer
 
-    chat, speaks = setting.chats, options["division"].is_first
+    chat, speaks = setting.chats, options["parallel_context"].is_rank_0
     with open_checkpoint(ckpt, **of_checkpoint(options)) as checkpoint:
         if speaks:
             _remark(checkpoint)

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from mistral_ms.config import ParallelConfig
     from mistral_ms.launch import Heartbeat
-    from mistral_ms.parallel.apply import Division
+    from mistral_ms.parallel.context import ParallelContext
 
 
 class Execution(StrEnum):
@@ -24,7 +24,7 @@ class Execution(StrEnum):
 
 
 DataRanks = Annotated[int, typer.Option("--dp", help="Under msrun: ranks that share the prompts.")]
-TensorRanks = Annotated[int, typer.Option("--mp", help="Under msrun: shares of every matrix.")]
+TensorRanks = Annotated[int, typer.Option("--mp", help="Under msrun: shards of every matrix.")]
 Stages = Annotated[int, typer.Option("--pp", help="Under msrun: pipeline stages.")]
 Way = Annotated[
     Execution,
@@ -39,11 +39,11 @@ ExpertRanks = Annotated[
 
 
 @contextmanager
-def heartbeat_of(division: Division) -> Iterator[Heartbeat]:
+def heartbeat_of(parallel_context: ParallelContext) -> Iterator[Heartbeat]:
     """This process's signs of life, for whoever launched it; they end with how it ends."""
     from mistral_ms.launch import Heartbeat
 
-    heartbeat = Heartbeat.of_environment(division.rank)
+    heartbeat = Heartbeat.of_environment(parallel_context.rank)
     try:
         yield heartbeat
     except BaseException as error:
@@ -52,7 +52,7 @@ def heartbeat_of(division: Division) -> Iterator[Heartbeat]:
     heartbeat.phase("finished")
 
 
-def join_processes(parallel: ParallelConfig) -> Division:
+def join_processes(parallel: ParallelConfig) -> ParallelContext:
     """Which part of a layout this process has; under msrun it first finds the others.
 
     Raises:
@@ -60,7 +60,7 @@ def join_processes(parallel: ParallelConfig) -> Division:
     """
     import os
 
-    from mistral_ms.parallel.apply import Division
+    from mistral_ms.parallel.context import ParallelContext
 
     world = int(os.environ.get("MS_WORKER_NUM", "1"))  # set by msrun
     idle = world == 1 or os.environ.get("MISTRAL_MS_NODE_RANK", "0") != "0"
@@ -69,8 +69,8 @@ def join_processes(parallel: ParallelConfig) -> Division:
         # launcher on this machine has done so, and even for a process that is alone
         raise typer.Exit(0)
     if world == 1:
-        return Division(parallel, 0, 1)
+        return ParallelContext(parallel, 0, 1)
     from mindspore.communication import get_group_size, get_rank, init
 
     init()
-    return Division(parallel, get_rank(), get_group_size())
+    return ParallelContext(parallel, get_rank(), get_group_size())

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from mistral_ms.config import RunConfig
     from mistral_ms.launch import Heartbeat
-    from mistral_ms.parallel.apply import Division
+    from mistral_ms.parallel.context import ParallelContext
     from mistral_ms.training import RunResult
 
 
@@ -25,7 +25,7 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="[KEY.PATH=VALUE]...",
-            help="Keys of the run file to change: training.steps=50 data.dataset=my-data",
+            help="Keys of the run file to change: training.max_steps=50 data.dataset=my-data",
             show_default=False,
         ),
     ] = None,
@@ -45,8 +45,8 @@ def train(
     from mistral_ms.errors import ConfigError
 
     config, run = _run_config(config, resume, overrides or [])
-    division = join_processes(run.parallel)
-    console = Console(highlight=False, soft_wrap=True, quiet=not division.is_first)
+    parallel_context = join_processes(run.parallel)
+    console = Console(highlight=False, soft_wrap=True, quiet=not parallel_context.is_rank_0)
     output = run.output or Path("runs") / config.stem
     if resume is not None:
         if run.output is not None and run.output.resolve() != resume.resolve():
@@ -58,11 +58,13 @@ def train(
                 todo="leave output out",
             )
         output = resume
-    with heartbeat_of(division) as heartbeat:
-        result = _execute(console, run, output, division, heartbeat, resuming=resume is not None)
+    with heartbeat_of(parallel_context) as heartbeat:
+        result = _execute(
+            console, run, output, parallel_context, heartbeat, resuming=resume is not None
+        )
         # a rank that ends before the others have written is taken for a failed one
-        division.wait_for_all()
-    if json is not None and division.is_first:
+        parallel_context.barrier()
+    if json is not None and parallel_context.is_rank_0:
         write_json(json, result.summary_values())
     if result.stopped_by is not None:
         raise typer.Exit(128 + result.stopped_by)
@@ -107,7 +109,7 @@ def _execute(
     console: Console,
     run: RunConfig,
     output: Path,
-    division: Division,
+    parallel_context: ParallelContext,
     heartbeat: Heartbeat,
     *,
     resuming: bool,
@@ -121,20 +123,24 @@ def _execute(
     files = RunFiles(output)
     if resuming:
         files.again()
-    elif division.is_first:
+    elif parallel_context.is_rank_0:
         files.begin()
-    if division.is_first:  # a second training says so before it touches the first one's log
+    # a second training says so before it touches the first one's log
+    if parallel_context.is_rank_0:
         files.claim().release()
-    division.wait_for_all()
-    with backend_log(files.log(division.rank)):
-        training = TrainingRun(run, output, resume=resuming, say=say, division=division)
+    parallel_context.barrier()
+    with backend_log(files.log(parallel_context.rank)):
+        training = TrainingRun(
+            run, output, resume=resuming, say=say, parallel_context=parallel_context
+        )
         parameters = training.memory.parameters
         steps = training.run.training.last_step
         begun = training.update.progress.step
         say(
             f"training {parameters / 1e6:.1f} million parameters"
-            f"{' on this rank,' if division.world > 1 else ''} on {training.data.windows} "
-            f"windows of {training.data.seq_length} tokens: steps {begun + 1} to {steps}"
+            f"{' on this rank,' if parallel_context.world > 1 else ''} on "
+            f"{training.data.sequences} sequences of {training.data.seq_length} tokens: "
+            f"steps {begun + 1} to {steps}"
         )
         say(f"memory {training.memory}")
         say(f"in a step, calculated: {training.activations}")

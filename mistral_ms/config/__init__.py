@@ -34,7 +34,6 @@ from mistral_ms.config.training import (
     LossScaleConfig,
     OptimizerConfig,
     ParamGroupConfig,
-    ScheduleConfig,
     TrainingConfig,
 )
 
@@ -65,7 +64,6 @@ __all__ = [
     "RopeScaling",
     "RoutingConfig",
     "RunConfig",
-    "ScheduleConfig",
     "SoftmaxTopKSettings",
     "TrainingConfig",
     "apply_overrides",

@@ -1,4 +1,4 @@
-"""Numbers with a meaning that several rooms share."""
+"""Numbers with a meaning that several packages share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How documents become windows of a dataset."""
+"""How documents become sequences of a dataset."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pydantic import Field, model_validator
 
 from mistral_ms.config.base import Frozen
 
-LONGEST_WINDOW = 1 << 23  # four int32 a token must fit a MindRecord page, at most 256 MiB
+LONGEST_SEQ_LENGTH = 1 << 23  # four int32 a token must fit a MindRecord page, at most 256 MiB
 
 
 class PackingConfig(Frozen):
     """How documents are tokenised and joined.
 
     Attributes:
-        boundaries: what a window that holds several documents does where one ends. ``loss``:
+        boundaries: what a sequence that holds several documents does where one ends. ``loss``:
             nobody is asked to predict the first token of the next document; attention reaches
             back across. ``attention``: neither; each document has positions from 0 on and a
             segment number of its own. ``ignore``: nothing, the documents are one stream.
@@ -25,7 +25,7 @@ class PackingConfig(Frozen):
         add_eos: a text ends with EOS. Conversations end as their format says.
         split_lines: each line of a txt file is a document, not the file.
         skip_bad: documents that cannot be read are counted, not an error.
-        drop_last: the last window is dropped when it is not full, not padded.
+        drop_last: the last sequence is dropped when it is not full, not padded.
         format: the shape that every line of a jsonl file must have; None recognises each by its
             keys, see :mod:`mistral_ms.datasets.shapes`.
         chat_template: of conversations: a Jinja file, or ``mistral`` for mistral-common's formats,
@@ -43,13 +43,13 @@ class PackingConfig(Frozen):
 
 
 class DataConfig(PackingConfig):
-    """How documents become windows.
+    """How documents become sequences.
 
     Attributes:
         seq_length: S, tokens that the model sees at a time.
     """
 
-    seq_length: int = Field(ge=1, le=LONGEST_WINDOW)
+    seq_length: int = Field(ge=1, le=LONGEST_SEQ_LENGTH)
 
 
 class DataSourceConfig(Frozen):

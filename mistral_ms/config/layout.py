@@ -18,8 +18,8 @@ class Sizes:
     """The sizes of a layout: what is divided among how many.
 
     Attributes:
-        dp: data-parallel copies of the dense model.
-        mp: tensor-parallel shares of every matrix.
+        dp: data-parallel replicas of the dense model.
+        mp: tensor-parallel shards of every matrix.
         pp: pipeline stages.
         ep: data-parallel neighbours that share one set of experts.
     """
@@ -46,14 +46,14 @@ class Rules:
         world: processes that are there; None = as many as the layout has.
         devices_per_node: processes on one machine.
         hierarchical: whether tokens travel in two hops, inside the node and between nodes.
-        shared_rows: whether tensor-parallel ranks carry a share of every row each.
+        sharded_rows: whether tensor-parallel ranks carry a shard of every row each.
         model: the model to divide; None = any.
     """
 
     world: int | None = None
     devices_per_node: int = 8
     hierarchical: bool = False
-    shared_rows: bool = False
+    sharded_rows: bool = False
     model: ModelConfig | None = None
 
     def broken_by(self, sizes: Sizes) -> str | None:
@@ -121,7 +121,7 @@ class Rules:
         if self.model is None:
             return None
         names = ["num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"]
-        names += ["hidden_size"] if self.shared_rows else []
+        names += ["hidden_size"] if self.sharded_rows else []
         for name in names:
             if getattr(self.model, name) % sizes.mp:
                 return f"mp ({sizes.mp}) must divide {name} ({getattr(self.model, name)})"

@@ -20,21 +20,20 @@ class ParallelConfig(Frozen):
     """A layout of dp * mp * pp processes. The default is one process.
 
     The rank order has pp outermost, then dp, then mp: consecutive ranks are tensor-parallel.
-    Experts are shared by ep consecutive data-parallel ranks of one stage with the same place
-    among the tensor-parallel ranks; there are dp / ep copies of every expert.
+    Experts are shared by ep consecutive data-parallel ranks of one stage with the same
+    tensor-parallel rank; there are dp / ep replicas of every expert.
 
     Attributes:
-        dp: data-parallel copies of the dense model.
-        mp: tensor parallelism: shares of every matrix, of every expert along intermediate_size.
+        dp: data-parallel replicas of the dense model.
+        mp: tensor parallelism: shards of every matrix, of every expert along intermediate_size.
         pp: pipeline stages.
         ep: expert parallelism; divides dp and num_local_experts.
-        cp: context parallelism, reserved; only 1 is legal.
         devices_per_node: processes on one machine; ranks fill one node after the other.
-        schedule: order of the micro-batches in the pipeline.
-        optimizer_parallel: each data-parallel rank keeps its share of the optimizer's state.
+        pipeline_scheduler: order of the micro-batches in the pipeline.
+        optimizer_parallel: each data-parallel rank keeps its shard of the optimizer's state.
         all_to_all: how token rows travel between the ranks of an expert group: ``flat`` directly;
-            ``hierarchical`` inside the node, then between equal places of the nodes;
-            ``group_wise`` directly, each tensor-parallel rank carrying a share of every row,
+            ``hierarchical`` inside the node, then between equal local ranks of the nodes;
+            ``group_wise`` directly, each tensor-parallel rank carrying a shard of every row,
             which is then gathered within the tensor group.
         recompute: what the backward pass computes again instead of keeping it: ``selective`` the
             core of attention and norms, ``full`` whole decoder blocks. A pipeline of explicit
@@ -45,22 +44,22 @@ class ParallelConfig(Frozen):
             ``auto`` is ``graph`` on Ascend and ``explicit`` elsewhere.
         max_device_memory: GiB of a device (MindFormers' key); `train` warns of a run that seems to
             need more. None: 64 on Ascend, no limit elsewhere.
-        interleave: parts of a micro-batch whose communication and computation may overlap.
+        micro_batch_interleave_num: parts of a micro-batch whose communication and computation may
+            overlap.
     """
 
     dp: int = Field(default=1, ge=1)
     mp: int = Field(default=1, ge=1)
     pp: int = Field(default=1, ge=1)
     ep: int = Field(default=1, ge=1)
-    cp: Literal[1] = 1
     devices_per_node: int = Field(default=8, ge=1)
-    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    pipeline_scheduler: Literal["gpipe", "1f1b"] = "1f1b"
     optimizer_parallel: bool = False
     all_to_all: Literal["flat", "hierarchical", "group_wise"] = "flat"
     recompute: Recompute = "none"
     execution: Literal["auto", "explicit", "graph"] = "auto"
     max_device_memory: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    interleave: Literal[1, 2] = 1
+    micro_batch_interleave_num: Literal[1, 2] = 1
 
     @model_validator(mode="after")
     def _possible(self) -> ParallelConfig:
@@ -96,7 +95,7 @@ class ParallelConfig(Frozen):
             world=world,
             devices_per_node=self.devices_per_node,
             hierarchical=self.all_to_all == "hierarchical",
-            shared_rows=self.all_to_all == "group_wise",
+            sharded_rows=self.all_to_all == "group_wise",
             model=model,
         )
 

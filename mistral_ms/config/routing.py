@@ -15,10 +15,10 @@ class RoutingConfig(Frozen):
 
     Attributes:
         policy: ``dropless`` computes every chosen expert for every token (inference, alignment);
-            ``capacity`` gives each expert ceil(capacity_factor * K * T / E) places, at most T
+            ``capacity`` gives each expert ceil(capacity_factor * K * T / E) slots, at most T
             (training; GShard, arXiv:2006.16668, section 2.2).
         capacity_factor: head-room of the capacity policy.
-        drop_priority: who gets a place when an expert is full. ``token_major``: earlier tokens
+        drop_priority: who gets a slot when an expert is full. ``token_major``: earlier tokens
             first, with all their choices; ``choice_major``: all first choices before any second
             choice (GShard, algorithm 1).
         rescale_survivors: divide the weights of a token's surviving choices by their sum. Off:

@@ -21,12 +21,12 @@ class CheckpointConfig(Frozen):
     """When a training is saved.
 
     Attributes:
-        every: steps between checkpoints; the last step is always saved. None: only that.
-        keep_last: how many are kept; None keeps all.
+        save_steps: steps between checkpoints; the last step is always saved. None: only that.
+        save_total_limit: how many are kept; None keeps all.
     """
 
-    every: int | None = Field(default=None, ge=1)
-    keep_last: int | None = Field(default=2, ge=1)
+    save_steps: int | None = Field(default=None, ge=1)
+    save_total_limit: int | None = Field(default=2, ge=1)
 
 
 CheckpointFormat = Literal["mindspore", "hf", "mistral", "mistral-dump"]
@@ -87,12 +87,18 @@ class RunConfig(Frozen):
                 f"training.seq_length ({length}) must not exceed "
                 f"the model's positions: {self.model.length_rule}"
             )
-        batch, groups = self.training.global_batch_size, self.training.micro_batches
-        copies = self.parallel.interleave
+        batch, groups = self.training.global_batch_size, self.training.gradient_accumulation_steps
+        copies = self.parallel.micro_batch_interleave_num
         if batch % (self.parallel.dp * groups * copies):
-            names, values = "parallel.dp * training.micro_batches", f"{self.parallel.dp} * {groups}"
+            names, values = (
+                "parallel.dp * training.gradient_accumulation_steps",
+                f"{self.parallel.dp} * {groups}",
+            )
             if copies > 1:
-                names, values = f"{names} * parallel.interleave", f"{values} * {copies}"
+                names, values = (
+                    f"{names} * parallel.micro_batch_interleave_num",
+                    f"{values} * {copies}",
+                )
             raise ValueError(f"{names} ({values}) must divide training.global_batch_size ({batch})")
         self.parallel.check(self.model)
         moe = self.model.moe
@@ -120,10 +126,10 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: the run file.
-        overrides: ``key.path=value`` items, such as ``training.steps=50`` and
+        overrides: ``key.path=value`` items, such as ``training.max_steps=50`` and
             ``model.hidden_size=64``; ``model=FILE`` names another model and comes before the
-            others, wherever it stands. Of ``training.steps`` and ``training.epochs`` the one that
-            is overridden wins.
+            others, wherever it stands. Of ``training.max_steps`` and ``training.num_train_epochs``
+            the one that is overridden wins.
 
     Raises:
         ConfigError: see :func:`~mistral_ms.config.load.read_yaml`,

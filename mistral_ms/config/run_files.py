@@ -103,8 +103,8 @@ def _without_rival(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
     """Who overrides the steps does not mean the file's epochs, and the other way round."""
     merged = dict(values)
     rivals = (
-        ("training.steps", "epochs"),
-        ("training.epochs", "steps"),
+        ("training.max_steps", "num_train_epochs"),
+        ("training.num_train_epochs", "max_steps"),
         ("data.dataset", "inputs"),
         ("data.inputs", "dataset"),
     )

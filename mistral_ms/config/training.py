@@ -55,21 +55,6 @@ class ParamGroupConfig(Frozen):
         return self
 
 
-class ScheduleConfig(Frozen):
-    """The course of the learning rate.
-
-    Attributes:
-        kind: what follows the warm-up: ``constant`` stays at the peak, ``linear`` and ``cosine``
-            fall to the floor, which the last step reaches.
-        warmup_steps: steps that rise linearly to the peak; the last of them runs at the peak.
-        floor: the lowest rate after the warm-up, as a share of the peak.
-    """
-
-    kind: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
-    floor: float = Field(default=0.1, ge=0, le=1)
-
-
 class LossScaleConfig(Frozen):
     """Dynamic loss scale for float16 (Mixed Precision Training, arXiv:1710.03740, section 3.2).
 
@@ -97,22 +82,23 @@ class TrainingConfig(Frozen):
     """One training.
 
     Attributes:
-        steps: updates of the weights. Give either this or ``epochs``.
-        epochs: passes over the data; a begun batch counts.
-        seq_length: S, tokens of a window.
-        global_batch_size: windows per update, over all processes.
-        micro_batches: equal parts of the batch that go through the model one after the other,
-            their gradients added up. Each is a dispatch group of its own: routing, capacity and
-            the load-balancing loss see one part at a time.
+        max_steps: updates of the weights. Give either this or ``num_train_epochs``.
+        num_train_epochs: passes over the data; a begun batch counts.
+        seq_length: S, tokens of a sequence.
+        global_batch_size: sequences per update, over all processes.
+        gradient_accumulation_steps: micro-batches of an update: equal parts of the batch that go
+            through the model one after the other, their gradients added up; of a pipeline they
+            are the micro-batches that its stages work on. Each is a dispatch group of its own:
+            routing, capacity and the load-balancing loss see one part at a time.
         dtype: of weights and activations. 16-bit weights have float32 masters.
-        seed: of the initial weights and of the order of the windows.
-        aux_coef: coefficient of the load-balancing loss. Hugging Face's definition, by which a
-            balanced router scores K and not 1: coefficients of Megatron do not carry over.
-        z_coef: coefficient of the router z-loss.
+        seed: of the initial weights and of the order of the sequences.
+        router_aux_loss_coef: coefficient of the load-balancing loss. Hugging Face's definition, by
+            which a balanced router scores K and not 1: coefficients of Megatron do not carry over.
+        router_z_loss_coef: coefficient of the router z-loss.
         router_losses: coefficients of further router losses by their names, of those that the
             model's gate brings and of those that were registered (``mistral_ms.moe``); each is
             reported under its name, also where its coefficient is 0.
-        clip_norm: gradients are scaled down to this global norm; None leaves them alone.
+        max_grad_norm: gradients are scaled down to this global norm; None leaves them alone.
         constant_router_weight: train Top-1 routing with renormalised weights all the same: the
             one weight is then always 1, and the language-model loss does not move the router.
         loss_scale: for float16, which has one by default; other dtypes have none.
@@ -120,26 +106,31 @@ class TrainingConfig(Frozen):
         optimizer: of all weights.
         param_groups: weights that are trained differently; the first pattern that a name matches
             decides, and weights that match none are trained as the optimizer says.
-        schedule: of the learning rate.
+        lr_scheduler_type: the learning rate after the warm-up: ``constant`` stays at the peak,
+            ``linear`` and ``cosine`` fall to the minimum, which the last step reaches.
+        warmup_steps: steps that rise linearly to the peak; the last of them runs at the peak.
+        min_lr_ratio: the lowest learning rate after the warm-up, as a share of the peak.
     """
 
-    steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_steps: int | None = Field(default=None, ge=1)
+    num_train_epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     seq_length: int = Field(ge=1)
     global_batch_size: int = Field(ge=1)
-    micro_batches: int = Field(default=1, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
     dtype: DType = "float32"
     seed: int = Field(default=0, ge=0)
-    aux_coef: float = Field(default=0.001, ge=0)
-    z_coef: float = Field(default=0.0, ge=0)
+    router_aux_loss_coef: float = Field(default=0.001, ge=0)
+    router_z_loss_coef: float = Field(default=0.0, ge=0)
     router_losses: dict[str, float] = Field(default_factory=dict)
-    clip_norm: float | None = Field(default=1.0, gt=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
     constant_router_weight: bool = False
     loss_scale: LossScaleConfig | None = None
     offload_optimizer: Literal["none", "host"] = "none"
     optimizer: SerializeAsAny[OptimizerConfig] = OptimizerConfig()
     param_groups: tuple[ParamGroupConfig, ...] = ()
-    schedule: ScheduleConfig = ScheduleConfig()
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
 
     @field_validator("router_losses")
     @classmethod
@@ -153,16 +144,16 @@ class TrainingConfig(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs")
-        warmup = self.schedule.warmup_steps
-        if self.steps is not None and warmup > self.steps:
+        if (self.max_steps is None) == (self.num_train_epochs is None):
+            raise ValueError("give either max_steps or num_train_epochs")
+        warmup = self.warmup_steps
+        if self.max_steps is not None and warmup > self.max_steps:
             raise ValueError(
-                f"schedule.warmup_steps ({warmup}) must not exceed steps ({self.steps})"
+                f"warmup_steps ({warmup}) must not exceed max_steps ({self.max_steps})"
             )
-        if self.global_batch_size % self.micro_batches:
+        if self.global_batch_size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"micro_batches ({self.micro_batches}) must divide "
+                f"gradient_accumulation_steps ({self.gradient_accumulation_steps}) must divide "
                 f"global_batch_size ({self.global_batch_size})"
             )
         if self.loss_scale is not None and self.dtype != "float16":
@@ -174,9 +165,9 @@ class TrainingConfig(Frozen):
     @property
     def last_step(self) -> int:
         """The number of updates; of a configuration whose epochs are counted out."""
-        if self.steps is None:
-            raise ValueError("with_steps() counts the steps of so many epochs")
-        return self.steps
+        if self.max_steps is None:
+            raise ValueError("with_max_steps() counts the steps of so many epochs")
+        return self.max_steps
 
     @property
     def scaling(self) -> LossScaleConfig | None:
@@ -187,17 +178,19 @@ class TrainingConfig(Frozen):
             else (self.loss_scale)
         )
 
-    def with_steps(self, windows: int) -> TrainingConfig:
+    def with_max_steps(self, sequences: int) -> TrainingConfig:
         """The same training with its epochs counted out as steps.
 
         Args:
-            windows: of one epoch.
+            sequences: of one epoch.
 
         Raises:
             ConfigError: a warm-up that is longer than the training.
         """
-        if self.epochs is None:
+        if self.num_train_epochs is None:
             return self
-        steps = math.ceil(round(self.epochs * windows / self.global_batch_size, 9))
-        values = self.model_dump() | {"steps": max(1, steps), "epochs": None}
-        return validate(TrainingConfig, values, f"training (epochs {self.epochs:g})")
+        steps = math.ceil(round(self.num_train_epochs * sequences / self.global_batch_size, 9))
+        values = self.model_dump() | {"max_steps": max(1, steps), "num_train_epochs": None}
+        return validate(
+            TrainingConfig, values, f"training (num_train_epochs {self.num_train_epochs:g})"
+        )

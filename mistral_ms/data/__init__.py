@@ -10,7 +10,7 @@ DEMO_TEXT = _HERE / "demo.txt"
 """The text that the demo learns: 16 KB of English prose, written for it, and frozen."""
 
 TOKENIZER_CONFIG = _HERE / "tokenizer_config.json"
-"""What transformers must be told about a bare ``tokenizer.model`` (see the tokenizer room)."""
+"""What transformers must be told about a bare ``tokenizer.model`` (see the tokenizer package)."""
 
 
 def demo_text() -> str:

@@ -1,16 +1,16 @@
-"""Datasets: txt and jsonl to windows in MindRecord files, and their batches for training.
+"""Datasets: txt and jsonl to sequences in MindRecord files, and their batches for training.
 
-The room imports config, errors, tokenizer and NumPy. MindSpore (its mindrecord and dataset
+The package imports config, errors, tokenizer and NumPy. MindSpore (its mindrecord and dataset
 packages) is loaded in :mod:`mistral_ms.datasets.mindrecord` alone, and only when records are
 written or read: bad input is reported before that.
 """
 
-from mistral_ms.datasets.batches import Batch, BatchSource, InMemoryWindows, WindowOrder
+from mistral_ms.datasets.batches import Batch, BatchSource, InMemorySequences, SequenceOrder
 from mistral_ms.datasets.build import BuildResult, build_dataset
 from mistral_ms.datasets.description import DatasetInfo, check_fit, read_info, verify
 from mistral_ms.datasets.encoding import DocumentEncoder, vocabulary_digest
-from mistral_ms.datasets.packing import Packer, Window
-from mistral_ms.datasets.windows import MindRecordWindows
+from mistral_ms.datasets.packing import PackedSequence, Packer
+from mistral_ms.datasets.sequences import MindRecordSequences
 
 __all__ = [
     "Batch",
@@ -18,11 +18,11 @@ __all__ = [
     "BuildResult",
     "DatasetInfo",
     "DocumentEncoder",
-    "InMemoryWindows",
-    "MindRecordWindows",
+    "InMemorySequences",
+    "MindRecordSequences",
+    "PackedSequence",
     "Packer",
-    "Window",
-    "WindowOrder",
+    "SequenceOrder",
     "build_dataset",
     "check_fit",
     "read_info",

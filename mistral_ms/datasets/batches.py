@@ -1,4 +1,6 @@
-"""Batches of next-token windows. Which windows a step sees is a pure function of seed and step."""
+"""Batches of next-token sequences. Which sequences a step sees is a pure function of seed and
+step.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ class Batch:
         labels_BS: the token after each one; IGNORE_INDEX where nothing is predicted.
         positions_BS: of the tokens in their documents; -1 for padding.
         segments_BS: only tokens of equal number see each other; -1 for padding.
-        samples_B: numbers of the windows, for replay.
+        samples_B: numbers of the sequences, for replay.
         rows_B: numbers of the rows in the global batch, whatever part of it this is; those of a
             global batch when not given.
     """
@@ -64,8 +66,8 @@ class BatchSource(Protocol):
     """Where batches come from. Ranks take their rows of the global batch."""
 
     @property
-    def windows(self) -> int:
-        """Windows of one epoch."""
+    def sequences(self) -> int:
+        """Sequences of one epoch."""
         ...
 
     def batch(self, step: int) -> Batch:
@@ -73,18 +75,21 @@ class BatchSource(Protocol):
         ...
 
 
-def pack_windows(ids: Sequence[int], seq_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cuts a text into windows in which every token but the first is predicted exactly once.
+def pack_sequences(
+    ids: Sequence[int], seq_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts a text into sequences in which every token but the first is predicted exactly once.
 
-    A window begins with the last token of the one before it, and only the text itself begins
-    with BOS: a BOS in front of every window would have to be followed by anything at all.
+    A sequence begins with the last token of the one before it, and only the text itself begins
+    with BOS: a BOS in front of every sequence would have to be followed by anything at all.
 
     Args:
         ids: tokens of the text, at least two.
         seq_length: S.
 
     Returns:
-        Inputs, labels and positions, int32 [windows, S]; the last window is padded on its right.
+        Inputs, labels and positions, int32 [sequences, S]; the last sequence is padded on its
+        right.
 
     Raises:
         DataError: fewer than two tokens.
@@ -96,8 +101,8 @@ def pack_windows(ids: Sequence[int], seq_length: int) -> tuple[np.ndarray, np.nd
             rule="at least two are needed: one to see and one to predict",
         )
     predicted = len(ids) - 1
-    windows = -(-predicted // seq_length)
-    shape = (windows, seq_length)
+    sequences = -(-predicted // seq_length)
+    shape = (sequences, seq_length)
     inputs, labels = np.zeros(shape, np.int32), np.full(shape, IGNORE_INDEX, np.int32)
     inputs.reshape(-1)[:predicted] = ids[:-1]
     labels.reshape(-1)[:predicted] = ids[1:]
@@ -106,42 +111,42 @@ def pack_windows(ids: Sequence[int], seq_length: int) -> tuple[np.ndarray, np.nd
     return inputs, labels, positions
 
 
-class WindowOrder:
-    """Which windows each step sees: a pure function of seed and step.
+class SequenceOrder:
+    """Which sequences each step sees: a pure function of seed and step.
 
-    The windows are shuffled anew for each epoch and form one endless stream, of which step n
-    takes the n-th ``batch_size``. Each epoch shows each window once; a batch may hold the end of
+    The sequences are shuffled anew for each epoch and form one endless stream, of which step n
+    takes the n-th ``batch_size``. Each epoch shows each sequence once; a batch may hold the end of
     one epoch and the beginning of the next. Any restart and any number of ranks see the same.
 
     Args:
-        windows: of one epoch.
+        sequences: of one epoch.
         batch_size: B.
         seed: of the shuffling.
 
     Raises:
-        DataError: no windows, or an empty batch.
+        DataError: no sequences, or an empty batch.
     """
 
-    def __init__(self, windows: int, batch_size: int, seed: int) -> None:
-        if batch_size < 1 or windows < 1:
-            value = f"{batch_size} of {windows} windows"
+    def __init__(self, sequences: int, batch_size: int, seed: int) -> None:
+        if batch_size < 1 or sequences < 1:
+            value = f"{batch_size} of {sequences} sequences"
             raise DataError("invalid batch", value=value, rule="must be at least 1 of 1")
-        self.windows, self.batch_size, self.seed = windows, batch_size, seed
+        self.sequences, self.batch_size, self.seed = sequences, batch_size, seed
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def samples(self, step: int) -> np.ndarray:
-        """Numbers of the windows of the batch of ``step`` (the first is 0), int32 [B]."""
+        """Numbers of the sequences of the batch of ``step`` (the first is 0), int32 [B]."""
         first = step * self.batch_size
         stream = range(first, first + self.batch_size)
-        picks = [self._order(n // self.windows)[n % self.windows] for n in stream]
+        picks = [self._order(n // self.sequences)[n % self.sequences] for n in stream]
         return np.array(picks, np.int32)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.windows)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.sequences)
 
 
-class InMemoryWindows:
-    """A short text held in memory, in the order of :class:`WindowOrder`.
+class InMemorySequences:
+    """A short text held in memory, in the order of :class:`SequenceOrder`.
 
     Args:
         ids: tokens of the text.
@@ -150,15 +155,15 @@ class InMemoryWindows:
         seed: of the shuffling.
 
     Raises:
-        DataError: see :func:`pack_windows`.
+        DataError: see :func:`pack_sequences`.
     """
 
     def __init__(self, ids: Sequence[int], seq_length: int, batch_size: int, seed: int) -> None:
-        self._inputs, self._labels, self._positions = pack_windows(ids, seq_length)
-        self._order = WindowOrder(len(self._inputs), batch_size, seed)
+        self._inputs, self._labels, self._positions = pack_sequences(ids, seq_length)
+        self._order = SequenceOrder(len(self._inputs), batch_size, seed)
 
     @property
-    def windows(self) -> int:
+    def sequences(self) -> int:
         """See the protocol."""
         return len(self._inputs)
 

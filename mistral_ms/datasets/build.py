@@ -25,7 +25,7 @@ from mistral_ms.datasets.documents import (
     read_documents,
 )
 from mistral_ms.datasets.encoding import DocumentEncoder, TokenRun
-from mistral_ms.datasets.mindrecord import WindowWriter
+from mistral_ms.datasets.mindrecord import SequenceWriter
 from mistral_ms.datasets.packing import Packer, PackingCounts
 from mistral_ms.errors import DataError
 from mistral_ms.tokenizer import Tokenizer, end_token_notes
@@ -63,7 +63,7 @@ def build_dataset(
     Args:
         inputs: txt and jsonl files, see :func:`~mistral_ms.datasets.documents.read_documents`.
         tokenizer: the model's.
-        config: how documents become windows.
+        config: how documents become sequences.
         output: the directory; appears when it is whole.
         overwrite: replace a dataset that is there.
         progress: called with the bytes of the inputs that are done and their total.
@@ -81,16 +81,16 @@ def build_dataset(
     encoder = DocumentEncoder(tokenizer, config, ends)
     advance = _meter(total, progress)
     with new_directory(output, overwrite) as directory:
-        writer = WindowWriter(directory, config.seq_length)
+        writer = SequenceWriter(directory, config.seq_length)
         largest = 0
         for path in inputs:
             for document in read_documents(path, config, reject, advance):
                 for run in _runs(encoder, document, reject):
                     largest = max(largest, int(run.ids_T.max()))
-                    for window in packer.add(run):
-                        writer.write(window)
-        for window in packer.finish():
-            writer.write(window)
+                    for sequence in packer.add(run):
+                        writer.write(sequence)
+        for sequence in packer.finish():
+            writer.write(sequence)
         _check_something(packer.counts, config, reject)
         skipped = dict(sorted(reject.counts.items()))
         counts = Counts(**asdict(packer.counts), skipped=skipped, largest_id=largest)
@@ -128,16 +128,16 @@ def _runs(encoder: DocumentEncoder, document: Document, reject: Rejects) -> Iter
 
 def _sealed(directory: Path, files: Mapping[str, int]) -> tuple[DataFile, ...]:
     described = []
-    for name, windows in files.items():
+    for name, sequences in files.items():
         path = directory / name
         seal(path)
         size, digest = path.stat().st_size, file_digest(path)
-        described.append(DataFile(name=name, size=size, sha256=digest, windows=windows))
+        described.append(DataFile(name=name, size=size, sha256=digest, sequences=sequences))
     return tuple(described)
 
 
 def _check_something(counts: PackingCounts, config: DataConfig, reject: Rejects) -> None:
-    if counts.windows:
+    if counts.sequences:
         return
     found = f"{counts.documents} documents, {counts.tokens} tokens"
     if skipped := sum(reject.counts.values()):
@@ -145,7 +145,7 @@ def _check_something(counts: PackingCounts, config: DataConfig, reject: Rejects)
         found += f", {skipped} skipped ({reasons})"
     rule = "at least one token must be predicted"
     if counts.dropped:
-        rule = f"a window that is not dropped takes {config.seq_length + 1} tokens"
+        rule = f"a sequence that is not dropped takes {config.seq_length + 1} tokens"
     raise DataError("nothing to learn", value=found, rule=rule)
 
 

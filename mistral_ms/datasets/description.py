@@ -29,11 +29,11 @@ class Counts(Frozen):
 
     documents: int
     tokens: int
-    windows: int
+    sequences: int
     predicted: int
     padded: int
     dropped: int
-    silent_windows: int
+    silent_sequences: int
     skipped: dict[str, int]
     largest_id: int | None = None
 
@@ -71,13 +71,13 @@ class DataFile(Frozen):
         name: its name in the directory.
         size: its bytes.
         sha256: its digest.
-        windows: how many it holds; 0 for the index that MindRecord keeps beside each file.
+        sequences: how many it holds; 0 for the index that MindRecord keeps beside each file.
     """
 
     name: str
     size: int
     sha256: str
-    windows: int
+    sequences: int
 
 
 class DatasetInfo(Frozen):
@@ -91,12 +91,12 @@ class DatasetInfo(Frozen):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the windows hold: the same texts packed alike, wherever they lie."""
-        # the index files beside the windows are MindRecord's own and not always the same bytes
-        # how the input was read shows in the windows; digests of older datasets stay as they are
+        """SHA-256 of what the sequences hold: the same texts packed alike, wherever they lie."""
+        # the index files beside the sequences are MindRecord's own and not always the same bytes
+        # how the input was read shows in the sequences; digests of older datasets stay as they are
         config = self.config.model_dump(mode="json", exclude={"format", "chat_template"})
         content = [config, self.vocabulary.sha256]
-        content += [file.sha256 for file in self.files if file.windows]
+        content += [file.sha256 for file in self.files if file.sequences]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -131,10 +131,10 @@ def read_info(directory: Path) -> DatasetInfo:
         _check_size(Path(directory) / file.name, file.size)
     names = {file.name for file in info.files}
     for file in info.files:
-        if file.windows and f"{file.name}.db" not in names:
+        if file.sequences and f"{file.name}.db" not in names:
             raise _damaged(path, f"no {file.name}.db", "MindRecord's index is listed, too")
-    if sum(file.windows for file in info.files) != info.counts.windows:
-        found = f"{info.counts.windows} windows"
+    if sum(file.sequences for file in info.files) != info.counts.sequences:
+        found = f"{info.counts.sequences} sequences"
         raise _damaged(path, found, "must be the sum over the files")
     return info
 
@@ -176,12 +176,12 @@ def check_fit(
             the vocabularies must be, and the model may have rows to spare.
 
     Raises:
-        DataError: windows that are longer than the model allows, or another vocabulary.
+        DataError: sequences that are longer than the model allows, or another vocabulary.
     """
     length, longest = info.config.seq_length, model.longest_sequence
     if length > longest:
         raise DataError(
-            "windows too long for the model",
+            "sequences too long for the model",
             where=directory,
             value=f"seq_length {length}",
             rule=f"the model's {model.length_rule}",

@@ -18,8 +18,8 @@ from mistral_ms.datasets.description import DESCRIPTION
 from mistral_ms.errors import DataError
 from mistral_ms.staging import StagedDirectory, sync_directory
 
-WINDOW_FILES = "windows-*.mindrecord"
-_KNOWN = (DESCRIPTION, WINDOW_FILES, f"{WINDOW_FILES}.db")
+SEQUENCE_FILES = "sequences-*.mindrecord"
+_KNOWN = (DESCRIPTION, SEQUENCE_FILES, f"{SEQUENCE_FILES}.db")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -1,7 +1,7 @@
-"""Windows in MindRecord files: the one module of this room that loads MindSpore.
+"""Sequences in MindRecord files: the one module of this package that loads MindSpore.
 
 A record has the int32 fields ``ids``, ``labels``, ``positions`` and ``segments``, each [S], and
-``window``, its number in the dataset. ``mindspore.dataset.MindDataset`` reads the files as any
+``sequence``, its number in the dataset. ``mindspore.dataset.MindDataset`` reads the files as any
 others; their order is that of their names.
 """
 
@@ -19,61 +19,62 @@ import numpy as np
 
 from mistral_ms.datasets.description import DataFile
 from mistral_ms.datasets.directory import write_error
-from mistral_ms.datasets.packing import Window
+from mistral_ms.datasets.packing import PackedSequence
 from mistral_ms.errors import DataError
 
 FIELDS = ("ids", "labels", "positions", "segments")
-NUMBER = "window"
+NUMBER = "sequence"
 FILE_BYTES = 1 << 30
-FILE_WINDOWS = 1 << 20  # MindRecord keeps a row of an index for each
+FILE_SEQUENCES = 1 << 20  # MindRecord keeps a row of an index for each
 _HEADER_BYTES = 1 << 20  # room for the list of a file's pages, a few hundred bytes each
 _PAGE_BYTES = 4 << 20
 _LARGEST_PAGE = 256 << 20  # MindRecord's limit
 _BUFFER_BYTES = 4 << 20
 
 
-class WindowWriter:
-    """Writes windows into ``windows-00000.mindrecord`` and on; a file is begun when one is full.
+class SequenceWriter:
+    """Writes sequences into ``sequences-00000.mindrecord`` and on; a file is begun when one is
+    full.
 
     Args:
         directory: where to; must exist.
         seq_length: S.
-        file_windows: the most windows of a file; by default as many as a gibibyte holds.
+        file_sequences: the most sequences of a file; by default as many as a gibibyte holds.
     """
 
-    def __init__(self, directory: Path, seq_length: int, file_windows: int | None = None) -> None:
+    def __init__(self, directory: Path, seq_length: int, file_sequences: int | None = None) -> None:
         nbytes = 4 * len(FIELDS) * seq_length
         self._directory, self._seq_length = directory, seq_length
-        self._file_windows = file_windows or max(1, min(FILE_WINDOWS, FILE_BYTES // nbytes))
+        self._file_sequences = file_sequences or max(1, min(FILE_SEQUENCES, FILE_BYTES // nbytes))
         self._page_bytes = _PAGE_BYTES
         while self._page_bytes < min(4 * nbytes, _LARGEST_PAGE):
             self._page_bytes *= 2
         self._at_a_time = max(1, _BUFFER_BYTES // nbytes)
         self._writer: Any = None
         self._buffer: list[dict[str, Any]] = []
-        self._written: list[int] = []  # windows of each file
+        self._written: list[int] = []  # sequences of each file
         self._next = 0
 
-    def write(self, window: Window) -> None:
-        """Appends a window.
+    def write(self, sequence: PackedSequence) -> None:
+        """Appends a sequence.
 
         Raises:
             DataError: MindRecord cannot write, because the disk is full or for another reason.
         """
-        record: dict[str, Any] = {name: getattr(window, f"{name}_S") for name in FIELDS}
+        record: dict[str, Any] = {name: getattr(sequence, f"{name}_S") for name in FIELDS}
         self._buffer.append({NUMBER: self._next, **record})
         self._next += 1
         in_file = len(self._buffer) + (self._written[-1] if self._writer is not None else 0)
-        if len(self._buffer) == self._at_a_time or in_file == self._file_windows:
+        if len(self._buffer) == self._at_a_time or in_file == self._file_sequences:
             self._flush()
-        if in_file == self._file_windows:
+        if in_file == self._file_sequences:
             self._commit()
 
     def close(self) -> dict[str, int]:
         """Ends the last file.
 
         Returns:
-            File names, in order, and how many windows each holds; 0 for indices.
+            File names, in order, and how many sequences each holds; 0 for indices.
 
         Raises:
             DataError: see :meth:`write`; or a file does not hold what was written.
@@ -83,9 +84,9 @@ class WindowWriter:
         if self._writer is not None:
             self._commit()
         files: dict[str, int] = {}
-        for number, windows in enumerate(self._written):
+        for number, sequences in enumerate(self._written):
             path = self._path(number)
-            files |= {path.name: windows, f"{path.name}.db": 0}
+            files |= {path.name: sequences, f"{path.name}.db": 0}
         return files
 
     def _flush(self) -> None:
@@ -108,7 +109,7 @@ class WindowWriter:
             raise self._failed(error) from error
         self._writer = None
         if found != expected:  # MindRecord leaves out what it does not like, with a warning
-            raise write_error(path, f"{found} windows arrived of {expected}")
+            raise write_error(path, f"{found} sequences arrived of {expected}")
 
     def _opened(self, path: Path) -> Any:
         from mindspore.mindrecord import FileWriter
@@ -118,13 +119,13 @@ class WindowWriter:
         writer.set_page_size(self._page_bytes)
         arrays = {name: {"type": "int32", "shape": [self._seq_length]} for name in FIELDS}
         writer.add_schema(
-            {NUMBER: {"type": "int32"}, **arrays}, "windows for next-token prediction"
+            {NUMBER: {"type": "int32"}, **arrays}, "sequences for next-token prediction"
         )
         writer.add_index([NUMBER])
         return writer
 
     def _path(self, number: int) -> Path:
-        return self._directory / f"windows-{number:05d}.mindrecord"
+        return self._directory / f"sequences-{number:05d}.mindrecord"
 
     def _failed(self, error: Exception) -> DataError:
         """MindRecord seldom says why; a disk without room for a page is the likely reason."""
@@ -140,8 +141,8 @@ class WindowWriter:
         )
 
 
-class WindowReader:
-    """Random access to the windows of a dataset; files are opened when first needed.
+class SequenceReader:
+    """Random access to the sequences of a dataset; files are opened when first needed.
 
     Args:
         directory: the dataset.
@@ -150,19 +151,19 @@ class WindowReader:
     """
 
     def __init__(self, directory: Path, files: Sequence[DataFile], seq_length: int) -> None:
-        self._paths = [Path(directory) / file.name for file in files if file.windows]
-        self._ends = list(accumulate(file.windows for file in files if file.windows))
+        self._paths = [Path(directory) / file.name for file in files if file.sequences]
+        self._ends = list(accumulate(file.sequences for file in files if file.sequences))
         self._seq_length = seq_length
         self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, number: int) -> Window:
-        """The window with this number.
+    def __getitem__(self, number: int) -> PackedSequence:
+        """The sequence with this number.
 
         Raises:
-            IndexError: no such window.
+            IndexError: no such sequence.
             DataError: its file cannot be read, or holds something else.
         """
         if not 0 <= number < len(self):
@@ -177,8 +178,10 @@ class WindowReader:
         except Exception as error:  # whatever the back end raises
             raise _damaged(path, number, _reason(error)) from error
         if int(found) != number or any(array.shape != (self._seq_length,) for array in arrays):
-            raise _damaged(path, number, f"holds window {int(found)}, {arrays[0].shape[0]} tokens")
-        return Window(*(np.asarray(array, np.int32) for array in arrays))
+            raise _damaged(
+                path, number, f"holds sequence {int(found)}, {arrays[0].shape[0]} tokens"
+            )
+        return PackedSequence(*(np.asarray(array, np.int32) for array in arrays))
 
 
 def _opened(path: Path) -> Any:
@@ -191,7 +194,7 @@ def _opened(path: Path) -> Any:
 def _damaged(path: Path, number: int, value: str) -> DataError:
     return DataError(
         "damaged dataset",
-        where=f"{path}, window {number}",
+        where=f"{path}, sequence {number}",
         value=value,
         todo="copy the dataset again, or write it anew",
     )

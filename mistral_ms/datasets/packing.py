@@ -1,4 +1,4 @@
-"""Documents, end to end, cut into windows of equal length."""
+"""Documents, end to end, cut into sequences of equal length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PADDING = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class PackedSequence:
     """What the model sees at once; all arrays are int32 [S].
 
     Attributes:
@@ -38,29 +38,29 @@ class PackingCounts:
     Attributes:
         documents: whole documents taken.
         tokens: their tokens, BOS and EOS included.
-        windows: windows given out.
+        sequences: sequences given out.
         predicted: labels in them that count.
-        padded: places of the last window that hold no token.
-        dropped: tokens whose place as an input was in a last window that was dropped.
-        silent_windows: windows left out because no label in them counts.
+        padded: places of the last sequence that hold no token.
+        dropped: tokens whose place as an input was in a last sequence that was dropped.
+        silent_sequences: sequences left out because no label in them counts.
     """
 
     documents: int = 0
     tokens: int = 0
-    windows: int = 0
+    sequences: int = 0
     predicted: int = 0
     padded: int = 0
     dropped: int = 0
-    silent_windows: int = 0
+    silent_sequences: int = 0
 
 
 class Packer:
-    """Cuts a stream of tokens into windows; holds back less than a window between calls.
+    """Cuts a stream of tokens into sequences; holds back less than a sequence between calls.
 
-    A window takes S + 1 tokens: S inputs, and as labels the same shifted by one. The last token
-    of a window is the first of the next, so that each token but the very first is a label exactly
+    A sequence takes S + 1 tokens: S inputs, and as labels the same shifted by one. The last token
+    of a sequence is the first of the next, so that each token but the very first is a label exactly
     once. What the boundaries between documents do is the configuration's ``boundaries``. A part of
-    a document that a window begins with has positions from 0 on.
+    a document that a sequence begins with has positions from 0 on.
 
     Args:
         config: ``seq_length``, ``boundaries`` and ``drop_last`` are looked at.
@@ -76,8 +76,8 @@ class Packer:
         self._counted = np.empty(0, np.bool_)
         self._starts = np.empty(0, np.bool_)
 
-    def add(self, run: TokenRun) -> Iterator[Window]:
-        """Takes the next tokens; gives the windows that they complete."""
+    def add(self, run: TokenRun) -> Iterator[PackedSequence]:
+        """Takes the next tokens; gives the sequences that they complete."""
         S, T = self._config.seq_length, len(run.ids_T)
         starts = np.zeros(T, np.bool_)
         starts[0] = run.starts
@@ -88,34 +88,34 @@ class Packer:
         self._starts = np.concatenate((self._starts, starts))
         first = 0
         while len(self._ids) - first > S:
-            yield from self._given(self._window(first, S))
+            yield from self._given(self._sequence(first, S))
             first += S
         self._forget(first)
 
-    def finish(self) -> Iterator[Window]:
-        """Gives the last window, padded, unless it is empty or to be dropped."""
+    def finish(self) -> Iterator[PackedSequence]:
+        """Gives the last sequence, padded, unless it is empty or to be dropped."""
         S, inputs = self._config.seq_length, len(self._ids) - 1
         if inputs < 1:
             return
         if self._config.drop_last:
             self.counts.dropped += inputs
         else:
-            for window in self._given(self._window(0, inputs)):
+            for sequence in self._given(self._sequence(0, inputs)):
                 self.counts.padded += S - inputs
-                yield window
+                yield sequence
         self._forget(inputs)
 
-    def _given(self, window: Window) -> Iterator[Window]:
-        predicted = int(np.count_nonzero(window.labels_S != IGNORE_INDEX))
+    def _given(self, sequence: PackedSequence) -> Iterator[PackedSequence]:
+        predicted = int(np.count_nonzero(sequence.labels_S != IGNORE_INDEX))
         if predicted:
-            self.counts.windows += 1
+            self.counts.sequences += 1
             self.counts.predicted += predicted
-            yield window
+            yield sequence
         else:
-            self.counts.silent_windows += 1
+            self.counts.silent_sequences += 1
 
-    def _window(self, first: int, inputs: int) -> Window:
-        """The window of ``inputs`` tokens from ``first`` on, padded to S."""
+    def _sequence(self, first: int, inputs: int) -> PackedSequence:
+        """The sequence of ``inputs`` tokens from ``first`` on, padded to S."""
         S, boundaries = self._config.seq_length, self._config.boundaries
         now, then = slice(first, first + inputs), slice(first + 1, first + 1 + inputs)
         labels = np.where(self._counted[then], self._ids[then], np.int32(IGNORE_INDEX))
@@ -127,7 +127,7 @@ class Packer:
             begins[0] = True
             segments = np.cumsum(begins) - 1
             positions = positions - np.flatnonzero(begins)[segments]
-        return Window(
+        return PackedSequence(
             ids_S=_filled(self._ids[now], S, 0),
             labels_S=_filled(labels, S, IGNORE_INDEX),
             positions_S=_filled(positions, S, PADDING),

@@ -36,7 +36,7 @@ from mistral_ms.inference.settings import read_checkpoint_settings
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM, NextTokenLogits
 from mistral_ms.ops.modes import graph_mode
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 OnText = Callable[[int, str], None]
@@ -126,7 +126,7 @@ class Engine:
         verify: bool = True,
         follow_links: bool = False,
         dtype: DType = "float32",
-        division: Division | None = None,
+        parallel_context: ParallelContext | None = None,
         eos_ids: Sequence[int] | None = None,
     ) -> Engine:
         """Opens a checkpoint of any known format and loads it.
@@ -142,7 +142,8 @@ class Engine:
             with_tokenizer: load the directory's tokenizer; without it completions have no text.
             verify: compare a checkpoint of ours with its digests while it is read.
             follow_links: links may lead out of the directory; see :func:`open_checkpoint`.
-            division: this process's part of several; all must then do the same with their engines.
+            parallel_context: this process's part of several; all must then do the same with their
+                engines.
             eos_ids: tokens that end a text; what the checkpoint's files say when None, see
                 :func:`~mistral_ms.inference.settings.read_checkpoint_settings`.
 
@@ -153,30 +154,34 @@ class Engine:
                 compute in ``dtype``.
         """
         check_dtype(dtype)
-        division = Division(ParallelConfig()) if division is None else division
+        parallel_context = (
+            ParallelContext(ParallelConfig()) if parallel_context is None else parallel_context
+        )
         with open_checkpoint(
             Path(path),
             kind,
             verify=verify,
             follow_links=follow_links,
-            rank=division.rank,
-            world=division.world,
+            rank=parallel_context.rank,
+            world=parallel_context.world,
         ) as source:
             config = source.config
             length = config.longest_sequence if max_length is None else max_length
             check_length(config, length, "max_length")
             chunk = min(chunk, length)
-            rows = -(-batch // division.data_parallel[1])
+            rows = -(-batch // parallel_context.data_parallel[1])
             spec = CacheSpec.for_model(config, rows, length, chunk)
             tokenizer = None
             if with_tokenizer:
                 tokenizer = load_tokenizer(Path(path))
                 check_vocabulary(tokenizer, config)
-            model = division.build_model(config, DROPLESS, dtype, cache=spec, positions=length)
+            model = parallel_context.build_model(
+                config, DROPLESS, dtype, cache=spec, positions=length
+            )
             if eos_ids is None:
                 eos_ids = read_checkpoint_settings(Path(path), config, tokenizer).eos_ids
-            load_weights(source, model.weights(), storage=division.storage(model.specs))
-        step = division.next_token(model, dtype)
+            load_weights(source, model.weights(), storage=parallel_context.storage(model.specs))
+        step = parallel_context.next_token(model, dtype)
         return cls(
             model,
             max_length=length,

@@ -16,7 +16,7 @@ from mistral_ms.errors import ConfigError
 from mistral_ms.inference.engine import Engine, check_dtype
 from mistral_ms.inference.graph_engine import load_graph_engine
 from mistral_ms.inference.lengths import check_length
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 
 
 class Opening(TypedDict, total=False):
@@ -32,7 +32,7 @@ class Opening(TypedDict, total=False):
 def load_engine(
     path: Path,
     *,
-    division: Division,
+    parallel_context: ParallelContext,
     batch: int = 1,
     max_length: int | None = None,
     chunk: int = 256,
@@ -48,7 +48,7 @@ def load_engine(
 
     Args:
         path: its directory, of any known format.
-        division: this process's part of several; all must do the same with their engines.
+        parallel_context: this process's part of several; all must do the same with their engines.
         batch: sequences computed side by side.
         max_length: positions of a sequence; the model's longest sequence by default.
         chunk: prompt tokens that are computed at a time.
@@ -63,7 +63,7 @@ def load_engine(
         TokenizerError: no tokenizer, or one that does not fit the model.
         GenerationError: ``max_length`` or ``dtype`` cannot be had.
     """
-    parallel = division.parallel
+    parallel = parallel_context.parallel
     way = parallel.execution_on(ms.get_context("device_target"))
     if parallel.execution == "auto" and (parallel.pp > 1 or not compiled):
         way = "explicit"
@@ -75,7 +75,7 @@ def load_engine(
             chunk=chunk,
             graph=compiled,
             dtype=dtype,
-            division=division,
+            parallel_context=parallel_context,
             **opening,
         )
     if not compiled:
@@ -92,8 +92,8 @@ def load_engine(
         opening.get("kind"),
         verify=False,  # the weights are read below
         follow_links=opening.get("follow_links", False),
-        rank=division.rank,
-        world=division.world,
+        rank=parallel_context.rank,
+        world=parallel_context.world,
     ) as source:
         config = source.config
     length = config.longest_sequence if max_length is None else max_length
@@ -103,4 +103,4 @@ def load_engine(
     run = validate(
         PredictConfig, {"model": config, "prediction": sizes, "parallel": parallel}, "generation"
     )
-    return load_graph_engine(path, run, rank=division.rank, **opening)
+    return load_graph_engine(path, run, rank=parallel_context.rank, **opening)

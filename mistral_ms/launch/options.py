@@ -100,7 +100,7 @@ def parse(arguments: Sequence[str], kind: str) -> Options:
     else:
         add("--align", action="store_true", help="compare with Hugging Face instead")
         add("--dp", type=int, default=1, metavar="N", help="ranks that share the prompts")
-        add("--mp", type=int, default=1, metavar="N", help="shares of every matrix")
+        add("--mp", type=int, default=1, metavar="N", help="shards of every matrix")
         add("--pp", type=int, default=1, metavar="N", help="pipeline stages")
         add("--ep", type=int, default=1, metavar="N", help="ranks that share the experts")
     add("--workers", type=int, required=True, metavar="N", help="processes on each machine")

@@ -7,10 +7,10 @@ from mistral_ms.layers.kv_cache import CacheSpec, Columns, KeyPositions, KVCache
 from mistral_ms.layers.linear import Linear, OutputLogits, output_logits
 from mistral_ms.layers.loss import HeadLoss, TokenNLL, token_nll
 from mistral_ms.layers.norm import RMSNorm
-from mistral_ms.layers.parameter import draw, is_buffer
+from mistral_ms.layers.parameter import init_values, is_buffer
 from mistral_ms.layers.rope import RotaryTable, rope_angles
 from mistral_ms.layers.rope_scaling import inverse_frequencies
-from mistral_ms.layers.vocabulary_loss import VocabularyNLL
+from mistral_ms.layers.vocabulary_loss import VocabParallelCrossEntropy
 
 __all__ = [
     "Attention",
@@ -29,10 +29,10 @@ __all__ = [
     "RMSNorm",
     "RotaryTable",
     "TokenNLL",
-    "VocabularyNLL",
-    "draw",
+    "VocabParallelCrossEntropy",
     "embedded",
     "forget",
+    "init_values",
     "inverse_frequencies",
     "is_buffer",
     "output_logits",

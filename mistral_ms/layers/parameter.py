@@ -1,4 +1,4 @@
-"""Weights: created as zeros, filled by a checkpoint or by :func:`draw`."""
+"""Weights: created as zeros, filled by a checkpoint or by :func:`init_values`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_buffer(parameter: Parameter) -> bool:
     return getattr(parameter, "is_buffer", False)
 
 
-def draw(spec: ParamSpec, seed: int) -> np.ndarray:
+def init_values(spec: ParamSpec, seed: int) -> np.ndarray:
     """Initial values of one whole parameter, float32.
 
     Each weight has a random stream of its own, derived from the seed and its name: what a weight

@@ -38,7 +38,7 @@ class Group(Protocol):
         """The sum of everybody's tensor."""
 
 
-class _ShareNLL(nn.Cell):
+class _VocabParallelNLL(nn.Cell):
     """-log softmax(logits)[label] of every row, with the gradient written out."""
 
     def __init__(self, group: Group, rows: int) -> None:
@@ -76,7 +76,7 @@ class _ShareNLL(nn.Cell):
         return d_logits_TW, _zeros_like(labels_T1)
 
 
-class VocabularyNLL(nn.Cell):
+class VocabParallelCrossEntropy(nn.Cell):
     """The counterpart of :func:`mistral_ms.layers.token_nll` for a share of the logits.
 
     The share is ``output_logits(hidden, weight)`` with this process's rows of the head; the norm
@@ -89,7 +89,7 @@ class VocabularyNLL(nn.Cell):
 
     def __init__(self, group: Group, vocab_size: int) -> None:
         super().__init__()
-        self.nll = _ShareNLL(group, vocab_size // group.size)
+        self.nll = _VocabParallelNLL(group, vocab_size // group.size)
 
     def construct(self, logits_TW: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood of every label, and which of them count; whole in all processes.

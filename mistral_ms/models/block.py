@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import Tensor, nn
 
 from mistral_ms.layers import AttentionContext
-from mistral_ms.models.parts import Parts
+from mistral_ms.models.layer_factory import LayerFactory
 from mistral_ms.moe import GateContext, RouterSums
 
 
@@ -13,7 +13,7 @@ class DecoderBlock(nn.Cell):
     """Pre-norm attention, then a dense feed-forward or a sparse layer, each with a residual.
 
     Args:
-        parts: makes the pieces.
+        layer_factory: makes the pieces.
         layer: index of the block; decides which feed-forward it has, and its sliding window.
 
     Attributes:
@@ -21,18 +21,18 @@ class DecoderBlock(nn.Cell):
         window: which of the model's ``windows`` it has, and so which context it takes.
     """
 
-    def __init__(self, parts: Parts, layer: int) -> None:
+    def __init__(self, layer_factory: LayerFactory, layer: int) -> None:
         super().__init__()
-        self.sparse = parts.config.is_sparse(layer)
-        self.window = parts.config.windows.index(parts.config.window_of(layer))
-        self.add = parts.residual()
-        self.input_layernorm = parts.norm()
-        self.attention = parts.attention(layer)
-        self.post_attention_layernorm = parts.norm(shared=not self.sparse)
+        self.sparse = layer_factory.config.is_sparse(layer)
+        self.window = layer_factory.config.windows.index(layer_factory.config.window_of(layer))
+        self.add = layer_factory.residual()
+        self.input_layernorm = layer_factory.norm()
+        self.attention = layer_factory.attention(layer)
+        self.post_attention_layernorm = layer_factory.norm(shared=not self.sparse)
         if self.sparse:
-            self.moe = parts.moe(layer)
+            self.moe = layer_factory.moe(layer)
         else:
-            self.feed_forward = parts.feed_forward()
+            self.feed_forward = layer_factory.feed_forward()
 
     def construct(
         self,

@@ -19,14 +19,14 @@ from mistral_ms.layers import (
     CacheSpec,
     OutputLogits,
     RotaryTable,
-    draw,
+    init_values,
     is_buffer,
     output_logits,
     visible_keys,
 )
 from mistral_ms.models.block import DecoderBlock
-from mistral_ms.models.parts import Parts
-from mistral_ms.models.segment import Segment
+from mistral_ms.models.layer_factory import LayerFactory
+from mistral_ms.models.model_chunk import ModelChunk
 from mistral_ms.moe import Gate, RouterSums, gate_context, stack_sums
 from mistral_ms.weights import Specs, by_name, check_parameters, specs
 
@@ -43,16 +43,16 @@ class CausalLM(nn.Cell):
         cache: sizes of the key/value cache; None computes whole sequences.
         dtype: dtype of weights and activations; "float32" on CPU.
         positions: rows of the rotary tables; the model's max_position_embeddings when None.
-        parts: makes the pieces; those of one device when None. A maker knows its own dtype,
+        layer_factory: makes the pieces; those of one device when None. A maker knows its own dtype,
             routing and cache, which must then be these.
-        segment: the run of layers that this is; the whole model when None. What it does not hold
-            does not exist: without the embedding it is given hidden states instead of tokens.
+        model_chunk: the run of layers that this is; the whole model when None. What it does not
+            hold does not exist: without the embedding it is given hidden states instead of tokens.
 
     Attributes:
         specs: what is true of each of its parameters as wholes, by name.
 
     Raises:
-        ConfigError: a segment of a model whose embedding is its head, too.
+        ConfigError: a model chunk of a model whose embedding is its head, too.
         WeightError: its pieces have other parameters than the specifications describe.
     """
 
@@ -64,32 +64,36 @@ class CausalLM(nn.Cell):
         cache: CacheSpec | None = None,
         dtype: str = "float32",
         positions: int | None = None,
-        parts: Parts | None = None,
-        segment: Segment | None = None,
+        layer_factory: LayerFactory | None = None,
+        model_chunk: ModelChunk | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.segment = Segment.whole(config) if segment is None else segment
-        self.segment.check(config)
-        parts = Parts(config, routing, cache, dtype) if parts is None else parts
-        if self.segment.embeds:
-            self.embed_tokens = parts.embedding()
-        self.layers = nn.CellList([DecoderBlock(parts, layer) for layer in self.segment.layers])
+        self.model_chunk = ModelChunk.whole(config) if model_chunk is None else model_chunk
+        self.model_chunk.check(config)
+        layer_factory = (
+            LayerFactory(config, routing, cache, dtype) if layer_factory is None else layer_factory
+        )
+        if self.model_chunk.embeds:
+            self.embed_tokens = layer_factory.embedding()
+        self.layers = nn.CellList(
+            [DecoderBlock(layer_factory, layer) for layer in self.model_chunk.layers]
+        )
         self.tied = config.tie_word_embeddings
-        self.predicts = self.segment.predicts
+        self.predicts = self.model_chunk.predicts
         if self.predicts:
-            self.norm = parts.norm()
+            self.norm = layer_factory.norm()
             if not self.tied:
-                self.lm_head = parts.head()
+                self.lm_head = layer_factory.head()
         rows = config.max_position_embeddings if positions is None else positions
         self.rotary = RotaryTable(config, rows)
         self.windows = config.windows
         self.sparse = any(layer.sparse for layer in self.layers)
         self.cached = cache is not None
         if cache is not None:
-            self.key_positions = parts.key_positions(cache)
-        self.specs = by_name(filter(self.segment.holds, specs(config)))
-        check_weights(self.weights(), self.specs, parts)
+            self.key_positions = layer_factory.key_positions(cache)
+        self.specs = by_name(filter(self.model_chunk.holds, specs(config)))
+        check_weights(self.weights(), self.specs, layer_factory)
 
     def construct(self, ids_BS: Tensor, positions_BS: Tensor) -> Tensor:
         """Logits [B, S, V] in float32 of int32 ids and positions [B, S]."""
@@ -130,8 +134,8 @@ class CausalLM(nn.Cell):
         segments_BS: Tensor | None = None,
         random_B3: Tensor | None = None,
     ) -> tuple[Tensor, RouterSums | None]:
-        """From embedded tokens, or what the segment before gave, to the result of the last layer
-        that is held, normalised where it is the model's last; and the router sums as above.
+        """From embedded tokens, or what the model chunk before gave, to the result of the last
+        layer that is held, normalised where it is the model's last; and the router sums as above.
         """
         contexts = self.attention_contexts(positions_BS, segments_BS)
         valid_T = ops.cast(positions_BS.reshape(-1) >= 0, ms.float32)
@@ -179,10 +183,10 @@ class CausalLM(nn.Cell):
             layer.attention.cache.clear()
 
     def weights(self) -> dict[str, ms.Parameter]:
-        """All weights, frozen ones too, by the names that our checkpoints use; those of a segment
-        by their names in the whole model.
+        """All weights, frozen ones too, by the names that our checkpoints use; those of a model
+        chunk by their names in the whole model.
         """
-        name = self.segment.name_in_model
+        name = self.model_chunk.name_in_model
         return {name(n): p for n, p in self.parameters_and_names() if not is_buffer(p)}
 
     def update_gates(self, routed_LE: np.ndarray) -> None:
@@ -193,8 +197,8 @@ class CausalLM(nn.Cell):
                 capacity, of the whole batch.
         """
         for row, number in enumerate(self.config.sparse_layers):
-            if number in self.segment.layers:
-                layer = self.layers[number - self.segment.layers.start]
+            if number in self.model_chunk.layers:
+                layer = self.layers[number - self.model_chunk.layers.start]
                 for _, cell in layer.cells_and_names():
                     if isinstance(cell, Gate):
                         cell.update(routed_LE[row])
@@ -202,23 +206,25 @@ class CausalLM(nn.Cell):
     def initialize(self, seed: int) -> None:
         """Draws fresh weights as their specifications say; a function of the seed."""
         for name, parameter in self.weights().items():
-            values = draw(self.specs[name], seed)
+            values = init_values(self.specs[name], seed)
             parameter.set_data(Tensor(values).astype(parameter.dtype))
 
 
-def check_weights(weights: Mapping[str, ms.Parameter], specs: Specs, parts: Parts) -> None:
+def check_weights(
+    weights: Mapping[str, ms.Parameter], specs: Specs, layer_factory: LayerFactory
+) -> None:
     """Compares a model's parameters with their specifications; only trained ones get gradients.
 
     Args:
         weights: the model's parameters, by the names of checkpoints.
         specs: of what the model holds.
-        parts: made the model.
+        layer_factory: made the model.
 
     Raises:
         WeightError: another set of names, or other shapes.
     """
     held = {name: tuple(parameter.shape) for name, parameter in weights.items()}
-    check_parameters(held, {name: parts.held_shape(spec) for name, spec in specs.items()})
+    check_parameters(held, {name: layer_factory.held_shape(spec) for name, spec in specs.items()})
     for name, parameter in weights.items():
         if specs[name].kind != "trained":
             parameter.requires_grad = False

@@ -12,7 +12,7 @@ from mistral_ms.config import IGNORE_INDEX
 from mistral_ms.errors import ConfigError
 from mistral_ms.layers import HeadLoss, TokenNLL, output_logits
 from mistral_ms.models.causal_lm import CausalLM
-from mistral_ms.models.segment import Segment
+from mistral_ms.models.model_chunk import ModelChunk
 from mistral_ms.moe import LossTerm, RouterSums, gate_class, loss_terms
 
 _sum = ops.ReduceSum()
@@ -32,7 +32,7 @@ class LossReport(NamedTuple):
     tuple in this order (GRAPH_MODE cannot build named ones): ``LossReport(*parts)``.
 
     A batch may be cut into dispatch groups (micro-batches, ranks). With the whole batch's counts
-    as ``shares`` each group reports its part, and the parts of all groups add up.
+    as ``inv_counts`` each group reports its part, and the parts of all groups add up.
 
     Attributes:
         lm: mean negative log-likelihood over the counted tokens.
@@ -41,7 +41,7 @@ class LossReport(NamedTuple):
         z: router z-loss, without its coefficient.
         routed_LE: choices per sparse layer and expert, before the capacity (a scalar 0 for a
             dense model).
-        kept_LE: choices that got a place (likewise).
+        kept_LE: choices that got a slot (likewise).
         others: further router losses, without their coefficients, in the order of
             ``Objective.others``; each counted as ``aux`` is.
     """
@@ -78,21 +78,23 @@ class RouterLoss(nn.Cell):
 
 
 class Objective(nn.Cell):
-    """lm + aux_coef * aux + z_coef * z, and further router losses by their coefficients.
+    """lm + router_aux_loss_coef * aux + router_z_loss_coef * z, and further router losses by their
+    coefficients.
 
-    Of a segment it is that segment's part: the router losses of its own layers, and lm where it
-    predicts. The parts of all segments of a model add up, as long as aux is not pooled.
+    Of a model chunk it is that model chunk's part: the router losses of its own layers, and lm
+    where it predicts. The parts of all model chunks of a model add up, as long as aux is not
+    pooled.
 
     Args:
-        model: the model to train, or a segment of it.
-        aux_coef: coefficient of the load-balancing loss.
-        z_coef: coefficient of the router z-loss.
+        model: the model to train, or a model chunk of it.
+        router_aux_loss_coef: coefficient of the load-balancing loss.
+        router_z_loss_coef: coefficient of the router z-loss.
         router_losses: coefficients of further router losses by their names.
         pooled_aux: whether aux pools all layers (Hugging Face) or averages per layer.
         loss_chunk: tokens whose logits are held at a time; None chooses: all where they fit in
             256 MiB, as many as fit otherwise.
-        copies: parts of the batch, equal in rows, that are dispatch groups of their own and go
-            through the model side by side in one graph: nothing in one waits for the other, so
+        interleave_num: parts of the batch, equal in rows, that are dispatch groups of their own and
+            go through the model side by side in one graph: nothing in one waits for the other, so
             that the communication of one may hide behind the computation of the other.
         token_nll: of logits [T, V] and labels [T], see :func:`mistral_ms.layers.token_nll`; for
             a model whose logits are divided, one that brings them together.
@@ -101,42 +103,46 @@ class Objective(nn.Cell):
         others: names of the further router losses, in the order of ``LossReport.others``.
 
     Raises:
-        ConfigError: pooled aux of a segment, a router loss that the model's gate does not have.
+        ConfigError: pooled aux of a model chunk, a router loss that the model's gate does not have.
     """
 
     def __init__(
         self,
         model: CausalLM,
         *,
-        aux_coef: float = 0.0,
-        z_coef: float = 0.0,
+        router_aux_loss_coef: float = 0.0,
+        router_z_loss_coef: float = 0.0,
         router_losses: Mapping[str, float] | None = None,
         pooled_aux: bool = True,
         loss_chunk: int | None = None,
-        copies: int = 1,
+        interleave_num: int = 1,
         token_nll: nn.Cell | None = None,
     ) -> None:
         super().__init__()
-        if pooled_aux and aux_coef > 0 and model.segment != Segment.whole(model.config):
+        if (
+            pooled_aux
+            and router_aux_loss_coef > 0
+            and model.model_chunk != ModelChunk.whole(model.config)
+        ):
             raise ConfigError(
                 "impossible objective",
                 where="routing.aux_loss",
-                value="pooled, of a segment of the model",
+                value="pooled, of a model chunk of the model",
                 rule="the pooled load-balancing loss couples all layers",
                 todo="set routing.aux_loss=per_layer",
             )
-        self.model, self.copies = model, copies
-        self.embeds, self.predicts = model.segment.embeds, model.segment.predicts
+        self.model, self.interleave_num = model, interleave_num
+        self.embeds, self.predicts = model.model_chunk.embeds, model.model_chunk.predicts
         sparse = model.config.sparse_layers
-        held = [layer for layer in sparse if layer in model.segment.layers]
+        held = [layer for layer in sparse if layer in model.model_chunk.layers]
         self.fraction = len(held) / max(1, len(sparse))
         experts = 0 if model.config.moe is None else model.config.moe.num_local_experts
-        before = len([layer for layer in sparse if layer < model.segment.layers.start])
+        before = len([layer for layer in sparse if layer < model.model_chunk.layers.start])
         self.rows_before = before, experts
         self.rows_after = len(sparse) - before - len(held), experts
         further = dict(router_losses or {})
         self.others = tuple(further)
-        self.coefficients = aux_coef, z_coef, *further.values()
+        self.coefficients = router_aux_loss_coef, router_z_loss_coef, *further.values()
         self.router_losses = nn.CellList()
         if model.config.moe is not None:
             own = gate_class(model.config).losses
@@ -159,7 +165,7 @@ class Objective(nn.Cell):
         labels_BS: Tensor,
         positions_BS: Tensor,
         segments_BS: Tensor | None = None,
-        shares: Tensor | None = None,
+        inv_counts: Tensor | None = None,
         random_B3: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The total loss, and its parts in the order of :class:`LossReport`.
@@ -169,46 +175,46 @@ class Objective(nn.Cell):
             labels_BS: int32, the token after each one; IGNORE_INDEX where nothing is predicted.
             positions_BS: int32, -1 for padding.
             segments_BS: int32; documents that do not see each other. None: one.
-            shares: float32 [2]: one over the counted labels of the whole batch, one over its
+            inv_counts: float32 [2]: one over the counted labels of the whole batch, one over its
                 tokens that are not padding. None: this is the whole batch.
             random_B3: int32, for each row the seed, the step and the row's number in the global
                 batch; None: gates route as outside of training.
         """
-        if shares is None:
+        if inv_counts is None:
             counted = _count(labels_BS != IGNORE_INDEX)
             present = _count(positions_BS >= 0)
             one = ops.ones((), ms.float32)
-            shares = 1.0 / ops.maximum(ops.stack((counted, present)), one)
-        total, _, parts = self.segment(
-            ids_BS, labels_BS, positions_BS, segments_BS, shares, random_B3
+            inv_counts = 1.0 / ops.maximum(ops.stack((counted, present)), one)
+        total, _, parts = self.forward_step(
+            ids_BS, labels_BS, positions_BS, segments_BS, inv_counts, random_B3
         )
         return total, parts
 
-    def segment(
+    def forward_step(
         self,
         x: Tensor,
         labels_BS: Tensor,
         positions_BS: Tensor,
         segments_BS: Tensor | None,
-        shares: Tensor,
+        inv_counts: Tensor,
         random_B3: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """This segment's part of the total loss, what it hands on, and its parts of the report.
+        """This model chunk's part of the total loss, what it hands on, and its parts of the report.
 
         Args:
-            x: int32 tokens [B, S] where the segment embeds, hidden states [B * S, H] otherwise.
+            x: int32 tokens [B, S] where the model chunk embeds, hidden states [B * S, H] otherwise.
             labels_BS: as above, and so are the others.
             positions_BS: int32.
             segments_BS: int32.
-            shares: float32 [2].
+            inv_counts: float32 [2].
             random_B3: int32.
         """
-        total, states, parts = self.one_copy(
-            x, labels_BS, positions_BS, segments_BS, shares, random_B3, 0
+        total, states, parts = self.interleaved_part(
+            x, labels_BS, positions_BS, segments_BS, inv_counts, random_B3, 0
         )
-        for number in range(1, self.copies):
-            other, more_states, others = self.one_copy(
-                x, labels_BS, positions_BS, segments_BS, shares, random_B3, number
+        for number in range(1, self.interleave_num):
+            other, more_states, others = self.interleaved_part(
+                x, labels_BS, positions_BS, segments_BS, inv_counts, random_B3, number
             )
             total = total + other
             states = _concat((states, more_states))
@@ -218,17 +224,17 @@ class Objective(nn.Cell):
             parts = added
         return total, states, parts
 
-    def one_copy(
+    def interleaved_part(
         self,
         x: Tensor,
         labels_BS: Tensor,
         positions_BS: Tensor,
         segments_BS: Tensor | None,
-        shares: Tensor,
+        inv_counts: Tensor,
         random_B3: Tensor | None,
         number: int,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """The same of one dispatch group, the rows of copy ``number``."""
+        """The same of one dispatch group, the rows of part ``number``."""
         x, labels_BS = self.rows(x, number), self.rows(labels_BS, number)
         positions_BS = self.rows(positions_BS, number)
         segments_BS = None if segments_BS is None else self.rows(segments_BS, number)
@@ -238,11 +244,11 @@ class Objective(nn.Cell):
         zero = ops.zeros((), ms.float32)
         lm = zero
         if self.predicts:
-            lm = self.nll(hidden_TH, labels_BS.reshape(-1)) * shares[0]
+            lm = self.nll(hidden_TH, labels_BS.reshape(-1)) * inv_counts[0]
         if sums is None:
             none = zero if self.rows_before[1] == 0 else self.counts(None)
             return lm, hidden_TH, (lm, zero, zero, none, none)
-        weight = _count(positions_BS.reshape(-1) >= 0) * shares[1] * self.fraction
+        weight = _count(positions_BS.reshape(-1) >= 0) * inv_counts[1] * self.fraction
         total = lm
         losses: tuple[Tensor, ...] = ()
         for i in range(len(self.coefficients)):
@@ -254,10 +260,10 @@ class Objective(nn.Cell):
         return total, hidden_TH, (lm, *losses[:2], *counts, *losses[2:])
 
     def rows(self, x: Tensor, number: int) -> Tensor:
-        """The rows of one copy."""
-        if self.copies == 1:
+        """The rows of one part."""
+        if self.interleave_num == 1:
             return x
-        size = x.shape[0] // self.copies
+        size = x.shape[0] // self.interleave_num
         return x[number * size : (number + 1) * size]
 
     def counts(self, held_LE: Tensor | None) -> Tensor:

@@ -2,9 +2,9 @@
 
 from mistral_ms.moe.dispatcher import (
     Dispatcher,
+    DispatchPlan,
     PackedDispatcher,
     PaddedDispatcher,
-    Plan,
     kept_choices,
     local_dispatcher,
 )
@@ -24,6 +24,7 @@ from mistral_ms.moe.losses import (
 from mistral_ms.moe.routing import GateContext, Routing, gate_context
 
 __all__ = [
+    "DispatchPlan",
     "Dispatcher",
     "Experts",
     "Gate",
@@ -32,7 +33,6 @@ __all__ = [
     "MoELayer",
     "PackedDispatcher",
     "PaddedDispatcher",
-    "Plan",
     "RoutedExperts",
     "RouterSums",
     "Routing",

@@ -9,7 +9,7 @@ those that communicate live in ``mistral_ms.parallel`` and are injected from the
 
 Rows lie before the experts in one of two ways. *Packed*: [R, H], sorted by expert, exactly the
 rows that were chosen, and the sizes of the groups. *Padded*: [L, C, H], as many for every expert,
-zero where a place is empty.
+zero where a slot is empty.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from mindspore import Tensor, nn, ops
 from mistral_ms.config import RoutingConfig, expert_capacity
 from mistral_ms.moe.routing import Routing
 from mistral_ms.ops import select
-from mistral_ms.ops.reference import SlotTable
+from mistral_ms.ops.reference import RowIdMap
 
 _sum_keep = ops.ReduceSum(keep_dims=True)
 
-Plan: TypeAlias = tuple[SlotTable, Tensor, Tensor | None, tuple[Any, ...]]
+DispatchPlan: TypeAlias = tuple[RowIdMap, Tensor, Tensor | None, tuple[Any, ...]]
 """Where rows go, in this order (a plain tuple: GRAPH_MODE cannot build named ones):
 
 * slots: where every choice of this process's own tokens goes;
@@ -52,7 +52,7 @@ class Dispatcher(nn.Cell):
         super().__init__()
         self.num_experts, self.routing = num_experts, routing
 
-    def plan(self, chosen: Routing, valid_T: Tensor) -> Plan:
+    def plan(self, chosen: Routing, valid_T: Tensor) -> DispatchPlan:
         """Decides where rows go.
 
         Args:
@@ -61,7 +61,7 @@ class Dispatcher(nn.Cell):
         """
         raise NotImplementedError
 
-    def dispatch(self, x_TH: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    def dispatch(self, x_TH: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor | None]:
         """Brings rows to their experts: [T, H] -> the rows that the experts of this process
         compute, packed or padded, and the plan's group sizes.
 
@@ -69,7 +69,7 @@ class Dispatcher(nn.Cell):
         """
         raise NotImplementedError
 
-    def combine(self, y: Tensor, plan: Plan) -> Tensor:
+    def combine(self, y: Tensor, plan: DispatchPlan) -> Tensor:
         """Brings results back, as the rows lay, and adds them up by weight -> [T, H].
 
         Where several processes hold shares of the same experts, ``y`` is this one's partial sum:
@@ -77,7 +77,7 @@ class Dispatcher(nn.Cell):
         """
         raise NotImplementedError
 
-    def weights(self, chosen: Routing, slots: SlotTable) -> Tensor:
+    def weights(self, chosen: Routing, slots: RowIdMap) -> Tensor:
         """[T, K]: the weights of the chosen experts, rescaled where the routing says so."""
         weights_TK, _, _, _, _ = chosen
         _, kept_TK, _, _ = slots
@@ -87,32 +87,32 @@ class Dispatcher(nn.Cell):
 
 
 class _LocalDispatcher(Dispatcher):
-    """All experts on this device; a slot table alone says where rows go."""
+    """All experts on this device; a row id map alone says where rows go."""
 
     def __init__(self, num_experts: int, routing: RoutingConfig) -> None:
         super().__init__(num_experts, routing)
-        self.place_rows = select.dispatch(routing.kernels)
-        self.add_up = select.combine(routing.kernels)
+        self.permute = select.permute(routing.kernels)
+        self.unpermute = select.unpermute(routing.kernels)
 
-    def dispatch(self, x_TH: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    def dispatch(self, x_TH: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor | None]:
         """See the contract."""
         slots, _, group_sizes_E, _ = plan
         slot_TK, kept_TK, source_R, filled_R = slots
-        rows = self.place_rows(x_TH, slot_TK, kept_TK, source_R, filled_R)
+        rows = self.permute(x_TH, slot_TK, kept_TK, source_R, filled_R)
         if not self.packed:
             rows = rows.reshape(self.num_experts, -1, x_TH.shape[-1])
         return rows, group_sizes_E
 
-    def combine(self, y: Tensor, plan: Plan) -> Tensor:
+    def combine(self, y: Tensor, plan: DispatchPlan) -> Tensor:
         """See the contract."""
         slots, weights_TK, _, _ = plan
         slot_TK, kept_TK, source_R, filled_R = slots
         rows = y if self.packed else y.reshape(-1, y.shape[-1])
-        return self.add_up(rows, weights_TK, slot_TK, kept_TK, source_R, filled_R)
+        return self.unpermute(rows, weights_TK, slot_TK, kept_TK, source_R, filled_R)
 
 
 class PaddedDispatcher(_LocalDispatcher):
-    """C places for each expert. Under ``dropless`` C = T, a place for everyone."""
+    """C slots for each expert. Under ``dropless`` C = T, a slot for everyone."""
 
     packed = False
 
@@ -121,7 +121,7 @@ class PaddedDispatcher(_LocalDispatcher):
         choice_major = routing.drop_priority == "choice_major"
         self.assign_slots = select.assign_slots(routing.kernels, num_experts, choice_major)
 
-    def plan(self, chosen: Routing, valid_T: Tensor) -> Plan:
+    def plan(self, chosen: Routing, valid_T: Tensor) -> DispatchPlan:
         """See the contract."""
         _, experts_TK, _, _, _ = chosen
         T, K = experts_TK.shape
@@ -139,7 +139,7 @@ class PackedDispatcher(_LocalDispatcher):
         super().__init__(num_experts, routing)
         self.pack_choices = select.pack_choices(routing.kernels, num_experts)
 
-    def plan(self, chosen: Routing, valid_T: Tensor) -> Plan:
+    def plan(self, chosen: Routing, valid_T: Tensor) -> DispatchPlan:
         """See the contract."""
         _, experts_TK, _, _, _ = chosen
         slots, group_sizes_E = self.pack_choices(experts_TK, valid_T)
@@ -153,7 +153,7 @@ def local_dispatcher(num_experts: int, routing: RoutingConfig) -> Dispatcher:
     return PaddedDispatcher(num_experts, routing)
 
 
-def kept_choices(plan: Plan) -> Tensor:
+def kept_choices(plan: DispatchPlan) -> Tensor:
     """float32 [T, K]: 1 where a choice of this process's tokens goes to its expert, else 0."""
     slots, _, _, _ = plan
     _, kept_TK, _, _ = slots
@@ -161,7 +161,7 @@ def kept_choices(plan: Plan) -> Tensor:
 
 
 def surviving_weights(weights_TK: Tensor, kept_TK: Tensor) -> Tensor:
-    """Weights of the choices that got a place, divided by their sum; zero where none did."""
+    """Weights of the choices that got a slot, divided by their sum; zero where none did."""
     survivors = weights_TK * kept_TK
     total = _sum_keep(survivors, -1)
     return survivors / ops.select(total > 0, total, ops.ones_like(total))

@@ -25,7 +25,7 @@ RouterSums: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tens
 
 * scores_E: the router's scores (carries the gradient);
 * routed_E: choices per expert, before the capacity (no gradient);
-* kept_E: choices per expert that got a place (no gradient);
+* kept_E: choices per expert that got a slot (no gradient);
 * z: squares of logsumexp(logits), a scalar (carries the gradient);
 * tokens: how many tokens, a scalar;
 * terms: [E] each, what the gate gives beside (``Gate.statistics`` names them).

@@ -28,8 +28,8 @@ layout:
 
 * seed: int32 scalar, of the run;
 * step: int32 scalar, the first being 0;
-* place_T: int32, each token's place in the global batch: its row times the length of rows, plus
-  its column.
+* token_index_T: int32, each token's index in the global batch: its row times the length of rows,
+  plus its column.
 """
 
 
@@ -41,5 +41,5 @@ def gate_context(random_B3: Tensor, columns: int) -> GateContext:
         columns: S, tokens of a row.
     """
     rows_B1 = random_B3[:, 2].reshape(-1, 1)
-    place_BS = rows_B1 * columns + _cast(_range(0, columns, 1), ms.int32)
-    return random_B3[0, 0], random_B3[0, 1], place_BS.reshape(-1)
+    token_index_BS = rows_B1 * columns + _cast(_range(0, columns, 1), ms.int32)
+    return random_B3[0, 0], random_B3[0, 1], token_index_BS.reshape(-1)

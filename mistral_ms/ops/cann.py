@@ -166,7 +166,7 @@ class GroupedSwiGLU(nn.Cell):
 
 
 class TakeRows(nn.Cell):
-    """Rows by their places; the gradient puts them back."""
+    """Rows by their slots; the gradient puts them back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class TakeRows(nn.Cell):
 
 
 class PutRows(nn.Cell):
-    """Rows at their places among zeros; the gradient takes them back."""
+    """Rows at their slots among zeros; the gradient takes them back."""
 
     def __init__(self) -> None:
         super().__init__()

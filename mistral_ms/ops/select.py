@@ -38,7 +38,7 @@ from mindspore import Tensor, nn, ops
 
 from mistral_ms.errors import KernelError
 from mistral_ms.ops import cann, cpu, custom, reference
-from mistral_ms.ops.reference import SlotTable
+from mistral_ms.ops.reference import RowIdMap
 
 Kernels: TypeAlias = Literal["reference", "custom", "cann", "cpu"]
 
@@ -70,12 +70,12 @@ def gating_top_k(kernels: Kernels, k: int, normalize: bool) -> nn.Cell:
 
 
 def assign_slots(kernels: Kernels, num_experts: int, choice_major: bool) -> nn.Cell:
-    """The Cell of ``reference.assign_slots``: experts, valid tokens, capacity -> the slot table.
+    """The Cell of ``reference.assign_slots``: experts, valid tokens, capacity -> the row id map.
 
     Args:
         kernels: which implementation.
         num_experts: E.
-        choice_major: the order in which places are given.
+        choice_major: the order in which slots are given.
 
     Raises:
         KernelError: the implementation is not there.
@@ -86,7 +86,7 @@ def assign_slots(kernels: Kernels, num_experts: int, choice_major: bool) -> nn.C
 
 
 def pack_choices(kernels: Kernels, num_experts: int) -> nn.Cell:
-    """The Cell of ``reference.pack_choices``: experts, valid tokens -> the slot table, group sizes.
+    """The Cell of ``reference.pack_choices``: experts, valid tokens -> the row id map, group sizes.
 
     Args:
         kernels: which implementation.
@@ -99,26 +99,26 @@ def pack_choices(kernels: Kernels, num_experts: int) -> nn.Cell:
     return ReferencePacking(num_experts)
 
 
-def dispatch(kernels: Kernels) -> nn.Cell:
-    """The Cell of ``reference.Dispatch``.
+def permute(kernels: Kernels) -> nn.Cell:
+    """The Cell of ``reference.Permute``.
 
     Raises:
         KernelError: the implementation is not there.
     """
-    if _choose("dispatch", kernels, ("custom",)) == "custom":
-        return custom.Dispatch()
-    return reference.Dispatch()
+    if _choose("permute", kernels, ("custom",)) == "custom":
+        return custom.Permute()
+    return reference.Permute()
 
 
-def combine(kernels: Kernels) -> nn.Cell:
-    """The Cell of ``reference.Combine``.
+def unpermute(kernels: Kernels) -> nn.Cell:
+    """The Cell of ``reference.Unpermute``.
 
     Raises:
         KernelError: the implementation is not there.
     """
-    if _choose("combine", kernels, ("custom",)) == "custom":
-        return custom.Combine()
-    return reference.Combine()
+    if _choose("unpermute", kernels, ("custom",)) == "custom":
+        return custom.Unpermute()
+    return reference.Unpermute()
 
 
 def dense_kernels() -> Kernels:
@@ -302,8 +302,8 @@ class ReferenceSlots(nn.Cell):
         self.num_experts = num_experts
         self.choice_major = choice_major
 
-    def construct(self, experts_TK: Tensor, valid_T: Tensor, capacity: int) -> SlotTable:
-        """The slot table."""
+    def construct(self, experts_TK: Tensor, valid_T: Tensor, capacity: int) -> RowIdMap:
+        """The row id map."""
         return reference.assign_slots(
             experts_TK, valid_T, self.num_experts, capacity, self.choice_major
         )
@@ -316,8 +316,8 @@ class ReferencePacking(nn.Cell):
         super().__init__()
         self.num_experts = num_experts
 
-    def construct(self, experts_TK: Tensor, valid_T: Tensor) -> tuple[SlotTable, Tensor]:
-        """The slot table, and the choices per expert."""
+    def construct(self, experts_TK: Tensor, valid_T: Tensor) -> tuple[RowIdMap, Tensor]:
+        """The row id map, and the choices per expert."""
         return reference.pack_choices(experts_TK, valid_T, self.num_experts)
 
 

@@ -19,14 +19,14 @@ class AdamWConfig(OptimizerConfig, extra="forbid"):
     """Adam with decoupled weight decay (arXiv:1711.05101).
 
     Attributes:
-        beta1: decay of the mean of gradients.
-        beta2: decay of the mean of squared gradients.
-        eps: added to the root of the second mean, after bias correction (as in PyTorch).
+        adam_beta1: decay of the mean of gradients.
+        adam_beta2: decay of the mean of squared gradients.
+        adam_epsilon: added to the root of the second mean, after bias correction (as in PyTorch).
     """
 
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
 
 
 class AdamW(Rule):
@@ -56,16 +56,19 @@ class AdamW(Rule):
 
     @classmethod
     def coefficients(
-        cls, settings: AdamWConfig, updates: int, rate: float, weight_decay: float
+        cls, settings: AdamWConfig, updates: int, lr: float, weight_decay: float
     ) -> tuple[float, ...]:
         """What the kernel wants: rate * sqrt(1 - beta2^t) / (1 - beta1^t), eps * sqrt(1 - beta2^t),
         rate * decay, beta1 and beta2, with t = updates + 1. The powers are those of the float32
         betas that it works with.
         """
-        beta1, beta2 = float(np.float32(settings.beta1)), float(np.float32(settings.beta2))
+        beta1, beta2 = (
+            float(np.float32(settings.adam_beta1)),
+            float(np.float32(settings.adam_beta2)),
+        )
         root = math.sqrt(1.0 - beta2 ** (updates + 1))
-        size = rate * root / (1.0 - beta1 ** (updates + 1))
-        return size, settings.eps * root, rate * weight_decay, beta1, beta2
+        size = lr * root / (1.0 - beta1 ** (updates + 1))
+        return size, settings.adam_epsilon * root, lr * weight_decay, beta1, beta2
 
     def construct(
         self,

@@ -24,7 +24,8 @@ NORM_FLOOR = 1e-7
 
 
 class MuonConfig(AdamWConfig, extra="forbid"):
-    """Muon; ``beta1``, ``beta2`` and ``eps`` are for the weights that AdamW updates.
+    """Muon; ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are for the weights that AdamW
+    updates.
 
     Attributes:
         momentum: decay of the mean of gradients, m in b = m * b + (1 - m) * g.
@@ -71,10 +72,10 @@ class Muon(Rule):
 
     @classmethod
     def coefficients(
-        cls, settings: MuonConfig, updates: int, rate: float, weight_decay: float
+        cls, settings: MuonConfig, updates: int, lr: float, weight_decay: float
     ) -> tuple[float, ...]:
         """Rate; what is left of the weight; share of the buffer that stays, and of what comes."""
-        return rate, 1.0 - rate * weight_decay, settings.momentum, 1.0 - settings.momentum
+        return lr, 1.0 - lr * weight_decay, settings.momentum, 1.0 - settings.momentum
 
     def construct(
         self,
@@ -84,12 +85,12 @@ class Muon(Rule):
         coefficients: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
         """See the base."""
-        rate, left, stays, comes = coefficients
+        lr, left, stays, comes = coefficients
         buffer = self.add(self.mul(state[0], stays), self.mul(gradient, comes))
         direction = buffer
         if self.nesterov:
             direction = self.add(self.mul(buffer, stays), self.mul(gradient, comes))
-        step = self.mul(self.orthogonalised(direction), rate * self.adjustment(weight.shape))
+        step = self.mul(self.orthogonalised(direction), lr * self.adjustment(weight.shape))
         if self.decays:
             weight = self.mul(weight, left)
         return self.sub(weight, step), buffer

@@ -46,16 +46,16 @@ class Plan:
     groups: tuple[ParamGroup, ...]
     group_of: Mapping[str, int]
 
-    def coefficients(self, updates: int, rate: float) -> np.ndarray:
+    def coefficients(self, updates: int, lr: float) -> np.ndarray:
         """The numbers of a step: float32 [n], those of each group one after the other.
 
         Args:
             updates: how many there were before.
-            rate: the learning rate, before the groups' factors.
+            lr: the learning rate, before the groups' factors.
         """
         found: list[float] = []
         for group in self.groups:
-            own = rate * group.lr_factor
+            own = lr * group.lr_factor
             found += group.rule.coefficients(self.settings, updates, own, group.weight_decay)
         return np.array(found, np.float32)
 

@@ -51,14 +51,14 @@ class Rule(nn.Cell):
 
     @classmethod
     def coefficients(
-        cls, settings: Any, updates: int, rate: float, weight_decay: float
+        cls, settings: Any, updates: int, lr: float, weight_decay: float
     ) -> tuple[float, ...]:
         """The numbers of one step, at least one, always as many; rounded to float32 afterwards.
 
         Args:
             settings: of the optimizer.
             updates: how many there were before.
-            rate: the learning rate of the weight's parameter group.
+            lr: the learning rate of the weight's parameter group.
             weight_decay: likewise.
         """
         raise NotImplementedError

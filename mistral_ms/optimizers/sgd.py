@@ -50,10 +50,10 @@ class SGD(Rule):
 
     @classmethod
     def coefficients(
-        cls, settings: SGDConfig, updates: int, rate: float, weight_decay: float
+        cls, settings: SGDConfig, updates: int, lr: float, weight_decay: float
     ) -> tuple[float, ...]:
         """Rate, weight decay, momentum."""
-        return rate, weight_decay, settings.momentum
+        return lr, weight_decay, settings.momentum
 
     def construct(
         self,
@@ -63,15 +63,15 @@ class SGD(Rule):
         coefficients: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
         """See the base."""
-        rate, decay, momentum = coefficients
+        lr, decay, momentum = coefficients
         if self.decays:
             gradient = self.add(gradient, self.mul(weight, decay))
         if self.has_buffer and self.nesterov:
-            ahead = self.accumulate(weight, state[0], rate * momentum, gradient, momentum)
-            return (self.descend(weight, rate, ops.depend(gradient, ahead)),)
+            ahead = self.accumulate(weight, state[0], lr * momentum, gradient, momentum)
+            return (self.descend(weight, lr, ops.depend(gradient, ahead)),)
         if self.has_buffer:
-            return (self.accumulate(weight, state[0], rate, gradient, momentum),)
-        return (self.descend(weight, rate, gradient),)
+            return (self.accumulate(weight, state[0], lr, gradient, momentum),)
+        return (self.descend(weight, lr, gradient),)
 
 
 register("sgd", SGDConfig, SGD)

@@ -44,9 +44,9 @@ def routed_experts(
         TopologyError: the model has no experts.
     """
     parallel.check(model)
-    part = expert_slice(model, groups.topology, groups.place.rank)
+    held = expert_slice(model, groups.topology, groups.coords.rank)
     if model.moe is None:  # expert_slice has raised
         raise TopologyError("no experts")
     dispatcher = make_dispatcher(model.moe.num_local_experts, routing, parallel, groups)
-    share = model.model_copy(update={"intermediate_size": len(part.columns)})
-    return RoutedExperts(share, dispatcher, len(part.experts), dtype)
+    local_config = model.model_copy(update={"intermediate_size": len(held.columns)})
+    return RoutedExperts(local_config, dispatcher, len(held.experts), dtype)

@@ -22,10 +22,10 @@ _zeros = ops.Zeros()
 _transpose = ops.Transpose()
 
 
-class DividedLogits(nn.Cell):
-    """Logits of one data-parallel rank's windows, on all of its stages and tensor-parallel ranks.
+class ParallelLogits(nn.Cell):
+    """Logits of one data-parallel rank's sequences, on all of its stages and tensor-parallel ranks.
 
-    Hidden states pass the stages; the last one gathers its shares of the vocabulary and passes the
+    Hidden states pass the stages; the last one gathers its shards of the vocabulary and passes the
     logits back.
 
     Args:
@@ -38,7 +38,7 @@ class DividedLogits(nn.Cell):
         super().__init__()
         self.model, self.dtype = model, getattr(ms, dtype)
         self.tensor = groups.of(GroupKind.TENSOR)
-        stage, last = groups.place.pp, groups.topology.sizes.pp - 1
+        stage, last = groups.coords.pp, groups.topology.sizes.pp - 1
         # the pairs in the order in which every rank makes them
         self.before = groups.neighbours(stage - 1) if stage > 0 else None
         self.after = groups.neighbours(stage) if stage < last else None
@@ -54,39 +54,39 @@ class DividedLogits(nn.Cell):
         B, S = ids_BS.shape
         if self.before is not None:
             x_TH = _zeros((B * S, self.model.config.hidden_size), self.dtype)
-            x_TH = self.before.pass_on(x_TH)
+            x_TH = self.before.send_forward(x_TH)
         else:
             x_TH = self.model.embed(ids_BS)
         hidden_TH = self.model.decode(x_TH, positions_BS)[0]
         if self.after is not None:
-            sent_TH = self.after.pass_on(hidden_TH)
+            sent_TH = self.after.send_forward(hidden_TH)
             # not before the states have gone, or the two stages would wait for different things:
             # so the room is computed from them (of a constant the compiler forgets the order)
             zero_11 = ops.cast(ops.abs(sent_TH[:1, :1]) < 0, ms.float32)
-            room_NV = ops.broadcast_to(zero_11, (rows_N.shape[0], self.model.config.vocab_size))
-            logits_NV = self.after.pass_back(room_NV)
+            buffer_NV = ops.broadcast_to(zero_11, (rows_N.shape[0], self.model.config.vocab_size))
+            logits_NV = self.after.send_backward(buffer_NV)
         else:
             logits_NV = self._logits(_gather(hidden_TH, rows_N, 0))
         if self.before is not None:
-            logits_NV = self.before.pass_back(logits_NV)
+            logits_NV = self.before.send_backward(logits_NV)
         return logits_NV
 
     def _logits(self, hidden_NH: Tensor) -> Tensor:
         """The last stage's [N, V], whole."""
-        share_NV = output_logits(hidden_NH, self.model.head_weight())
+        shard_NV = output_logits(hidden_NH, self.model.head_weight())
         if self.tensor.size == 1:
-            return share_NV
-        shares = _transpose(self.tensor.all_gather(share_NV), (1, 0, 2))
-        return shares.reshape(hidden_NH.shape[0], -1)
+            return shard_NV
+        shards = _transpose(self.tensor.all_gather(shard_NV), (1, 0, 2))
+        return shards.reshape(hidden_NH.shape[0], -1)
 
 
-class DividedNextTokenLogits(nn.Cell):
+class ParallelNextTokenLogits(nn.Cell):
     """The contract of :class:`mistral_ms.models.NextTokenLogits` for one rank's part of a model.
 
-    Each data-parallel rank computes its share of the rows, and is given those of the others.
+    Each data-parallel rank computes its shard of the rows, and is given those of the others.
 
     Args:
-        model: this rank's part, with a cache for its share of the rows.
+        model: this rank's part, with a cache for its shard of the rows.
         groups: this rank's groups. All ranks must make this at the same time.
         dtype: dtype of the activations.
 
@@ -101,7 +101,7 @@ class DividedNextTokenLogits(nn.Cell):
         super().__init__()
         if not model.cached:
             raise ConfigError("model without a cache", rule="generation needs CausalLM(cache=...)")
-        self.logits = DividedLogits(model, groups, dtype)
+        self.logits = ParallelLogits(model, groups, dtype)
         self.data = groups.of(GroupKind.DATA)
         self.rows = model.key_positions.spec.batch
         self.first = self.data.position * self.rows

@@ -218,7 +218,9 @@ def activation_memory(
         gradients: bytes of the weights' gradients from one micro-batch.
     """
     itemsize, S = _ITEMSIZE[training.dtype], training.seq_length
-    rows = max(1, training.global_batch_size // (parallel.dp * training.micro_batches))
+    rows = max(
+        1, training.global_batch_size // (parallel.dp * training.gradient_accumulation_steps)
+    )
     held = stages_of(model, parallel.pp)[stage]
     layers = [
         layer_memory(
@@ -233,7 +235,9 @@ def activation_memory(
         )
         for layer in held.layers
     ]
-    schedule = make_schedule(parallel.schedule, parallel.pp, training.micro_batches)
+    schedule = make_schedule(
+        parallel.pipeline_scheduler, parallel.pp, training.gradient_accumulation_steps
+    )
     in_flight = schedule.in_flight(stage) if parallel.pp > 1 else 1
     explicit = execution == "explicit"
     recompute: Recompute = parallel.recompute
@@ -275,6 +279,6 @@ def too_large(nbytes: int, limit_gib: float | None, device: str) -> str | None:
         return None
     return (
         f"warning: about {nbytes / GIB:.1f} GiB on a device of {limit_gib:g} GiB "
-        "(parallel.max_device_memory): parallel.recompute, training.micro_batches, "
+        "(parallel.max_device_memory): parallel.recompute, training.gradient_accumulation_steps, "
         "parallel.optimizer_parallel or training.offload_optimizer need less"
     )

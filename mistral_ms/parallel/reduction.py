@@ -52,11 +52,11 @@ class Reduction(nn.Cell):
         self.dense_buffers = _fill(self.shapes, [kind is GroupKind.DATA for kind in kinds])
         self.expert_buffers = _fill(self.shapes, [kind is not GroupKind.DATA for kind in kinds])
         # the loss of a data-parallel rank is known to all its tensor-parallel ranks
-        shares = [1.0 / each for each in (*map(self.copies, weights), sizes.mp)]
-        self.shares = Tensor(np.array(shares, np.float32))
+        inv_replicas = [1.0 / each for each in (*map(self.num_replicas, weights), sizes.mp)]
+        self.inv_replicas = Tensor(np.array(inv_replicas, np.float32))
         self.stage, self.pipeline = groups.of(GroupKind.STAGE), groups.of(GroupKind.PIPELINE)
 
-    def copies(self, name: str) -> int:
+    def num_replicas(self, name: str) -> int:
         """How many ranks of the stage count each element of a weight's gradient."""
         spec = self.specs[name]
         holders = self.sizes.dp // self.sizes.ep if spec.stacked else self.sizes.dp
@@ -81,7 +81,7 @@ class Reduction(nn.Cell):
             Of each weight of this stage as a whole, each element counted once; of the weights of
             all stages together; and the loss of the whole batch.
         """
-        parts = _concat((squares_n, total.reshape(1))) * self.shares
+        parts = _concat((squares_n, total.reshape(1))) * self.inv_replicas
         sums = self.stage.all_reduce(parts)
         both = ops.stack((_sum(sums[:-1]), sums[-1]))
         if self.pipeline.size > 1:
@@ -124,14 +124,14 @@ def _fill(shapes: tuple[tuple[int, ...], ...], wanted: list[bool]) -> tuple[tupl
     """Indices of the wanted gradients, in buffers of a limited size."""
     limit = BUFFER_BYTES // 4
     buffers: list[list[int]] = []
-    room = 0
+    free = 0
     for index, (shape, take) in enumerate(zip(shapes, wanted, strict=True)):
         size = math.prod(shape)
         if not take:
             continue
-        if not buffers or size > room:
+        if not buffers or size > free:
             buffers.append([])
-            room = limit
+            free = limit
         buffers[-1].append(index)
-        room -= size
+        free -= size
     return tuple(map(tuple, buffers))

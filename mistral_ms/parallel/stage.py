@@ -5,12 +5,12 @@ from __future__ import annotations
 from mindspore import Tensor, nn
 
 from mistral_ms.config import ModelConfig
-from mistral_ms.models import Segment
+from mistral_ms.models import ModelChunk
 from mistral_ms.parallel.collectives import Collectives, Groups
 from mistral_ms.parallel.pipeline import Phase, Transfer, stages_of
 
 
-def segment_of(model: ModelConfig, pp: int, stage: int) -> Segment:
+def model_chunk_of(model: ModelConfig, pp: int, stage: int) -> ModelChunk:
     """What a stage holds of a model.
 
     Args:
@@ -23,10 +23,10 @@ def segment_of(model: ModelConfig, pp: int, stage: int) -> Segment:
         ConfigError: the model cannot be cut.
     """
     held = stages_of(model, pp)[stage]
-    return Segment(held.layers, held.embedding, held.head)
+    return ModelChunk(held.layers, held.embedding, held.head)
 
 
-class _PassOn(nn.Cell):
+class _SendForward(nn.Cell):
     """Activations, forward."""
 
     def __init__(self, pair: Collectives) -> None:
@@ -34,10 +34,10 @@ class _PassOn(nn.Cell):
         self.pair = pair
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.pair.pass_on(x)
+        return self.pair.send_forward(x)
 
 
-class _PassBack(nn.Cell):
+class _SendBackward(nn.Cell):
     """Gradients, backward."""
 
     def __init__(self, pair: Collectives) -> None:
@@ -45,10 +45,10 @@ class _PassBack(nn.Cell):
         self.pair = pair
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.pair.pass_back(x)
+        return self.pair.send_backward(x)
 
 
-class StageLinks:
+class P2PCommunicator:
     """A rank's ways to its own place in the stages before and after its own.
 
     Args:
@@ -59,12 +59,12 @@ class StageLinks:
     """
 
     def __init__(self, groups: Groups) -> None:
-        self.stage, last = groups.place.pp, groups.topology.sizes.pp - 1
+        self.stage, last = groups.coords.pp, groups.topology.sizes.pp - 1
         self._ways: dict[tuple[int, Phase], nn.Cell] = {}
         for pair in range(max(0, self.stage - 1), min(self.stage, last - 1) + 1):
             neighbours = groups.neighbours(pair)
-            self._ways[pair, Phase.FORWARD] = _PassOn(neighbours)
-            self._ways[pair, Phase.BACKWARD] = _PassBack(neighbours)
+            self._ways[pair, Phase.FORWARD] = _SendForward(neighbours)
+            self._ways[pair, Phase.BACKWARD] = _SendBackward(neighbours)
 
     def exchange(self, transfer: Transfer, x: Tensor) -> Tensor:
         """The sender's ``x``, for both; the receiver gives any tensor of its shape and dtype."""

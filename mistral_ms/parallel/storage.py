@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from mistral_ms.layers import draw
+from mistral_ms.layers import init_values
 from mistral_ms.parallel.topology import (
     Topology,
     weight_slice,
@@ -17,7 +17,7 @@ from mistral_ms.parallel.topology import (
 from mistral_ms.weights import Specs
 
 Shape = tuple[int, ...]
-Window = tuple[slice, ...]
+TensorSlice = tuple[slice, ...]
 
 
 class Storage:
@@ -39,7 +39,7 @@ class Storage:
         """The shape of a whole weight in a checkpoint, of which the process holds a part."""
         return self.specs[name].shape
 
-    def window(self, name: str) -> Window:
+    def local_slice(self, name: str) -> TensorSlice:
         """Which part of a whole weight the process holds, one slice per axis."""
         return tuple(slice(0, size) for size in self.whole(name))
 
@@ -75,30 +75,30 @@ class Storage:
     def initialize(self, weights: Mapping[str, Parameter], seed: int) -> None:
         """Draws what one process would draw, and keeps this process's parts."""
         for name, parameter in weights.items():
-            part = draw(self.specs[name], seed)[self.window(name)]
+            part = init_values(self.specs[name], seed)[self.local_slice(name)]
             values = np.ascontiguousarray(self.to_parameter(name, part))
             data = Tensor(values).astype(parameter.dtype)
             # what MindSpore has cut when it divided a graph stays known as cut
             parameter.set_data(data, slice_shape=parameter.sliced)
 
 
-class DividedStorage(Storage):
+class ParallelStorage(Storage):
     """Of one rank of the explicit path.
 
     Args:
         specs: of the parameters that the rank's stage holds.
         topology: the layout.
         rank: the process.
-        shared_out: each rank alone of those that hold a weight has its optimizer state.
+        zero1: each rank alone of those that hold a weight has its optimizer state.
     """
 
     holds_everything = False
 
-    def __init__(self, specs: Specs, topology: Topology, rank: int, shared_out: bool) -> None:
+    def __init__(self, specs: Specs, topology: Topology, rank: int, zero1: bool) -> None:
         super().__init__(specs)
-        self.topology, self.rank, self.shared_out = topology, rank, shared_out
+        self.topology, self.rank, self.zero1 = topology, rank, zero1
 
-    def window(self, name: str) -> Window:
+    def local_slice(self, name: str) -> TensorSlice:
         """See the base."""
         return weight_slice(self.specs[name], self.topology, self.rank)
 
@@ -109,6 +109,6 @@ class DividedStorage(Storage):
 
     def writes_state(self, weight: str, written: set[str]) -> bool:
         """See the base."""
-        if self.shared_out:
+        if self.zero1:
             return writes_owned(self.specs[weight], self.topology, self.rank)
         return weight in written

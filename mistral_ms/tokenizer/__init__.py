@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back, streamed text, chat formats. No MindSpore in this room."""
+"""Tokenizers: text to ids and back, streamed text, chat formats. No MindSpore in this package."""
 
 from mistral_ms.tokenizer.base import (
     Piece,

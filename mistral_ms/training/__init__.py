@@ -2,12 +2,12 @@
 
 from mistral_ms.training.files import RunFiles
 from mistral_ms.training.loop import Observer, TrainingSummary, train
+from mistral_ms.training.lr_scheduler import learning_rate
 from mistral_ms.training.memory import MemoryReport
 from mistral_ms.training.metrics import MetricsWriter, StepRecord, read_metrics
 from mistral_ms.training.progress import show_progress
 from mistral_ms.training.result import NotFiniteError, StepResult
 from mistral_ms.training.run import RunResult, TrainingRun
-from mistral_ms.training.schedule import learning_rate
 from mistral_ms.training.step import Progress, TrainStep, Update
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Perplexity and accuracy of a model on a dataset, each window once."""
+"""Perplexity and accuracy of a model on a dataset, each sequence once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mindspore import Tensor
 from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import IGNORE_INDEX
-from mistral_ms.datasets import Batch, MindRecordWindows
+from mistral_ms.datasets import Batch, MindRecordSequences
 from mistral_ms.errors import TokenizerError
 from mistral_ms.models import CausalLM, Scores
 from mistral_ms.ops.modes import graph_mode
@@ -30,7 +30,7 @@ class Evaluation:
         perplexity: exp(loss).
         accuracy: share of the predicted tokens that were the model's best guess.
         tokens: predicted tokens.
-        windows: of the dataset.
+        sequences: of the dataset.
         seconds: wall time, compilation included.
         tokens_per_s: predicted tokens per second, without the first batch, which compiles.
     """
@@ -39,14 +39,14 @@ class Evaluation:
     perplexity: float
     accuracy: float
     tokens: int
-    windows: int
+    sequences: int
     seconds: float
     tokens_per_s: float
 
 
 def evaluate(
     model: CausalLM,
-    data: MindRecordWindows,
+    data: MindRecordSequences,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -54,18 +54,18 @@ def evaluate(
 
     Args:
         model: with its weights, and the routing it shall be judged with (dropless, usually).
-        data: the windows; their order does not matter.
-        batch_size: windows at a time.
-        progress: called with the windows done and their number.
+        data: the sequences; their order does not matter.
+        batch_size: sequences at a time.
+        progress: called with the sequences done and their number.
     """
     model.set_train(False)
     scores = Scores(model)
-    batch_size = min(batch_size, data.windows)
+    batch_size = min(batch_size, data.sequences)
     sums = np.zeros(3, np.float64)
     started = time.perf_counter()
     compiled, first = started, 0.0
-    for begin in range(0, data.windows, batch_size):
-        samples = np.arange(begin, min(begin + batch_size, data.windows), dtype=np.int32)
+    for begin in range(0, data.sequences, batch_size):
+        samples = np.arange(begin, min(begin + batch_size, data.sequences), dtype=np.int32)
         batch = _filled(data.read(samples), batch_size)
         arrays = (batch.ids_BS, batch.labels_BS, batch.positions_BS, batch.segments_BS)
         with graph_mode():
@@ -74,7 +74,7 @@ def evaluate(
         if begin == 0:
             compiled, first = time.perf_counter(), sums[2]
         if progress is not None:
-            progress(begin + len(samples), data.windows)
+            progress(begin + len(samples), data.sequences)
     ended = time.perf_counter()
     nll, right, tokens = sums
     alone = tokens == first
@@ -85,7 +85,7 @@ def evaluate(
         perplexity=math.exp(min(loss, 700.0)),
         accuracy=right / tokens,
         tokens=int(tokens),
-        windows=data.windows,
+        sequences=data.sequences,
         seconds=round(ended - started, 3),
         tokens_per_s=round(rate, 1),
     )
@@ -109,7 +109,7 @@ def _filled(batch: Batch, rows: int) -> Batch:
 
 def load_for_evaluation(
     checkpoint: Path,
-    data: MindRecordWindows,
+    data: MindRecordSequences,
     kind: str | None = None,
     *,
     verify: bool = True,
@@ -126,7 +126,7 @@ def load_for_evaluation(
 
     Raises:
         CheckpointError: anything that is wrong with the checkpoint.
-        DataError: windows too long for the model, or tokenised with another vocabulary.
+        DataError: sequences too long for the model, or tokenised with another vocabulary.
     """
     with open_checkpoint(checkpoint, kind, verify=verify, follow_links=follow_links) as source:
         try:

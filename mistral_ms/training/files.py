@@ -26,7 +26,7 @@ class RunFiles:
 
     @property
     def dataset(self) -> Path:
-        """The windows, when the run packed its inputs itself."""
+        """The sequences, when the run packed its inputs itself."""
         return self.root / "dataset"
 
     @property

@@ -14,14 +14,14 @@ from mistral_ms.errors import ConfigError, TopologyError
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.optimizers import with_settings
 from mistral_ms.parallel import graph
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.graph.storage import GraphStorage
 from mistral_ms.training.graphs import batch_tensors
 from mistral_ms.training.loss_scale import LossScale
+from mistral_ms.training.lr_scheduler import learning_rate
 from mistral_ms.training.memory import MemoryReport, memory_report
 from mistral_ms.training.optimizer import weight_of
 from mistral_ms.training.result import StepResult
-from mistral_ms.training.schedule import learning_rate
 from mistral_ms.training.step import Progress, advance
 
 
@@ -34,8 +34,8 @@ class GraphTrainStep:
 
     Args:
         run: the run, its steps counted out.
-        division: this process among the others.
-        segmented: windows hold documents that do not see each other.
+        parallel_context: this process among the others.
+        segmented: sequences hold documents that do not see each other.
 
     Attributes:
         config: see Update.
@@ -45,11 +45,15 @@ class GraphTrainStep:
         ConfigError: the graph cannot express the run, or the device cannot divide graphs.
     """
 
-    def __init__(self, run: RunConfig, division: Division, segmented: bool) -> None:
+    def __init__(self, run: RunConfig, parallel_context: ParallelContext, segmented: bool) -> None:
         self.config = with_settings(run.training)
         self.progress = Progress(scale=LossScale.start(run.training.scaling))
-        self._model, self._parallel, self._division = run.model, run.parallel, division
-        divided = division.world > 1
+        self._model, self._parallel, self._parallel_context = (
+            run.model,
+            run.parallel,
+            parallel_context,
+        )
+        divided = parallel_context.world > 1
         if divided and ms.get_context("device_target") != "Ascend":
             raise ConfigError(
                 "no graph of many processes",
@@ -62,7 +66,7 @@ class GraphTrainStep:
             graph.set_context(run)
         self._built = graph.build(run, segmented=segmented)
         self._cell = self._built.cell
-        self.storage = GraphStorage(run.model, run.parallel, division.rank)
+        self.storage = GraphStorage(run.model, run.parallel, parallel_context.rank)
         if divided:
             with graph_mode():
                 self._cell.compile(*self._built.inputs)
@@ -116,58 +120,62 @@ class GraphTrainStep:
                 help.
         """
         progress, config = self.progress, self.config
-        rate = learning_rate(config, progress.step)
+        lr = learning_rate(config, progress.step)
         scale = progress.scale.value
-        coefficients = self._cell.weight_update.plan.coefficients(progress.updates, rate)
+        coefficients = self._cell.weight_update.plan.coefficients(progress.updates, lr)
         for setting, value in zip(self._cell.coefficients, coefficients, strict=True):
             ops.assign(setting, Tensor(value, ms.float32))
         ops.assign(self._cell.unscale, Tensor(1.0 / scale, ms.float32))
-        shares = [1.0 / max(1, batch.tokens), 1.0 / max(1, batch.present), scale]
-        ordered = in_order_of_micro_batches(batch, self._parallel.dp, config.micro_batches)
-        rows = np.tile(np.array(shares, np.float32), (len(batch.samples_B), 1))
+        scales = [1.0 / max(1, batch.tokens), 1.0 / max(1, batch.present), scale]
+        ordered = in_order_of_micro_batches(
+            batch, self._parallel.dp, config.gradient_accumulation_steps
+        )
+        rows = np.tile(np.array(scales, np.float32), (len(batch.samples_B), 1))
         with graph_mode():
             ids, labels, positions, segments, _ = batch_tensors(ordered)
             self._cell(ids, labels, positions, segments, Tensor(rows))
-        result = self._result(rate, scale)
+        result = self._result(lr, scale)
         return advance(progress, config, batch, result)
 
-    def _result(self, rate: float, scale: float) -> StepResult:
-        lm, figures_LF = self._figures()
-        E = (figures_LF.shape[1] - 2) // 2
-        aux, z = figures_LF[:, :2].sum(0) / max(1, len(figures_LF))
+    def _result(self, lr: float, scale: float) -> StepResult:
+        lm, metrics_LF = self._metrics()
+        E = (metrics_LF.shape[1] - 2) // 2
+        aux, z = metrics_LF[:, :2].sum(0) / max(1, len(metrics_LF))
         return StepResult(
-            loss=float(lm + self.config.aux_coef * aux + self.config.z_coef * z),
+            loss=float(
+                lm + self.config.router_aux_loss_coef * aux + self.config.router_z_loss_coef * z
+            ),
             lm_loss=float(lm),
             aux_loss=float(aux),
             z_loss=float(z),
             grad_norm=float(self._cell.norm_seen.asnumpy()[0]),
-            learning_rate=rate,
+            learning_rate=lr,
             loss_scale=scale,
-            routed_LE=figures_LF[:, 2 : 2 + E],
-            kept_LE=figures_LF[:, 2 + E :],
+            routed_LE=metrics_LF[:, 2 : 2 + E],
+            kept_LE=metrics_LF[:, 2 + E :],
             gradient_norms={},  # the graph knows the global one alone
         )
 
-    def _figures(self) -> tuple[np.float32, np.ndarray]:
-        """The language-model loss, and what was noted of each sparse layer, of all stages."""
+    def _metrics(self) -> tuple[np.float32, np.ndarray]:
+        """The language-model loss, and what was recorded of each sparse layer, of all stages."""
         experts = 0 if self._model.moe is None else self._model.moe.num_local_experts
-        rooms = self._built.model.rooms()
-        layers = [layer for layer in rooms if layer is not None]
+        metrics_buffers = self._built.model.metrics_buffers()
+        layers = [layer for layer in metrics_buffers if layer is not None]
         table = np.zeros((len(layers), 2 + 2 * experts), np.float32)
         lm = np.zeros(1, np.float32)
         for row, layer in enumerate(layers):
             if layer in self.storage.stage.layers:
-                table[row] = rooms[layer].asnumpy()[0]
+                table[row] = metrics_buffers[layer].asnumpy()[0]
         if self.storage.stage.head:
-            lm = rooms[None].asnumpy()[0]
-        both = self._division.of_all_stages(np.concatenate([lm, table.ravel()]))
+            lm = metrics_buffers[None].asnumpy()[0]
+        both = self._parallel_context.sum_over_stages(np.concatenate([lm, table.ravel()]))
         return both[0], both[1:].reshape(table.shape)
 
     def _check_parts(self) -> None:
         """Raises where MindSpore has cut a weight otherwise than its checkpoints will be."""
         for name, parameter in self.held().items():
-            window = self.storage.window(name)
-            part = tuple(each.stop - each.start for each in window)
+            local_slice = self.storage.local_slice(name)
+            part = tuple(each.stop - each.start for each in local_slice)
             wanted = self.storage.parameter_shape(name, part)
             if tuple(parameter.shape) != wanted:
                 raise TopologyError(

@@ -1,9 +1,10 @@
 """The graphs of an update. Tensors in, tensors out; weights and state change in place.
 
 One micro-batch: :class:`FusedUpdate` is everything in one graph. Several: each goes through
-:class:`Accumulate` (:class:`InTurn`), and :class:`FinishAccumulated` makes the update. Both are
-composed of the same two pieces: :class:`MicroGradients` (a dispatch group's losses and gradients)
-and :class:`Finish` (unscale, measure, clip, update unless something is not finite).
+:class:`Accumulate` (:class:`GradientAccumulation`), and :class:`AccumulatedOptimizerStep` makes the
+update. Both are composed of the same two pieces: :class:`MicroBatchGradients` (a dispatch group's
+losses and gradients) and :class:`OptimizerStep` (unscale, measure, clip, update unless something is
+not finite).
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class _Scaled(nn.Cell):
         return total * scales[2], (total, *parts)
 
 
-class MicroGradients(nn.Cell):
+class MicroBatchGradients(nn.Cell):
     """Losses and gradients of one dispatch group.
 
     Args:
@@ -134,24 +135,24 @@ class MicroGradients(nn.Cell):
         return parts, to_float32(gradients)
 
 
-class Finish(nn.Cell):
+class OptimizerStep(nn.Cell):
     """From summed gradients to updated weights.
 
     Args:
         optimizer: updates on the device; None hands the clipped gradients out instead.
-        clip_norm: see :class:`~mistral_ms.training.clipping.Clipping`.
+        max_grad_norm: see :class:`~mistral_ms.training.clipping.Clipping`.
         reduction: adds up over the processes; None when this one is alone.
     """
 
     def __init__(
         self,
         optimizer: DeviceOptimizer | None,
-        clip_norm: float | None,
+        max_grad_norm: float | None,
         reduction: Reduction | None = None,
     ) -> None:
         super().__init__(auto_prefix=False)
         self.optimizer, self.reduction = optimizer, reduction
-        self.clipping = Clipping(clip_norm)
+        self.clipping = Clipping(max_grad_norm)
 
     def construct(
         self, gradients: tuple[Tensor, ...], total: Tensor, scales: Tensor, coefficients: Tensor
@@ -182,12 +183,12 @@ class FusedUpdate(nn.Cell):
 
     Args:
         micro: the gradients.
-        finish: the update.
+        optimizer_step: the update.
     """
 
-    def __init__(self, micro: MicroGradients, finish: Finish) -> None:
+    def __init__(self, micro: MicroBatchGradients, optimizer_step: OptimizerStep) -> None:
         super().__init__(auto_prefix=False)
-        self.micro, self.finish = micro, finish
+        self.micro, self.optimizer_step = micro, optimizer_step
 
     def construct(
         self,
@@ -199,11 +200,13 @@ class FusedUpdate(nn.Cell):
         scales: Tensor,
         coefficients: Tensor,
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, tuple[Tensor, ...]]:
-        """The losses as :class:`MicroGradients` gives them, and what :class:`Finish` gives."""
+        """The losses as :class:`MicroBatchGradients` gives them, and what :class:`OptimizerStep`
+        gives.
+        """
         parts, gradients = self.micro(
             ids_BS, labels_BS, positions_BS, segments_BS, random_B3, scales
         )
-        norm, norms_n, clipped = self.finish(gradients, parts[0], scales, coefficients)
+        norm, norms_n, clipped = self.optimizer_step(gradients, parts[0], scales, coefficients)
         return parts, norm, norms_n, clipped
 
 
@@ -218,7 +221,7 @@ class Accumulate(nn.Cell):
         sums: the gradients so far, float32.
     """
 
-    def __init__(self, micro: MicroGradients, weights: Mapping[str, Parameter]) -> None:
+    def __init__(self, micro: MicroBatchGradients, weights: Mapping[str, Parameter]) -> None:
         super().__init__(auto_prefix=False)
         self.micro = micro
         self.sums = gradient_sums(weights)
@@ -232,7 +235,7 @@ class Accumulate(nn.Cell):
         random_B3: Tensor,
         scales: Tensor,
     ) -> tuple[Tensor, ...]:
-        """The losses as :class:`MicroGradients` gives them."""
+        """The losses as :class:`MicroBatchGradients` gives them."""
         parts, gradients = self.micro(
             ids_BS, labels_BS, positions_BS, segments_BS, random_B3, scales
         )
@@ -242,7 +245,7 @@ class Accumulate(nn.Cell):
         return (ops.depend(parts[0], done), *parts[1:])
 
 
-class InTurn:
+class GradientAccumulation:
     """Gradients of a batch whose micro-batches are computed one after the other.
 
     Args:
@@ -254,7 +257,7 @@ class InTurn:
     """
 
     def __init__(self, objective: Objective, weights: Mapping[str, Parameter]) -> None:
-        self._accumulate = Accumulate(MicroGradients(objective, weights), weights)
+        self._accumulate = Accumulate(MicroBatchGradients(objective, weights), weights)
         self.sums = self._accumulate.sums
 
     def __call__(self, parts: Sequence[BatchTensors], scales: Tensor) -> list[np.ndarray]:
@@ -262,7 +265,7 @@ class InTurn:
 
         Args:
             parts: the micro-batches.
-            scales: as of :class:`MicroGradients`.
+            scales: as of :class:`MicroBatchGradients`.
 
         Returns:
             Total and report, added up over the micro-batches.
@@ -282,26 +285,26 @@ def added_up(losses: Sequence[Sequence[Tensor]]) -> list[np.ndarray]:
     ]
 
 
-class FinishAccumulated(nn.Cell):
+class AccumulatedOptimizerStep(nn.Cell):
     """An update from summed gradients, which are zero afterwards.
 
     Args:
         sums: the gradients.
-        finish: the update.
+        optimizer_step: the update.
     """
 
-    def __init__(self, sums: ParameterTuple, finish: Finish) -> None:
+    def __init__(self, sums: ParameterTuple, optimizer_step: OptimizerStep) -> None:
         super().__init__(auto_prefix=False)
-        self.sums, self.finish = sums, finish
+        self.sums, self.optimizer_step = sums, optimizer_step
 
     def construct(
         self, total: Tensor, scales: Tensor, coefficients: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """What :class:`Finish` gives, for the summed total loss of all micro-batches."""
+        """What :class:`OptimizerStep` gives, for the summed total loss of all micro-batches."""
         gradients: tuple[Tensor, ...] = ()
         for i in range(len(self.sums)):
             gradients = (*gradients, self.sums[i])
-        norm, norms_n, clipped = self.finish(gradients, total, scales, coefficients)
+        norm, norms_n, clipped = self.optimizer_step(gradients, total, scales, coefficients)
         done = norm if len(clipped) == 0 else ops.depend(norm, clipped)
         for i in range(len(self.sums)):
             cleared = ops.depend(_zeros_like(self.sums[i]), done)

@@ -23,7 +23,7 @@ class Identity:
         routing: the routing policy.
         training: the training, its epochs counted out.
         parallel: the layout; another one goes on exactly only if its dispatch groups are the same.
-        dataset: a digest of the windows.
+        dataset: a digest of the sequences.
     """
 
     model: ModelConfig

@@ -69,14 +69,14 @@ def train(
     first = history[0].lm_loss if history else math.nan
     skipped = history[-1].skipped if history else 0
     started = ended = time.perf_counter()
-    rate = _Rate()
+    rate = _Throughput()
     while progress.step < config.last_step and not stop():
         begun = ended
         batch = data.batch(progress.step)
         result = update(batch)
         ended = time.perf_counter()
         skipped += not result.finite
-        epoch = progress.step * config.global_batch_size / data.windows
+        epoch = progress.step * config.global_batch_size / data.sequences
         seconds = ended - begun
         record = make_record(progress.step, epoch, batch.tokens, seconds, result, skipped)
         rate.add(batch.tokens, seconds)
@@ -98,7 +98,7 @@ def train(
     )
 
 
-class _Rate:
+class _Throughput:
     """Tokens per second of all steps but the first, which compiles; of that one if it is alone."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from mindspore import Parameter
 from mistral_ms.config import RunConfig
 from mistral_ms.layers import is_buffer
 from mistral_ms.models import tokens_at_a_time
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.memory import FLOAT, ActivationMemory, activation_memory, megabytes
 
 
@@ -81,13 +81,13 @@ def memory_report(
 
 
 def step_memory(
-    run: RunConfig, division: Division, kept: MemoryReport, device: str
+    run: RunConfig, parallel_context: ParallelContext, kept: MemoryReport, device: str
 ) -> ActivationMemory:
     """What a step of this process holds beside what is kept between steps.
 
     Args:
         run: the run, its steps counted out.
-        division: this process among the others.
+        parallel_context: this process among the others.
         kept: between steps.
         device: "Ascend", whose operators are fused, or "CPU".
     """
@@ -97,7 +97,7 @@ def step_memory(
         run.routing,
         run.training,
         run.parallel,
-        stage=division.groups.place.pp,
+        stage=parallel_context.groups.coords.pp,
         execution=execution,
         fused=device == "Ascend",
         logit_tokens=tokens_at_a_time(run.model.vocab_size) if execution == "explicit" else None,

@@ -31,7 +31,7 @@ class StepRecord:
         tokens_per_s: predicted tokens per second of this step; the first one compiles.
         loss_scale: what the loss was multiplied by; 1 without scaling.
         skipped: steps so far, this one included, whose gradients were not finite: float16
-            overflowed, the weights were left alone and the scale was halved. The figures of such
+            overflowed, the weights were left alone and the scale was halved. The values of such
             a step may be NaN (``null`` in the file).
         dropped_fraction: share of all choices that found their expert full.
         expert_load: for each sparse layer the share of choices that fell on each expert, before

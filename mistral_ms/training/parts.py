@@ -22,7 +22,7 @@ from mistral_ms.checkpoint.parts_writer import (
 from mistral_ms.checkpoint.target import TargetDirectory
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError, MistralMsError
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.optimizer import weight_of
 from mistral_ms.training.state import OPTIMIZER, encode_state, state_values
@@ -58,7 +58,9 @@ class PartSnapshot:
         )
 
 
-def take_part(update: Update, identity: Identity, division: Division) -> PartSnapshot:
+def take_part(
+    update: Update, identity: Identity, parallel_context: ParallelContext
+) -> PartSnapshot:
     """Copies what this process shall write; no process asks another one for anything."""
     weights, storage = update.held(), update.storage
     shapes = {name: storage.whole(name) for name in weights}
@@ -67,7 +69,7 @@ def take_part(update: Update, identity: Identity, division: Division) -> PartSna
     def _copied(name: str, weight: str, parameter: Any) -> Part:
         values, dtype = to_numpy(parameter)
         values = np.array(storage.from_parameter(weight, values), copy=True, order="C")
-        return Part(name, shapes[weight], storage.window(weight), dtype, values)
+        return Part(name, shapes[weight], storage.local_slice(weight), dtype, values)
 
     def parts() -> Iterator[Part]:
         for name, parameter in update.state().items():
@@ -77,8 +79,10 @@ def take_part(update: Update, identity: Identity, division: Division) -> PartSna
 
     dtype = dtype_name(next(iter(weights.values())).dtype)
     return PartSnapshot(
-        rank=division.rank,
-        stamp=Stamp(division.world, str(division.parallel.sizes), update.progress.step),
+        rank=parallel_context.rank,
+        stamp=Stamp(
+            parallel_context.world, str(parallel_context.parallel.sizes), update.progress.step
+        ),
         model=update.architecture.model_copy(update={"torch_dtype": dtype}),
         sets={
             "model": tuple(_copied(name, name, weights[name]) for name in weights if name in mine),
@@ -92,7 +96,7 @@ def save_parts(
     snapshot: PartSnapshot,
     series: CheckpointSeries,
     files: Mapping[str, bytes],
-    division: Division,
+    parallel_context: ParallelContext,
     writer: BackgroundWriter,
 ) -> None:
     """Starts to write a checkpoint of all processes; all of them must call this.
@@ -108,18 +112,18 @@ def save_parts(
     path, failure, begun = series.path(step), None, None
     try:
         writer.wait()
-        if division.is_first:
+        if parallel_context.is_rank_0:
             begun = begin_parts(path)
     except MistralMsError as error:
         failure = error
-    if division.anybody(failure is not None):
+    if parallel_context.any_rank(failure is not None):
         if begun is not None:
             begun.discard()
         raise failure or CheckpointError(
             "another rank could not save", where=path, todo="look into the other ranks' logs"
         )
 
-    token = division.told(0 if begun is None else begun.token)
+    token = parallel_context.broadcast(0 if begun is None else begun.token)
 
     def save() -> None:
         try:

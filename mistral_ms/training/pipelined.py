@@ -16,7 +16,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from mistral_ms.models import Objective
 from mistral_ms.parallel.pipeline import Phase, Schedule, Transfer, program
-from mistral_ms.parallel.stage import StageLinks
+from mistral_ms.parallel.stage import P2PCommunicator
 from mistral_ms.training.graphs import BatchTensors, added_up, gradient_sums, to_float32
 
 _cast = ops.Cast()
@@ -27,7 +27,7 @@ class StageForward(nn.Cell):
     """What a stage hands on.
 
     Args:
-        objective: of its segment.
+        objective: of its model chunk.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -41,14 +41,16 @@ class StageForward(nn.Cell):
         positions_BS: Tensor,
         segments_BS: Tensor,
         random_B3: Tensor,
-        shares: Tensor,
+        inv_counts: Tensor,
     ) -> Tensor:
-        """[B * S, H]; the arguments are those of :meth:`Objective.segment`."""
-        return self.objective.segment(x, labels_BS, positions_BS, segments_BS, shares, random_B3)[1]
+        """[B * S, H]; the arguments are those of :meth:`Objective.forward_step`."""
+        return self.objective.forward_step(
+            x, labels_BS, positions_BS, segments_BS, inv_counts, random_B3
+        )[1]
 
 
-class _Pulled(nn.Cell):
-    """A scalar with the gradients of the whole batch's scaled loss: this segment's part of it,
+class _WithOutputGrad(nn.Cell):
+    """A scalar with the gradients of the whole batch's scaled loss: this model chunk's part of it,
     and what it hands on times the gradient that came back for that.
     """
 
@@ -64,14 +66,14 @@ class _Pulled(nn.Cell):
         segments_BS: Tensor,
         random_B3: Tensor,
         scales: Tensor,
-        pull_TH: Tensor,
+        output_grad_TH: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        total, states_TH, parts = self.objective.segment(
+        total, states_TH, parts = self.objective.forward_step(
             x, labels_BS, positions_BS, segments_BS, scales[:2], random_B3
         )
         scaled = total * scales[2]
         if not self.predicts:
-            scaled = scaled + _sum(_cast(states_TH, ms.float32) * _cast(pull_TH, ms.float32))
+            scaled = scaled + _sum(_cast(states_TH, ms.float32) * _cast(output_grad_TH, ms.float32))
         return scaled, (total, *parts)
 
 
@@ -79,7 +81,7 @@ class StageBackward(nn.Cell):
     """Adds a micro-batch's gradients to the sums.
 
     Args:
-        objective: of the stage's segment.
+        objective: of the stage's model chunk.
         weights: what is trained of it, by name.
 
     Attributes:
@@ -88,11 +90,11 @@ class StageBackward(nn.Cell):
 
     def __init__(self, objective: Objective, weights: Mapping[str, Parameter]) -> None:
         super().__init__(auto_prefix=False)
-        self.pulled = _Pulled(objective)
+        self.with_output_grad = _WithOutputGrad(objective)
         self.embeds = objective.embeds
         position = None if self.embeds else 0
         trained = ParameterTuple(weights.values())
-        self.gradient = ms.value_and_grad(self.pulled, position, trained, has_aux=True)
+        self.gradient = ms.value_and_grad(self.with_output_grad, position, trained, has_aux=True)
         self.sums = gradient_sums(weights)
 
     def construct(
@@ -103,7 +105,7 @@ class StageBackward(nn.Cell):
         segments_BS: Tensor,
         random_B3: Tensor,
         scales: Tensor,
-        pull_TH: Tensor,
+        output_grad_TH: Tensor,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """The stage's parts of total and report, and the gradient of ``x``.
 
@@ -113,30 +115,31 @@ class StageBackward(nn.Cell):
             positions_BS: int32.
             segments_BS: int32.
             random_B3: int32, see :class:`~mistral_ms.models.Objective`.
-            scales: as of :class:`~mistral_ms.training.graphs.MicroGradients`.
-            pull_TH: the gradient of what the stage handed on; of no meaning for the last one.
+            scales: as of :class:`~mistral_ms.training.graphs.MicroBatchGradients`.
+            output_grad_TH: the gradient of what the stage handed on; of no meaning for the last
+                one.
         """
         (_, parts), gradients = self.gradient(
-            x, labels_BS, positions_BS, segments_BS, random_B3, scales, pull_TH
+            x, labels_BS, positions_BS, segments_BS, random_B3, scales, output_grad_TH
         )
-        back = scales
+        input_grad = scales
         if not self.embeds:
-            back, gradients = gradients
+            input_grad, gradients = gradients
         wide = to_float32(gradients)
         done = scales[0]
         for i in range(len(self.sums)):
             done = ops.depend(done, ops.assign_add(self.sums[i], wide[i]))
-        return (ops.depend(parts[0], done), *parts[1:]), back
+        return (ops.depend(parts[0], done), *parts[1:]), input_grad
 
 
-class Pipelined:
+class PipelinedGradients:
     """Runs one stage's part of a schedule.
 
     Args:
-        objective: of the stage's segment.
+        objective: of the stage's model chunk.
         weights: what is trained of it, by name.
         schedule: of all stages.
-        links: the stage's ways to its neighbours.
+        p2p: the stage's ways to its neighbours.
 
     Attributes:
         sums: the summed gradients.
@@ -147,10 +150,10 @@ class Pipelined:
         objective: Objective,
         weights: Mapping[str, Parameter],
         schedule: Schedule,
-        links: StageLinks,
+        p2p: P2PCommunicator,
     ) -> None:
-        self._program = program(schedule, links.stage)
-        self._links, self._stage = links, links.stage
+        self._program = program(schedule, p2p.stage)
+        self._p2p, self._stage = p2p, p2p.stage
         self._forward = None if objective.predicts else StageForward(objective)
         self._backward = StageBackward(objective, weights)
         self._embeds = objective.embeds
@@ -163,39 +166,39 @@ class Pipelined:
 
         Args:
             parts: the micro-batches of this rank.
-            scales: as of :class:`~mistral_ms.training.graphs.MicroGradients`.
+            scales: as of :class:`~mistral_ms.training.graphs.MicroBatchGradients`.
 
         Returns:
             The stage's parts of total and report, added up over the micro-batches.
         """
-        given: dict[int, Tensor] = {}
-        made: dict[int, Tensor] = {}
-        pulls: dict[int, Tensor] = {}
-        backs: dict[int, Tensor] = {}
+        inputs: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
+        output_grads: dict[int, Tensor] = {}
+        input_grads: dict[int, Tensor] = {}
         losses: list[tuple[Tensor, ...]] = []
         nothing = ops.zeros((parts[0][0].size, self._width), self._dtype)
         if self._embeds:
-            given = {number: ids_BS for number, (ids_BS, *_) in enumerate(parts)}
+            inputs = {number: ids_BS for number, (ids_BS, *_) in enumerate(parts)}
         for event in self._program:
             number = event.micro_batch
             if isinstance(event, Transfer):
-                sent = made if event.phase is Phase.FORWARD else backs
-                kept = given if event.phase is Phase.FORWARD else pulls
+                sent = outputs if event.phase is Phase.FORWARD else input_grads
+                kept = inputs if event.phase is Phase.FORWARD else output_grads
                 sending = event.sender == self._stage
                 message = sent.pop(number) if sending else nothing
-                arrived = self._links.exchange(event, message)
+                arrived = self._p2p.exchange(event, message)
                 if not sending:
                     kept[number] = arrived
             elif event.phase is Phase.FORWARD:
                 if self._forward is not None:
                     _, *rest = parts[number]
-                    made[number] = self._forward(given[number], *rest, scales[:2])
+                    outputs[number] = self._forward(inputs[number], *rest, scales[:2])
             else:
                 _, *rest = parts[number]
-                pull = pulls.pop(number, nothing)
-                found, back = self._backward(given.pop(number), *rest, scales, pull)
+                output_grad = output_grads.pop(number, nothing)
+                found, input_grad = self._backward(inputs.pop(number), *rest, scales, output_grad)
                 losses.append(found)
-                backs[number] = back
+                input_grads[number] = input_grad
         return added_up(losses)
 
     def cells(self) -> tuple[nn.Cell, ...]:

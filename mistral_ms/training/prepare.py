@@ -12,9 +12,9 @@ from mistral_ms.checkpoint import open_checkpoint, tokenizer_files
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import DataConfig, RunConfig
 from mistral_ms.config.computation import check_same_model
-from mistral_ms.datasets import MindRecordWindows, build_dataset
+from mistral_ms.datasets import MindRecordSequences, build_dataset
 from mistral_ms.errors import ConfigError, TokenizerError
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.storage import Storage
 from mistral_ms.tokenizer import Tokenizer, end_token_notes, find_tokenizer, load_tokenizer
 from mistral_ms.training.files import RunFiles
@@ -40,15 +40,21 @@ def check_device(run: RunConfig) -> None:
 
 
 def open_data(
-    run: RunConfig, files: RunFiles, division: Division, say: Say, *, resuming: bool = False
-) -> tuple[MindRecordWindows, Tokenizer | None]:
-    """The windows, packed first where the run names texts; and the tokenizer, if one is known.
+    run: RunConfig,
+    files: RunFiles,
+    parallel_context: ParallelContext,
+    say: Say,
+    *,
+    resuming: bool = False,
+) -> tuple[MindRecordSequences, Tokenizer | None]:
+    """The sequences, packed first where the run names texts; and the tokenizer, if one is known.
 
-    A run that goes on has its windows in its own directory: texts, tokenizer and base model may be
+    A run that goes on has its sequences in its own directory: texts, tokenizer and base model may
+        be
     gone by then.
 
     Raises:
-        ConfigError: no data, or windows of another length than the run's.
+        ConfigError: no data, or sequences of another length than the run's.
         DataError: texts or a dataset that cannot be read, or that are not for this model.
     """
     data, training = run.data, run.training
@@ -62,29 +68,29 @@ def open_data(
         directory = data.dataset
     else:
         directory = files.dataset
-        if division.is_first and not directory.exists():
+        if parallel_context.is_rank_0 and not directory.exists():
             assert tokenizer is not None
             config = DataConfig(seq_length=training.seq_length, **data.packing.model_dump())
             built = build_dataset(data.inputs, tokenizer, config, directory)
             counts = built.info.counts
             for note in built.notes:
                 say(f"note: {note}")
-            say(f"packed {counts.tokens} tokens into {counts.windows} windows: {directory}")
-    division.wait_for_all()
-    windows = MindRecordWindows(directory, training.global_batch_size, training.seed)
-    if windows.seq_length != training.seq_length:
+            say(f"packed {counts.tokens} tokens into {counts.sequences} sequences: {directory}")
+    parallel_context.barrier()
+    sequences = MindRecordSequences(directory, training.global_batch_size, training.seed)
+    if sequences.seq_length != training.seq_length:
         raise ConfigError(
-            "windows of another length",
+            "sequences of another length",
             where="training.seq_length",
             value=training.seq_length,
-            rule=f"the dataset {directory} has windows of {windows.seq_length} tokens",
+            rule=f"the dataset {directory} has sequences of {sequences.seq_length} tokens",
             todo="pack it again, or train with its length",
         )
-    windows.check_model(run.model, tokenizer)
-    if tokenizer is not None and division.is_first:
+    sequences.check_model(run.model, tokenizer)
+    if tokenizer is not None and parallel_context.is_rank_0:
         for note in end_token_notes(tokenizer, run.model.eos_token_ids):
             say(f"note: {note}")
-    return windows, tokenizer
+    return sequences, tokenizer
 
 
 def _tokenizer(run: RunConfig, optional: bool = False) -> Tokenizer | None:
@@ -128,7 +134,7 @@ def initialize(
     weights: Mapping[str, Parameter],
     storage: Storage,
     run: RunConfig,
-    division: Division,
+    parallel_context: ParallelContext,
     say: Say,
 ) -> None:
     """Draws the weights, or reads them from the checkpoint that the run names.
@@ -137,7 +143,7 @@ def initialize(
         weights: what this process holds, by the names of checkpoints.
         storage: how it lies in a checkpoint.
         run: the run.
-        division: which part of the run this process has.
+        parallel_context: which part of the run this process has.
         say: told where they are from.
 
     Raises:
@@ -146,7 +152,7 @@ def initialize(
     if run.init_from is None:
         storage.initialize(weights, run.training.seed)
         return
-    start, rank, world = run.init_from, division.rank, division.world
+    start, rank, world = run.init_from, parallel_context.rank, parallel_context.world
     with open_checkpoint(
         start.path,
         start.format,

@@ -44,7 +44,7 @@ def describe(record: StepRecord, left: str) -> str:
     """Loss, speed and remaining time of a step in one short line."""
     return (
         f"loss {record.lm_loss:7.4f}  {record.tokens_per_s:6.0f} tokens/s  "
-        f"rate {record.lr:.1e}  {left} left"
+        f"lr {record.lr:.1e}  {left} left"
     )
 
 

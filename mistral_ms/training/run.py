@@ -17,7 +17,7 @@ from mistral_ms.checkpoint import BackgroundWriter, CheckpointSeries, read_state
 from mistral_ms.config import PACKAGED_TOKENIZER, RunConfig
 from mistral_ms.errors import CheckpointError, TrainingError
 from mistral_ms.optimizers import with_settings
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.memory import too_large
 from mistral_ms.parallel.pipeline import check_objective
 from mistral_ms.training.failure import write_failure
@@ -73,7 +73,7 @@ class TrainingRun:
         output: the run's directory.
         resume: go on with the training that is there; otherwise the directory must hold none.
         say: told in a line each what is being done.
-        division: which part of the run this process has; None when it is alone.
+        parallel_context: which part of the run this process has; None when it is alone.
 
     Raises:
         BusyError: another training is writing into the directory.
@@ -88,18 +88,20 @@ class TrainingRun:
         *,
         resume: bool,
         say: Say,
-        division: Division | None = None,
+        parallel_context: ParallelContext | None = None,
     ) -> None:
         self.files, self._say = RunFiles(output), say
-        self.division = Division(run.parallel) if division is None else division
+        self.parallel_context = (
+            ParallelContext(run.parallel) if parallel_context is None else parallel_context
+        )
         check_device(run)
         run = run.model_copy(update={"training": with_settings(run.training)})
         if resume:
             self.files.again()
-        elif self.division.is_first:
+        elif self.parallel_context.is_rank_0:
             self.files.begin()
         with ExitStack() as stack:
-            if self.division.is_first:
+            if self.parallel_context.is_rank_0:
                 stack.enter_context(self.files.claim())
             self._prepare(run, resume)
             self._claim = stack.pop_all()
@@ -107,14 +109,16 @@ class TrainingRun:
     def _prepare(self, run: RunConfig, resume: bool) -> None:
         """Everything that comes before the first step."""
         say = self._say
-        self.data, tokenizer = open_data(run, self.files, self.division, say, resuming=resume)
-        check_objective(run.model, run.routing, run.parallel, run.training.aux_coef)
-        training = with_settings(run.training.with_steps(self.data.windows))
+        self.data, tokenizer = open_data(
+            run, self.files, self.parallel_context, say, resuming=resume
+        )
+        check_objective(run.model, run.routing, run.parallel, run.training.router_aux_loss_coef)
+        training = with_settings(run.training.with_max_steps(self.data.sequences))
         self.run = run.model_copy(update={"training": training})
         self.identity = Identity(
             run.model, run.routing, training, run.parallel, self.data.info.digest
         )
-        self.series = CheckpointSeries(self.files.checkpoints, run.checkpoint.keep_last)
+        self.series = CheckpointSeries(self.files.checkpoints, run.checkpoint.save_total_limit)
         found = self._newest() if resume else None
         self.update = self._update(drawn=found is None)
         start = run.init_from if found is None else None
@@ -131,7 +135,7 @@ class TrainingRun:
                 self.history = read_metrics(self.files.metrics, step)
         self.memory = self.update.memory()
         device = ms.get_context("device_target")
-        self.activations = step_memory(self.run, self.division, self.memory, device)
+        self.activations = step_memory(self.run, self.parallel_context, self.memory, device)
         needed = self.memory.device + self.activations.total
         self.memory_warning = too_large(needed, self.run.parallel.max_device_memory, device)
 
@@ -141,28 +145,28 @@ class TrainingRun:
         Args:
             drawn: its weights are drawn or read now; otherwise a checkpoint's will come.
         """
-        run, division = self.run, self.division
+        run, parallel_context = self.run, self.parallel_context
         if run.parallel.execution_on(ms.get_context("device_target")) == "graph":
             segmented = self.data.info.config.boundaries == "attention"
-            update = GraphTrainStep(run, division, segmented=segmented)
+            update = GraphTrainStep(run, parallel_context, segmented=segmented)
             if drawn:
-                initialize(update.held(), update.storage, run, division, self._say)
+                initialize(update.held(), update.storage, run, parallel_context, self._say)
             return update
-        model = division.build_model(
+        model = parallel_context.build_model(
             run.model, run.routing, run.training.dtype, positions=run.training.seq_length
         )
         if drawn:  # before the optimizer copies them
-            storage = division.storage(model.specs)
-            initialize(model.weights(), storage, run, division, self._say)
+            storage = parallel_context.storage(model.specs)
+            initialize(model.weights(), storage, run, parallel_context, self._say)
         pooled = run.routing.aux_loss == "pooled"
-        return TrainStep(model, run.training, pooled_aux=pooled, division=division)
+        return TrainStep(model, run.training, pooled_aux=pooled, parallel_context=parallel_context)
 
     def _newest(self) -> Path:
         """The checkpoint to go on with; says why others are not taken."""
-        if self.division.is_first:
+        if self.parallel_context.is_rank_0:
             for leftover in self.series.clean():
                 self._say(f"removed what a killed writer left: {leftover}")
-        self.division.wait_for_all()
+        self.parallel_context.barrier()
         found = self._verified()
         if found is None:
             raise TrainingError(
@@ -180,12 +184,12 @@ class TrainingRun:
         """The newest whole checkpoint: the first process reads every byte, the others ask it."""
         found = None
         try:
-            if self.division.is_first:
+            if self.parallel_context.is_rank_0:
                 found = self.series.newest()
         except CheckpointError:
-            self.division.told(0)
+            self.parallel_context.broadcast(0)
             raise
-        number = self.division.told(0 if found is None else found.step + 1)
+        number = self.parallel_context.broadcast(0 if found is None else found.step + 1)
         for other in found.passed_over if found is not None else ():
             self._say(f"passed over {other.path}: {other.reason}")
         return None if number == 0 else self.series.path(number - 1)
@@ -218,7 +222,7 @@ class TrainingRun:
             writer = stack.enter_context(BackgroundWriter())
             stop = stack.enter_context(stop_on_signals())
             own: list[Observer] = [records.append]
-            if self.division.is_first:
+            if self.parallel_context.is_rank_0:
                 files.config.write_text(_spelled_out(self.run), encoding="utf-8")
                 own.append(stack.enter_context(MetricsWriter(files.metrics, self.history)))
                 first = update.progress.step + 1
@@ -230,8 +234,8 @@ class TrainingRun:
                     self.data,
                     (*own, *observers),
                     history=self.history,
-                    stop=lambda: self.division.anybody(stop()),
-                    world_size=self.division.world,
+                    stop=lambda: self.parallel_context.any_rank(stop()),
+                    world_size=self.parallel_context.world,
                 )
             except NotFiniteError as error:
                 self._explain(error, writer)
@@ -239,14 +243,14 @@ class TrainingRun:
             self._save(writer)
         path = self.series.path(update.progress.step)
         result = RunResult(files, summary, path, self.memory, stop.number)
-        if self.division.is_first:
+        if self.parallel_context.is_rank_0:
             write_figures(files.figures, records, self.run)
             text = json.dumps(result.summary_values(), indent=2) + "\n"
             files.summary.write_text(text, encoding="utf-8")
         return result
 
     def _saver(self, writer: BackgroundWriter) -> Observer:
-        every, last = self.run.checkpoint.every, self.run.training.last_step
+        every, last = self.run.checkpoint.save_steps, self.run.training.last_step
 
         def save(record: StepRecord) -> None:
             writer.check()
@@ -262,9 +266,9 @@ class TrainingRun:
             return
         self._saved = step
         self._phase("saving")
-        if self.division.world > 1:
-            part = take_part(self.update, self.identity, self.division)
-            save_parts(part, self.series, self.side_files, self.division, writer)
+        if self.parallel_context.world > 1:
+            part = take_part(self.update, self.identity, self.parallel_context)
+            save_parts(part, self.series, self.side_files, self.parallel_context, writer)
             return
         snapshot = take_snapshot(self.update, self.identity)
 
@@ -275,7 +279,7 @@ class TrainingRun:
 
     def _explain(self, error: NotFiniteError, writer: BackgroundWriter) -> None:
         path = self.files.failure(error.step)
-        if self.division.is_first:
+        if self.parallel_context.is_rank_0:
             write_failure(path, self.update, error)
         self._save(writer)
         self._say(

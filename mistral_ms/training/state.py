@@ -151,7 +151,7 @@ def restore(update: Update, path: Path) -> None:
                     value=list(shape),
                     rule=f"the training has {list(storage.whole(weight))}",
                 )
-            part = None if storage.holds_everything else storage.window(weight)
+            part = None if storage.holds_everything else storage.local_slice(weight)
             values = storage.to_parameter(weight, stored.read(name, part))
             set_values(parameter, values)
     update.restored()

@@ -13,26 +13,26 @@ from mistral_ms.datasets.batches import Batch
 from mistral_ms.models import CausalLM, LossReport, Objective, recompute
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.optimizers import Plan, check_layout, make_plan, with_settings
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.pipeline import check_trained
-from mistral_ms.parallel.sharded import ShardedReduction
 from mistral_ms.parallel.storage import Storage
+from mistral_ms.parallel.zero1 import Zero1Reduction
 from mistral_ms.training.graphs import (
+    AccumulatedOptimizerStep,
     BatchTensors,
-    Finish,
-    FinishAccumulated,
     FusedUpdate,
-    InTurn,
-    MicroGradients,
+    GradientAccumulation,
+    MicroBatchGradients,
+    OptimizerStep,
     batch_tensors,
 )
 from mistral_ms.training.loss_scale import LossScale
+from mistral_ms.training.lr_scheduler import learning_rate
 from mistral_ms.training.memory import MemoryReport, memory_report
 from mistral_ms.training.offload import HostOptimizer
 from mistral_ms.training.optimizer import MASTER, DeviceOptimizer, is_mixed
-from mistral_ms.training.pipelined import Pipelined
+from mistral_ms.training.pipelined import PipelinedGradients
 from mistral_ms.training.result import NotFiniteError, StepResult
-from mistral_ms.training.schedule import learning_rate
 from mistral_ms.training.statistics import layer_statistics
 from mistral_ms.weights import specs
 
@@ -126,8 +126,8 @@ class TrainStep:
         model: what is trained, in place, with its initial weights.
         config: objective, optimizer, schedule; its steps are counted out.
         pooled_aux: how the load-balancing loss combines layers (see RoutingConfig.aux_loss).
-        division: which part of model and batch this process has; None when it is alone. Each
-            data-parallel rank's micro-batches are dispatch groups of their own.
+        parallel_context: which part of model and batch this process has; None when it is alone.
+            Each data-parallel rank's micro-batches are dispatch groups of their own.
 
     Raises:
         ConfigError: the optimizer, its settings or its parameter groups are not possible for this
@@ -145,56 +145,65 @@ class TrainStep:
         config: TrainingConfig,
         *,
         pooled_aux: bool = True,
-        division: Division | None = None,
+        parallel_context: ParallelContext | None = None,
     ) -> None:
         config = with_settings(config)
         self.model, self.config = model, config
-        self._division = division
-        self._plan = _plan_of(model, config, division)
+        self._parallel_context = parallel_context
+        self._plan = _plan_of(model, config, parallel_context)
         self.weights: dict[str, Parameter] = {
             name: weight
             for name, weight in model.weights().items()
             if weight.requires_grad and name in self._plan.group_of
         }
         self._reduction = (
-            None if division is None else division.reduction(self.weights, model.specs)
+            None
+            if parallel_context is None
+            else parallel_context.reduction(self.weights, model.specs)
         )
         self.progress = Progress(scale=LossScale.start(config.scaling))
-        recompute(model.layers, "none" if division is None else division.recompute)
+        recompute(model.layers, "none" if parallel_context is None else parallel_context.recompute)
         objective = Objective(
             model,
-            aux_coef=config.aux_coef,
-            z_coef=config.z_coef,
+            router_aux_loss_coef=config.router_aux_loss_coef,
+            router_z_loss_coef=config.router_z_loss_coef,
             router_losses=config.router_losses,
             pooled_aux=pooled_aux,
-            copies=1 if division is None else division.parallel.interleave,
-            token_nll=None if division is None else division.token_nll(model.config),
+            interleave_num=1
+            if parallel_context is None
+            else parallel_context.parallel.micro_batch_interleave_num,
+            token_nll=None
+            if parallel_context is None
+            else parallel_context.token_nll(model.config),
         )
         self._others = objective.others
         updated = dict(self.weights)
-        self._spread: nn.Cell | None = None
-        if isinstance(self._reduction, ShardedReduction):
+        self._all_gather_weights: nn.Cell | None = None
+        if isinstance(self._reduction, Zero1Reduction):
             updated = {name: self.weights[name] for name in self._reduction.updated}
-            self._spread = self._reduction.spread(self.weights)
+            self._all_gather_weights = self._reduction.all_gather_weights(self.weights)
         self.optimizer: DeviceOptimizer | HostOptimizer
         if config.offload_optimizer == "host":
             self.optimizer = HostOptimizer(updated, self._plan)
-            finish = Finish(None, config.clip_norm, self._reduction)
+            optimizer_step = OptimizerStep(None, config.max_grad_norm, self._reduction)
         else:
             self.optimizer = DeviceOptimizer(updated, self._plan)
-            finish = Finish(self.optimizer, config.clip_norm, self._reduction)
+            optimizer_step = OptimizerStep(self.optimizer, config.max_grad_norm, self._reduction)
         self._fused: FusedUpdate | None = None
-        self._gradients: InTurn | Pipelined | None = None
-        self._finish: FinishAccumulated | None = None
-        if division is not None and division.is_pipelined:
-            schedule, links = division.schedule(config.micro_batches), division.links()
-            self._gradients = Pipelined(objective, self.weights, schedule, links)
-        elif config.micro_batches > 1:
-            self._gradients = InTurn(objective, self.weights)
+        self._gradients: GradientAccumulation | PipelinedGradients | None = None
+        self._optimizer_step: AccumulatedOptimizerStep | None = None
+        if parallel_context is not None and parallel_context.is_pipelined:
+            schedule, p2p = (
+                parallel_context.schedule(config.gradient_accumulation_steps),
+                parallel_context.p2p(),
+            )
+            self._gradients = PipelinedGradients(objective, self.weights, schedule, p2p)
+        elif config.gradient_accumulation_steps > 1:
+            self._gradients = GradientAccumulation(objective, self.weights)
         if self._gradients is None:
-            self._fused = FusedUpdate(MicroGradients(objective, self.weights), finish)
+            self._fused = FusedUpdate(MicroBatchGradients(objective, self.weights), optimizer_step)
         else:
-            self._finish = FinishAccumulated(self._gradients.sums, finish)
+            self._optimizer_step = AccumulatedOptimizerStep(self._gradients.sums, optimizer_step)
 
     def __call__(self, batch: Batch) -> StepResult:
         """Runs the next step and waits for it.
@@ -207,14 +216,14 @@ class TrainStep:
                 not been made: called again with its batch it would fail in the same way.
         """
         progress, config = self.progress, self.config
-        rate = learning_rate(config, progress.step)
+        lr = learning_rate(config, progress.step)
         scale = progress.scale.value
-        coefficients = Tensor(self._plan.coefficients(progress.updates, rate))
-        shares = [1.0 / max(1, batch.tokens), 1.0 / max(1, batch.present), scale]
-        scales = Tensor(np.array(shares, np.float32))
+        coefficients = Tensor(self._plan.coefficients(progress.updates, lr))
+        scales = [1.0 / max(1, batch.tokens), 1.0 / max(1, batch.present), scale]
+        scales = Tensor(np.array(scales, np.float32))
         mine = batch
-        if self._division is not None:
-            number, parts = self._division.data_parallel
+        if self._parallel_context is not None:
+            number, parts = self._parallel_context.data_parallel
             mine = batch.split(parts)[number]
         with graph_mode():
             if self._fused is not None:
@@ -225,11 +234,11 @@ class TrainStep:
             else:
                 sums, norm, norms_n, clipped = self._accumulated(mine, scales, coefficients)
             sums = self._of_all_ranks(sums)
-            result = self._result(sums, norm, norms_n, rate, scale)
+            result = self._result(sums, norm, norms_n, lr, scale)
             if isinstance(self.optimizer, HostOptimizer) and result.finite:
                 self.optimizer.update(clipped, coefficients)
-            if self._spread is not None and result.finite:
-                self._spread()
+            if self._all_gather_weights is not None and result.finite:
+                self._all_gather_weights()
         if result.finite:
             self.model.update_gates(result.routed_LE)
         return advance(progress, config, batch, result)
@@ -243,7 +252,11 @@ class TrainStep:
     def storage(self) -> Storage:
         """See :class:`Update`."""
         held = self.model.specs
-        return Storage(held) if self._division is None else self._division.storage(held)
+        return (
+            Storage(held)
+            if self._parallel_context is None
+            else self._parallel_context.storage(held)
+        )
 
     def held(self) -> dict[str, Parameter]:
         """See :class:`Update`."""
@@ -264,7 +277,7 @@ class TrainStep:
     def cells(self) -> tuple[nn.Cell, ...]:
         """The cells that are compiled for the device."""
         computing = () if self._gradients is None else self._gradients.cells()
-        found = (self._fused, *computing, self._finish, self._spread)
+        found = (self._fused, *computing, self._optimizer_step, self._all_gather_weights)
         return tuple(cell for cell in found if cell is not None)
 
     def memory(self) -> MemoryReport:
@@ -280,17 +293,19 @@ class TrainStep:
 
     def layer_statistics(self, batch: Batch) -> list[dict[str, Any]]:
         """See :class:`Update`."""
-        if self._division is not None and self._division.world > 1:
+        if self._parallel_context is not None and self._parallel_context.world > 1:
             return []  # the other processes would have to take part
-        return layer_statistics(self.model, batch.split(self.config.micro_batches))
+        return layer_statistics(self.model, batch.split(self.config.gradient_accumulation_steps))
 
     def _accumulated(
         self, batch: Batch, scales: Tensor, coefficients: Tensor
     ) -> tuple[list[np.ndarray], Tensor, Tensor, tuple[Tensor, ...]]:
-        assert self._gradients is not None and self._finish is not None
-        parts = [self._tensors(part) for part in batch.split(self.config.micro_batches)]
+        assert self._gradients is not None and self._optimizer_step is not None
+        parts = [
+            self._tensors(part) for part in batch.split(self.config.gradient_accumulation_steps)
+        ]
         sums = self._gradients(parts, scales)
-        return sums, *self._finish(Tensor(sums[0]), scales, coefficients)
+        return sums, *self._optimizer_step(Tensor(sums[0]), scales, coefficients)
 
     def _tensors(self, batch: Batch) -> BatchTensors:
         return batch_tensors(batch, self.config.seed, self.progress.step)
@@ -305,7 +320,7 @@ class TrainStep:
         return [part.reshape(each.shape) for part, each in zip(parts, sums, strict=True)]
 
     def _result(
-        self, sums: list[np.ndarray], norm: Tensor, norms_n: Tensor, rate: float, scale: float
+        self, sums: list[np.ndarray], norm: Tensor, norms_n: Tensor, lr: float, scale: float
     ) -> StepResult:
         total, report = float(sums[0]), LossReport.unpack(sums[1:])
         norms = zip(self.weights, norms_n.asnumpy().tolist(), strict=True)
@@ -315,7 +330,7 @@ class TrainStep:
             aux_loss=float(report.aux),
             z_loss=float(report.z),
             grad_norm=float(norm.asnumpy()),
-            learning_rate=rate,
+            learning_rate=lr,
             loss_scale=scale,
             routed_LE=_table(report.routed_LE),
             kept_LE=_table(report.kept_LE),
@@ -324,12 +339,14 @@ class TrainStep:
         )
 
 
-def _plan_of(model: CausalLM, config: TrainingConfig, division: Division | None) -> Plan:
+def _plan_of(
+    model: CausalLM, config: TrainingConfig, parallel_context: ParallelContext | None
+) -> Plan:
     """The optimizer of the whole model, of which a process may hold a part."""
     plan = make_plan(config, specs(model.config))
-    if division is not None:
-        check_layout(plan, division.parallel, graph=False)
-        check_trained(model.config, division.parallel.pp, plan.group_of)
+    if parallel_context is not None:
+        check_layout(plan, parallel_context.parallel, graph=False)
+        check_trained(model.config, parallel_context.parallel.pp, plan.group_of)
     return plan
 
 

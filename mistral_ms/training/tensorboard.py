@@ -22,8 +22,8 @@ class TensorBoardWriter:
         self._writer = SummaryWriter(str(directory), purge_step=first_step, flush_secs=10)
 
     def __call__(self, record: StepRecord) -> None:
-        """Writes the figures of one step."""
-        figures = {
+        """Writes the scalars of one step."""
+        scalars = {
             "loss/total": record.loss,
             "loss/language_model": record.lm_loss,
             "loss/load_balancing": record.aux_loss,
@@ -35,12 +35,12 @@ class TensorBoardWriter:
             "routing/dropped_fraction": record.dropped_fraction,
         }
         for name, loss in record.router_losses.items():
-            figures[f"loss/{name}"] = loss
+            scalars[f"loss/{name}"] = loss
         for layer, load in enumerate(record.expert_load):
             # 1 when every expert is asked equally often
-            figures[f"routing/busiest_expert/layer_{layer}"] = max(load) * len(load)
-            figures[f"routing/idlest_expert/layer_{layer}"] = min(load) * len(load)
-        for name, value in figures.items():
+            scalars[f"routing/busiest_expert/layer_{layer}"] = max(load) * len(load)
+            scalars[f"routing/idlest_expert/layer_{layer}"] = min(load) * len(load)
+        for name, value in scalars.items():
             self._writer.add_scalar(name, value, record.step)
 
     def __enter__(self) -> TensorBoardWriter:

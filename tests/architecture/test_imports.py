@@ -1,6 +1,6 @@
 """The import table of the house, enforced by reading the sources.
 
-Imports inside functions count as much as those at the top: a room that must not know another one
+Imports inside functions count as much as those at the top: a package that must not know another one
 must not know it lazily either. What is heavy may only be imported lazily.
 """
 
@@ -24,76 +24,76 @@ LINE_LIMIT = 400
 
 
 @dataclass(frozen=True)
-class Room:
-    """What a room may import besides itself, ``errors``, ``reading`` and the standard library.
+class Rule:
+    """What a package may import besides itself, ``errors``, ``reading`` and the standard library.
 
     Attributes:
-        rooms: other rooms, or single modules of them.
+        ours: other packages, or single modules of them.
         packages: third-party packages.
         mindspore_only_in: the modules that may import mindspore; None = all, where it is allowed.
-        mindspore_not_in: the modules that may not, with everything inside them; a room's own name
-            stands for its ``__init__`` alone.
+        mindspore_not_in: the modules that may not, with everything inside them; a package's own
+            name stands for its ``__init__`` alone.
     """
 
-    rooms: frozenset[str] = frozenset()
+    ours: frozenset[str] = frozenset()
     packages: frozenset[str] = frozenset()
     mindspore_only_in: frozenset[str] | None = None
     mindspore_not_in: frozenset[str] = frozenset()
 
 
-def room(rooms: str = "", packages: str = "", **modules: str) -> Room:
+def rule(ours: str = "", packages: str = "", **modules: str) -> Rule:
     split = {key: frozenset(names.split()) for key, names in modules.items()}
-    return Room(frozenset(rooms.split()), frozenset(packages.split()), **split)
+    return Rule(frozenset(ours.split()), frozenset(packages.split()), **split)
 
 
-MODEL_ROOMS = "config weights ops layers moe models"
-BELOW_TRAINING = f"{MODEL_ROOMS} optimizers staging parallel tokenizer checkpoint data datasets"
+MODEL_PACKAGES = "config weights ops layers moe models"
+BELOW_TRAINING = f"{MODEL_PACKAGES} optimizers staging parallel tokenizer checkpoint data datasets"
 # numpy goes where mindspore goes: its tensors are made of arrays
 TABLE = {
-    "errors": room(),
-    "cache": room(),
-    "reading": room(),
-    "recognition": room(),
-    "signals": room(),
-    "__init__": room(),
-    "data": room(),
-    "staging": room(),
-    "config": room(packages="pydantic yaml"),
-    "weights": room("config"),
-    "ops": room(packages="mindspore numpy"),
-    "layers": room("config weights ops", "mindspore numpy"),
-    "moe": room("config weights ops layers", "mindspore numpy pydantic"),  # gates have settings
-    "models": room("config weights layers moe", "mindspore numpy"),
-    "optimizers": room("config weights ops", "mindspore numpy pydantic"),
-    "parallel": room(
-        f"{MODEL_ROOMS} optimizers",
+    "errors": rule(),
+    "cache": rule(),
+    "reading": rule(),
+    "recognition": rule(),
+    "signals": rule(),
+    "__init__": rule(),
+    "data": rule(),
+    "staging": rule(),
+    "config": rule(packages="pydantic yaml"),
+    "weights": rule("config"),
+    "ops": rule(packages="mindspore numpy"),
+    "layers": rule("config weights ops", "mindspore numpy"),
+    "moe": rule("config weights ops layers", "mindspore numpy pydantic"),  # gates have settings
+    "models": rule("config weights layers moe", "mindspore numpy"),
+    "optimizers": rule("config weights ops", "mindspore numpy pydantic"),
+    "parallel": rule(
+        f"{MODEL_PACKAGES} optimizers",
         "mindspore numpy matplotlib",
         mindspore_not_in=(
             "mistral_ms.parallel mistral_ms.parallel.topology mistral_ms.parallel.pipeline "
             "mistral_ms.parallel.memory"
         ),
     ),
-    "tokenizer": room("config data", "sentencepiece tokenizers mistral_common jinja2"),
-    "checkpoint": room(
+    "tokenizer": rule("config data", "sentencepiece tokenizers mistral_common jinja2"),
+    "checkpoint": rule(
         "config weights staging parallel.topology",
         "numpy safetensors torch mindspore",
         mindspore_only_in="mistral_ms.checkpoint.load",
     ),
-    "datasets": room(
+    "datasets": rule(
         "config staging tokenizer",
         "numpy mindspore",
         mindspore_only_in="mistral_ms.datasets.mindrecord",
     ),
-    "training": room(BELOW_TRAINING, "mindspore numpy rich matplotlib tensorboardX yaml"),
-    "inference": room(BELOW_TRAINING, "mindspore numpy"),
-    "lifelong": room(BELOW_TRAINING, "mindspore numpy"),
-    "alignment": room(f"{BELOW_TRAINING} inference", "mindspore numpy torch transformers"),
-    "launch": room("config"),
-    "planner": room("config weights parallel.topology"),
-    "mindformers": room(
+    "training": rule(BELOW_TRAINING, "mindspore numpy rich matplotlib tensorboardX yaml"),
+    "inference": rule(BELOW_TRAINING, "mindspore numpy"),
+    "lifelong": rule(BELOW_TRAINING, "mindspore numpy"),
+    "alignment": rule(f"{BELOW_TRAINING} inference", "mindspore numpy torch transformers"),
+    "launch": rule("config"),
+    "planner": rule("config weights parallel.topology"),
+    "mindformers": rule(
         f"{BELOW_TRAINING} training inference lifelong", "mindspore numpy mindformers"
     ),
-    "cli": room(
+    "cli": rule(
         f"{BELOW_TRAINING} training inference lifelong alignment planner launch",
         "typer rich mindspore numpy matplotlib",
     ),
@@ -101,8 +101,8 @@ TABLE = {
 IMPORTS_ITS_FILES = {"mistral_ms.optimizers"}
 """Packages that import every file of their own, so that one more file is all that is added."""
 COMMON = {"errors", "cache", "reading", "recognition", "signals", "__version__"}
-"""Every room may import them: what users meet, where compiled files are kept, how files of others
-are read and recognised, how to be ended."""
+"""Every package may import them: what users meet, where compiled files are kept, how files of
+others are read and recognised, how to be ended."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def violations(package: Path) -> list[str]:
         name = ".".join(["mistral_ms", *relative.parts]).removesuffix(".__init__")
         where = relative.parts[0]
         if where not in TABLE:
-            found.append(f"{name}: the room {where} is not in the table")
+            found.append(f"{name}: the package {where} is not in the table")
             continue
         found += [
             f"{name}:{each.line}: {problem}"
@@ -169,7 +169,7 @@ def _problem(imported: Import, module: str, where: str) -> str | None:
         target = inner.partition(".")[0]
         if target in (where, *COMMON, ""):
             return None
-        if any(f"{inner}.".startswith(f"{allowed}.") for allowed in rule.rooms):
+        if any(f"{inner}.".startswith(f"{allowed}.") for allowed in rule.ours):
             return None
         return f"{where} may not import {imported.name}"
     if top in sys.stdlib_module_names or (top == "?" and module in IMPORTS_ITS_FILES):
@@ -187,8 +187,8 @@ def _problem(imported: Import, module: str, where: str) -> str | None:
 
 
 def _is_inside(module: str, name: str) -> bool:
-    is_room = name.count(".") == 1
-    return module == name or (not is_room and module.startswith(f"{name}."))
+    is_package = name.count(".") == 1
+    return module == name or (not is_package and module.startswith(f"{name}."))
 
 
 def test_the_table_holds():
@@ -196,8 +196,8 @@ def test_the_table_holds():
 
 
 def test_the_whole_package_was_read():
-    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert {"config", "ops", "layers", "moe", "models", "checkpoint", "cli"} <= rooms
+    ours = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {"config", "ops", "layers", "moe", "models", "checkpoint", "cli"} <= ours
     assert sum(1 for _ in imports(PACKAGE / "models" / "causal_lm.py", "mistral_ms.models.x")) > 10
 
 
@@ -237,7 +237,7 @@ PLANTED = {
     "data/a.py": ("import numpy", "data may not import numpy"),
     "weights/a.py": ("from mistral_ms.layers import Linear", "weights may not import"),
     "weights/b.py": ("import mindspore", "weights may not import mindspore"),
-    "basement/a.py": ("", "the room basement is not in the table"),
+    "basement/a.py": ("", "the package basement is not in the table"),
 }
 ALLOWED = {
     "checkpoint/load.py": "import mindspore\nfrom mistral_ms.parallel.topology import Layout",
@@ -272,7 +272,7 @@ def test_what_is_allowed_passes(tmp_path, file):
 
 
 def test_nothing_imports_the_command_line():
-    assert not any("cli" in rule.rooms for rule in TABLE.values())
+    assert not any("cli" in rule.ours for rule in TABLE.values())
 
 
 LIGHT = (

@@ -61,7 +61,7 @@ def in_child(directory, progress_file, kill_at):
         try:
             progress = os.open(progress_file, os.O_RDWR | os.O_CREAT)
             count = counted_calls(kill_at)
-            work(CheckpointSeries(directory, keep_last=2), progress)
+            work(CheckpointSeries(directory, save_total_limit=2), progress)
             os.pwrite(progress, count[0].to_bytes(4, "little"), 1)
             status = 0
         finally:
@@ -92,7 +92,7 @@ def test_the_next_start_finds_a_whole_checkpoint(tmp_path, calls, point):
     state = progress.read_bytes()[0]
     begun, done = (state + 1) // 2, state // 2  # saves
 
-    series = CheckpointSeries(tmp_path / "series", keep_last=2)
+    series = CheckpointSeries(tmp_path / "series", save_total_limit=2)
     series.clean()
     left = {p.name for p in series.directory.iterdir()} if series.directory.exists() else set()
     assert all(name.startswith("step-") for name in left), "leftovers are gone"

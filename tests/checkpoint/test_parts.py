@@ -34,7 +34,7 @@ def written(tmp_path_factory, values):
     root = tmp_path_factory.mktemp("layouts")
     for name, sizes in LAYOUTS.items():
         save(root / name, values, sizes)
-    save(root / "shared out", values, WIDE, shared_out=True)
+    save(root / "shared out", values, WIDE, zero1=True)
     return root
 
 
@@ -54,12 +54,12 @@ def test_every_rank_of_every_layout_reads_its_part(written, values, stored, want
         for rank in range(topology.sizes.world):
             for name, spec in held(topology, rank).items():
                 assert source.shape(name) == spec.shape
-                window = weight_slice(spec, topology, rank)
-                got = source.read_window(name, window)
-                assert np.array_equal(bits(got), bits(values[name][window])), name
+                tensor_slice = weight_slice(spec, topology, rank)
+                got = source.read_slice(name, tensor_slice)
+                assert np.array_equal(bits(got), bits(values[name][tensor_slice])), name
                 for state in (f"{kind}.{name}" for kind in KINDS):
-                    got = states.read(state, window)
-                    assert np.array_equal(bits(got), bits(values[state][window])), state
+                    got = states.read(state, tensor_slice)
+                    assert np.array_equal(bits(got), bits(values[state][tensor_slice])), state
 
 
 @pytest.mark.parametrize("stored", [*LAYOUTS, "shared out"])
@@ -102,11 +102,11 @@ def test_conversion_and_inspection_read_it_as_any_other(written, values, tmp_pat
 
 
 def test_a_window_in_another_dtype(written, values):
-    window = (slice(1, 3), slice(4, 9), slice(2, 16))
+    tensor_slice = (slice(1, 3), slice(4, 9), slice(2, 16))
     name = "layers.2.moe.experts.w1"
     with open_checkpoint(written / "dp4 ep4") as source:
-        got = source.read_window(name, window, "float16")
-    np.testing.assert_array_equal(got, values[name][window].astype(np.float16))
+        got = source.read_slice(name, tensor_slice, "float16")
+    np.testing.assert_array_equal(got, values[name][tensor_slice].astype(np.float16))
 
 
 def test_a_window_reads_no_other_pieces(written, monkeypatch):
@@ -122,7 +122,7 @@ def test_a_window_reads_no_other_pieces(written, monkeypatch):
 
     monkeypatch.setattr(safetensors_file.SafetensorsStore, "read_into", counted)
     with open_checkpoint(written / "dp4 ep4") as source:
-        source.read_window("layers.0.moe.experts.w1", (slice(2, 3), slice(0, 20), slice(0, 16)))
+        source.read_slice("layers.0.moe.experts.w1", (slice(2, 3), slice(0, 20), slice(0, 16)))
     assert read == [20 * 16 * 4]
 
 
@@ -132,7 +132,7 @@ def test_a_window_reads_no_other_pieces(written, monkeypatch):
 @pytest.fixture
 def series(tmp_path, values):
     """One with a sound checkpoint of step 1."""
-    made = CheckpointSeries(tmp_path / "series", keep_last=2)
+    made = CheckpointSeries(tmp_path / "series", save_total_limit=2)
     save(made.path(1), values, WIDE)
     return made
 

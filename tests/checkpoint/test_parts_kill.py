@@ -47,7 +47,7 @@ def rank_process(series, begun, rank, kill_at, progress):
 
 def all_ranks(directory, progress, victim=None, kill_at=None):
     """Exit codes of all ranks; a negative one is a signal."""
-    series = CheckpointSeries(directory, keep_last=2)
+    series = CheckpointSeries(directory, save_total_limit=2)
     begun = begin_parts(series.path(2))
     children = [
         rank_process(series, begun, rank, kill_at if rank == victim else None, progress)
@@ -71,7 +71,7 @@ def calls(tmp_path_factory):
 @pytest.mark.parametrize("victim", [0, 2])
 @pytest.mark.parametrize("point", range(POINTS))
 def test_an_older_checkpoint_is_always_there(tmp_path, calls, victim, point):
-    series = CheckpointSeries(tmp_path / "series", keep_last=2)
+    series = CheckpointSeries(tmp_path / "series", save_total_limit=2)
     save(series.path(1), whole(1), SIZES)
     kill_at = 1 + (calls[victim] - 1) * point // (POINTS - 1)
     codes = all_ranks(series.directory, tmp_path / "progress", victim, kill_at)

@@ -12,7 +12,7 @@ from mistral_ms.errors import CheckpointError
 
 @pytest.fixture
 def series(tmp_path):
-    series = CheckpointSeries(tmp_path / "checkpoints", keep_last=None)
+    series = CheckpointSeries(tmp_path / "checkpoints", save_total_limit=None)
     for step in (5, 10, 15):
         series.save(step, lambda path, step=step: write_checkpoint(path, step))
     return series
@@ -115,13 +115,13 @@ class TestKeepLast:
             series.save(step, lambda path, step=step: write_checkpoint(path, step))
 
     def test_the_oldest_go(self, tmp_path):
-        series = CheckpointSeries(tmp_path, keep_last=2)
+        series = CheckpointSeries(tmp_path, save_total_limit=2)
         self.save(series, 1, 2, 3, 4)
         assert series.steps() == (3, 4)
         assert {path.name for path in tmp_path.iterdir()} == {"step-00000003", "step-00000004"}
 
     def test_damaged_ones_do_not_count(self, tmp_path):
-        series = CheckpointSeries(tmp_path, keep_last=2)
+        series = CheckpointSeries(tmp_path, save_total_limit=2)
         self.save(series, 1, 2)
         (series.path(2) / "COMPLETE").unlink()
         self.save(series, 3)
@@ -129,7 +129,7 @@ class TestKeepLast:
 
     def test_nor_those_whose_bytes_have_changed(self, tmp_path):
         """Of the same sizes: only reading them tells, and that was done by newest()."""
-        series = CheckpointSeries(tmp_path, keep_last=2)
+        series = CheckpointSeries(tmp_path, save_total_limit=2)
         self.save(series, 1, 2)
         flip(series.path(2) / "model-00001-of-00001.safetensors")
         assert series.newest().step == 1
@@ -140,7 +140,7 @@ class TestKeepLast:
         assert series.steps() == (3, 4)
 
     def test_somebodys_own_files_are_not_removed(self, tmp_path):
-        series = CheckpointSeries(tmp_path, keep_last=1)
+        series = CheckpointSeries(tmp_path, save_total_limit=1)
         self.save(series, 1)
         (series.path(1) / "notes.txt").write_text("mine")
         self.save(series, 2, 3)
@@ -156,7 +156,7 @@ class TestKeepLast:
 
     def test_what_comes_later_stays(self, tmp_path):
         """A training that went back to step 1 must not lose what it may still need."""
-        series = CheckpointSeries(tmp_path, keep_last=1)
+        series = CheckpointSeries(tmp_path, save_total_limit=1)
         self.save(CheckpointSeries(tmp_path), 1, 2, 9)
         self.save(series, 2)
         assert series.steps() == (2, 9)
@@ -177,7 +177,7 @@ class TestKeepLast:
 
     @pytest.mark.parametrize("keep", [0, -1])
     def test_at_least_one_is_kept(self, tmp_path, keep):
-        with pytest.raises(ValueError, match="keep_last must be at least 1"):
+        with pytest.raises(ValueError, match="save_total_limit must be at least 1"):
             CheckpointSeries(tmp_path, keep)
 
 

@@ -145,11 +145,11 @@ def test_ranks_that_read_together_share_the_work(sound, tmp_path, victim):
     parts = shutil.copytree(sound / "parts", tmp_path / "parts")
     flip(parts / f"model-rank-{victim:05d}.safetensors", -1)
     told = []
-    for rank, windows in enumerate(ranks(MODEL)):
+    for rank, tensor_slices in enumerate(ranks(MODEL)):
         try:
             with open_checkpoint(parts, rank=rank, world=4) as source:
-                for name, window in windows.items():
-                    source.read_window(name, window)
+                for name, tensor_slice in tensor_slices.items():
+                    source.read_slice(name, tensor_slice)
         except CheckpointError as error:
             told.append((rank, f"model-rank-{victim:05d}" in str(error)))
     assert len(told) == 1 and told[0][1], told

@@ -39,7 +39,7 @@ def run_file(tmp_path, **parallel):
     run = dict(
         model=SMALL.model_dump(mode="json"), parallel=parallel,
         data=dict(inputs=["x"], tokenizer="packaged-v1"),
-        training=dict(steps=30, seq_length=8, global_batch_size=8),
+        training=dict(max_steps=30, seq_length=8, global_batch_size=8),
     )  # fmt: skip
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run))

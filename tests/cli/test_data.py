@@ -64,8 +64,8 @@ def test_every_option(run, corpus, checkpoint, tmp_path):
     counts = info.counts
     assert counts.documents == 4  # two lines, a text, a conversation
     assert counts.skipped == {"not JSON": 2, "wrong type": 1}
-    assert f"4 documents, {counts.tokens} tokens -> {counts.windows} windows of 3 in o\n" in out
-    assert f"last window: {counts.dropped} tokens dropped" in out
+    assert f"4 documents, {counts.tokens} tokens -> {counts.sequences} sequences of 3 in o\n" in out
+    assert f"last sequence: {counts.dropped} tokens dropped" in out
     assert f"skipped 2 documents, not JSON; the first: {corpus[1]}, line 3\n" in out
     assert "skipped 1 documents, wrong type" in out
     result = json.loads((tmp_path / "r.json").read_text())
@@ -87,8 +87,8 @@ def test_defaults_and_overwriting(run, corpus, checkpoint, tmp_path):
     line = (corpus[0], "--tokenizer", model, "--seq-length", 64, "--output", "o")
     code, out, _ = run(*line)
     info = read_info(tmp_path / "o")
-    assert (code, info.config.boundaries, info.counts.windows) == (0, "loss", 1)
-    assert f"last window: {info.counts.padded} places padded" in out
+    assert (code, info.config.boundaries, info.counts.sequences) == (0, "loss", 1)
+    assert f"last sequence: {info.counts.padded} places padded" in out
     code, _, err = run(*line)
     assert code == 2
     assert "error: target exists: o: nothing is overwritten unasked: pass --overwrite" in err

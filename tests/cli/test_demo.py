@@ -61,15 +61,15 @@ class TestRefusals:
 class TestRun:
     def test_fewer_steps_shorten_the_warmup(self):
         full, short = command.load_demo_run(), command.load_demo_run(20)
-        assert short.training.steps == 20
-        assert short.training.schedule.warmup_steps == 5 < full.training.schedule.warmup_steps
+        assert short.training.max_steps == 20
+        assert short.training.warmup_steps == 5 < full.training.warmup_steps
         assert short.model == full.model
         assert short.training.optimizer == full.training.optimizer != OptimizerConfig()
 
     def test_many_steps_keep_it(self):
         full = command.load_demo_run()
-        longer = command.load_demo_run(4 * full.training.steps)
-        assert longer.training.schedule == full.training.schedule
+        longer = command.load_demo_run(4 * full.training.max_steps)
+        assert longer.training.warmup_steps == full.training.warmup_steps
 
     def test_the_title_begins_the_text(self):
         text = demo_story.read_text(packaged_tokenizer())
@@ -80,7 +80,7 @@ class TestRun:
 
 class TestFailedCheck:
     @pytest.fixture
-    def told(self, monkeypatch, tmp_path):
+    def broadcast(self, monkeypatch, tmp_path):
         """A story without the work; its checks come from the test."""
 
         def install(*checks):

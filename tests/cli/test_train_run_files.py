@@ -45,22 +45,27 @@ SAME_STEP = {
     "data": {"inputs"},  # the same text by another path
     "model": {"max_position_embeddings", "torch_dtype", "router_aux_loss_coef"},
     "parallel": {"optimizer_parallel"},
-    "training": {"optimizer": {"learning_rate", "weight_decay", "beta2"}, "schedule": True},
+    "training": {
+        "optimizer": {"learning_rate", "weight_decay", "adam_beta2"},
+        "lr_scheduler_type": True,
+        "warmup_steps": True,
+        "min_lr_ratio": True,
+    },
 }
 """What changes nothing that one process compiles: the length of a table, numbers of the optimizer,
 what is overridden, what needs several processes."""
-TRAINING = dict(steps=1, seq_length=8, global_batch_size=2, dtype="float32")
+TRAINING = dict(max_steps=1, seq_length=8, global_batch_size=2, dtype="float32")
 
 
 def small(path):
     """What a user would change to try the file on this machine."""
     values = read_yaml(path)
     changes = [*ONE_PROCESS, *(f"training.{key}={value}" for key, value in TRAINING.items())]
-    changes.append("training.schedule.warmup_steps=0")
+    changes.append("training.warmup_steps=0")
     if "model" in values:
         changes += [f"model.{key}={value}" for key, value in MODEL.items()]
-    if values["training"].get("micro_batches", 1) > 1:
-        changes.append("training.micro_batches=2")
+    if values["training"].get("gradient_accumulation_steps", 1) > 1:
+        changes.append("training.gradient_accumulation_steps=2")
     if "inputs" not in values.get("data", {}):  # the demo's text; or a dataset of the user's
         changes += [f"data.inputs=[{DEMO_TEXT}]", "data.tokenizer=packaged-v1"]
     return changes
@@ -133,7 +138,7 @@ def test_a_file_trains(trained, path):
     training = run.training
     even = np.log(run.model.vocab_size)  # of a model that knows nothing
     assert record.lm_loss == pytest.approx(even, rel=0.01)
-    losses = record.lm_loss + training.aux_coef * record.aux_loss
+    losses = record.lm_loss + training.router_aux_loss_coef * record.aux_loss
     assert record.loss == pytest.approx(losses, rel=1e-6)  # sums of float32
     assert (record.aux_loss > 0) == (run.model.moe is not None)
     assert record.lr == training.optimizer.learning_rate

@@ -58,7 +58,7 @@ def test_run_files_load(path):
     if path.stem.startswith("predict_"):
         assert run.prediction.chunk <= run.prediction.max_length
     else:
-        assert (run.training.steps or run.training.epochs) > 0
+        assert (run.training.max_steps or run.training.num_train_epochs) > 0
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
@@ -111,4 +111,4 @@ def test_the_demo_has_mixtrals_structure():
     moe = run.model.moe
     assert (moe.num_local_experts, moe.num_experts_per_tok) == (8, 2)
     assert (run.routing.policy, run.routing.capacity_factor) == ("capacity", 1.1)
-    assert (run.model.vocab_size, run.training.aux_coef > 0) == (32000, True)
+    assert (run.model.vocab_size, run.training.router_aux_loss_coef > 0) == (32000, True)

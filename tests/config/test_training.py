@@ -13,7 +13,6 @@ from mistral_ms.config import (
     ModelConfig,
     OptimizerConfig,
     RunConfig,
-    ScheduleConfig,
     TrainingConfig,
     load_run_config,
     to_hf,
@@ -30,7 +29,7 @@ MODEL = dict(
     num_key_value_heads=2,
     max_position_embeddings=32,
 )
-TRAINING = dict(steps=10, seq_length=8, global_batch_size=4)
+TRAINING = dict(max_steps=10, seq_length=8, global_batch_size=4)
 
 
 @pytest.fixture
@@ -48,13 +47,17 @@ class TestTrainingConfig:
     @pytest.mark.parametrize(
         ("key", "value"),
         [
-            ("steps", 0),
+            ("max_steps", 0),
             ("seq_length", 0),
             ("global_batch_size", 0),
             ("seed", -1),
-            ("aux_coef", -0.1),
-            ("z_coef", -0.1),
-            ("clip_norm", 0.0),
+            ("router_aux_loss_coef", -0.1),
+            ("router_z_loss_coef", -0.1),
+            ("max_grad_norm", 0.0),
+            ("lr_scheduler_type", "step"),
+            ("warmup_steps", -1),
+            ("min_lr_ratio", 1.1),
+            ("min_lr_ratio", -0.1),
         ],
     )
     def test_out_of_range(self, key, value):
@@ -88,20 +91,13 @@ class TestTrainingConfig:
         with pytest.raises(ValidationError, match=message):
             TrainingConfig(**TRAINING, param_groups=[values])
 
-    @pytest.mark.parametrize(
-        ("key", "value"), [("kind", "step"), ("warmup_steps", -1), ("floor", 1.1), ("floor", -0.1)]
-    )
-    def test_schedule_out_of_range(self, key, value):
-        with pytest.raises(ValidationError, match=key):
-            ScheduleConfig(**{key: value})
-
     def test_the_warmup_must_end(self):
-        TrainingConfig(**TRAINING, schedule=ScheduleConfig(warmup_steps=10))
+        TrainingConfig(**TRAINING, warmup_steps=10)
         with pytest.raises(ValidationError, match=r"warmup_steps \(11\) must not exceed .*\(10\)"):
-            TrainingConfig(**TRAINING, schedule=ScheduleConfig(warmup_steps=11))
+            TrainingConfig(**TRAINING, warmup_steps=11)
 
     def test_clipping_can_be_switched_off(self):
-        assert TrainingConfig(**TRAINING, clip_norm=None).clip_norm is None
+        assert TrainingConfig(**TRAINING, max_grad_norm=None).max_grad_norm is None
 
 
 class TestRunFile:
@@ -162,31 +158,39 @@ class TestRunFile:
 
 class TestSteps:
     def test_either_steps_or_epochs(self):
-        for values in ({}, {"steps": 3, "epochs": 1}):
-            with pytest.raises(ValidationError, match="give either steps or epochs"):
+        for values in ({}, {"max_steps": 3, "num_train_epochs": 1}):
+            with pytest.raises(ValidationError, match="give either max_steps or num_train_epochs"):
                 TrainingConfig(seq_length=8, global_batch_size=4, **values)
 
     @pytest.mark.parametrize(
-        ("epochs", "windows", "steps"),
+        ("epochs", "sequences", "steps"),
         [(200, 62, 3100), (1, 8, 2), (1, 9, 3), (0.1, 8, 1), (2.5, 8, 5), (0.3, 40, 3)],
     )
-    def test_epochs_are_counted_out(self, epochs, windows, steps):
-        config = TrainingConfig(epochs=epochs, seq_length=8, global_batch_size=4)
-        counted = config.with_steps(windows)
-        assert (counted.steps, counted.epochs, counted.last_step) == (steps, None, steps)
-        assert counted.with_steps(99) == counted
+    def test_epochs_are_counted_out(self, epochs, sequences, steps):
+        config = TrainingConfig(num_train_epochs=epochs, seq_length=8, global_batch_size=4)
+        counted = config.with_max_steps(sequences)
+        assert (counted.max_steps, counted.num_train_epochs, counted.last_step) == (
+            steps,
+            None,
+            steps,
+        )
+        assert counted.with_max_steps(99) == counted
 
     def test_a_warmup_longer_than_the_epochs(self):
         config = TrainingConfig(
-            epochs=1, seq_length=8, global_batch_size=4, schedule=ScheduleConfig(warmup_steps=3)
+            num_train_epochs=1, seq_length=8, global_batch_size=4, warmup_steps=3
         )
-        message = r"training \(epochs 1\).*warmup_steps \(3\) must not exceed steps \(2\)"
+        message = (
+            r"training \(num_train_epochs 1\).*warmup_steps \(3\) must not exceed max_steps \(2\)"
+        )
         with pytest.raises(ConfigError, match=message):
-            config.with_steps(8)
+            config.with_max_steps(8)
 
     def test_micro_batches_divide_the_batch(self):
-        with pytest.raises(ValidationError, match=r"micro_batches \(3\) must divide .*\(4\)"):
-            TrainingConfig(**TRAINING, micro_batches=3)
+        with pytest.raises(
+            ValidationError, match=r"gradient_accumulation_steps \(3\) must divide .*\(4\)"
+        ):
+            TrainingConfig(**TRAINING, gradient_accumulation_steps=3)
 
 
 class TestLossScale:
@@ -237,9 +241,9 @@ class TestData:
 
     def test_what_is_overridden_replaces_its_rival(self, run_file):
         self.write(run_file, inputs=["a.txt"], tokenizer="packaged-v1")
-        run = load_run_config(run_file, ["data.dataset=set", "training.epochs=2"])
+        run = load_run_config(run_file, ["data.dataset=set", "training.num_train_epochs=2"])
         assert run.data.dataset == Path("set") and not run.data.inputs
-        assert (run.training.epochs, run.training.steps) == (2, None)
+        assert (run.training.num_train_epochs, run.training.max_steps) == (2, None)
 
     @pytest.mark.parametrize(
         ("data", "message"),

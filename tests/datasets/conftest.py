@@ -56,7 +56,7 @@ def dataset(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(tokenizer):
-    """The windows of ``dataset`` by the plainest loop: ids, labels, positions."""
+    """The sequences of ``dataset`` by the plainest loop: ids, labels, positions."""
     stream, first = [], []
     for text in TEXTS:
         ids = [1, *tokenizer.encode(text, bos=False), 2]

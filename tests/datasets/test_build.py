@@ -48,11 +48,11 @@ def make(tokenizer, tmp_path):
 def test_mind_dataset_reads_what_was_packed(dataset, expected):
     from mindspore.dataset import MindDataset
 
-    path = str(dataset / "windows-00000.mindrecord")
+    path = str(dataset / "sequences-00000.mindrecord")
     rows = list(MindDataset(path, shuffle=False).create_dict_iterator(1, output_numpy=True))
     for name, values in zip(("ids", "labels", "positions"), expected, strict=True):
         assert np.array_equal([row[name] for row in rows], values)
-    assert [int(row["window"]) for row in rows] == list(range(len(rows)))
+    assert [int(row["sequence"]) for row in rows] == list(range(len(rows)))
     assert np.array_equal(
         [row["segments"] for row in rows], np.where(expected[2] < 0, np.int32(-1), 0)
     )
@@ -65,15 +65,15 @@ def test_the_description_tells_all(make, jsonl, tokenizer, tmp_path):
     info = read_info(tmp_path / "out")
     assert info == result.info == verify(tmp_path / "out")
     lengths = [len(tokenizer.encode(each["text"])) + 1 for each in GOOD]
-    windows = -(-(sum(lengths) - 1) // 4)
+    sequences = -(-(sum(lengths) - 1) // 4)
     assert info.counts.model_dump() == {
         "documents": 2,
         "tokens": sum(lengths),
-        "windows": windows,
+        "sequences": sequences,
         "predicted": sum(lengths) - 2,
-        "padded": windows * 4 - (sum(lengths) - 1),
+        "padded": sequences * 4 - (sum(lengths) - 1),
         "dropped": 0,
-        "silent_windows": 0,
+        "silent_sequences": 0,
         "skipped": {"not JSON": 1, "wrong type": 2},
         "largest_id": max(max(tokenizer.encode(each["text"])) for each in GOOD),
     }
@@ -90,12 +90,12 @@ def test_the_description_tells_all(make, jsonl, tokenizer, tmp_path):
 def test_attention_keeps_segments_and_positions(make, jsonl, tmp_path):
     make(jsonl(*GOOD), boundaries="attention", seq_length=64)
     info = read_info(tmp_path / "out")
-    window = mindrecord.WindowReader(tmp_path / "out", info.files, 64)[0]
-    first = int(np.count_nonzero(window.segments_S == 0))
-    second = int(np.count_nonzero(window.segments_S == 1))
-    assert window.ids_S[[0, first]].tolist() == [1, 1]
-    assert window.positions_S[: first + second].tolist() == [*range(first), *range(second)]
-    assert window.labels_S[first - 1] == -100
+    sequence = mindrecord.SequenceReader(tmp_path / "out", info.files, 64)[0]
+    first = int(np.count_nonzero(sequence.segments_S == 0))
+    second = int(np.count_nonzero(sequence.segments_S == 1))
+    assert sequence.ids_S[[0, first]].tolist() == [1, 1]
+    assert sequence.positions_S[: first + second].tolist() == [*range(first), *range(second)]
+    assert sequence.labels_S[first - 1] == -100
     assert first + second == info.counts.tokens - 1
 
 
@@ -107,10 +107,10 @@ def test_the_same_bytes_every_time(make, jsonl, tmp_path):
 
 
 def test_files_are_begun_when_one_is_full(tmp_path, make, jsonl, monkeypatch):
-    monkeypatch.setattr(mindrecord, "FILE_WINDOWS", 3)
+    monkeypatch.setattr(mindrecord, "FILE_SEQUENCES", 3)
     info = make(jsonl({"text": "a b c d e f g h i j k l m n"}), seq_length=2).info
-    assert [file.windows for file in info.files] == [3, 0, 3, 0, 2, 0]
-    reader = mindrecord.WindowReader(tmp_path / "out", info.files, 2)
+    assert [file.sequences for file in info.files] == [3, 0, 3, 0, 2, 0]
+    reader = mindrecord.SequenceReader(tmp_path / "out", info.files, 2)
     stream = [1, *(int(i) for n in range(8) for i in reader[n].labels_S if i != -100)]
     ids = [int(i) for n in range(8) for i in reader[n].ids_S]
     assert stream[:-1] == ids[: len(stream) - 1]
@@ -190,7 +190,7 @@ def test_mindrecord_leaving_out_windows_is_noticed(make, jsonl, monkeypatch):
 
     write = FileWriter.write_raw_data
     monkeypatch.setattr(FileWriter, "write_raw_data", lambda self, rows: write(self, rows[1:]))
-    with pytest.raises(DataError, match=r"cannot write: .*: \d+ windows arrived of \d+"):
+    with pytest.raises(DataError, match=r"cannot write: .*: \d+ sequences arrived of \d+"):
         make(jsonl(*GOOD))
 
 

@@ -6,11 +6,11 @@ import shutil
 import pytest
 
 from mistral_ms.config import ModelConfig
-from mistral_ms.datasets import MindRecordWindows, check_fit, read_info, verify
+from mistral_ms.datasets import MindRecordSequences, check_fit, read_info, verify
 from mistral_ms.errors import DataError
 from mistral_ms.tokenizer import packaged_tokenizer
 
-RECORDS = "windows-00000.mindrecord"
+RECORDS = "sequences-00000.mindrecord"
 
 
 @pytest.fixture
@@ -43,14 +43,14 @@ DAMAGE = {
     "format": (lambda path: edit(path, format=2), "format 2: this release reads format 1"),
     "key": (lambda path: edit(path, extra=1), "unknown key: dataset.json: extra"),
     "outside": (
-        lambda path: edit(path, files=[{"name": "../a", "size": 1, "sha256": "", "windows": 1}]),
+        lambda path: edit(path, files=[{"name": "../a", "size": 1, "sha256": "", "sequences": 1}]),
         "'../a': files must lie in the dataset's own directory",
     ),
     "index not listed": (
-        lambda path: edit(path, files=[file for file in listed(path) if file["windows"]]),
+        lambda path: edit(path, files=[file for file in listed(path) if file["sequences"]]),
         rf"no {RECORDS}\.db: MindRecord's index is listed",
     ),
-    "sum": (lambda path: edit(path, files=[]), r"windows: must be the sum over the files"),
+    "sum": (lambda path: edit(path, files=[]), r"sequences: must be the sum over the files"),
     "missing": (lambda path: (path / RECORDS).unlink(), rf"{RECORDS}: missing: dataset.json names"),
     "truncated": (truncate, rf"damaged dataset: .*{RECORDS}: \d+ bytes: dataset.json says \d+"),
 }
@@ -59,7 +59,7 @@ DAMAGE = {
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
 def test_damage_is_found_when_a_dataset_is_opened(damage, message, copy):
     damage(copy)
-    for read in (read_info, verify, lambda path: MindRecordWindows(path, 2, 0)):
+    for read in (read_info, verify, lambda path: MindRecordSequences(path, 2, 0)):
         with pytest.raises(DataError, match=message):
             read(copy)
 
@@ -83,8 +83,8 @@ def test_verification_reports_progress(copy):
 def test_records_that_are_none_are_found_on_reading(copy):
     size = (copy / RECORDS).stat().st_size
     (copy / RECORDS).write_bytes(bytes(size))
-    with pytest.raises(DataError, match=rf"damaged dataset: .*{RECORDS}, window \d"):
-        MindRecordWindows(copy, 2, 0).batch(0)
+    with pytest.raises(DataError, match=rf"damaged dataset: .*{RECORDS}, sequence \d"):
+        MindRecordSequences(copy, 2, 0).batch(0)
 
 
 def model(**values):
@@ -98,7 +98,7 @@ def test_models_that_fit(dataset):
     check_fit(dataset, info, model(max_position_embeddings=6))
     check_fit(dataset, info, model(), packaged_tokenizer("v1"))
     check_fit(dataset, info, model(vocab_size=32064), packaged_tokenizer("v1"))  # rows to spare
-    MindRecordWindows(dataset, 2, 0).check_model(model())
+    MindRecordSequences(dataset, 2, 0).check_model(model())
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_models_that_fit(dataset):
         (
             {"max_position_embeddings": 5},
             None,
-            r"windows too long for the model: .*: seq_length 6: .*max_position_embeddings is 5",
+            r"sequences too long for the model: .*: seq_length 6: .*max_position_embeddings is 5",
         ),
         (
             {"vocab_size": 31999},

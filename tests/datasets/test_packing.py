@@ -1,4 +1,4 @@
-"""Packing against a loop over single tokens, and against windows written by hand."""
+"""Packing against a loop over single tokens, and against sequences written by hand."""
 
 import itertools
 import tracemalloc
@@ -8,24 +8,24 @@ import pytest
 
 from mistral_ms.config import IGNORE_INDEX, DataConfig
 from mistral_ms.datasets import Packer
-from mistral_ms.datasets.batches import pack_windows
+from mistral_ms.datasets.batches import pack_sequences
 from mistral_ms.datasets.encoding import TokenRun
 
 
 def pack(documents, config, pieces=1):
-    """Windows as lists, and the counts; ``documents`` are (ids, counted), given in pieces."""
+    """Sequences as lists, and the counts; ``documents`` are (ids, counted), given in pieces."""
     packer = Packer(config)
-    windows = []
+    sequences = []
     for ids, counted in documents:
         starts = True
         for part in np.array_split(np.arange(len(ids)), min(pieces, len(ids))):
             run = TokenRun(np.array(ids, np.int32)[part], np.array(counted)[part], starts)
-            windows += packer.add(run)
+            sequences += packer.add(run)
             starts = False
-    windows += packer.finish()
-    arrays = [(w.ids_S, w.labels_S, w.positions_S, w.segments_S) for w in windows]
-    assert all(a.dtype == np.int32 for window in arrays for a in window)
-    return [tuple(a.tolist() for a in window) for window in arrays], packer.counts
+    sequences += packer.finish()
+    arrays = [(w.ids_S, w.labels_S, w.positions_S, w.segments_S) for w in sequences]
+    assert all(a.dtype == np.int32 for sequence in arrays for a in sequence)
+    return [tuple(a.tolist() for a in sequence) for sequence in arrays], packer.counts
 
 
 def by_hand(documents, config):
@@ -35,7 +35,7 @@ def by_hand(documents, config):
         for document, (ids, flags) in enumerate(documents)
         for place, (token, counted) in enumerate(zip(ids, flags, strict=True))
     ]
-    S, windows = config.seq_length, []
+    S, sequences = config.seq_length, []
     for start in range(0, len(stream) - 1, S):
         ids, labels, positions, segments = [], [], [], []
         for place in range(start, min(start + S, len(stream) - 1)):
@@ -53,8 +53,8 @@ def by_hand(documents, config):
             continue
         if set(labels) != {-100}:
             rows = ((ids, 0), (labels, -100), (positions, -1), (segments, -1))
-            windows.append(tuple(row + [fill] * padding for row, fill in rows))
-    return windows
+            sequences.append(tuple(row + [fill] * padding for row, fill in rows))
+    return sequences
 
 
 def random_documents(seed):
@@ -69,16 +69,16 @@ def test_against_the_loop(boundaries, drop_last):
     for seed, length, pieces in itertools.product(range(25), (1, 4, 7), (1, 3)):
         config = DataConfig(seq_length=length, boundaries=boundaries, drop_last=drop_last)
         documents = random_documents(seed)
-        windows, counts = pack(documents, config, pieces)
-        assert windows == by_hand(documents, config)
-        labels = [label for window in windows for label in window[1]]
-        assert counts.windows == len(windows)
+        sequences, counts = pack(documents, config, pieces)
+        assert sequences == by_hand(documents, config)
+        labels = [label for sequence in sequences for label in sequence[1]]
+        assert counts.sequences == len(sequences)
         assert counts.documents == len(documents)
         assert counts.tokens == sum(len(ids) for ids, _ in documents)
         assert counts.predicted == sum(label != -100 for label in labels)
-        assert counts.padded == sum(window[2].count(-1) for window in windows)
-        inputs = counts.windows * length - counts.padded
-        if not counts.silent_windows:
+        assert counts.padded == sum(sequence[2].count(-1) for sequence in sequences)
+        inputs = counts.sequences * length - counts.padded
+        if not counts.silent_sequences:
             assert inputs + counts.dropped == counts.tokens - 1
 
 
@@ -102,36 +102,36 @@ BY_HAND = {
 
 @pytest.mark.parametrize("boundaries", BY_HAND)
 def test_two_documents_in_two_windows(boundaries):
-    windows, counts = pack(DOCUMENTS, DataConfig(seq_length=5, boundaries=boundaries))
-    assert windows == BY_HAND[boundaries]
-    assert (counts.documents, counts.tokens, counts.windows, counts.padded) == (2, 7, 2, 4)
+    sequences, counts = pack(DOCUMENTS, DataConfig(seq_length=5, boundaries=boundaries))
+    assert sequences == BY_HAND[boundaries]
+    assert (counts.documents, counts.tokens, counts.sequences, counts.padded) == (2, 7, 2, 4)
     assert counts.predicted == (6 if boundaries == "ignore" else 5)
 
 
 def test_the_last_window_is_dropped_on_request():
-    windows, counts = pack(DOCUMENTS, DataConfig(seq_length=5, drop_last=True))
-    assert windows == BY_HAND["loss"][:1]
-    assert (counts.windows, counts.padded, counts.dropped) == (1, 0, 1)
+    sequences, counts = pack(DOCUMENTS, DataConfig(seq_length=5, drop_last=True))
+    assert sequences == BY_HAND["loss"][:1]
+    assert (counts.sequences, counts.padded, counts.dropped) == (1, 0, 1)
 
 
 def test_one_document_is_packed_as_training_packs_a_text_in_memory():
     ids = list(range(1, 24))
-    windows, _ = pack([(ids, [True] * 23)], DataConfig(seq_length=8))
-    for mine, theirs in zip(zip(*windows, strict=True), pack_windows(ids, 8), strict=False):
+    sequences, _ = pack([(ids, [True] * 23)], DataConfig(seq_length=8))
+    for mine, theirs in zip(zip(*sequences, strict=True), pack_sequences(ids, 8), strict=False):
         assert np.array_equal(mine, theirs)
 
 
 def test_a_window_in_which_nothing_counts_is_left_out():
     documents = [([5] * 9, [False] * 8 + [True])]
-    windows, counts = pack(documents, DataConfig(seq_length=4))
-    assert windows == [([5] * 4, [X, X, X, 5], [0, 1, 2, 3], [0] * 4)]
-    assert (counts.windows, counts.silent_windows) == (1, 1)
+    sequences, counts = pack(documents, DataConfig(seq_length=4))
+    assert sequences == [([5] * 4, [X, X, X, 5], [0, 1, 2, 3], [0] * 4)]
+    assert (counts.sequences, counts.silent_sequences) == (1, 1)
 
 
 @pytest.mark.parametrize("length", [0, 1])
 def test_too_short_for_a_window(length):
-    windows, counts = pack([([7], [True])] * length, DataConfig(seq_length=4))
-    assert (windows, counts.tokens) == ([], length)
+    sequences, counts = pack([([7], [True])] * length, DataConfig(seq_length=4))
+    assert (sequences, counts.tokens) == ([], length)
 
 
 def test_memory_does_not_grow_with_the_stream():

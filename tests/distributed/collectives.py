@@ -9,20 +9,27 @@ from mindspore import Tensor, nn
 
 from mistral_ms.config.layout import Sizes
 from mistral_ms.parallel.collectives import (
+    AllGatherFromGroup,
     AllToAll,
     AllToAllV,
     Collectives,
-    CollectShares,
     CopyToGroup,
-    GatherShares,
+    GatherFromGroup,
     Groups,
-    SpreadShares,
-    SumOverGroup,
-    TakeShare,
+    ReduceFromGroup,
+    ReduceScatterToGroup,
+    ScatterToGroup,
 )
 from mistral_ms.parallel.topology import GroupKind, Topology
 
-MAPPINGS = (CopyToGroup, SumOverGroup, TakeShare, GatherShares, SpreadShares, CollectShares)
+MAPPINGS = (
+    CopyToGroup,
+    ReduceFromGroup,
+    ScatterToGroup,
+    GatherFromGroup,
+    AllGatherFromGroup,
+    ReduceScatterToGroup,
+)
 
 
 def topology(world: int) -> Topology:
@@ -86,8 +93,8 @@ def given(rank: int) -> dict[str, np.ndarray]:
         "all_to_all-special": np.array([[np.inf, 1e-30], [-0.0, np.nan]], np.float32) * (rank + 1),
         "broadcast": floats(rank, 3),
         "broadcast-int32": numbers(rank, 4),
-        "pass_on": floats(rank, 3),
-        "pass_back": floats(rank, 3),
+        "send_forward": floats(rank, 3),
+        "send_backward": floats(rank, 3),
     }
 
 
@@ -121,12 +128,12 @@ def run_pipeline(worker: Worker) -> None:
     stage, last = worker.rank, worker.world - 1
     x = Tensor(floats(0, 3))
     if stage > 0:
-        x = groups.neighbours(stage - 1).pass_on(x * 0)
+        x = groups.neighbours(stage - 1).send_forward(x * 0)
     x = x + stage
     if stage < last:
-        groups.neighbours(stage).pass_on(x)
-        x = groups.neighbours(stage).pass_back(x * 0)
+        groups.neighbours(stage).send_forward(x)
+        x = groups.neighbours(stage).send_backward(x * 0)
     x = x * 2
     if stage > 0:
-        groups.neighbours(stage - 1).pass_back(x)
+        groups.neighbours(stage - 1).send_backward(x)
     worker.keep("there_and_back", x)

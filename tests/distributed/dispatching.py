@@ -112,13 +112,13 @@ def dispatch_all(worker: Worker) -> None:
         part = expert_slice(model(), case.topology, worker.rank)
         stand_in = StandIn(dispatcher, factor(np.array(part.experts)) / np.float32(case.mp))
         for name in batches(case):
-            run_stand_in(worker, case, stand_in, batch(name, groups.place.dp), f"pynative/{name}")
+            run_stand_in(worker, case, stand_in, batch(name, groups.coords.dp), f"pynative/{name}")
         if case in GRAPH:
             worker.mode("graph")
-            one = batch("random", groups.place.dp)
+            one = batch("random", groups.coords.dp)
             run_stand_in(worker, case, stand_in, one, "graph/random")
             worker.mode("pynative")
-        one = batch("random", groups.place.dp)
+        one = batch("random", groups.coords.dp)
         full = (Tensor(one.x_TH), Tensor(np.full_like(one.weights_TK, 0.5)), *tensors(one)[2:])
         recorded = RecordedGroups(case.topology, worker.rank, "CPU")
         dispatcher = make_dispatcher(E, case.routing, case.parallel, recorded)

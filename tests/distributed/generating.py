@@ -10,7 +10,7 @@ from mistral_ms.config import DROPLESS, GenerationConfig, ParallelConfig
 from mistral_ms.config.rope_scaling import RopeScaling
 from mistral_ms.inference import Engine
 from mistral_ms.layers import CacheSpec
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 
 LENGTH, CHUNK, NEW = 24, 8, 9
 CONFIG = model("generating").model_copy(
@@ -42,14 +42,14 @@ def prompts(name: str) -> list[list[int]]:
     return [rng.integers(3, CONFIG.vocab_size, length).tolist() for length in LENGTHS[name]]
 
 
-def generated(division: Division, name: str) -> np.ndarray:
+def generated(parallel_context: ParallelContext, name: str) -> np.ndarray:
     """Tokens and log-probabilities, [2, prompts, NEW]."""
     asked = prompts(name)
-    rows = -(-len(asked) // division.data_parallel[1])
+    rows = -(-len(asked) // parallel_context.data_parallel[1])
     spec = CacheSpec.for_model(CONFIG, rows, LENGTH, CHUNK)
-    part = division.build_model(CONFIG, DROPLESS, cache=spec, positions=LENGTH)
-    division.initialize(part, 0)
-    step = division.next_token(part)
+    part = parallel_context.build_model(CONFIG, DROPLESS, cache=spec, positions=LENGTH)
+    parallel_context.initialize(part, 0)
+    step = parallel_context.next_token(part)
     engine = Engine(part, max_length=LENGTH, chunk=CHUNK, step=step)
     done = engine.generate(asked, GenerationConfig(max_new_tokens=NEW)).completions
     return np.array([[c.token_ids for c in done], [c.logprobs for c in done]])
@@ -57,6 +57,6 @@ def generated(division: Division, name: str) -> np.ndarray:
 
 def run_generating(worker: Worker) -> None:
     for name, parallel in LAYOUTS[worker.world].items():
-        division = Division(parallel, worker.rank, worker.world)
+        parallel_context = ParallelContext(parallel, worker.rank, worker.world)
         request = REQUESTS[worker.world]
-        worker.keep(f"generating/{name}/{request}", generated(division, request))
+        worker.keep(f"generating/{name}/{request}", generated(parallel_context, request))

@@ -12,10 +12,10 @@ from support.configs import model as small_model
 from support.models import next_labels, positions
 
 from mistral_ms.config import DROPLESS, ParallelConfig
-from mistral_ms.layers import VocabularyNLL, draw, output_logits
+from mistral_ms.layers import VocabParallelCrossEntropy, init_values, output_logits
 from mistral_ms.models import CausalLM
 from mistral_ms.parallel.collectives import Groups
-from mistral_ms.parallel.parts import DividedParts
+from mistral_ms.parallel.layer_factory import ParallelLayerFactory
 from mistral_ms.parallel.topology import GroupKind, Topology, weight_slice
 from mistral_ms.weights import by_name, specs
 
@@ -47,14 +47,14 @@ SPECS = by_name(specs(CONFIG))
 
 
 def weights() -> dict[str, np.ndarray]:
-    return {name: draw(replace(spec, std=0.3), 1) for name, spec in SPECS.items()}
+    return {name: init_values(replace(spec, std=0.3), 1) for name, spec in SPECS.items()}
 
 
 def windows() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, labels and positions of the global batch, ragged."""
     ids = np.random.default_rng(2).integers(0, 32, (ROWS, WIDTH)).astype(np.int32)
-    places = positions([6, 4, 5, 6], WIDTH)
-    return ids, next_labels(ids, places), places
+    position_ids = positions([6, 4, 5, 6], WIDTH)
+    return ids, next_labels(ids, position_ids), position_ids
 
 
 class SumLoss(nn.Cell):
@@ -64,8 +64,8 @@ class SumLoss(nn.Cell):
         super().__init__()
         self.model, self.nll = model, nll
 
-    def construct(self, ids, labels, places):
-        hidden_TH, _ = self.model.hidden_states(ids, places)
+    def construct(self, ids, labels, position_ids):
+        hidden_TH, _ = self.model.hidden_states(ids, position_ids)
         logits = output_logits(hidden_TH, self.model.head_weight())
         return self.nll(logits, labels.reshape(-1))[0].sum()
 
@@ -74,16 +74,18 @@ def run_models(worker: Worker) -> None:
     for name, parallel in LAYOUTS[worker.world].items():
         topology = Topology.of(parallel, worker.world)
         groups = Groups(topology, worker.rank, "CPU")
-        parts = DividedParts(CONFIG, DROPLESS, parallel, groups)
-        model = CausalLM(CONFIG, positions=WIDTH, parts=parts)
+        layer_factory = ParallelLayerFactory(CONFIG, DROPLESS, parallel, groups)
+        model = CausalLM(CONFIG, positions=WIDTH, layer_factory=layer_factory)
         held = model.weights()
         for path, whole in weights().items():
             cut = weight_slice(SPECS[path], topology, worker.rank)
             held[path].set_data(Tensor(np.ascontiguousarray(whole[cut])))
         rows = ROWS // parallel.dp
-        mine = slice(groups.place.dp * rows, (groups.place.dp + 1) * rows)
+        mine = slice(groups.coords.dp * rows, (groups.coords.dp + 1) * rows)
         given = [Tensor(array[mine]) for array in windows()]
-        net = SumLoss(model, VocabularyNLL(groups.of(GroupKind.TENSOR), CONFIG.vocab_size))
+        net = SumLoss(
+            model, VocabParallelCrossEntropy(groups.of(GroupKind.TENSOR), CONFIG.vocab_size)
+        )
         paths, parameters = list(held), list(held.values())
         for mode in ("pynative", "graph") if name in GRAPH else ("pynative",):
             worker.mode(mode)

@@ -14,8 +14,8 @@ from support.routing import capacity_oracle, slots_oracle
 from mistral_ms.moe import RoutedExperts, local_dispatcher
 
 
-def places(case: Case, name: str) -> int:
-    """C: places per expert and sender."""
+def capacity_of(case: Case, name: str) -> int:
+    """C: slots per expert and sender."""
     T, routing = BATCHES[name], case.routing
     if routing.policy == "dropless":
         return T
@@ -25,23 +25,23 @@ def places(case: Case, name: str) -> int:
 def slots(case: Case, name: str, dp: int):
     one = batch(name, dp)
     choice_major = case.routing.drop_priority == "choice_major"
-    return slots_oracle(one.experts_TK, one.valid_T, E, places(case, name), choice_major)
+    return slots_oracle(one.experts_TK, one.valid_T, E, capacity_of(case, name), choice_major)
 
 
 def arrived_rows(case: Case, name: str, rank: int) -> np.ndarray:
     """What lies in front of the experts of ``rank``, row by row: padded [L, P * C, H], or packed
     [P * T * min(K, L), H].
     """
-    place = case.topology.place(rank)
-    L, C, P = E // case.ep, places(case, name), case.ep
+    coords = case.topology.coords(rank)
+    L, C, P = E // case.ep, capacity_of(case, name), case.ep
     rows = np.zeros((L, P * C, H), np.float32)
     packed = []
     for local in range(L):
         for sender in range(P):
-            dp = place.expert_group * P + sender
+            dp = coords.expert_group * P + sender
             table, x_TH = slots(case, name, dp), batch(name, dp).x_TH
             for c in range(C):
-                slot = (place.ep * L + local) * C + c
+                slot = (coords.ep * L + local) * C + c
                 if table.filled_EC[slot]:
                     row = x_TH[table.source_EC[slot] // K]
                     rows[local, sender * C + c] = row

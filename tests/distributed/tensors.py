@@ -8,10 +8,10 @@ from distributed.worker import Worker
 from mindspore import Tensor, nn
 
 from mistral_ms.config import DROPLESS, ModelConfig, ParallelConfig
-from mistral_ms.layers import VocabularyNLL, output_logits
-from mistral_ms.models import Parts
+from mistral_ms.layers import VocabParallelCrossEntropy, output_logits
+from mistral_ms.models import LayerFactory
 from mistral_ms.parallel.collectives import Groups
-from mistral_ms.parallel.parts import DividedParts
+from mistral_ms.parallel.layer_factory import ParallelLayerFactory
 from mistral_ms.parallel.topology import GroupKind, Topology, weight_slice
 from mistral_ms.weights import specs
 
@@ -56,12 +56,15 @@ def context() -> tuple[Tensor, ...]:
 class Block(nn.Cell):
     """Embedding, one dense block, norm, head and loss, of pieces of one device or of a rank."""
 
-    def __init__(self, parts: Parts, nll: nn.Cell) -> None:
+    def __init__(self, layer_factory: LayerFactory, nll: nn.Cell) -> None:
         super().__init__()
-        self.embed_tokens = parts.embedding()
-        self.input_layernorm, self.post_attention_layernorm = parts.norm(), parts.norm()
-        self.attention, self.feed_forward = parts.attention(0), parts.feed_forward()
-        self.norm, self.lm_head, self.nll = parts.norm(), parts.head(), nll
+        self.embed_tokens = layer_factory.embedding()
+        self.input_layernorm, self.post_attention_layernorm = (
+            layer_factory.norm(),
+            layer_factory.norm(),
+        )
+        self.attention, self.feed_forward = layer_factory.attention(0), layer_factory.feed_forward()
+        self.norm, self.lm_head, self.nll = layer_factory.norm(), layer_factory.head(), nll
 
     def construct(self, ids_T, labels_T, cos, sin, visible):
         context = cos, sin, visible, None
@@ -77,8 +80,8 @@ def run_tensor(worker: Worker) -> None:
     parallel = ParallelConfig(mp=worker.world)
     topology = Topology.of(parallel)
     groups = Groups(topology, worker.rank, "CPU")
-    nll = VocabularyNLL(groups.of(GroupKind.TENSOR), CONFIG.vocab_size)
-    net = Block(DividedParts(CONFIG, DROPLESS, parallel, groups), nll)
+    nll = VocabParallelCrossEntropy(groups.of(GroupKind.TENSOR), CONFIG.vocab_size)
+    net = Block(ParallelLayerFactory(CONFIG, DROPLESS, parallel, groups), nll)
     whole = whole_weights()
     for name, parameter in net.parameters_and_names():
         cut = weight_slice(WEIGHTS[name], topology, worker.rank)

@@ -27,8 +27,8 @@ def want(operation, gave, me):
         "reduce_scatter": lambda: gave[0][me] + gave[1][me],
         "all_to_all": lambda: np.stack([gave[0][me], gave[1][me]]),
         "broadcast": lambda: gave[0],
-        "pass_on": lambda: gave[0],
-        "pass_back": lambda: gave[1],
+        "send_forward": lambda: gave[0],
+        "send_backward": lambda: gave[1],
     }[operation]()
 
 
@@ -88,11 +88,11 @@ def test_mappings_and_their_gradients(report, world, name):
 
             forward, backward = {
                 "CopyToGroup": (x[me], douts[0] + douts[1]),
-                "SumOverGroup": (x[0] + x[1], douts[me]),
-                "TakeShare": (own(x[me]), whole(douts)),
-                "GatherShares": (whole(x), own(douts[me])),
-                "SpreadShares": (whole(x), own(douts[0] + douts[1])),
-                "CollectShares": (own(x[0] + x[1]), whole(douts)),
+                "ReduceFromGroup": (x[0] + x[1], douts[me]),
+                "ScatterToGroup": (own(x[me]), whole(douts)),
+                "GatherFromGroup": (whole(x), own(douts[me])),
+                "AllGatherFromGroup": (whole(x), own(douts[0] + douts[1])),
+                "ReduceScatterToGroup": (own(x[0] + x[1]), whole(douts)),
                 "AllToAll": (
                     np.stack([x[0][me % 2], x[1][me % 2]]),
                     np.stack([douts[0][me % 2], douts[1][me % 2]]),

@@ -7,8 +7,8 @@ import pytest
 from distributed.cases import BATCHES, CASES, GRAPH, E, H, K, batch, batches, model
 from distributed.oracles import (
     arrived_rows,
+    capacity_of,
     experts_local,
-    places,
     slots,
     stand_in_float64,
     stand_in_local,
@@ -34,16 +34,16 @@ def world(case):
 @pytest.mark.parametrize(("case", "run"), RUNS, ids=lambda value: getattr(value, "name", value))
 def test_rows_results_and_gradients_equal_those_of_one_process(report, case, run):
     found, name = report(world(case)), run.rpartition("/")[2]
-    for place in case.topology.places:
+    for coords in case.topology.all_coords:
         key = f"{case.name}/{run}"
-        rows = found.get(place.rank, f"{key}/rows")
-        np.testing.assert_array_equal(rows, arrived_rows(case, name, place.rank))
+        rows = found.get(coords.rank, f"{key}/rows")
+        np.testing.assert_array_equal(rows, arrived_rows(case, name, coords.rank))
         np.testing.assert_array_equal(
-            found.get(place.rank, f"{key}/kept"), slots(case, name, place.dp).kept_TK
+            found.get(coords.rank, f"{key}/kept"), slots(case, name, coords.dp).kept_TK
         )
-        local = stand_in_local(case.policy, name, place.dp)
-        for what, exact in stand_in_float64(case, name, place.dp).items():
-            got = found.get(place.rank, f"{key}/{what}")
+        local = stand_in_local(case.policy, name, coords.dp)
+        for what, exact in stand_in_float64(case, name, coords.dp).items():
+            got = found.get(coords.rank, f"{key}/{what}")
             np.testing.assert_array_equal(got, local[what], err_msg=what)
             # float32 sums of at most 8 products
             np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-5, err_msg=what)
@@ -51,7 +51,7 @@ def test_rows_results_and_gradients_equal_those_of_one_process(report, case, run
 
 @every(ALL)
 def test_the_batches_are_the_ordinary_and_the_odd(case):
-    """Experts without tokens, ranks without tokens, and (capacity) choices without a place."""
+    """Experts without tokens, ranks without tokens, and (capacity) choices without a slot."""
     rows = [arrived_rows(case, "one_expert", rank) for rank in range(world(case))]
     assert any(not each.any() for each in rows) == (case.ep > 2)
     if case.policy == "dropless":
@@ -69,10 +69,10 @@ def test_the_batches_are_the_ordinary_and_the_odd(case):
 
 @every(ALL)
 def test_identity_experts_give_every_kept_token_back(report, case):
-    for place in case.topology.places:
-        got = report(world(case)).get(place.rank, f"{case.name}/identity")
-        share = slots(case, "random", place.dp).kept_TK.sum(1, keepdims=True) / np.float32(K)
-        np.testing.assert_array_equal(got, batch("random", place.dp).x_TH * share)
+    for coords in case.topology.all_coords:
+        got = report(world(case)).get(coords.rank, f"{case.name}/identity")
+        share = slots(case, "random", coords.dp).kept_TK.sum(1, keepdims=True) / np.float32(K)
+        np.testing.assert_array_equal(got, batch("random", coords.dp).x_TH * share)
 
 
 EXPERT_CASES = [case for case in ALL if case.policy != "choice_major"]
@@ -96,16 +96,16 @@ def test_every_way_through_the_experts_gives_the_same_bits(report, case):
 @every(EXPERT_CASES)
 def test_results_and_gradients_of_the_experts_equal_those_of_one_process(report, case):
     found, topology = report(world(case)), case.topology
-    for place in topology.places:
-        local = experts_local(case.policy, place.dp)
+    for coords in topology.all_coords:
+        local = experts_local(case.policy, coords.dp)
         for what in ("y", "dx", "dweights"):
-            got = found.get(place.rank, f"{case.name}/experts/{what}")
+            got = found.get(coords.rank, f"{case.name}/experts/{what}")
             close(got, local[what], what)
-        copies = topology.group(GroupKind.EXPERT_DATA, place.rank).ranks
+        copies = topology.group(GroupKind.EXPERT_DATA, coords.rank).ranks
         for what in ("w1", "w2", "w3"):
             got = sum(found.get(rank, f"{case.name}/experts/{what}") for rank in copies)
             want = sum(experts_local(case.policy, dp)[what] for dp in range(case.dp))
-            part = expert_slice(model(), topology, place.rank)
+            part = expert_slice(model(), topology, coords.rank)
             rows, columns = slice(None), slice(part.columns.start, part.columns.stop)
             inner = (rows, columns) if what == "w2" else (columns, rows)
             close(got, want[(list(part.experts), *inner)], what)
@@ -123,10 +123,10 @@ def test_what_was_sent_equals_the_formula(report, case):
     dispatcher counts from sizes alone, and the messages one by one are the same."""
     topology, T = case.topology, BATCHES["random"]
     width = H // case.mp if case.way == "group_wise" else H
-    for place in topology.places:
-        group = topology.group(GroupKind.EXPERT, place.rank)
-        L, C, P = E // case.ep, places(case, "random"), case.ep
-        first = place.expert_group * case.ep
+    for coords in topology.all_coords:
+        group = topology.group(GroupKind.EXPERT, coords.rank)
+        L, C, P = E // case.ep, capacity_of(case, "random"), case.ep
+        first = coords.expert_group * case.ep
         choices = np.array(
             [
                 slots(case, "random", first + p).filled_EC.reshape(P, L, -1).sum((1, 2))
@@ -138,31 +138,31 @@ def test_what_was_sent_equals_the_formula(report, case):
             there, numbers = choices * size, 4 * L * np.ones((P, P), int)
         else:
             there, numbers = np.full((P, P), L * C * size), None
-        me = group.position(place.rank)
+        me = group.position(coords.rank)
         want = journey(case, group, me, there) + journey(case, group, me, there, back=True)
         if numbers is not None:
             want += journey(case, group, me, numbers)
-        want += in_tensor_group(case, place, T * K if numbers is not None else E * C, T, C)
-        got = report(world(case)).get(place.rank, f"{case.name}/traffic")
+        want += in_tensor_group(case, coords, T * K if numbers is not None else E * C, T, C)
+        got = report(world(case)).get(coords.rank, f"{case.name}/traffic")
         np.testing.assert_array_equal(got, want)
-        np.testing.assert_array_equal(counted(case, place), want)
+        np.testing.assert_array_equal(counted(case, coords), want)
 
 
 class Silent(Groups):
     """Groups that can count and not communicate."""
 
     def _make(self, group):
-        return Collectives(group, self.place.rank)
+        return Collectives(group, self.coords.rank)
 
 
-def counted(case, place):
+def counted(case, coords):
     """The dispatcher's own count, without any communication."""
-    groups = Silent(case.topology, place.rank, "CPU")
+    groups = Silent(case.topology, coords.rank, "CPU")
     dispatcher = make_dispatcher(E, case.routing, case.parallel, groups)
     T = BATCHES["random"]
     if case.policy != "dropless":
         return astuple(dispatcher.traffic(T, K, H))
-    first = place.expert_group * case.ep
+    first = coords.expert_group * case.ep
     tables = [slots(case, "random", first + p).filled_EC for p in range(case.ep)]
     counts_PE = np.array([filled.reshape(E, -1).sum(1) for filled in tables], int)
     return astuple(dispatcher.traffic(counts_PE, T, K, H))
@@ -192,20 +192,20 @@ def journey(case, group, me, bytes_PP, back=False):
     D = node.count(node[0])
     for a in range(P):
         for b in range(P):
-            if node[a] == node[b]:  # to the receiver's place: all that goes to that place anywhere
+            if node[a] == node[b]:  # to the receiver's slot: all that goes to that slot anywhere
                 message(a, b, sum(bytes_PP[a, c] for c in range(P) if c % D == b % D))
-            if a % D == b % D:  # between equal places: all that the node's ranks gave
+            if a % D == b % D:  # between equal slots: all that the node's ranks gave
                 message(a, b, sum(bytes_PP[c, b] for c in range(P) if node[c] == node[a]))
     return sent
 
 
-def in_tensor_group(case, place, rows_home, T, C):
+def in_tensor_group(case, coords, rows_home, T, C):
     """What the ring of the tensor group carries: a sum of the results, or shares three times."""
     mp = case.mp
     if mp == 1:
         return np.zeros(4)
-    following = place.rank - place.mp + (place.mp + 1) % mp
-    inside = following // case.devices == place.rank // case.devices
+    following = coords.rank - coords.mp + (coords.mp + 1) % mp
+    inside = following // case.devices == coords.rank // case.devices
     at_experts = E * C
     if case.policy == "dropless":
         at_experts = case.ep * T * min(K, E // case.ep)

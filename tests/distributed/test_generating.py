@@ -7,14 +7,14 @@ import pytest
 from distributed.generating import LAYOUTS, LENGTHS, NEW, REQUESTS, generated
 
 from mistral_ms.config import ParallelConfig
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 
 CASES = [(world, name) for world, names in LAYOUTS.items() for name in names]
 
 
 @functools.cache
 def alone(request):
-    return generated(Division(ParallelConfig()), request)
+    return generated(ParallelContext(ParallelConfig()), request)
 
 
 @pytest.mark.parametrize(("world", "name"), CASES)

@@ -26,8 +26,8 @@ def killed(tmp_path_factory):
     (root / "text.txt").write_text(demo_text()[:3000])
     # one layer: what is tested is how it ends, and most of the time is compilation
     model = {**RUN["model"], "num_hidden_layers": 1}
-    training = {**RUN["training"], "steps": 100_000}
-    run = {**RUN, "model": model, "training": training, "checkpoint": {"every": 2}}
+    training = {**RUN["training"], "max_steps": 100_000}
+    run = {**RUN, "model": model, "training": training, "checkpoint": {"save_steps": 2}}
     (root / "run.yaml").write_text(yaml.safe_dump({**run, "output": str(root / "out")}))
     flags = ["--workers", "1", "--nodes", "2", "--master", "127.0.0.1", "--port", free_port()]
     layout = ["parallel.dp=2", "parallel.ep=2", "parallel.devices_per_node=1"]
@@ -82,7 +82,7 @@ def test_the_training_goes_on_in_another_layout_and_ends_politely(killed):
     assert series.newest().step >= before
     process = start(
         killed.root, "--workers", "2", "--port", free_port(), "--log-dir", "again",
-        overrides=["parallel.dp=2", "--resume", "out", "checkpoint.every=100000"],
+        overrides=["parallel.dp=2", "--resume", "out", "checkpoint.save_steps=100000"],
     )  # fmt: skip
     first = series.newest().step
     wait_for_steps(killed.metrics, first + 3, process)

@@ -19,7 +19,7 @@ from mindspore import Tensor
 from mistral_ms.config import DROPLESS
 from mistral_ms.config.layout import Sizes
 from mistral_ms.layers import TokenNLL
-from mistral_ms.models import Parts
+from mistral_ms.models import LayerFactory
 from mistral_ms.parallel.topology import Topology, weight_slice
 
 each_world = pytest.mark.parametrize("world", [2, 4])
@@ -30,7 +30,7 @@ each_run = pytest.mark.parametrize(
 
 @functools.cache
 def alone() -> dict[str, np.ndarray]:
-    net = Block(Parts(CONFIG, DROPLESS), TokenNLL())
+    net = Block(LayerFactory(CONFIG, DROPLESS), TokenNLL())
     for name, parameter in net.parameters_and_names():
         parameter.set_data(Tensor(whole_weights()[name]))
     gradient = ms.value_and_grad(net, None, net.trainable_params(), has_aux=True)

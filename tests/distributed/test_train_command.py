@@ -28,17 +28,17 @@ RUN = dict(
     data=dict(inputs=["text.txt"], tokenizer="packaged-v1"),
     routing=dict(policy="capacity", aux_loss="per_layer"),
     training=dict(
-        steps=6, seq_length=8, global_batch_size=8, aux_coef=0.02,
-        optimizer=dict(learning_rate=1e-3), schedule=dict(kind="constant"),
+        max_steps=6, seq_length=8, global_batch_size=8, router_aux_loss_coef=0.02,
+        optimizer=dict(learning_rate=1e-3), lr_scheduler_type="constant",
     ),
-    checkpoint=dict(every=4),
+    checkpoint=dict(save_steps=4),
 )  # fmt: skip
 FIRST = [
     "parallel.dp=2", "parallel.pp=2", "parallel.ep=2", "parallel.optimizer_parallel=true",
-    "training.micro_batches=2",
+    "training.gradient_accumulation_steps=2",
 ]  # fmt: skip
-THEN = ["parallel.dp=2", "parallel.ep=2", "training.micro_batches=2"]
-GROUPS = "training.micro_batches=4"
+THEN = ["parallel.dp=2", "parallel.ep=2", "training.gradient_accumulation_steps=2"]
+GROUPS = "training.gradient_accumulation_steps=4"
 """Dispatch groups of one process: as many as either layout has."""
 
 
@@ -63,7 +63,7 @@ def trained(tmp_path_factory):
     (root / "run.yaml").write_text(yaml.safe_dump(RUN))
     one = alone(root, GROUPS, "output=one")
     assert one.returncode == 0, one.stdout + one.stderr
-    together(root, 4, "first", *FIRST, "training.steps=3", "output=many")
+    together(root, 4, "first", *FIRST, "training.max_steps=3", "output=many")
     said = together(root, 2, "then", *THEN, "--resume", "many", "--json", "many.json")
     return SimpleNamespace(root=root, said=said)
 
@@ -121,7 +121,7 @@ def test_one_process_speaks_and_writes(trained):
         (["parallel.dp=2"], "must be the number of processes (1)"),
         (["parallel.dp=3", "parallel.ep=2"], "ep (2) must divide dp (3)"),
         (["parallel.dp=16"], "(16 * 1) must divide training.global_batch_size (8)"),
-        (["parallel.interleave=3"], "parallel.interleave"),
+        (["parallel.micro_batch_interleave_num=3"], "parallel.micro_batch_interleave_num"),
         (["parallel.mp=3"], "num_attention_heads"),
     ],
 )

@@ -13,11 +13,10 @@ from mistral_ms.config import (
     OptimizerConfig,
     ParallelConfig,
     RoutingConfig,
-    ScheduleConfig,
     TrainingConfig,
 )
-from mistral_ms.datasets import InMemoryWindows
-from mistral_ms.parallel.apply import Division
+from mistral_ms.datasets import InMemorySequences
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.training import TrainStep
 
 STEPS = 20
@@ -49,12 +48,14 @@ LAYOUTS = {
         "dp2 ep2 shared out": ParallelConfig(
             dp=2, ep=2, optimizer_parallel=True, recompute="selective"
         ),
-        "dp2 ep2 copies": ParallelConfig(dp=2, ep=2, interleave=2),
+        "dp2 ep2 copies": ParallelConfig(dp=2, ep=2, micro_batch_interleave_num=2),
     },
     4: {
         "dp2 mp2 ep2": ParallelConfig(dp=2, mp=2, ep=2, all_to_all="group_wise"),
-        "dp2 pp2 ep2": ParallelConfig(dp=2, pp=2, ep=2, optimizer_parallel=True, interleave=2),
-        "pp4, gpipe": ParallelConfig(pp=4, schedule="gpipe"),
+        "dp2 pp2 ep2": ParallelConfig(
+            dp=2, pp=2, ep=2, optimizer_parallel=True, micro_batch_interleave_num=2
+        ),
+        "pp4, gpipe": ParallelConfig(pp=4, pipeline_scheduler="gpipe"),
         "dp4 ep2 shared out": ParallelConfig(dp=4, ep=2, optimizer_parallel=True),
     },
 }
@@ -68,13 +69,16 @@ DEEP = ("dp2 ep2 shared out", "generating")
 FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "kept_LE")
 VARIANTS = {
     "plain": {},
-    "two micro-batches": {"micro_batches": 2},
+    "two micro-batches": {"gradient_accumulation_steps": 2},
     "muon on the host, two micro-batches, dropless": {
         "offload_optimizer": "host",
-        "micro_batches": 2,
+        "gradient_accumulation_steps": 2,
         "optimizer": {"name": "muon", "learning_rate": 1e-3},
     },
-    "host, four micro-batches, dropless": {"offload_optimizer": "host", "micro_batches": 4},
+    "host, four micro-batches, dropless": {
+        "offload_optimizer": "host",
+        "gradient_accumulation_steps": 4,
+    },
     "float16": {"dtype": "float16"},
 }
 """Of the training."""
@@ -106,7 +110,7 @@ def steps(variant: str) -> int:
 def groups(world: int, name: str) -> int:
     """Dispatch groups of a layout for each micro-batch of one process."""
     layout = LAYOUTS[world][name]
-    return layout.dp * layout.interleave
+    return layout.dp * layout.micro_batch_interleave_num
 
 
 def routing(variant: str) -> RoutingConfig:
@@ -117,28 +121,30 @@ def routing(variant: str) -> RoutingConfig:
 def training(variant: str, groups: int = 1) -> TrainingConfig:
     """A training; in one process with as many micro-batches as all ranks together have."""
     values = {
-        "steps": steps(variant), "seq_length": 8, "global_batch_size": 16, "aux_coef": 0.02,
-        "z_coef": 0.001, "clip_norm": 0.5, "optimizer": OptimizerConfig(learning_rate=1e-3),
-        "schedule": ScheduleConfig(kind="constant"), **VARIANTS[variant],
+        "max_steps": steps(variant), "seq_length": 8, "global_batch_size": 16,
+        "router_aux_loss_coef": 0.02,
+        "router_z_loss_coef": 0.001, "max_grad_norm": 0.5,
+        "optimizer": OptimizerConfig(learning_rate=1e-3),
+        "lr_scheduler_type": "constant", **VARIANTS[variant],
     }  # fmt: skip
-    values["micro_batches"] = values.get("micro_batches", 1) * groups
+    values["gradient_accumulation_steps"] = values.get("gradient_accumulation_steps", 1) * groups
     return TrainingConfig(**values)
 
 
-def data() -> InMemoryWindows:
+def data() -> InMemorySequences:
     """147 tokens: 18 windows of eight and one of three, most of which is padding."""
     text = np.random.default_rng(3).integers(3, 48, 148).tolist()
-    return InMemoryWindows(text, 8, 16, 0)
+    return InMemorySequences(text, 8, 16, 0)
 
 
-def train(name: str, division: Division, variant: str) -> tuple[list, TrainStep]:
+def train(name: str, parallel_context: ParallelContext, variant: str) -> tuple[list, TrainStep]:
     """The results of all steps, and the training with this rank's weights at the end."""
     config = training(variant)
-    part = division.build_model(model(name), routing(variant), config.dtype)
-    division.initialize(part, 0)
-    update = TrainStep(part, config, pooled_aux=False, division=division)
-    windows = data()
-    results = [update(windows.batch(step)) for step in range(steps(variant))]
+    part = parallel_context.build_model(model(name), routing(variant), config.dtype)
+    parallel_context.initialize(part, 0)
+    update = TrainStep(part, config, pooled_aux=False, parallel_context=parallel_context)
+    sequences = data()
+    results = [update(sequences.batch(step)) for step in range(steps(variant))]
     return results, update
 
 
@@ -147,8 +153,8 @@ def run_training(worker: Worker) -> None:
     for world, name, variant in CASES:
         if world != worker.world:
             continue
-        division = Division(LAYOUTS[world][name], worker.rank, world)
-        results, update = train(name, division, variant)
+        parallel_context = ParallelContext(LAYOUTS[world][name], worker.rank, world)
+        results, update = train(name, parallel_context, variant)
         key = f"training/{name}/{variant}"
         for figure in FIGURES:
             worker.keep(f"{key}/{figure}", np.array([getattr(r, figure) for r in results]))

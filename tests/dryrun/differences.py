@@ -72,7 +72,7 @@ class Expected:
         self.config = ParallelConfig(**parallel)
         self.topology = Topology.of(self.config)
         self.rank, self.micro = rank, micro
-        self.stage = self.topology.place(rank).pp
+        self.stage = self.topology.coords(rank).pp
         self.last = self.stage == self.config.pp - 1
         self.model, self.tied = ModelConfig(**small_run(parallel, tied=tied)["model"]), tied
         layers = layers_of(parallel)
@@ -130,7 +130,7 @@ class Expected:
             if self.config.pp > 1:
                 found.append(self.messages())
             if self.config.all_to_all == "group_wise":
-                found.append(self.shared_rows())
+                found.append(self.sharded_rows())
         return found
 
     def norm(self) -> Difference:
@@ -148,8 +148,8 @@ class Expected:
 
     def losses(self) -> Difference:
         """What a step reports."""
-        layers, figures = self.layers, (2 + 2 * E) * FLOAT
-        graph = Counter({self.said("AllReduce", BACKWARD, GroupKind.STAGE, figures): layers})
+        layers, metrics = self.layers, (2 + 2 * E) * FLOAT
+        graph = Counter({self.said("AllReduce", BACKWARD, GroupKind.STAGE, metrics): layers})
         if self.last:
             graph[self.said("AllReduce", BACKWARD, GroupKind.STAGE, FLOAT)] += 1
             graph[self.said("AllReduce", FORWARD, GroupKind.STAGE, FLOAT)] += self.micro
@@ -160,8 +160,8 @@ class Expected:
             explicit[self.said("AllReduce", UPDATE, GroupKind.PIPELINE, self.report)] += 1
         return Difference(
             "The graph adds its loss up on the last stage, for each micro-batch, and the start of "
-            "its gradient, and once a step the figures of each sparse layer and the loss again, as "
-            "gradients of the rooms in which they are noted; the explicit path all losses and "
+            "its gradient, and once a step the metrics of each sparse layer and the loss again, as "
+            "gradients of the buffers in which they are recorded; the explicit path all losses and "
             "expert loads together, once a step.",
             graph,
             explicit,
@@ -204,7 +204,7 @@ class Expected:
         explicit = Counter()
         for kind in (GroupKind.DATA, GroupKind.EXPERT_DATA):
             many = len(self.ranks(kind))
-            rooms = [
+            metrics_buffers = [
                 sum(
                     math.prod(weight.shape)
                     for name, weight in self.weights.items()
@@ -212,9 +212,9 @@ class Expected:
                 )
                 for member in range(many)
             ]
-            room = max(rooms)
-            explicit[self.said("ReduceScatter", BACKWARD, kind, many * room * FLOAT)] += 1
-            explicit[self.said("AllGather", UPDATE, kind, room * HALF)] += 1
+            buffer = max(metrics_buffers)
+            explicit[self.said("ReduceScatter", BACKWARD, kind, many * buffer * FLOAT)] += 1
+            explicit[self.said("AllGather", UPDATE, kind, buffer * HALF)] += 1
         return Difference(
             "In the graph every rank keeps a share of each weight and gathers the weights before "
             "it uses them (embedding and router in float32, which only use rounds); the explicit "
@@ -310,7 +310,7 @@ class Expected:
             *found,
         )
 
-    def shared_rows(self) -> Difference:
+    def sharded_rows(self) -> Difference:
         """Of the group-wise exchange, on the way back."""
         kind, times = GroupKind.TENSOR, self.layers * self.micro
         return Difference(

@@ -15,14 +15,14 @@ from mindspore.nn.utils import no_init_parameters
 from support.configs import model as small_model
 
 from mistral_ms.config import ParallelConfig, RoutingConfig
-from mistral_ms.layers import CacheSpec, VocabularyNLL
+from mistral_ms.layers import CacheSpec, VocabParallelCrossEntropy
 from mistral_ms.models import CausalLM, Objective
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.dispatchers import make_dispatcher
 from mistral_ms.parallel.experts import routed_experts
-from mistral_ms.parallel.inference import DividedNextTokenLogits
-from mistral_ms.parallel.parts import DividedParts
-from mistral_ms.parallel.stage import segment_of
+from mistral_ms.parallel.inference import ParallelNextTokenLogits
+from mistral_ms.parallel.layer_factory import ParallelLayerFactory
+from mistral_ms.parallel.stage import model_chunk_of
 from mistral_ms.parallel.topology import GroupKind, Topology
 
 RANK = int(os.environ.get("RANK_ID", "0"))
@@ -148,9 +148,11 @@ def language_model() -> Step:
     parallel, routing = LAYOUTS["group_wise"], ROUTINGS["capacity"]
     groups = Groups(Topology.of(parallel), RANK, "Ascend")
     with no_init_parameters():
-        model = CausalLM(CONFIG, routing, parts=DividedParts(CONFIG, routing, parallel, groups))
-    nll = VocabularyNLL(groups.of(GroupKind.TENSOR), CONFIG.vocab_size)
-    objective = Objective(model, aux_coef=0.02, z_coef=0.001, token_nll=nll)
+        model = CausalLM(
+            CONFIG, routing, layer_factory=ParallelLayerFactory(CONFIG, routing, parallel, groups)
+        )
+    nll = VocabParallelCrossEntropy(groups.of(GroupKind.TENSOR), CONFIG.vocab_size)
+    objective = Objective(model, router_aux_loss_coef=0.02, router_z_loss_coef=0.001, token_nll=nll)
     ids = Tensor(np.ones((2, T // 2), np.int32))
     weights = list(model.weights().values())
     return Step(Gradients(Total(objective), None, weights), (ids, ids, ids))
@@ -166,9 +168,9 @@ class Collective(nn.Cell):
     def construct(self, x):
         if self.operation == "broadcast":
             return self.group.broadcast(x)
-        if self.operation == "pass_on":
-            return self.group.pass_on(x)
-        return self.group.pass_back(x)
+        if self.operation == "send_forward":
+            return self.group.send_forward(x)
+        return self.group.send_backward(x)
 
 
 PIPELINE = ParallelConfig(pp=4, dp=8, ep=8)
@@ -179,12 +181,12 @@ def _between_stages(operation: str) -> Step:
     return Step(Collective(groups.neighbours(1), operation), (Tensor(np.ones((T, H), np.float32)),))
 
 
-def pass_on() -> Step:
-    return _between_stages("pass_on")
+def send_forward() -> Step:
+    return _between_stages("send_forward")
 
 
-def pass_back() -> Step:
-    return _between_stages("pass_back")
+def send_backward() -> Step:
+    return _between_stages("send_backward")
 
 
 def next_token_logits() -> Step:
@@ -192,12 +194,14 @@ def next_token_logits() -> Step:
     groups, rows, width = Groups(Topology.of(PIPELINE), RANK, "Ascend"), PIPELINE.dp, 3
     cache, dropless = CacheSpec(1, width), ROUTINGS["dropless"]
     with no_init_parameters():
-        parts = DividedParts(STAGED, dropless, PIPELINE, groups, cache=cache)
-        segment = segment_of(STAGED, PIPELINE.pp, groups.place.pp)
-        model = CausalLM(STAGED, dropless, cache=cache, parts=parts, segment=segment)
+        layer_factory = ParallelLayerFactory(STAGED, dropless, PIPELINE, groups, cache=cache)
+        model_chunk = model_chunk_of(STAGED, PIPELINE.pp, groups.coords.pp)
+        model = CausalLM(
+            STAGED, dropless, cache=cache, layer_factory=layer_factory, model_chunk=model_chunk
+        )
     ids = Tensor(np.ones((rows, width), np.int32))
     last = Tensor(np.zeros(rows, np.int32))
-    return Step(DividedNextTokenLogits(model, groups), (ids, ids, last))
+    return Step(ParallelNextTokenLogits(model, groups), (ids, ids, last))
 
 
 def broadcast() -> Step:

@@ -16,9 +16,9 @@ from mindspore.communication import get_rank
 
 from mistral_ms.checkpoint.load import set_values
 from mistral_ms.config import PredictConfig, RunConfig
-from mistral_ms.layers import draw
+from mistral_ms.layers import init_values
 from mistral_ms.parallel import graph
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.training.graph_step import GraphTrainStep
 
 SEED = 5
@@ -43,7 +43,7 @@ def fill_and_compare(weights: Any, storage: Any) -> None:
     assert weights
     parts = {}
     for name, parameter in weights.items():
-        part = draw(storage.specs[name], SEED)[storage.window(name)]
+        part = init_values(storage.specs[name], SEED)[storage.local_slice(name)]
         parts[name] = part.astype(ms.dtype_to_nptype(parameter.dtype))
         set_values(parameter, storage.to_parameter(name, parts[name]))
     for name, parameter in weights.items():
@@ -56,7 +56,9 @@ def build(run: RunConfig, layers: int | None = None) -> Any:
     ms.set_context(mode=ms.PYNATIVE_MODE)  # as the command finds it
     rank = get_rank()
     assert rank == int(os.environ["RANK_ID"])
-    update = GraphTrainStep(run, Division(run.parallel, rank, run.parallel.world), segmented=False)
+    update = GraphTrainStep(
+        run, ParallelContext(run.parallel, rank, run.parallel.world), segmented=False
+    )
     weights = update.held()
     fill_and_compare(weights, update.storage)
     for name, mean in update.state().items():

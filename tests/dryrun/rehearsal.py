@@ -21,9 +21,9 @@ from mindspore import Tensor, ops
 
 import mistral_ms
 from mistral_ms.config import RunConfig
-from mistral_ms.datasets import InMemoryWindows
-from mistral_ms.parallel.apply import Division
+from mistral_ms.datasets import InMemorySequences
 from mistral_ms.parallel.collectives import Collectives, Groups
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.topology import Group, Topology
 from mistral_ms.training import TrainStep, step
 
@@ -86,11 +86,11 @@ class Unanswered(Collectives):
         self._say("AlltoAllV", rows_RH)
         return ops.zeros((received_S.shape[0], rows_RH.shape[1]), rows_RH.dtype)
 
-    def pass_on(self, x: Tensor) -> Tensor:
+    def send_forward(self, x: Tensor) -> Tensor:
         self._say("Send" if self.position == 0 else "Receive", x)
         return x
 
-    def pass_back(self, x: Tensor) -> Tensor:
+    def send_backward(self, x: Tensor) -> Tensor:
         self._say("Send" if self.position == 1 else "Receive", x)
         return x
 
@@ -105,20 +105,20 @@ class UnansweredGroups(Groups):
     def _make(self, group: Group) -> Collectives:
         if group.size == 1:
             return super()._make(group)
-        return Unanswered(group, self.place.rank, self.said)
+        return Unanswered(group, self.coords.rank, self.said)
 
 
 def rehearse(run: RunConfig, rank: int) -> Counter[Said]:
     """What a rank says in one step of a run."""
     training = run.training
-    division = Division(run.parallel, rank)
-    groups = UnansweredGroups(division.topology, rank)
-    division.groups = groups
-    model = division.build_model(run.model, run.routing, training.dtype)
+    parallel_context = ParallelContext(run.parallel, rank)
+    groups = UnansweredGroups(parallel_context.topology, rank)
+    parallel_context.groups = groups
+    model = parallel_context.build_model(run.model, run.routing, training.dtype)
     pooled = run.routing.aux_loss == "pooled"
-    update = TrainStep(model, training, pooled_aux=pooled, division=division)
+    update = TrainStep(model, training, pooled_aux=pooled, parallel_context=parallel_context)
     text = [0] * (training.global_batch_size * training.seq_length + 1)
-    data = InMemoryWindows(text, training.seq_length, training.global_batch_size, 0)
+    data = InMemorySequences(text, training.seq_length, training.global_batch_size, 0)
     with _eager():
         result = update(data.batch(0))
     assert result.finite  # else the step would end before weights are spread
@@ -144,9 +144,9 @@ def _phase() -> str:
             running.add(frame.f_code.co_qualname)
         frame = frame.f_back
     ends = {name.rpartition(".")[2] for name in running}
-    if ends & {"bprop", "gradients"} or any(name.startswith("_PassBack") for name in running):
+    if ends & {"bprop", "gradients"} or any(name.startswith("_SendBackward") for name in running):
         return "backward"
-    if ends & {"squares", "losses"} or "_Spread.construct" in running:
+    if ends & {"squares", "losses"} or "_AllGatherWeights.construct" in running:
         return "optimizer"
     # a stage that hands its states on has been through its forward pass before
     again = "StageBackward.construct" in running and _hands_on()

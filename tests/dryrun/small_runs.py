@@ -21,7 +21,7 @@ def layers_of(parallel: Mapping[str, object]) -> int:
     is said for each layer from what is said once. More would be compiled for longer, and say the
     same once more.
     """
-    several = parallel.get("mp", 1) > 1 or parallel.get("interleave", 1) > 1
+    several = parallel.get("mp", 1) > 1 or parallel.get("micro_batch_interleave_num", 1) > 1
     return 2 if several else parallel.get("pp", 1)
 
 
@@ -58,12 +58,14 @@ def small_run(
         "model": model,
         "routing": {"policy": policy, "aux_loss": aux_loss},
         "training": {
-            "steps": 1,
+            "max_steps": 1,
             "seq_length": S,
-            "global_batch_size": parallel["dp"] * micro * parallel.get("interleave", 1),
-            "micro_batches": micro,
+            "global_batch_size": parallel["dp"]
+            * micro
+            * parallel.get("micro_batch_interleave_num", 1),
+            "gradient_accumulation_steps": micro,
             "dtype": "float16",
-            "aux_coef": 0.01,
+            "router_aux_loss_coef": 0.01,
             **training,
         },
         "parallel": parallel,

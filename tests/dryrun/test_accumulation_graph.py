@@ -71,7 +71,7 @@ def test_the_layout_is_that_of_the_run_file():
         run = load_run_config(ROOT / f"configs/run/{name}_mistral_7b_8card.yaml")
         sizes = {key: getattr(run.parallel, key) for key in DENSE}
         assert sizes == DENSE
-        assert (run.parallel.pp, run.training.micro_batches > 1) == (1, True)
+        assert (run.parallel.pp, run.training.gradient_accumulation_steps > 1) == (1, True)
 
 
 def test_dense_gradients_are_scattered_once_a_step(dense):
@@ -115,7 +115,7 @@ def test_dense_weights_have_a_buffer_to_be_added_up_in(dense):
         name: share(shape) for name, shape in DENSE_SHAPES.items()
     }
     buffers = {n.removeprefix("accu_grads."): t for n, t in held.items() if "accu_grads." in n}
-    del buffers["loss.notes"]
+    del buffers["loss.metrics_buffer"]
     assert {name: t.shape for name, t in buffers.items()} == DENSE_SHAPES
     assert {t.dtype for t in buffers.values()} == {"Float32"}
 
@@ -188,8 +188,8 @@ def check_sparse(text, groups):
             added_up[each.given.shape] += each.times
     attention = [(QUERIES, H), (KEYS, H), (KEYS, H), (H, QUERIES)]
     layer = [*attention, (H,), (H,), (E, H)]  # ep = dp: experts have no copies
-    noted = [*[(1, 2 + 2 * E)] * LAYERS, (1, 1)]
-    assert added_up == Counter([*layer * LAYERS, (V, H), (V, H), (H,), *noted])
+    recorded = [*[(1, 2 + 2 * E)] * LAYERS, (1, 1)]
+    assert added_up == Counter([*layer * LAYERS, (V, H), (V, H), (H,), *recorded])
 
 
 def test_exchanges_of_each_micro_batch_and_gradients_of_a_step(sparse):

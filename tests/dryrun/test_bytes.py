@@ -29,7 +29,7 @@ CASES = {
     "tensor parallel": (TENSOR, 3, 2),
     "tensor parallel stages, group-wise": (STAGES, 2, 2),
     "tensor parallel stages, last stage": (STAGES, 6, 2),
-    "interleaved, pooled aux, tied": ({"dp": 2, "ep": 2, "interleave": 2}, 1, 1),
+    "interleaved, pooled aux, tied": ({"dp": 2, "ep": 2, "micro_batch_interleave_num": 2}, 1, 1),
     "optimizer parallel": ({"dp": 4, "ep": 2, "optimizer_parallel": True}, 3, 1),
     "dropless, tensor parallel stages of 32": (DROPLESS, 11, 2),
 }
@@ -131,7 +131,7 @@ def test_exchanges_per_layer_and_micro_batch(both, case):
         "interleaved, pooled aux, tied": [(0, 1)],
         "optimizer parallel": [(2, 3)],
     }.get(case, [(1, 3)])
-    times = 2 * this.micro * this.config.interleave * this.layers
+    times = 2 * this.micro * this.config.micro_batch_interleave_num * this.layers
     size = E * C * H * HALF
     if this.config.all_to_all == "group_wise":
         size //= 2

@@ -16,7 +16,7 @@ from mistral_ms.parallel.dryrun.process import Request
 ROOT = Path(__file__).parents[2]
 RUN = f"""
 model: {ROOT}/configs/model/mixtral_tiny.yaml
-training: {{steps: 1, seq_length: 32, global_batch_size: 32}}
+training: {{max_steps: 1, seq_length: 32, global_batch_size: 32}}
 parallel: {{dp: 32, ep: 8}}
 """
 C, E, H = 4, 8, 16
@@ -83,17 +83,18 @@ CAPACITY = ["routing.policy=capacity", "routing.aux_loss=per_layer"]
     ("changes", "message"),
     [
         (
-            ["parallel.dp=16", "parallel.pp=2", "training.micro_batches=2",
+            ["parallel.dp=16", "parallel.pp=2", "training.gradient_accumulation_steps=2",
              "training.global_batch_size=32"],
             "impossible graph: routing.aux_loss: pooled: ",
         ),
         (
             [*CAPACITY, "parallel.dp=16", "parallel.pp=2"],
-            "impossible graph: training.micro_batches: 1: a pipeline of 2 stages needs ",
+            "impossible graph: training.gradient_accumulation_steps: 1: "
+            "a pipeline of 2 stages needs ",
         ),
         (
             [*CAPACITY, "parallel.dp=12", "parallel.ep=1", "parallel.pp=2",
-             "training.micro_batches=2", "training.global_batch_size=24"],
+             "training.gradient_accumulation_steps=2", "training.global_batch_size=24"],
             "no dry run: parallel: data group of ranks 0, 1, 2, ",
         ),
     ],

@@ -110,7 +110,7 @@ class Silent(Groups):
     """Groups that only know their members; nobody talks."""
 
     def _make(self, group):
-        return Collectives(group, self.place.rank)
+        return Collectives(group, self.coords.rank)
 
 
 @pytest.mark.parametrize("target", WANTED)
@@ -154,10 +154,10 @@ def test_a_whole_model(compile_graph):
 @pytest.mark.parametrize(
     ("target", "rank", "operator", "peer"),
     [
-        ("pass_on", 11, "Send", 19),
-        ("pass_on", 19, "Receive", 11),
-        ("pass_back", 19, "Send", 11),
-        ("pass_back", 11, "Receive", 19),
+        ("send_forward", 11, "Send", 19),
+        ("send_forward", 19, "Receive", 11),
+        ("send_backward", 19, "Send", 11),
+        ("send_backward", 11, "Receive", 19),
     ],
 )
 def test_between_two_stages(compile_graph, target, rank, operator, peer):
@@ -184,14 +184,14 @@ def test_a_stage_that_generates(compile_graph):
             ("Send", 11, logits),
         ]
     )
-    room = P * tokens * FLOAT * H
+    buffer = P * tokens * FLOAT * H
     assert Counter(
         {key: n for key, n in found(graph).items() if key[0] not in ("Send", "Receive")}
     ) == Counter(
         [
             ("AlltoAll", FORWARD, stage, E * INT),
             ("AlltoAllV", FORWARD, stage, tokens * K * H * FLOAT),
-            ("AlltoAllV", FORWARD, stage, room),
+            ("AlltoAllV", FORWARD, stage, buffer),
             ("AllGather", FORWARD, stage, logits),
         ]
     )

@@ -24,7 +24,7 @@ from mistral_ms.parallel.dryrun.process import (
 
 RUN = {
     "model": str(Path(__file__).parents[2] / "configs/model/mixtral_tiny.yaml"),
-    "training": {"steps": 1, "seq_length": 32, "global_batch_size": 32},
+    "training": {"max_steps": 1, "seq_length": 32, "global_batch_size": 32},
     "parallel": {"dp": 32, "ep": 8},
 }
 FRESH = """
@@ -52,7 +52,7 @@ def test_a_fork_compiles_what_a_fresh_process_compiles(
     compile_text, compile_run, runtime, environ, tmp_path
 ):
     """Whatever was compiled before, for whichever rank."""
-    first = Request(11, 32, "dryrun.explicit_targets:pass_on")
+    first = Request(11, 32, "dryrun.explicit_targets:send_forward")
     compile_text(first)
     text, groups = compile_run(RUN, 19, "dryrun.auto_target:build")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))

@@ -74,13 +74,13 @@ def test_what_travels(compile_step, step):
     """
     _, graph = compile_step(step)
     tokens = HERE * WIDTHS[step]
-    states, rows, room = (n * tokens * H * HALF for n in (1, K, 2 * K))
+    states, rows, buffer = (n * tokens * H * HALF for n in (1, K, 2 * K))
     assert counted(graph) == {
         ("AllReduce", TENSOR, states): LAYERS,
         ("AlltoAll", EXPERT, E * INT): LAYERS,
         ("AlltoAllV", EXPERT, rows): LAYERS,
-        ("AlltoAllV", EXPERT, room): LAYERS,
-        ("AllReduce", TENSOR, room): LAYERS,
+        ("AlltoAllV", EXPERT, buffer): LAYERS,
+        ("AllReduce", TENSOR, buffer): LAYERS,
         ("AllGather", TENSOR, HERE * V // 2 * FLOAT): 1,
         ("AllGather", EXPERT, HERE * V * FLOAT): 1,
         ("AllGather", (3, 7), 2 * HERE * V * FLOAT): 1,

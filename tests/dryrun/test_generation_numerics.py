@@ -13,7 +13,7 @@ from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.parallel import graph
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 
 LENGTH, CHUNK, BATCH = 40, 4, 3
 RAGGED = [[1, 5, 9, 20, 31, 8, 8, 17, 9, 14, 3], [1, 7], [1, 13, 14, 15, 16, 25, 21]]
@@ -80,8 +80,10 @@ def test_a_hugging_face_directory_is_loaded_into_the_graph(tmp_path):
             load_graph_engine(tmp_path, run.model_copy(update={"model": other}))
     request = GenerationConfig(max_new_tokens=16)
     with graph_mode():  # which load_graph_engine would leave behind
-        division = Division(ParallelConfig(execution="graph"))
-        engine = load_engine(tmp_path, division=division, with_tokenizer=False, **sizes)
+        parallel_context = ParallelContext(ParallelConfig(execution="graph"))
+        engine = load_engine(
+            tmp_path, parallel_context=parallel_context, with_tokenizer=False, **sizes
+        )
         found = engine.generate(RAGGED, request)
     plain = Engine.load(tmp_path, batch=BATCH, max_length=LENGTH, chunk=CHUNK, with_tokenizer=False)
     wanted = plain.generate(RAGGED, request)

@@ -15,7 +15,12 @@ from mistral_ms.parallel.topology import Topology
 
 
 def run(**changes):
-    training = {"steps": 1, "seq_length": 16, "global_batch_size": 32, "micro_batches": 4}
+    training = {
+        "max_steps": 1,
+        "seq_length": 16,
+        "global_batch_size": 32,
+        "gradient_accumulation_steps": 4,
+    }
     return RunConfig(
         model=configs.model(**{"num_attention_heads": 4, **changes.pop("model", {})}),
         routing={"policy": "capacity", "aux_loss": "per_layer", **changes.pop("routing", {})},
@@ -27,8 +32,8 @@ def run(**changes):
 REFUSED = {
     "couples the layers of all pipeline stages": {"routing": {"aux_loss": "pooled"}},
     "embedding and head are one weight": {"model": {"tie_word_embeddings": True}},
-    "a pipeline of 4 stages needs": {"training": {"micro_batches": 2}},
-    "pipeline is 1f1b": {"parallel": {"schedule": "gpipe"}},
+    "a pipeline of 4 stages needs": {"training": {"gradient_accumulation_steps": 2}},
+    "pipeline is 1f1b": {"parallel": {"pipeline_scheduler": "gpipe"}},
     "norms and residuals divide them": {
         "parallel": {"mp": 2},
         "training": {"seq_length": 7, "global_batch_size": 8},
@@ -64,7 +69,9 @@ def test_two_four_and_multiples_of_eight_devices_are_enough(parallel):
 
 def test_one_process_has_no_fused_attention_to_please():
     alone = {"dp": 1, "ep": 1, "pp": 1}
-    check_run(run(model={"head_dim": 24}, parallel=alone, training={"micro_batches": 1}), 4)
+    check_run(
+        run(model={"head_dim": 24}, parallel=alone, training={"gradient_accumulation_steps": 1}), 4
+    )
 
 
 def test_as_many_processes_as_the_layout_has(monkeypatch):

@@ -28,12 +28,12 @@ def run(moe=None, routing=None, parallel=None, **changes):
             **(routing or {}),
         },
         training={
-            "steps": 1,
+            "max_steps": 1,
             "seq_length": S,
             "global_batch_size": B,
-            "aux_coef": AUX,
-            "z_coef": Z,
-            "clip_norm": 0.5,
+            "router_aux_loss_coef": AUX,
+            "router_z_loss_coef": Z,
+            "max_grad_norm": 0.5,
         },
         parallel=parallel or {},
     )
@@ -82,14 +82,14 @@ def both_gradients(config, scale=1.0):
     arrays = batch(config.model)
     tensors = [Tensor(each) for each in arrays]
     pooled = config.routing.aux_loss == "pooled"
-    objective = Objective(ours, aux_coef=AUX, z_coef=Z, pooled_aux=pooled)
+    objective = Objective(ours, router_aux_loss_coef=AUX, router_z_loss_coef=Z, pooled_aux=pooled)
     expected = ms.value_and_grad(objective, None, ms.ParameterTuple(ours.weights().values()), True)
     net = step.model
-    shares = np.array([1 / (arrays[1] != IGNORE_INDEX).sum(), 1 / (arrays[2] >= 0).sum(), scale])
-    inputs = (*tensors, Tensor(np.tile(shares.astype(np.float32), (B, 1))))
-    parameters, rooms = net.weights(), net.rooms()
+    scales = np.array([1 / (arrays[1] != IGNORE_INDEX).sum(), 1 / (arrays[2] >= 0).sum(), scale])
+    inputs = (*tensors, Tensor(np.tile(scales.astype(np.float32), (B, 1))))
+    parameters, metrics_buffers = net.weights(), net.metrics_buffers()
     in_order = [parameters[name] for name in ours.weights()]
-    got = ms.value_and_grad(net, None, ms.ParameterTuple((*in_order, *rooms.values())))
+    got = ms.value_and_grad(net, None, ms.ParameterTuple((*in_order, *metrics_buffers.values())))
     with graph_mode():
         (_, parts), wanted = expected(*tensors)
         loss, gradients = got(*inputs)
@@ -97,9 +97,9 @@ def both_gradients(config, scale=1.0):
         name: (mine.asnumpy(), weights_in_graph(name, theirs.asnumpy()))
         for name, mine, theirs in zip(ours.weights(), gradients, wanted, strict=False)
     }
-    figures = [each.asnumpy()[0] for each in gradients[len(in_order) :]]
-    noted = dict(zip(rooms, figures, strict=True))
-    return float(loss), [part.asnumpy() for part in parts], named, noted
+    metrics = [each.asnumpy()[0] for each in gradients[len(in_order) :]]
+    recorded = dict(zip(metrics_buffers, metrics, strict=True))
+    return float(loss), [part.asnumpy() for part in parts], named, recorded
 
 
 CASES = {
@@ -129,17 +129,17 @@ def test_losses_and_gradients_are_those_of_one_process(case):
     changes = dict(CASES[case])
     changes.setdefault("moe", {})
     config = run(**changes)
-    loss, parts, gradients, noted = both_gradients(config, scale=8.0)
+    loss, parts, gradients, recorded = both_gradients(config, scale=8.0)
     # float32 sums in another order
     assert loss == pytest.approx(8.0 * float(parts[0]), rel=1e-6)
-    assert noted.pop(None)[0] == pytest.approx(float(parts[0]), rel=1e-6)
-    assert tuple(noted) == config.model.sparse_layers
+    assert recorded.pop(None)[0] == pytest.approx(float(parts[0]), rel=1e-6)
+    assert tuple(recorded) == config.model.sparse_layers
     if changes["moe"] is not None:
         routed, kept = parts[3], parts[4]
         dropped = routed.sum() - kept.sum()
         assert (dropped > 0) == (config.routing.policy == "capacity")
-        figures = np.stack(list(noted.values()))
-        losses, counts = figures[:, :2].sum(0) / len(noted), figures[:, 2:]
+        metrics = np.stack(list(recorded.values()))
+        losses, counts = metrics[:, :2].sum(0) / len(recorded), metrics[:, 2:]
         np.testing.assert_allclose(losses, [parts[1], parts[2]], rtol=1e-6)
         np.testing.assert_array_equal(counts, np.concatenate([routed, kept], 1))
     for name, (mine, theirs) in gradients.items():
@@ -177,8 +177,8 @@ def steps():
     gradient = ms.grad(step.model, None, weights)
     found = []
     for share in (np.nan, 1 / (arrays[1] != IGNORE_INDEX).sum()):
-        shares = np.array([share, 1 / (arrays[2] >= 0).sum(), scale], np.float32)
-        inputs = [*map(Tensor, arrays), Tensor(np.tile(shares, (B, 1)))]
+        scales = np.array([share, 1 / (arrays[2] >= 0).sum(), scale], np.float32)
+        inputs = [*map(Tensor, arrays), Tensor(np.tile(scales, (B, 1)))]
         before = [each.asnumpy().copy() for each in state]
         with graph_mode():
             gradients = [each.asnumpy().astype(np.float64) / scale for each in gradient(*inputs)]

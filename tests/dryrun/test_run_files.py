@@ -49,7 +49,7 @@ def narrow(name):
         *(f"model.hidden_size={H}", f"model.intermediate_size={WIDE}", f"model.vocab_size={V}"),
         *("model.num_attention_heads=4", "model.num_key_value_heads=2", "model.head_dim=null"),
         f"training.seq_length={S}",
-        f"training.micro_batches={micro}",
+        f"training.gradient_accumulation_steps={micro}",
         f"training.global_batch_size={micro * parallel.dp}",
     ]
     return path, overrides, micro
@@ -58,7 +58,10 @@ def narrow(name):
 def graph_key(run, rank):
     """What the graph is built from; rates, steps and files of data are not."""
     values = run.model_dump(mode="json", include={"model", "routing", "parallel"})
-    training = run.training.model_dump(mode="json", exclude={"steps", "optimizer", "schedule"})
+    training = run.training.model_dump(
+        mode="json",
+        exclude={"max_steps", "optimizer", "lr_scheduler_type", "warmup_steps", "min_lr_ratio"},
+    )
     segmented = run.data is not None and run.data.packing.boundaries == "attention"
     return yaml.safe_dump([values, training, segmented, rank])
 
@@ -119,7 +122,7 @@ def test_a_run_file_compiles(compile_end, name, end):
         if line["operator"] in ("Send", "Receive"):
             ends[line["operator"], line["phase"]] += line["count"]
     there, back = ("Send", "Receive") if end == "first" else ("Receive", "Send")
-    micro = run.training.micro_batches
+    micro = run.training.gradient_accumulation_steps
     messages = {(there, "forward"): micro, (back, "backward"): micro}
     assert ends == (messages if parallel.pp > 1 else {})
 

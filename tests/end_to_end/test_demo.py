@@ -95,8 +95,8 @@ def test_one_record_a_step(demo):
         assert np.shape(record["expert_load"]) == (2, 8)
         assert np.allclose(np.sum(record["expert_load"], -1), 1, atol=1e-5)
         assert 0 <= record["dropped_fraction"] < 1
-        # an expert has ceil(1.1 * 2 * 512 / 8) = 141 places; what it is asked beyond is dropped.
-        # Of 3921 predicted tokens 17 are in the last window, so a batch has 512 or 465.
+        # an expert has ceil(1.1 * 2 * 512 / 8) = 141 slots; what it is asked beyond is dropped.
+        # Of 3921 predicted tokens 17 are in the last sequence, so a batch has 512 or 465.
         load = np.array(record["expert_load"])
         dropped = [np.maximum(0, load - 141 / (2 * n)).sum(-1).mean() for n in (512, 465)]
         assert min(abs(record["dropped_fraction"] - d) for d in dropped) < 1e-4

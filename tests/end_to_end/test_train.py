@@ -30,7 +30,8 @@ def trained(tmp_path_factory):
     (root / "text.txt").write_text("\n".join(demo_text().split("\n")[:7]))
     done = run(
         "train", "--config", RECIPE, "data.inputs=[text.txt]", "output=out",
-        "training.global_batch_size=4", "training.epochs=100", "--json", "summary.json", cwd=root,
+        "training.global_batch_size=4", "training.num_train_epochs=100", "--json", "summary.json",
+        cwd=root,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((root / "summary.json").read_text())
@@ -80,10 +81,11 @@ SMALL = dict(
     ),
     data=dict(inputs=["text.txt"], tokenizer="packaged-v1"),
     training=dict(
-        steps=60, seq_length=16, global_batch_size=2, micro_batches=2, aux_coef=0.02,
+        max_steps=60, seq_length=16, global_batch_size=2, gradient_accumulation_steps=2,
+        router_aux_loss_coef=0.02,
         offload_optimizer="host", optimizer=dict(learning_rate=1e-2),
     ),
-    checkpoint=dict(every=1, keep_last=2),
+    checkpoint=dict(save_steps=1, save_total_limit=2),
 )  # fmt: skip
 
 
@@ -102,12 +104,12 @@ def state(output):
     """Every bit of the last checkpoint, and every figure but the speed."""
     last = CheckpointSeries(output / "checkpoints").newest()
     shards = {p.name: p.read_bytes() for p in sorted(last.path.glob("*.safetensors"))}
-    figures = []
+    numbers = []
     for record in read_metrics(output / "metrics.jsonl"):
         values = {name: getattr(record, name) for name in record.__slots__}
         del values["tokens_per_s"]
-        figures.append(values)
-    return last.step, shards, figures
+        numbers.append(values)
+    return last.step, shards, numbers
 
 
 def test_killed_and_stopped_it_ends_with_the_same_bits(small):
@@ -155,9 +157,15 @@ def wait_for_steps(process, path, steps):
     ("arguments", "message"),
     [
         (["training.stepz=3"], "unknown key: run.yaml: training.stepz: 3: no key is ignored"),
-        (["training.epochs=3", "training.steps=3"], "give either steps or epochs"),
+        (
+            ["training.num_train_epochs=3", "training.max_steps=3"],
+            "give either max_steps or num_train_epochs",
+        ),
         (["training.loss_scale.initial=8"], "loss_scale is for dtype float16"),
-        (["training.micro_batches=3"], "micro_batches (3) must divide global_batch_size (2)"),
+        (
+            ["training.gradient_accumulation_steps=3"],
+            "gradient_accumulation_steps (3) must divide global_batch_size (2)",
+        ),
         (["--resume", "nowhere"], "nothing to resume: nowhere: no such directory"),
         (["--resume", "undisturbed", "training.seed=7"], "training.seed: now 7, in undisturbed"),
         (["output=undisturbed"], "output exists: undisturbed"),

@@ -34,15 +34,16 @@ RUN = {
     "model": {**SIZES, "moe": {"num_local_experts": 2}},
     "routing": {"policy": "capacity", "capacity_factor": 1.1},
     "training": {
-        "steps": 4,
+        "max_steps": 4,
         "seq_length": 8,
         "global_batch_size": 4,
         "optimizer": {"learning_rate": 1e-3},
-        "schedule": {"kind": "cosine", "warmup_steps": 1},
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 1,
     },
     "parallel": {"dp": 2, "ep": 2},
     "data": {"inputs": ["a.txt"], "tokenizer": "packaged-v1"},
-    "checkpoint": {"every": 2},
+    "checkpoint": {"save_steps": 2},
 }
 
 
@@ -144,7 +145,7 @@ def parts(path: Path) -> None:
     source = path.with_name(f"{path.name}-source")
     hf_shards(source)
     topology = Topology.of(ParallelConfig(dp=2, ep=2))
-    ranks = [written_parts(specs(SPARSE), topology, place.rank) for place in topology.places]
+    ranks = [written_parts(specs(SPARSE), topology, coords.rank) for coords in topology.all_coords]
     presplit(source, path, ranks, "dp=2 ep=2")
 
 
@@ -250,17 +251,17 @@ def dataset(path: Path) -> None:
     """A description and files of its sizes; what MindRecord itself reads is checked by digest."""
     path.mkdir()
     files = []
-    for name, windows in (("windows-0.mindrecord", 3), ("windows-0.mindrecord.db", 0)):
+    for name, sequences in (("sequences-0.mindrecord", 3), ("sequences-0.mindrecord.db", 0)):
         content = name.encode() * 9
         (path / name).write_bytes(content)
         digest = hashlib.sha256(content).hexdigest()
-        files.append({"name": name, "size": len(content), "sha256": digest, "windows": windows})
+        files.append({"name": name, "size": len(content), "sha256": digest, "sequences": sequences})
     counts = dict.fromkeys(("documents", "tokens", "predicted", "padded", "dropped"), 5)
     info = {
         "format": 1,
         "config": {"seq_length": 8},
         "vocabulary": {"vocab_size": 300, "sha256": "0" * 64, "source": "tokenizer.model"},
-        "counts": {**counts, "windows": 3, "silent_windows": 0, "skipped": {}},
+        "counts": {**counts, "sequences": 3, "silent_sequences": 0, "skipped": {}},
         "files": files,
     }
     (path / "dataset.json").write_text(json.dumps(info, indent=1))

@@ -144,7 +144,9 @@ def read_overrides(path: Path, out: Path) -> Seen:
 
 def overrides_seed(path: Path) -> None:
     path.mkdir()
-    text = "training.steps=5\nmodel.hidden_size=16\nparallel.dp=4\nrouting.capacity_factor=2.0\n"
+    text = (
+        "training.max_steps=5\nmodel.hidden_size=16\nparallel.dp=4\nrouting.capacity_factor=2.0\n"
+    )
     (path / "overrides.txt").write_text(text)
     path.with_name("run.yaml").write_text(yaml.safe_dump(seeds.RUN))
 

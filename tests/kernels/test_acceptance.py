@@ -49,7 +49,7 @@ def test_agrees_on_the_twin_and_says_that_no_npu_was_there(on_twin, tmp_path, ca
 
 
 def test_a_wrong_result_is_told_and_fails(on_twin, monkeypatch, capsys):
-    class Wrong(on_twin.custom.Combine):
+    class Wrong(on_twin.custom.Unpermute):
         def construct(self, y_EC_H, weights_TK, *table):
             return super().construct(y_EC_H, weights_TK * 1.001, *table)
 

@@ -11,7 +11,7 @@ from support.moe import moe_config, moe_layer
 from support.training import run_steps
 
 from mistral_ms.config import OptimizerConfig, RoutingConfig, TrainingConfig
-from mistral_ms.datasets import InMemoryWindows
+from mistral_ms.datasets import InMemorySequences
 from mistral_ms.models import CausalLM
 from mistral_ms.moe import load_balancing_loss, router_z_loss, stack_sums
 from mistral_ms.training import TrainStep
@@ -76,7 +76,8 @@ def test_a_tiny_model_trains_as_with_the_reference():
     """Six updates of a Mixtral with a sparse layer, capacity 1.1, both router losses."""
     config = model_config(hidden_size=32, intermediate_size=24, num_hidden_layers=1)
     training = TrainingConfig(
-        steps=6, seq_length=16, global_batch_size=2, aux_coef=0.02, z_coef=0.001, clip_norm=1.0,
+        max_steps=6, seq_length=16, global_batch_size=2, router_aux_loss_coef=0.02,
+        router_z_loss_coef=0.001, max_grad_norm=1.0,
         optimizer=OptimizerConfig(learning_rate=5e-3),
     )  # fmt: skip
     # the same 16 tokens again and again: six updates can learn them
@@ -90,8 +91,8 @@ def test_a_tiny_model_trains_as_with_the_reference():
             values = rng.normal(0, 0.05, parameter.shape) + (parameter.ndim == 1)
             parameter.set_data(Tensor(values.astype(np.float32)))
         update = TrainStep(model, training)
-        data = InMemoryWindows(text, 16, 2, 0)
-        steps = run_steps(update, data, training.steps)
+        data = InMemorySequences(text, 16, 2, 0)
+        steps = run_steps(update, data, training.max_steps)
         losses[kernels] = np.array([(s.lm_loss, s.aux_loss, s.z_loss) for s in steps])
         assert any(step.dropped_fraction > 0 for step in steps)
     assert losses["custom"][-1, 0] < losses["custom"][0, 0] - 0.1, "it must learn"

@@ -37,8 +37,8 @@ class Operations(nn.Cell):
         super().__init__()
         self.gating = select.gating_top_k(kernels, K, normalize)
         self.slots = select.assign_slots(kernels, E, choice_major)
-        self.dispatch = select.dispatch(kernels)
-        self.combine = select.combine(kernels)
+        self.dispatch = select.permute(kernels)
+        self.combine = select.unpermute(kernels)
 
     def construct(self, x_TH, logits_TE, valid_T):
         weights_TK, experts_TK, probs_TE = self.gating(logits_TE)
@@ -146,6 +146,6 @@ def test_what_the_operator_refuses_reaches_python(capfd):
     slot, kept = Tensor(np.zeros((4, 1), np.int32)), Tensor(np.ones((4, 1), np.float32))
     source, filled = Tensor(np.zeros(2, np.int32)), Tensor(np.ones(2, np.float32))
     with pytest.raises(RuntimeError):
-        custom.Dispatch()(x, slot, kept, source, filled).asnumpy()
+        custom.Permute()(x, slot, kept, source, filled).asnumpy()
     reason = "CPU twin of MoeDispatch: MoeDispatch: this combination of data types"
     assert reason in capfd.readouterr().err

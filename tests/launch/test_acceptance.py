@@ -47,7 +47,7 @@ def test_what_is_run_on_npus(script, capsys):
     # the environment may be in the repository
     python, tiny = (path.removeprefix(f"{ROOT}/") for path in (sys.executable, TINY))
     explicit = "parallel.execution=explicit"
-    short = ["training.steps=20", "training.schedule.warmup_steps=5", explicit]
+    short = ["training.max_steps=20", "training.warmup_steps=5", explicit]
 
     def alone(name, *more):
         command = [python, "run_mixtral.py", "train", "--config", tiny]
@@ -58,7 +58,7 @@ def test_what_is_run_on_npus(script, capsys):
         command = ["scripts/msrun_train.sh", "--config", tiny, *flags]
         return [*command, f"output=/out/{name}", *short, *more]
 
-    groups, layout = "training.micro_batches=8", ["parallel.dp=8", "parallel.ep=8"]
+    groups, layout = "training.gradient_accumulation_steps=8", ["parallel.dp=8", "parallel.ep=8"]
     hops = ["parallel.devices_per_node=4", "parallel.all_to_all=hierarchical"]
     half = "training.dtype=bfloat16"
     assert printed(script, capsys, *FULL) == [
@@ -73,8 +73,8 @@ def test_what_is_run_on_npus(script, capsys):
         [
             "scripts/pretrain_mixtral_8x7b_4node_32card.sh", "--node-rank", "0",
             "--master", "10.0.0.1", "--port", "8118", "--log-dir", "/out/cards32-ranks", "--",
-            "training.steps=20", "output=/out/cards32", explicit,
-            "training.schedule.warmup_steps=20", "training.optimizer.learning_rate=3.0e-6",
+            "training.max_steps=20", "output=/out/cards32", explicit,
+            "training.warmup_steps=20", "training.optimizer.learning_rate=3.0e-6",
             "data.dataset=/data",
         ],
     ]  # fmt: skip
@@ -85,7 +85,7 @@ def test_the_32_cards_have_the_rates_of_the_runs_first_steps(steps):
 
     config = ROOT / "configs" / "run" / "pretrain_mixtral_8x7b_32card.yaml"
     whole = load_run_config(config).training
-    short = load_run_config(config, ["training.steps=20", *steps.RATES_32]).training
+    short = load_run_config(config, ["training.max_steps=20", *steps.RATES_32]).training
     for step in range(STEPS):
         assert learning_rate(short, step) == pytest.approx(learning_rate(whole, step), rel=1e-12)
 

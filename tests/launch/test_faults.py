@@ -12,7 +12,7 @@ from launch.jobs import finish, free_port, left_behind, start
 RUN = dict(
     model=dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                num_attention_heads=2, num_key_value_heads=1, moe=dict(num_local_experts=4)),
-    training=dict(steps=6, seq_length=8, global_batch_size=8),
+    training=dict(max_steps=6, seq_length=8, global_batch_size=8),
     data=dict(inputs=["text.txt"], tokenizer="packaged-v1"),
 )  # fmt: skip
 

@@ -53,7 +53,7 @@ def test_what_a_script_starts(name):
     run, nodes, workers = STARTED[name]
     machine = ["--master", "10.0.0.1", "--node-rank", str(nodes - 1)] if nodes > 1 else []
     users = [TINY] if run == "finetune_tiny" else []  # it takes the model of a checkpoint
-    users += ["checkpoint.keep_last=1", "--json", "out.json"]
+    users += ["checkpoint.save_total_limit=1", "--json", "out.json"]
     done = script(name, *machine, "--port", "9000", "--print", "--", *users)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
@@ -68,7 +68,10 @@ def test_what_a_script_starts(name):
 
 
 def test_a_users_override_comes_after_the_scripts_own():
-    own, users = "parallel.recompute=none", ["parallel.recompute=full", "checkpoint.keep_last=1"]
+    own, users = (
+        "parallel.recompute=none",
+        ["parallel.recompute=full", "checkpoint.save_total_limit=1"],
+    )
     done = script("start_run", "pretrain_mistral_7b_8card", own, "--workers", "8", "--print", "--",
                   *users)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from mistral_ms.layers import (
     rope_angles,
     visible_keys,
 )
-from mistral_ms.models import Parts
+from mistral_ms.models import LayerFactory
 
 
 def visible_oracle(queries, keys, window):
@@ -31,10 +31,12 @@ def visible_oracle(queries, keys, window):
 class TestVisibleKeys:
     @pytest.mark.parametrize("window", [None, 1, 2, 4, 100])
     def test_whole_sequences_with_ragged_padding(self, window):
-        places = positions([9, 4, 1], 9)
-        got = visible_keys(Tensor(places), Tensor(places), window)
+        position_ids = positions([9, 4, 1], 9)
+        got = visible_keys(Tensor(position_ids), Tensor(position_ids), window)
         assert got.dtype == ms.bool_
-        np.testing.assert_array_equal(got.numpy(), visible_oracle(places, places, window))
+        np.testing.assert_array_equal(
+            got.numpy(), visible_oracle(position_ids, position_ids, window)
+        )
 
     @pytest.mark.parametrize("window", [None, 3])
     def test_a_cache_in_any_order(self, window):
@@ -46,8 +48,8 @@ class TestVisibleKeys:
         np.testing.assert_array_equal(got, visible_oracle(queries, keys, window))
 
     def test_padding_sees_nothing_and_is_not_seen(self):
-        places = np.array([[-1, -1, 0, 1, -1, 2]], np.int32)
-        got = visible_keys(Tensor(places), Tensor(places), None).numpy()[0, 0]
+        position_ids = np.array([[-1, -1, 0, 1, -1, 2]], np.int32)
+        got = visible_keys(Tensor(position_ids), Tensor(position_ids), None).numpy()[0, 0]
         assert not got[[0, 1, 4]].any()
         assert not got[:, [0, 1, 4]].any()
         np.testing.assert_array_equal(got[5], [0, 0, 1, 1, 0, 1])
@@ -66,20 +68,20 @@ def make(N=6, G=2, D=4, H=10, window=None, seed=0):
         sliding_window=window,
         max_position_embeddings=32,
     )
-    cell, rng = Parts(config, DROPLESS).attention(0), np.random.default_rng(seed)
+    cell, rng = LayerFactory(config, DROPLESS).attention(0), np.random.default_rng(seed)
     for _, parameter in cell.parameters_and_names():
         parameter.set_data(Tensor(rng.normal(0, 0.5, parameter.shape).astype(np.float32)))
     return config, cell
 
 
-def run(config, cell, x, places):
-    cos, sin = RotaryTable(config, 32)(Tensor(places))
-    visible = visible_keys(Tensor(places), Tensor(places), config.sliding_window)
+def run(config, cell, x, position_ids):
+    cos, sin = RotaryTable(config, 32)(Tensor(position_ids))
+    visible = visible_keys(Tensor(position_ids), Tensor(position_ids), config.sliding_window)
     out = cell(Tensor(x.reshape(-1, x.shape[-1])), (cos, sin, visible, None))
     return out.numpy().reshape(x.shape)
 
 
-def cell_oracle(config, cell, x, places):
+def cell_oracle(config, cell, x, position_ids):
     """Every query by itself, in float64; heads by slicing the weights."""
     N, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_size
     weights = {
@@ -95,16 +97,16 @@ def cell_oracle(config, cell, x, places):
         return weights[name][n * D : (n + 1) * D] @ row
 
     out = np.zeros(x.shape)
-    seen = visible_oracle(places, places, config.sliding_window)
-    for b, s in np.ndindex(*places.shape):
-        if places[b, s] < 0:
+    seen = visible_oracle(position_ids, position_ids, config.sliding_window)
+    for b, s in np.ndindex(*position_ids.shape):
+        if position_ids[b, s] < 0:
             continue
         mixed = []
         for n in range(N):
             g = n // (N // G)
-            q = rotated(head("q_proj", n, x[b, s]), places[b, s])
+            q = rotated(head("q_proj", n, x[b, s]), position_ids[b, s])
             others = np.flatnonzero(seen[b, 0, s])
-            keys = [rotated(head("k_proj", g, x[b, m]), places[b, m]) for m in others]
+            keys = [rotated(head("k_proj", g, x[b, m]), position_ids[b, m]) for m in others]
             scores = np.array([q @ k for k in keys]) / np.sqrt(D)
             share = np.exp(scores - scores.max())
             share /= share.sum()
@@ -117,10 +119,10 @@ def cell_oracle(config, cell, x, places):
 def test_cell_equals_the_loop(N, G, window):
     config, cell = make(N=N, G=G, window=window)
     x = np.random.default_rng(1).normal(size=(3, 7, 10)).astype(np.float32)
-    places = positions([7, 4, 1], 7)
-    real = places >= 0
-    want = cell_oracle(config, cell, x, places)
-    got = run(config, cell, x, places)
+    position_ids = positions([7, 4, 1], 7)
+    real = position_ids >= 0
+    want = cell_oracle(config, cell, x, position_ids)
+    got = run(config, cell, x, position_ids)
     # softmax weights are good to 6e-6, the rest is float32 rounding
     np.testing.assert_allclose(got[real], want[real], atol=1e-5 * np.abs(want).max())
 
@@ -142,14 +144,14 @@ def test_the_future_and_what_left_the_window_do_not_change_a_bit(window):
     config, cell = make(window=window)
     rng = np.random.default_rng(3)
     x = rng.normal(size=(1, 9, 10)).astype(np.float32)
-    places = positions([9], 9)
-    before = run(config, cell, x, places)
+    position_ids = positions([9], 9)
+    before = run(config, cell, x, position_ids)
     x[0, 6] = 100 * rng.normal(size=10)
-    after = run(config, cell, x, places)
+    after = run(config, cell, x, position_ids)
     np.testing.assert_array_equal(before[0, :6], after[0, :6])
     assert (before[0, 6:] != after[0, 6:]).any(-1).all()
     if window is not None:
         x[0, 0] = 100 * rng.normal(size=10)
-        oldest = run(config, cell, x, places)
+        oldest = run(config, cell, x, position_ids)
         np.testing.assert_array_equal(after[0, window:], oldest[0, window:])
         assert (after[0, :window] != oldest[0, :window]).any(-1).all()

@@ -7,7 +7,7 @@ from transformers import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from mistral_ms.config import DROPLESS, ModelConfig
-from mistral_ms.models import Parts
+from mistral_ms.models import LayerFactory
 
 
 def test_equals_hugging_face():
@@ -21,7 +21,7 @@ def test_equals_hugging_face():
         num_attention_heads=2,
         num_key_value_heads=1,
     )
-    ours = Parts(config, DROPLESS).feed_forward()
+    ours = LayerFactory(config, DROPLESS).feed_forward()
     for cell, module in (
         (ours.w1, theirs.gate_proj),
         (ours.w3, theirs.up_proj),

@@ -57,8 +57,8 @@ def hf_rotary(theta, head_dim, family="mixtral"):
         )
     )
     frequencies = module.inv_freq[None, :, None].float()
-    places = torch.arange(POSITIONS)[None, None, :].float()
-    return module, (frequencies @ places).transpose(1, 2)[0].numpy()
+    position_ids = torch.arange(POSITIONS)[None, None, :].float()
+    return module, (frequencies @ position_ids).transpose(1, 2)[0].numpy()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

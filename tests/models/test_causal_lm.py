@@ -15,17 +15,19 @@ RELATIVE = 2e-5
 LENGTHS = [17, 9, 1, 13]
 
 
-def logits(model, ids, places):
-    return model(Tensor(ids), Tensor(places)).numpy()
+def logits(model, ids, position_ids):
+    return model(Tensor(ids), Tensor(position_ids)).numpy()
 
 
 def assert_equals_hugging_face(pair, bound=RELATIVE):
-    ids, places = ragged_batch(LENGTHS, pair.config.vocab_size)
-    want = hf_logits(pair, ids, places)
-    got = logits(fill(CausalLM(pair.config, positions=ids.shape[1]), pair.weights()), ids, places)
+    ids, position_ids = ragged_batch(LENGTHS, pair.config.vocab_size)
+    want = hf_logits(pair, ids, position_ids)
+    got = logits(
+        fill(CausalLM(pair.config, positions=ids.shape[1]), pair.weights()), ids, position_ids
+    )
     assert got.dtype == np.float32
     assert got.shape == want.shape
-    real = places >= 0
+    real = position_ids >= 0
     assert np.abs(got - want)[real].max() <= bound * np.abs(want[real]).max()
     return got[real]
 
@@ -45,11 +47,11 @@ class TestEqualsHuggingFace:
     def test_positions_stretched_to_longer_contexts(self, kind):
         pair = make_pair(kind)
         got = assert_equals_hugging_face(pair, bound=1e-5)
-        ids, places = ragged_batch(LENGTHS, pair.config.vocab_size)
+        ids, position_ids = ragged_batch(LENGTHS, pair.config.vocab_size)
         plain = pair.config.model_copy(update={"rope_scaling": None})
         unscaled = logits(
-            fill(CausalLM(plain, positions=ids.shape[1]), pair.weights()), ids, places
-        )[places >= 0]
+            fill(CausalLM(plain, positions=ids.shape[1]), pair.weights()), ids, position_ids
+        )[position_ids >= 0]
         assert np.abs(got - unscaled).max() > 1e-3 * np.abs(got).max()  # the scaling matters
 
     @pytest.mark.parametrize("sparse_layers", [(1,), (0, 2)])
@@ -63,14 +65,16 @@ class TestEqualsHuggingFace:
     def test_in_half_precision(self):
         """As close to float32 as Hugging Face's own half precision is, within a factor of 2."""
         pair = make_pair("mixtral", initializer_range=0.05)
-        ids, places = ragged_batch(LENGTHS, pair.config.vocab_size)
-        exact = hf_logits(pair, ids, places)[places >= 0]
+        ids, position_ids = ragged_batch(LENGTHS, pair.config.vocab_size)
+        exact = hf_logits(pair, ids, position_ids)[position_ids >= 0]
         model = CausalLM(pair.config, dtype="float16")
         assert {p.dtype for p in model.weights().values()} == {Tensor(ids).astype("float16").dtype}
         fill(model, pair.weights())
         pair.hf.half()
-        theirs = np.abs(hf_logits(pair, ids, places).astype(np.float32)[places >= 0] - exact).max()
-        ours = np.abs(logits(model, ids, places)[places >= 0] - exact).max()
+        theirs = np.abs(
+            hf_logits(pair, ids, position_ids).astype(np.float32)[position_ids >= 0] - exact
+        ).max()
+        ours = np.abs(logits(model, ids, position_ids)[position_ids >= 0] - exact).max()
         assert 0 < ours <= 2 * theirs
 
 
@@ -91,10 +95,10 @@ class TestBitForBit:
         """
         pair = make_pair(kind)
         model = fill(CausalLM(pair.config), pair.weights())
-        ids, places = ragged_batch([16], pair.config.vocab_size)
-        before = logits(model, ids, places)
+        ids, position_ids = ragged_batch([16], pair.config.vocab_size)
+        before = logits(model, ids, position_ids)
         ids[0, 11:] = ids[0, 11:][::-1] + 1
-        after = logits(model, ids, places)
+        after = logits(model, ids, position_ids)
         atol = bound * np.abs(before).max()
         np.testing.assert_allclose(before[0, :11], after[0, :11], rtol=0, atol=atol)
         assert (before[0, 11:] != after[0, 11:]).any(-1).all()
@@ -103,22 +107,24 @@ class TestBitForBit:
         """Earlier tokens are served first; choice-major order cannot promise this."""
         pair = make_pair("mixtral")
         model = fill(CausalLM(pair.config, ROUTINGS["capacity"]), pair.weights())
-        ids, places = ragged_batch([16], pair.config.vocab_size)
-        before = logits(model, ids, places)
+        ids, position_ids = ragged_batch([16], pair.config.vocab_size)
+        before = logits(model, ids, position_ids)
         ids[0, 11:] = 7
-        after = logits(model, ids, places)
+        after = logits(model, ids, position_ids)
         np.testing.assert_array_equal(before[0, :11], after[0, :11])
 
     @pytest.mark.parametrize("routing", ROUTINGS)
     def test_padding_may_hold_anything(self, routing):
         pair = make_pair("mixtral")
         model = fill(CausalLM(pair.config, ROUTINGS[routing]), pair.weights())
-        ids, places = ragged_batch([11, 16, 0, 3], pair.config.vocab_size)
-        before = model.hidden_states(Tensor(ids), Tensor(places))
-        other = np.where(places >= 0, ids, (ids * 7 + 1) % pair.config.vocab_size).astype(np.int32)
-        after = model.hidden_states(Tensor(other), Tensor(places))
+        ids, position_ids = ragged_batch([11, 16, 0, 3], pair.config.vocab_size)
+        before = model.hidden_states(Tensor(ids), Tensor(position_ids))
+        other = np.where(position_ids >= 0, ids, (ids * 7 + 1) % pair.config.vocab_size).astype(
+            np.int32
+        )
+        after = model.hidden_states(Tensor(other), Tensor(position_ids))
         assert np.isfinite(before[0].numpy()).all()  # also of the row that holds nothing
-        real = (places >= 0).ravel()
+        real = (position_ids >= 0).ravel()
         np.testing.assert_array_equal(before[0].numpy()[real], after[0].numpy()[real])
         *sums, terms = before[1]
         assert terms == ()  # this gate has no losses of its own
@@ -133,10 +139,10 @@ class TestBitForBit:
         """Left padding gives the same logits as right padding, up to the order of sums."""
         pair = make_pair("mixtral")
         model = fill(CausalLM(pair.config), pair.weights())
-        ids, places = ragged_batch([9], pair.config.vocab_size)
-        left = np.pad(places, ((0, 0), (4, 0)), constant_values=-1)
+        ids, position_ids = ragged_batch([9], pair.config.vocab_size)
+        left = np.pad(position_ids, ((0, 0), (4, 0)), constant_values=-1)
         got = logits(model, np.pad(ids, ((0, 0), (4, 0))), left)[:, 4:]
-        want = logits(model, ids, places)
+        want = logits(model, ids, position_ids)
         assert np.abs(got - want).max() <= RELATIVE * np.abs(want).max()
 
 
@@ -209,8 +215,8 @@ def test_positions_can_be_fewer_than_the_models():
     assert model.rotary.cos.shape[0] == 32
     full = CausalLM(config)
     full.initialize(0)
-    ids, places = ragged_batch([9], config.vocab_size)
-    np.testing.assert_array_equal(logits(model, ids, places), logits(full, ids, places))
+    ids, position_ids = ragged_batch([9], config.vocab_size)
+    np.testing.assert_array_equal(logits(model, ids, position_ids), logits(full, ids, position_ids))
 
 
 def test_frozen_weights_are_weights_and_the_cache_is_not():

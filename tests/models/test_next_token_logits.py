@@ -21,9 +21,9 @@ class Case:
     def __init__(self, kind, lengths, chunk, *, spec=None, how="pynative", **overrides):
         self.pair = make_pair(kind, **overrides)
         self.lengths, self.chunk = lengths, chunk
-        self.ids, self.places = ragged_batch(lengths, self.pair.config.vocab_size)
-        self.want = hf_logits(self.pair, self.ids, self.places)
-        self.bound = RELATIVE * np.abs(self.want[self.places >= 0]).max()
+        self.ids, self.position_ids = ragged_batch(lengths, self.pair.config.vocab_size)
+        self.want = hf_logits(self.pair, self.ids, self.position_ids)
+        self.bound = RELATIVE * np.abs(self.want[self.position_ids >= 0]).max()
         batch, width = self.ids.shape
         self.spec = spec or CacheSpec.for_model(self.pair.config, batch, width, chunk)
         self.model = fill(CausalLM(self.pair.config, cache=self.spec), self.pair.weights())
@@ -38,14 +38,14 @@ class Case:
         """
         width = max(self.chunk if rows is None else rows, 1)
         ids = np.full((len(columns), width), 3, np.int32)
-        places, last = np.full_like(ids, -1), np.zeros(len(columns), np.int32)
+        position_ids, last = np.full_like(ids, -1), np.zeros(len(columns), np.int32)
         for b, (start, end) in enumerate(columns):
             end = min(end, self.lengths[b])
             if start < end:
                 ids[b, : end - start] = self.ids[b, start:end]
-                places[b, : end - start] = np.arange(start, end)
+                position_ids[b, : end - start] = np.arange(start, end)
                 last[b] = end - start - 1
-        got = self.step(Tensor(ids), Tensor(places), Tensor(last)).numpy()
+        got = self.step(Tensor(ids), Tensor(position_ids), Tensor(last)).numpy()
         assert got.dtype == np.float32
         checked = 0
         for b, (start, end) in enumerate(columns):
@@ -133,10 +133,10 @@ def test_reset_forgets_the_texts():
 def test_what_stands_in_padding_changes_no_bit():
     case = Case("mixtral", RAGGED, 17)
     last = Tensor(np.array(RAGGED, np.int32) - 1)
-    first = case.step(Tensor(case.ids), Tensor(case.places), last).numpy()
+    first = case.step(Tensor(case.ids), Tensor(case.position_ids), last).numpy()
     case.model.reset_cache()
-    other = np.where(case.places >= 0, case.ids, 5).astype(np.int32)
-    second = case.step(Tensor(other), Tensor(case.places), last).numpy()
+    other = np.where(case.position_ids >= 0, case.ids, 5).astype(np.int32)
+    second = case.step(Tensor(other), Tensor(case.position_ids), last).numpy()
     np.testing.assert_array_equal(first, second)
 
 
@@ -144,9 +144,9 @@ def test_the_whole_chunks_logits_too():
     """CausalLM itself, cached: every position of the chunk, not only the last."""
     case = Case("mistral-sliding-window", RAGGED, 5)
     for start in range(0, 17, 5):
-        places = case.places[:, start : start + 5]
-        got = case.model(Tensor(case.ids[:, start : start + 5].copy()), Tensor(places.copy()))
-        difference = np.abs(got.numpy() - case.want[:, start : start + 5])[places >= 0]
+        position_ids = case.position_ids[:, start : start + 5]
+        got = case.model(Tensor(case.ids[:, start : start + 5].copy()), Tensor(position_ids.copy()))
+        difference = np.abs(got.numpy() - case.want[:, start : start + 5])[position_ids >= 0]
         assert difference.max() <= case.bound
 
 
@@ -168,14 +168,14 @@ def test_strict_graph_with_a_rolling_buffer(graph):
 def test_half_precision_caches_half_precision():
     """Cached and uncached run the same float16 operations on the same numbers."""
     pair = make_pair("mixtral", initializer_range=0.05)
-    ids, places = ragged_batch(RAGGED, pair.config.vocab_size)
+    ids, position_ids = ragged_batch(RAGGED, pair.config.vocab_size)
     whole = fill(CausalLM(pair.config, dtype="float16"), pair.weights())
-    want = whole(Tensor(ids), Tensor(places)).numpy()
+    want = whole(Tensor(ids), Tensor(position_ids)).numpy()
     spec = CacheSpec.for_model(pair.config, 3, 17, 17)
     cached = fill(CausalLM(pair.config, dtype="float16", cache=spec), pair.weights())
     assert {p.dtype for p in cached.get_parameters() if p.ndim == 2} == {ms.float16}
     last = Tensor(np.array(RAGGED, np.int32) - 1)
-    got = NextTokenLogits(cached)(Tensor(ids), Tensor(places), last).numpy()
+    got = NextTokenLogits(cached)(Tensor(ids), Tensor(position_ids), last).numpy()
     ends = want[np.arange(3), np.array(RAGGED) - 1]
     # one unit of float16 (2^-10) where a sum over one more, hidden, column rounds differently
     assert np.abs(got - ends).max() <= 2**-10 * np.abs(ends).max()

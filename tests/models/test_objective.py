@@ -23,14 +23,14 @@ GRADIENT = 1e-4
 
 
 def batch(pair, lengths=LENGTHS):
-    ids, places = ragged_batch(lengths, pair.config.vocab_size)
-    return ids, next_labels(ids, places), places
+    ids, position_ids = ragged_batch(lengths, pair.config.vocab_size)
+    return ids, next_labels(ids, position_ids), position_ids
 
 
-def hf_forward(pair, ids, places):
+def hf_forward(pair, ids, position_ids):
     """Hugging Face's forward; it shifts the labels by itself."""
-    labels = torch.tensor(np.where(places >= 0, ids, -100)).long()
-    mask = torch.tensor(places >= 0).long()
+    labels = torch.tensor(np.where(position_ids >= 0, ids, -100)).long()
+    mask = torch.tensor(position_ids >= 0).long()
     return pair.hf(torch.tensor(ids).long(), attention_mask=mask, labels=labels)
 
 
@@ -66,10 +66,10 @@ class TestLosses:
     )
     def test_equal_hugging_faces(self, kind):
         pair = make_pair(kind)
-        ids, labels, places = batch(pair)
+        ids, labels, position_ids = batch(pair)
         with torch.no_grad():
-            want = hf_forward(pair, ids, places)
-        total, report = run(objective(pair, aux_coef=COEF), (ids, labels, places))
+            want = hf_forward(pair, ids, position_ids)
+        total, report = run(objective(pair, router_aux_loss_coef=COEF), (ids, labels, position_ids))
         aux = 0.0
         if pair.config.moe is not None:
             aux = want.aux_loss.item()
@@ -81,14 +81,18 @@ class TestLosses:
 
     def test_a_report_of_a_dense_model_has_no_router(self):
         pair = make_pair("mistral-sliding-window")
-        total, report = run(objective(pair, aux_coef=1.0, z_coef=1.0), batch(pair))
+        total, report = run(
+            objective(pair, router_aux_loss_coef=1.0, router_z_loss_coef=1.0), batch(pair)
+        )
         assert total == report.lm
         assert report.aux == report.z == report.routed_LE == report.kept_LE == 0
 
     def test_the_total_is_the_weighted_sum_and_counts_are_per_layer(self):
         pair = make_pair("mixtral")
         arrays = batch(pair)
-        total, report = run(objective(pair, aux_coef=0.3, z_coef=0.07), arrays)
+        total, report = run(
+            objective(pair, router_aux_loss_coef=0.3, router_z_loss_coef=0.07), arrays
+        )
         want = report.lm + 0.3 * report.aux + 0.07 * report.z
         np.testing.assert_allclose(total, want, rtol=1e-6)  # float32 sum
         assert report.routed_LE.shape == report.kept_LE.shape == (2, 8)
@@ -97,14 +101,14 @@ class TestLosses:
 
     def test_router_losses_are_those_of_hugging_faces_logits(self):
         pair = make_pair("mixtral")
-        ids, labels, places = batch(pair)
+        ids, labels, position_ids = batch(pair)
         with torch.no_grad():
-            layers = hf_forward(pair, ids, places).router_logits
-        real = torch.tensor(places >= 0).ravel()
+            layers = hf_forward(pair, ids, position_ids).router_logits
+        real = torch.tensor(position_ids >= 0).ravel()
         z = torch.cat([torch.logsumexp(x[real], -1) ** 2 for x in layers]).mean().item()
-        mask = torch.tensor(places >= 0).long()
+        mask = torch.tensor(position_ids >= 0).long()
         each = [load_balancing_loss_func((x,), 8, 2, mask).item() for x in layers]
-        _, report = run(objective(pair, pooled_aux=False), (ids, labels, places))
+        _, report = run(objective(pair, pooled_aux=False), (ids, labels, position_ids))
         np.testing.assert_allclose(report.z, z, rtol=1e-5)  # logits differ by 2e-6
         np.testing.assert_allclose(report.aux, np.mean(each), rtol=1e-5)
 
@@ -125,36 +129,38 @@ class TestLosses:
 
     def test_nothing_counted_is_zero_not_nan(self):
         pair = make_pair("mixtral")
-        ids, labels, places = batch(pair)
-        total, report = run(objective(pair), (ids, np.full_like(labels, -100), places))
+        ids, labels, position_ids = batch(pair)
+        total, report = run(objective(pair), (ids, np.full_like(labels, -100), position_ids))
         assert total == report.lm == 0
 
     def test_some_labels_ignored_inside_the_text(self):
         pair = make_pair("mixtral")
-        ids, labels, places = batch(pair)
+        ids, labels, position_ids = batch(pair)
         labels[:, 2:6] = -100
         with torch.no_grad():
-            mask = torch.tensor(places >= 0).long()
+            mask = torch.tensor(position_ids >= 0).long()
             rows = pair.hf(torch.tensor(ids).long(), attention_mask=mask).logits
             want = torch.nn.functional.cross_entropy(
                 rows.reshape(-1, rows.shape[-1]), torch.tensor(labels).long().ravel()
             )
-        _, report = run(objective(pair), (ids, labels, places))
+        _, report = run(objective(pair), (ids, labels, position_ids))
         assert abs(report.lm - want.item()) <= LOSS
 
 
-def hf_gradients(pair, ids, places):
+def hf_gradients(pair, ids, position_ids):
     pair.hf.zero_grad()
-    loss = hf_forward(pair, ids, places).loss
+    loss = hf_forward(pair, ids, position_ids).loss
     loss.backward()
     return loss.item(), pair.gradients()
 
 
 class TestGradientsEqualHuggingFaces:
     def check(self, pair, **options):
-        ids, labels, places = batch(pair)
-        want_loss, want = hf_gradients(pair, ids, places)
-        loss, got = gradients(objective(pair, aux_coef=COEF, **options), (ids, labels, places))
+        ids, labels, position_ids = batch(pair)
+        want_loss, want = hf_gradients(pair, ids, position_ids)
+        loss, got = gradients(
+            objective(pair, router_aux_loss_coef=COEF, **options), (ids, labels, position_ids)
+        )
         assert abs(loss - want_loss) <= LOSS
         assert_gradients_equal(got, want)
 
@@ -179,10 +185,10 @@ class TestGradientsEqualHuggingFaces:
 
 def test_a_row_of_nothing_but_padding_changes_no_loss_and_no_gradient():
     pair = make_pair("mixtral")
-    ids, labels, places = batch(pair, [9, 0])
-    loss = objective(pair, aux_coef=COEF, z_coef=0.01)
-    total, got = gradients(loss, (ids, labels, places))
-    want_total, want = gradients(loss, (ids[:1], labels[:1], places[:1]))
+    ids, labels, position_ids = batch(pair, [9, 0])
+    loss = objective(pair, router_aux_loss_coef=COEF, router_z_loss_coef=0.01)
+    total, got = gradients(loss, (ids, labels, position_ids))
+    want_total, want = gradients(loss, (ids[:1], labels[:1], position_ids[:1]))
     assert abs(total - want_total) <= LOSS
     assert_gradients_equal(got, want)
 
@@ -190,11 +196,11 @@ def test_a_row_of_nothing_but_padding_changes_no_loss_and_no_gradient():
 class CapacityPair:
     """A Hugging Face Mixtral whose sparse blocks drop choices by a loop."""
 
-    def __init__(self, routing: RoutingConfig, places: np.ndarray) -> None:
+    def __init__(self, routing: RoutingConfig, position_ids: np.ndarray) -> None:
         self.pair: Pair = make_pair("mixtral")
         self.parameters = dict(self.pair.hf.named_parameters())  # by their usual names
-        self.places, valid = places, (places >= 0).astype(np.float32).ravel()
-        capacity = capacity_oracle(places.size, 8, 2, routing.capacity_factor)
+        self.position_ids, valid = position_ids, (position_ids >= 0).astype(np.float32).ravel()
+        capacity = capacity_oracle(position_ids.size, 8, 2, routing.capacity_factor)
         self.blocks = [
             CapacityBlock(
                 layer.block_sparse_moe,
@@ -210,8 +216,8 @@ class CapacityPair:
             layer.block_sparse_moe = block
 
     def loss_and_gradients(self, ids):
-        labels = torch.tensor(np.where(self.places >= 0, ids, -100)).long()
-        mask = torch.tensor(self.places >= 0).long()
+        labels = torch.tensor(np.where(self.position_ids >= 0, ids, -100)).long()
+        mask = torch.tensor(self.position_ids >= 0).long()
         lm = self.pair.hf(
             torch.tensor(ids).long(),
             attention_mask=mask,
@@ -238,12 +244,12 @@ class CapacityPair:
     ids=["factor-1.1", "choice-major", "rescaled"],
 )
 def test_capacity_policy_equals_a_model_that_drops_by_a_loop(routing):
-    ids, places = ragged_batch(LENGTHS, 320)
-    theirs = CapacityPair(routing, places)
+    ids, position_ids = ragged_batch(LENGTHS, 320)
+    theirs = CapacityPair(routing, position_ids)
     want_total, want_aux, want = theirs.loss_and_gradients(ids)
     model = fill(CausalLM(theirs.pair.config, routing), theirs.weights)
-    loss = Objective(model, aux_coef=COEF)
-    arrays = (ids, next_labels(ids, places), places)
+    loss = Objective(model, router_aux_loss_coef=COEF)
+    arrays = (ids, next_labels(ids, position_ids), position_ids)
     _, report = run(loss, arrays)
     np.testing.assert_array_equal(report.routed_LE, [block.routed for block in theirs.blocks])
     np.testing.assert_array_equal(report.kept_LE, [block.kept for block in theirs.blocks])
@@ -256,7 +262,9 @@ def test_capacity_policy_equals_a_model_that_drops_by_a_loop(routing):
 
 def test_a_jitted_training_step_equals_pynative():
     pair = make_pair("mixtral")
-    loss = objective(pair, RoutingConfig(policy="capacity"), aux_coef=COEF, z_coef=0.001)
+    loss = objective(
+        pair, RoutingConfig(policy="capacity"), router_aux_loss_coef=COEF, router_z_loss_coef=0.001
+    )
     arrays = batch(pair)
     weights = list(loss.model.weights().values())
     step = ms.value_and_grad(loss, None, weights, has_aux=True)

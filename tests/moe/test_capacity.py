@@ -45,7 +45,7 @@ def test_dropless_has_a_place_for_everybody():
 def test_a_graph_computes_the_same_number(graph):
     """GRAPH_MODE folds the formula at compile time, with its own arithmetic."""
 
-    class Places(nn.Cell):
+    class Slots(nn.Cell):
         def __init__(self):
             super().__init__()
             self.routing = RoutingConfig(policy="capacity", capacity_factor=1.1)
@@ -53,7 +53,7 @@ def test_a_graph_computes_the_same_number(graph):
         def construct(self, x):
             return x + expert_capacity(x.shape[0], 8, 2, self.routing)
 
-    places = Places()
+    num_slots = Slots()
     for tokens in (40, 80, 2000):
-        got = places(Tensor([0] * tokens, ms.int32)).numpy()[0]
+        got = num_slots(Tensor([0] * tokens, ms.int32)).numpy()[0]
         assert got == capacity_oracle(tokens, 8, 2, 1.1)

@@ -52,12 +52,12 @@ def test_rows_lie_where_the_plan_says_and_come_back(name):
         want = case.slots(capacity, routing.drop_priority == "choice_major")
     plan, rows, group_sizes, back = case.there_and_back(dispatcher)
     np.testing.assert_array_equal(kept_choices(plan).numpy(), want.kept_TK)
-    places = np.where(want.filled_EC[:, None] > 0, case.x[want.source_EC // 2], 0)
+    want_rows = np.where(want.filled_EC[:, None] > 0, case.x[want.source_EC // 2], 0)
     if dispatcher.packed:
-        np.testing.assert_array_equal(rows, places)
+        np.testing.assert_array_equal(rows, want_rows)
         np.testing.assert_array_equal(group_sizes.numpy(), sizes)
     else:
-        np.testing.assert_array_equal(rows, places.reshape(E, capacity, H))
+        np.testing.assert_array_equal(rows, want_rows.reshape(E, capacity, H))
         assert group_sizes is None
     share = (case.weights * want.kept_TK).sum(-1, keepdims=True)
     np.testing.assert_allclose(back, case.x * share, atol=1e-6)  # two float32 products and a sum

@@ -99,7 +99,7 @@ def test_capacity_equals_the_loop(name):
 
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_what_stands_in_padded_rows_changes_nothing(name):
-    """Bit for bit, under capacity pressure: padding takes no place and is not counted."""
+    """Bit for bit, under capacity pressure: padding takes no slot and is not counted."""
     routing = RoutingConfig(policy="capacity", **ROUTINGS[name])
     layer, _ = moe_layer(moe_config(), routing)
     x, valid = inputs()

@@ -45,8 +45,8 @@ MUTANTS = [
             "weights_TK / _sum_keep(weights_TK, -1)",
             "weights_TK / _sum_keep(probs_TE, -1)",
         ),
-        one_place_more_than_there_is=("place_TK < float(C)", "place_TK <= float(C)"),
-        one_place_is_never_used=("place_TK < float(C)", "place_TK < float(C - 1)"),
+        one_place_more_than_there_is=("position_TK < float(C)", "position_TK <= float(C)"),
+        one_place_is_never_used=("position_TK < float(C)", "position_TK < float(C - 1)"),
         padding_gets_a_place=(
             "num_experts, _ON, _OFF) * valid_T.reshape(-1, 1, 1)",
             "num_experts, _ON, _OFF) * ops.ones_like(valid_T).reshape(-1, 1, 1)",
@@ -120,10 +120,10 @@ MUTANTS = [
         norms_are_squares=("norms_n = ops.sqrt(squares_n)", "norms_n = squares_n"),
     ),
     *of(
-        "training/schedule.py",
-        "training/test_schedule.py",
+        "training/lr_scheduler.py",
+        "training/test_lr_scheduler.py",
         warm_up_starts_at_zero=("peak * (step + 1) / warmup", "peak * step / warmup"),
-        the_floor_is_ignored=("schedule.floor + (1.0 - schedule.floor) *", "0.0 + 1.0 *"),
+        the_floor_is_ignored=("lowest + (1.0 - lowest) *", "0.0 + 1.0 *"),
         the_last_step_is_not_the_floor=(
             "config.last_step - 1 - warmup",
             "config.last_step - warmup",
@@ -156,7 +156,7 @@ MUTANTS = [
         ),
     ),
     *of(
-        "parallel/topology/places.py",
+        "parallel/topology/coords.py",
         "parallel/test_topology.py",
         tensor_ranks_are_not_neighbours=(
             "above, mp = divmod(rank, MP)\n            pp, dp = divmod(above, DP)",

@@ -20,8 +20,8 @@ OPERATIONS = {
     "gating_top_k": lambda kernels: select.gating_top_k(kernels, 2, True),
     "pack_choices": lambda kernels: select.pack_choices(kernels, 8),
     "assign_slots": lambda kernels: select.assign_slots(kernels, 8, False),
-    "dispatch": select.dispatch,
-    "combine": select.combine,
+    "permute": select.permute,
+    "unpermute": select.unpermute,
 }
 
 
@@ -35,8 +35,8 @@ def nothing_built(monkeypatch, tmp_path):
 
 def test_the_reference_is_the_default():
     dispatcher = local_dispatcher(8, RoutingConfig())
-    assert type(dispatcher.place_rows) is reference.Dispatch
-    assert type(dispatcher.add_up) is reference.Combine
+    assert type(dispatcher.permute) is reference.Permute
+    assert type(dispatcher.add_up) is reference.Unpermute
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -75,7 +75,7 @@ def test_cann_has_one_match_and_the_log_says_what_else_runs(monkeypatch, caplog)
     with caplog.at_level(logging.INFO, logger="mistral_ms.ops.select"):
         cells = {name: make("cann") for name, make in OPERATIONS.items()}
     assert type(cells["gating_top_k"]) is cann.GatingTopK
-    assert type(cells["dispatch"]) is reference.Dispatch
+    assert type(cells["permute"]) is reference.Permute
     messages = [record.message for record in caplog.records]
     assert messages[0] == "gating_top_k: cann"
     for name, message in zip(list(OPERATIONS)[1:], messages[1:], strict=True):

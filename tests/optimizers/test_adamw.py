@@ -25,8 +25,8 @@ def theirs(config):
             torch.optim.AdamW(
                 groups,
                 lr=1.0,
-                betas=(settings.beta1, settings.beta2),
-                eps=settings.eps,
+                betas=(settings.adam_beta1, settings.adam_beta2),
+                eps=settings.adam_epsilon,
                 weight_decay=settings.weight_decay,
             )
         ]
@@ -39,12 +39,12 @@ def theirs(config):
     [
         ({}, 1.0, True),
         ({}, 1.0, False),
-        ({"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.01}, 1.0, False),
-        ({"beta1": 0.9, "beta2": 0.98, "weight_decay": 0.0}, 1.0, False),
-        ({"beta1": 0.0, "beta2": 0.5}, 1.0, False),
+        ({"adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 0.01}, 1.0, False),
+        ({"adam_beta1": 0.9, "adam_beta2": 0.98, "weight_decay": 0.0}, 1.0, False),
+        ({"adam_beta1": 0.0, "adam_beta2": 0.5}, 1.0, False),
         # gradients as small as eps: its place in the formula shows
-        ({"eps": 1e-3}, 1e-3, False),
-        ({"eps": 1e-8}, 1e-8, False),
+        ({"adam_epsilon": 1e-3}, 1e-3, False),
+        ({"adam_epsilon": 1e-8}, 1e-8, False),
     ],
     ids=[
         "graph",

@@ -29,8 +29,10 @@ def theirs(settings):
             **chosen,
         )
         muon.register_step_pre_hook(lambda *_: stacked.take_gradients())
-        betas = (settings.beta1, settings.beta2)
-        adamw = torch.optim.AdamW(others, lr=1.0, betas=betas, eps=settings.eps, weight_decay=0.0)
+        betas = (settings.adam_beta1, settings.adam_beta2)
+        adamw = torch.optim.AdamW(
+            others, lr=1.0, betas=betas, eps=settings.adam_epsilon, weight_decay=0.0
+        )
         return [muon, adamw]
 
     return make

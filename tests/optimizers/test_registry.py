@@ -9,9 +9,16 @@ from mistral_ms.optimizers import AdamWConfig, Rule, register, settings_of, with
 
 
 def test_every_setting_is_spelled_out_and_survives_a_file():
-    config = with_settings(training({"learning_rate": 0.5, "beta2": 0.75}))
+    config = with_settings(training({"learning_rate": 0.5, "adam_beta2": 0.75}))
     assert isinstance(config.optimizer, AdamWConfig)
-    want = dict(name="adamw", learning_rate=0.5, weight_decay=0.1, beta1=0.9, beta2=0.75, eps=1e-8)
+    want = dict(
+        name="adamw",
+        learning_rate=0.5,
+        weight_decay=0.1,
+        adam_beta1=0.9,
+        adam_beta2=0.75,
+        adam_epsilon=1e-8,
+    )
     assert config.model_dump(mode="json")["optimizer"] == want
     again = TrainingConfig.model_validate_json(config.model_dump_json())
     assert with_settings(again) == config
@@ -22,10 +29,13 @@ def test_every_setting_is_spelled_out_and_survives_a_file():
     [
         ({"name": "adamv"}, r"unknown optimizer: training\.optimizer\.name: adamv: .*mean adamw"),
         ({"name": "adamw", "momentum": 0.9}, r"unknown key: training\.optimizer: momentum"),
-        ({"name": "sgd", "beta1": 0.9}, r"unknown key: training\.optimizer: beta1.*nesterov"),
-        ({"beta1": 1.0}, r"training\.optimizer: beta1: 1\.0"),
-        ({"beta2": 1.0}, r"training\.optimizer: beta2: 1\.0"),
-        ({"eps": 0.0}, r"training\.optimizer: eps: 0\.0"),
+        (
+            {"name": "sgd", "adam_beta1": 0.9},
+            r"unknown key: training\.optimizer: adam_beta1.*nesterov",
+        ),
+        ({"adam_beta1": 1.0}, r"training\.optimizer: adam_beta1: 1\.0"),
+        ({"adam_beta2": 1.0}, r"training\.optimizer: adam_beta2: 1\.0"),
+        ({"adam_epsilon": 0.0}, r"training\.optimizer: adam_epsilon: 0\.0"),
         ({"name": "muon", "ns_steps": 0}, r"training\.optimizer: ns_steps: 0"),
         ({"name": "muon", "adjust_lr": "none"}, r"training\.optimizer: adjust_lr: 'none'"),
     ],

@@ -181,7 +181,7 @@ def test_unequal_rows(network):
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize(("operation", "sender"), [("pass_on", 0), ("pass_back", 1)])
+@pytest.mark.parametrize(("operation", "sender"), [("send_forward", 0), ("send_backward", 1)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_point_to_point(network, operation, sender, dtype):
     """Both have the sender's afterwards; only the sender's own is its message."""

@@ -61,5 +61,5 @@ def test_starts_and_first_places():
     counts = Tensor(np.array([[2, 0, 3], [1, 1, 1]], np.int32))
     np.testing.assert_array_equal(blocks.starts(counts, 1).numpy(), [[0, 2, 2], [0, 1, 2]])
     np.testing.assert_array_equal(blocks.starts(counts, 0).numpy(), [[0, 0, 0], [2, 0, 3]])
-    places = blocks.first_places(Tensor(np.int32(2)), 4)
-    np.testing.assert_array_equal(places.numpy(), [1, 1, 0, 0])
+    rows_out = blocks.prefix_mask(Tensor(np.int32(2)), 4)
+    np.testing.assert_array_equal(rows_out.numpy(), [1, 1, 0, 0])

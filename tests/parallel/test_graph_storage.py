@@ -50,7 +50,7 @@ def test_what_is_written_is_everything_once(parallel):
         shapes = held(storage)
         assert all(shapes[name] == SHAPES[name] for name in shapes)
         for name in storage.written(shapes):
-            seen[name][storage.window(name)] += 1
+            seen[name][storage.local_slice(name)] += 1
     for name, times in seen.items():
         assert (times == 1).all(), name
 
@@ -61,10 +61,10 @@ def test_a_part_goes_into_its_parameter_and_back(parallel):
     values = {name: random.standard_normal(shape) for name, shape in SHAPES.items()}
     for storage in storages(parallel):
         for name in held(storage):
-            part = values[name][storage.window(name)]
-            kept = storage.to_parameter(name, part)
-            assert kept.shape == storage.parameter_shape(name, part.shape)
-            np.testing.assert_array_equal(storage.from_parameter(name, kept), part)
+            shard_shape = values[name][storage.local_slice(name)]
+            kept = storage.to_parameter(name, shard_shape)
+            assert kept.shape == storage.parameter_shape(name, shard_shape.shape)
+            np.testing.assert_array_equal(storage.from_parameter(name, kept), shard_shape)
 
 
 def test_rows_of_experts_are_shared_out_by_hand():
@@ -72,13 +72,13 @@ def test_rows_of_experts_are_shared_out_by_hand():
     storage = storages(LAYOUTS[5])[11]
     w1, w2 = "layers.0.moe.experts.w1", "layers.0.moe.experts.w2"
     one, half = slice(3, 4), slice(H // 2, H)
-    assert storage.window(w1) == (one, slice(0, I), half)
-    assert storage.window(w2) == (one, half, slice(0, I))
+    assert storage.local_slice(w1) == (one, slice(0, I), half)
+    assert storage.local_slice(w2) == (one, half, slice(0, I))
     values = np.arange(E * I * H).reshape(E, I, H)
     kept = storage.to_parameter(w1, values[3:4, :, H // 2 :])
     np.testing.assert_array_equal(kept, values[3, :, H // 2 :].T)
     # 64 rows of the embedding among sixteen
-    assert storage.window("embed_tokens.weight") == (slice(44, 48), slice(0, H))
+    assert storage.local_slice("embed_tokens.weight") == (slice(44, 48), slice(0, H))
 
 
 def test_shares_of_several_axes_by_hand():
@@ -87,12 +87,12 @@ def test_shares_of_several_axes_by_hand():
     assert storage.stage.layers == range(2, 4)
     assert "lm_head.weight" in held(storage)
     assert "embed_tokens.weight" not in held(storage)
-    window = storage.window("layers.3.moe.experts.w2")
-    assert window == (slice(5, 6), slice(0, H), slice(I // 2, I))
+    local_slice = storage.local_slice("layers.3.moe.experts.w2")
+    assert local_slice == (slice(5, 6), slice(0, H), slice(I // 2, I))
     # the second half of q's rows, of which it is the sixth of eight ranks
     q = "layers.3.attention.q_proj.weight"
     rows = SHAPES[q][0]
     first = rows // 2 + 5 * rows // 16
-    assert storage.window(q)[0] == slice(first, first + rows // 16)
+    assert storage.local_slice(q)[0] == slice(first, first + rows // 16)
     # the head is whole on all sixteen, and it is the twelfth of them
-    assert storage.window("lm_head.weight")[0] == slice(44, 48)
+    assert storage.local_slice("lm_head.weight")[0] == slice(44, 48)

@@ -63,11 +63,10 @@ def test_an_impossible_layout_names_rule_and_neighbours(sizes, world, devices, r
     ("changes", "message"),
     [
         ({"dp": 4, "ep": 3}, r"file: .*ep \(3\) must divide dp \(4\).*nearest legal layouts: dp=4"),
-        ({"cp": 2}, "cp"),
         ({"dp": 0}, "dp"),
-        ({"interleave": 3}, "interleave"),
+        ({"micro_batch_interleave_num": 3}, "micro_batch_interleave_num"),
         ({"all_to_all": "direct"}, "all_to_all"),
-        ({"schedule": "dual"}, "schedule"),
+        ({"pipeline_scheduler": "dual"}, "pipeline_scheduler"),
         ({"micro_batches": 2}, "unknown key"),
         (
             {"dp": 12, "ep": 6, "devices_per_node": 4, "all_to_all": "hierarchical"},

@@ -82,7 +82,7 @@ def test_rows_of_experts():
 
 def activations(execution="explicit", stage=0, micro_batches=1, **parallel):
     training = TrainingConfig(
-        steps=1, seq_length=12, global_batch_size=8, micro_batches=micro_batches
+        max_steps=1, seq_length=12, global_batch_size=8, gradient_accumulation_steps=micro_batches
     )
     return activation_memory(
         DENSE,

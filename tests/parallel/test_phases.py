@@ -10,9 +10,9 @@ from mistral_ms.parallel.collectives import Collectives
 from mistral_ms.parallel.dispatchers import (
     CapacityDispatcher,
     DroplessDispatcher,
-    FlatCountedRoute,
     FlatRoute,
-    WholeRows,
+    FlatVariableRoute,
+    ReplicatedRows,
 )
 from mistral_ms.parallel.topology import GroupKind, Topology
 
@@ -29,15 +29,15 @@ def test_rows_are_packed_before_and_after_a_counted_exchange(monkeypatch):
     valid = np.ones(T, np.float32)
     valid[4] = 0
     received = np.array([[2, 0], [1, 3], [0, 1]], np.int32)
-    route = FlatCountedRoute(EXPERT)
+    route = FlatVariableRoute(EXPERT)
     given = {}
 
-    def plan_of_the_route(sent_PL, rows, relayed, room):
-        given.update(sent=sent_PL.numpy(), rows=rows, room=room)
+    def plan_of_the_route(sent_PL, rows, relayed, max_rows):
+        given.update(sent=sent_PL.numpy(), rows=rows, max_rows=max_rows)
         return Tensor(received), ()
 
     monkeypatch.setattr(route, "plan", plan_of_the_route)
-    dispatcher = DroplessDispatcher(E, RoutingConfig(), route, WholeRows(TENSOR))
+    dispatcher = DroplessDispatcher(E, RoutingConfig(), route, ReplicatedRows(TENSOR))
     weights = Tensor(np.ones((T, K), np.float32))
     choice = weights, Tensor(experts), weights, weights, ()
     table, _, group_sizes, (regrouped, _) = dispatcher.plan(choice, Tensor(valid))
@@ -45,17 +45,17 @@ def test_rows_are_packed_before_and_after_a_counted_exchange(monkeypatch):
     for ours, theirs in zip(table, want.as_tuple(), strict=True):
         np.testing.assert_array_equal(ours.numpy(), theirs)
     np.testing.assert_array_equal(given["sent"], sizes.reshape(P, L))
-    assert (given["rows"], given["room"]) == (T * K, P * T * min(K, L))
+    assert (given["rows"], given["max_rows"]) == (T * K, P * T * min(K, L))
     np.testing.assert_array_equal(group_sizes.numpy(), received.sum(0))
     names = [(s, e, n) for s in range(P) for e in range(L) for n in range(received[s, e])]
     order = sorted(range(len(names)), key=lambda row: (names[row][1], names[row][0]))
     _, _, source, filled = (part.numpy() for part in regrouped)
     assert source[filled > 0].tolist() == order
-    np.testing.assert_array_equal(filled, np.arange(given["room"]) < len(order))
+    np.testing.assert_array_equal(filled, np.arange(given["max_rows"]) < len(order))
 
 
 def test_reordering_around_an_equal_exchange():
-    dispatcher = CapacityDispatcher(E, RoutingConfig(), FlatRoute(EXPERT), WholeRows(TENSOR))
+    dispatcher = CapacityDispatcher(E, RoutingConfig(), FlatRoute(EXPERT), ReplicatedRows(TENSOR))
     rows = np.arange(E * 4 * 2, dtype=np.float32).reshape(E, 4, 2)
     for_member = dispatcher.by_member(Tensor(rows)).numpy()
     assert for_member.shape == (P, L, 4, 2)

@@ -10,7 +10,7 @@ from mistral_ms.parallel.topology import (
     GroupKind,
     Topology,
     gradient_group,
-    part_shape,
+    shard_shape,
     weight_slice,
 )
 from mistral_ms.weights import by_name, specs
@@ -24,8 +24,8 @@ def test_the_ranks_of_a_gradient_group_hold_the_same_and_all_hold_everything(siz
     topology = Topology(Sizes(*sizes), 8)
     for name, spec in SPECS.items():
         whole = np.arange(np.prod(spec.shape)).reshape(spec.shape)  # each element its own number
-        held = [whole[weight_slice(spec, topology, p.rank)] for p in topology.places]
-        assert {part.shape for part in held} == {part_shape(spec, topology.sizes)}
+        held = [whole[weight_slice(spec, topology, p.rank)] for p in topology.all_coords]
+        assert {part.shape for part in held} == {shard_shape(spec, topology.sizes)}
         divided = topology.sizes.mp if "norm" not in name and "router" not in name else 1
         if "experts" in name:
             divided *= topology.sizes.ep
@@ -67,4 +67,4 @@ def test_groups_of_heads_stay_whole():
     with pytest.raises(TopologyError, match=message):
         weight_slice(spec, topology, 0)
     with pytest.raises(TopologyError, match=message):
-        part_shape(spec, topology.sizes)
+        shard_shape(spec, topology.sizes)

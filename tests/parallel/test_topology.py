@@ -38,7 +38,6 @@ def oracle(dp, mp, pp, ep):
     return {
         GroupKind.WORLD: {tuple(range(dp * mp * pp))},
         GroupKind.STAGE: {tuple(rank(s, d, m) for d in datas for m in tensors) for s in stages},
-        GroupKind.MODEL: {tuple(rank(s, d, m) for s in stages for m in tensors) for d in datas},
         GroupKind.TENSOR: {tuple(rank(s, d, m) for m in tensors) for s in stages for d in datas},
         GroupKind.DATA: {tuple(rank(s, d, m) for d in datas) for s in stages for m in tensors},
         GroupKind.PIPELINE: {tuple(rank(s, d, m) for s in stages) for d in datas for m in tensors},
@@ -54,10 +53,6 @@ def oracle(dp, mp, pp, ep):
             for m in tensors
             for e in range(ep)
         },
-        GroupKind.TIE: {
-            tuple(sorted({rank(0, d, m), rank(pp - 1, d, m)})) for d in datas for m in tensors
-        }
-        | {(rank(s, d, m),) for s in range(1, pp - 1) for d in datas for m in tensors},
     }
 
 
@@ -89,7 +84,8 @@ def test_every_kind_divides_the_ranks(sizes, devices):
 
 @pytest.mark.parametrize(("sizes", "devices"), LAYOUTS)
 def test_the_hops_of_an_expert_group(sizes, devices):
-    """First inside the node, then between equal places of the nodes: every member is reached."""
+    """First inside the node, then between equal local ranks of the nodes: every member is
+    reached."""
     topology = Topology(Sizes(*sizes), devices)
     for group in topology.groups(GroupKind.EXPERT):
         by_node = {}
@@ -107,7 +103,7 @@ def test_the_hops_of_an_expert_group(sizes, devices):
                 b for a in first.ranks for b in topology.group(GroupKind.EXPERT_CROSS, a).ranks
             }
             assert reached == set(group.ranks)
-            # the position in the whole group is (node, place on the node)
+            # the position in the whole group is (node, local rank)
             assert group.position(rank) == second.position(rank) * first.size + first.position(rank)
 
 
@@ -116,11 +112,11 @@ def test_places_and_ranks_are_inverse(sizes, devices):
     topology = Topology(Sizes(*sizes), devices)
     dp, mp, pp, ep = sizes
     seen = set()
-    for place in topology.places:
-        assert topology.rank(pp=place.pp, dp=place.dp, mp=place.mp) == place.rank
-        assert place.dp == place.expert_group * ep + place.ep
-        assert place.node == place.rank // devices
-        seen.add((place.pp, place.dp, place.mp))
+    for coords in topology.all_coords:
+        assert topology.rank(pp=coords.pp, dp=coords.dp, mp=coords.mp) == coords.rank
+        assert coords.dp == coords.expert_group * ep + coords.ep
+        assert coords.node == coords.rank // devices
+        seen.add((coords.pp, coords.dp, coords.mp))
     assert len(seen) == dp * mp * pp
 
 
@@ -187,12 +183,12 @@ def test_every_part_of_every_expert_is_held_once_per_copy():
         assert (len(part.experts), len(part.columns)) == (4, 48)
         for e in part.experts:
             for i in part.columns:
-                held.setdefault((topology.place(rank).pp, e, i), []).append(rank)
+                held.setdefault((topology.coords(rank).pp, e, i), []).append(rank)
     assert len(held) == 2 * 8 * 96
     for (_, e, _), ranks in held.items():
         group = topology.group(GroupKind.EXPERT_DATA, ranks[0])
         assert tuple(ranks) == group.ranks
-        assert topology.place(ranks[0]).ep == e // 4
+        assert topology.coords(ranks[0]).ep == e // 4
 
 
 def test_slices_need_experts_that_divide():

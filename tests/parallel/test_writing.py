@@ -30,9 +30,9 @@ def test_every_element_is_written_exactly_once(sizes):
     counts = {name: np.zeros(shape, np.int64) for name, shape in our_shapes(MODEL).items()}
     for rank in range(sizes.world):
         here = held(topology, rank)
-        for name, window in written_parts(here.values(), topology, rank).items():
-            assert window == weight_slice(here[name], topology, rank), "holds it"
-            counts[name][window] += 1
+        for name, local_slice in written_parts(here.values(), topology, rank).items():
+            assert local_slice == weight_slice(here[name], topology, rank), "holds it"
+            counts[name][local_slice] += 1
     for name, count in counts.items():
         assert (count == 1).all(), name
 
@@ -58,8 +58,10 @@ def test_ranks_of_a_stage_write_about_as_much(sizes):
     loads = {}
     for rank in range(sizes.world):
         parts = written_parts(held(topology, rank).values(), topology, rank)
-        sliced = (np.prod([s.stop - s.start for s in window]) for window in parts.values())
-        loads.setdefault(topology.place(rank).pp, []).append(int(sum(sliced)))
+        sliced = (
+            np.prod([s.stop - s.start for s in local_slice]) for local_slice in parts.values()
+        )
+        loads.setdefault(topology.coords(rank).pp, []).append(int(sum(sliced)))
     largest = max(int(np.prod(shape)) for shape in our_shapes(MODEL).values())
     for each in loads.values():
         # tensors are not cut for this: no rank has more than one largest part above another

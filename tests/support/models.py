@@ -30,8 +30,8 @@ def ragged_batch(lengths: list[int], vocab_size: int, seed: int = 0) -> tuple[np
     return ids.astype(np.int32), positions(lengths, width)
 
 
-def next_labels(ids: np.ndarray, places: np.ndarray) -> np.ndarray:
+def next_labels(ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
     """The token after each one; IGNORE_INDEX at the end of each row and in its padding."""
     labels = np.full_like(ids, -100)
-    labels[:, :-1] = np.where(places[:, 1:] >= 0, ids[:, 1:], -100)
+    labels[:, :-1] = np.where(position_ids[:, 1:] >= 0, ids[:, 1:], -100)
     return labels

@@ -59,13 +59,13 @@ def hf_block(config: ModelConfig, weights: dict[str, np.ndarray]) -> MixtralSpar
 
 
 class CapacityBlock(torch.nn.Module):
-    """Hugging Face's block with a capacity: choices without a place are left out.
+    """Hugging Face's block with a capacity: choices without a slot are left out.
 
     Args:
         block: the block whose gate and experts are used.
         valid_T: 0 for padding.
-        capacity: places per expert.
-        choice_major: the order in which places are given.
+        capacity: slots per expert.
+        choice_major: the order in which slots are given.
         rescale: divide the surviving weights by their sum.
     """
 

@@ -53,7 +53,7 @@ def whole(seed: int) -> dict[str, np.ndarray]:
 
 def held(topology: Topology, rank: int) -> dict[str, ParamSpec]:
     """The weights of a rank's stage: layers divided evenly, ends at the ends."""
-    stage, stages = topology.place(rank).pp, topology.sizes.pp
+    stage, stages = topology.coords(rank).pp, topology.sizes.pp
     size = MODEL.num_hidden_layers // stages
     layers = {f"layers.{n}." for n in range(stage * size, (stage + 1) * size)}
 
@@ -72,13 +72,13 @@ def owner(spec: ParamSpec, topology: Topology, rank: int) -> bool:
 
 
 def parts_of(
-    values: dict[str, np.ndarray], topology: Topology, rank: int, shared_out: bool = False
+    values: dict[str, np.ndarray], topology: Topology, rank: int, zero1: bool = False
 ) -> dict[str, list[Part]]:
     """What a rank writes."""
     here = held(topology, rank)
-    windows = {name: weight_slice(spec, topology, rank) for name, spec in here.items()}
+    tensor_slices = {name: weight_slice(spec, topology, rank) for name, spec in here.items()}
     mine = written_parts(here.values(), topology, rank)
-    if shared_out:
+    if zero1:
         states = [
             name
             for name, spec in here.items()
@@ -88,8 +88,8 @@ def parts_of(
         states = list(mine)
 
     def part(name: str, weight: str) -> Part:
-        window = windows[weight]
-        return Part(name, here[weight].shape, window, "float32", values[name][window])
+        tensor_slice = tensor_slices[weight]
+        return Part(name, here[weight].shape, tensor_slice, "float32", values[name][tensor_slice])
 
     return {
         "model": [part(name, name) for name in mine],
@@ -103,7 +103,7 @@ def save(
     sizes: Sizes,
     step: int = 1,
     *,
-    shared_out: bool = False,
+    zero1: bool = False,
     before_finish: Callable[[Path], None] = lambda directory: None,
     wait_seconds: float = 5.0,
 ) -> None:
@@ -112,7 +112,7 @@ def save(
     stamp = Stamp(sizes.world, str(sizes), step)
     begun = begin_parts(path)
     for rank in range(sizes.world):
-        write_part(begun.directory, rank, stamp, parts_of(values, topology, rank, shared_out))
+        write_part(begun.directory, rank, stamp, parts_of(values, topology, rank, zero1))
     before_finish(begun.directory)
     state = {"state.json": json.dumps({"format": 1, "step": step}).encode()}
     finish_parts(begun, stamp, MODEL, state, wait_seconds=wait_seconds)

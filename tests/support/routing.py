@@ -16,7 +16,7 @@ def capacity_oracle(tokens: int, experts: int, top_k: int, factor: float) -> int
 
 @dataclass(frozen=True)
 class Slots:
-    """The slot table of the package, filled by a loop."""
+    """The row id map of the package, filled by a loop."""
 
     slot_TK: np.ndarray
     kept_TK: np.ndarray
@@ -45,10 +45,10 @@ def slots_oracle(
         expert = int(experts_TK[t, k])
         if not valid_T[t] or used[expert] == capacity:
             continue
-        place = expert * capacity + used[expert]
+        slot = expert * capacity + used[expert]
         used[expert] += 1
-        slot_TK[t, k], kept_TK[t, k] = place, 1
-        source_EC[place], filled_EC[place] = t * K + k, 1
+        slot_TK[t, k], kept_TK[t, k] = slot, 1
+        source_EC[slot], filled_EC[slot] = t * K + k, 1
     return Slots(slot_TK, kept_TK, source_EC, filled_EC)
 
 
@@ -70,9 +70,9 @@ def packed_oracle(
         np.zeros(T * K, np.int32),
         np.zeros(T * K, np.float32),
     )
-    for place, (t, k) in enumerate(rows):
-        slots.slot_TK[t, k], slots.kept_TK[t, k] = place, 1
-        slots.source_EC[place], slots.filled_EC[place] = t * K + k, 1
+    for slot, (t, k) in enumerate(rows):
+        slots.slot_TK[t, k], slots.kept_TK[t, k] = slot, 1
+        slots.source_EC[slot], slots.filled_EC[slot] = t * K + k, 1
     return slots, np.bincount([experts_TK[row] for row in rows], minlength=num_experts)
 
 
@@ -110,7 +110,7 @@ def moe_oracle(
     """One sparse layer in float64, token by token.
 
     Returns:
-        The output [T, H], the chosen experts [T, K] and which choices got a place [T, K].
+        The output [T, H], the chosen experts [T, K] and which choices got a slot [T, K].
     """
     x_TH, gate_EH, w1, w2, w3 = (a.astype(np.float64) for a in (x_TH, gate_EH, w1, w2, w3))
     probs_TE = softmax(x_TH @ gate_EH.T)

@@ -23,12 +23,16 @@ def bits(update: TrainStep) -> dict[str, bytes]:
 
 def as_reported(result: StepResult) -> str:
     """A result as text: equal when every bit is, NaN included."""
-    figures = [getattr(result, name) for name in StepResult.__slots__ if not name.endswith("_LE")]
-    return repr((figures, result.routed_LE.tolist(), result.kept_LE.tolist()))
+    numbers = [getattr(result, name) for name in StepResult.__slots__ if not name.endswith("_LE")]
+    return repr((numbers, result.routed_LE.tolist(), result.kept_LE.tolist()))
 
 
 def torch_group_loss(
-    hf: torch.nn.Module, group: Batch, whole: Batch, aux_coef: float, z_coef: float
+    hf: torch.nn.Module,
+    group: Batch,
+    whole: Batch,
+    router_aux_loss_coef: float,
+    router_z_loss_coef: float,
 ) -> torch.Tensor:
     """One dispatch group's part of the loss of the whole batch, written from the definition.
 
@@ -49,4 +53,4 @@ def torch_group_loss(
     E = hf.config.num_local_experts
     aux = load_balancing_loss_func(output.router_logits, E, 2, real.long())
     z = torch.cat([torch.logsumexp(x[real.ravel()], -1) ** 2 for x in output.router_logits]).mean()
-    return loss + share * (aux_coef * aux + z_coef * z)
+    return loss + share * (router_aux_loss_coef * aux + router_z_loss_coef * z)

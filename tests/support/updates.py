@@ -35,7 +35,7 @@ TorchWeights = Mapping[str, torch.nn.Parameter]
 def training(optimizer: OptimizerConfig | Mapping[str, Any], **changes: Any) -> TrainingConfig:
     """A training of which nothing but the optimizer matters."""
     return TrainingConfig(
-        steps=1, seq_length=1, global_batch_size=1, optimizer=optimizer, **changes
+        max_steps=1, seq_length=1, global_batch_size=1, optimizer=optimizer, **changes
     )
 
 

@@ -13,10 +13,9 @@ from mistral_ms.config import (
     MoEArchitecture,
     OptimizerConfig,
     RoutingConfig,
-    ScheduleConfig,
     TrainingConfig,
 )
-from mistral_ms.datasets import InMemoryWindows
+from mistral_ms.datasets import InMemorySequences
 from mistral_ms.models import CausalLM
 from mistral_ms.training import Progress, TrainStep
 from mistral_ms.training.loss_scale import LossScale
@@ -40,19 +39,19 @@ def capacity():
 @pytest.fixture(scope="session")
 def training():
     return TrainingConfig(
-        steps=6,
+        max_steps=6,
         seq_length=8,
         global_batch_size=4,
-        aux_coef=0.02,
-        z_coef=0.001,
+        router_aux_loss_coef=0.02,
+        router_z_loss_coef=0.001,
         optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.1),
-        schedule=ScheduleConfig(warmup_steps=2),
+        warmup_steps=2,
     )
 
 
 @pytest.fixture(scope="session")
 def text():
-    """61 tokens: seven windows of eight, and one of four."""
+    """61 tokens: seven sequences of eight, and one of four."""
     return np.random.default_rng(3).integers(3, 48, 61).tolist()
 
 
@@ -124,7 +123,7 @@ def make_update(compiled, sparse, capacity, training):
 
 @pytest.fixture
 def data(training, text):
-    return InMemoryWindows(text, training.seq_length, training.global_batch_size, training.seed)
+    return InMemorySequences(text, training.seq_length, training.global_batch_size, training.seed)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Perplexity and accuracy: each window once, whatever the batch."""
+"""Perplexity and accuracy: each sequence once, whatever the batch."""
 
 import math
 
@@ -11,7 +11,7 @@ from support.models import fill
 
 from mistral_ms.checkpoint import save_native
 from mistral_ms.config import DataConfig, ModelConfig
-from mistral_ms.datasets import MindRecordWindows, build_dataset
+from mistral_ms.datasets import MindRecordSequences, build_dataset
 from mistral_ms.errors import CheckpointError, DataError
 from mistral_ms.models import CausalLM
 from mistral_ms.tokenizer import packaged_tokenizer
@@ -24,7 +24,7 @@ def data(tmp_path_factory):
     (root / "text.txt").write_text("A rope, a lamp, a ladder; the tide, the tower.\n" * 4)
     config = DataConfig(seq_length=12)
     build_dataset([root / "text.txt"], packaged_tokenizer(), config, root / "set")
-    return MindRecordWindows(root / "set", 1, 0)
+    return MindRecordSequences(root / "set", 1, 0)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def pair():
 
 def test_equals_torch_over_the_whole_dataset(pair, data):
     nll, right, tokens = 0.0, 0, 0
-    for number in range(data.windows):
+    for number in range(data.sequences):
         batch = data.read(np.array([number]))
         real = int(batch.present)
         with torch.no_grad():
@@ -46,12 +46,12 @@ def test_equals_torch_over_the_whole_dataset(pair, data):
     model = fill(CausalLM(pair.config), pair.weights())
     calls = []
     found = evaluate(model, data, 4, lambda done, total: calls.append((done, total)))
-    assert data.windows % 4, "the last batch must be short"
+    assert data.sequences % 4, "the last batch must be short"
     assert found.tokens == tokens == data.info.counts.predicted
     assert found.loss == pytest.approx(nll / tokens, rel=1e-5)
     assert found.perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-4)
     assert found.accuracy == right / tokens
-    assert calls[-1] == (data.windows, data.windows)
+    assert calls[-1] == (data.sequences, data.sequences)
     one_by_one = evaluate(model, data, 1)
     assert one_by_one.loss == pytest.approx(found.loss, rel=1e-6)  # order of a sum
     assert one_by_one.accuracy == found.accuracy

@@ -13,7 +13,7 @@ from mistral_ms.training.statistics import layer_statistics
 
 @pytest.mark.slow
 def test_names_the_samples_and_the_first_layer_that_broke(make_update, data, tmp_path):
-    update = make_update(layers=2, micro_batches=2)
+    update = make_update(layers=2, gradient_accumulation_steps=2)
     weight = update.model.layers[1].attention.v_proj.weight
     values = weight.asnumpy().copy()
     values[0, 3] = np.inf

@@ -127,10 +127,10 @@ def test_dropped_shows_percent_and_a_centred_mean(drawn):
 
 
 @pytest.mark.parametrize(
-    ("window", "want"), [(1, [0, 3, 6, 9]), (3, [1.5, 3, 6, 7.5]), (9, [4.5] * 4)]
+    ("sequence", "want"), [(1, [0, 3, 6, 9]), (3, [1.5, 3, 6, 7.5]), (9, [4.5] * 4)]
 )
-def test_smoothing_by_hand(window, want):
-    assert module._smooth(np.array([0.0, 3, 6, 9]), window) == pytest.approx(want)
+def test_smoothing_by_hand(sequence, want):
+    assert module._smooth(np.array([0.0, 3, 6, 9]), sequence) == pytest.approx(want)
 
 
 def test_router_losses_have_a_panel_each_by_their_names(drawn):

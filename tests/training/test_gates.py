@@ -18,10 +18,9 @@ from mistral_ms.config import (
     DROPLESS,
     GateSettings,
     ParallelConfig,
-    ScheduleConfig,
     TrainingConfig,
 )
-from mistral_ms.datasets import InMemoryWindows
+from mistral_ms.datasets import InMemorySequences
 from mistral_ms.errors import CheckpointError, ConfigError
 from mistral_ms.models import CausalLM, Objective
 from mistral_ms.moe import Gate, register_gate
@@ -85,8 +84,9 @@ STEPS, SAVED = 4, 2
 
 def training(micro_batches):
     return TrainingConfig(
-        steps=STEPS, seq_length=8, global_batch_size=4, micro_batches=micro_batches, seed=11,
-        aux_coef=0.0, router_losses={"spread": 0.01}, schedule=ScheduleConfig(kind="constant"),
+        max_steps=STEPS, seq_length=8, global_batch_size=4,
+        gradient_accumulation_steps=micro_batches, seed=11,
+        router_aux_loss_coef=0.0, router_losses={"spread": 0.01}, lr_scheduler_type="constant",
     )  # fmt: skip
 
 
@@ -96,8 +96,8 @@ def fresh(micro_batches, seed):
     return TrainStep(net, training(micro_batches))
 
 
-def windows():
-    return InMemoryWindows(np.random.default_rng(3).integers(3, 48, 61).tolist(), 8, 4, 0)
+def sequences():
+    return InMemorySequences(np.random.default_rng(3).integers(3, 48, 61).tolist(), 8, 4, 0)
 
 
 def values(update):
@@ -113,11 +113,11 @@ def saved(tmp_path_factory):
     two steps with the values then.
     """
     update, path = fresh(2, 0), tmp_path_factory.mktemp("gates") / "checkpoint"
-    results = run_steps(update, windows(), SAVED)
+    results = run_steps(update, sequences(), SAVED)
     between = values(update)
     identity = Identity(CONFIG, DROPLESS, training(2), ParallelConfig(), "digest")
     take_snapshot(update, identity).write(path, {})
-    results += [update(windows().batch(step)) for step in range(SAVED, STEPS)]
+    results += [update(sequences().batch(step)) for step in range(SAVED, STEPS)]
     return results, values(update), path, between
 
 
@@ -125,7 +125,7 @@ def test_state_follows_the_counts_of_the_whole_batch(saved):
     results, after, _, between = saved
     pressure = np.zeros(8, np.float32)
     for step, result in enumerate(results):
-        assert result.routed_LE.sum() == 2 * windows().batch(step).present
+        assert result.routed_LE.sum() == 2 * sequences().batch(step).present
         excess = result.routed_LE[0] / np.float32(result.routed_LE[0].mean()) - np.float32(1)
         pressure = pressure + np.float32(0.5) * excess
         if step == SAVED - 1:
@@ -155,7 +155,7 @@ def test_resume_and_micro_batches_draw_the_same(saved):
     for name, value in values(update).items():
         assert value.tobytes() == between[name].tobytes(), name
     for step in range(SAVED, STEPS):
-        result, want = update(windows().batch(step)), results[step]
+        result, want = update(sequences().batch(step)), results[step]
         np.testing.assert_array_equal(result.routed_LE, want.routed_LE)
         # Means of two micro-batches against one sum: float32 rounds them otherwise.
         assert result.lm_loss == pytest.approx(want.lm_loss, rel=1e-5)
@@ -197,18 +197,18 @@ def test_losses_that_are_not_there(gate, losses, message):
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
-        ({"aux": 0.1}, r"the coefficient of aux is training\.aux_coef"),
+        ({"aux": 0.1}, r"the coefficient of aux is training\.router_aux_loss_coef"),
         ({"load": -1}, "load: -1 must be 0 or more"),
         ({"load": float("inf")}, "must be 0 or more, and finite"),
     ],
 )
 def test_impossible_coefficients(losses, message):
     with pytest.raises(ValueError, match=message):
-        TrainingConfig(steps=1, seq_length=8, global_batch_size=1, router_losses=losses)
+        TrainingConfig(max_steps=1, seq_length=8, global_batch_size=1, router_losses=losses)
 
 
 def test_the_place_of_a_row_is_that_in_the_global_batch():
-    batch = windows().batch(0)
+    batch = sequences().batch(0)
     rows = [part.rows_B.tolist() for half in batch.split(2) for part in half.split(2)]
     assert rows == [[0], [1], [2], [3]]
     assert batch.of_rows(np.array([2, 0])).rows_B.tolist() == [2, 0]

@@ -42,15 +42,21 @@ def no_pictures():
 def run_file(tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     (root / "text.txt").write_text("The tide turns twice a day, and nobody thanks it. " * 12)
-    training = dict(steps=STEPS, seq_length=8, global_batch_size=4, aux_coef=0.02, z_coef=0.001)
+    training = dict(
+        max_steps=STEPS,
+        seq_length=8,
+        global_batch_size=4,
+        router_aux_loss_coef=0.02,
+        router_z_loss_coef=0.001,
+    )
     values = dict(
         model=MODEL,
         data=dict(
             inputs=["text.txt"], tokenizer="packaged-v1", packing=dict(boundaries="attention")
         ),
         routing=dict(policy="capacity", aux_loss="per_layer", capacity_factor=0.9),
-        training=dict(**training, clip_norm=0.5, optimizer=dict(learning_rate=1e-2)),
-        checkpoint=dict(every=3, keep_last=None),
+        training=dict(**training, max_grad_norm=0.5, optimizer=dict(learning_rate=1e-2)),
+        checkpoint=dict(save_steps=3, save_total_limit=None),
     )
     path = root / "small.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -139,10 +145,10 @@ def test_float16_computes_what_the_explicit_path_computes(trained):
     """
     half = (
         "training.dtype=float16",
-        "training.steps=3",
+        "training.max_steps=3",
         "model.num_hidden_layers=1",
         "model.moe.sparse_layers=[0]",
-        "checkpoint.every=null",
+        "checkpoint.save_steps=null",
     )
     rounding = 2.0**-11
     for mine, wanted in zip(records(trained(GRAPH, *half)), records(trained(*half)), strict=True):
@@ -158,6 +164,8 @@ def test_float16_computes_what_the_explicit_path_computes(trained):
 
 
 def test_refused(run_file, tmp_path):
-    run = load_run_config(run_file, (GRAPH, "training.micro_batches=2"))
-    with pytest.raises(ConfigError, match=r"impossible graph: training\.micro_batches: 2"):
+    run = load_run_config(run_file, (GRAPH, "training.gradient_accumulation_steps=2"))
+    with pytest.raises(
+        ConfigError, match=r"impossible graph: training\.gradient_accumulation_steps: 2"
+    ):
         TrainingRun(run, tmp_path / "out", resume=False, say=lambda line: None)

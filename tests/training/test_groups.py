@@ -11,10 +11,10 @@ from support.models import fill
 from support.training import torch_group_loss
 
 from mistral_ms.config import DROPLESS, RoutingConfig
-from mistral_ms.datasets import InMemoryWindows
+from mistral_ms.datasets import InMemorySequences
 from mistral_ms.models import CausalLM, LossReport, Objective
 from mistral_ms.ops.modes import graph_mode
-from mistral_ms.training.graphs import MicroGradients, batch_tensors
+from mistral_ms.training.graphs import MicroBatchGradients, batch_tensors
 
 pytestmark = pytest.mark.usefixtures("strict_graphs")
 
@@ -31,9 +31,9 @@ def pair():
 
 @pytest.fixture(scope="module")
 def batch():
-    """Six windows, the last of the text among them: a third of it is padding."""
+    """Six sequences, the last of the text among them: a third of it is padding."""
     ids = np.random.default_rng(1).integers(3, 320, 12 * 5 + 5).tolist()
-    batch = InMemoryWindows(ids, 12, 6, seed=0).batch(0)
+    batch = InMemorySequences(ids, 12, 6, seed=0).batch(0)
     assert (batch.positions_BS < 0).any()
     return batch
 
@@ -45,15 +45,17 @@ def summed(pair, batch):
     """
 
     @functools.cache
-    def compiled(routing, aux_coef, z_coef):
+    def compiled(routing, router_aux_loss_coef, router_z_loss_coef):
         model = fill(CausalLM(pair.config, routing), pair.weights())
         weights = model.weights()
-        objective = Objective(model, aux_coef=aux_coef, z_coef=z_coef)
-        return weights, MicroGradients(objective, weights)
+        objective = Objective(
+            model, router_aux_loss_coef=router_aux_loss_coef, router_z_loss_coef=router_z_loss_coef
+        )
+        return weights, MicroBatchGradients(objective, weights)
 
     @functools.cache
-    def compute(routing, parts, aux_coef, z_coef, scale=1.0):
-        weights, micro = compiled(routing, aux_coef, z_coef)
+    def compute(routing, parts, router_aux_loss_coef, router_z_loss_coef, scale=1.0):
+        weights, micro = compiled(routing, router_aux_loss_coef, router_z_loss_coef)
         scales = Tensor(np.array([1 / batch.tokens, 1 / batch.present, scale], np.float32))
         losses, gradients = 0.0, {name: 0.0 for name in weights}
         for part in batch.split(parts):
@@ -103,7 +105,7 @@ def test_without_dropping_and_router_losses_groups_make_no_difference(summed):
 
 @pytest.mark.slow
 def test_with_a_capacity_groups_are_groups(summed):
-    """Each group has its own places: another cut drops others, so it is another gradient."""
+    """Each group has its own slots: another cut drops others, so it is another gradient."""
     routing = RoutingConfig(policy="capacity", capacity_factor=0.6)
     whole, cut = (summed(routing, parts, 0.0, 0.0)[1] for parts in (1, 3))
     name = "layers.1.moe.experts.w2"

@@ -10,7 +10,7 @@ from mistral_ms.training import NotFiniteError, Progress, StepResult, TrainStep,
 
 
 def test_learns_and_reports_every_step(make_model, sparse, capacity, training, data):
-    config = training.model_copy(update={"steps": 40})
+    config = training.model_copy(update={"max_steps": 40})
     records, calls = [], []
     update = TrainStep(make_model(sparse, capacity), config)
     summary = train(update, data, [records.append, calls.append])
@@ -47,12 +47,12 @@ class TestAroundTheStep:
     def test_each_step_gets_its_batch(self, training, data):
         update = Scripted(training)
         train(update, data)
-        want = [(step, data.batch(step).samples_B.tolist()) for step in range(training.steps)]
+        want = [(step, data.batch(step).samples_B.tolist()) for step in range(training.max_steps)]
         assert update.calls == want
 
     def test_one_step(self, training, data):
         records = []
-        update = Scripted(training.model_copy(update={"steps": 1}))
+        update = Scripted(training.model_copy(update={"max_steps": 1}))
         summary = train(update, data, [records.append])
         assert summary.first_lm_loss == summary.final_lm_loss == 10.0
         assert summary.tokens_per_s == records[0].tokens_per_s
@@ -65,7 +65,7 @@ class TestAroundTheStep:
 
     def test_goes_on_where_it_was(self, training, data):
         before, after = [], []
-        train(Scripted(training.model_copy(update={"steps": 4})), data, [before.append])
+        train(Scripted(training.model_copy(update={"max_steps": 4})), data, [before.append])
         update = Scripted(training, step=4)
         summary = train(update, data, [after.append], history=before)
         assert [call[0] for call in update.calls] == [4, 5]

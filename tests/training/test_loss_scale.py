@@ -37,7 +37,7 @@ class TestScale:
 def test_an_overflow_skips_the_update_and_nothing_else(make_update, data):
     """2^31 overflows float16's gradients; a few halvings later training goes on."""
     scaling = LossScaleConfig(initial=2.0**31, growth_interval=100)
-    update = make_update(steps=40, dtype="float16", loss_scale=scaling)
+    update = make_update(max_steps=40, dtype="float16", loss_scale=scaling)
     before = bits(update)
     first = run_steps(update, data, 1)[0]
     assert not first.finite
@@ -58,7 +58,8 @@ def test_follows_float32(make_update, data):
     courses = [
         [result.lm_loss for result in run_steps(update, data, 15)]
         for update in (
-            make_update(steps=15, dtype=dtype, micro_batches=2) for dtype in ("float32", "float16")
+            make_update(max_steps=15, dtype=dtype, gradient_accumulation_steps=2)
+            for dtype in ("float32", "float16")
         )
     ]
     # A rounding to 11 bits is 5e-4; now and then it makes a token choose another expert, which
@@ -71,7 +72,7 @@ def test_follows_float32(make_update, data):
 def test_masters_take_steps_too_small_for_float16(make_update, data):
     """At a rate of 1e-6 the rounded weights hardly move; the masters do."""
     optimizer = make_update().config.optimizer.model_copy(update={"learning_rate": 1e-6})
-    update = make_update(steps=4, dtype="float16", optimizer=optimizer)
+    update = make_update(max_steps=4, dtype="float16", optimizer=optimizer)
     name = "master.layers.0.attention.q_proj.weight"
     before = update.optimizer.state()[name].asnumpy().copy()
     run_steps(update, data, 3)

@@ -14,7 +14,7 @@ STEPS = 20
 MODES = [
     pytest.param({}, id="float32"),
     pytest.param(
-        {"dtype": "float16", "micro_batches": 2},
+        {"dtype": "float16", "gradient_accumulation_steps": 2},
         id="float16-accumulated",
         marks=pytest.mark.slow,
     ),
@@ -22,7 +22,7 @@ MODES = [
 
 
 def make(make_update, offload, **options):
-    return make_update(steps=STEPS, offload_optimizer=offload, **options)
+    return make_update(max_steps=STEPS, offload_optimizer=offload, **options)
 
 
 def on_host(make_update, bucket, **options):
@@ -65,7 +65,9 @@ BYTES = {
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_bytes_that_are_kept(make_update, dtype, offload, micro_batches):
     """Counted over the parameters of the compiled cells: 12 or 14 a parameter, or 4 or 2."""
-    report = make(make_update, offload, dtype=dtype, micro_batches=micro_batches).memory()
+    report = make(
+        make_update, offload, dtype=dtype, gradient_accumulation_steps=micro_batches
+    ).memory()
     device, host = BYTES[dtype, offload]
     assert report.device_bytes_per_parameter == device
     assert report.host_optimizer == host * report.parameters

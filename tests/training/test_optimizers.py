@@ -8,7 +8,7 @@ from support.training import as_reported, bits, run_steps
 from mistral_ms.config import OptimizerConfig, ParallelConfig, RoutingConfig, RunConfig
 from mistral_ms.errors import CheckpointError, TrainingError
 from mistral_ms.optimizers import Rule, register
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.training import TrainStep
 from mistral_ms.training.graph_step import GraphTrainStep
 from mistral_ms.training.identity import Identity
@@ -65,7 +65,7 @@ OPTIMIZERS = {
             {"pattern": "layers.0.moe.router.*", "frozen": True},
             {"pattern": "lm_head.*", "lr_factor": 3.0},
         ],
-        "clip_norm": 0.1,
+        "max_grad_norm": 0.1,
     },
 }
 
@@ -134,12 +134,12 @@ def test_muon_with_groups_by_the_auto_parallel_graph(sparse, data, training):
         training=training.model_dump() | OPTIMIZERS["muon with groups"],
         parallel={"execution": "graph"},
     )
-    graph = GraphTrainStep(run, Division(run.parallel), segmented=False)
+    graph = GraphTrainStep(run, ParallelContext(run.parallel), segmented=False)
     graph.storage.initialize(graph.held(), 0)
-    explicit = Division(ParallelConfig())
+    explicit = ParallelContext(ParallelConfig())
     model = explicit.build_model(one, run.routing)
     explicit.initialize(model, 0)
-    wanted = TrainStep(model, run.training, pooled_aux=False, division=explicit)
+    wanted = TrainStep(model, run.training, pooled_aux=False, parallel_context=explicit)
     assert graph.state().keys() == wanted.state().keys()
     assert graph.state_kinds() == wanted.state_kinds()
     results = run_steps(graph, data, FIRST), run_steps(wanted, data, FIRST)

@@ -38,7 +38,7 @@ class TestLog:
 
     def test_says_loss_speed_rate_and_time_left(self):
         lines = show(steps=301, seconds_per_step=0.5).splitlines()
-        assert lines[1].startswith("step  21 of 301  loss  0.0476    1234 tokens/s  rate 1.0e-03")
+        assert lines[1].startswith("step  21 of 301  loss  0.0476    1234 tokens/s  lr 1.0e-03")
         assert lines[1].endswith("2:20 left")
         assert lines[0].endswith("? left"), "one step says nothing about speed"
         assert lines[-1].endswith("0:00 left")

@@ -34,8 +34,8 @@ def run_file(tmp_path_factory):
     values = dict(
         model=MODEL,
         data=dict(inputs=["text.txt"], tokenizer="packaged-v1"),
-        training=dict(steps=4, seq_length=8, global_batch_size=2),
-        checkpoint=dict(every=2),
+        training=dict(max_steps=4, seq_length=8, global_batch_size=2),
+        checkpoint=dict(save_steps=2),
     )
     path = root / "small.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -84,7 +84,7 @@ class TestRefusedBeforeAnythingIsWritten:
 
     def test_another_windows_length_names_both(self, prepare, finished):
         dataset = finished.files.dataset
-        message = r"training\.seq_length: 16: the dataset .* has windows of 8 tokens"
+        message = r"training\.seq_length: 16: the dataset .* has sequences of 8 tokens"
         with pytest.raises(ConfigError, match=message):
             prepare(f"data.dataset={dataset}", "data.tokenizer=null", "training.seq_length=16")
 
@@ -132,7 +132,7 @@ class TestWhatARunLeaves:
 
     def test_the_configuration_can_be_run_again(self, finished, tmp_path):
         run = load_run_config(finished.files.config)
-        assert (run.training.steps, run.model.vocab_size) == (4, 32000)
+        assert (run.training.max_steps, run.model.vocab_size) == (4, 32000)
 
     def test_checkpoints_carry_the_tokenizer(self, finished):
         with open_checkpoint(finished.checkpoint) as source:
@@ -165,10 +165,12 @@ class TestResume:
         with shard.with_suffix(".safetensors").open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x55")
-        run = prepare("training.steps=6", resume=True)
+        run = prepare("training.max_steps=6", resume=True)
         passed, changed, resuming = run.said
         assert "passed over" in passed and "step-00000004: damaged: the bytes of opt" in passed
-        assert changed == ("changed since the checkpoint: training.steps: 4 before, 6 from here on")
+        assert changed == (
+            "changed since the checkpoint: training.max_steps: 4 before, 6 from here on"
+        )
         assert resuming.endswith("resuming from " + str(run.series.path(2)))
         assert run.update.progress.step == 2
         assert [record.step for record in run.history] == [1, 2]
@@ -184,7 +186,7 @@ class TestResume:
         values["data"] |= {"inputs": ["gone/text.txt"], "tokenizer": "gone/tokenizer.model"}
         values["output"] = "elsewhere"
         (moved / "run.yaml").write_text(yaml.safe_dump(values))
-        config, run = _run_config(None, moved, ["training.steps=6"])
+        config, run = _run_config(None, moved, ["training.max_steps=6"])
         assert (config, run.output) == (moved / "run.yaml", None)
         resumed = TrainingRun(run, moved, resume=True, say=lambda line: None)
         assert resumed.update.progress.step == 4
@@ -269,7 +271,7 @@ class TestFailure:
         import errno
         import os
 
-        run = prepare("checkpoint.every=1")
+        run = prepare("checkpoint.save_steps=1")
         write, written = os.write, [0]
 
         def full(descriptor, data):

@@ -21,7 +21,7 @@ SCALED = {"dtype": "float16", "loss_scale": SCALE}
 MODES = [
     pytest.param({}, {}, id="device"),
     pytest.param(
-        *({"offload_optimizer": "host", "micro_batches": 2},) * 2,
+        *({"offload_optimizer": "host", "gradient_accumulation_steps": 2},) * 2,
         id="host, accumulated",
         marks=pytest.mark.slow,
     ),
@@ -51,14 +51,14 @@ def identity(sparse, capacity):
 
 @pytest.mark.parametrize(("before", "after"), MODES)
 def test_resume_is_exact(make_update, data, identity, tmp_path, before, after):
-    whole = make_update(steps=STEPS, **before)
+    whole = make_update(max_steps=STEPS, **before)
     want = run_steps(whole, data, FIRST)
     take_snapshot(whole, identity(whole)).write(tmp_path / "checkpoint", {})
     saved = replace(whole.progress)
     want += run_steps(whole, data, STEPS - FIRST)
 
     # weights of another training: everything must come from the checkpoint
-    second = make_update(steps=STEPS, **after | {"seed": 99})
+    second = make_update(max_steps=STEPS, **after | {"seed": 99})
     restore(second, tmp_path / "checkpoint")
     assert second.progress == saved
     results = want[:FIRST] + run_steps(second, data, STEPS - FIRST)
@@ -142,11 +142,13 @@ class TestRefused:
         update = make_update()
         state = identity(update).as_dict()
         assert identity(update).compare(state, "C") == []
-        longer = update.config.model_copy(update={"steps": 60, "micro_batches": 2})
+        longer = update.config.model_copy(
+            update={"max_steps": 60, "gradient_accumulation_steps": 2}
+        )
         told = identity(update, training=longer).compare(state, "C")
         assert told == [
-            "training.micro_batches: 1 before, 2 from here on",
-            "training.steps: 6 before, 60 from here on",
+            "training.gradient_accumulation_steps: 1 before, 2 from here on",
+            "training.max_steps: 6 before, 60 from here on",
         ]
 
     def test_how_files_hold_the_weights_is_no_other_model(self, make_update, identity, sparse):

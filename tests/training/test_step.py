@@ -11,13 +11,12 @@ from mistral_ms.config import (
     DROPLESS,
     OptimizerConfig,
     ParallelConfig,
-    ScheduleConfig,
     TrainingConfig,
 )
-from mistral_ms.datasets import InMemoryWindows
+from mistral_ms.datasets import InMemorySequences
 from mistral_ms.models import CausalLM
 from mistral_ms.optimizers import settings_of
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.training import TrainStep, learning_rate
 
 pytestmark = pytest.mark.usefixtures("strict_graphs")
@@ -29,10 +28,10 @@ NORM = 1e-4
 """Relative: gradients agree to 1e-5 of each tensor's largest element."""
 
 
-def run(model, text, config, division=None):
-    data = InMemoryWindows(text, config.seq_length, config.global_batch_size, config.seed)
-    update = TrainStep(model, config, division=division)
-    return [update(data.batch(step)) for step in range(config.steps)]
+def run(model, text, config, parallel_context=None):
+    data = InMemorySequences(text, config.seq_length, config.global_batch_size, config.seed)
+    update = TrainStep(model, config, parallel_context=parallel_context)
+    return [update(data.batch(step)) for step in range(config.max_steps)]
 
 
 def bits(model):
@@ -48,10 +47,10 @@ def torch_training(pair, data, config):
     ]
     chosen = settings_of(config.optimizer)
     adamw = torch.optim.AdamW(
-        groups, betas=(chosen.beta1, chosen.beta2), eps=chosen.eps,
+        groups, betas=(chosen.adam_beta1, chosen.adam_beta2), eps=chosen.adam_epsilon,
         weight_decay=chosen.weight_decay,
     )  # fmt: skip
-    for step in range(config.steps):
+    for step in range(config.max_steps):
         batch = data.batch(step)
         assert batch.positions_BS.min() == 0, "Hugging Face is given no padding here"
         # shift_labels: ours are already the next tokens
@@ -59,7 +58,7 @@ def torch_training(pair, data, config):
         output = pair.hf(torch.tensor(batch.ids_BS).long(), labels=labels, shift_labels=labels)
         adamw.zero_grad()
         output.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(named.values(), config.clip_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), config.max_grad_norm).item()
         for group in adamw.param_groups:
             group["lr"] = learning_rate(config, step)
         adamw.step()
@@ -70,12 +69,17 @@ def torch_training(pair, data, config):
     ("steps", "optimizer"),
     [
         # slow beta2 and large eps: a wrong bias correction or eps would part the losses at once
-        (6, OptimizerConfig(learning_rate=5e-3, beta2=0.999, eps=1e-4, weight_decay=0.1)),
+        (
+            6,
+            OptimizerConfig(
+                learning_rate=5e-3, adam_beta2=0.999, adam_epsilon=1e-4, weight_decay=0.1
+            ),
+        ),
         # a usual one, over many steps; eps keeps elements whose gradient is rounding noise from
         # being moved by its sign
         pytest.param(
             50,
-            OptimizerConfig(learning_rate=1e-3, eps=1e-5, weight_decay=0.1),
+            OptimizerConfig(learning_rate=1e-3, adam_epsilon=1e-5, weight_decay=0.1),
             marks=pytest.mark.slow,
         ),
     ],
@@ -83,13 +87,14 @@ def torch_training(pair, data, config):
 )
 def test_follows_hugging_face_and_torch_adamw(steps, optimizer):
     config = TrainingConfig(
-        steps=steps, seq_length=12, global_batch_size=4, aux_coef=COEF, clip_norm=0.5,
-        micro_batches=1, optimizer=optimizer, schedule=ScheduleConfig(warmup_steps=2),
+        max_steps=steps, seq_length=12, global_batch_size=4, router_aux_loss_coef=COEF,
+        max_grad_norm=0.5,
+        gradient_accumulation_steps=1, optimizer=optimizer, warmup_steps=2,
     )  # fmt: skip
     pair = make_pair("mixtral", router_aux_loss_coef=COEF)
     text = np.random.default_rng(1).integers(3, 320, 12 * 8 + 1).tolist()
     ours = run(fill(CausalLM(pair.config, DROPLESS), pair.weights()), text, config)
-    data = InMemoryWindows(text, 12, 4, seed=0)
+    data = InMemorySequences(text, 12, 4, seed=0)
     for step, (got, want) in enumerate(zip(ours, torch_training(pair, data, config), strict=True)):
         loss, aux, norm = want
         assert got.loss == pytest.approx(loss, rel=LOSS), step
@@ -112,8 +117,8 @@ def test_recomputing_changes_no_bit(
 ):
     """The same operations on the same numbers, only later."""
     model = make_model(sparse, capacity)
-    division = Division(ParallelConfig(recompute=recompute))
-    results = run(model, text, training, division)
+    parallel_context = ParallelContext(ParallelConfig(recompute=recompute))
+    results = run(model, text, training, parallel_context)
     assert [r.loss for r in results] == [r.loss for r in trained[0]]
     assert [r.grad_norm for r in results] == [r.grad_norm for r in trained[0]]
     assert bits(model) == trained[1]
@@ -127,17 +132,17 @@ class TestSparse:
             assert got.grad_norm > 0
 
     def test_counts_choices_and_drops(self, trained, training, text):
-        data = InMemoryWindows(text, 8, 4, training.seed)
+        data = InMemorySequences(text, 8, 4, training.seed)
         for step, got in enumerate(trained[0]):
             assert got.routed_LE.shape == got.kept_LE.shape == (2, 4)
             assert got.routed_LE.sum(-1).tolist() == [2 * data.batch(step).tokens] * 2
-            # ceil(1.1 * 2 * 32 / 4) places, padding or not
+            # ceil(1.1 * 2 * 32 / 4) slots, padding or not
             assert (got.kept_LE == np.minimum(got.routed_LE, 18)).all()
         assert any((got.kept_LE < got.routed_LE).any() for got in trained[0])
 
     def test_reports_the_rate_it_used(self, trained, training):
         rates = [got.learning_rate for got in trained[0]]
-        assert rates == [learning_rate(training, step) for step in range(training.steps)]
+        assert rates == [learning_rate(training, step) for step in range(training.max_steps)]
 
     @pytest.mark.slow
     def test_another_training_ends_with_the_same_bits(

@@ -5,7 +5,7 @@ import pytest
 from mindspore import Tensor
 from support.configs import TINY, model
 from support.training import run_steps
-from weights.toy import KINDS, ToyParts
+from weights.toy import KINDS, ToyLayerFactory
 
 from mistral_ms.checkpoint import convert, open_checkpoint, our_shapes, presplit, save_native
 from mistral_ms.config import (
@@ -13,11 +13,10 @@ from mistral_ms.config import (
     OptimizerConfig,
     ParallelConfig,
     RoutingConfig,
-    ScheduleConfig,
     TrainingConfig,
 )
 from mistral_ms.config.layout import Sizes
-from mistral_ms.datasets import InMemoryWindows
+from mistral_ms.datasets import InMemorySequences
 from mistral_ms.errors import CheckpointError, WeightError
 from mistral_ms.models import CausalLM
 from mistral_ms.parallel.graph.storage import GraphStorage
@@ -98,44 +97,44 @@ def ranks(sizes):
     """What each rank of a layout writes."""
     topology, stages = Topology(sizes), stages_of(CONFIG, sizes.pp)
     return [
-        written_parts(held_specs(stages[place.pp], SPECS.values()), topology, place.rank)
-        for place in topology.places
+        written_parts(held_specs(stages[coords.pp], SPECS.values()), topology, coords.rank)
+        for coords in topology.all_coords
     ]
 
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
 def test_parts_of_one_layout_are_read_in_any_other(saved, values, tmp_path, sizes):
-    presplit(saved, tmp_path / "parts", ranks(sizes), str(sizes))
-    with open_checkpoint(tmp_path / "parts") as source:
+    presplit(saved, tmp_path / "layer_factory", ranks(sizes), str(sizes))
+    with open_checkpoint(tmp_path / "layer_factory") as source:
         assert source.config.layer_kinds == KINDS
         for wanted in LAYOUTS:
             topology = Topology(wanted)
             for name, spec in SPECS.items():
                 for rank in range(wanted.world):
-                    window = weight_slice(spec, topology, rank)
+                    local_slice = weight_slice(spec, topology, rank)
                     np.testing.assert_array_equal(
-                        source.read_window(name, window), values[name][window]
+                        source.read_slice(name, local_slice), values[name][local_slice]
                     )
 
 
-@pytest.mark.parametrize("shared_out", [False, True])
+@pytest.mark.parametrize("zero1", [False, True])
 @pytest.mark.parametrize("sizes", LAYOUTS[1:], ids=str)
-def test_graph_layouts(values, sizes, shared_out):
+def test_graph_layouts(values, sizes, zero1):
     """Every element is saved once, and goes into the graph's form and back."""
     parallel = ParallelConfig(
-        dp=sizes.dp, mp=sizes.mp, pp=sizes.pp, ep=sizes.ep, optimizer_parallel=shared_out
+        dp=sizes.dp, mp=sizes.mp, pp=sizes.pp, ep=sizes.ep, optimizer_parallel=zero1
     )
     seen = {name: np.zeros(spec.shape, int) for name, spec in SPECS.items()}
     for rank in range(parallel.world):
         storage = GraphStorage(CONFIG, parallel, rank)
         written = storage.written(storage.specs)
         for name in storage.specs:
-            window = storage.window(name)
-            seen[name][window] += name in written
-            kept = storage.to_parameter(name, values[name][window])
-            assert kept.shape == storage.parameter_shape(name, values[name][window].shape)
+            local_slice = storage.local_slice(name)
+            seen[name][local_slice] += name in written
+            kept = storage.to_parameter(name, values[name][local_slice])
+            assert kept.shape == storage.parameter_shape(name, values[name][local_slice].shape)
             np.testing.assert_array_equal(
-                storage.from_parameter(name, kept), values[name][window], err_msg=name
+                storage.from_parameter(name, kept), values[name][local_slice], err_msg=name
             )
     assert all((times == 1).all() for times in seen.values())
 
@@ -177,14 +176,14 @@ def test_partial_gradients_are_added_up_among_tensor_parallel_ranks_too():
     reduction = Reduction(weights, Groups(), SPECS)
     found = reduction.gradients(tuple(weights.values()))
     assert [gradient.asnumpy().tolist() for gradient in found] == [[30, 30], [6, 6], [3, 3]]
-    assert [reduction.copies(name) for name in names] == [30, 30, 3]
+    assert [reduction.num_replicas(name) for name in names] == [30, 30, 3]
 
 
 def test_parameters_and_specifications_must_agree():
     plain = CONFIG.model_copy(update={"layer_kinds": LayerKinds()})
     name = "layers.0.attention.q_norm.weight"
     with pytest.raises(WeightError, match=f"weight without a specification: {name}"):
-        CausalLM(plain, ROUTING, parts=ToyParts(plain, ROUTING))
+        CausalLM(plain, ROUTING, layer_factory=ToyLayerFactory(plain, ROUTING))
     with pytest.raises(WeightError, match=f"specification without a weight: {name}"):
         CausalLM(CONFIG, ROUTING)
 
@@ -193,11 +192,11 @@ def test_parameters_and_specifications_must_agree():
 def test_training_with_a_frozen_weight_and_resume(tmp_path):
     """Three steps; the bits of everything that a checkpoint brings back."""
     config = TrainingConfig(
-        steps=4,
+        max_steps=4,
         seq_length=8,
         global_batch_size=4,
         optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=0.1),
-        schedule=ScheduleConfig(kind="constant"),
+        lr_scheduler_type="constant",
     )
     one = CONFIG.model_copy(
         update={
@@ -208,15 +207,15 @@ def test_training_with_a_frozen_weight_and_resume(tmp_path):
     frozen = FROZEN.replace("layers.1", "layers.0")
 
     def fresh(seed):
-        net = CausalLM(one, ROUTING, parts=ToyParts(one, ROUTING))
+        net = CausalLM(one, ROUTING, layer_factory=ToyLayerFactory(one, ROUTING))
         net.initialize(seed)
         net.weights()[frozen].requires_grad = False
         return TrainStep(net, config)
 
     update = fresh(0)
     before = {name: weight.asnumpy().copy() for name, weight in update.held().items()}
-    windows = InMemoryWindows(np.random.default_rng(3).integers(3, 48, 61).tolist(), 8, 4, 0)
-    run_steps(update, windows, 3)
+    local_slices = InMemorySequences(np.random.default_rng(3).integers(3, 48, 61).tolist(), 8, 4, 0)
+    run_steps(update, local_slices, 3)
     after = {name: weight.asnumpy().copy() for name, weight in update.held().items()}
     passes = "layers.0.moe.passes"
     assert after[passes].tolist() == [3.0]

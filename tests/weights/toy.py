@@ -10,7 +10,7 @@ from mindspore import Tensor, nn, ops
 from mistral_ms.config import LayerKinds, ModelConfig
 from mistral_ms.layers import Attention, RMSNorm
 from mistral_ms.layers.parameter import weight
-from mistral_ms.models import Parts
+from mistral_ms.models import LayerFactory
 from mistral_ms.moe import MoELayer
 from mistral_ms.moe.gates.softmax_top_k import SoftmaxTopK
 from mistral_ms.ops import reference
@@ -110,7 +110,7 @@ class ToyMoE(MoELayer):
         return ops.depend(y_TH + self.shared_experts(x_TH), counted), sums
 
 
-class ToyParts(Parts):
+class ToyLayerFactory(LayerFactory):
     def attention(self, layer):
         linears = self.linears(attention_specs(self.config))
         return ToyAttention(linears, self.attention_core(layer), self.config, self.dtype)

@@ -142,13 +142,15 @@ class Gate(nn.Cell):
         return _cast(product, ms.float32)
 
     def normal(self, context: GateContext) -> Tensor:
-        """Standard normal float32 [T, E], a function of seed, step, layer, place of the token in
+        """Standard normal float32 [T, E], a function of seed, step, layer, index of the token in
         the global batch, and expert; see :mod:`mistral_ms.ops.reference.random`.
         """
-        seed, step, place_T = context
+        seed, step, token_index_T = context
         first = self.layer * MOST_EXPERTS
         experts_E = _cast(_range(first, first + self.num_experts, 1), ms.int32)
-        return reference.normal((seed, step), (place_T.reshape(-1, 1), experts_E.reshape(1, -1)))
+        return reference.normal(
+            (seed, step), (token_index_T.reshape(-1, 1), experts_E.reshape(1, -1))
+        )
 
     def update(self, routed_E: np.ndarray) -> None:
         """Puts :meth:`next_state` in the place of the state."""

@@ -98,8 +98,8 @@ class NoisyTopK(Gate):
         noisy_TE = logits_TE
         if context is not None:
             noisy_TE = logits_TE + self.normal(context) * std_TE
-        best_TJ, places_TJ = _top_k(noisy_TE, self.top_k + 1)
-        experts_TK = places_TJ[:, : self.top_k]
+        best_TJ, indices_TJ = _top_k(noisy_TE, self.top_k + 1)
+        experts_TK = indices_TJ[:, : self.top_k]
         weights_TK = _softmax(best_TJ[:, : self.top_k])
         chosen_TKE = ops.one_hot(experts_TK, self.num_experts, Tensor(1.0), Tensor(0.0))
         weights_TE = _sum(chosen_TKE * weights_TK.reshape(-1, self.top_k, 1), 1)

@@ -6,14 +6,14 @@ meant for tests. What they compute is what ``mistral_ms.ops.reference`` computes
 """
 
 from mistral_ms.ops.custom.library import check_installed, on_ascend, use_twin
-from mistral_ms.ops.custom.permute import Combine, Dispatch
+from mistral_ms.ops.custom.permute import Permute, Unpermute
 from mistral_ms.ops.custom.routing import AssignSlots, GatingTopK
 
 __all__ = [
     "AssignSlots",
-    "Combine",
-    "Dispatch",
     "GatingTopK",
+    "Permute",
+    "Unpermute",
     "check_installed",
     "on_ascend",
     "use_twin",

@@ -1,8 +1,8 @@
 """Moving token rows to their experts and back by the custom operators.
 
-The same contracts as ``reference.Dispatch`` and ``reference.Combine``. The operators write an
-absent place as -1 where the slot table has an index and a flag. They are given one expert with all
-E * C places, because to whom a place belongs does not matter for moving its row.
+The same contracts as ``reference.Permute`` and ``reference.Unpermute``. The operators write an
+absent slot as -1 where the row id map has an index and a flag. They are given one expert with all
+E * C slots, because to whom a slot belongs does not matter for moving its row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mistral_ms.ops.custom import kernels, library
 _zeros_like = ops.ZerosLike()
 
 
-class Dispatch(nn.Cell):
+class Permute(nn.Cell):
     """Places token rows where their experts compute: [T, H] -> [E * C, H]."""
 
     def __init__(self) -> None:
@@ -27,15 +27,15 @@ class Dispatch(nn.Cell):
     def construct(
         self, x_TH: Tensor, slot_TK: Tensor, kept_TK: Tensor, source_EC: Tensor, filled_EC: Tensor
     ) -> Tensor:
-        """Row of place p = token of the choice that fills p; zero where p is empty."""
-        places, H = source_EC.shape[0], x_TH.shape[1]
-        # the inverse map spares reading a row once for each of its places
+        """Row of slot p = token of the choice that fills p; zero where p is empty."""
+        num_slots, H = source_EC.shape[0], x_TH.shape[1]
+        # the inverse map spares reading a row once for each of its slots
         choices_Q = _or_absent(slot_TK, kept_TK).reshape(-1)
         inputs = (x_TH, _or_absent(source_EC, filled_EC), choices_Q)
-        attrs = (1, places, slot_TK.shape[1])
+        attrs = (1, num_slots, slot_TK.shape[1])
         kernel = kernels.MoeDispatch(*attrs)
         rows = kernels.call(kernel, attrs, inputs, self.twin)
-        return rows.reshape(places, H)
+        return rows.reshape(num_slots, H)
 
     def bprop(
         self,
@@ -47,7 +47,7 @@ class Dispatch(nn.Cell):
         out: Tensor,
         dout: Tensor,
     ) -> tuple[Tensor, ...]:
-        """A token collects the gradients of the places its kept choices fill."""
+        """A token collects the gradients of the slots its kept choices fill."""
         inputs = (dout.reshape(1, *dout.shape), _or_absent(slot_TK, kept_TK).reshape(-1))
         attrs = (slot_TK.shape[1],)
         kernel = kernels.MoeDispatchGrad(*attrs)
@@ -55,7 +55,7 @@ class Dispatch(nn.Cell):
         return (dx_TH, *_no_gradient(slot_TK, kept_TK, source_EC, filled_EC))
 
 
-class Combine(nn.Cell):
+class Unpermute(nn.Cell):
     """Adds up what a token's experts computed: [E * C, H] -> [T, H]."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Combine(nn.Cell):
         source_EC: Tensor,
         filled_EC: Tensor,
     ) -> Tensor:
-        """Sum over the kept choices of weight * row of the choice's place."""
+        """Sum over the kept choices of weight * row of the choice's slot."""
         inputs = (
             y_EC_H.reshape(1, *y_EC_H.shape),
             _or_absent(slot_TK, kept_TK).reshape(-1),
@@ -93,7 +93,7 @@ class Combine(nn.Cell):
         out: Tensor,
         dout: Tensor,
     ) -> tuple[Tensor, ...]:
-        """dy[p] = weight * dout[token of p]; dweight = <y[place], dout[token]>; 0 where empty."""
+        """dy[p] = weight * dout[token of p]; dweight = <y[slot], dout[token]>; 0 where empty."""
         inputs = (
             dout,
             y_EC_H.reshape(1, *y_EC_H.shape),

@@ -6,7 +6,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.ops.custom import kernels, library
-from mistral_ms.ops.reference import SlotTable
+from mistral_ms.ops.reference import RowIdMap
 
 
 class GatingTopK(nn.Cell):
@@ -48,7 +48,7 @@ class AssignSlots(nn.Cell):
 
     Args:
         num_experts: E.
-        choice_major: the order in which places are given.
+        choice_major: the order in which slots are given.
     """
 
     def __init__(self, num_experts: int, choice_major: bool) -> None:
@@ -58,8 +58,8 @@ class AssignSlots(nn.Cell):
         self.drop_priority = int(choice_major)
         self.twin = not library.on_ascend()
 
-    def construct(self, experts_TK: Tensor, valid_T: Tensor, capacity: int) -> SlotTable:
-        """The slot table; nothing in it carries a gradient."""
+    def construct(self, experts_TK: Tensor, valid_T: Tensor, capacity: int) -> RowIdMap:
+        """The row id map; nothing in it carries a gradient."""
         T, K = experts_TK.shape
         # the operator knows padding as choices beyond the last expert
         nobody = ops.fill(ms.int32, (T, K), self.num_experts)

@@ -27,11 +27,11 @@ from mistral_ms.ops.reference.matmul import (
     rows_of_groups,
 )
 from mistral_ms.ops.reference.norm import rms_norm
-from mistral_ms.ops.reference.permute import Combine, Dispatch
+from mistral_ms.ops.reference.permute import Permute, Unpermute
 from mistral_ms.ops.reference.random import normal, threefry2x32, uniform
 from mistral_ms.ops.reference.rope import rotate
 from mistral_ms.ops.reference.routing import (
-    SlotTable,
+    RowIdMap,
     assign_slots,
     count_choices,
     gating_top_k,
@@ -39,9 +39,9 @@ from mistral_ms.ops.reference.routing import (
 )
 
 __all__ = [
-    "Combine",
-    "Dispatch",
-    "SlotTable",
+    "Permute",
+    "RowIdMap",
+    "Unpermute",
     "assign_slots",
     "attention",
     "batched_linear",

@@ -65,5 +65,5 @@ def rows_of_groups(group_sizes_E: Tensor, rows: int) -> Tensor:
     """Bool [E, R]: whether a row belongs to a group, when groups stand side by side."""
     sizes_E1 = ops.maximum(group_sizes_E, 0).reshape(-1, 1)
     first_E1 = _cumsum(sizes_E1, 0) - sizes_E1
-    place_ER = ops.cast(_range(0, rows, 1), ms.int32).reshape(1, -1) - first_E1
-    return ops.logical_and(place_ER >= 0, place_ER < sizes_E1)
+    slot_ER = ops.cast(_range(0, rows, 1), ms.int32).reshape(1, -1) - first_E1
+    return ops.logical_and(slot_ER >= 0, slot_ER < sizes_E1)

@@ -1,9 +1,9 @@
 """Moving token rows to their experts and back, by gathers alone.
 
-With the slot table (each choice knows its place, each place knows its choice) both directions and
+With the row id map (each choice knows its slot, each slot knows its choice) both directions and
 both gradients are gathers: deterministic, and free of atomic additions. Autodiff would turn the
 gathers into scatter-adds; hence the explicit gradients. The last four arguments of both cells are
-the :data:`SlotTable`.
+the :data:`RowIdMap`.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ class _Rows(nn.Cell):
         return _cast(values, like.dtype).reshape(-1, 1)
 
     def no_gradient(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, ...]:
-        """Of a slot table."""
+        """Of a row id map."""
         return _zeros_like(a), _zeros_like(b), _zeros_like(c), _zeros_like(d)
 
 
-class Dispatch(_Rows):
+class Permute(_Rows):
     """Places token rows where their experts compute: [T, H] -> [E * C, H]."""
 
     def construct(
         self, x_TH: Tensor, slot_TK: Tensor, kept_TK: Tensor, source_EC: Tensor, filled_EC: Tensor
     ) -> Tensor:
-        """Row of place p = token of the choice that fills p; zero where p is empty."""
+        """Row of slot p = token of the choice that fills p; zero where p is empty."""
         K = slot_TK.shape[1]
         return _gather(x_TH, source_EC // K, 0) * self.as_column(filled_EC, x_TH)
 
@@ -61,12 +61,12 @@ class Dispatch(_Rows):
         out: Tensor,
         dout: Tensor,
     ) -> tuple[Tensor, ...]:
-        """A token collects the gradients of the places its kept choices fill."""
+        """A token collects the gradients of the slots its kept choices fill."""
         dx_TH = self.weighted_rows(dout, slot_TK, kept_TK)
         return (dx_TH, *self.no_gradient(slot_TK, kept_TK, source_EC, filled_EC))
 
 
-class Combine(_Rows):
+class Unpermute(_Rows):
     """Adds up what a token's experts computed: [E * C, H] -> [T, H]."""
 
     def construct(
@@ -78,7 +78,7 @@ class Combine(_Rows):
         source_EC: Tensor,
         filled_EC: Tensor,
     ) -> Tensor:
-        """Sum over the kept choices of weight * row of the choice's place."""
+        """Sum over the kept choices of weight * row of the choice's slot."""
         return self.weighted_rows(y_EC_H, slot_TK, weights_TK * kept_TK)
 
     def bprop(
@@ -92,7 +92,7 @@ class Combine(_Rows):
         out: Tensor,
         dout: Tensor,
     ) -> tuple[Tensor, ...]:
-        """dy[p] = weight * dout[token of p]; dweight = <y[place], dout[token]>; 0 where empty."""
+        """dy[p] = weight * dout[token of p]; dweight = <y[slot], dout[token]>; 0 where empty."""
         K = slot_TK.shape[1]
         dout_EC_H = _gather(dout, source_EC // K, 0)
         weight_EC = _gather(weights_TK.reshape(-1), source_EC, 0) * filled_EC

@@ -1,4 +1,4 @@
-"""Gating and slot assignment: which expert computes which token, and in which place."""
+"""Gating and slot assignment: which expert computes which token, and in which slot."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _range = ops.Range()
 _ON, _OFF = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
 
 
-SlotTable: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+RowIdMap: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 """Where every choice of every token went; the inverse maps make all gradients gathers.
 
 In this order (a plain tuple: GRAPH_MODE cannot build named ones):
 
-* slot_TK: int32, place of a choice in the [E * C] rows, 0 where it was dropped;
-* kept_TK: float32, 1 where the choice has a place, 0 where it was dropped or is padding;
-* source_EC: int32 [E * C], the choice t * K + k that fills a place, 0 where empty;
-* filled_EC: float32 [E * C], 1 where a place is filled.
+* slot_TK: int32, slot of a choice in the [E * C] rows, 0 where it was dropped;
+* kept_TK: float32, 1 where the choice has a slot, 0 where it was dropped or is padding;
+* source_EC: int32 [E * C], the choice t * K + k that fills a slot, 0 where empty;
+* filled_EC: float32 [E * C], 1 where a slot is filled.
 """
 
 
@@ -57,7 +57,7 @@ def expert_one_hot(experts_TK: Tensor, valid_T: Tensor, num_experts: int) -> Ten
 def count_choices(
     experts_TK: Tensor, valid_T: Tensor, kept_TK: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor]:
-    """Choices per expert before the capacity and those that got a place, float32 [E] each.
+    """Choices per expert before the capacity and those that got a slot, float32 [E] each.
 
     Padding is not counted; neither count carries a gradient.
     """
@@ -69,21 +69,21 @@ def count_choices(
 
 def assign_slots(
     experts_TK: Tensor, valid_T: Tensor, num_experts: int, capacity: int, choice_major: bool
-) -> SlotTable:
-    """Gives each choice the next free place of its expert until the expert is full.
+) -> RowIdMap:
+    """Gives each choice the next free slot of its expert until the expert is full.
 
     GShard (arXiv:2006.16668), algorithm 1. Token-major order serves token by token,
     choice-major serves all first choices before any second one.
 
     Args:
         experts_TK: int32, chosen experts.
-        valid_T: float32, 0 for padding, which gets no place.
+        valid_T: float32, 0 for padding, which gets no slot.
         num_experts: E.
-        capacity: C, places per expert.
-        choice_major: the order in which places are given.
+        capacity: C, slots per expert.
+        choice_major: the order in which slots are given.
 
     Returns:
-        The slot table; nothing in it carries a gradient.
+        The row id map; nothing in it carries a gradient.
     """
     T, K = experts_TK.shape
     E, C = num_experts, capacity
@@ -93,10 +93,12 @@ def assign_slots(
     else:
         queue_QE = chosen_TKE.reshape(T * K, E)
     # float32 counts are exact below 2^24 choices
-    place_Q = _sum(_cumsum(queue_QE, 0) * queue_QE, -1) - 1.0
-    place_TK = place_Q.reshape(K, T).transpose(1, 0) if choice_major else place_Q.reshape(T, K)
-    kept_TK = ops.logical_and(place_TK >= 0.0, place_TK < float(C))
-    slot_TK = experts_TK * C + ops.cast(place_TK, ms.int32)
+    position_Q = _sum(_cumsum(queue_QE, 0) * queue_QE, -1) - 1.0
+    position_TK = (
+        position_Q.reshape(K, T).transpose(1, 0) if choice_major else position_Q.reshape(T, K)
+    )
+    kept_TK = ops.logical_and(position_TK >= 0.0, position_TK < float(C))
+    slot_TK = experts_TK * C + ops.cast(position_TK, ms.int32)
 
     source_EC, filled_EC = _what_fills(slot_TK, kept_TK, E * C)
     return (
@@ -107,8 +109,8 @@ def assign_slots(
     )
 
 
-def pack_choices(experts_TK: Tensor, valid_T: Tensor, num_experts: int) -> tuple[SlotTable, Tensor]:
-    """Sorts all choices by expert, those of one expert by token; padding has no place.
+def pack_choices(experts_TK: Tensor, valid_T: Tensor, num_experts: int) -> tuple[RowIdMap, Tensor]:
+    """Sorts all choices by expert, those of one expert by token; padding has no slot.
 
     Args:
         experts_TK: int32, chosen experts.
@@ -116,7 +118,7 @@ def pack_choices(experts_TK: Tensor, valid_T: Tensor, num_experts: int) -> tuple
         num_experts: E.
 
     Returns:
-        A slot table of T * K places, of which the last ones are empty where there is padding, and
+        A row id map of T * K slots, of which the last ones are empty where there is padding, and
         int32 [E], choices per expert. Nothing carries a gradient.
     """
     T, K = experts_TK.shape
@@ -132,17 +134,17 @@ def pack_choices(experts_TK: Tensor, valid_T: Tensor, num_experts: int) -> tuple
     return table, ops.stop_gradient(ops.cast(count_E, ms.int32))
 
 
-def _what_fills(slot_TK: Tensor, kept_TK: Tensor, places: int) -> tuple[Tensor, Tensor]:
-    """The inverse of slots: the choice that fills each place, int32, and 1 where one does, float32.
+def _what_fills(slot_TK: Tensor, kept_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """The inverse of slots: the choice that fills each slot, int32, and 1 where one does, float32.
 
-    Every kept choice writes its own number + 1 into its place, the rest meet in one spare place at
+    Every kept choice writes its own number + 1 into its slot, the rest meet in one spare slot at
     the end that is cut off.
     """
     T, K = slot_TK.shape
-    spare_TK = ops.fill(ms.int32, (T, K), places)
+    spare_TK = ops.fill(ms.int32, (T, K), num_slots)
     target_Q1 = ops.select(kept_TK, slot_TK, spare_TK).reshape(T * K, 1)
     numbers_Q = ops.cast(_range(1, T * K + 1, 1), ms.int32)
-    taken = ops.scatter_nd(target_Q1, numbers_Q, (places + 1,))[:places]
+    taken = ops.scatter_nd(target_Q1, numbers_Q, (num_slots + 1,))[:num_slots]
     return (
         ops.maximum(taken - 1, 0),
         ops.stop_gradient(ops.cast(taken > 0, ms.float32)),

@@ -5,32 +5,32 @@ from mistral_ms.parallel.collectives.base import Collectives
 from mistral_ms.parallel.collectives.cpu import CpuCollectives
 from mistral_ms.parallel.collectives.groups import Groups
 from mistral_ms.parallel.collectives.mappings import (
+    AllGatherFromGroup,
     AllToAll,
     AllToAllV,
-    CollectShares,
     CopyToGroup,
-    GatherShares,
-    SpreadShares,
-    SumOverGroup,
-    TakeShare,
+    GatherFromGroup,
+    ReduceFromGroup,
+    ReduceScatterToGroup,
+    ScatterToGroup,
 )
 from mistral_ms.parallel.collectives.recorded import RecordedGroups, replay
 from mistral_ms.parallel.collectives.single import SingleCollectives
 
 __all__ = [
+    "AllGatherFromGroup",
     "AllToAll",
     "AllToAllV",
     "AscendCollectives",
-    "CollectShares",
     "Collectives",
     "CopyToGroup",
     "CpuCollectives",
-    "GatherShares",
+    "GatherFromGroup",
     "Groups",
     "RecordedGroups",
+    "ReduceFromGroup",
+    "ReduceScatterToGroup",
+    "ScatterToGroup",
     "SingleCollectives",
-    "SpreadShares",
-    "SumOverGroup",
-    "TakeShare",
     "replay",
 ]

@@ -30,7 +30,7 @@ class AscendCollectives(Collectives):
 
     def __init__(self, group: Group, rank: int, communicator: str) -> None:
         super().__init__(group, rank)
-        self.add_up = ops.AllReduce(group=communicator)
+        self.all_reduce_op = ops.AllReduce(group=communicator)
         self.gather = ops.AllGather(group=communicator)
         self.add_and_scatter = ops.ReduceScatter(group=communicator)
         self.exchange = ops.AlltoAll(self.size, 0, 0, group=communicator)
@@ -40,7 +40,7 @@ class AscendCollectives(Collectives):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See the interface."""
-        return self.add_up(x)
+        return self.all_reduce_op(x)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """See the interface."""
@@ -75,11 +75,11 @@ class AscendCollectives(Collectives):
         """See the interface."""
         return self.spread((x,))[0]
 
-    def pass_on(self, x: Tensor) -> Tensor:
+    def send_forward(self, x: Tensor) -> Tensor:
         """See the interface."""
         return self._point_to_point(x, 0)
 
-    def pass_back(self, x: Tensor) -> Tensor:
+    def send_backward(self, x: Tensor) -> Tensor:
         """See the interface."""
         return self._point_to_point(x, 1)
 

@@ -16,7 +16,13 @@ from mindspore import Tensor, nn
 from mistral_ms.parallel.topology import Group, Traffic, traffic
 
 Operation = Literal[
-    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "pass_on", "pass_back"
+    "all_reduce",
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    "broadcast",
+    "send_forward",
+    "send_backward",
 ]
 
 
@@ -84,14 +90,14 @@ class Collectives(nn.Cell):
         """The ``x`` of the first member, for everyone."""
         raise NotImplementedError
 
-    def pass_on(self, x: Tensor) -> Tensor:
+    def send_forward(self, x: Tensor) -> Tensor:
         """In a group of two: the ``x`` of the first member, for both (activations, forward).
 
         The second member gives any tensor of the right shape and dtype.
         """
         raise NotImplementedError
 
-    def pass_back(self, x: Tensor) -> Tensor:
+    def send_backward(self, x: Tensor) -> Tensor:
         """In a group of two: the ``x`` of the second member, for both (gradients, backward)."""
         raise NotImplementedError
 
@@ -113,7 +119,7 @@ class Collectives(nn.Cell):
             return traffic.ring(self.group, self.position, part)
         if operation == "all_to_all":
             return traffic.equal_exchange(self.group, self.position, part)
-        root = 1 if operation == "pass_back" else 0
+        root = 1 if operation == "send_backward" else 0
         return traffic.broadcast(self.group, self.position, root, size)
 
     def traffic_v(self, send: Sequence[int], width: int, itemsize: int = 4) -> Traffic:

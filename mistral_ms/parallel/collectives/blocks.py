@@ -36,10 +36,10 @@ def starts(counts: Tensor, axis: int = 0) -> Tensor:
 
 
 def filling(
-    source_start_N: Tensor, target_start_N: Tensor, count_N: Tensor, places: int
+    source_start_N: Tensor, target_start_N: Tensor, count_N: Tensor, rows_out: int
 ) -> Filling:
     """Which row fills each place of the target: S * N comparisons, no search, no sorting."""
-    offset_SN = _numbers(places).reshape(-1, 1) - target_start_N.reshape(1, -1)
+    offset_SN = _numbers(rows_out).reshape(-1, 1) - target_start_N.reshape(1, -1)
     inside_SN = ops.logical_and(offset_SN >= 0, offset_SN < count_N.reshape(1, -1))
     source_SN = offset_SN + source_start_N.reshape(1, -1)
     source_S = _sum(ops.select(inside_SN, source_SN, _zeros_like(source_SN)), 1)
@@ -48,11 +48,11 @@ def filling(
 
 
 def move(
-    source_start_N: Tensor, target_start_N: Tensor, count_N: Tensor, rows: int, places: int
+    source_start_N: Tensor, target_start_N: Tensor, count_N: Tensor, rows: int, rows_out: int
 ) -> RowMove:
-    """Both directions of the move of N blocks from ``rows`` rows to ``places`` places."""
+    """Both directions of the move of N blocks from ``rows`` rows to ``rows_out`` places."""
     slot_R, kept_R = filling(target_start_N, source_start_N, count_N, rows)
-    source_S, filled_S = filling(source_start_N, target_start_N, count_N, places)
+    source_S, filled_S = filling(source_start_N, target_start_N, count_N, rows_out)
     return slot_R.reshape(-1, 1), kept_R.reshape(-1, 1), source_S, filled_S
 
 
@@ -75,9 +75,9 @@ def inverse(moved: RowMove) -> RowMove:
     )
 
 
-def first_places(count: Tensor, places: int) -> Tensor:
+def prefix_mask(count: Tensor, rows_out: int) -> Tensor:
     """float32 [places]: 1 in the first ``count`` places, 0 in the others."""
-    return ops.stop_gradient(ops.cast(_numbers(places) < count, ms.float32))
+    return ops.stop_gradient(ops.cast(_numbers(rows_out) < count, ms.float32))
 
 
 class MoveRows(nn.Cell):
@@ -85,12 +85,12 @@ class MoveRows(nn.Cell):
 
     def __init__(self) -> None:
         super().__init__()
-        self.place_rows = reference.Dispatch()
+        self.permute = reference.Permute()
 
     def construct(self, rows_RH: Tensor, moved: RowMove) -> Tensor:
         """Rows to their places."""
         slot_R1, kept_R1, source_S, filled_S = moved
-        return self.place_rows(rows_RH, slot_R1, kept_R1, source_S, filled_S)
+        return self.permute(rows_RH, slot_R1, kept_R1, source_S, filled_S)
 
 
 def fetch(rows_RH: Tensor, filled: Filling) -> Tensor:

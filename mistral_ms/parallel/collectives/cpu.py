@@ -37,12 +37,12 @@ class CpuCollectives(Collectives):
 
     def __init__(self, group: Group, rank: int, communicator: str) -> None:
         super().__init__(group, rank)
-        self.add_up = ops.AllReduce(group=communicator)
+        self.all_reduce_op = ops.AllReduce(group=communicator)
         self.before, self.after = self.position, self.size - 1 - self.position
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See the interface."""
-        return self.add_up(x)
+        return self.all_reduce_op(x)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """See the interface; int32 is exact: mccl adds no integers, so two halves travel as
@@ -58,7 +58,7 @@ class CpuCollectives(Collectives):
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """See the interface."""
-        return self.add_up(x)[self.position]
+        return self.all_reduce_op(x)[self.position]
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """See the interface."""
@@ -82,11 +82,11 @@ class CpuCollectives(Collectives):
         """See the interface."""
         return self._only_from(x, 0)
 
-    def pass_on(self, x: Tensor) -> Tensor:
+    def send_forward(self, x: Tensor) -> Tensor:
         """See the interface."""
         return self._only_from(x, 0)
 
-    def pass_back(self, x: Tensor) -> Tensor:
+    def send_backward(self, x: Tensor) -> Tensor:
         """See the interface."""
         return self._only_from(x, 1)
 
@@ -96,13 +96,13 @@ class CpuCollectives(Collectives):
             own = _concat((_zeros((self.before, *x.shape), x.dtype), own))
         if self.after:
             own = _concat((own, _zeros((self.after, *x.shape), x.dtype)))
-        return self.add_up(own)
+        return self.all_reduce_op(own)
 
     def _only_from(self, x: Tensor, sender: int) -> Tensor:
         if x.dtype == ms.int32:
             return self.all_gather(x)[sender]
         if self.position == sender:
-            return self.add_up(x)
+            return self.all_reduce_op(x)
         # zeros that are computed: a compiler takes ZerosLike for a constant, which needs not wait
         # for x, and then may send this message before those that x comes from
-        return self.add_up(ops.cast(ops.abs(x) < 0, x.dtype))
+        return self.all_reduce_op(ops.cast(ops.abs(x) < 0, x.dtype))

@@ -37,7 +37,7 @@ class Groups:
 
     def __init__(self, topology: Topology, rank: int, backend: str | None = None) -> None:
         self.topology = topology
-        self.place = topology.place(rank)
+        self.coords = topology.coords(rank)
         self.backend = ms.get_context("device_target") if backend is None else backend
         if self.backend not in _BACKENDS:
             raise TopologyError(
@@ -51,15 +51,15 @@ class Groups:
         Raises:
             TopologyError: see :meth:`Topology.groups`.
         """
-        return self._collectives(self.topology.group(kind, self.place.rank))
+        return self._collectives(self.topology.group(kind, self.coords.rank))
 
     def neighbours(self, stage: int) -> Collectives:
-        """The pair of this rank's place in ``stage`` and in the stage after it.
+        """The pair of this rank's coordinates in ``stage`` and in the stage after it.
 
         Raises:
             TopologyError: see :meth:`Topology.neighbours`.
         """
-        return self._collectives(self.topology.neighbours(stage, self.place.rank))
+        return self._collectives(self.topology.neighbours(stage, self.coords.rank))
 
     def _collectives(self, group: Group) -> Collectives:
         if group.ranks not in self._made:
@@ -68,10 +68,10 @@ class Groups:
 
     def _make(self, group: Group) -> Collectives:
         if group.size == 1:
-            return SingleCollectives(group, self.place.rank)
+            return SingleCollectives(group, self.coords.rank)
         whole = group.size == self.topology.sizes.world
         communicator = GlobalComm.WORLD_COMM_GROUP if whole else _create(group.ranks)
-        return _BACKENDS[self.backend](group, self.place.rank, communicator)
+        return _BACKENDS[self.backend](group, self.coords.rank, communicator)
 
 
 def communicator(ranks: tuple[int, ...]) -> str:

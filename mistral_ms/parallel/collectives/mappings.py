@@ -1,7 +1,7 @@
 """Collective operations with gradients.
 
 In the tensor group every rank sees the same tokens. A tensor there is *whole* (equal on all
-ranks), a *share* (a part of the last axis), or a *partial sum* (the ranks' tensors add up to it).
+ranks), a *shard* (a part of the last axis), or a *partial sum* (the ranks' tensors add up to it).
 The gradient of a whole tensor that every rank used in its own way is a partial sum, and vice versa;
 so each mapping's gradient is another mapping's forward (Megatron-LM, arXiv:1909.08053, section 3):
 
@@ -9,14 +9,15 @@ so each mapping's gradient is another mapping's forward (Megatron-LM, arXiv:1909
 mapping        forward                         gradient
 ============== =============================== ===============================
 CopyToGroup    whole -> whole                  partial sum -> whole
-SumOverGroup   partial sum -> whole            whole -> whole
-TakeShare      whole -> share                  share -> whole
-GatherShares   share -> whole                  whole -> share
-SpreadShares   share -> whole, used apart      partial sum -> share
-CollectShares  partial sum -> share            share -> whole
+ReduceFromGroup   partial sum -> whole            whole -> whole
+ScatterToGroup      whole -> shard                  shard -> whole
+GatherFromGroup   shard -> whole                  whole -> shard
+AllGatherFromGroup   shard -> whole, used apart      partial sum -> shard
+ReduceScatterToGroup  partial sum -> shard            shard -> whole
 ============== =============================== ===============================
 
-GatherShares is for what all ranks then do alike, SpreadShares for what each then does its own way.
+GatherFromGroup is for what all ranks then do alike, AllGatherFromGroup for what each then does its
+own way.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ class _OfGroup(nn.Cell):
     def gather_last_axis(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., P * h]."""
         h, P = x.shape[-1], self.group.size
-        shares_PRh = self.group.all_gather(x.reshape(-1, h))
-        return shares_PRh.transpose(1, 0, 2).reshape(*x.shape[:-1], P * h)
+        shards_PRh = self.group.all_gather(x.reshape(-1, h))
+        return shards_PRh.transpose(1, 0, 2).reshape(*x.shape[:-1], P * h)
 
-    def own_share(self, x: Tensor) -> Tensor:
+    def local_shard(self, x: Tensor) -> Tensor:
         """[..., P * h] -> [..., h]."""
         h = x.shape[-1] // self.group.size
         start = self.group.position * h
         return x[..., start : start + h]
 
-    def sum_to_shares(self, x: Tensor) -> Tensor:
+    def reduce_scatter_last_axis(self, x: Tensor) -> Tensor:
         """[..., P * h] -> [..., h], added up over the group."""
         P = self.group.size
         h = x.shape[-1] // P
-        shares_PRh = x.reshape(-1, P, h).transpose(1, 0, 2)
-        return self.group.reduce_scatter(shares_PRh).reshape(*x.shape[:-1], h)
+        shards_PRh = x.reshape(-1, P, h).transpose(1, 0, 2)
+        return self.group.reduce_scatter(shards_PRh).reshape(*x.shape[:-1], h)
 
 
 class CopyToGroup(_OfGroup):
@@ -68,7 +69,7 @@ class CopyToGroup(_OfGroup):
         return (self.group.all_reduce(dout),)
 
 
-class SumOverGroup(_OfGroup):
+class ReduceFromGroup(_OfGroup):
     """Adds up; the gradient of the sum is that of every summand."""
 
     def construct(self, x: Tensor) -> Tensor:
@@ -80,19 +81,19 @@ class SumOverGroup(_OfGroup):
         return (dout,)
 
 
-class TakeShare(_OfGroup):
+class ScatterToGroup(_OfGroup):
     """Each rank keeps its part of the last axis."""
 
     def construct(self, x: Tensor) -> Tensor:
-        """Whole [..., H] -> share [..., H / P]."""
-        return self.own_share(x)
+        """Whole [..., H] -> shard [..., H / P]."""
+        return self.local_shard(x)
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         """Share -> whole."""
         return (self.gather_last_axis(dout),)
 
 
-class GatherShares(_OfGroup):
+class GatherFromGroup(_OfGroup):
     """All parts of the last axis, for what all ranks then do alike."""
 
     def construct(self, x: Tensor) -> Tensor:
@@ -100,11 +101,11 @@ class GatherShares(_OfGroup):
         return self.gather_last_axis(x)
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        """Whole -> share."""
-        return (self.own_share(dout),)
+        """Whole -> shard."""
+        return (self.local_shard(dout),)
 
 
-class SpreadShares(_OfGroup):
+class AllGatherFromGroup(_OfGroup):
     """All parts of the last axis, for what each rank then does in its own way."""
 
     def construct(self, x: Tensor) -> Tensor:
@@ -112,16 +113,16 @@ class SpreadShares(_OfGroup):
         return self.gather_last_axis(x)
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        """Partial sum -> share."""
-        return (self.sum_to_shares(dout),)
+        """Partial sum -> shard."""
+        return (self.reduce_scatter_last_axis(dout),)
 
 
-class CollectShares(_OfGroup):
+class ReduceScatterToGroup(_OfGroup):
     """Adds up, each rank its part of the last axis."""
 
     def construct(self, x: Tensor) -> Tensor:
-        """Partial sum [..., H] -> share [..., H / P]."""
-        return self.sum_to_shares(x)
+        """Partial sum [..., H] -> shard [..., H / P]."""
+        return self.reduce_scatter_last_axis(x)
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         """Share -> whole."""

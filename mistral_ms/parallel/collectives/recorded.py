@@ -71,13 +71,13 @@ class Recorded(Collectives):
         """See the interface."""
         return self._called("broadcast", x)
 
-    def pass_on(self, x: Tensor) -> Tensor:
+    def send_forward(self, x: Tensor) -> Tensor:
         """See the interface."""
-        return self._called("pass_on", x)
+        return self._called("send_forward", x)
 
-    def pass_back(self, x: Tensor) -> Tensor:
+    def send_backward(self, x: Tensor) -> Tensor:
         """See the interface."""
-        return self._called("pass_back", x)
+        return self._called("send_backward", x)
 
     def all_to_all_v(
         self, rows_RH: Tensor, send_P: Tensor, receive_P: Tensor, received_S: Tensor
@@ -103,7 +103,7 @@ class RecordedGroups(Groups):
         return [call.traffic for call in self.calls]
 
     def _make(self, group: Group) -> Collectives:
-        return Recorded(super()._make(group), self.place.rank, self.calls)
+        return Recorded(super()._make(group), self.coords.rank, self.calls)
 
 
 def replay(calls: Sequence[Call]) -> None:

@@ -6,36 +6,36 @@ A dispatcher is put together from three independent choices:
   (:class:`DroplessDispatcher`);
 * the route of the rows between the ranks of the expert group, flat or in two hops
   (:mod:`~mistral_ms.parallel.dispatchers.routes`,
-  :mod:`~mistral_ms.parallel.dispatchers.counted_routes`);
-* what each tensor-parallel rank carries, whole rows or a share of each
-  (:mod:`~mistral_ms.parallel.dispatchers.carriers`).
+  :mod:`~mistral_ms.parallel.dispatchers.variable_routes`);
+* what each tensor-parallel rank carries, whole rows or a shard of each
+  (:mod:`~mistral_ms.parallel.dispatchers.tensor_rows`).
 
 Each step is local computation or communication, never both: local preprocess -> communicate ->
 local postprocess.
 """
 
 from mistral_ms.parallel.dispatchers.capacity import CapacityDispatcher
-from mistral_ms.parallel.dispatchers.carriers import Carrier, SharedRows, WholeRows
-from mistral_ms.parallel.dispatchers.counted_routes import (
-    CountedRoute,
-    FlatCountedRoute,
-    HierarchicalCountedRoute,
-)
 from mistral_ms.parallel.dispatchers.dropless import DroplessDispatcher
 from mistral_ms.parallel.dispatchers.make import make_dispatcher
 from mistral_ms.parallel.dispatchers.routes import FlatRoute, HierarchicalRoute, Route
+from mistral_ms.parallel.dispatchers.tensor_rows import ReplicatedRows, ShardedRows, TensorRows
+from mistral_ms.parallel.dispatchers.variable_routes import (
+    FlatVariableRoute,
+    HierarchicalVariableRoute,
+    VariableRoute,
+)
 
 __all__ = [
     "CapacityDispatcher",
-    "Carrier",
-    "CountedRoute",
     "DroplessDispatcher",
-    "FlatCountedRoute",
     "FlatRoute",
-    "HierarchicalCountedRoute",
+    "FlatVariableRoute",
     "HierarchicalRoute",
+    "HierarchicalVariableRoute",
+    "ReplicatedRows",
     "Route",
-    "SharedRows",
-    "WholeRows",
+    "ShardedRows",
+    "TensorRows",
+    "VariableRoute",
     "make_dispatcher",
 ]

@@ -1,58 +1,60 @@
-"""Expert parallelism with equal numbers of rows: every rank sends C places of every expert."""
+"""Expert parallelism with equal numbers of rows: every rank sends C slots of every expert."""
 
 from __future__ import annotations
 
 from mindspore import Tensor
 
 from mistral_ms.config import RoutingConfig, expert_capacity
-from mistral_ms.moe import Dispatcher, PaddedDispatcher, Plan, Routing
-from mistral_ms.parallel.dispatchers.carriers import Carrier
+from mistral_ms.moe import Dispatcher, DispatchPlan, PaddedDispatcher, Routing
 from mistral_ms.parallel.dispatchers.routes import Route
+from mistral_ms.parallel.dispatchers.tensor_rows import TensorRows
 from mistral_ms.parallel.topology import Traffic
 
 
 class CapacityDispatcher(Dispatcher):
-    """The local dispatcher of this rank's tokens, and an exchange of its places.
+    """The local dispatcher of this rank's tokens, and an exchange of its slots.
 
     Capacity is counted per rank: each gives every expert C of its own T tokens' choices, so an
-    expert computes P * C places, sender by sender. Empty places travel as zeros.
+    expert computes P * C slots, sender by sender. Empty slots travel as zeros.
 
     Args:
         num_experts: E, of the whole layer.
-        routing: policy and capacity; ``dropless`` works too, with C = T places for everyone.
+        routing: policy and capacity; ``dropless`` works too, with C = T slots for everyone.
         route: between the expert group's ranks; member p holds the experts p * L .. (p + 1) * L.
-        carrier: what each tensor-parallel rank carries.
+        tensor_rows: what each tensor-parallel rank carries.
     """
 
     packed = False
 
     def __init__(
-        self, num_experts: int, routing: RoutingConfig, route: Route, carrier: Carrier
+        self, num_experts: int, routing: RoutingConfig, route: Route, tensor_rows: TensorRows
     ) -> None:
         super().__init__(num_experts, routing)
         self.local_experts = num_experts // route.members
         self.local = PaddedDispatcher(num_experts, routing)
-        self.route, self.carrier = route, carrier
+        self.route, self.tensor_rows = route, tensor_rows
 
-    def plan(self, chosen: Routing, valid_T: Tensor) -> Plan:
+    def plan(self, chosen: Routing, valid_T: Tensor) -> DispatchPlan:
         """See the contract: that of the local dispatcher."""
         return self.local.plan(chosen, valid_T)
 
-    def dispatch(self, x_TH: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    def dispatch(self, x_TH: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor | None]:
         """See the contract: [L, P * C, H]."""
-        rows_ECh, group_sizes_L = self.local.dispatch(self.carrier.load(x_TH), plan)
+        rows_ECh, group_sizes_L = self.local.dispatch(
+            self.tensor_rows.dispatch_preprocess(x_TH), plan
+        )
         arrived = self.route.exchange(self.by_member(rows_ECh))
-        return self.carrier.unload(self.by_expert(arrived)), group_sizes_L
+        return self.tensor_rows.dispatch_postprocess(self.by_expert(arrived)), group_sizes_L
 
-    def combine(self, y: Tensor, plan: Plan) -> Tensor:
+    def combine(self, y: Tensor, plan: DispatchPlan) -> Tensor:
         """See the contract."""
-        loaded = self.carrier.load_back(y)
+        loaded = self.tensor_rows.combine_preprocess(y)
         arrived = self.route.exchange(self.by_sender(loaded))
         rows_ECh = arrived.reshape(self.num_experts, -1, arrived.shape[-1])
-        return self.local.combine(self.carrier.unload_back(rows_ECh), plan)
+        return self.local.combine(self.tensor_rows.combine_postprocess(rows_ECh), plan)
 
     def by_member(self, rows_ECH: Tensor) -> Tensor:
-        """Local, before the exchange: [E, C, H] -> [P, L, C, H], the places of each member."""
+        """Local, before the exchange: [E, C, H] -> [P, L, C, H], the slots of each member."""
         _, C, H = rows_ECH.shape
         return rows_ECH.reshape(self.route.members, self.local_experts, C, H)
 
@@ -79,6 +81,6 @@ class CapacityDispatcher(Dispatcher):
         """
         E, P, L = self.num_experts, self.route.members, self.local_experts
         C = expert_capacity(tokens, E, top_k, self.routing)
-        there = (P, L, C, self.carrier.width(hidden_size))
-        in_group = self.carrier.traffic((E, C, hidden_size), (L, P * C, hidden_size), itemsize)
-        return self.route.traffic(there, itemsize) * 2 + in_group
+        to_experts = (P, L, C, self.tensor_rows.width(hidden_size))
+        in_group = self.tensor_rows.traffic((E, C, hidden_size), (L, P * C, hidden_size), itemsize)
+        return self.route.traffic(to_experts, itemsize) * 2 + in_group

@@ -11,14 +11,14 @@ from mistral_ms.config import ParallelConfig, RoutingConfig
 from mistral_ms.moe import Dispatcher, local_dispatcher
 from mistral_ms.parallel.collectives import AllToAll, Collectives, Groups
 from mistral_ms.parallel.dispatchers.capacity import CapacityDispatcher
-from mistral_ms.parallel.dispatchers.carriers import Carrier, SharedRows, WholeRows
-from mistral_ms.parallel.dispatchers.counted_routes import (
-    CountedRoute,
-    FlatCountedRoute,
-    HierarchicalCountedRoute,
-)
 from mistral_ms.parallel.dispatchers.dropless import DroplessDispatcher
 from mistral_ms.parallel.dispatchers.routes import FlatRoute, HierarchicalRoute, Route
+from mistral_ms.parallel.dispatchers.tensor_rows import ReplicatedRows, ShardedRows, TensorRows
+from mistral_ms.parallel.dispatchers.variable_routes import (
+    FlatVariableRoute,
+    HierarchicalVariableRoute,
+    VariableRoute,
+)
 from mistral_ms.parallel.topology import GroupKind
 
 
@@ -28,13 +28,13 @@ class Communication:
 
     Attributes:
         all_to_all: of equal parts.
-        whole: carries whole rows of a tensor group's ranks.
-        shared: carries each rank's share of a row.
+        replicated: carries whole rows of a tensor group's ranks.
+        sharded: carries each rank's shard of a row.
     """
 
     all_to_all: Callable[[Collectives], nn.Cell] = AllToAll
-    whole: Callable[[Collectives], Carrier] = WholeRows
-    shared: Callable[[Collectives], Carrier] = SharedRows
+    replicated: Callable[[Collectives], TensorRows] = ReplicatedRows
+    sharded: Callable[[Collectives], TensorRows] = ShardedRows
 
 
 EXPLICIT = Communication()
@@ -63,18 +63,18 @@ def make_dispatcher(
     if parallel.ep == 1 and parallel.mp == 1:
         return local_dispatcher(num_experts, routing)
     tensor = groups.of(GroupKind.TENSOR)
-    shared = parallel.all_to_all == "group_wise"
-    carrier = communication.shared(tensor) if shared else communication.whole(tensor)
+    sharded = parallel.all_to_all == "group_wise"
+    tensor_rows = communication.sharded(tensor) if sharded else communication.replicated(tensor)
     if parallel.all_to_all == "hierarchical":
         hops = groups.of(GroupKind.EXPERT_NODE), groups.of(GroupKind.EXPERT_CROSS)
         if routing.policy == "dropless":
-            counted: CountedRoute = HierarchicalCountedRoute(*hops)
-            return DroplessDispatcher(num_experts, routing, counted, carrier, hops[0].size)
+            counted: VariableRoute = HierarchicalVariableRoute(*hops)
+            return DroplessDispatcher(num_experts, routing, counted, tensor_rows, hops[0].size)
         route: Route = HierarchicalRoute(*hops, communication.all_to_all)
     else:
         expert = groups.of(GroupKind.EXPERT)
         if routing.policy == "dropless":
-            counted = FlatCountedRoute(expert)
-            return DroplessDispatcher(num_experts, routing, counted, carrier)
+            counted = FlatVariableRoute(expert)
+            return DroplessDispatcher(num_experts, routing, counted, tensor_rows)
         route = FlatRoute(expert, communication.all_to_all)
-    return CapacityDispatcher(num_experts, routing, route, carrier)
+    return CapacityDispatcher(num_experts, routing, route, tensor_rows)

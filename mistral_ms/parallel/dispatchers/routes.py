@@ -59,8 +59,8 @@ class FlatRoute(Route):
 
 
 class HierarchicalRoute(Route):
-    """First inside the node, to the rank whose place on its node is the receiver's, then between
-    equal places of the nodes.
+    """First inside the node, to the rank whose local rank is the receiver's, then between
+    equal local ranks of the nodes.
 
     With A nodes of D ranks a rank sends A - 1 messages between nodes instead of (A - 1) * D, each
     D times as large: the bytes between nodes are the same, those inside grow A-fold (DeepSpeed-MoE,
@@ -68,7 +68,7 @@ class HierarchicalRoute(Route):
 
     Args:
         on_node: the expert group's ranks on this node, D.
-        across: the expert group's ranks with this rank's place on their nodes, A.
+        across: the expert group's ranks with this rank's local rank, A.
         exchange: makes the all-to-all of a group.
     """
 
@@ -84,12 +84,12 @@ class HierarchicalRoute(Route):
         self.inside, self.between = exchange(on_node), exchange(across)
 
     def exchange(self, x: Tensor) -> Tensor:
-        """See the contract; ranks are numbered (node, place on the node)."""
+        """See the contract; ranks are numbered (node, local rank)."""
         A, D = self.across.size, self.on_node.size
         x_ADX = x.reshape(A, D, -1)
-        # [receiver's place, receiver's node] -> [sender's place, receiver's node]
+        # [receiver's local rank, receiver's node] -> [sender's local rank, receiver's node]
         x_DAX = self.inside(x_ADX.transpose(1, 0, 2))
-        # [receiver's node, sender's place] -> [sender's node, sender's place]
+        # [receiver's node, sender's local rank] -> [sender's node, sender's local rank]
         return self.between(x_DAX.transpose(1, 0, 2)).reshape(x.shape)
 
     def traffic(self, shape: Sequence[int], itemsize: int = 4) -> Traffic:

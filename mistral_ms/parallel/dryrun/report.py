@@ -17,7 +17,7 @@ _EXCHANGES = ("AlltoAll", "AlltoAllV")
 _EXPERT_KINDS = (GroupKind.EXPERT, GroupKind.EXPERT_NODE, GroupKind.EXPERT_CROSS)
 _OTHER_KINDS = (
     GroupKind.TENSOR, GroupKind.DATA, GroupKind.EXPERT_DATA, GroupKind.STAGE, GroupKind.WORLD,
-    GroupKind.PIPELINE, GroupKind.MODEL, GroupKind.TIE,
+    GroupKind.PIPELINE,
 )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def lines_of(graph: Graph, topology: Topology, rank: int) -> tuple[Line, ...]:
     """The communication of a graph, equal operators together, in the order of their appearance."""
     counts: Counter[Line] = Counter()
     for each in graph.communication:
-        nodes = {topology.place(member).node for member in each.ranks}
+        nodes = {topology.coords(member).node for member in each.ranks}
         name = group_name(each, topology, rank)
         line = Line(each.operator, each.phase, name, each.ranks, each.nbytes, 1, len(nodes) > 1)
         counts[line] += each.times
@@ -75,7 +75,7 @@ def group_name(each: Communication, topology: Topology, rank: int) -> str:
 def sent(each: Communication, topology: Topology, rank: int) -> Traffic:
     """What the rank sends in one execution; of AlltoAllV the most that it can, evenly spread."""
     ranks = tuple(sorted(each.ranks))
-    nodes = tuple(topology.place(member).node for member in ranks)
+    nodes = tuple(topology.coords(member).node for member in ranks)
     group, size = Group(each.group, ranks, nodes), each.nbytes
     position = group.position(rank)
     if each.operator == "AllReduce":
@@ -130,7 +130,7 @@ def report(
     lines = lines_of(graph, topology, rank)
     return {
         "rank": rank,
-        "stage": topology.place(rank).pp,
+        "stage": topology.coords(rank).pp,
         "parameter_bytes": graph.parameter_bytes,
         "optimizer_bytes": graph.optimizer_bytes,
         "gradient_bytes": graph.gradient_bytes,

@@ -14,9 +14,9 @@ from mistral_ms.models import recompute
 from mistral_ms.optimizers import StoredMatrices, WeightUpdate, check_layout, make_plan
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.graph.checks import check_run
+from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
 from mistral_ms.parallel.graph.model import GraphModel, LazyGraphModel
 from mistral_ms.parallel.graph.moe import LossCoefficients
-from mistral_ms.parallel.graph.parts import GraphParts
 from mistral_ms.parallel.graph.step import TrainingGraph
 from mistral_ms.parallel.graph.update import GlobalNorm
 from mistral_ms.parallel.pipeline import stages_of
@@ -34,7 +34,7 @@ class GraphStep:
         inputs: tensors of the shapes and dtypes that the step takes, all zero.
         model: the net inside it.
         segmented: whether attention keeps documents apart. When false it is causal and needs all
-            padding at the end of a window.
+            padding at the end of a sequence.
     """
 
     cell: TrainingGraph
@@ -52,7 +52,7 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
     Args:
         run: the run.
         layers: builds only so many decoder blocks.
-        segmented: whether windows hold documents that do not see each other; None takes the
+        segmented: whether sequences hold documents that do not see each other; None takes the
             run's word for it, which says nothing about a dataset that is there already.
 
     Raises:
@@ -71,7 +71,7 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
     if segmented is None:
         segmented = run.data is not None and run.data.packing.boundaries == "attention"
     with no_init_parameters():
-        parts = GraphParts(
+        layer_factory = GraphLayerFactory(
             config,
             run.routing,
             training.dtype,
@@ -84,8 +84,10 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
         )
         held = stages_of(config, parallel.pp)
         stages = tuple(stage.number for stage in held for _ in stage.layers)
-        kind = LazyGraphModel if divided and training.micro_batches > 1 else GraphModel
-        model = kind(parts, stages)
+        kind = (
+            LazyGraphModel if divided and training.gradient_accumulation_steps > 1 else GraphModel
+        )
+        model = kind(layer_factory, stages)
         recompute(model.layers, parallel.recompute)
         update = _weight_update(run, model)
         cell = _step(run, model, update, sharding)
@@ -96,8 +98,8 @@ def _coefficients(run: RunConfig, config: ModelConfig) -> LossCoefficients:
     """Of the router's losses; whatever is not pooled is a mean over layers."""
     training, sparse = run.training, max(1, len(config.sparse_layers))
     pooled = run.routing.aux_loss == "pooled" and run.parallel.pp == 1
-    aux = training.aux_coef if pooled else training.aux_coef / sparse
-    return LossCoefficients(aux, training.z_coef / sparse, pooled)
+    aux = training.router_aux_loss_coef if pooled else training.router_aux_loss_coef / sparse
+    return LossCoefficients(aux, training.router_z_loss_coef / sparse, pooled)
 
 
 def _weight_update(run: RunConfig, model: GraphModel) -> WeightUpdate:
@@ -125,25 +127,26 @@ def _step(
     run: RunConfig, model: GraphModel, update: WeightUpdate, sharding: Sharding | None
 ) -> TrainingGraph:
     training, parallel = run.training, run.parallel
-    rooms = tuple(model.rooms().values())
+    metrics_buffers = tuple(model.metrics_buffers().values())
     net, reducer = model, None
     if parallel.pp > 1:
-        net = nn.PipelineCell(model, training.micro_batches)
-    elif training.micro_batches > 1:
-        net = nn.GradAccumulationCell(model, training.micro_batches)
-    if training.micro_batches > 1:
-        every = ParameterTuple((*update.weights, *rooms))
+        net = nn.PipelineCell(model, training.gradient_accumulation_steps)
+    elif training.gradient_accumulation_steps > 1:
+        net = nn.GradAccumulationCell(model, training.gradient_accumulation_steps)
+    if training.gradient_accumulation_steps > 1:
+        every = ParameterTuple((*update.weights, *metrics_buffers))
         reducer = nn.PipelineGradReducer(every, opt_shard=parallel.optimizer_parallel)
-    copies = tuple(
-        copies_of(model.specs[name], sharding, parallel.optimizer_parallel) for name in update.names
+    replicas = tuple(
+        replicas_of(model.specs[name], sharding, parallel.optimizer_parallel)
+        for name in update.names
     )
-    norm = GlobalNorm(copies, sharding is not None)
-    step = TrainingGraph(net, update, norm, training.clip_norm, reducer, rooms)
+    norm = GlobalNorm(replicas, sharding is not None)
+    step = TrainingGraph(net, update, norm, training.max_grad_norm, reducer, metrics_buffers)
     step.set_train()
     return step
 
 
-def copies_of(spec: ParamSpec, sharding: Sharding | None, optimizer_parallel: bool) -> int:
+def replicas_of(spec: ParamSpec, sharding: Sharding | None, optimizer_parallel: bool) -> int:
     """How many ranks of a stage hold the same part of a weight's gradient at the update.
 
     Args:
@@ -154,12 +157,12 @@ def copies_of(spec: ParamSpec, sharding: Sharding | None, optimizer_parallel: bo
     if sharding is None:
         return 1
     form = graph_form(spec)
-    shares = sharding.shares(form.layout, form.shape, optimizer_parallel)
-    return sharding.copies_of(form.layout) // shares
+    optimizer_shards = sharding.optimizer_shards(form.layout, form.shape, optimizer_parallel)
+    return sharding.replicas_of(form.layout) // optimizer_shards
 
 
 def _inputs(run: RunConfig) -> tuple[Tensor, ...]:
     B, S = run.training.global_batch_size, run.training.seq_length
     batch = tuple(Tensor(np.zeros((B, S), np.int32)) for _ in range(4))
-    shares = Tensor(np.zeros((B, 3), np.float32))
-    return (*batch, shares)
+    scales = Tensor(np.zeros((B, 3), np.float32))
+    return (*batch, scales)

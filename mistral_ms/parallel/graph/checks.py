@@ -26,32 +26,33 @@ def check_run(run: RunConfig, layers: int) -> None:
         ConfigError: names the value and the rule.
     """
     model, parallel, training = run.model, run.parallel, run.training
-    rows = training.global_batch_size // training.micro_batches // parallel.dp
+    rows = training.global_batch_size // training.gradient_accumulation_steps // parallel.dp
     tokens = rows * training.seq_length
     sparse = bool(model.sparse_layers)
     rules: tuple[Rule, ...] = (
         (
             sparse
             and parallel.pp > 1
-            and training.aux_coef > 0
+            and training.router_aux_loss_coef > 0
             and run.routing.aux_loss == "pooled",
             "routing.aux_loss",
             "pooled",
             "the pooled load-balancing loss couples the layers of all pipeline stages",
-            "set routing.aux_loss=per_layer, training.aux_coef=0, or parallel.pp=1",
+            "set routing.aux_loss=per_layer, training.router_aux_loss_coef=0, or parallel.pp=1",
         ),
         (
             bool(training.router_losses),
             "training.router_losses",
             ", ".join(training.router_losses),
-            "the graph has the losses of training.aux_coef and training.z_coef alone so far",
+            "the graph has the losses of training.router_aux_loss_coef and "
+            "training.router_z_loss_coef alone so far",
             "use parallel.execution=explicit",
         ),
         (
             sparse and parallel.optimizer_parallel and _crosses_experts(model, parallel),
             "parallel.optimizer_parallel",
-            f"{parallel.dp // parallel.ep} copies",
-            "a rank's share of the experts is some of them, or a part of one: copies (dp / ep) "
+            f"{parallel.dp // parallel.ep} replicas",
+            "a rank's share of the experts is some of them, or a part of one: replicas (dp / ep) "
             "divide a rank's experts (num_local_experts / ep), or the other way round",
             None,
         ),
@@ -63,23 +64,23 @@ def check_run(run: RunConfig, layers: int) -> None:
             None,
         ),
         (
-            training.micro_batches < parallel.pp,
-            "training.micro_batches",
-            training.micro_batches,
+            training.gradient_accumulation_steps < parallel.pp,
+            "training.gradient_accumulation_steps",
+            training.gradient_accumulation_steps,
             f"a pipeline of {parallel.pp} stages needs at least as many micro-batches",
             f"{4 * parallel.pp} keep it busy",
         ),
         (
-            parallel.world == 1 and training.micro_batches > 1,
-            "training.micro_batches",
-            training.micro_batches,
+            parallel.world == 1 and training.gradient_accumulation_steps > 1,
+            "training.gradient_accumulation_steps",
+            training.gradient_accumulation_steps,
             "the graph of one process takes its batch at once",
-            "set training.micro_batches=1, or train with the train command",
+            "set training.gradient_accumulation_steps=1, or train with the train command",
         ),
         (
-            parallel.pp > 1 and parallel.schedule != "1f1b",
-            "parallel.schedule",
-            parallel.schedule,
+            parallel.pp > 1 and parallel.pipeline_scheduler != "1f1b",
+            "parallel.pipeline_scheduler",
+            parallel.pipeline_scheduler,
             "MindSpore's pipeline is 1f1b",
             None,
         ),
@@ -120,7 +121,10 @@ def check_prediction(run: PredictConfig) -> None:
             for name, value in (
                 ("optimizer_parallel", parallel.optimizer_parallel),
                 ("recompute", parallel.recompute != "none" and parallel.recompute),
-                ("interleave", parallel.interleave > 1 and parallel.interleave),
+                (
+                    "micro_batch_interleave_num",
+                    parallel.micro_batch_interleave_num > 1 and parallel.micro_batch_interleave_num,
+                ),
             )
             if value
         ),
@@ -130,9 +134,9 @@ def check_prediction(run: PredictConfig) -> None:
 
 def _crosses_experts(model: ModelConfig, parallel: ParallelConfig) -> bool:
     assert model.moe is not None
-    copies, experts = parallel.dp // parallel.ep, model.moe.num_local_experts // parallel.ep
-    divided = experts * model.hidden_size % copies == 0  # else they are not shared out at all
-    return divided and bool(experts % copies) and bool(copies % experts)
+    replicas, experts = parallel.dp // parallel.ep, model.moe.num_local_experts // parallel.ep
+    divided = experts * model.hidden_size % replicas == 0  # else they are not shared out at all
+    return divided and bool(experts % replicas) and bool(replicas % experts)
 
 
 def _of_all_graphs(model: ModelConfig, parallel: ParallelConfig) -> tuple[Rule, ...]:

@@ -17,8 +17,8 @@ from mistral_ms.models import check_weights
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.graph.attention import CachedAttentionRegion, KeyTable
 from mistral_ms.parallel.graph.checks import check_prediction
+from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
 from mistral_ms.parallel.graph.model import GraphBlock
-from mistral_ms.parallel.graph.parts import GraphParts
 from mistral_ms.parallel.graph.region import Region, Shape
 from mistral_ms.parallel.graph.storage import GraphStorage
 from mistral_ms.parallel.sharding import Sharding
@@ -26,7 +26,7 @@ from mistral_ms.parallel.topology import Topology
 from mistral_ms.weights import HEAD, by_name, specs
 
 
-class CachedParts(GraphParts):
+class CachedLayerFactory(GraphLayerFactory):
     """The pieces of a model with a cache. Routing is dropless.
 
     Args:
@@ -104,7 +104,7 @@ class GraphNextToken(nn.Cell):
     all rows, and all logits.
 
     Args:
-        parts: makes the pieces.
+        layer_factory: makes the pieces.
 
     Raises:
         WeightError: its pieces have other parameters than the specifications describe.
@@ -115,20 +115,23 @@ class GraphNextToken(nn.Cell):
         batch: rows that it takes, those of all ranks.
     """
 
-    def __init__(self, parts: CachedParts) -> None:
+    def __init__(self, layer_factory: CachedLayerFactory) -> None:
         super().__init__()
-        assert parts.cache is not None
-        self.config, self.batch = parts.config, parts.cache.batch
-        self.embed_tokens = parts.embedding()
-        blocks = [GraphBlock(parts, layer) for layer in range(parts.config.num_hidden_layers)]
+        assert layer_factory.cache is not None
+        self.config, self.batch = layer_factory.config, layer_factory.cache.batch
+        self.embed_tokens = layer_factory.embedding()
+        blocks = [
+            GraphBlock(layer_factory, layer)
+            for layer in range(layer_factory.config.num_hidden_layers)
+        ]
         self.layers = nn.CellList(blocks)
-        self.norm = parts.norm()
-        self.tied = parts.config.tie_word_embeddings
+        self.norm = layer_factory.norm()
+        self.tied = layer_factory.config.tie_word_embeddings
         if not self.tied:
-            self.lm_head = parts.head()
-        check_weights(self.weights(), by_name(specs(parts.config)), parts)
-        self.key_positions = parts.key_positions(parts.cache)
-        self.last_logits = LastLogits(parts.dtype, self.tied, parts.sharding)
+            self.lm_head = layer_factory.head()
+        check_weights(self.weights(), by_name(specs(layer_factory.config)), layer_factory)
+        self.key_positions = layer_factory.key_positions(layer_factory.cache)
+        self.last_logits = LastLogits(layer_factory.dtype, self.tied, layer_factory.sharding)
 
     def construct(self, ids_BS: Tensor, positions_BS: Tensor, last_B: Tensor) -> Tensor:
         """Float32 [B, V]: logits after column ``last_B`` (int32) of each row; enters the tokens
@@ -200,7 +203,7 @@ def build_generation(run: PredictConfig, layers: int | None = None) -> GraphNext
     divided = parallel.world > 1
     cache = CacheSpec.for_model(config, sizes.batch, sizes.max_length, sizes.chunk)
     with no_init_parameters():
-        parts = CachedParts(
+        layer_factory = CachedLayerFactory(
             config,
             sizes.dtype,
             cache,
@@ -209,7 +212,7 @@ def build_generation(run: PredictConfig, layers: int | None = None) -> GraphNext
             Sharding(parallel, sequence_parallel=False) if divided else None,
             Groups(Topology.of(parallel, get_group_size()), get_rank()) if divided else None,
         )
-        model = GraphNextToken(parts)
+        model = GraphNextToken(layer_factory)
     for weight in model.weights().values():
         weight.set_dtype(getattr(ms, sizes.dtype))  # nothing is trained: no float32 is needed
     model.set_train(False)

@@ -9,8 +9,8 @@ from mindspore import Parameter, Tensor, lazy_inline, nn, ops
 
 from mistral_ms.layers import is_buffer, output_logits, token_nll
 from mistral_ms.models import DecoderBlock, check_weights
-from mistral_ms.parallel.graph.notes import Note, notes
-from mistral_ms.parallel.graph.parts import GraphParts
+from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
+from mistral_ms.parallel.graph.metrics import RecordMetrics, metrics_buffer
 from mistral_ms.parallel.graph.region import Region, Shape
 from mistral_ms.parallel.sharding import Sharding
 from mistral_ms.weights import by_name, specs
@@ -37,21 +37,21 @@ class LossRegion(Region):
 
         inputs = "rows", "matrix", "tokens", "samples", "matrix"
         super().__init__(sharding, inputs, ("tokens",), shapes, (ms.float32,))
-        self.note = Note()
+        self.record = RecordMetrics()
 
     def compute(
         self,
         x_TH: Tensor,
         weight_VH: Tensor,
         labels_T: Tensor,
-        shares_B3: Tensor,
-        notes: Tensor,
+        scales_B3: Tensor,
+        metrics_buffer: Tensor,
     ) -> Tensor:
-        """This rank's part of the scaled loss, float32 [1]; notes it without the scale."""
+        """This rank's part of the scaled loss, float32 [1]; records it without the scale."""
         logits_TV = output_logits(x_TH, weight_VH)
         nll_T, _ = token_nll(logits_TV, labels_T)
-        loss = (_sum(nll_T) * shares_B3[0, 0]).reshape(1)
-        return self.note(loss * shares_B3[0, 2], notes, loss)
+        loss = (_sum(nll_T) * scales_B3[0, 0]).reshape(1)
+        return self.record(loss * scales_B3[0, 2], metrics_buffer, loss)
 
 
 class Loss(nn.Cell):
@@ -64,19 +64,19 @@ class Loss(nn.Cell):
 
     def __init__(self, dtype: str, sharding: Sharding | None) -> None:
         super().__init__()
-        self.region, self.notes = LossRegion(sharding), notes(1)
+        self.region, self.metrics_buffer = LossRegion(sharding), metrics_buffer(1)
         self.dtype = getattr(ms, dtype)
         self.sum = ops.ReduceSum()
         if sharding is not None:
             self.sum.shard(((sharding.ranks,),))
 
     def construct(
-        self, x_TH: Tensor, weight_VH: Tensor, labels_BS: Tensor, shares_B3: Tensor
+        self, x_TH: Tensor, weight_VH: Tensor, labels_BS: Tensor, scales_B3: Tensor
     ) -> Tensor:
         """A float32 scalar, scaled."""
         labels_T = labels_BS.reshape(-1)
         weight_VH = _cast(weight_VH, self.dtype)
-        return self.sum(self.region(x_TH, weight_VH, labels_T, shares_B3, self.notes))
+        return self.sum(self.region(x_TH, weight_VH, labels_T, scales_B3, self.metrics_buffer))
 
 
 class GraphBlock(DecoderBlock):
@@ -87,13 +87,15 @@ class GraphBlock(DecoderBlock):
         pooled: whether it gives sums, for the pooled load-balancing loss.
     """
 
-    def __init__(self, parts: GraphParts, layer: int) -> None:
-        super().__init__(parts, layer)
-        self.pooled = self.sparse and parts.losses is not None and parts.losses.pooled
+    def __init__(self, layer_factory: GraphLayerFactory, layer: int) -> None:
+        super().__init__(layer_factory, layer)
+        self.pooled = (
+            self.sparse and layer_factory.losses is not None and layer_factory.losses.pooled
+        )
 
     def construct(self, x_TH: Tensor, context: Any, valid_T: Any, gate_context: Any = None) -> Any:
-        """[T, H] -> [T, H], and sums; context and mask are what the pieces of :class:`GraphParts`
-        take.
+        """[T, H] -> [T, H], and sums; context and mask are what the pieces of
+        :class:`GraphLayerFactory` take.
         """
         both = super().construct(x_TH, context, valid_T, gate_context)
         return both if self.pooled else both[0]
@@ -108,7 +110,7 @@ class GraphModel(nn.Cell):
     and each layer's router losses are attached to its states.
 
     Args:
-        parts: makes the pieces.
+        layer_factory: makes the pieces.
         stages: the stage of each layer.
 
     Attributes:
@@ -118,22 +120,25 @@ class GraphModel(nn.Cell):
         WeightError: its pieces have other parameters than the specifications describe.
     """
 
-    def __init__(self, parts: GraphParts, stages: tuple[int, ...]) -> None:
+    def __init__(self, layer_factory: GraphLayerFactory, stages: tuple[int, ...]) -> None:
         super().__init__()
-        self.embed_tokens = parts.embedding()
-        blocks = [GraphBlock(parts, layer) for layer in range(parts.config.num_hidden_layers)]
+        self.embed_tokens = layer_factory.embedding()
+        blocks = [
+            GraphBlock(layer_factory, layer)
+            for layer in range(layer_factory.config.num_hidden_layers)
+        ]
         self.layers = nn.CellList(blocks)
         self.pooled = any(block.pooled for block in blocks)
         if self.pooled:
-            self.pooled_loss = parts.pooled_loss()
+            self.pooled_loss = layer_factory.pooled_loss()
             self.room_of_pooled = max(i for i, block in enumerate(blocks) if block.pooled)
-        self.norm = parts.norm()
-        self.tied = parts.config.tie_word_embeddings
+        self.norm = layer_factory.norm()
+        self.tied = layer_factory.config.tie_word_embeddings
         if not self.tied:
-            self.lm_head = parts.head()
-        self.specs = by_name(specs(parts.config))
-        check_weights(self.weights(), self.specs, parts)
-        self.loss = Loss(parts.dtype, parts.sharding)
+            self.lm_head = layer_factory.head()
+        self.specs = by_name(specs(layer_factory.config))
+        check_weights(self.weights(), self.specs, layer_factory)
+        self.loss = Loss(layer_factory.dtype, layer_factory.sharding)
         if max(stages) > 0:  # then nothing is tied or pooled
             self.embed_tokens.pipeline_stage = 0
             for block, stage in zip(blocks, stages, strict=True):
@@ -147,7 +152,7 @@ class GraphModel(nn.Cell):
         labels_BS: Tensor,
         positions_BS: Tensor,
         segments_BS: Tensor,
-        shares_B3: Tensor,
+        scales_B3: Tensor,
     ) -> Tensor:
         """The scaled language-model loss of a micro-batch; those of all micro-batches add up.
 
@@ -158,20 +163,20 @@ class GraphModel(nn.Cell):
             labels_BS: int32, IGNORE_INDEX where nothing is predicted.
             positions_BS: int32, -1 for padding.
             segments_BS: int32.
-            shares_B3: float32, equal rows: one over the counted labels of the whole batch, one
+            scales_B3: float32, equal rows: one over the counted labels of the whole batch, one
                 over its tokens that are not padding, the loss scale.
         """
         x_TH = self.embed_tokens(ids_BS)
         sums: tuple[Tensor, ...] = ()
         for layer in self.layers:
-            x_TH = layer(x_TH, (positions_BS, segments_BS), (positions_BS, shares_B3))
+            x_TH = layer(x_TH, (positions_BS, segments_BS), (positions_BS, scales_B3))
             if layer.pooled:
                 x_TH, summed = x_TH
                 sums = (*sums, summed)
         if self.pooled:
-            room = self.layers[self.room_of_pooled].moe.notes
-            x_TH = self.pooled_loss(x_TH, sums, shares_B3, room)
-        return self.loss(self.norm(x_TH), self.head_weight(), labels_BS, shares_B3)
+            buffer = self.layers[self.room_of_pooled].moe.metrics_buffer
+            x_TH = self.pooled_loss(x_TH, sums, scales_B3, buffer)
+        return self.loss(self.norm(x_TH), self.head_weight(), labels_BS, scales_B3)
 
     def head_weight(self) -> Parameter:
         """The output head [V, H]; the embedding's own weight when tied."""
@@ -181,15 +186,15 @@ class GraphModel(nn.Cell):
         """All weights by the names of our checkpoints."""
         return {n: p for n, p in self.parameters_and_names() if not is_buffer(p)}
 
-    def rooms(self) -> dict[int | None, Parameter]:
-        """Where figures are noted: of each sparse layer the two losses (the share of the batch in
-        their means) and the choices of each expert, before and after the capacity, [1, 2 + 2 E];
+    def metrics_buffers(self) -> dict[int | None, Parameter]:
+        """Where metrics are recorded: of each sparse layer the two losses (the share of the batch
+        in their means) and the choices of each expert, before and after the capacity, [1, 2 + 2 E];
         of None the language-model loss, [1, 1].
         """
         found: dict[int | None, Parameter] = {
-            i: layer.moe.notes for i, layer in enumerate(self.layers) if layer.sparse
+            i: layer.moe.metrics_buffer for i, layer in enumerate(self.layers) if layer.sparse
         }
-        return {**found, None: self.loss.notes}
+        return {**found, None: self.loss.metrics_buffer}
 
 
 class LazyGraphModel(GraphModel):
@@ -198,5 +203,5 @@ class LazyGraphModel(GraphModel):
     """
 
     @lazy_inline
-    def __init__(self, parts: GraphParts, stages: tuple[int, ...]) -> None:
-        super().__init__(parts, stages)
+    def __init__(self, layer_factory: GraphLayerFactory, stages: tuple[int, ...]) -> None:
+        super().__init__(layer_factory, stages)

@@ -1,10 +1,10 @@
 """The sparse layer as one region: gate, dispatch, experts, combine, and the router's losses.
 
-All of it is the code of the explicit path: the router's choice, the slot table, the dispatchers
+All of it is the code of the explicit path: the router's choice, the row id map, the dispatchers
 with their flat or hierarchical routes, the losses. Only where weights come from differs, and the
 carriers of tensor-parallel ranks.
 
-The graph has static shapes. Capacity gives every expert C places; under ``dropless`` packed rows
+The graph has static shapes. Capacity gives every expert C slots; under ``dropless`` packed rows
 lie in buffers for the worst case, in which every rank of the expert group sends all it can to the
 experts of this one: P * T * min(K, L) rows of H elements, P * min(1, L / K) times the average.
 What travels between expert ranks and what the experts compute on Ascend are the real rows; what
@@ -24,8 +24,8 @@ from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.layers.parameter import weight
 from mistral_ms.moe import (
     Dispatcher,
+    DispatchPlan,
     Gate,
-    Plan,
     RouterSums,
     TransposedExperts,
     kept_choices,
@@ -37,9 +37,9 @@ from mistral_ms.moe import (
 )
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.dispatchers import make_dispatcher
-from mistral_ms.parallel.graph.carriers import IN_REGION
-from mistral_ms.parallel.graph.notes import AttachLosses, Note, notes
+from mistral_ms.parallel.graph.metrics import AttachLosses, RecordMetrics, metrics_buffer
 from mistral_ms.parallel.graph.region import Region, Shape, first_shape
+from mistral_ms.parallel.graph.tensor_rows import IN_REGION
 from mistral_ms.parallel.sharding import Sharding
 
 _cast = ops.Cast()
@@ -130,7 +130,7 @@ class SparsePieces(Region):
         self,
         rows: Tensor,
         group_sizes_L: Tensor | None,
-        plan: Plan,
+        plan: DispatchPlan,
         w1: Tensor,
         w3: Tensor,
         w2: Tensor,
@@ -194,12 +194,12 @@ class TrainedSparseRegion(SparsePieces):
             ("samples", "matrix"),
             summed if coefficients.pooled else (),
         )
-        self.groups, self.attach, self.note = groups, AttachLosses(), Note()
+        self.groups, self.attach, self.record = groups, AttachLosses(), RecordMetrics()
         # the tensor-parallel ranks form the same losses: each is responsible for its share
-        self.share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
+        self.mp_share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
         self.pooled = coefficients.pooled
         aux = 0.0 if self.pooled else coefficients.aux
-        each = [aux * self.share, coefficients.z * self.share]
+        each = [aux * self.mp_share, coefficients.z * self.mp_share]
         self.coefficients = Tensor(np.array(each, np.float32))
         self.z_alone = Tensor(np.array([0.0, 1.0], np.float32))
 
@@ -211,11 +211,11 @@ class TrainedSparseRegion(SparsePieces):
         w1_LH_I: Tensor,
         w3_LH_I: Tensor,
         w2_LH_I: Tensor,
-        shares_B3: Tensor,
-        notes: Tensor,
+        scales_B3: Tensor,
+        metrics_buffer: Tensor,
     ) -> Any:
-        """[T, H] -> [T, H], with the router's losses attached, and what is noted of them; for the
-        pooled loss also what it takes, see
+        """[T, H] -> [T, H], with the router's losses attached, and what is recorded of them; for
+        the pooled loss also what it takes, see
         :class:`~mistral_ms.parallel.graph.pooled.PooledLoss`.
         """
         valid_T = self.valid(positions_BS)
@@ -230,7 +230,7 @@ class TrainedSparseRegion(SparsePieces):
             rows, group_sizes_L = self.dispatcher.dispatch(x, plan)
             sent = (*sent, (chosen, rows, group_sizes_L, plan, valid))
         # share of the batch in its tokens, times the loss scale
-        coefficients = self.coefficients * (shares_B3[0, 1] * shares_B3[0, 2])
+        coefficients = self.coefficients * (scales_B3[0, 1] * scales_B3[0, 2])
         out: tuple[Tensor, ...] = ()
         rows_for_pooled: tuple[Tensor, ...] = ()
         for i in range(self.groups):
@@ -244,8 +244,8 @@ class TrainedSparseRegion(SparsePieces):
                 row = ops.cat((scores_E, routed_E, tokens.reshape(1)))
                 rows_for_pooled = (*rows_for_pooled, row)
             y_TH = self.attach(y_TH, losses, coefficients)
-            seen = ops.cat((losses * shares_B3[0, 1], routed_E, kept_E)) * self.share
-            out = (*out, self.note(y_TH, notes, seen))
+            seen = ops.cat((losses * scales_B3[0, 1], routed_E, kept_E)) * self.mp_share
+            out = (*out, self.record(y_TH, metrics_buffer, seen))
         y_TH = out[0] if self.groups == 1 else ops.cat(out, 0)
         if self.pooled:
             return y_TH, ops.stack(rows_for_pooled)
@@ -297,7 +297,7 @@ class GraphMoE(nn.Cell):
         self.trained = coefficients is not None
         self.pooled = coefficients is not None and coefficients.pooled
         if coefficients is not None:
-            self.notes = notes(2 + 2 * config.moe.num_local_experts)
+            self.metrics_buffer = metrics_buffer(2 + 2 * config.moe.num_local_experts)
             self.region: Region = TrainedSparseRegion(
                 config, dispatcher, self.router, dtype, coefficients, interleave, sharding
             )
@@ -322,7 +322,7 @@ class GraphMoE(nn.Cell):
         w2 = self.cast(self.experts.w2, self.dtype)
         given: tuple[Tensor, ...] = (batch[0], self.router.weight, w1, w3, w2)
         if self.trained:
-            given = (*given, batch[1], self.notes)
+            given = (*given, batch[1], self.metrics_buffer)
         if self.pooled:
             return self.region(x_TH, *given)
         return self.region(x_TH, *given), None

@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from mistral_ms.config import ModelConfig
 from mistral_ms.moe import load_balancing_loss
-from mistral_ms.parallel.graph.notes import AttachLosses, Note
+from mistral_ms.parallel.graph.metrics import AttachLosses, RecordMetrics
 from mistral_ms.parallel.graph.region import Region, first_shape
 from mistral_ms.parallel.sharding import Sharding
 
@@ -35,9 +35,9 @@ class PooledRegion(Region):
         self.share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
         self.coefficient = Tensor(np.array([coefficient * self.share], np.float32))
         self.others = Tensor(np.zeros(1 + 2 * self.experts, np.float32))
-        self.attach, self.note = AttachLosses(), Note()
+        self.attach, self.record = AttachLosses(), RecordMetrics()
 
-    def compute(self, x_TH: Tensor, sums_GF: Tensor, shares_B3: Tensor, room: Tensor) -> Tensor:
+    def compute(self, x_TH: Tensor, sums_GF: Tensor, scales_B3: Tensor, buffer: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
         E, total = self.experts, ops.zeros((1,), ms.float32)
         for i in range(sums_GF.shape[0]):
@@ -45,10 +45,10 @@ class PooledRegion(Region):
             tokens_1 = sums_GF[i : i + 1, 2 * E]
             sums = scores_1E, routed_1E, routed_1E, tokens_1, tokens_1, ()
             total = total + load_balancing_loss(sums, True) * tokens_1 / self.layers
-        x_TH = self.attach(x_TH, total, self.coefficient * (shares_B3[0, 1] * shares_B3[0, 2]))
+        x_TH = self.attach(x_TH, total, self.coefficient * (scales_B3[0, 1] * scales_B3[0, 2]))
         # the report takes the mean over layers
-        seen = total * (shares_B3[0, 1] * (self.share * self.layers))
-        return self.note(x_TH, room, ops.cat((seen, self.others)))
+        seen = total * (scales_B3[0, 1] * (self.share * self.layers))
+        return self.record(x_TH, buffer, ops.cat((seen, self.others)))
 
 
 class PooledLoss(nn.Cell):
@@ -68,7 +68,7 @@ class PooledLoss(nn.Cell):
             self.add.shard(in_strategy=(sharding("rows"), sharding("rows")))
 
     def construct(
-        self, x_TH: Tensor, layers: tuple[Tensor, ...], shares_B3: Tensor, room: Parameter
+        self, x_TH: Tensor, layers: tuple[Tensor, ...], scales_B3: Tensor, buffer: Parameter
     ) -> Tensor:
         """[T, H], unchanged.
 
@@ -76,10 +76,10 @@ class PooledLoss(nn.Cell):
             x_TH: the states.
             layers: of each sparse layer the sums of all dispatch groups of all ranks, float32
                 [groups, 2 E + 1]: router probabilities, choices, tokens.
-            shares_B3: see :class:`~mistral_ms.parallel.graph.model.GraphModel`.
-            room: for the figures of any sparse layer; that of the loss is noted there.
+            scales_B3: see :class:`~mistral_ms.parallel.graph.model.GraphModel`.
+            buffer: for the metrics of any sparse layer; that of the loss is noted there.
         """
         sums = layers[0]
         for each in layers[1:]:
             sums = self.add(sums, each)
-        return self.region(x_TH, sums, shares_B3, room)
+        return self.region(x_TH, sums, scales_B3, buffer)

@@ -6,8 +6,8 @@ sees only this rank's parts of its inputs; layouts by name say what those parts 
 regions the compiler moves what must be moved. MindSpore's ``Morph`` carries it into the graph
 before it is divided and is replaced by the function itself before the gradient is taken.
 
-**Gradients.** In this graph the copies of a tensor on several ranks have gradients that are
-*parts*: they add up to the true one, and whoever made the copies adds them up (the compiler, for
+**Gradients.** In this graph the replicas of a tensor on several ranks have gradients that are
+*parts*: they add up to the true one, and whoever made the replicas adds them up (the compiler, for
 weights and for its own redistributions). Inside a region each communication primitive's own
 gradient does the right thing under that rule; the mappings of ``parallel.collectives``, where every
 copy has the whole gradient, would not.

@@ -21,15 +21,16 @@ class TrainingGraph(nn.Cell):
         net: of a batch: a pipeline cell, or an accumulating one, or the model itself.
         weight_update: updates the weights that are trained.
         norm: the gradients' global norm.
-        clip_norm: gradients are scaled down to this norm; None only measures.
+        max_grad_norm: gradients are scaled down to this norm; None only measures.
         reducer: of a pipeline's or an accumulation's gradients; None for a single micro-batch.
-        notes: rooms for figures in the net, see :mod:`mistral_ms.parallel.graph.notes`.
+        metrics_buffer: buffers for metrics in the net, see
+            :mod:`mistral_ms.parallel.graph.metrics`.
 
     Attributes:
         weights: what is trained.
-        coefficients: of :meth:`~mistral_ms.optimizers.Plan.coefficients`, float32 scalars, to be
-            assigned before each step. Parameters, not inputs: the compiler takes every input of a
-            graph for a part of the batch.
+        coefficients: of :meth:`~mistral_ms.optimizers.DispatchPlan.coefficients`, float32 scalars,
+            to be assigned before each step. Parameters, not inputs: the compiler takes every input
+            of a graph for a part of the batch.
         unscale: one over the loss scale, likewise.
         norm_seen: float32 [1], the global norm of the last step's gradients before clipping. Not
             an output: a pipeline's graph has none but the loss.
@@ -40,13 +41,13 @@ class TrainingGraph(nn.Cell):
         net: nn.Cell,
         weight_update: WeightUpdate,
         norm: GlobalNorm,
-        clip_norm: float | None,
+        max_grad_norm: float | None,
         reducer: nn.Cell | None = None,
-        notes: tuple[Parameter, ...] = (),
+        metrics_buffer: tuple[Parameter, ...] = (),
     ) -> None:
         super().__init__(auto_prefix=False)
         self.net, self.optimizer, self.norm = net, GraphUpdate(weight_update), norm
-        self.clip_norm, self.reducer = clip_norm, reducer
+        self.max_grad_norm, self.reducer = max_grad_norm, reducer
         self.weights: ParameterTuple = weight_update.weights
         count = sum(weight_update.plan.counts)
         self.coefficients = ParameterTuple([_setting(f"coefficient.{n}") for n in range(count)])
@@ -55,8 +56,10 @@ class TrainingGraph(nn.Cell):
             Tensor(np.zeros(1, np.float32)), name="norm_seen", requires_grad=False
         )
         self.net.set_grad()
-        self.count, self.notes = len(self.weights), ParameterTuple(notes)
-        self.gradient = ops.value_and_grad(net, None, ParameterTuple((*self.weights, *notes)))
+        self.count, self.metrics_buffer = len(self.weights), ParameterTuple(metrics_buffer)
+        self.gradient = ops.value_and_grad(
+            net, None, ParameterTuple((*self.weights, *metrics_buffer))
+        )
 
     @property
     def weight_update(self) -> WeightUpdate:
@@ -69,7 +72,7 @@ class TrainingGraph(nn.Cell):
         labels_BS: Tensor,
         positions_BS: Tensor,
         segments_BS: Tensor,
-        shares_B3: Tensor,
+        scales_B3: Tensor,
     ) -> Tensor:
         """The scaled loss; of a pipeline's last stage.
 
@@ -80,21 +83,22 @@ class TrainingGraph(nn.Cell):
             labels_BS: likewise.
             positions_BS: likewise.
             segments_BS: likewise.
-            shares_B3: likewise.
+            scales_B3: likewise.
         """
-        loss, gradients = self.gradient(ids_BS, labels_BS, positions_BS, segments_BS, shares_B3)
+        loss, gradients = self.gradient(ids_BS, labels_BS, positions_BS, segments_BS, scales_B3)
         if self.reducer is not None:
             gradients = self.reducer(gradients)
-        gradients, figures = gradients[: self.count], gradients[self.count :]
+        gradients, metrics = gradients[: self.count], gradients[self.count :]
         norm = self.norm(gradients) * self.unscale
         factor = self.unscale
-        if self.clip_norm is not None:
+        if self.max_grad_norm is not None:
             factor = (
-                ops.minimum(self.clip_norm / (norm + NORM_EPS), ops.ones_like(norm)) * self.unscale
+                ops.minimum(self.max_grad_norm / (norm + NORM_EPS), ops.ones_like(norm))
+                * self.unscale
             )
         done = self.optimizer(gradients, factor, self.coefficients, _is_finite(norm))
-        noted = _hyper_map(_assign, self.notes, figures)
-        return ops.depend(loss, (ops.assign(self.norm_seen, norm), done, noted))
+        recorded = _hyper_map(_assign, self.metrics_buffer, metrics)
+        return ops.depend(loss, (ops.assign(self.norm_seen, norm), done, recorded))
 
 
 def _setting(name: str, value: float = 0.0) -> Parameter:

@@ -1,9 +1,9 @@
 """How a rank's parts of the graph's weights lie in a checkpoint.
 
 Two things differ from the explicit path: weights have the forms of
-:mod:`mistral_ms.parallel.sharding.forms`, and optimizer parallelism leaves each rank a share of the
+:mod:`mistral_ms.parallel.sharding.forms`, and optimizer parallelism leaves each rank a shard of the
 rows of its part, in the order of the ranks that hold the same part: the order in which an
-AllGather puts their shares together.
+AllGather puts their shards together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mindspore import Parameter
 from mistral_ms.config import ModelConfig, ParallelConfig
 from mistral_ms.parallel.pipeline import held_specs, stages_of
 from mistral_ms.parallel.sharding import Axes, Sharding, graph_form
-from mistral_ms.parallel.storage import Shape, Storage, Window
+from mistral_ms.parallel.storage import Shape, Storage, TensorSlice
 from mistral_ms.weights import by_name, specs
 
 
@@ -41,7 +41,7 @@ class GraphStorage(Storage):
         layouts: Mapping[str, str | Axes] | None = None,
     ) -> None:
         self.sharding = Sharding(parallel)
-        self.shared_out = parallel.optimizer_parallel
+        self.zero1 = parallel.optimizer_parallel
         stage, self.number = divmod(rank, self.sharding.ranks)
         self.stage = stages_of(model, parallel.pp)[stage]
         super().__init__(by_name(held_specs(self.stage, specs(model))))
@@ -54,19 +54,21 @@ class GraphStorage(Storage):
         """Of the whole model's weights those of this rank's stage."""
         return {name: each for name, each in weights.items() if name in self.specs}
 
-    def window(self, name: str) -> Window:
+    def local_slice(self, name: str) -> TensorSlice:
         """See the base."""
         layout, form = self.layouts[name], self.forms[name]
-        sizes = self.sharding.part(layout, form.shape)
-        places = self.sharding.place(layout, self.number)
-        starts = [place * size for place, size in zip(places, sizes, strict=True)]
-        copies = self._shares(name)
-        rows, first = sizes[0] // copies, starts[0]
-        if copies > 1:
-            first += self.sharding.copy_number(layout, self.number) * rows
+        sizes = self.sharding.shard_shape(layout, form.shape)
+        shard_indices = self.sharding.shard_index(layout, self.number)
+        starts = [
+            shard_index * size for shard_index, size in zip(shard_indices, sizes, strict=True)
+        ]
+        replicas = self._optimizer_shards(name)
+        rows, first = sizes[0] // replicas, starts[0]
+        if replicas > 1:
+            first += self.sharding.replica_index(layout, self.number) * rows
         cut = [slice(first, first + rows)]
         cut += [slice(a, a + n) for a, n in zip(starts[1:], sizes[1:], strict=True)]
-        return form.window(tuple(cut))
+        return form.local_slice(tuple(cut))
 
     def parameter_shape(self, name: str, held: Shape) -> Shape:
         """See the base."""
@@ -81,14 +83,14 @@ class GraphStorage(Storage):
         return self.forms[name].from_graph(values)
 
     def written(self, weights: Iterable[str]) -> set[str]:
-        """See the base: shares are nobody else's; of copies the first rank writes."""
+        """See the base: shards are nobody else's; of replicas the first rank writes."""
         return {
             name
             for name in weights
-            if self._shares(name) > 1
-            or self.sharding.copy_number(self.layouts[name], self.number) == 0
+            if self._optimizer_shards(name) > 1
+            or self.sharding.replica_index(self.layouts[name], self.number) == 0
         }
 
-    def _shares(self, name: str) -> int:
+    def _optimizer_shards(self, name: str) -> int:
         shape = self.forms[name].shape
-        return self.sharding.shares(self.layouts[name], shape, self.shared_out)
+        return self.sharding.optimizer_shards(self.layouts[name], shape, self.zero1)

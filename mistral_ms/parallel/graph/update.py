@@ -26,9 +26,9 @@ _prepare = ops.MultitypeFuncGraph("prepare")
 
 
 @_square.register("Number", "Tensor")
-def _sum_of_squares(share: float, gradient: Tensor) -> Tensor:
+def _sum_of_squares(inv_replicas: float, gradient: Tensor) -> Tensor:
     wide = _cast(gradient, ms.float32)
-    return _expand(_sum(wide * wide, ()) * share, 0)
+    return _expand(_sum(wide * wide, ()) * inv_replicas, 0)
 
 
 @_prepare.register("Tensor", "Tensor", "Tensor")
@@ -44,25 +44,25 @@ class GlobalNorm(nn.Cell):
     sum over the world counts everything once.
 
     Args:
-        copies: of each weight: how many ranks of a stage hold the same part of its gradient.
+        replicas: of each weight: how many ranks of a stage hold the same part of its gradient.
         divided: whether there are other ranks.
     """
 
-    def __init__(self, copies: tuple[int, ...], divided: bool) -> None:
+    def __init__(self, replicas: tuple[int, ...], divided: bool) -> None:
         super().__init__()
-        self.shares = tuple(1.0 / each for each in copies)
+        self.inv_replicas = tuple(1.0 / each for each in replicas)
         self.divided = divided
         self.add_n = ops.AddN()
         if divided:
-            self.add_up = ops.AllReduce(group=GlobalComm.WORLD_COMM_GROUP)
+            self.all_reduce_op = ops.AllReduce(group=GlobalComm.WORLD_COMM_GROUP)
 
     def construct(self, gradients: tuple[Tensor, ...]) -> Tensor:
         """Float32 [1]."""
         # AddN of the tuple: a pipeline's stage drops the entries of the other stages' weights from
         # tuples, but from a chain of additions it would drop everything behind the first of them
-        total = self.add_n(_hyper_map(_square, self.shares, gradients))
+        total = self.add_n(_hyper_map(_square, self.inv_replicas, gradients))
         if self.divided:
-            total = self.add_up(total)
+            total = self.all_reduce_op(total)
         return ops.sqrt(total)
 
 
@@ -92,7 +92,8 @@ class GraphUpdate(nn.Cell):
         Args:
             gradients: one per weight.
             factor: float32 [1], what each is multiplied by.
-            coefficients: of :meth:`~mistral_ms.optimizers.Plan.coefficients`, float32 scalars.
+            coefficients: of :meth:`~mistral_ms.optimizers.DispatchPlan.coefficients`, float32
+                scalars.
             finite: bool [1].
         """
         yes = _sum(_cast(finite, ms.float32), ())

@@ -12,7 +12,10 @@ from mistral_ms.weights import specs
 
 
 def check_objective(
-    model: ModelConfig, routing: RoutingConfig, parallel: ParallelConfig, aux_coef: float
+    model: ModelConfig,
+    routing: RoutingConfig,
+    parallel: ParallelConfig,
+    router_aux_loss_coef: float,
 ) -> None:
     """Raises if the loss couples stages: each stage must be able to form its own losses.
 
@@ -23,19 +26,20 @@ def check_objective(
         model: the whole model.
         routing: names the form of the load-balancing loss.
         parallel: the layout.
-        aux_coef: coefficient of the load-balancing loss.
+        router_aux_loss_coef: coefficient of the load-balancing loss.
 
     Raises:
         ConfigError: the pooled form with more than one stage.
     """
-    counts = aux_coef > 0 and bool(model.sparse_layers)
+    counts = router_aux_loss_coef > 0 and bool(model.sparse_layers)
     if parallel.pp > 1 and counts and routing.aux_loss == "pooled":
         raise ConfigError(
             "impossible objective",
             where="routing.aux_loss",
             value=f"pooled with parallel.pp={parallel.pp}",
             rule="the pooled load-balancing loss couples the layers of all pipeline stages",
-            todo="set routing.aux_loss=per_layer, training.aux_coef=0, or parallel.pp=1",
+            todo="set routing.aux_loss=per_layer, training.router_aux_loss_coef=0, "
+            "or parallel.pp=1",
         )
 
 

@@ -12,7 +12,7 @@ from mistral_ms.errors import TopologyError
 from mistral_ms.parallel.pipeline.costs import LayerCosts, layer_costs
 
 USUAL_LENGTH = 4096
-"""Tokens of a sequence for which stages are balanced, whatever a run's windows are: which rank
+"""Tokens of a sequence for which stages are balanced, whatever a run's sequences are: which rank
 holds what then depends on nothing but the model and the layout.
 """
 
@@ -118,10 +118,10 @@ def _smallest_maximum(table: _Costs) -> float:
 
 def _most_even(table: _Costs, limit: float) -> list[int]:
     """The ends of the stages with the smallest sum of squares, none above ``limit``."""
-    Choice = tuple[float, list[int]]
-    best: dict[int, Choice] = {0: (0.0, [])}
+    Routing = tuple[float, list[int]]
+    best: dict[int, Routing] = {0: (0.0, [])}
     for stage in range(table.stages):
-        found: dict[int, Choice] = {}
+        found: dict[int, Routing] = {}
         for end in range(stage + 1, table.layers + 1):
             for start in table.starts(stage, end):
                 cost = table.of(stage, start, end)

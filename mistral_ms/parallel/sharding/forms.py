@@ -21,7 +21,7 @@ from mistral_ms.parallel.sharding.layouts import EXPERT, TENSOR, Axes
 from mistral_ms.weights import ParamSpec
 
 Shape = tuple[int, ...]
-Window = tuple[slice, ...]
+TensorSlice = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class GraphForm:
         experts = values.shape[0] // math.prod(middle)
         return values.reshape(experts, *middle, *values.shape[1:]).transpose(np.argsort(self.order))
 
-    def window(self, cut: Window) -> Window:
+    def local_slice(self, cut: TensorSlice) -> TensorSlice:
         """From a rectangle of the graph's tensor to one of the checkpoint's."""
         if not self.rows:
             return cut

@@ -1,11 +1,11 @@
 """The table of layouts.
 
 The ranks of a pipeline stage form a matrix (copy, expert, tensor) = (dp / ep, ep, mp), in rank
-order: an expert group is one row of ``expert``, the copies of an expert one column of ``copy``. A
-layout says which of these axes divide each axis of a tensor; what is not divided is the same on
-all ranks. Plain strategies (tuples of numbers) cannot tell copies from experts once dp exceeds ep,
-so the graph uses nothing but layouts. Those of weights follow from their specifications, see
-:mod:`mistral_ms.parallel.sharding.forms`.
+order: an expert group is one row of ``expert``, the replicas of an expert one column of
+``replica``. A layout says which of these axes divide each axis of a tensor; what is not divided is
+the same on all ranks. Plain strategies (tuples of numbers) cannot tell replicas from experts once
+dp exceeds ep, so the graph uses nothing but layouts. Those of weights follow from their
+specifications, see :mod:`mistral_ms.parallel.sharding.forms`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import mindspore as ms
 
 from mistral_ms.config import ParallelConfig
 
-COPY, EXPERT, TENSOR = "copy", "expert", "tensor"
-DATA = (COPY, EXPERT)
-ALL = (COPY, EXPERT, TENSOR)
+REPLICA, EXPERT, TENSOR = "replica", "expert", "tensor"
+DATA = (REPLICA, EXPERT)
+ALL = (REPLICA, EXPERT, TENSOR)
 Axis = str | tuple[str, ...] | None
 Axes = tuple[Axis, ...]
 """What divides each axis of a tensor."""
@@ -55,8 +55,8 @@ class Sharding:
     def __init__(self, parallel: ParallelConfig, sequence_parallel: bool = True) -> None:
         self.parallel = parallel
         self.layouts = LAYOUTS if sequence_parallel else {**LAYOUTS, **WHOLE_ON_TENSOR_RANKS}
-        self.copies = parallel.dp // parallel.ep
-        self.matrix = {COPY: self.copies, EXPERT: parallel.ep, TENSOR: parallel.mp}
+        self.replicas = parallel.dp // parallel.ep
+        self.matrix = {REPLICA: self.replicas, EXPERT: parallel.ep, TENSOR: parallel.mp}
 
     @property
     def ranks(self) -> int:
@@ -72,28 +72,28 @@ class Sharding:
         """What divides each axis: of a kind of tensor, or as it is said."""
         return self.layouts[layout] if isinstance(layout, str) else layout
 
-    def parts(self, layout: str | Axes) -> tuple[int, ...]:
+    def num_shards(self, layout: str | Axes) -> tuple[int, ...]:
         """Into how many parts each axis of a tensor is divided."""
         found = []
         for axis in self.axes(layout):
-            parts = 1
+            num_shards = 1
             for each in (axis,) if isinstance(axis, str) else axis or ():
-                parts *= self.matrix[each]
-            found.append(parts)
+                num_shards *= self.matrix[each]
+            found.append(num_shards)
         return tuple(found)
 
-    def copies_of(self, layout: str | Axes) -> int:
+    def replicas_of(self, layout: str | Axes) -> int:
         """How many ranks of a stage hold the same part of a tensor."""
-        parts = 1
-        for each in self.parts(layout):
-            parts *= each
-        return self.ranks // parts
+        num_shards = 1
+        for each in self.num_shards(layout):
+            num_shards *= each
+        return self.ranks // num_shards
 
-    def part(self, layout: str | Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def shard_shape(self, layout: str | Axes, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a rank's part of a tensor, whose whole has ``shape``."""
-        return tuple(size // n for size, n in zip(shape, self.parts(layout), strict=True))
+        return tuple(size // n for size, n in zip(shape, self.num_shards(layout), strict=True))
 
-    def place(self, layout: str | Axes, number: int) -> tuple[int, ...]:
+    def shard_index(self, layout: str | Axes, number: int) -> tuple[int, ...]:
         """Which part of each axis of a tensor a rank holds.
 
         Args:
@@ -103,13 +103,13 @@ class Sharding:
         at = self._coordinates(number)
         found = []
         for axis in self.axes(layout):
-            place = 0
+            shard_index = 0
             for each in (axis,) if isinstance(axis, str) else axis or ():
-                place = place * self.matrix[each] + at[each]
-            found.append(place)
+                shard_index = shard_index * self.matrix[each] + at[each]
+            found.append(shard_index)
         return tuple(found)
 
-    def copy_number(self, layout: str | Axes, number: int) -> int:
+    def replica_index(self, layout: str | Axes, number: int) -> int:
         """The place of a rank among those of its stage that hold the same part, by their numbers.
 
         Args:
@@ -120,13 +120,15 @@ class Sharding:
         used = {
             each for axis in axes for each in ((axis,) if isinstance(axis, str) else axis or ())
         }
-        at, place = self._coordinates(number), 0
+        at, shard_index = self._coordinates(number), 0
         for axis, size in self.matrix.items():
             if axis not in used:
-                place = place * size + at[axis]
-        return place
+                shard_index = shard_index * size + at[axis]
+        return shard_index
 
-    def shares(self, layout: str | Axes, shape: tuple[int, ...], optimizer_parallel: bool) -> int:
+    def optimizer_shards(
+        self, layout: str | Axes, shape: tuple[int, ...], optimizer_parallel: bool
+    ) -> int:
         """Among how many ranks optimizer parallelism divides the rows of each part of a weight:
         all that hold it, or none when there are too few rows, or it is off.
 
@@ -135,8 +137,12 @@ class Sharding:
             shape: of the whole weight.
             optimizer_parallel: whether it is on.
         """
-        copies = self.copies_of(layout)
-        return copies if optimizer_parallel and self.part(layout, shape)[0] % copies == 0 else 1
+        replicas = self.replicas_of(layout)
+        return (
+            replicas
+            if optimizer_parallel and self.shard_shape(layout, shape)[0] % replicas == 0
+            else 1
+        )
 
     def _coordinates(self, number: int) -> dict[str, int]:
         at = {}

@@ -12,27 +12,23 @@ class GroupKind(StrEnum):
     ==============  ==================================================================
     WORLD           all ranks
     STAGE           one pipeline stage
-    MODEL           one copy of the dense model: the same data-parallel place
-    TENSOR          shares of the same matrices: they see the same tokens
-    DATA            copies of the same dense weights
-    EXPERT          the ranks that hold all experts of a layer together, one copy of each
-    EXPERT_DATA     copies of the same experts
+    TENSOR          shards of the same matrices: they see the same tokens
+    DATA            replicas of the same dense weights
+    EXPERT          the ranks that hold all experts of a layer together, one replica of each
+    EXPERT_DATA     replicas of the same experts
     PIPELINE        the stages that one batch passes
-    TIE             first and last stage, which share a tied embedding; others are alone
     EXPERT_NODE     an expert group's ranks on one node: first hop of the hierarchical exchange
-    EXPERT_CROSS    an expert group's ranks with equal places on their nodes: the second hop
+    EXPERT_CROSS    an expert group's ranks with equal local ranks: the second hop
     ==============  ==================================================================
     """
 
     WORLD = "world"
     STAGE = "stage"
-    MODEL = "model"
     TENSOR = "tensor"
     DATA = "data"
     EXPERT = "expert"
     EXPERT_DATA = "expert_data"
     PIPELINE = "pipeline"
-    TIE = "tie"
     EXPERT_NODE = "expert_node"
     EXPERT_CROSS = "expert_cross"
 
@@ -62,5 +58,5 @@ class Group:
         return self.ranks.index(rank)
 
     def neighbours_on_node(self, position: int) -> int:
-        """How many other members share the node of the one at ``position``."""
+        """How many other members shard the node of the one at ``position``."""
         return self.nodes.count(self.nodes[position]) - 1

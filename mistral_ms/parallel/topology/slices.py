@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from mistral_ms.config import ModelConfig
 from mistral_ms.config.layout import Rules, Sizes, check_layout
 from mistral_ms.errors import TopologyError
+from mistral_ms.parallel.topology.coords import Topology
 from mistral_ms.parallel.topology.groups import GroupKind
-from mistral_ms.parallel.topology.places import Topology
 from mistral_ms.weights import Cut, ParamSpec
 
 
 @dataclass(frozen=True)
 class ExpertSlice:
-    """The experts of a rank, and its share of their intermediate size.
+    """The experts of a rank, and its shard of their intermediate size.
 
     Attributes:
         experts: the experts it holds, a half-open range of 0 .. E.
-        columns: its share of 0 .. I, half-open: rows of w1 and w3, columns of w2.
+        columns: its shard of 0 .. I, half-open: rows of w1 and w3, columns of w2.
     """
 
     experts: range
@@ -40,10 +40,10 @@ def expert_slice(model: ModelConfig, topology: Topology, rank: int) -> ExpertSli
         )
     rules = Rules(topology.world, topology.devices_per_node, model=model)
     check_layout(topology.sizes, rules, TopologyError)
-    place, sizes = topology.place(rank), topology.sizes
+    coords, sizes = topology.coords(rank), topology.sizes
     return ExpertSlice(
-        experts=_share(model.moe.num_local_experts, sizes.ep, place.ep),
-        columns=_share(model.intermediate_size, sizes.mp, place.mp),
+        experts=_shard_range(model.moe.num_local_experts, sizes.ep, coords.ep),
+        columns=_shard_range(model.intermediate_size, sizes.mp, coords.mp),
     )
 
 
@@ -58,17 +58,17 @@ def weight_slice(spec: ParamSpec, topology: Topology, rank: int) -> tuple[slice,
     Raises:
         TopologyError: the layout does not divide the weight's units evenly.
     """
-    place = topology.place(rank)
-    number = {"mp": place.mp, "ep": place.ep}
+    coords = topology.coords(rank)
+    number = {"mp": coords.mp, "ep": coords.ep}
     found = [slice(0, size) for size in spec.shape]
     for cut in spec.divide:
         _check_even(spec, cut, topology.sizes)
-        held = _share(spec.shape[cut.axis], _parts(cut, topology.sizes), number[cut.by])
+        held = _shard_range(spec.shape[cut.axis], _num_shards(cut, topology.sizes), number[cut.by])
         found[cut.axis] = slice(held.start, held.stop)
     return tuple(found)
 
 
-def part_shape(spec: ParamSpec, sizes: Sizes) -> tuple[int, ...]:
+def shard_shape(spec: ParamSpec, sizes: Sizes) -> tuple[int, ...]:
     """The shape of the part of a weight that each rank of its stage holds.
 
     Args:
@@ -81,7 +81,7 @@ def part_shape(spec: ParamSpec, sizes: Sizes) -> tuple[int, ...]:
     shape = list(spec.shape)
     for cut in spec.divide:
         _check_even(spec, cut, sizes)
-        shape[cut.axis] //= _parts(cut, sizes)
+        shape[cut.axis] //= _num_shards(cut, sizes)
     return tuple(shape)
 
 
@@ -100,21 +100,21 @@ def gradient_group(spec: ParamSpec) -> GroupKind:
     return GroupKind.EXPERT_DATA if spec.stacked else GroupKind.DATA
 
 
-def _parts(cut: Cut, sizes: Sizes) -> int:
+def _num_shards(cut: Cut, sizes: Sizes) -> int:
     return sizes.mp if cut.by == "mp" else sizes.ep
 
 
 def _check_even(spec: ParamSpec, cut: Cut, sizes: Sizes) -> None:
-    parts = _parts(cut, sizes)
-    if cut.units % parts:
+    num_shards = _num_shards(cut, sizes)
+    if cut.units % num_shards:
         raise TopologyError(
             "uneven weight",
             where=f"{spec.name}, axis {spec.axes[cut.axis]}",
             value=f"{cut.units} units",
-            rule=f"{cut.by} ({parts}) must divide them",
+            rule=f"{cut.by} ({num_shards}) must divide them",
         )
 
 
-def _share(total: int, parts: int, number: int) -> range:
-    size = total // parts
+def _shard_range(total: int, num_shards: int, number: int) -> range:
+    size = total // num_shards
     return range(number * size, (number + 1) * size)

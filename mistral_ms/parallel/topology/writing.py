@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from mistral_ms.parallel.topology.places import Topology
+from mistral_ms.parallel.topology.coords import Topology
 from mistral_ms.parallel.topology.slices import is_divided, weight_slice
 from mistral_ms.weights import ParamSpec
 
-Window = tuple[slice, ...]
+TensorSlice = tuple[slice, ...]
 
 
 def writers(
@@ -17,7 +17,7 @@ def writers(
 ) -> dict[str, tuple[int, ...]]:
     """The ranks of a stage that write each weight: of those that hold the same part exactly one.
 
-    The largest weights are given away first, each to the copy that has least so far, so that all
+    The largest weights are given away first, each to the replica that has least so far, so that all
     ranks write about as many bytes. Every rank of the stage finds the same answer.
 
     Args:
@@ -28,11 +28,11 @@ def writers(
     Returns:
         For each name one rank for every distinct part, ascending.
     """
-    load = {place.rank: 0 for place in topology.places if place.pp == stage}
+    load = {coords.rank: 0 for coords in topology.all_coords if coords.pp == stage}
     weights = tuple(weights)
     found = {}
     for spec in sorted(weights, key=lambda each: (-math.prod(each.shape), each.name)):
-        sets = _copies(spec, topology, stage)
+        sets = _replicas(spec, topology, stage)
         chosen = min(sets, key=lambda ranks: (max(load[rank] for rank in ranks), ranks))
         for rank in chosen:
             load[rank] += math.prod(spec.shape) // len(chosen)
@@ -40,7 +40,9 @@ def writers(
     return {spec.name: found[spec.name] for spec in weights}
 
 
-def written_parts(weights: Iterable[ParamSpec], topology: Topology, rank: int) -> dict[str, Window]:
+def written_parts(
+    weights: Iterable[ParamSpec], topology: Topology, rank: int
+) -> dict[str, TensorSlice]:
     """What ``rank`` writes: for each of its weights one slice per axis of the whole.
 
     Args:
@@ -49,7 +51,7 @@ def written_parts(weights: Iterable[ParamSpec], topology: Topology, rank: int) -
         rank: the process.
     """
     weights = tuple(weights)
-    chosen = writers(weights, topology, topology.place(rank).pp)
+    chosen = writers(weights, topology, topology.coords(rank).pp)
     return {
         spec.name: weight_slice(spec, topology, rank)
         for spec in weights
@@ -62,10 +64,10 @@ def writes_owned(spec: ParamSpec, topology: Topology, rank: int) -> bool:
 
     Tensor-parallel ranks hold undivided weights each; then the first of them does.
     """
-    return is_divided(spec) or topology.place(rank).mp == 0
+    return is_divided(spec) or topology.coords(rank).mp == 0
 
 
-def _copies(spec: ParamSpec, topology: Topology, stage: int) -> list[tuple[int, ...]]:
+def _replicas(spec: ParamSpec, topology: Topology, stage: int) -> list[tuple[int, ...]]:
     """The sets of ranks that hold a whole weight together, each part once."""
     sizes = topology.sizes
     members = (
@@ -73,11 +75,11 @@ def _copies(spec: ParamSpec, topology: Topology, stage: int) -> list[tuple[int, 
         if spec.stacked
         else [range(dp, dp + 1) for dp in range(sizes.dp)]
     )
-    shares = (
+    tensor_ranks = (
         [range(sizes.mp)] if is_divided(spec) else [range(mp, mp + 1) for mp in range(sizes.mp)]
     )
     return [
         tuple(topology.rank(pp=stage, dp=dp, mp=mp) for dp in dps for mp in mps)
         for dps in members
-        for mps in shares
+        for mps in tensor_ranks
     ]

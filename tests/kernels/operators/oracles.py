@@ -78,7 +78,7 @@ class Places:
 
 
 def places(experts_TK: Ints, num_experts: int, capacity: int, choice_major: bool) -> Places:
-    """One loop over the queue: each choice takes the next free place of its expert."""
+    """One loop over the queue: each choice takes the next free slot of its expert."""
     T, K = experts_TK.shape
     rows = np.full(T * K, -1, np.int32)
     sources = np.full(num_experts * capacity, -1, np.int32)
@@ -88,11 +88,11 @@ def places(experts_TK: Ints, num_experts: int, capacity: int, choice_major: bool
         expert = int(experts_TK[t, k])
         if not 0 <= expert < num_experts:
             continue
-        place = int(tokens[expert])
+        slot = int(tokens[expert])
         tokens[expert] += 1
-        if place < capacity:
-            rows[t * K + k] = expert * capacity + place
-            sources[expert * capacity + place] = t * K + k
+        if slot < capacity:
+            rows[t * K + k] = expert * capacity + slot
+            sources[expert * capacity + slot] = t * K + k
     return Places(rows, sources, tokens)
 
 

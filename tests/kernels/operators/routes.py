@@ -25,7 +25,7 @@ def choices(rng: np.random.Generator, T: int, K: int, E: int, kind: str) -> np.n
 
 @dataclass(frozen=True)
 class Route:
-    """A routing problem with its slot tables."""
+    """A routing problem with its row id map."""
 
     tokens: int
     k: int

@@ -17,7 +17,7 @@ from kernels.support import twin
 
 INT = 4
 BLOCKS = 6
-ROUTE = route(0, 150, 2, 8, 30)  # some dropped, some places empty
+ROUTE = route(0, 150, 2, 8, 30)  # some dropped, some slots empty
 LONG_ROWS = [(128, FLOAT32), (256, BFLOAT16), (257, BFLOAT16), (1000, FLOAT32), (4096, BFLOAT16)]
 SHORT_ROWS = [(1, BFLOAT16), (7, FLOAT32), (33, BFLOAT16), (100, FLOAT32)]
 

@@ -55,7 +55,7 @@ def test_any_number_of_blocks_gives_the_same_places(blocks, choice_major):
 
 
 def test_the_two_orders_drop_different_tokens():
-    # two tokens, both want experts 0 and 1, in opposite order; one place each
+    # two tokens, both want experts 0 and 1, in opposite order; one slot each
     experts = np.array([[0, 1], [1, 0]], np.int32)
     token_major = place(experts, 2, 1, False, 2).outputs["expanded_row_idx"]
     choice_major = place(experts, 2, 1, True, 2).outputs["expanded_row_idx"]

@@ -1,4 +1,4 @@
-"""Dispatch moves rows, bit by bit, and zeroes the empty places."""
+"""Dispatch moves rows, bit by bit, and zeroes the empty slots."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from kernels.support import twin
 HALVES = [FLOAT16, BFLOAT16]
 STEP = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Between neighbours in [1, 2)."""
-ALONE = route(0, 8, 1, 1, 8)  # every token has a place of its own
+ALONE = route(0, 8, 1, 1, 8)  # every token has a slot of its own
 
 
 def ties(dtype: Dtype, count: int) -> np.ndarray:
@@ -56,7 +56,7 @@ def test_rows_are_the_rounding_of_float32_rows(name, dtype):
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda d: d.name)
 @pytest.mark.parametrize("name", ["combine", "combine_grad"])
 def test_products_in_the_middle_go_to_the_even_neighbour(name, dtype):
-    """scale * 1 is the middle: each token has one place, in order."""
+    """scale * 1 is the middle: each token has one slot, in order."""
     scales = ties(dtype, ALONE.tokens).astype(np.float32)[:, None]
     ones = np.ones((ALONE.tokens, 16))
     got = rows_of(name, ALONE, dtype, ones, ones.reshape(1, -1, 16), scales).reshape(-1, 16)
@@ -104,7 +104,7 @@ def test_gradients_of_logits_in_the_middle_go_to_the_even_neighbour(E, dtype):
 
 @pytest.mark.parametrize("dtype", [FLOAT32, *HALVES], ids=lambda d: d.name)
 def test_the_sign_of_zero(dtype):
-    """A product with -0.0 keeps its sign; -0.0 + 0.0 is 0.0; a token without places gets 0.0."""
+    """A product with -0.0 keeps its sign; -0.0 + 0.0 is 0.0; a token without slots gets 0.0."""
     r = Route(3, 2, 1, 3, oracles.places(np.int32([[0, 1], [0, 0], [1, 1]]), 1, 3, False))
     rows = np.full((1, 3, 8), -0.0)
     rows[0, 2] = 0.0

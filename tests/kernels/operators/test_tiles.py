@@ -18,7 +18,7 @@ UB = 16 * 1024
 
 @pytest.fixture(scope="module")
 def r() -> Route:
-    """Most tokens of the first half have places, most of the second half none."""
+    """Most tokens of the first half have slots, most of the second half none."""
     experts = choices(np.random.default_rng(0), T, K, E, "even")
     places = oracles.places(experts, E, C, choice_major=False)
     kept = (places.rows_Q >= 0).reshape(2, -1).mean(1)

@@ -41,7 +41,7 @@ def misbehave(kind: str) -> None:
     os.kill(os.getpid(), getattr(signal, kind))
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Until every rank has come to its end, as long as it takes."""
 
     def done(rank):
@@ -70,12 +70,12 @@ def train(heart: Heartbeat) -> None:
         print("lm loss 1.0 -> 0.5", flush=True)
     heart.phase(FINISHED)
     if (rank, step) == (str(RANK), "end"):
-        wait_for_all()
+        barrier()
         misbehave(kind)
 
 
 if os.environ["MS_ROLE"] == "MS_SCHED":
-    wait_for_all()
+    barrier()
 elif "CANNOT_BEGIN" in os.environ:
     sys.exit("error: nothing to resume")
 else:

@@ -6,13 +6,13 @@ import pytest
 from mindspore import Tensor
 from support.routing import random_choices, slots_oracle
 
-from mistral_ms.ops.reference import Combine, Dispatch
+from mistral_ms.ops.reference import Permute, Unpermute
 
 H = 5
 
 
 class Case:
-    """Random rows, weights and a slot table with drops, padding and empty places."""
+    """Random rows, weights and a row id map with drops, padding and empty slots."""
 
     def __init__(self, tokens=9, k=2, experts=4, capacity=3, choice_major=False, seed=0):
         rng = np.random.default_rng(seed)
@@ -29,7 +29,7 @@ class Case:
         self.d_tokens = rng.normal(size=self.x.shape).astype(np.float32)
 
     def choices(self):
-        """(token, k, place) of every kept choice."""
+        """(token, k, slot) of every kept choice."""
         T, K = self.slots.kept_TK.shape
         for t in range(T):
             for k in range(K):
@@ -38,14 +38,14 @@ class Case:
 
     def dispatch_oracle(self, x):
         rows = np.zeros(self.y.shape, np.float64)
-        for t, _, place in self.choices():
-            rows[place] = x[t]
+        for t, _, slot in self.choices():
+            rows[slot] = x[t]
         return rows
 
     def combine_oracle(self, y, weights):
         out = np.zeros(self.x.shape, np.float64)
-        for t, k, place in self.choices():
-            out[t] += np.float64(weights[t, k]) * y[place]
+        for t, k, slot in self.choices():
+            out[t] += np.float64(weights[t, k]) * y[slot]
         return out
 
 
@@ -64,24 +64,24 @@ def case(request):
 
 
 def test_dispatch_moves_rows_without_touching_a_bit(case):
-    rows = Dispatch()(Tensor(case.x), *case.table).numpy()
+    rows = Permute()(Tensor(case.x), *case.table).numpy()
     np.testing.assert_array_equal(rows, case.dispatch_oracle(case.x).astype(np.float32))
 
 
 def test_combine_adds_up_by_weight(case):
-    out = Combine()(Tensor(case.y), Tensor(case.weights), *case.table).numpy()
+    out = Unpermute()(Tensor(case.y), Tensor(case.weights), *case.table).numpy()
     # up to three products of float32 numbers of size 1
     np.testing.assert_allclose(out, case.combine_oracle(case.y, case.weights), atol=1e-6)
 
 
 def dispatch_gradient(case, cell=None):
-    run = cell or Dispatch()
+    run = cell or Permute()
     gradient = ms.grad(lambda x: (run(x, *case.table) * Tensor(case.d_rows)).sum())
     return gradient(Tensor(case.x)).numpy()
 
 
 def combine_gradients(case):
-    run = Combine()
+    run = Unpermute()
     gradient = ms.grad(
         lambda y, w: (run(y, w, *case.table) * Tensor(case.d_tokens)).sum(), grad_position=(0, 1)
     )
@@ -90,16 +90,16 @@ def combine_gradients(case):
 
 def test_gradient_of_dispatch(case):
     want = np.zeros(case.x.shape, np.float64)
-    for t, _, place in case.choices():
-        want[t] += case.d_rows[place]
+    for t, _, slot in case.choices():
+        want[t] += case.d_rows[slot]
     np.testing.assert_allclose(dispatch_gradient(case), want, atol=1e-6)
 
 
 def test_gradients_of_combine(case):
     d_y, d_weights = np.zeros(case.y.shape), np.zeros(case.weights.shape)
-    for t, k, place in case.choices():
-        d_y[place] = np.float64(case.weights[t, k]) * case.d_tokens[t]
-        d_weights[t, k] = np.dot(case.y[place].astype(np.float64), case.d_tokens[t])
+    for t, k, slot in case.choices():
+        d_y[slot] = np.float64(case.weights[t, k]) * case.d_tokens[t]
+        d_weights[t, k] = np.dot(case.y[slot].astype(np.float64), case.d_tokens[t])
     got_y, got_weights = combine_gradients(case)
     np.testing.assert_allclose(got_y, d_y, atol=1e-6)
     np.testing.assert_allclose(got_weights, d_weights, atol=3e-6)  # a sum of H = 5 products
@@ -108,9 +108,9 @@ def test_gradients_of_combine(case):
 def test_gradients_equal_finite_differences():
     """Both maps are linear in each argument: a step of 1 is exact but for float32 rounding."""
     case = Case(tokens=6, capacity=2, seed=6)
-    dispatch = lambda x: (Dispatch()(Tensor(x), *case.table).numpy() * case.d_rows).sum()  # noqa: E731
+    dispatch = lambda x: (Permute()(Tensor(x), *case.table).numpy() * case.d_rows).sum()  # noqa: E731
     combine = lambda y, w: (  # noqa: E731
-        Combine()(Tensor(y), Tensor(w), *case.table).numpy() * case.d_tokens
+        Unpermute()(Tensor(y), Tensor(w), *case.table).numpy() * case.d_tokens
     ).sum()
 
     def differences(function, start):
@@ -135,20 +135,20 @@ def test_gradients_equal_finite_differences():
 def test_identity_experts_give_the_tokens_back():
     """Weights of one half each make the sum exact: kept tokens return bit for bit."""
     case = Case(tokens=17, experts=4, capacity=4, seed=7)
-    rows = Dispatch()(Tensor(case.x), *case.table)
+    rows = Permute()(Tensor(case.x), *case.table)
     half = Tensor(np.full((17, 2), 0.5, np.float32))
-    out = Combine()(rows, half, *case.table).numpy()
+    out = Unpermute()(rows, half, *case.table).numpy()
     kept = case.slots.kept_TK.sum(-1)
     assert {0, 1, 2} == set(kept.astype(int)), "the case must hold all three kinds"
     np.testing.assert_array_equal(out, case.x * (kept / 2)[:, None].astype(np.float32))
 
 
 def test_tokens_without_a_place_get_zero_whatever_stands_in_empty_places():
-    """A dropped choice points at place 0; neither that row nor an empty one may leak."""
+    """A dropped choice points at slot 0; neither that row nor an empty one may leak."""
     case = Case(seed=8)
     case.y[case.slots.filled_EC == 0] = 1e30
     case.y[0] = 1e6
-    out = Combine()(Tensor(case.y), Tensor(case.weights), *case.table).numpy()
+    out = Unpermute()(Tensor(case.y), Tensor(case.weights), *case.table).numpy()
     lost = case.slots.kept_TK.sum(-1) == 0
     assert lost.sum() > 1, "the case must hold padding and a dropped token"
     assert not out[lost].any()
@@ -158,8 +158,8 @@ def test_tokens_without_a_place_get_zero_whatever_stands_in_empty_places():
 
 def test_half_precision_keeps_its_dtype():
     case = Case()
-    rows = Dispatch()(Tensor(case.x, ms.float16), *case.table)
-    out = Combine()(rows, Tensor(case.weights), *case.table)
+    rows = Permute()(Tensor(case.x, ms.float16), *case.table)
+    out = Unpermute()(rows, Tensor(case.weights), *case.table)
     assert rows.dtype == out.dtype == ms.float16
 
 
@@ -169,7 +169,7 @@ def test_gradients_in_a_graph(graph):
     class Both(ms.nn.Cell):
         def __init__(self):
             super().__init__()
-            self.dispatch, self.combine = Dispatch(), Combine()
+            self.dispatch, self.combine = Permute(), Unpermute()
 
         def construct(self, x, w, slot, kept, source, filled, d):
             rows = self.dispatch(x, slot, kept, source, filled)

@@ -98,7 +98,7 @@ class TestAssignSlots:
         np.testing.assert_array_equal(source[6:9], [0, 2, 4])
 
     def test_the_priorities_differ_where_they_should(self):
-        # expert 0 is the second choice of token 0 and the first choice of token 1; it has one place
+        # expert 0 is the second choice of token 0 and the first choice of token 1; it has one slot
         experts, valid = np.array([[1, 0], [0, 1]], np.int32), np.ones(2, np.float32)
         token = slots(experts, valid, 2, 1, False)[1]
         choice = slots(experts, valid, 2, 1, True)[1]

@@ -1,10 +1,10 @@
-"""What leaves the middle of a training graph without being its output: losses and figures.
+"""What leaves the middle of a training graph without being its output: losses and metrics.
 
 A pipeline's graph has no output but the loss, and passes nothing from stage to stage beside the
 states. Two things go another way: the *gradient* of the router's losses starts where they are
-formed (:class:`AttachLosses`), and *figures* for the report travel as gradients (:class:`Note`):
-those are added up over micro-batches and over ranks in any case, and end where the optimizer
-begins. A parameter of their shape, which nothing reads, stands for them.
+formed (:class:`AttachLosses`), and *metrics* for the report travel as gradients
+(:class:`RecordMetrics`): those are added up over micro-batches and over ranks in any case, and end
+where the optimizer begins. A parameter of their shape, which nothing reads, stands for them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from mindspore.common.initializer import initializer
 _zeros_like = ops.ZerosLike()
 
 
-def notes(size: int) -> Parameter:
-    """Room for figures of a step, float32 [1, size]: their sums over the whole batch, after it."""
+def metrics_buffer(size: int) -> Parameter:
+    """A buffer for metrics of a step, float32 [1, size]: their sums over the whole batch, after
+    it.
+    """
     # not divided by optimizer parallelism: every rank of the stage has them all
-    room = Parameter(initializer("zeros", (1, size)), parallel_optimizer=False)
-    room.is_buffer = True  # not a weight
-    return room
+    buffer = Parameter(initializer("zeros", (1, size)), parallel_optimizer=False)
+    buffer.is_buffer = True  # not a weight
+    return buffer
 
 
 class AttachLosses(nn.Cell):
@@ -41,21 +43,21 @@ class AttachLosses(nn.Cell):
         return dout, coefficients, _zeros_like(coefficients)
 
 
-class Note(nn.Cell):
-    """Passes a tensor on and notes figures on the way back."""
+class RecordMetrics(nn.Cell):
+    """Passes a tensor on and records metrics on the way back."""
 
-    def construct(self, x: Tensor, room: Tensor, figures: Tensor) -> Tensor:
+    def construct(self, x: Tensor, buffer: Tensor, metrics: Tensor) -> Tensor:
         """The tensor, unchanged.
 
         Args:
             x: any.
-            room: made by :func:`notes`.
-            figures: float32 [size], this rank's part of them.
+            buffer: made by :func:`metrics_buffer`.
+            metrics: float32 [size], this rank's part of them.
         """
         return x
 
     def bprop(
-        self, x: Tensor, room: Tensor, figures: Tensor, out: Tensor, dout: Tensor
+        self, x: Tensor, buffer: Tensor, metrics: Tensor, out: Tensor, dout: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The figures are the gradient of their room."""
-        return dout, figures.reshape(1, -1), _zeros_like(figures)
+        """The metrics are the gradient of their buffer."""
+        return dout, metrics.reshape(1, -1), _zeros_like(metrics)

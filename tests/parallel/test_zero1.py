@@ -7,7 +7,7 @@ import pytest
 from support.configs import model
 
 from mistral_ms.config.layout import Sizes
-from mistral_ms.parallel.topology import GroupKind, Topology, gradient_group, owners, part_shape
+from mistral_ms.parallel.topology import GroupKind, Topology, gradient_group, owners, shard_shape
 from mistral_ms.weights import by_name, specs
 
 LAYOUTS = [
@@ -50,7 +50,7 @@ def test_no_rank_keeps_much_more_than_its_share(sizes):
     topology = Topology(sizes, devices_per_node=sizes.world)
     loads = []
     answer = owners(SPECS.values(), sizes)
-    size = {name: math.prod(part_shape(spec, sizes)) for name, spec in SPECS.items()}
+    size = {name: math.prod(shard_shape(spec, sizes)) for name, spec in SPECS.items()}
     for rank in range(sizes.world):
         position = {
             kind: topology.group(kind, rank).position(rank)

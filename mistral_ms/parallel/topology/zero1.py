@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 
 from mistral_ms.config.layout import Sizes
-from mistral_ms.parallel.topology.slices import part_shape
+from mistral_ms.parallel.topology.slices import shard_shape
 from mistral_ms.weights import ParamSpec
 
 
@@ -28,7 +28,7 @@ def owners(weights: Iterable[ParamSpec], sizes: Sizes) -> dict[str, int]:
     loads = [0] * sizes.dp
     weights = tuple(weights)
     found = {}
-    size = {spec.name: math.prod(part_shape(spec, sizes)) for spec in weights}
+    size = {spec.name: math.prod(shard_shape(spec, sizes)) for spec in weights}
     # experts first: fewer ranks hold the same ones, so there is less choice
     for spec in sorted(weights, key=lambda w: (not w.stacked, -size[w.name], w.name)):
         # the dp numbers of the group's members, one of each set that is loaded alike

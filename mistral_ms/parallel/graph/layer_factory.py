@@ -6,7 +6,7 @@ from mindspore import nn, ops
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.layers import CacheSpec
-from mistral_ms.models import Parts
+from mistral_ms.models import LayerFactory
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.graph.attention import AttentionRegion
 from mistral_ms.parallel.graph.dense import (
@@ -22,7 +22,7 @@ from mistral_ms.parallel.sharding import Sharding, graph_form
 from mistral_ms.weights import ParamSpec, vocabulary_specs
 
 
-class GraphParts(Parts):
+class GraphLayerFactory(LayerFactory):
     """Pieces whose operators carry layouts. Their weights are whole: the compiler divides them.
 
     Args:
@@ -101,7 +101,7 @@ class GraphParts(Parts):
             self.dtype,
             dispatcher,
             self.losses,
-            self.parallel.interleave,
+            self.parallel.micro_batch_interleave_num,
             self.sharding,
         )
 

@@ -13,33 +13,33 @@ from collections.abc import Sequence
 from mindspore import Tensor, nn
 
 from mistral_ms.parallel.collectives import (
+    AllGatherFromGroup,
     Collectives,
-    CollectShares,
     CopyToGroup,
-    GatherShares,
-    SpreadShares,
-    SumOverGroup,
-    TakeShare,
+    GatherFromGroup,
+    ReduceFromGroup,
+    ReduceScatterToGroup,
+    ScatterToGroup,
 )
 from mistral_ms.parallel.topology import Traffic
 
 
-class Carrier(nn.Cell):
+class TensorRows(nn.Cell):
     """The contract."""
 
-    def load(self, x: Tensor) -> Tensor:
+    def dispatch_preprocess(self, x: Tensor) -> Tensor:
         """Before the journey: [..., H], equal on all ranks, to what travels."""
         raise NotImplementedError
 
-    def unload(self, x: Tensor) -> Tensor:
+    def dispatch_postprocess(self, x: Tensor) -> Tensor:
         """At the experts: what travelled, to whole rows for each rank's slice of the expert."""
         raise NotImplementedError
 
-    def load_back(self, x: Tensor) -> Tensor:
+    def combine_preprocess(self, x: Tensor) -> Tensor:
         """At the experts: partial sums [..., H] to complete sums, as they travel back."""
         raise NotImplementedError
 
-    def unload_back(self, x: Tensor) -> Tensor:
+    def combine_postprocess(self, x: Tensor) -> Tensor:
         """At home: to complete rows [..., H], equal on all ranks."""
         raise NotImplementedError
 
@@ -58,7 +58,7 @@ class Carrier(nn.Cell):
         raise NotImplementedError
 
 
-class WholeRows(Carrier):
+class ReplicatedRows(TensorRows):
     """Every rank carries whole rows: the tensor group's ranks all send the same.
 
     Args:
@@ -68,21 +68,21 @@ class WholeRows(Carrier):
     def __init__(self, tensor: Collectives) -> None:
         super().__init__()
         self.group = tensor
-        self.copy, self.sum = CopyToGroup(tensor), SumOverGroup(tensor)
+        self.copy, self.sum = CopyToGroup(tensor), ReduceFromGroup(tensor)
 
-    def load(self, x: Tensor) -> Tensor:
+    def dispatch_preprocess(self, x: Tensor) -> Tensor:
         """Nothing to do."""
         return x
 
-    def unload(self, x: Tensor) -> Tensor:
+    def dispatch_postprocess(self, x: Tensor) -> Tensor:
         """Nothing to do forward; gradients of the ranks' slices are added up."""
         return self.copy(x)
 
-    def load_back(self, x: Tensor) -> Tensor:
+    def combine_preprocess(self, x: Tensor) -> Tensor:
         """Adds the partial sums up."""
         return self.sum(x)
 
-    def unload_back(self, x: Tensor) -> Tensor:
+    def combine_postprocess(self, x: Tensor) -> Tensor:
         """Nothing to do."""
         return x
 
@@ -95,11 +95,11 @@ class WholeRows(Carrier):
         return self.group.traffic("all_reduce", at_experts, itemsize)
 
 
-class SharedRows(Carrier):
-    """Every rank carries its share of each row, H / P elements: no byte travels twice.
+class ShardedRows(TensorRows):
+    """Every rank carries its shard of each row, H / P elements: no byte travels twice.
 
     Rows come home before they are weighted, so that the weights' gradients are sums over whole
-    rows, in the same order as without shares.
+    rows, in the same order as without shards.
 
     Args:
         tensor: the tensor group; its size divides H.
@@ -108,23 +108,23 @@ class SharedRows(Carrier):
     def __init__(self, tensor: Collectives) -> None:
         super().__init__()
         self.group = tensor
-        self.take, self.gather = TakeShare(tensor), GatherShares(tensor)
-        self.spread, self.collect = SpreadShares(tensor), CollectShares(tensor)
+        self.take, self.gather = ScatterToGroup(tensor), GatherFromGroup(tensor)
+        self.spread, self.collect = AllGatherFromGroup(tensor), ReduceScatterToGroup(tensor)
 
-    def load(self, x: Tensor) -> Tensor:
+    def dispatch_preprocess(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H / P]."""
         return self.take(x)
 
-    def unload(self, x: Tensor) -> Tensor:
-        """Gathers the shares within the tensor group: [..., H / P] -> [..., H]."""
+    def dispatch_postprocess(self, x: Tensor) -> Tensor:
+        """Gathers the shards within the tensor group: [..., H / P] -> [..., H]."""
         return self.spread(x)
 
-    def load_back(self, x: Tensor) -> Tensor:
-        """Adds the partial sums up, each rank its share: [..., H] -> [..., H / P]."""
+    def combine_preprocess(self, x: Tensor) -> Tensor:
+        """Adds the partial sums up, each rank its shard: [..., H] -> [..., H / P]."""
         return self.collect(x)
 
-    def unload_back(self, x: Tensor) -> Tensor:
-        """Gathers the shares again: [..., H / P] -> [..., H]."""
+    def combine_postprocess(self, x: Tensor) -> Tensor:
+        """Gathers the shards again: [..., H / P] -> [..., H]."""
         return self.gather(x)
 
     def width(self, hidden_size: int) -> int:

@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 
 from mistral_ms.config import ModelConfig
-from mistral_ms.datasets.batches import Batch, WindowOrder
+from mistral_ms.datasets.batches import Batch, SequenceOrder
 from mistral_ms.datasets.description import DatasetInfo, check_fit, read_info
-from mistral_ms.datasets.mindrecord import WindowReader
+from mistral_ms.datasets.mindrecord import SequenceReader
 from mistral_ms.errors import DataError
 from mistral_ms.tokenizer import Tokenizer
 
 
-class MindRecordWindows:
-    """Batches of a dataset on disk, in the order of :class:`WindowOrder`.
+class MindRecordSequences:
+    """Batches of a dataset on disk, in the order of :class:`SequenceOrder`.
 
     Args:
         directory: written by the ``data`` command.
-        global_batch_size: B, windows per step over all ranks.
+        global_batch_size: B, sequences per step over all ranks.
         seed: of the shuffling.
 
     Attributes:
@@ -32,13 +32,13 @@ class MindRecordWindows:
     def __init__(self, directory: Path, global_batch_size: int, seed: int) -> None:
         self._directory = Path(directory)
         self.info: DatasetInfo = read_info(self._directory)
-        self._reader = WindowReader(self._directory, self.info.files, self.seq_length)
-        self._order = WindowOrder(self.windows, global_batch_size, seed)
+        self._reader = SequenceReader(self._directory, self.info.files, self.seq_length)
+        self._order = SequenceOrder(self.sequences, global_batch_size, seed)
 
     @property
-    def windows(self) -> int:
-        """Windows of one epoch."""
-        return self.info.counts.windows
+    def sequences(self) -> int:
+        """Sequences of one epoch."""
+        return self.info.counts.sequences
 
     @property
     def seq_length(self) -> int:
@@ -50,7 +50,7 @@ class MindRecordWindows:
         check_fit(self._directory, self.info, model, tokenizer)
 
     def samples(self, step: int) -> np.ndarray:
-        """Numbers of the windows of the global batch of ``step``, int32 [B]."""
+        """Numbers of the sequences of the global batch of ``step``, int32 [B]."""
         return self._order.samples(step)
 
     def batch(self, step: int) -> Batch:
@@ -71,22 +71,22 @@ class MindRecordWindows:
         if size < 1 or self._order.batch_size % size or not 0 <= rank < size:
             raise DataError(
                 "batch cannot be split",
-                value=f"{self._order.batch_size} windows, rank {rank} of {size}",
+                value=f"{self._order.batch_size} sequences, rank {rank} of {size}",
                 rule="global_batch_size must be a multiple of the ranks, numbered from 0",
             )
         return self.read(self.samples(step)[rank * rows : (rank + 1) * rows])
 
     def read(self, samples_B: np.ndarray) -> Batch:
-        """The windows with these numbers, as a batch.
+        """The sequences with these numbers, as a batch.
 
         Raises:
             DataError: a file of the dataset cannot be read.
         """
-        windows = [self._reader[int(number)] for number in samples_B]
+        sequences = [self._reader[int(number)] for number in samples_B]
         return Batch(
-            ids_BS=np.stack([window.ids_S for window in windows]),
-            labels_BS=np.stack([window.labels_S for window in windows]),
-            positions_BS=np.stack([window.positions_S for window in windows]),
-            segments_BS=np.stack([window.segments_S for window in windows]),
+            ids_BS=np.stack([sequence.ids_S for sequence in sequences]),
+            labels_BS=np.stack([sequence.labels_S for sequence in sequences]),
+            positions_BS=np.stack([sequence.positions_S for sequence in sequences]),
+            segments_BS=np.stack([sequence.segments_S for sequence in sequences]),
             samples_B=samples_B,
         )

@@ -12,7 +12,7 @@ _LAYERS = "layers."
 
 
 @dataclass(frozen=True)
-class Segment:
+class ModelChunk:
     """Which part of a model is there.
 
     Attributes:
@@ -26,7 +26,7 @@ class Segment:
     predicts: bool
 
     @classmethod
-    def whole(cls, config: ModelConfig) -> Segment:
+    def whole(cls, config: ModelConfig) -> ModelChunk:
         """All of a model."""
         return cls(range(config.num_hidden_layers), embeds=True, predicts=True)
 
@@ -38,7 +38,7 @@ class Segment:
         """
         if config.tie_word_embeddings and not (self.embeds and self.predicts):
             raise ConfigError(
-                "impossible segment",
+                "impossible model chunk",
                 where="model.tie_word_embeddings",
                 value="true with parallel.pp > 1",
                 rule="embedding and head are one weight and would lie on two stages",
@@ -50,7 +50,7 @@ class Segment:
         return spec.lies_in(self.layers, self.embeds, self.predicts)
 
     def name_in_model(self, name: str) -> str:
-        """A weight's name in the whole model, from its name in the segment alone."""
+        """A weight's name in the whole model, from its name in the model chunk alone."""
         if not name.startswith(_LAYERS):
             return name
         number, rest = name.removeprefix(_LAYERS).split(".", 1)

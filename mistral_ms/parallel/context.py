@@ -16,17 +16,17 @@ from mindspore import Parameter, Tensor, nn
 
 from mistral_ms.config import ModelConfig, ParallelConfig, Recompute, RoutingConfig
 from mistral_ms.errors import ConfigError, TopologyError
-from mistral_ms.layers import CacheSpec, VocabularyNLL
+from mistral_ms.layers import CacheSpec, VocabParallelCrossEntropy
 from mistral_ms.models import CausalLM, NextTokenLogits
 from mistral_ms.parallel.collectives import Groups
-from mistral_ms.parallel.inference import DividedLogits, DividedNextTokenLogits
-from mistral_ms.parallel.parts import DividedParts
+from mistral_ms.parallel.inference import ParallelLogits, ParallelNextTokenLogits
+from mistral_ms.parallel.layer_factory import ParallelLayerFactory
 from mistral_ms.parallel.pipeline import Schedule, make_schedule
 from mistral_ms.parallel.reduction import Reduction
-from mistral_ms.parallel.sharded import ShardedReduction
-from mistral_ms.parallel.stage import StageLinks, segment_of
-from mistral_ms.parallel.storage import DividedStorage, Storage
+from mistral_ms.parallel.stage import P2PCommunicator, model_chunk_of
+from mistral_ms.parallel.storage import ParallelStorage, Storage
 from mistral_ms.parallel.topology import GroupKind, Topology
+from mistral_ms.parallel.zero1 import Zero1Reduction
 from mistral_ms.weights import Specs
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ POLL_SECONDS = 0.5
 """Between looks at what one rank does while the others wait."""
 
 
-class Division:
+class ParallelContext:
     """A run's layout as one process sees it.
 
     ``mindspore.communication.init()`` must have been called, unless the world is one process.
@@ -56,14 +56,14 @@ class Division:
         self.rank, self.world = rank, self.topology.sizes.world
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this process speaks and writes for all."""
         return self.rank == 0
 
     @property
     def data_parallel(self) -> tuple[int, int]:
         """Which part of the batch this rank sees, and how many parts there are."""
-        return self.groups.place.dp, self.topology.sizes.dp
+        return self.groups.coords.dp, self.topology.sizes.dp
 
     def build_model(
         self,
@@ -97,16 +97,18 @@ class Division:
                 rule="a divided embedding is not shared with the head so far",
                 todo="use mp=1",
             )
-        parts = DividedParts(config, routing, self.parallel, self.groups, dtype, cache)
-        segment = segment_of(config, self.parallel.pp, self.groups.place.pp)
+        layer_factory = ParallelLayerFactory(
+            config, routing, self.parallel, self.groups, dtype, cache
+        )
+        model_chunk = model_chunk_of(config, self.parallel.pp, self.groups.coords.pp)
         return CausalLM(
             config,
             routing,
             cache=cache,
             dtype=dtype,
             positions=positions,
-            parts=parts,
-            segment=segment,
+            layer_factory=layer_factory,
+            model_chunk=model_chunk,
         )
 
     def next_token(self, model: CausalLM, dtype: str = "float32") -> nn.Cell:
@@ -118,21 +120,21 @@ class Division:
         """
         if self.world == 1:
             return NextTokenLogits(model)
-        return DividedNextTokenLogits(model, self.groups, dtype)
+        return ParallelNextTokenLogits(model, self.groups, dtype)
 
     def logits(self, model: CausalLM, dtype: str = "float32") -> nn.Cell:
-        """The logits after some tokens of this rank's windows; see DividedLogits.
+        """The logits after some tokens of this rank's sequences; see ParallelLogits.
 
         Args:
             model: made by :meth:`build_model`.
             dtype: of its activations.
         """
-        return DividedLogits(model, self.groups, dtype)
+        return ParallelLogits(model, self.groups, dtype)
 
     def token_nll(self, config: ModelConfig) -> nn.Cell | None:
         """The loss of logits that are divided along the vocabulary; None when they are not."""
         tensor = self.groups.of(GroupKind.TENSOR)
-        return None if tensor.size == 1 else VocabularyNLL(tensor, config.vocab_size)
+        return None if tensor.size == 1 else VocabParallelCrossEntropy(tensor, config.vocab_size)
 
     def reduction(self, weights: Mapping[str, Parameter], specs: Specs) -> Reduction | None:
         """What is added up at the end of a step; None for one process.
@@ -146,7 +148,7 @@ class Division:
         """
         if self.world == 1:
             return None
-        kind = ShardedReduction if self.parallel.optimizer_parallel else Reduction
+        kind = Zero1Reduction if self.parallel.optimizer_parallel else Reduction
         return kind(weights, self.groups, specs)
 
     @property
@@ -179,11 +181,11 @@ class Division:
 
     def schedule(self, micro_batches: int) -> Schedule:
         """Which stage works on which of so many micro-batches when."""
-        return make_schedule(self.parallel.schedule, self.parallel.pp, micro_batches)
+        return make_schedule(self.parallel.pipeline_scheduler, self.parallel.pp, micro_batches)
 
-    def links(self) -> StageLinks:
+    def p2p(self) -> P2PCommunicator:
         """The ways to the stages beside this rank's own."""
-        return StageLinks(self.groups)
+        return P2PCommunicator(self.groups)
 
     def storage(self, specs: Specs) -> Storage:
         """How this rank's part of a model lies in a checkpoint.
@@ -193,39 +195,39 @@ class Division:
         """
         if self.world == 1:
             return Storage(specs)
-        return DividedStorage(specs, self.topology, self.rank, self.parallel.optimizer_parallel)
+        return ParallelStorage(specs, self.topology, self.rank, self.parallel.optimizer_parallel)
 
     def initialize(self, model: CausalLM, seed: int) -> None:
         """Draws what one process would draw, and keeps this rank's parts."""
         self.storage(model.specs).initialize(model.weights(), seed)
 
-    def of_all_stages(self, figures: np.ndarray) -> np.ndarray:
+    def sum_over_stages(self, values: np.ndarray) -> np.ndarray:
         """Sums over the stages of what all ranks of a stage have alike; all must ask.
 
         Args:
-            figures: float32.
+            values: float32.
         """
         if self.world == 1:
-            return figures
-        place = self.groups.place
-        mine = figures if place.dp == 0 and place.mp == 0 else np.zeros_like(figures)
+            return values
+        coords = self.groups.coords
+        mine = values if coords.dp == 0 and coords.mp == 0 else np.zeros_like(values)
         return self.groups.of(GroupKind.WORLD).all_reduce(Tensor(mine)).asnumpy()
 
-    def anybody(self, yes: bool) -> bool:
+    def any_rank(self, yes: bool) -> bool:
         """Whether any process says yes; all get the same answer, and all must ask."""
         if self.world == 1:
             return yes
-        told = Tensor(np.array([float(yes)], np.float32))
-        return bool(self.groups.of(GroupKind.WORLD).all_reduce(told).asnumpy()[0] > 0)
+        vote = Tensor(np.array([float(yes)], np.float32))
+        return bool(self.groups.of(GroupKind.WORLD).all_reduce(vote).asnumpy()[0] > 0)
 
-    def told(self, number: int) -> int:
+    def broadcast(self, number: int) -> int:
         """The first rank's number (0 to 2**24); all must ask."""
         if self.world == 1:
             return number
-        said = Tensor(np.array([float(number if self.is_first else 0)], np.float32))
-        return int(self.groups.of(GroupKind.WORLD).all_reduce(said).asnumpy()[0])
+        sent = Tensor(np.array([float(number if self.is_rank_0 else 0)], np.float32))
+        return int(self.groups.of(GroupKind.WORLD).all_reduce(sent).asnumpy()[0])
 
-    def assemble(
+    def gather_from_stages(
         self, held: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, np.ndarray]:
         """What the stages hold, for everybody; all must ask.
@@ -236,15 +238,15 @@ class Division:
         """
         if self.world == 1:
             return {name: held[name] for name in shapes}
-        place, world = self.groups.place, self.groups.of(GroupKind.WORLD)
-        answers = place.dp == 0 and place.mp == 0
+        coords, world = self.groups.coords, self.groups.of(GroupKind.WORLD)
+        answers = coords.dp == 0 and coords.mp == 0
         found = {}
         for name, shape in shapes.items():
             part = held[name] if answers and name in held else np.zeros(shape, np.float32)
             found[name] = world.all_reduce(Tensor(part)).asnumpy()
         return found
 
-    def first_alone(self, work: Callable[[], T]) -> T | None:
+    def on_rank_0(self, work: Callable[[], T]) -> T | None:
         """What ``work`` returns, on the first rank; None on the others.
 
         They wait for it however long it takes, which no single collective operation does.
@@ -255,16 +257,16 @@ class Division:
         if self.world == 1:
             return work()
         with ThreadPoolExecutor(1) as threads:
-            future = threads.submit(work) if self.is_first else None
-            while self.anybody(future is not None and not future.done()):
+            future = threads.submit(work) if self.is_rank_0 else None
+            while self.any_rank(future is not None and not future.done()):
                 time.sleep(POLL_SECONDS)
-            failed = self.anybody(future is not None and future.exception() is not None)
+            failed = self.any_rank(future is not None and future.exception() is not None)
         if future is not None:
             return future.result()
         if failed:
             raise TopologyError("the first rank has failed", todo="see its log")
         return None
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Returns when every process has come here."""
-        self.anybody(False)
+        self.any_rank(False)

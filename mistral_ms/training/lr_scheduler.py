@@ -10,17 +10,17 @@ from mistral_ms.config import TrainingConfig
 def learning_rate(config: TrainingConfig, step: int) -> float:
     """The rate of update ``step``, the first being 0.
 
-    The warm-up rises linearly and its last step runs at the peak; what follows ends at the floor
+    The warm-up rises linearly and its last step runs at the peak; what follows ends at the minimum
     with the last step of the training.
     """
-    schedule = config.schedule
-    peak, warmup = config.optimizer.learning_rate, schedule.warmup_steps
+    peak, warmup = config.optimizer.learning_rate, config.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
     # The first step after the warm-up, or step 0 without one, is still at the peak.
     falling = config.last_step - 1 - warmup
     progress = min(1.0, (step - warmup) / falling) if falling > 0 else 0.0
-    return peak * (schedule.floor + (1.0 - schedule.floor) * _height(schedule.kind, progress))
+    lowest = config.min_lr_ratio
+    return peak * (lowest + (1.0 - lowest) * _height(config.lr_scheduler_type, progress))
 
 
 def _height(kind: str, progress: float) -> float:

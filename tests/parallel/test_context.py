@@ -6,28 +6,31 @@ import pytest
 
 from mistral_ms.config import ParallelConfig, load_run_config
 from mistral_ms.errors import ConfigError
-from mistral_ms.parallel.apply import Division
+from mistral_ms.parallel.context import ParallelContext
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("amount", ["none", "selective", "full"])
 def test_a_stage_that_goes_forward_again_recomputes_no_block_in_that(amount):
-    assert Division(ParallelConfig(recompute=amount)).recompute == amount
+    assert ParallelContext(ParallelConfig(recompute=amount)).recompute == amount
     wanted = "selective" if amount == "full" else amount
-    assert Division(ParallelConfig(pp=2, recompute=amount), world=2).recompute == wanted
+    assert ParallelContext(ParallelConfig(pp=2, recompute=amount), world=2).recompute == wanted
 
 
 def test_collectives_are_not_computed_again():
-    assert Division(ParallelConfig(dp=2, recompute="selective"), world=2).recompute == "selective"
+    assert (
+        ParallelContext(ParallelConfig(dp=2, recompute="selective"), world=2).recompute
+        == "selective"
+    )
     with pytest.raises(ConfigError, match=r"parallel\.recompute: full with several processes"):
-        _ = Division(ParallelConfig(dp=2, recompute="full"), world=2).recompute
+        _ = ParallelContext(ParallelConfig(dp=2, recompute="full"), world=2).recompute
 
 
 def test_the_run_of_the_ready_made_script_is_not_refused():
     run = load_run_config(ROOT / "configs" / "run" / "pretrain_mixtral_8x7b_32card.yaml")
     for rank in (0, 31):
-        assert Division(run.parallel, rank, 32).is_pipelined
+        assert ParallelContext(run.parallel, rank, 32).is_pipelined
 
 
 def test_auto_is_the_graph_on_ascend():

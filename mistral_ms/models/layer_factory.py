@@ -28,7 +28,7 @@ from mistral_ms.weights import (
 )
 
 
-class Parts:
+class LayerFactory:
     """Makes the pieces of a model for one device.
 
     Models ask for pieces and know nothing of processes; a maker in ``mistral_ms.parallel`` hands

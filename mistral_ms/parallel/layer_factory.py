@@ -7,9 +7,10 @@ where the ranks have to talk:
 piece                          what is injected                     talks
 =============================  ===================================  =======================
 norm before a divided layer    CopyToGroup                          backward: one sum
-linear divided by its input    SumOverGroup                         forward: one sum
-embedding                      SumOverGroup                         forward: one sum
-loss                           the group, see VocabularyNLL         forward: three small ones
+linear divided by its input    ReduceFromGroup                         forward: one sum
+embedding                      ReduceFromGroup                         forward: one sum
+loss                           the group, see VocabParallelCrossEntropy         forward: three small
+ones
 =============================  ===================================  =======================
 
 A sparse layer needs none of them: its dispatcher talks.
@@ -21,15 +22,15 @@ from mindspore import nn
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.layers import CacheSpec, Embedding, Linear, RMSNorm
-from mistral_ms.models import Parts
+from mistral_ms.models import LayerFactory
 from mistral_ms.moe import MoELayer
-from mistral_ms.parallel.collectives import CopyToGroup, Groups, SumOverGroup
+from mistral_ms.parallel.collectives import CopyToGroup, Groups, ReduceFromGroup
 from mistral_ms.parallel.experts import routed_experts
-from mistral_ms.parallel.topology import GroupKind, part_shape
+from mistral_ms.parallel.topology import GroupKind, shard_shape
 from mistral_ms.weights import ParamSpec
 
 
-class DividedParts(Parts):
+class ParallelLayerFactory(LayerFactory):
     """Pieces with this rank's experts, heads, columns and rows of the vocabulary.
 
     With one tensor-parallel rank only the routed region differs from the pieces of one device.
@@ -64,14 +65,14 @@ class DividedParts(Parts):
 
     def held_shape(self, spec: ParamSpec) -> tuple[int, ...]:
         """See the base: of this rank's part."""
-        return part_shape(spec, self.parallel.sizes)
+        return shard_shape(spec, self.parallel.sizes)
 
     def embedding(self) -> nn.Cell:
         """See the base: this rank's rows of the vocabulary."""
         if self.tensor.size == 1:
             return super().embedding()
         rows, H = self.config.vocab_size // self.tensor.size, self.config.hidden_size
-        first, reduce = self.tensor.position * rows, SumOverGroup(self.tensor)
+        first, reduce = self.tensor.position * rows, ReduceFromGroup(self.tensor)
         return Embedding(rows, H, self.dtype, first, reduce)
 
     def norm(self, shared: bool = True) -> nn.Cell:
@@ -83,7 +84,7 @@ class DividedParts(Parts):
         """See the base: this rank's rows of the weight, or its columns."""
         output_size, input_size = self.held_shape(spec)
         divided = input_size < spec.shape[1]
-        reduce = SumOverGroup(self.tensor) if divided else None
+        reduce = ReduceFromGroup(self.tensor) if divided else None
         return Linear(input_size, output_size, self.dtype, reduce)
 
     def moe(self, layer: int) -> nn.Cell:

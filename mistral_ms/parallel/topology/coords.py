@@ -1,4 +1,4 @@
-"""From a layout to the place of every rank and to every group.
+"""From a layout to the coordinates of every rank and to every group.
 
 A group kind is a key: two ranks belong to the same group when their keys are equal. That makes
 every kind a division of all ranks into disjoint groups by construction.
@@ -19,7 +19,7 @@ Key = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Place:
+class RankCoords:
     """Where one rank stands.
 
     Attributes:
@@ -28,7 +28,7 @@ class Place:
         dp: its data-parallel number: which part of the batch it sees.
         mp: its tensor-parallel number: which share of every matrix it holds.
         ep: its number in its expert group: which experts it holds.
-        expert_group: which copy of the experts it belongs to, dp // ep of its layout.
+        expert_group: which replica of the experts it belongs to, dp // ep of its layout.
         node: its machine.
     """
 
@@ -78,19 +78,19 @@ class Topology:
         return cls(config.sizes, config.devices_per_node, world)
 
     @cached_property
-    def places(self) -> tuple[Place, ...]:
-        """The place of every rank."""
+    def all_coords(self) -> tuple[RankCoords, ...]:
+        """The coordinates of every rank."""
         DP, MP, EP = self.sizes.dp, self.sizes.mp, self.sizes.ep
         found = []
         for rank in range(self.sizes.world):
             above, mp = divmod(rank, MP)
             pp, dp = divmod(above, DP)
             node = rank // self.devices_per_node
-            found.append(Place(rank, pp, dp, mp, dp % EP, dp // EP, node))
+            found.append(RankCoords(rank, pp, dp, mp, dp % EP, dp // EP, node))
         return tuple(found)
 
-    def place(self, rank: int) -> Place:
-        """The place of one rank.
+    def coords(self, rank: int) -> RankCoords:
+        """The coordinates of one rank.
 
         Raises:
             TopologyError: there is no such rank.
@@ -102,7 +102,7 @@ class Topology:
                 value=rank,
                 rule=f"ranks run from 0 to {self.sizes.world - 1}",
             )
-        return self.places[rank]
+        return self.all_coords[rank]
 
     def groups(self, kind: GroupKind) -> tuple[Group, ...]:
         """All groups of a kind, ordered by their first rank.
@@ -117,9 +117,9 @@ class Topology:
         """The group of a kind that ``rank`` belongs to.
 
         Raises:
-            TopologyError: see :meth:`groups` and :meth:`place`.
+            TopologyError: see :meth:`groups` and :meth:`coords`.
         """
-        self.place(rank)
+        self.coords(rank)
         groups, index = self._groups_of_kind(kind)
         return groups[index[rank]]
 
@@ -133,20 +133,20 @@ class Topology:
         Raises:
             TopologyError: ``rank`` stands in neither stage, or there is no stage after ``stage``.
         """
-        place = self.place(rank)
-        if not 0 <= stage < self.sizes.pp - 1 or place.pp not in (stage, stage + 1):
+        coords = self.coords(rank)
+        if not 0 <= stage < self.sizes.pp - 1 or coords.pp not in (stage, stage + 1):
             raise TopologyError(
                 "no such pair of stages",
-                where=f"rank {rank} of stage {place.pp}",
+                where=f"rank {rank} of stage {coords.pp}",
                 value=f"stages {stage} and {stage + 1} of {self.sizes.pp}",
-                rule="a rank is paired with its own place in the stage before or after its own",
+                rule="a rank is paired with its own coordinates in the stage before or after",
             )
-        first = self.rank(pp=stage, dp=place.dp, mp=place.mp)
-        second = self.rank(pp=stage + 1, dp=place.dp, mp=place.mp)
+        first = self.rank(pp=stage, dp=coords.dp, mp=coords.mp)
+        second = self.rank(pp=stage + 1, dp=coords.dp, mp=coords.mp)
         return self._named("neighbours", (first, second))
 
     def rank(self, *, pp: int, dp: int, mp: int) -> int:
-        """The rank that stands at a place."""
+        """The rank at some coordinates."""
         return (pp * self.sizes.dp + dp) * self.sizes.mp + mp
 
     def _rules(self, hierarchical: bool = False) -> Rules:
@@ -164,8 +164,8 @@ class Topology:
     def _divide(self, kind: GroupKind) -> tuple[tuple[Group, ...], tuple[int, ...]]:
         """All groups of a kind, and for every rank the index of its group."""
         members: dict[Key, list[int]] = {}
-        for place in self.places:
-            members.setdefault(self._key(kind)(place), []).append(place.rank)
+        for coords in self.all_coords:
+            members.setdefault(self._key(kind)(coords), []).append(coords.rank)
         groups = tuple(self._named(kind, tuple(ranks)) for ranks in members.values())
         index = [0] * self.sizes.world
         for number, group in enumerate(groups):
@@ -177,27 +177,23 @@ class Topology:
         nodes = tuple(rank // self.devices_per_node for rank in ranks)
         return Group(f"{kind}_{ranks[0]}", ranks, nodes)
 
-    def _key(self, kind: GroupKind) -> Callable[[Place], Key]:
+    def _key(self, kind: GroupKind) -> Callable[[RankCoords], Key]:
         if kind in (GroupKind.EXPERT_NODE, GroupKind.EXPERT_CROSS):
             check_layout(self.sizes, self._rules(hierarchical=True), TopologyError)
         if kind is GroupKind.EXPERT_CROSS:
-            return self._place_on_node
-        if kind is GroupKind.TIE:
-            ends = (0, self.sizes.pp - 1)
-            return lambda p: (0, p.dp, p.mp) if p.pp in ends else (1, p.rank)
+            return self._local_rank
         return _KEYS[kind]
 
-    def _place_on_node(self, place: Place) -> Key:
+    def _local_rank(self, coords: RankCoords) -> Key:
         """The expert group, and how many of its ranks come before this one on the same node."""
-        group = self.group(GroupKind.EXPERT, place.rank)
-        before = group.nodes[: group.position(place.rank)].count(place.node)
-        return *_KEYS[GroupKind.EXPERT](place), before
+        group = self.group(GroupKind.EXPERT, coords.rank)
+        before = group.nodes[: group.position(coords.rank)].count(coords.node)
+        return *_KEYS[GroupKind.EXPERT](coords), before
 
 
-_KEYS: dict[GroupKind, Callable[[Place], Key]] = {
+_KEYS: dict[GroupKind, Callable[[RankCoords], Key]] = {
     GroupKind.WORLD: lambda p: (),
     GroupKind.STAGE: lambda p: (p.pp,),
-    GroupKind.MODEL: lambda p: (p.dp,),
     GroupKind.TENSOR: lambda p: (p.pp, p.dp),
     GroupKind.DATA: lambda p: (p.pp, p.mp),
     GroupKind.EXPERT: lambda p: (p.pp, p.mp, p.expert_group),

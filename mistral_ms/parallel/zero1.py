@@ -23,7 +23,7 @@ elements that the fullest member has, which is what each gives.
 """
 
 
-class ShardedReduction(Reduction):
+class Zero1Reduction(Reduction):
     """Gives every rank the summed gradients of the weights that it updates, and no others.
 
     Args:
@@ -55,12 +55,12 @@ class ShardedReduction(Reduction):
                 todo="use a smaller dp or fewer stages",
             )
         self.summed_last = self.partial_buffers[-1][-1] if self.partial_buffers else 0
-        places = iter(range(len(self.updated)))
-        self.place_n = tuple(next(places) if own else -1 for own in mine)
+        indices = iter(range(len(self.updated)))
+        self.local_index_n = tuple(next(indices) if own else -1 for own in mine)
         self.dense_shards = self._shards(names, owner, GroupKind.DATA, self.data.size)
         self.expert_shards = self._shards(names, owner, GroupKind.EXPERT_DATA, self.experts.size)
 
-    def copies(self, name: str) -> int:
+    def num_replicas(self, name: str) -> int:
         """Only one of the data-parallel ranks counts an element."""
         return 1 if is_divided(self.specs[name]) else self.sizes.mp
 
@@ -71,12 +71,12 @@ class ShardedReduction(Reduction):
         gradients = self.summed(gradients, self.partial_buffers, self.tensor)
         done = gradients[self.summed_last]
         for buffer in self.dense_shards:
-            gradients, done = self.sum_to_owners(gradients, buffer, self.data, done)
+            gradients, done = self.reduce_scatter_to_owners(gradients, buffer, self.data, done)
         for buffer in self.expert_shards:
-            gradients, done = self.sum_to_owners(gradients, buffer, self.experts, done)
+            gradients, done = self.reduce_scatter_to_owners(gradients, buffer, self.experts, done)
         own: tuple[Tensor, ...] = ()
-        for index in range(len(self.place_n)):
-            if self.place_n[index] >= 0:
+        for index in range(len(self.local_index_n)):
+            if self.local_index_n[index] >= 0:
                 own = (*own, gradients[index])
         return own
 
@@ -84,17 +84,17 @@ class ShardedReduction(Reduction):
         """See the base; ``squares_n`` are of the gradients that this rank updates."""
         zero = ops.zeros_like(total)
         all_n: tuple[Tensor, ...] = ()
-        for place in self.place_n:
-            all_n = (*all_n, squares_n[place] if place >= 0 else zero)
+        for index in self.local_index_n:
+            all_n = (*all_n, squares_n[index] if index >= 0 else zero)
         return super().squares(_stack(all_n), total)
 
-    def spread(self, weights: Mapping[str, Parameter]) -> nn.Cell:
+    def all_gather_weights(self, weights: Mapping[str, Parameter]) -> nn.Cell:
         """A cell that gives everyone the weights that the others have updated."""
         shards = [(buffer, self.data) for buffer in self.dense_shards]
         shards += [(buffer, self.experts) for buffer in self.expert_shards]
-        return _Spread(ParameterTuple(weights.values()), shards)
+        return _AllGatherWeights(ParameterTuple(weights.values()), shards)
 
-    def sum_to_owners(
+    def reduce_scatter_to_owners(
         self, gradients: tuple[Tensor, ...], buffer: Buffer, group: Collectives, after: Tensor
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """The same gradients, but those of one buffer that this rank owns are summed; and what is
@@ -124,16 +124,16 @@ class ShardedReduction(Reduction):
             [i for i, name in enumerate(of_kind) if of_kind[name] is kind and owner[name] == p]
             for p in range(size)
         ]
-        room = BUFFER_BYTES // 4 // size
+        free = BUFFER_BYTES // 4 // size
         buffers = []
         while any(queues):
-            taken = tuple(_take(queue, room, self.shapes) for queue in queues)
+            taken = tuple(_take(queue, free, self.shapes) for queue in queues)
             length = max(sum(math.prod(self.shapes[i]) for i in each) for each in taken)
             buffers.append((taken, length))
         return tuple(buffers)
 
 
-class _Spread(nn.Cell):
+class _AllGatherWeights(nn.Cell):
     """Owners give, the others get."""
 
     def __init__(
@@ -177,11 +177,11 @@ def _packed(
     return _concat(flat)
 
 
-def _take(queue: list[int], room: int, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def _take(queue: list[int], free: int, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The next of a queue that fit; at least one, if any is left."""
     taken: list[int] = []
-    while queue and (not taken or math.prod(shapes[queue[0]]) <= room):
+    while queue and (not taken or math.prod(shapes[queue[0]]) <= free):
         index = queue.pop(0)
-        room -= math.prod(shapes[index])
+        free -= math.prod(shapes[index])
         taken.append(index)
     return tuple(taken)
