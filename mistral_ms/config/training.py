@@ -137,7 +137,7 @@ class TrainingConfig(Frozen):
     def _coefficients(cls, losses: dict[str, float]) -> dict[str, float]:
         for name, coefficient in losses.items():
             if name in ("aux", "z"):
-                raise ValueError(f"the coefficient of {name} is training.{name}_coef")
+                raise ValueError(f"the coefficient of {name} is training.router_{name}_loss_coef")
             if not 0 <= coefficient < math.inf:
                 raise ValueError(f"{name}: {coefficient:g} must be 0 or more, and finite")
         return losses

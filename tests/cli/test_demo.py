@@ -80,7 +80,7 @@ class TestRun:
 
 class TestFailedCheck:
     @pytest.fixture
-    def broadcast(self, monkeypatch, tmp_path):
+    def told(self, monkeypatch, tmp_path):
         """A story without the work; its checks come from the test."""
 
         def install(*checks):

@@ -44,10 +44,7 @@ subgraph @2_◂Layer(%para11_dout) {{
 }}
 
 subgraph @3_Step_construct_1() {{
-  %0(CNode_5) = Receive(Tensor(shape=[1], dtype=BFloat16,
-  value=[0])) {{instance name: Receive}} primitive_attrs: {{shape: [256, 64], group: "2-16Send",
-  group_rank_ids: (0, 8), src_rank: I64(0), src_global_rank: I64(0),
-  sr_tag: I64(0)}} cnode_attrs: {{micro: I64(0), is_bp: Bool(0)}}
+  %0(CNode_5) = Receive(Tensor(shape=[1], dtype=BFloat16, value=[0])) {{instance name: Receive}} primitive_attrs: {{shape: [256, 64], group: "2-16Send", group_rank_ids: (0, 8), src_rank: I64(0), src_global_rank: I64(0), sr_tag: I64(0)}} cnode_attrs: {{micro: I64(0), is_bp: Bool(0)}}
       : (<Tensor[BFloat16], (1), value=...>) -> (<Tensor[BFloat16], (256, 64)>)
       # Fullname with scope: (Default/Receive-op0)
   %1(CNode_6) = call @1_▸Layer(%0) cnode_attrs: {{micro: I64(0)}}
@@ -58,17 +55,13 @@ subgraph @3_Step_construct_1() {{
       : {ROWS}
   %4(CNode_9) = %2[@Partial(@2_◂Layer)](%0) cnode_attrs: {{is_bp: Bool(1)}}
       : {ROWS}
-  %5(out) = Send(%4) primitive_attrs: {{shape: [256, 64], dest_rank: I64(0),
-  dst_global_rank: I64(0), group: "2-16Send", group_rank_ids: (0,
-  8)}} cnode_attrs: {{is_bp: Bool(1)}}
+  %5(out) = Send(%4) primitive_attrs: {{shape: [256, 64], dest_rank: I64(0), dst_global_rank: I64(0), group: "2-16Send", group_rank_ids: (0, 8)}} cnode_attrs: {{is_bp: Bool(1)}}
       : (<Tensor[BFloat16], (256, 64)>) -> (<Tensor[BFloat16], (256, 64)>)
       # Fullname with scope: (Gradients/Default/Grad_Receive/Send-op0)
-  %6(mine) = AllReduce(%5) {{instance name: add_up}} primitive_attrs: {{group: "ours",
-  group_rank_ids: (8, 9, 10, 11, 12, 13, 14, 15), op: "sum"}}
+  %6(mine) = AllReduce(%5) {{instance name: add_up}} primitive_attrs: {{group: "ours", group_rank_ids: (8, 9, 10, 11, 12, 13, 14, 15), op: "sum"}}
       : (<Tensor[Float32], (6)>) -> (<Tensor[Float32], (6)>)
       # Fullname with scope: (Default/optimizer-Clip/AllReduce-op0)
-  %7(w) = PrimFunc_AdamWeightDecay(%para2_layers.2.moe.w1,
-  %6) {{instance name: opt}} primitive_attrs: {{primitive_target: "CPU"}}
+  %7(w) = PrimFunc_AdamWeightDecay(%para2_layers.2.moe.w1, %6) {{instance name: opt}} primitive_attrs: {{primitive_target: "CPU"}}
       : (<Tensor[Float32], (16, 8)>) -> (<Tensor[Float32], (16, 8)>)
   Return(%7)
 }}

@@ -53,7 +53,7 @@ def test_a_wrong_result_is_told_and_fails(on_twin, monkeypatch, capsys):
         def construct(self, y_EC_H, weights_TK, *table):
             return super().construct(y_EC_H, weights_TK * 1.001, *table)
 
-    monkeypatch.setattr(on_twin.custom, "Combine", Wrong)
+    monkeypatch.setattr(on_twin.custom, "Unpermute", Wrong)
     assert on_twin.main([]) == 1
     text = capsys.readouterr().out
     assert "DIFFERS  combine " in text

@@ -36,7 +36,7 @@ def nothing_built(monkeypatch, tmp_path):
 def test_the_reference_is_the_default():
     dispatcher = local_dispatcher(8, RoutingConfig())
     assert type(dispatcher.permute) is reference.Permute
-    assert type(dispatcher.add_up) is reference.Unpermute
+    assert type(dispatcher.unpermute) is reference.Unpermute
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
