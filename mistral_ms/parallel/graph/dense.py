@@ -52,7 +52,10 @@ class GraphNorm(Region):
     def construct(self, x_TH: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
         # rounded out here, so that optimizer parallelism gathers what is rounded
-        return super().construct(x_TH, self.cast(self.weight, x_TH.dtype))
+        weight_H = self.cast(self.weight, x_TH.dtype)
+        if self.morph is not None:
+            return self.morph(x_TH, weight_H)
+        return self.compute(x_TH, weight_H)
 
 
 class GraphLinear(nn.Cell):
@@ -108,7 +111,10 @@ class GraphEmbedding(Region):
 
     def construct(self, ids_BS: Tensor) -> Tensor:
         """[B, S] int32 -> [T, H]."""
-        return super().construct(ids_BS.reshape(-1), self.weight)
+        ids_T = ids_BS.reshape(-1)
+        if self.morph is not None:
+            return self.morph(ids_T, self.weight)
+        return self.compute(ids_T, self.weight)
 
 
 class GatedRegion(Region):
@@ -133,7 +139,9 @@ class GatedRegion(Region):
         """[T, H] and float32 weights -> [T, I]."""
         # rounded out here, so that optimizer parallelism gathers what is rounded
         w1_IH, w3_IH = self.cast(w1_IH, self.dtype), self.cast(w3_IH, self.dtype)
-        return super().construct(x_TH, w1_IH, w3_IH)
+        if self.morph is not None:
+            return self.morph(x_TH, w1_IH, w3_IH)
+        return self.compute(x_TH, w1_IH, w3_IH)
 
 
 class Weight(nn.Cell):
