@@ -59,7 +59,7 @@ def our_training(layers: int) -> Measure:
     from mistral_ms.config import DROPLESS, ModelConfig, MoEArchitecture, TrainingConfig
     from mistral_ms.datasets import InMemorySequences
     from mistral_ms.models import CausalLM
-    from mistral_ms.training import TrainStep
+    from mistral_ms.training import TrainStep, make_objective
 
     ms.set_device("CPU")
     ms.runtime.launch_blocking()
@@ -76,7 +76,7 @@ def our_training(layers: int) -> Measure:
         router_aux_loss_coef=AUX,
         max_grad_norm=1.0,
     )
-    update = TrainStep(model, config)
+    update = TrainStep(make_objective(model, config), config)
     update(data.batch(0))
     return lambda: {
         "train": statistics.median(timed(lambda: update(data.batch(0))) for _ in range(STEPS))

@@ -53,7 +53,7 @@ def measure(layout: dict[str, Any], steps: int) -> dict[str, Any]:
     from mistral_ms.datasets import InMemorySequences
     from mistral_ms.parallel.collectives import RecordedGroups, replay
     from mistral_ms.parallel.context import ParallelContext
-    from mistral_ms.training import TrainStep, step
+    from mistral_ms.training import TrainStep, make_objective, step
 
     ms.set_device("CPU")
     ms.runtime.launch_blocking()
@@ -82,9 +82,11 @@ def measure(layout: dict[str, Any], steps: int) -> dict[str, Any]:
             parallel_context.groups = groups(parallel_context.topology, rank)
         part = parallel_context.build_model(model, routing)
         parallel_context.initialize(part, 0)
-        return TrainStep(
+        objective = make_objective(
             part, config, pooled_aux=False, parallel_context=parallel_context
-        ), parallel_context
+        )
+        update = TrainStep(objective, config, parallel_context=parallel_context)
+        return update, parallel_context
 
     update, _ = prepared(None)
     seconds = []

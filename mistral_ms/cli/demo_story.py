@@ -25,6 +25,7 @@ from mistral_ms.training import (
     StepRecord,
     TrainingSummary,
     TrainStep,
+    make_objective,
     show_progress,
     train,
 )
@@ -151,7 +152,9 @@ def tell(console: Console, run: RunConfig, output: Path, *, learns: bool) -> Sto
         MetricsWriter(files.metrics) as metrics,
         show_progress(console, run.training.last_step) as progress,
     ):
-        update = TrainStep(model, run.training, pooled_aux=run.routing.aux_loss == "pooled")
+        pooled = run.routing.aux_loss == "pooled"
+        objective = make_objective(model, run.training, pooled_aux=pooled)
+        update = TrainStep(objective, run.training)
         summary = train(update, source, (records.append, metrics, progress))
 
     console.print(f"\n[bold]2[/]  saving the checkpoint: {files.checkpoint}")

@@ -29,6 +29,7 @@ from mistral_ms.training.interrupt import stop_on_signals
 from mistral_ms.training.loop import Observer, TrainingSummary, train
 from mistral_ms.training.memory import MemoryReport, step_memory
 from mistral_ms.training.metrics import MetricsWriter, StepRecord, read_metrics
+from mistral_ms.training.objective import make_objective
 from mistral_ms.training.parts import save_parts, take_part
 from mistral_ms.training.prepare import Say, check_device, initialize, open_data, side_files
 from mistral_ms.training.result import NotFiniteError
@@ -159,7 +160,10 @@ class TrainingRun:
             storage = parallel_context.storage(model.specs)
             initialize(model.weights(), storage, run, parallel_context, self._say)
         pooled = run.routing.aux_loss == "pooled"
-        return TrainStep(model, run.training, pooled_aux=pooled, parallel_context=parallel_context)
+        objective = make_objective(
+            model, run.training, pooled_aux=pooled, parallel_context=parallel_context
+        )
+        return TrainStep(objective, run.training, parallel_context=parallel_context)
 
     def _newest(self) -> Path:
         """The checkpoint to go on with; says why others are not taken."""

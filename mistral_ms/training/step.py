@@ -123,9 +123,10 @@ class TrainStep:
     """Everything an update needs; the graphs are compiled at the first one.
 
     Args:
-        model: what is trained, in place, with its initial weights.
-        config: objective, optimizer, schedule; its steps are counted out.
-        pooled_aux: how the load-balancing loss combines layers (see RoutingConfig.aux_loss).
+        objective: of a model (``objective.model``), which is trained in place, with its initial
+            weights. What it must have is what :class:`~mistral_ms.models.Objective` has:
+            ``forward_step``, and of its attributes ``others``, ``embeds`` and ``predicts``.
+        config: optimizer, schedule, micro-batches; its steps are counted out.
         parallel_context: which part of model and batch this process has; None when it is alone.
             Each data-parallel rank's micro-batches are dispatch groups of their own.
 
@@ -141,13 +142,12 @@ class TrainStep:
 
     def __init__(
         self,
-        model: CausalLM,
+        objective: Objective,
         config: TrainingConfig,
         *,
-        pooled_aux: bool = True,
         parallel_context: ParallelContext | None = None,
     ) -> None:
-        config = with_settings(config)
+        config, model = with_settings(config), objective.model
         self.model, self.config = model, config
         self._parallel_context = parallel_context
         self._plan = _plan_of(model, config, parallel_context)
@@ -163,19 +163,6 @@ class TrainStep:
         )
         self.progress = Progress(scale=LossScale.start(config.scaling))
         recompute(model.layers, "none" if parallel_context is None else parallel_context.recompute)
-        objective = Objective(
-            model,
-            router_aux_loss_coef=config.router_aux_loss_coef,
-            router_z_loss_coef=config.router_z_loss_coef,
-            router_losses=config.router_losses,
-            pooled_aux=pooled_aux,
-            interleave_num=1
-            if parallel_context is None
-            else parallel_context.parallel.micro_batch_interleave_num,
-            token_nll=None
-            if parallel_context is None
-            else parallel_context.token_nll(model.config),
-        )
         self._others = objective.others
         updated = dict(self.weights)
         self._all_gather_weights: nn.Cell | None = None

@@ -10,7 +10,7 @@ from support.training import run_steps
 
 from mistral_ms.models import CausalLM
 from mistral_ms.parallel.topology import Topology, weight_slice
-from mistral_ms.training import TrainStep
+from mistral_ms.training import TrainStep, make_objective
 from mistral_ms.weights import by_name, specs
 
 LOSS = 1e-5
@@ -34,7 +34,7 @@ def trained(architecture, times, variant):
     config = training(variant, times)
     whole = CausalLM(architecture, routing(variant), dtype=config.dtype)
     whole.initialize(0)
-    update = TrainStep(whole, config, pooled_aux=False)
+    update = TrainStep(make_objective(whole, config, pooled_aux=False), config)
     results = run_steps(update, data(), steps(variant))
     weights = {name: p.asnumpy().copy() for name, p in whole.weights().items()}
     after = {}

@@ -17,7 +17,7 @@ from mistral_ms.config import (
 )
 from mistral_ms.datasets import InMemorySequences
 from mistral_ms.parallel.context import ParallelContext
-from mistral_ms.training import TrainStep
+from mistral_ms.training import TrainStep, make_objective
 
 STEPS = 20
 HALF_STEPS = 4
@@ -142,7 +142,11 @@ def train(name: str, parallel_context: ParallelContext, variant: str) -> tuple[l
     config = training(variant)
     part = parallel_context.build_model(model(name), routing(variant), config.dtype)
     parallel_context.initialize(part, 0)
-    update = TrainStep(part, config, pooled_aux=False, parallel_context=parallel_context)
+    update = TrainStep(
+        make_objective(part, config, pooled_aux=False, parallel_context=parallel_context),
+        config,
+        parallel_context=parallel_context,
+    )
     sequences = data()
     results = [update(sequences.batch(step)) for step in range(steps(variant))]
     return results, update

@@ -13,7 +13,7 @@ import torch
 from mindspore import Tensor
 from safetensors.numpy import load_file
 from support.hf import BASE, hf_logits, make_pair
-from support.models import ragged_batch
+from support.models import fill, next_labels, ragged_batch
 from support.moe import moe_config
 from support.routing import softmax
 from support.updates import STEPS, Ours, start_values, training
@@ -22,10 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mistral_ms.checkpoint import convert, open_checkpoint
 from mistral_ms.checkpoint import converter as written
 from mistral_ms.checkpoint.load import load_weights
-from mistral_ms.config import DROPLESS, MoEArchitecture
+from mistral_ms.config import DROPLESS, MoEArchitecture, TrainingConfig
 from mistral_ms.config import gates as gate_settings
 from mistral_ms.config import hugging_face_keys as known
 from mistral_ms.config.layout import Sizes
+from mistral_ms.datasets import Batch
 from mistral_ms.models import CausalLM
 from mistral_ms.moe import gate_context, make_gate
 from mistral_ms.moe.gates import base as gates
@@ -33,6 +34,7 @@ from mistral_ms.optimizers import registry
 from mistral_ms.parallel.collectives import Collectives
 from mistral_ms.parallel.dispatchers import FlatRoute
 from mistral_ms.parallel.topology import GroupKind, Topology
+from mistral_ms.training import TrainStep
 from mistral_ms.weights import gates as gate_parameters
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
@@ -121,6 +123,27 @@ def test_an_optimizer(tables, examples, graph):
     for name, weight in want.items():
         # A dozen roundings of float32, each of half a unit in the last place.
         np.testing.assert_allclose(got[name], weight, rtol=2e-6, atol=1e-6)
+
+
+def test_an_objective(examples):
+    """Loss and gradient norm of a step are those of torch's label smoothing and HF's model."""
+    pair = make_pair("mistral-sliding-window", num_hidden_layers=1)
+    model = fill(CausalLM(pair.config), pair.weights())
+    config = TrainingConfig(max_steps=1, global_batch_size=2, seq_length=8, max_grad_norm=1e9)
+    objective = examples("An objective").SmoothedObjective(model)
+    ids, positions = ragged_batch([8, 8], BASE["vocab_size"])
+    labels = next_labels(ids, positions)
+    batch = Batch(ids, labels, positions, np.zeros_like(ids), np.arange(2, dtype=np.int32))
+    result = TrainStep(objective, config)(batch)
+    logits = pair.hf(torch.tensor(ids).long()).logits.flatten(0, 1)
+    want = torch.nn.functional.cross_entropy(
+        logits, torch.tensor(labels).long().ravel(), label_smoothing=0.1
+    )
+    want.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in pair.hf.parameters()))
+    # float32 on both sides, the gradients through all layers
+    assert result.loss == pytest.approx(want.item(), rel=1e-5)
+    assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
 
 
 class Mirrored(Collectives):

@@ -25,7 +25,7 @@ from mistral_ms.datasets import InMemorySequences
 from mistral_ms.parallel.collectives import Collectives, Groups
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.topology import Group, Topology
-from mistral_ms.training import TrainStep, step
+from mistral_ms.training import TrainStep, make_objective, step
 
 _PACKAGE = str(Path(mistral_ms.__file__).parent)
 
@@ -116,7 +116,11 @@ def rehearse(run: RunConfig, rank: int) -> Counter[Said]:
     parallel_context.groups = groups
     model = parallel_context.build_model(run.model, run.routing, training.dtype)
     pooled = run.routing.aux_loss == "pooled"
-    update = TrainStep(model, training, pooled_aux=pooled, parallel_context=parallel_context)
+    update = TrainStep(
+        make_objective(model, training, pooled_aux=pooled, parallel_context=parallel_context),
+        training,
+        parallel_context=parallel_context,
+    )
     text = [0] * (training.global_batch_size * training.seq_length + 1)
     data = InMemorySequences(text, training.seq_length, training.global_batch_size, 0)
     with _eager():

@@ -14,7 +14,7 @@ from mistral_ms.config import OptimizerConfig, RoutingConfig, TrainingConfig
 from mistral_ms.datasets import InMemorySequences
 from mistral_ms.models import CausalLM
 from mistral_ms.moe import load_balancing_loss, router_z_loss, stack_sums
-from mistral_ms.training import TrainStep
+from mistral_ms.training import TrainStep, make_objective
 
 pytestmark = pytest.mark.usefixtures("custom_kernels")
 
@@ -90,7 +90,7 @@ def test_a_tiny_model_trains_as_with_the_reference():
         for parameter in model.weights().values():
             values = rng.normal(0, 0.05, parameter.shape) + (parameter.ndim == 1)
             parameter.set_data(Tensor(values.astype(np.float32)))
-        update = TrainStep(model, training)
+        update = TrainStep(make_objective(model, training), training)
         data = InMemorySequences(text, 16, 2, 0)
         steps = run_steps(update, data, training.max_steps)
         losses[kernels] = np.array([(s.lm_loss, s.aux_loss, s.z_loss) for s in steps])

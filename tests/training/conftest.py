@@ -17,7 +17,7 @@ from mistral_ms.config import (
 )
 from mistral_ms.datasets import InMemorySequences
 from mistral_ms.models import CausalLM
-from mistral_ms.training import Progress, TrainStep
+from mistral_ms.training import Progress, TrainStep, make_objective
 from mistral_ms.training.loss_scale import LossScale
 
 
@@ -107,7 +107,7 @@ def make_update(compiled, sparse, capacity, training):
             architecture = sparse.model_copy(update={"num_hidden_layers": layers})
             model = CausalLM(architecture, capacity, dtype=config.dtype)
             model.initialize(config.seed)
-            update = TrainStep(model, config)
+            update = TrainStep(make_objective(model, config), config)
             held = {**update.held(), **update.state()}
             first = {name: value.asnumpy().copy() for name, value in held.items()}
             entry = Compiled(update, update.optimizer, first)

@@ -24,7 +24,7 @@ from mistral_ms.datasets import InMemorySequences
 from mistral_ms.errors import CheckpointError, ConfigError
 from mistral_ms.models import CausalLM, Objective
 from mistral_ms.moe import Gate, register_gate
-from mistral_ms.training import TrainStep
+from mistral_ms.training import TrainStep, make_objective
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.metrics import make_record
 from mistral_ms.training.state import restore, take_snapshot
@@ -93,7 +93,8 @@ def training(micro_batches):
 def fresh(micro_batches, seed):
     net = CausalLM(CONFIG, DROPLESS)
     net.initialize(seed)
-    return TrainStep(net, training(micro_batches))
+    config = training(micro_batches)
+    return TrainStep(make_objective(net, config), config)
 
 
 def sequences():

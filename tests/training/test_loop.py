@@ -6,13 +6,20 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
-from mistral_ms.training import NotFiniteError, Progress, StepResult, TrainStep, train
+from mistral_ms.training import (
+    NotFiniteError,
+    Progress,
+    StepResult,
+    TrainStep,
+    make_objective,
+    train,
+)
 
 
 def test_learns_and_reports_every_step(make_model, sparse, capacity, training, data):
     config = training.model_copy(update={"max_steps": 40})
     records, calls = [], []
-    update = TrainStep(make_model(sparse, capacity), config)
+    update = TrainStep(make_objective(make_model(sparse, capacity), config), config)
     summary = train(update, data, [records.append, calls.append])
     assert records == calls
     assert [r.step for r in records] == list(range(1, 41))
@@ -93,7 +100,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     make_model, dense, capacity, training, data
 ):
     model = make_model(dense, capacity)
-    update = TrainStep(model, training)
+    update = TrainStep(make_objective(model, training), training)
     records, before = [], {}
 
     def poison(record):

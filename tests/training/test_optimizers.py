@@ -9,7 +9,7 @@ from mistral_ms.config import OptimizerConfig, ParallelConfig, RoutingConfig, Ru
 from mistral_ms.errors import CheckpointError, TrainingError
 from mistral_ms.optimizers import Rule, register
 from mistral_ms.parallel.context import ParallelContext
-from mistral_ms.training import TrainStep
+from mistral_ms.training import TrainStep, make_objective
 from mistral_ms.training.graph_step import GraphTrainStep
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.optimizer import weight_of
@@ -139,7 +139,11 @@ def test_muon_with_groups_by_the_auto_parallel_graph(sparse, data, training):
     explicit = ParallelContext(ParallelConfig())
     model = explicit.build_model(one, run.routing)
     explicit.initialize(model, 0)
-    wanted = TrainStep(model, run.training, pooled_aux=False, parallel_context=explicit)
+    wanted = TrainStep(
+        make_objective(model, run.training, pooled_aux=False, parallel_context=explicit),
+        run.training,
+        parallel_context=explicit,
+    )
     assert graph.state().keys() == wanted.state().keys()
     assert graph.state_kinds() == wanted.state_kinds()
     results = run_steps(graph, data, FIRST), run_steps(wanted, data, FIRST)

@@ -17,7 +17,7 @@ from mistral_ms.datasets import InMemorySequences
 from mistral_ms.models import CausalLM
 from mistral_ms.optimizers import settings_of
 from mistral_ms.parallel.context import ParallelContext
-from mistral_ms.training import TrainStep, learning_rate
+from mistral_ms.training import TrainStep, learning_rate, make_objective
 
 pytestmark = pytest.mark.usefixtures("strict_graphs")
 
@@ -30,7 +30,11 @@ NORM = 1e-4
 
 def run(model, text, config, parallel_context=None):
     data = InMemorySequences(text, config.seq_length, config.global_batch_size, config.seed)
-    update = TrainStep(model, config, parallel_context=parallel_context)
+    update = TrainStep(
+        make_objective(model, config, parallel_context=parallel_context),
+        config,
+        parallel_context=parallel_context,
+    )
     return [update(data.batch(step)) for step in range(config.max_steps)]
 
 

@@ -29,7 +29,7 @@ from mistral_ms.parallel.topology import (
     weight_slice,
     written_parts,
 )
-from mistral_ms.training import TrainStep
+from mistral_ms.training import TrainStep, make_objective
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.state import restore, take_snapshot
 from mistral_ms.weights import by_name, specs
@@ -210,7 +210,7 @@ def test_training_with_a_frozen_weight_and_resume(tmp_path):
         net = CausalLM(one, ROUTING, layer_factory=ToyLayerFactory(one, ROUTING))
         net.initialize(seed)
         net.weights()[frozen].requires_grad = False
-        return TrainStep(net, config)
+        return TrainStep(make_objective(net, config), config)
 
     update = fresh(0)
     before = {name: weight.asnumpy().copy() for name, weight in update.held().items()}
