@@ -160,24 +160,9 @@ class ParallelContext:
     def recompute(self) -> Recompute:
         """What the gradient of one micro-batch computes again. A stage of a pipeline computes its
         whole forward pass again in any case, ``full`` adds no second time to that.
-
-        Raises:
-            ConfigError: whole blocks of several processes without a pipeline. Their collectives
-                would run again, and together with ``optimizer_parallel`` the gradients of experts
-                came out wrong (MindSpore 2.9 on CPU; the cause is not known).
         """
         amount = self.parallel.recompute
-        if amount == "full" and self.is_pipelined:
-            return "selective"
-        if amount == "full" and self.world > 1:
-            raise ConfigError(
-                "not known here",
-                where="parallel.recompute",
-                value="full with several processes and parallel.pp=1",
-                rule="explicit collectives are not computed again",
-                todo="use selective, or parallel.execution=graph",
-            )
-        return amount
+        return "selective" if amount == "full" and self.is_pipelined else amount
 
     def schedule(self, micro_batches: int) -> Schedule:
         """Which stage works on which of so many micro-batches when."""

@@ -185,7 +185,10 @@ class TrainStep:
                 parallel_context.p2p(),
             )
             self._gradients = PipelinedGradients(objective, self.weights, schedule, p2p)
-        elif config.gradient_accumulation_steps > 1:
+        elif config.gradient_accumulation_steps > 1 or self._all_gather_weights is not None:
+            # Ranks that update different weights have different graphs of the update. The compiler
+            # orders collectives that do not wait for each other, so the model's own (recomputed
+            # ones beside those of the gradient) must be in a graph that is the same on all ranks.
             self._gradients = GradientAccumulation(objective, self.weights)
         if self._gradients is None:
             self._fused = FusedUpdate(MicroBatchGradients(objective, self.weights), optimizer_step)

@@ -45,9 +45,7 @@ LAYOUTS = {
     2: {
         "dp2": ParallelConfig(dp=2),
         "pp2": ParallelConfig(pp=2),
-        "dp2 ep2 shared out": ParallelConfig(
-            dp=2, ep=2, optimizer_parallel=True, recompute="selective"
-        ),
+        "dp2 ep2 shared out": ParallelConfig(dp=2, ep=2, optimizer_parallel=True, recompute="full"),
         "dp2 ep2 copies": ParallelConfig(dp=2, ep=2, micro_batch_interleave_num=2),
     },
     4: {

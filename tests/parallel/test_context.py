@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from mistral_ms.config import ParallelConfig, load_run_config
-from mistral_ms.errors import ConfigError
 from mistral_ms.parallel.context import ParallelContext
 
 ROOT = Path(__file__).parents[2]
@@ -14,17 +13,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("amount", ["none", "selective", "full"])
 def test_a_stage_that_goes_forward_again_recomputes_no_block_in_that(amount):
     assert ParallelContext(ParallelConfig(recompute=amount)).recompute == amount
+    assert ParallelContext(ParallelConfig(dp=2, recompute=amount), world=2).recompute == amount
     wanted = "selective" if amount == "full" else amount
     assert ParallelContext(ParallelConfig(pp=2, recompute=amount), world=2).recompute == wanted
-
-
-def test_collectives_are_not_computed_again():
-    assert (
-        ParallelContext(ParallelConfig(dp=2, recompute="selective"), world=2).recompute
-        == "selective"
-    )
-    with pytest.raises(ConfigError, match=r"parallel\.recompute: full with several processes"):
-        _ = ParallelContext(ParallelConfig(dp=2, recompute="full"), world=2).recompute
 
 
 def test_the_run_of_the_ready_made_script_is_not_refused():
