@@ -25,7 +25,7 @@ def run() -> None:
     from mistral_ms.cli import commands
     from mistral_ms.config import when_unknown
 
-    when_unknown(import_gates)
+    when_unknown(import_extensions)
     commands.register(app)
     try:
         app()
@@ -36,6 +36,9 @@ def run() -> None:
         sys.exit(2)
 
 
-def import_gates() -> None:
-    """Gates register themselves; MindSpore is imported only where a configuration names one."""
-    import mistral_ms.moe  # noqa: F401
+def import_extensions() -> None:
+    """Gates and routes register themselves; MindSpore is imported only where a configuration names
+    one.
+    """
+    import mistral_ms.moe
+    import mistral_ms.parallel.dispatchers  # noqa: F401

@@ -3,11 +3,11 @@
 from mistral_ms.config.capacity import expert_capacity
 from mistral_ms.config.conventions import IGNORE_INDEX, PACKAGED_TOKENIZER
 from mistral_ms.config.data import DataConfig, DataSourceConfig, PackingConfig
+from mistral_ms.config.extensions import when_unknown
 from mistral_ms.config.gates import (
     GateSettings,
     SoftmaxTopKSettings,
     register_gate_settings,
-    when_unknown,
 )
 from mistral_ms.config.generation import GenerationConfig
 from mistral_ms.config.generation_file import (
@@ -22,6 +22,7 @@ from mistral_ms.config.model import DType, LayerKinds, ModelConfig, MoEArchitect
 from mistral_ms.config.parallel import ParallelConfig, Recompute, layout_from_flags
 from mistral_ms.config.predict import PredictConfig, PredictionConfig, load_any_config
 from mistral_ms.config.rope_scaling import RopeScaling
+from mistral_ms.config.routes import any_layout, even_hops, register_route_name
 from mistral_ms.config.routing import DROPLESS, RoutingConfig
 from mistral_ms.config.run import (
     CheckpointConfig,
@@ -66,7 +67,9 @@ __all__ = [
     "RunConfig",
     "SoftmaxTopKSettings",
     "TrainingConfig",
+    "any_layout",
     "apply_overrides",
+    "even_hops",
     "expert_capacity",
     "from_hf",
     "from_mistral",
@@ -78,6 +81,7 @@ __all__ = [
     "read_generation_file",
     "read_yaml",
     "register_gate_settings",
+    "register_route_name",
     "to_hf",
     "to_mistral",
     "to_native",

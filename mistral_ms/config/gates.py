@@ -1,19 +1,19 @@
 """Which gate routes the tokens of a sparse layer, and its settings.
 
-A gate declares its settings beside its mathematics, in ``mistral_ms.moe.gates``. That package needs
-MindSpore, which a configuration must not: a program that wants gates found by their names alone
-tells :func:`when_unknown` how to import them, as the command line does.
+A gate declares its settings beside its mathematics, in ``mistral_ms.moe.gates``; see
+:mod:`mistral_ms.config.extensions` for how that is found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
 
 from mistral_ms.config.base import Frozen
+from mistral_ms.config.extensions import import_extensions
 
 
 class GateSettings(Frozen):
@@ -38,7 +38,6 @@ class SoftmaxTopKSettings(GateSettings):
 
 
 _SETTINGS: dict[str, type[GateSettings]] = {"softmax_top_k": SoftmaxTopKSettings}
-_IMPORTERS: list[Callable[[], object]] = []
 
 
 def register_gate_settings(name: str, settings: type[GateSettings]) -> None:
@@ -58,12 +57,6 @@ def register_gate_settings(name: str, settings: type[GateSettings]) -> None:
     _SETTINGS[name] = settings
 
 
-def when_unknown(importer: Callable[[], object]) -> None:
-    """Has modules that register gates imported when a configuration names one that is not known."""
-    if importer not in _IMPORTERS:
-        _IMPORTERS.append(importer)
-
-
 def gate_settings(value: Any) -> GateSettings:
     """Settings from what a configuration says: a name, or a name with keys and values.
 
@@ -77,8 +70,7 @@ def gate_settings(value: Any) -> GateSettings:
         raise ValueError("give the gate's name, or a mapping with name and settings")
     name = values["name"]
     if name not in _SETTINGS:
-        for importer in _IMPORTERS:
-            importer()
+        import_extensions()
     if name not in _SETTINGS:
         near = get_close_matches(name, _SETTINGS, 1)
         raise ValueError(

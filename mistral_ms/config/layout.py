@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from mistral_ms.config.model import ModelConfig
 
@@ -38,6 +39,10 @@ class Sizes:
         return f"dp={self.dp} mp={self.mp} pp={self.pp} ep={self.ep}"
 
 
+LayoutRule: TypeAlias = Callable[[Sizes, int], str | None]
+"""From sizes and devices per node to the sentence that they break, with the values in it."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """What a layout must fit.
@@ -45,20 +50,20 @@ class Rules:
     Attributes:
         world: processes that are there; None = as many as the layout has.
         devices_per_node: processes on one machine.
-        hierarchical: whether tokens travel in two hops, inside the node and between nodes.
+        route: what the all-to-all route asks; None = nothing.
         sharded_rows: whether tensor-parallel ranks carry a shard of every row each.
         model: the model to divide; None = any.
     """
 
     world: int | None = None
     devices_per_node: int = 8
-    hierarchical: bool = False
+    route: LayoutRule | None = None
     sharded_rows: bool = False
     model: ModelConfig | None = None
 
     def broken_by(self, sizes: Sizes) -> str | None:
         """The first rule that ``sizes`` breaks, with the values in it; None when all hold."""
-        for broken in (self._sizes, self._nodes, self._hops, self._experts, self._matrices):
+        for broken in (self._sizes, self._nodes, self._route, self._experts, self._matrices):
             if rule := broken(sizes):
                 return rule
         return None
@@ -96,16 +101,8 @@ class Rules:
             )
         return None
 
-    def _hops(self, sizes: Sizes) -> str | None:
-        devices, span = self.devices_per_node, sizes.ep * sizes.mp
-        if not self.hierarchical or sizes.world <= devices or devices % span == 0:
-            return None
-        if span % devices == 0 and devices % sizes.mp == 0:
-            return None
-        return (
-            f"a hierarchical all-to-all needs ep * mp ({sizes.ep} * {sizes.mp} = {span}) to "
-            f"divide devices_per_node ({devices}), or to be a multiple of it with mp dividing it"
-        )
+    def _route(self, sizes: Sizes) -> str | None:
+        return None if self.route is None else self.route(sizes, self.devices_per_node)
 
     def _experts(self, sizes: Sizes) -> str | None:
         if self.model is None or sizes.ep == 1:

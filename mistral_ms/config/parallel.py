@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from mistral_ms.config.base import Frozen, validate
 from mistral_ms.config.layout import Rules, Sizes, advice, check_layout
 from mistral_ms.config.model import ModelConfig
+from mistral_ms.config.routes import route_rule
 from mistral_ms.errors import ConfigError
 
 Recompute: TypeAlias = Literal["none", "selective", "full"]
@@ -32,13 +33,13 @@ class ParallelConfig(Frozen):
         pipeline_scheduler: order of the micro-batches in the pipeline.
         optimizer_parallel: each data-parallel rank keeps its shard of the optimizer's state.
         all_to_all: how token rows travel between the ranks of an expert group: ``flat`` directly;
-            ``hierarchical`` inside the node, then between equal local ranks of the nodes;
-            ``group_wise`` directly, each tensor-parallel rank carrying a shard of every row,
-            which is then gathered within the tensor group.
+            ``hierarchical`` inside the node, then between equal local ranks of the nodes; or
+            another route that a module has registered.
+        group_wise_a2a: each tensor-parallel rank carries a shard of every row, which is then
+            gathered within the tensor group (MindFormers' key); otherwise whole rows.
         recompute: what the backward pass computes again instead of keeping it: ``selective`` the
             core of attention and norms, ``full`` whole decoder blocks. A pipeline of explicit
-            collectives computes the forward pass of every stage again in any case; without one,
-            several processes of them refuse ``full``.
+            collectives computes the forward pass of every stage again in any case.
         execution: who divides a training: ``explicit`` collectives of ours, on CPU and Ascend, or
             MindSpore, one auto-parallel ``graph`` on Ascend (of one process on any device);
             ``auto`` is ``graph`` on Ascend and ``explicit`` elsewhere.
@@ -55,7 +56,8 @@ class ParallelConfig(Frozen):
     devices_per_node: int = Field(default=8, ge=1)
     pipeline_scheduler: Literal["gpipe", "1f1b"] = "1f1b"
     optimizer_parallel: bool = False
-    all_to_all: Literal["flat", "hierarchical", "group_wise"] = "flat"
+    all_to_all: str = "flat"
+    group_wise_a2a: bool = False
     recompute: Recompute = "none"
     execution: Literal["auto", "explicit", "graph"] = "auto"
     max_device_memory: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -94,8 +96,8 @@ class ParallelConfig(Frozen):
         return Rules(
             world=world,
             devices_per_node=self.devices_per_node,
-            hierarchical=self.all_to_all == "hierarchical",
-            sharded_rows=self.all_to_all == "group_wise",
+            route=route_rule(self.all_to_all),
+            sharded_rows=self.group_wise_a2a,
             model=model,
         )
 

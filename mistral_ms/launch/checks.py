@@ -71,7 +71,7 @@ def check_run(options: Options) -> Iterator[Finding]:
         yield Finding(
             f"parallel.devices_per_node ({parallel.devices_per_node}) is not --workers "
             f"({options.workers}): set it to that, so that groups are laid out as the machines are",
-            fatal=parallel.all_to_all == "hierarchical",
+            fatal=parallel.all_to_all != "flat",
         )
 
 

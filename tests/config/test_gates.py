@@ -74,10 +74,10 @@ def test_the_command_line_knows_the_gates_that_ship(tmp_path):
     """Only a configuration that names one imports MindSpore for it."""
     code = (
         "import sys\n"
-        "from mistral_ms.cli.app import import_gates\n"
+        "from mistral_ms.cli.app import import_extensions\n"
         "from mistral_ms.config import when_unknown\n"
         "from mistral_ms.config.gates import gate_settings\n"
-        "when_unknown(import_gates)\n"
+        "when_unknown(import_extensions)\n"
         "gate_settings('softmax_top_k')\n"
         "assert 'mindspore' not in sys.modules\n"
         "assert gate_settings('sigmoid_top_k').bias_update_rate == 0.001\n"

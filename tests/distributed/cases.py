@@ -33,7 +33,8 @@ class Case:
     Attributes:
         dp, mp, ep: of the layout; pp is 1.
         devices: devices per node.
-        way: of the all-to-all.
+        way: the route of the all-to-all.
+        sharded: whether each tensor-parallel rank carries a shard of every row.
         policy: a key of ROUTINGS.
     """
 
@@ -41,12 +42,14 @@ class Case:
     mp: int
     ep: int
     devices: int
-    way: Literal["flat", "hierarchical", "group_wise"]
+    way: Literal["flat", "hierarchical"]
+    sharded: bool
     policy: str
 
     @property
     def name(self) -> str:
-        return f"dp{self.dp}mp{self.mp}ep{self.ep}on{self.devices}-{self.way}-{self.policy}"
+        way = f"{self.way}-sharded" if self.sharded else self.way
+        return f"dp{self.dp}mp{self.mp}ep{self.ep}on{self.devices}-{way}-{self.policy}"
 
     @property
     def layout(self) -> tuple[int, int, int, int]:
@@ -64,6 +67,7 @@ class Case:
             ep=self.ep,
             devices_per_node=self.devices,
             all_to_all=self.way,
+            group_wise_a2a=self.sharded,
         )
 
     @property
@@ -126,8 +130,13 @@ def cases(*layouts: tuple[int, int, int, int], policies: tuple[str, ...]) -> lis
     for dp, mp, ep, devices in layouts:
         ways = ["flat"]
         ways += ["hierarchical"] if ep > 1 and dp * mp > devices else []
-        ways += ["group_wise"] if mp > 1 else []
-        found += [Case(dp, mp, ep, devices, way, p) for way in ways for p in policies]
+        rows = [False, True] if mp > 1 else [False]
+        found += [
+            Case(dp, mp, ep, devices, way, sharded, policy)
+            for way in ways
+            for sharded in rows
+            for policy in policies
+        ]
     return found
 
 
@@ -139,9 +148,9 @@ CASES = {
 """The cases of each world size. (8, 1, 8, 4): two nodes of four, one expert group over both."""
 
 GRAPH = (
-    Case(2, 1, 2, 1, "flat", "dropless"),
-    Case(1, 2, 1, 2, "group_wise", "capacity"),
-    Case(4, 1, 4, 2, "hierarchical", "dropless"),
+    Case(2, 1, 2, 1, "flat", False, "dropless"),
+    Case(1, 2, 1, 2, "flat", True, "capacity"),
+    Case(4, 1, 4, 2, "hierarchical", False, "dropless"),
 )
 """Cases that run in GRAPH_MODE too. Compiling one costs seconds in every process, so: each way and
 each policy."""

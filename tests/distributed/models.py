@@ -31,11 +31,11 @@ CONFIG = small_model(
 LAYOUTS = {
     2: {
         "ep2": ParallelConfig(dp=2, ep=2),
-        "mp2": ParallelConfig(mp=2, all_to_all="group_wise"),
+        "mp2": ParallelConfig(mp=2, group_wise_a2a=True),
     },
     4: {
         "mp2ep2-flat": ParallelConfig(dp=2, mp=2, ep=2),
-        "mp2ep2-group_wise": ParallelConfig(dp=2, mp=2, ep=2, all_to_all="group_wise"),
+        "mp2ep2-group_wise": ParallelConfig(dp=2, mp=2, ep=2, group_wise_a2a=True),
         "ep2of4": ParallelConfig(dp=4, ep=2),
     },
 }

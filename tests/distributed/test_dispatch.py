@@ -83,7 +83,8 @@ def test_every_way_through_the_experts_gives_the_same_bits(report, case):
     flat = next(
         other
         for other in EXPERT_CASES
-        if (other.layout, other.policy, other.way) == (case.layout, case.policy, "flat")
+        if (other.layout, other.policy, other.way, other.sharded)
+        == (case.layout, case.policy, "flat", False)
     )
     found = report(world(case))
     for rank in range(world(case)):
@@ -122,7 +123,7 @@ def test_what_was_sent_equals_the_formula(report, case):
     """One dispatch and combine of the batch 'random': what was recorded call by call, what the
     dispatcher counts from sizes alone, and the messages one by one are the same."""
     topology, T = case.topology, BATCHES["random"]
-    width = H // case.mp if case.way == "group_wise" else H
+    width = H // case.mp if case.sharded else H
     for coords in topology.all_coords:
         group = topology.group(GroupKind.EXPERT, coords.rank)
         L, C, P = E // case.ep, capacity_of(case, "random"), case.ep
@@ -210,7 +211,7 @@ def in_tensor_group(case, coords, rows_home, T, C):
     if case.policy == "dropless":
         at_experts = case.ep * T * min(K, E // case.ep)
     share = 4 * H // mp
-    if case.way == "group_wise":
+    if case.sharded:
         messages = 3 * (mp - 1)
         size = (mp - 1) * share * (2 * at_experts + rows_home)
     else:

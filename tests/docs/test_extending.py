@@ -22,17 +22,26 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mistral_ms.checkpoint import convert, open_checkpoint
 from mistral_ms.checkpoint import converter as written
 from mistral_ms.checkpoint.load import load_weights
-from mistral_ms.config import DROPLESS, MoEArchitecture, TrainingConfig
+from mistral_ms.config import (
+    DROPLESS,
+    MoEArchitecture,
+    ParallelConfig,
+    RoutingConfig,
+    TrainingConfig,
+    routes,
+)
 from mistral_ms.config import gates as gate_settings
 from mistral_ms.config import hugging_face_keys as known
 from mistral_ms.config.layout import Sizes
 from mistral_ms.datasets import Batch
+from mistral_ms.errors import ConfigError
 from mistral_ms.models import CausalLM
 from mistral_ms.moe import gate_context, make_gate
 from mistral_ms.moe.gates import base as gates
 from mistral_ms.optimizers import registry
-from mistral_ms.parallel.collectives import Collectives
-from mistral_ms.parallel.dispatchers import FlatRoute
+from mistral_ms.parallel.collectives import Collectives, Groups
+from mistral_ms.parallel.dispatchers import FlatRoute, make_dispatcher
+from mistral_ms.parallel.dispatchers import registry as route_kinds
 from mistral_ms.parallel.topology import GroupKind, Topology
 from mistral_ms.training import TrainStep
 from mistral_ms.weights import gates as gate_parameters
@@ -71,6 +80,8 @@ def tables(monkeypatch):
             monkeypatch.delitem(table, name)
     monkeypatch.setattr(registry, "_OPTIMIZERS", dict(registry._OPTIMIZERS))
     monkeypatch.setattr(gate_settings, "_SETTINGS", dict(gate_settings._SETTINGS))
+    monkeypatch.setattr(routes, "_RULES", dict(routes._RULES))
+    monkeypatch.setattr(route_kinds, "_KINDS", dict(route_kinds._KINDS))
     for known_gates in (gate_parameters._GATES, gates._GATES):
         monkeypatch.setattr(known_gates, "_entries", dict(known_gates._entries))
     return monkeypatch
@@ -153,11 +164,20 @@ class Mirrored(Collectives):
         return x.flip((0,))
 
 
-def test_an_all_to_all_route(examples):
+def test_an_all_to_all_route(tables, examples):
     """The flat route's results, gradients and bytes, in twice as many messages."""
     topology = Topology(Sizes(3, 1, 1, 3))
     group = Mirrored(topology.group(GroupKind.EXPERT, 0), 0)
-    flat, pieces = FlatRoute(group), examples("An all-to-all route").PiecewiseRoute(group)
+    module = examples("An all-to-all route")
+    parallel = ParallelConfig(dp=3, ep=3, all_to_all="piecewise")
+    groups = Groups(topology, 0)
+    groups.of = lambda kind: group if kind is GroupKind.EXPERT else Collectives(group.group, 0)
+    routing = RoutingConfig(policy="capacity")
+    pieces = make_dispatcher(3, routing, parallel, groups).route
+    assert isinstance(pieces, module.PiecewiseRoute)
+    with pytest.raises(ConfigError, match=r"piecewise with routing\.policy=dropless"):
+        make_dispatcher(3, DROPLESS, parallel, groups)
+    flat = FlatRoute(group)
     rng = np.random.default_rng(4)
     x, factor = (Tensor(rng.standard_normal((3, 2, 5, 4)).astype(np.float32)) for _ in range(2))
     found = []

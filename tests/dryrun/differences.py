@@ -129,7 +129,7 @@ class Expected:
             found += [self.sequence(), self.vocabulary()]
             if self.config.pp > 1:
                 found.append(self.messages())
-            if self.config.all_to_all == "group_wise":
+            if self.config.group_wise_a2a:
                 found.append(self.sharded_rows())
         return found
 
@@ -228,7 +228,7 @@ class Expected:
         """Of a pipeline."""
         whole, mp = self._exchanged(), self.config.mp
         times = 2 * self.micro * self.layers
-        shared = self.config.all_to_all == "group_wise"
+        shared = self.config.group_wise_a2a
         travels = whole // mp if shared else whole
         graph = Counter({self.said("AlltoAll", RECOMPUTE, GroupKind.EXPERT, travels): times})
         tensor = GroupKind.TENSOR

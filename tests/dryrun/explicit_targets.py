@@ -31,7 +31,7 @@ FLAT = ParallelConfig(dp=16, mp=2, ep=8)
 LAYOUTS = {
     "flat": FLAT,
     "hierarchical": FLAT.model_copy(update={"all_to_all": "hierarchical"}),
-    "group_wise": FLAT.model_copy(update={"all_to_all": "group_wise"}),
+    "group_wise": FLAT.model_copy(update={"group_wise_a2a": True}),
 }
 ROUTINGS = {
     "capacity": RoutingConfig(policy="capacity", capacity_factor=1.5),

@@ -20,7 +20,7 @@ from mistral_ms.parallel.dryrun.ir import read
 PIPELINE = {"dp": 4, "ep": 4, "pp": 2, "recompute": "full"}
 HOPS = {"dp": 4, "ep": 4, "devices_per_node": 2, "all_to_all": "hierarchical"}
 TENSOR = {"dp": 4, "mp": 2, "ep": 2}
-STAGES = {"dp": 2, "mp": 2, "pp": 2, "ep": 2, "all_to_all": "group_wise", "recompute": "full"}
+STAGES = {"dp": 2, "mp": 2, "pp": 2, "ep": 2, "group_wise_a2a": True, "recompute": "full"}
 DROPLESS = {"dp": 8, "mp": 2, "pp": 2, "ep": 8, "recompute": "full"}
 CASES = {
     "pipeline, first stage": (PIPELINE, 1, 2),
@@ -133,7 +133,7 @@ def test_exchanges_per_layer_and_micro_batch(both, case):
     }.get(case, [(1, 3)])
     times = 2 * this.micro * this.config.micro_batch_interleave_num * this.layers
     size = E * C * H * HALF
-    if this.config.all_to_all == "group_wise":
+    if this.config.group_wise_a2a:
         size //= 2
     phases = ["forward", "backward"]
     if this.config.recompute == "full":

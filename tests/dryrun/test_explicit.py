@@ -119,7 +119,8 @@ def test_a_dispatcher_there_and_back(compile_graph, target):
     assert found(graph) == Counter(WANTED[target])
     way, policy = target.rsplit("_", 1)
     if policy == "capacity":  # how many bytes travel is known beforehand: as the planner counts
-        parallel = ParallelConfig(dp=16, mp=2, ep=8, all_to_all=way)
+        how = {"group_wise_a2a": True} if way == "group_wise" else {"all_to_all": way}
+        parallel = ParallelConfig(dp=16, mp=2, ep=8, **how)
         topology = Topology.of(parallel)
         routing = RoutingConfig(policy="capacity", capacity_factor=1.5)
         dispatcher = make_dispatcher(E, routing, parallel, Silent(topology, RANK, "CPU"))

@@ -51,8 +51,8 @@ def prediction(**parallel):
 
 @pytest.fixture
 def compile_step(compile_run):
-    def compile_one(step, way="flat"):
-        text, groups = compile_run(prediction(all_to_all=way), RANK, TARGETS[step])
+    def compile_one(step, **parallel):
+        text, groups = compile_run(prediction(**parallel), RANK, TARGETS[step])
         return text, read(text, RANK, WORLD, groups)
 
     return compile_one
@@ -89,7 +89,7 @@ def test_what_travels(compile_step, step):
 
 def test_group_wise_each_tensor_parallel_rank_sends_its_share(compile_step):
     """Of the prompts: both graphs are of one cell."""
-    _, graph = compile_step("prefill", "group_wise")
+    _, graph = compile_step("prefill", group_wise_a2a=True)
     share = HERE * CHUNK * H // 2 * HALF
     exchanges = {key: n for key, n in counted(graph).items() if key[0] == "AlltoAllV"}
     assert exchanges == {("AlltoAllV", EXPERT, n * share): LAYERS for n in (K, 2 * K)}

@@ -65,7 +65,8 @@ def test_an_impossible_layout_names_rule_and_neighbours(sizes, world, devices, r
         ({"dp": 4, "ep": 3}, r"file: .*ep \(3\) must divide dp \(4\).*nearest legal layouts: dp=4"),
         ({"dp": 0}, "dp"),
         ({"micro_batch_interleave_num": 3}, "micro_batch_interleave_num"),
-        ({"all_to_all": "direct"}, "all_to_all"),
+        ({"all_to_all": "hierarchic"}, "flat, hierarchical; did you mean hierarchical"),
+        ({"all_to_all": "group_wise"}, "group_wise_a2a: true"),
         ({"pipeline_scheduler": "dual"}, "pipeline_scheduler"),
         ({"micro_batches": 2}, "unknown key"),
         (
@@ -105,7 +106,7 @@ def test_rules_that_need_an_odd_model():
     odd = model(hidden_size=65, head_dim=8)
     one.check(odd)
     with pytest.raises(ConfigError, match=r"mp \(2\) must divide hidden_size \(65\)"):
-        ParallelConfig(mp=2, all_to_all="group_wise").check(odd)
+        ParallelConfig(mp=2, group_wise_a2a=True).check(odd)
 
 
 def test_neighbours_are_legal_and_the_closest():

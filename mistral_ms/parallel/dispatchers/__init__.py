@@ -17,6 +17,7 @@ local postprocess.
 from mistral_ms.parallel.dispatchers.capacity import CapacityDispatcher
 from mistral_ms.parallel.dispatchers.dropless import DroplessDispatcher
 from mistral_ms.parallel.dispatchers.make import make_dispatcher
+from mistral_ms.parallel.dispatchers.registry import register_route
 from mistral_ms.parallel.dispatchers.routes import FlatRoute, HierarchicalRoute, Route
 from mistral_ms.parallel.dispatchers.tensor_rows import ReplicatedRows, ShardedRows, TensorRows
 from mistral_ms.parallel.dispatchers.variable_routes import (
@@ -38,4 +39,5 @@ __all__ = [
     "TensorRows",
     "VariableRoute",
     "make_dispatcher",
+    "register_route",
 ]

@@ -32,8 +32,6 @@ class DroplessDispatcher(Dispatcher):
         routing: which kernels run.
         route: between the expert group's ranks; member p holds the experts p * L .. (p + 1) * L.
         tensor_rows: what each tensor-parallel rank carries.
-        ranks_on_node: how many members of the expert group shard a node, D: a hierarchical route
-            sends the rows of the other P / D members with the same local rank through one of them.
     """
 
     packed = True
@@ -44,11 +42,10 @@ class DroplessDispatcher(Dispatcher):
         routing: RoutingConfig,
         route: VariableRoute,
         tensor_rows: TensorRows,
-        ranks_on_node: int = 1,
     ) -> None:
         super().__init__(num_experts, routing)
         self.local_experts = num_experts // route.members
-        self.relayed_experts = num_experts // ranks_on_node
+        self.relayed_experts = num_experts // route.relays
         self.pack_choices = select.pack_choices(routing.kernels, num_experts)
         self.permute = select.permute(routing.kernels)
         self.unpermute = select.unpermute(routing.kernels)

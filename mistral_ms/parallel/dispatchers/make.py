@@ -12,13 +12,8 @@ from mistral_ms.moe import Dispatcher, local_dispatcher
 from mistral_ms.parallel.collectives import AllToAll, Collectives, Groups
 from mistral_ms.parallel.dispatchers.capacity import CapacityDispatcher
 from mistral_ms.parallel.dispatchers.dropless import DroplessDispatcher
-from mistral_ms.parallel.dispatchers.routes import FlatRoute, HierarchicalRoute, Route
+from mistral_ms.parallel.dispatchers.registry import route_kind
 from mistral_ms.parallel.dispatchers.tensor_rows import ReplicatedRows, ShardedRows, TensorRows
-from mistral_ms.parallel.dispatchers.variable_routes import (
-    FlatVariableRoute,
-    HierarchicalVariableRoute,
-    VariableRoute,
-)
 from mistral_ms.parallel.topology import GroupKind
 
 
@@ -59,22 +54,14 @@ def make_dispatcher(
 
     Raises:
         TopologyError: a hierarchical exchange where expert groups do not lie evenly on the nodes.
+        ConfigError: a route that carries no exact numbers of rows, for dropless routing.
     """
     if parallel.ep == 1 and parallel.mp == 1:
         return local_dispatcher(num_experts, routing)
     tensor = groups.of(GroupKind.TENSOR)
-    sharded = parallel.all_to_all == "group_wise"
-    tensor_rows = communication.sharded(tensor) if sharded else communication.replicated(tensor)
-    if parallel.all_to_all == "hierarchical":
-        hops = groups.of(GroupKind.EXPERT_NODE), groups.of(GroupKind.EXPERT_CROSS)
-        if routing.policy == "dropless":
-            counted: VariableRoute = HierarchicalVariableRoute(*hops)
-            return DroplessDispatcher(num_experts, routing, counted, tensor_rows, hops[0].size)
-        route: Route = HierarchicalRoute(*hops, communication.all_to_all)
-    else:
-        expert = groups.of(GroupKind.EXPERT)
-        if routing.policy == "dropless":
-            counted = FlatVariableRoute(expert)
-            return DroplessDispatcher(num_experts, routing, counted, tensor_rows)
-        route = FlatRoute(expert, communication.all_to_all)
-    return CapacityDispatcher(num_experts, routing, route, tensor_rows)
+    rows = communication.sharded if parallel.group_wise_a2a else communication.replicated
+    kind = route_kind(parallel.all_to_all)
+    if routing.policy == "dropless":
+        return DroplessDispatcher(num_experts, routing, kind.variable(groups), rows(tensor))
+    route = kind.equal(groups, communication.all_to_all)
+    return CapacityDispatcher(num_experts, routing, route, rows(tensor))

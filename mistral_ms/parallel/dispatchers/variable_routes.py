@@ -32,9 +32,12 @@ class VariableRoute(nn.Cell):
 
     Attributes:
         members: P.
+        relays: D, among how many members those that a rank sends to are divided on the way; 1
+            where rows go straight to their receivers.
     """
 
     members: int
+    relays: int = 1
 
     def plan(
         self, sent_PL: Tensor, rows: int, relayed: int, max_rows: int
@@ -44,8 +47,7 @@ class VariableRoute(nn.Cell):
         Args:
             sent_PL: int32, rows that this rank has for every expert of every member.
             rows: length of the buffer that they lie in, R.
-            relayed: the most rows that one rank sends to one local rank of the nodes; see
-                :class:`HierarchicalVariableRoute`.
+            relayed: the most rows that one rank sends through one relay.
             max_rows: the most rows that can arrive, S.
 
         Returns:
@@ -117,8 +119,7 @@ class HierarchicalVariableRoute(VariableRoute):
     """First inside the node, then between equal local ranks of the nodes.
 
     A rank relays, on the way, the rows of its whole node for its local rank on every node: a buffer
-        of
-    D * ``relayed`` rows. Between the hops the rows are reordered by two moves of blocks.
+    of D * ``relayed`` rows. Between the hops the rows are reordered by two moves of blocks.
 
     Args:
         on_node: the expert group's ranks on this node, D.
@@ -127,7 +128,7 @@ class HierarchicalVariableRoute(VariableRoute):
 
     def __init__(self, on_node: Collectives, across: Collectives) -> None:
         super().__init__()
-        self.members = on_node.size * across.size
+        self.members, self.relays = on_node.size * across.size, on_node.size
         self.on_node, self.across = on_node, across
         self.inside, self.between = FlatVariableRoute(on_node), FlatVariableRoute(across)
         self.move_rows = blocks.MoveRows()

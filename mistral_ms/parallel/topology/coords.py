@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from mistral_ms.config.layout import Rules, Sizes, check_layout
+from mistral_ms.config.layout import LayoutRule, Rules, Sizes, check_layout
 from mistral_ms.config.parallel import ParallelConfig
+from mistral_ms.config.routes import even_hops
 from mistral_ms.errors import TopologyError
 from mistral_ms.parallel.topology.groups import Group, GroupKind
 
@@ -149,8 +150,8 @@ class Topology:
         """The rank at some coordinates."""
         return (pp * self.sizes.dp + dp) * self.sizes.mp + mp
 
-    def _rules(self, hierarchical: bool = False) -> Rules:
-        return Rules(self.world, self.devices_per_node, hierarchical)
+    def _rules(self, route: LayoutRule | None = None) -> Rules:
+        return Rules(self.world, self.devices_per_node, route)
 
     def _groups_of_kind(self, kind: GroupKind) -> tuple[tuple[Group, ...], tuple[int, ...]]:
         if kind not in self._cache:
@@ -179,7 +180,7 @@ class Topology:
 
     def _key(self, kind: GroupKind) -> Callable[[RankCoords], Key]:
         if kind in (GroupKind.EXPERT_NODE, GroupKind.EXPERT_CROSS):
-            check_layout(self.sizes, self._rules(hierarchical=True), TopologyError)
+            check_layout(self.sizes, self._rules(even_hops), TopologyError)
         if kind is GroupKind.EXPERT_CROSS:
             return self._local_rank
         return _KEYS[kind]
