@@ -31,8 +31,8 @@ Shape = Sequence[int]
 class Region(nn.Cell):
     """The base: a subclass has ``compute``, with the arguments that ``construct`` gets.
 
-    A subclass that holds a weight calls ``morph`` itself: in the first stage of a pipeline MindSpore
-    loses the layout of a parameter that is handed to the ``construct`` of the base.
+    A subclass that holds a weight calls ``morph`` itself: in the first stage of a pipeline
+    MindSpore loses the layout of a parameter that is handed to the ``construct`` of the base.
 
     Args:
         sharding: the table; None on one device.
