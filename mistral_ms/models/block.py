@@ -34,6 +34,12 @@ class DecoderBlock(nn.Cell):
         else:
             self.feed_forward = layer_factory.feed_forward()
 
+    def recomputed_selectively(self) -> tuple[nn.Cell, ...]:
+        """What the backward pass computes again with ``recompute: selective``: what is cheap to
+        compute and large to keep, above all attention's probabilities.
+        """
+        return self.input_layernorm, self.attention.core, self.post_attention_layernorm
+
     def construct(
         self,
         x_TH: Tensor,

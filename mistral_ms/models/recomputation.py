@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-from mindspore import nn
+from typing import Any
 
 from mistral_ms.config import Recompute
 
 
-def recompute(blocks: Iterable[nn.Cell], amount: Recompute) -> None:
+def recompute(blocks: Iterable[Any], amount: Recompute) -> None:
     """Marks what is computed again; to be called before the blocks are compiled.
 
     Args:
-        blocks: decoder blocks, with ``input_layernorm``, ``attention.core`` and
-            ``post_attention_layernorm``.
+        blocks: decoder blocks, which name what ``selective`` computes again.
         amount: how much.
     """
     for block in blocks:
         if amount == "full":
             block.recompute()
         elif amount == "selective":
-            block.input_layernorm.recompute()
-            block.attention.core.recompute()
-            block.post_attention_layernorm.recompute()
+            for piece in block.recomputed_selectively():
+                piece.recompute()

@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from mistral_ms.config import ModelConfig, ParallelConfig, Recompute, RoutingConfig
-from mistral_ms.errors import ConfigError, TopologyError
+from mistral_ms.errors import TopologyError
 from mistral_ms.layers import CacheSpec, VocabParallelCrossEntropy
 from mistral_ms.models import CausalLM, NextTokenLogits
 from mistral_ms.parallel.collectives import Groups
@@ -89,14 +89,6 @@ class ParallelContext:
         self.parallel.check(config)
         if self.world == 1:
             return CausalLM(config, routing, cache=cache, dtype=dtype, positions=positions)
-        if config.tie_word_embeddings and self.parallel.mp > 1:
-            raise ConfigError(
-                "not known yet",
-                where="model.tie_word_embeddings",
-                value=f"true with parallel.mp={self.parallel.mp}",
-                rule="a divided embedding is not shared with the head so far",
-                todo="use mp=1",
-            )
         layer_factory = ParallelLayerFactory(
             config, routing, self.parallel, self.groups, dtype, cache
         )

@@ -37,8 +37,8 @@ def model(name: str) -> ModelConfig:
     moe = {"sparse_layers": tuple(range(1, stages, 2))} if name in MIXED else {}
     if name in GATES:
         moe["gate"] = GATES[name]
-    layers = 2 if name in DEEP else stages
-    return small_model(**TINY | {"num_hidden_layers": layers}, moe=moe)
+    sizes = {"num_hidden_layers": 2 if name in DEEP else stages}
+    return small_model(**TINY | sizes, tie_word_embeddings=name in TIED, moe=moe)
 
 
 LAYOUTS = {
@@ -63,6 +63,7 @@ GATES = {
     "pp4, gpipe": {"name": "sigmoid_top_k", "bias_update_rate": 0.05},
 }
 """Gates other than the usual one: noise and state are those of one process, too."""
+TIED = ("dp2 mp2 ep2",)
 DEEP = ("dp2 ep2 shared out", "generating")
 FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "kept_LE")
 VARIANTS = {
