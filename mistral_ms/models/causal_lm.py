@@ -70,16 +70,15 @@ class CausalLM(nn.Cell):
         super().__init__()
         self.config = config
         self.model_chunk = ModelChunk.whole(config) if model_chunk is None else model_chunk
-        self.model_chunk.check(config)
         layer_factory = (
             LayerFactory(config, routing, cache, dtype) if layer_factory is None else layer_factory
         )
-        if self.model_chunk.embeds:
+        self.tied = config.tie_word_embeddings
+        if self.model_chunk.embeds or (self.tied and self.model_chunk.predicts):
             self.embed_tokens = layer_factory.embedding()
         self.layers = nn.CellList(
             [DecoderBlock(layer_factory, layer) for layer in self.model_chunk.layers]
         )
-        self.tied = config.tie_word_embeddings
         self.predicts = self.model_chunk.predicts
         if self.predicts:
             self.norm = layer_factory.norm()

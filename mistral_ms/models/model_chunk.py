@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mistral_ms.config import ModelConfig
-from mistral_ms.errors import ConfigError
 from mistral_ms.weights import ParamSpec
 
 _LAYERS = "layers."
@@ -29,21 +28,6 @@ class ModelChunk:
     def whole(cls, config: ModelConfig) -> ModelChunk:
         """All of a model."""
         return cls(range(config.num_hidden_layers), embeds=True, predicts=True)
-
-    def check(self, config: ModelConfig) -> None:
-        """Raises if a model cannot be cut like this.
-
-        Raises:
-            ConfigError: its embedding is its head, too, and only one of them would be here.
-        """
-        if config.tie_word_embeddings and not (self.embeds and self.predicts):
-            raise ConfigError(
-                "impossible model chunk",
-                where="model.tie_word_embeddings",
-                value="true with parallel.pp > 1",
-                rule="embedding and head are one weight and would lie on two stages",
-                todo="use pp=1",
-            )
 
     def holds(self, spec: ParamSpec) -> bool:
         """Whether a parameter of the whole model is there."""

@@ -4,7 +4,8 @@ Gradients are sums over tokens divided by the whole batch's counts, so the ranks
 added up, never averaged: those of dense weights over the ranks that see other tokens, those of
 experts over the ranks that hold the same experts (their expert group's tokens have come to them).
 Where tensor-parallel ranks use the whole of a weight on different heads or columns, their parts of
-its gradient are added up first.
+its gradient are added up first; and before that, those of a tied embedding on the first and the
+last stage, which then update it alike.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ class Reduction(nn.Cell):
         self.tensor = groups.of(GroupKind.TENSOR)
         partial = [spec.partial_gradient for spec in self.specs.values()]
         self.partial_buffers = _fill(self.shapes, partial)
+        self.embedding = groups.of(GroupKind.EMBEDDING)
+        tied = [spec.module == "tied" for spec in self.specs.values()]
+        self.tied_buffers = _fill(self.shapes, tied) if self.embedding.size > 1 else ()
+        # of a tied weight the first stage counts the norm for both
+        counted = [not each or self.embedding.position == 0 for each in tied]
+        self.counted_n = None if all(counted) else Tensor(np.array(counted, np.float32))
         self.dense_buffers = _fill(self.shapes, [kind is GroupKind.DATA for kind in kinds])
         self.expert_buffers = _fill(self.shapes, [kind is not GroupKind.DATA for kind in kinds])
         # the loss of a data-parallel rank is known to all its tensor-parallel ranks
@@ -66,6 +73,7 @@ class Reduction(nn.Cell):
         """Float32 gradients of this rank's tokens, in the weights' order -> of all tokens, of the
         weights that this rank updates.
         """
+        gradients = self.summed_tied(gradients)
         gradients = self.summed(gradients, self.partial_buffers, self.tensor)
         gradients = self.summed(gradients, self.dense_buffers, self.data)
         return self.summed(gradients, self.expert_buffers, self.experts)
@@ -83,7 +91,8 @@ class Reduction(nn.Cell):
         """
         parts = _concat((squares_n, total.reshape(1))) * self.inv_replicas
         sums = self.stage.all_reduce(parts)
-        both = ops.stack((_sum(sums[:-1]), sums[-1]))
+        counted_n = sums[:-1] if self.counted_n is None else sums[:-1] * self.counted_n
+        both = ops.stack((_sum(counted_n), sums[-1]))
         if self.pipeline.size > 1:
             both = self.pipeline.all_reduce(both)
         return sums[:-1], both[0], both[1]
@@ -96,6 +105,19 @@ class Reduction(nn.Cell):
     def construct(self, sums: Tensor) -> Tensor:
         """The same, as a compiled cell."""
         return self.losses(sums)
+
+    def summed_tied(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Adds up what both ends of the pipeline have of a tied weight. Stages have different
+        graphs, so nothing else is sent before that is done.
+        """
+        if len(self.tied_buffers) == 0:
+            return gradients
+        found = self.summed(gradients, self.tied_buffers, self.embedding)
+        done = found[self.tied_buffers[-1][-1]]
+        after: tuple[Tensor, ...] = ()
+        for each in found:
+            after = (*after, ops.depend(each, done))
+        return after
 
     def summed(
         self,

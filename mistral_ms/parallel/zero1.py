@@ -68,6 +68,7 @@ class Zero1Reduction(Reduction):
         """Float32 gradients of this rank's tokens -> those that it updates, of all tokens."""
         # each message waits for the one before: ranks own different weights, so their graphs
         # differ, and a compiler that chose the order itself could choose another one on each
+        gradients = self.summed_tied(gradients)
         gradients = self.summed(gradients, self.partial_buffers, self.tensor)
         done = gradients[self.summed_last]
         for buffer in self.dense_shards:

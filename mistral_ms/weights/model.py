@@ -68,7 +68,8 @@ def check_parameters(
 
 
 def _specs(config: ModelConfig) -> Iterator[ParamSpec]:
-    yield from _of("embedding", inside(EMBEDDING.removesuffix(".weight"), vocabulary_specs(config)))
+    module: Module = "tied" if config.tie_word_embeddings else "embedding"
+    yield from _of(module, inside(EMBEDDING.removesuffix(".weight"), vocabulary_specs(config)))
     for layer in range(config.num_hidden_layers):
         yield from _of(layer, inside(f"layers.{layer}", _block(config, layer)))
     yield from _of("head", inside("norm", norm_specs(config.hidden_size)))

@@ -15,7 +15,7 @@ from mistral_ms.errors import WeightError
 By = Literal["mp", "ep"]
 Init = Literal["normal", "ones", "zeros"]
 Kind = Literal["trained", "frozen", "buffer"]
-Module = int | Literal["embedding", "head"]
+Module = int | Literal["embedding", "head", "tied"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class ParamSpec:
             gradient, because each uses it on its own heads or columns. The parts are added up.
         rotary_heads: the rows of the first axis are so many heads that RoPE rotates; 0: they are
             not rotated.
-        module: the decoder block that the parameter belongs to, or the embedding, or the head. It
-            decides the pipeline stage.
+        module: the decoder block that the parameter belongs to, or the embedding, or the head, or
+            both (``tied``). It decides the pipeline stage; a tied one is on the first and the last.
     """
 
     name: str
@@ -106,7 +106,7 @@ class ParamSpec:
         """
         if isinstance(self.module, int):
             return self.module in layers
-        return embedding if self.module == "embedding" else head
+        return (embedding and self.module != "head") or (head and self.module != "embedding")
 
     @property
     def stacked(self) -> bool:

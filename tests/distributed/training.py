@@ -63,7 +63,7 @@ GATES = {
     "pp4, gpipe": {"name": "sigmoid_top_k", "bias_update_rate": 0.05},
 }
 """Gates other than the usual one: noise and state are those of one process, too."""
-TIED = ("dp2 mp2 ep2",)
+TIED = ("dp2 mp2 ep2", "dp2 pp2 ep2", "pp4, gpipe")
 DEEP = ("dp2 ep2 shared out", "generating")
 FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "kept_LE")
 VARIANTS = {

@@ -117,10 +117,11 @@ def test_copies_are_dispatch_groups():
         np.testing.assert_allclose(got.numpy(), sum(each.numpy() for each in want), rtol=1e-5)
 
 
-def test_a_tied_model_cannot_be_cut():
+def test_both_ends_of_a_tied_model_hold_its_embedding():
     tied = CONFIG.model_copy(update={"tie_word_embeddings": True})
-    with pytest.raises(ConfigError, match=r"tie_word_embeddings.*would lie on two stages"):
-        CausalLM(tied, model_chunk=CUT[0])
+    held = ["embed_tokens.weight" in CausalLM(tied, model_chunk=each).weights() for each in CUT]
+    assert held == [True, *[False] * (len(CUT) - 2), True]
+    assert "lm_head.weight" not in CausalLM(tied, model_chunk=CUT[-1]).weights()
 
 
 def test_pooled_aux_cannot_be_cut():

@@ -41,6 +41,12 @@ def oracle(dp, mp, pp, ep):
         GroupKind.TENSOR: {tuple(rank(s, d, m) for m in tensors) for s in stages for d in datas},
         GroupKind.DATA: {tuple(rank(s, d, m) for d in datas) for s in stages for m in tensors},
         GroupKind.PIPELINE: {tuple(rank(s, d, m) for s in stages) for d in datas for m in tensors},
+        GroupKind.EMBEDDING: {
+            tuple(rank(s, d, m) for s in ends)
+            for ends in {(0, pp - 1) if pp > 1 else (0,), *((s,) for s in range(1, pp - 1))}
+            for d in datas
+            for m in tensors
+        },
         GroupKind.EXPERT: {
             tuple(rank(s, first + e, m) for e in range(ep))
             for s in stages

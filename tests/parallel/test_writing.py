@@ -8,6 +8,7 @@ from mistral_ms.checkpoint import our_shapes
 from mistral_ms.config.layout import Rules, Sizes, factorisations
 from mistral_ms.parallel.topology import Topology, weight_slice, writes_owned, written_parts
 
+MODELS = MODEL, MODEL.model_copy(update={"tie_word_embeddings": True})
 WORLDS = (1, 2, 4, 8, 16)
 ALL = [
     sizes
@@ -24,12 +25,13 @@ def test_many_layouts_are_looked_at():
     assert any(s.dp > s.ep > 1 and s.mp > 1 and s.pp > 1 for s in ALL)
 
 
+@pytest.mark.parametrize("model", MODELS, ids=["untied", "tied"])
 @pytest.mark.parametrize("sizes", ALL, ids=str)
-def test_every_element_is_written_exactly_once(sizes):
+def test_every_element_is_written_exactly_once(sizes, model):
     topology = Topology(sizes)
-    counts = {name: np.zeros(shape, np.int64) for name, shape in our_shapes(MODEL).items()}
+    counts = {name: np.zeros(shape, np.int64) for name, shape in our_shapes(model).items()}
     for rank in range(sizes.world):
-        here = held(topology, rank)
+        here = held(topology, rank, model)
         for name, local_slice in written_parts(here.values(), topology, rank).items():
             assert local_slice == weight_slice(here[name], topology, rank), "holds it"
             counts[name][local_slice] += 1
@@ -37,13 +39,14 @@ def test_every_element_is_written_exactly_once(sizes):
         assert (count == 1).all(), name
 
 
+@pytest.mark.parametrize("model", MODELS, ids=["untied", "tied"])
 @pytest.mark.parametrize("sizes", ALL, ids=str)
-def test_a_shared_out_state_is_written_exactly_once(sizes):
+def test_a_sharded_state_is_written_exactly_once(sizes, model):
     """Whatever rule says which rank of a gradient group has the state of a weight."""
     topology = Topology(sizes)
-    counts = {name: np.zeros(shape, np.int64) for name, shape in our_shapes(MODEL).items()}
+    counts = {name: np.zeros(shape, np.int64) for name, shape in our_shapes(model).items()}
     for rank in range(sizes.world):
-        for name, spec in held(topology, rank).items():
+        for name, spec in held(topology, rank, model).items():
             if owner(spec, topology, rank) and writes_owned(spec, topology, rank):
                 counts[name][weight_slice(spec, topology, rank)] += 1
     for name, count in counts.items():

@@ -51,8 +51,10 @@ def whole(seed: int) -> dict[str, np.ndarray]:
     return weights | state
 
 
-def held(topology: Topology, rank: int) -> dict[str, ParamSpec]:
-    """The weights of a rank's stage: layers divided evenly, ends at the ends."""
+def held(topology: Topology, rank: int, model: ModelConfig = MODEL) -> dict[str, ParamSpec]:
+    """The weights of a rank's stage: layers divided evenly, ends at the ends, a tied embedding at
+    both.
+    """
     stage, stages = topology.coords(rank).pp, topology.sizes.pp
     size = MODEL.num_hidden_layers // stages
     layers = {f"layers.{n}." for n in range(stage * size, (stage + 1) * size)}
@@ -60,9 +62,11 @@ def held(topology: Topology, rank: int) -> dict[str, ParamSpec]:
     def is_here(name: str) -> bool:
         if name.startswith("layers."):
             return any(name.startswith(layer) for layer in layers)
-        return stage == (0 if name.startswith("embed") else stages - 1)
+        if name.startswith("embed") and stage == 0:
+            return True
+        return stage == stages - 1 and (model.tie_word_embeddings or not name.startswith("embed"))
 
-    return {spec.name: spec for spec in specs(MODEL) if is_here(spec.name)}
+    return {spec.name: spec for spec in specs(model) if is_here(spec.name)}
 
 
 def owner(spec: ParamSpec, topology: Topology, rank: int) -> bool:

@@ -183,6 +183,9 @@ class Topology:
             check_layout(self.sizes, self._rules(even_hops), TopologyError)
         if kind is GroupKind.EXPERT_CROSS:
             return self._local_rank
+        if kind is GroupKind.EMBEDDING:
+            last = self.sizes.pp - 1
+            return lambda p: (p.dp, p.mp, 0 if p.pp == last else p.pp)
         return _KEYS[kind]
 
     def _local_rank(self, coords: RankCoords) -> Key:

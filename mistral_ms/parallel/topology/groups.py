@@ -17,6 +17,8 @@ class GroupKind(StrEnum):
     EXPERT          the ranks that hold all experts of a layer together, one replica of each
     EXPERT_DATA     replicas of the same experts
     PIPELINE        the stages that one batch passes
+    EMBEDDING       the first and the last of these stages, which share a tied embedding; every
+                    other stage is alone
     EXPERT_NODE     an expert group's ranks on one node: first hop of the hierarchical exchange
     EXPERT_CROSS    an expert group's ranks with equal local ranks: the second hop
     ==============  ==================================================================
@@ -29,6 +31,7 @@ class GroupKind(StrEnum):
     EXPERT = "expert"
     EXPERT_DATA = "expert_data"
     PIPELINE = "pipeline"
+    EMBEDDING = "embedding"
     EXPERT_NODE = "expert_node"
     EXPERT_CROSS = "expert_cross"
 

@@ -21,7 +21,7 @@ def writers(
     ranks write about as many bytes. Every rank of the stage finds the same answer.
 
     Args:
-        weights: that the stage holds.
+        weights: that the stage holds; a tied one is written by the first stage alone.
         topology: the layout.
         stage: which pipeline stage.
 
@@ -29,7 +29,7 @@ def writers(
         For each name one rank for every distinct part, ascending.
     """
     load = {coords.rank: 0 for coords in topology.all_coords if coords.pp == stage}
-    weights = tuple(weights)
+    weights = tuple(spec for spec in weights if not _written_before(spec, stage))
     found = {}
     for spec in sorted(weights, key=lambda each: (-math.prod(each.shape), each.name)):
         sets = _replicas(spec, topology, stage)
@@ -55,7 +55,7 @@ def written_parts(
     return {
         spec.name: weight_slice(spec, topology, rank)
         for spec in weights
-        if rank in chosen[spec.name]
+        if rank in chosen.get(spec.name, ())
     }
 
 
@@ -64,7 +64,12 @@ def writes_owned(spec: ParamSpec, topology: Topology, rank: int) -> bool:
 
     Tensor-parallel ranks hold undivided weights each; then the first of them does.
     """
-    return is_divided(spec) or topology.coords(rank).mp == 0
+    coords = topology.coords(rank)
+    return not _written_before(spec, coords.pp) and (is_divided(spec) or coords.mp == 0)
+
+
+def _written_before(spec: ParamSpec, stage: int) -> bool:
+    return spec.module == "tied" and stage > 0
 
 
 def _replicas(spec: ParamSpec, topology: Topology, stage: int) -> list[tuple[int, ...]]:
