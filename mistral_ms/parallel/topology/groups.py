@@ -61,5 +61,5 @@ class Group:
         return self.ranks.index(rank)
 
     def neighbours_on_node(self, position: int) -> int:
-        """How many other members shard the node of the one at ``position``."""
+        """How many other members are on the node of the one at ``position``."""
         return self.nodes.count(self.nodes[position]) - 1
