@@ -9,6 +9,7 @@ gating_top_k    MindSpore   MoeGatingTopK     MoeGatingTopKSoftmax finds the exp
                                               probabilities
 assign_slots    MindSpore   MoeExpertCapacity none: MoeInitRoutingV2 assigns and moves rows in one,
                                               token by token only, and knows no padding
+choose_tokens   MindSpore   none              none
 pack_choices    MindSpore   none              none: MoeTokenPermute sorts and moves rows in one,
                                               and knows no padding
 dispatch        MindSpore   MoeDispatch       none: see above; MoeTokenPermute has no capacity
@@ -83,6 +84,19 @@ def assign_slots(kernels: Kernels, num_experts: int, choice_major: bool) -> nn.C
     if _choose("assign_slots", kernels, ("custom",)) == "custom":
         return custom.AssignSlots(num_experts, choice_major)
     return ReferenceSlots(num_experts, choice_major)
+
+
+def choose_tokens(kernels: Kernels) -> nn.Cell:
+    """The Cell of ``reference.choose_tokens``: scores, valid tokens, capacity -> the row id map.
+
+    Args:
+        kernels: which implementation.
+
+    Raises:
+        KernelError: the implementation is not there.
+    """
+    _choose("choose_tokens", kernels, ())
+    return ReferenceExpertChoice()
 
 
 def pack_choices(kernels: Kernels, num_experts: int) -> nn.Cell:
@@ -307,6 +321,14 @@ class ReferenceSlots(nn.Cell):
         return reference.assign_slots(
             experts_TK, valid_T, self.num_experts, capacity, self.choice_major
         )
+
+
+class ReferenceExpertChoice(nn.Cell):
+    """``reference.choose_tokens``."""
+
+    def construct(self, scores_TE: Tensor, valid_T: Tensor, capacity: int) -> RowIdMap:
+        """The row id map."""
+        return reference.choose_tokens(scores_TE, valid_T, capacity)
 
 
 class ReferencePacking(nn.Cell):

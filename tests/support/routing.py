@@ -52,6 +52,31 @@ def slots_oracle(
     return Slots(slot_TK, kept_TK, source_EC, filled_EC)
 
 
+def expert_choice_oracle(scores_TE: np.ndarray, valid_T: np.ndarray, capacity: int) -> Slots:
+    """Each expert takes the tokens that score highest with it, one after the other, the earlier
+    of equals; its slots are in the order of the tokens. A choice is a token by an expert.
+    """
+    T, E = scores_TE.shape
+    slots = Slots(
+        np.zeros((T, E), np.int32),
+        np.zeros((T, E), np.float32),
+        np.zeros(E * capacity, np.int32),
+        np.zeros(E * capacity, np.float32),
+    )
+    for e in range(E):
+        left = [t for t in range(T) if valid_T[t]]
+        taken = []
+        while left and len(taken) < capacity:
+            best = max(left, key=lambda t: (scores_TE[t, e], -t))
+            left.remove(best)
+            taken.append(best)
+        for c, t in enumerate(sorted(taken)):
+            slot = e * capacity + c
+            slots.slot_TK[t, e], slots.kept_TK[t, e] = slot, 1
+            slots.source_EC[slot], slots.filled_EC[slot] = t * E + e, 1
+    return slots
+
+
 def packed_oracle(
     experts_TK: np.ndarray, valid_T: np.ndarray, num_experts: int
 ) -> tuple[Slots, np.ndarray]:
@@ -128,3 +153,31 @@ def moe_oracle(
                 e = experts_TK[t, k]
                 y_TH[t] += weights[k] * (w2[e] @ (silu(w1[e] @ x_TH[t]) * (w3[e] @ x_TH[t])))
     return y_TH, experts_TK, slots.kept_TK
+
+
+def expert_choice_moe_oracle(
+    x_TH: np.ndarray,
+    valid_T: np.ndarray,
+    gate_EH: np.ndarray,
+    w1: np.ndarray,
+    w2: np.ndarray,
+    w3: np.ndarray,
+    capacity: int,
+    rescale: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One sparse layer whose experts choose, in float64, expert by expert.
+
+    Returns:
+        The output [T, H] and which experts take which tokens [T, E].
+    """
+    x_TH, gate_EH, w1, w2, w3 = (a.astype(np.float64) for a in (x_TH, gate_EH, w1, w2, w3))
+    scores_TE = softmax(x_TH @ gate_EH.T)
+    taken_TE = expert_choice_oracle(scores_TE, valid_T, capacity).kept_TK
+    y_TH = np.zeros_like(x_TH)
+    for e in range(gate_EH.shape[0]):
+        for t in np.flatnonzero(taken_TE[:, e]):
+            weight = scores_TE[t, e]
+            if rescale:
+                weight = weight / (scores_TE[t] * taken_TE[t]).sum()
+            y_TH[t] += weight * (w2[e] @ (silu(w1[e] @ x_TH[t]) * (w3[e] @ x_TH[t])))
+    return y_TH, taken_TE

@@ -33,6 +33,7 @@ from mistral_ms.ops.reference.rope import rotate
 from mistral_ms.ops.reference.routing import (
     RowIdMap,
     assign_slots,
+    choose_tokens,
     count_choices,
     gating_top_k,
     pack_choices,
@@ -46,6 +47,7 @@ __all__ = [
     "attention",
     "batched_linear",
     "batched_matmul",
+    "choose_tokens",
     "count_choices",
     "gating_top_k",
     "grouped_linear",

@@ -109,6 +109,48 @@ def assign_slots(
     )
 
 
+def choose_tokens(scores_TE: Tensor, valid_T: Tensor, capacity: int) -> RowIdMap:
+    """Gives the slots of each expert to the tokens that score highest with it; of tokens with
+    equal scores the earlier ones come first.
+
+    Expert choice (Zhou 2022, arXiv:2202.09368, section 3.2). An expert's slots are filled in the
+    order of the tokens; some stay empty where fewer tokens than slots are no padding.
+
+    Args:
+        scores_TE: float32, 0 or more.
+        valid_T: float32, 0 for padding, which no expert takes.
+        capacity: C, slots per expert, at most T.
+
+    Returns:
+        The row id map with K = E: the choice t * E + e is token t by expert e. Nothing in it
+        carries a gradient.
+    """
+    T, E = scores_TE.shape
+    valid_TE = ops.broadcast_to(valid_T.reshape(T, 1), (T, E))
+    below_TE = ops.fill(ms.float32, (T, E), -1.0)
+    scores_TE = ops.select(valid_TE > 0.0, ops.stop_gradient(scores_TE), below_TE)
+    # the least score that still gets a slot: the same whichever of equal scores TopK finds
+    best_EC, _ = _top_k(scores_TE.transpose(1, 0), capacity)
+    least_1E = best_EC[:, capacity - 1 :].transpose(1, 0)
+    above_TE = ops.cast(scores_TE > least_1E, ms.float32) * valid_TE
+    equal_TE = ops.cast(scores_TE == least_1E, ms.float32) * valid_TE
+    # float32 counts are exact below 2^24 tokens
+    left_1E = float(capacity) - _sum_keep(above_TE, 0)
+    first_TE = ops.cast(_cumsum(equal_TE, 0) <= left_1E, ms.float32)
+    kept_TE = above_TE + equal_TE * first_TE
+    position_TE = ops.cast(_cumsum(kept_TE, 0) - 1.0, ms.int32)
+    first_slot_E = ops.cast(_range(0, E * capacity, capacity), ms.int32)
+    slot_TE = first_slot_E.reshape(1, E) + position_TE
+    kept = kept_TE > 0.0
+    source_EC, filled_EC = _what_fills(slot_TE, kept, E * capacity)
+    return (
+        ops.select(kept, slot_TE, ops.zeros_like(slot_TE)),
+        ops.stop_gradient(kept_TE),
+        source_EC,
+        filled_EC,
+    )
+
+
 def pack_choices(experts_TK: Tensor, valid_T: Tensor, num_experts: int) -> tuple[RowIdMap, Tensor]:
     """Sorts all choices by expert, those of one expert by token; padding has no slot.
 

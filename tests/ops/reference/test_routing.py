@@ -5,9 +5,15 @@ import numpy as np
 import pytest
 import torch
 from mindspore import Tensor, nn
-from support.routing import packed_oracle, random_choices, slots_oracle
+from support.routing import expert_choice_oracle, packed_oracle, random_choices, slots_oracle
 
-from mistral_ms.ops.reference import assign_slots, count_choices, gating_top_k, pack_choices
+from mistral_ms.ops.reference import (
+    assign_slots,
+    choose_tokens,
+    count_choices,
+    gating_top_k,
+    pack_choices,
+)
 
 SOFTMAX = 1e-5
 """MindSpore's exponential on CPU is good to 6e-6 (measured against float64; torch's to 7e-7)."""
@@ -147,6 +153,42 @@ class TestAssignSlots:
         assert [part.dtype for part in got] == [ms.int32, ms.float32, ms.int32, ms.float32]
         want = slots_oracle(experts, valid, 5, 4, choice_major)
         assert 0 < want.kept_TK.sum() < 2 * valid.sum()
+        assert_same_table([part.numpy() for part in got], want.as_tuple())
+
+
+class TestChooseTokens:
+    @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+    @pytest.mark.parametrize(("tokens", "capacity"), [(1, 1), (7, 3), (33, 11), (33, 33)])
+    def test_equals_the_loop(self, tokens, capacity, share):
+        """Scores of few values: most are tied, at the border of the capacity, too."""
+        rng = np.random.default_rng([tokens, capacity])
+        scores = (rng.integers(0, 4, (tokens, 5)) / 4).astype(np.float32)
+        valid = (rng.random(tokens) < share).astype(np.float32)
+        want = expert_choice_oracle(scores, valid, capacity)
+        table = choose_tokens(Tensor(scores), Tensor(valid), capacity)
+        assert_same_table([part.numpy() for part in table], want.as_tuple())
+        taken = want.kept_TK.sum(0)
+        np.testing.assert_array_equal(taken, min(capacity, valid.sum()))
+
+    def test_what_stands_in_padding_does_not_matter(self):
+        scores = np.array([[np.nan], [0.0], [np.inf], [0.0], [0.0]], np.float32)
+        valid = np.array([0, 1, 0, 1, 1], np.float32)
+        _, kept, source, _ = choose_tokens(Tensor(scores), Tensor(valid), 2)
+        np.testing.assert_array_equal(kept.numpy()[:, 0], [0, 1, 0, 1, 0])
+        np.testing.assert_array_equal(source.numpy(), [1, 3])
+
+    def test_in_a_graph(self, graph):
+        class Slots(nn.Cell):
+            def construct(self, scores_TE, valid_T):
+                return choose_tokens(scores_TE, valid_T, 7)
+
+        rng = np.random.default_rng(3)
+        scores, valid = rng.random((23, 4)).astype(np.float32), np.ones(23, np.float32)
+        scores[4:9, 1] = scores[3, 1]
+        valid[[0, 7, 8, 22]] = 0
+        got = Slots()(Tensor(scores), Tensor(valid))
+        assert [part.dtype for part in got] == [ms.int32, ms.float32, ms.int32, ms.float32]
+        want = expert_choice_oracle(scores, valid, 7)
         assert_same_table([part.numpy() for part in got], want.as_tuple())
 
 
