@@ -10,9 +10,9 @@ from mistral_ms.config.routing import RoutingConfig
 def expert_capacity(tokens: int, experts: int, top_k: int, routing: RoutingConfig) -> int:
     """C: places per expert for ``tokens`` tokens, padding included (shapes are static).
 
-    ``capacity``: ceil(factor * K * T / E) (GShard, arXiv:2006.16668, section 2.2), at most T,
-    because an expert can be chosen once by each token. ``dropless``: T, so that nobody is ever
-    turned away.
+    ``capacity`` and ``experts_choose``: ceil(factor * K * T / E) (GShard, arXiv:2006.16668,
+    section 2.2), at most T, because an expert computes each token once. ``dropless``: T, so that
+    nobody is ever turned away.
     """
     if routing.policy == "dropless":
         return tokens

@@ -102,8 +102,21 @@ class RunConfig(Frozen):
             raise ValueError(f"{names} ({values}) must divide training.global_batch_size ({batch})")
         self.parallel.check(self.model)
         moe = self.model.moe
+        chosen_by_experts = self.routing.policy == "experts_choose"
         if (
             moe is not None
+            and chosen_by_experts
+            and self.routing.rescale_survivors != moe.norm_topk_prob
+        ):
+            raise ValueError(
+                f"routing.rescale_survivors ({self.routing.rescale_survivors}) must equal "
+                f"model.moe.norm_topk_prob ({moe.norm_topk_prob}) under routing.policy "
+                "experts_choose: the one divides an expert's weights by their sum in training, the "
+                "other where tokens choose, as in generation"
+            )
+        if (
+            moe is not None
+            and not chosen_by_experts
             and moe.num_experts_per_tok == 1 < moe.num_local_experts
             and moe.norm_topk_prob
             and not self.training.constant_router_weight

@@ -52,7 +52,8 @@ class CausalLM(nn.Cell):
         specs: what is true of each of its parameters as wholes, by name.
 
     Raises:
-        ConfigError: a model chunk of a model whose embedding is its head, too.
+        ConfigError: a model chunk of a model whose embedding is its head, too; experts that choose
+            tokens in generation.
         WeightError: its pieces have other parameters than the specifications describe.
     """
 
@@ -88,6 +89,15 @@ class CausalLM(nn.Cell):
         self.rotary = RotaryTable(config, rows)
         self.windows = config.windows
         self.sparse = any(layer.sparse for layer in self.layers)
+        if cache is not None and self.sparse and routing.policy == "experts_choose":
+            raise ConfigError(
+                "impossible routing",
+                where="routing.policy",
+                value="experts_choose with a cache",
+                rule="experts choose among all tokens of a batch; in generation later ones are not "
+                "there yet",
+                todo="generate dropless: tokens choose their experts by the same gate",
+            )
         self.cached = cache is not None
         if cache is not None:
             self.key_positions = layer_factory.key_positions(cache)

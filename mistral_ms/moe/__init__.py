@@ -3,10 +3,12 @@
 from mistral_ms.moe.dispatcher import (
     Dispatcher,
     DispatchPlan,
+    ExpertChoiceDispatcher,
     PackedDispatcher,
     PaddedDispatcher,
     kept_choices,
     local_dispatcher,
+    padded_dispatcher,
 )
 from mistral_ms.moe.experts import Experts, RoutedExperts, TransposedExperts
 from mistral_ms.moe.gates import Gate, gate_class, make_gate, register_gate, settings_of
@@ -26,6 +28,7 @@ from mistral_ms.moe.routing import GateContext, Routing, gate_context
 __all__ = [
     "DispatchPlan",
     "Dispatcher",
+    "ExpertChoiceDispatcher",
     "Experts",
     "Gate",
     "GateContext",
@@ -44,6 +47,7 @@ __all__ = [
     "local_dispatcher",
     "loss_terms",
     "make_gate",
+    "padded_dispatcher",
     "register_gate",
     "register_loss",
     "router_sums",

@@ -10,6 +10,9 @@ those that communicate live in ``mistral_ms.parallel`` and are injected from the
 Rows lie before the experts in one of two ways. *Packed*: [R, H], sorted by expert, exactly the
 rows that were chosen, and the sizes of the groups. *Padded*: [L, C, H], as many for every expert,
 zero where a slot is empty.
+
+Where experts choose their tokens, every expert is a choice of every token: K = E in a plan, and a
+choice that its expert does not take is like one that is dropped.
 """
 
 from __future__ import annotations
@@ -77,9 +80,8 @@ class Dispatcher(nn.Cell):
         """
         raise NotImplementedError
 
-    def weights(self, chosen: Routing, slots: RowIdMap) -> Tensor:
-        """[T, K]: the weights of the chosen experts, rescaled where the routing says so."""
-        weights_TK, _, _, _, _ = chosen
+    def weights(self, weights_TK: Tensor, slots: RowIdMap) -> Tensor:
+        """[T, K]: the weights of the choices, rescaled where the routing says so."""
         _, kept_TK, _, _ = slots
         if self.routing.rescale_survivors:
             return surviving_weights(weights_TK, kept_TK)
@@ -123,11 +125,31 @@ class PaddedDispatcher(_LocalDispatcher):
 
     def plan(self, chosen: Routing, valid_T: Tensor) -> DispatchPlan:
         """See the contract."""
-        _, experts_TK, _, _, _ = chosen
+        weights_TK, experts_TK, _, _, _ = chosen
         T, K = experts_TK.shape
         capacity = expert_capacity(T, self.num_experts, K, self.routing)
         slots = self.assign_slots(experts_TK, valid_T, capacity)
-        return slots, self.weights(chosen, slots), None, ()
+        return slots, self.weights(weights_TK, slots), None, ()
+
+
+class ExpertChoiceDispatcher(_LocalDispatcher):
+    """C slots for each expert, which go to the tokens that score highest with it: a token has from
+    none to E experts, and the weights are the scores (Zhou 2022, arXiv:2202.09368).
+    """
+
+    packed = False
+
+    def __init__(self, num_experts: int, routing: RoutingConfig) -> None:
+        super().__init__(num_experts, routing)
+        self.choose_tokens = select.choose_tokens(routing.kernels)
+
+    def plan(self, chosen: Routing, valid_T: Tensor) -> DispatchPlan:
+        """See the contract; the tokens' own choices say no more than how many slots there are."""
+        _, experts_TK, scores_TE, _, _ = chosen
+        T, K = experts_TK.shape
+        capacity = expert_capacity(T, self.num_experts, K, self.routing)
+        slots = self.choose_tokens(scores_TE, valid_T, capacity)
+        return slots, self.weights(scores_TE, slots), None, ()
 
 
 class PackedDispatcher(_LocalDispatcher):
@@ -141,20 +163,29 @@ class PackedDispatcher(_LocalDispatcher):
 
     def plan(self, chosen: Routing, valid_T: Tensor) -> DispatchPlan:
         """See the contract."""
-        _, experts_TK, _, _, _ = chosen
+        weights_TK, experts_TK, _, _, _ = chosen
         slots, group_sizes_E = self.pack_choices(experts_TK, valid_T)
-        return slots, self.weights(chosen, slots), group_sizes_E, ()
+        return slots, self.weights(weights_TK, slots), group_sizes_E, ()
 
 
 def local_dispatcher(num_experts: int, routing: RoutingConfig) -> Dispatcher:
     """The dispatcher of a policy on a single device."""
     if routing.policy == "dropless":
         return PackedDispatcher(num_experts, routing)
+    return padded_dispatcher(num_experts, routing)
+
+
+def padded_dispatcher(num_experts: int, routing: RoutingConfig) -> Dispatcher:
+    """The dispatcher of a policy on a single device whose rows lie padded."""
+    if routing.policy == "experts_choose":
+        return ExpertChoiceDispatcher(num_experts, routing)
     return PaddedDispatcher(num_experts, routing)
 
 
 def kept_choices(plan: DispatchPlan) -> Tensor:
-    """float32 [T, K]: 1 where a choice of this process's tokens goes to its expert, else 0."""
+    """float32 [T, K]: 1 where a choice of this process's tokens goes to its expert, else 0; where
+    experts choose [T, E].
+    """
     slots, _, _, _ = plan
     _, kept_TK, _, _ = slots
     return kept_TK

@@ -40,6 +40,7 @@ class MoELayer(nn.Cell):
             dispatcher = local_dispatcher(config.moe.num_local_experts, routing)
             experts = RoutedExperts(config, dispatcher, dtype=dtype, forward_only=forward_only)
         self.experts = experts
+        self.experts_choose = routing.policy == "experts_choose"
 
     def construct(
         self, x_TH: Tensor, valid_T: Tensor, context: GateContext | None = None
@@ -53,4 +54,4 @@ class MoELayer(nn.Cell):
         """
         routing = self.router(x_TH, context)
         y_TH, kept_TK = self.experts(x_TH, routing, valid_T)
-        return y_TH, router_sums(routing, kept_TK, valid_T)
+        return y_TH, router_sums(routing, kept_TK, valid_T, self.experts_choose)

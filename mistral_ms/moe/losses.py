@@ -18,13 +18,16 @@ from mistral_ms.moe.routing import Routing
 from mistral_ms.ops import reference
 
 _sum = ops.ReduceSum()
+_max = ops.ReduceMax()
 
 
 RouterSums: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]
 """Sums over the tokens of a sparse layer that are not padding, all float32, in this order:
 
 * scores_E: the router's scores (carries the gradient);
-* routed_E: choices per expert, before the capacity (no gradient);
+* routed_E: choices per expert, before the capacity (no gradient); where experts choose, the tokens
+  that each takes, and of the tokens that nobody takes those whose first choice it is: so what is
+  not kept is a token without an expert;
 * kept_E: choices per expert that got a slot (no gradient);
 * z: squares of logsumexp(logits), a scalar (carries the gradient);
 * tokens: how many tokens, a scalar;
@@ -85,16 +88,26 @@ def loss_terms(names: Sequence[str], own: Mapping[str, LossTerm]) -> tuple[LossT
     return tuple(known[name] for name in names)
 
 
-def router_sums(routing: Routing, kept_TK: Tensor, valid_T: Tensor) -> RouterSums:
+def router_sums(
+    routing: Routing, kept_TK: Tensor, valid_T: Tensor, experts_choose: bool = False
+) -> RouterSums:
     """The sums of one layer's pass.
 
     Args:
         routing: of every token.
         kept_TK: float32, 1 where a choice was computed.
         valid_T: float32, 0 for padding.
+        experts_choose: kept is [T, E], the tokens that each expert takes.
     """
     _, experts_TK, scores_TE, logits_TE, terms = routing
-    routed_E, kept_E = reference.count_choices(experts_TK, valid_T, kept_TK, scores_TE.shape[-1])
+    E = scores_TE.shape[-1]
+    if experts_choose:
+        left_T = valid_T * (1.0 - _max(kept_TK, -1))
+        left_E, _ = reference.count_choices(experts_TK[:, :1], left_T, left_T, E)
+        kept_E = ops.stop_gradient(_sum(kept_TK, 0))
+        routed_E = kept_E + left_E
+    else:
+        routed_E, kept_E = reference.count_choices(experts_TK, valid_T, kept_TK, E)
     log_z_T = ops.logsumexp(logits_TE, -1)
     summed: tuple[Tensor, ...] = ()
     for term_TE in terms:

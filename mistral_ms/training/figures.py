@@ -39,10 +39,10 @@ def write_figures(directory: Path, records: Sequence[StepRecord], run: RunConfig
         return
     pictures = {"loss": loss_figure(records, run.model.vocab_size)}
     if run.model.sparse_layers:
-        limited = run.routing.policy == "capacity"
-        factor = run.routing.capacity_factor if limited else None
+        policy = run.routing.policy
+        factor = run.routing.capacity_factor if policy == "capacity" else None
         pictures["expert_load"] = expert_load_figure(records, factor)
-        if limited:
+        if policy != "dropless":
             pictures["dropped"] = dropped_figure(records)
         if records[-1].router_losses:
             pictures["router_losses"] = router_losses_figure(records)
@@ -151,7 +151,9 @@ def expert_load_figure(
 
 
 def dropped_figure(records: Sequence[StepRecord]) -> bytes:
-    """The share of choices that found their expert full, over the steps."""
+    """The share of choices that found their expert full, or of tokens that no expert took, over
+    the steps.
+    """
     figure = _figure(2.6)
     axes = figure.subplots()
     steps = [r.step for r in records]

@@ -33,7 +33,8 @@ class StepRecord:
         skipped: steps so far, this one included, whose gradients were not finite: float16
             overflowed, the weights were left alone and the scale was halved. The values of such
             a step may be NaN (``null`` in the file).
-        dropped_fraction: share of all choices that found their expert full.
+        dropped_fraction: share of all choices that found their expert full; where experts choose,
+            of tokens that no expert took.
         expert_load: for each sparse layer the share of choices that fell on each expert, before
             the capacity; each row adds up to 1.
         router_losses: further router losses by name, without their coefficients.

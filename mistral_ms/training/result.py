@@ -24,6 +24,7 @@ class StepResult:
         learning_rate: the rate of this update.
         loss_scale: the scale of this step; 1 without scaling.
         routed_LE: choices per sparse layer and expert, before the capacity; [0, 0] when dense.
+            Where experts choose, a token that none takes counts as a choice of its best expert.
         kept_LE: choices that got a place.
         gradient_norms: of each trained weight of this process's stage.
         router_losses: further router losses by name, without their coefficients.
@@ -49,7 +50,9 @@ class StepResult:
 
     @property
     def dropped_fraction(self) -> float:
-        """Share of all choices that found their expert full."""
+        """Share of all choices that found their expert full; where experts choose, of tokens that
+        no expert took.
+        """
         routed = float(self.routed_LE.sum())
         return float(routed - self.kept_LE.sum()) / routed if routed else 0.0
 

@@ -37,6 +37,11 @@ from mistral_ms.training.state import restore, take_snapshot
 from mistral_ms.training.step import TrainStep, Update
 from mistral_ms.training.tensorboard import TensorBoardWriter
 
+LOOKS_AHEAD = (
+    "routing.policy experts_choose: experts choose among later tokens, too, so the losses of this "
+    "training are not those of a causal model; evaluate and generate let the tokens choose"
+)
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -114,6 +119,8 @@ class TrainingRun:
             run, self.files, self.parallel_context, say, resuming=resume
         )
         check_objective(run.model, run.routing, run.parallel, run.training.router_aux_loss_coef)
+        if run.routing.policy == "experts_choose" and run.model.sparse_layers:
+            say(LOOKS_AHEAD)
         training = with_settings(run.training.with_max_steps(self.data.sequences))
         self.run = run.model_copy(update={"training": training})
         self.identity = Identity(

@@ -15,6 +15,12 @@ def test_the_default_drops_nobody():
     assert DROPLESS.aux_loss == "pooled"
 
 
+def test_experts_that_choose_know_no_order_of_choices():
+    values = {"policy": "experts_choose", "drop_priority": "choice_major"}
+    with pytest.raises(ConfigError, match=r"drop_priority \(choice_major\) is an order among"):
+        validate(RoutingConfig, values, "run.yaml")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -136,6 +136,15 @@ class TestRunFile:
         alone = ["model.moe.num_local_experts=1", "model.moe.num_experts_per_tok=1"]
         assert load_run_config(run_file, alone).model.moe.num_local_experts == 1
 
+    def test_weights_of_experts_that_choose_are_scaled_as_in_generation(self, run_file):
+        chosen = ["model.moe.num_local_experts=4", "routing.policy=experts_choose"]
+        with pytest.raises(ConfigError, match=r"rescale_survivors \(False\) must equal .*\(True\)"):
+            load_run_config(run_file, chosen)
+        for fits in ("model.moe.norm_topk_prob=false", "routing.rescale_survivors=true"):
+            assert load_run_config(run_file, [*chosen, fits]).routing.policy == "experts_choose"
+        load_run_config(run_file, [*chosen, "model.moe.num_experts_per_tok=1",
+                                   "routing.rescale_survivors=true"])  # fmt: skip
+
     def test_a_missing_model_file_is_named(self, run_file):
         with pytest.raises(ConfigError, match=r"cannot read: .*none\.yaml: No such file"):
             load_run_config(run_file, ["model=none.yaml"])

@@ -79,6 +79,7 @@ VARIANTS = {
         "gradient_accumulation_steps": 4,
     },
     "float16": {"dtype": "float16"},
+    "experts choose": {},
 }
 """Of the training."""
 OTHERS = {
@@ -87,6 +88,7 @@ OTHERS = {
     "dp2 ep2 shared out": ("muon on the host, two micro-batches, dropless", "float16"),
     "dp2 pp2 ep2": ("two micro-batches",),
     "pp4, gpipe": ("host, four micro-batches, dropless",),
+    "dp4 ep2 shared out": ("experts choose",),
 }
 """Layouts that are not trained plainly. Every case compiles for seconds in each process, so each
 layout is trained once, and two that differ most in what they keep, in the ways of training that do.
@@ -113,6 +115,8 @@ def groups(world: int, name: str) -> int:
 
 
 def routing(variant: str) -> RoutingConfig:
+    if variant == "experts choose":  # of so few slots that some tokens have no expert
+        return RoutingConfig(policy="experts_choose", capacity_factor=0.5, aux_loss="per_layer")
     policy = "dropless" if "dropless" in variant else "capacity"
     return RoutingConfig(policy=policy, capacity_factor=1.1, aux_loss="per_layer")
 

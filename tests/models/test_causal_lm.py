@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 from mindspore import Tensor
+from support.configs import TINY
+from support.configs import model as small_model
 from support.hf import KINDS, SCALED, hf_logits, make_mixed_pair, make_pair
 from support.models import fill, ragged_batch
 
 from mistral_ms.config import DROPLESS, RoutingConfig
+from mistral_ms.errors import ConfigError
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM
 
@@ -154,6 +157,13 @@ class TestWeights:
         assert "layers.0.feed_forward.w1.weight" in names
         assert "layers.1.moe.experts.w1" in names
         assert "layers.1.feed_forward.w1.weight" not in names
+
+    def test_experts_cannot_choose_among_tokens_that_are_not_there_yet(self):
+        routing = RoutingConfig(policy="experts_choose")
+        with pytest.raises(ConfigError, match=r"experts_choose with a cache.*generate dropless"):
+            CausalLM(small_model(**TINY), routing, cache=CacheSpec(1, 4))
+        dense = small_model(**TINY, moe=None)
+        CausalLM(dense, routing, cache=CacheSpec(1, 4))
 
     def test_a_cache_adds_no_weight(self):
         config = make_pair("mixtral").config

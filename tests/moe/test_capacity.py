@@ -38,6 +38,11 @@ def test_never_more_places_than_tokens_and_never_none():
     assert expert_capacity(7, 8, 2, tiny) == 1
 
 
+def test_experts_that_choose_have_the_places_of_the_capacity():
+    routing = RoutingConfig(policy="experts_choose", capacity_factor=1.1)
+    assert expert_capacity(40, 8, 2, routing) == capacity_oracle(40, 8, 2, 1.1) == 11
+
+
 def test_dropless_has_a_place_for_everybody():
     assert expert_capacity(13, 8, 2, RoutingConfig(capacity_factor=0.1)) == 13
 

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 from mindspore import Tensor, nn
-from support.moe import CapacityBlock, hf_block, moe_config, moe_layer
-from support.routing import capacity_oracle, moe_oracle
+from support.moe import CapacityBlock, ExpertChoiceBlock, hf_block, moe_config, moe_layer
+from support.routing import capacity_oracle, expert_choice_moe_oracle, moe_oracle
 
-from mistral_ms.config import RoutingConfig
+from mistral_ms.config import MoEArchitecture, RoutingConfig
+from mistral_ms.errors import ConfigError
+from mistral_ms.moe import MoELayer
 
 T = 21
 # MindSpore's exponential on CPU is good to 6e-6: so are router weights and SwiGLU
@@ -33,6 +35,12 @@ ROUTINGS = {
     "token-major": dict(capacity_factor=0.6),
     "choice-major": dict(capacity_factor=0.6, drop_priority="choice_major"),
     "rescaled": dict(capacity_factor=0.6, rescale_survivors=True),
+}
+EXPERTS_CHOOSE = {
+    "experts choose": dict(policy="experts_choose", capacity_factor=0.3),
+    "experts choose, rescaled": dict(
+        policy="experts_choose", capacity_factor=0.3, rescale_survivors=True
+    ),
 }
 
 
@@ -97,10 +105,40 @@ def test_capacity_equals_the_loop(name):
     assert float(sums[4]) == valid.sum()
 
 
-@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("name", EXPERTS_CHOOSE)
+def test_experts_choose_as_in_the_loop(name):
+    routing = RoutingConfig(**EXPERTS_CHOOSE[name])
+    layer, weights = moe_layer(moe_config(), routing)
+    x, valid = inputs()
+    capacity = capacity_oracle(T, 4, 2, routing.capacity_factor)
+    want, taken = expert_choice_moe_oracle(
+        x, valid, *named(weights), capacity, routing.rescale_survivors
+    )
+    experts = set(taken[valid > 0].sum(-1).astype(int))
+    assert {0, 1, 2} <= experts, "some tokens have no expert, others several"
+    got, sums = layer(Tensor(x), Tensor(valid))
+    np.testing.assert_allclose(got.numpy(), want, atol=RELATIVE * np.abs(want).max())
+    assert not got.numpy()[taken.sum(-1) == 0].any()
+    np.testing.assert_array_equal(sums[2].numpy(), capacity)
+    left = x[(valid > 0) & (taken.sum(-1) == 0)]
+    best = (left @ weights["router.weight"].T).argmax(-1)
+    np.testing.assert_array_equal(sums[1].numpy(), capacity + np.bincount(best, minlength=4))
+
+
+def test_experts_that_choose_look_at_later_tokens():
+    """So a decoder cannot generate by them: what comes later takes an expert from what is there."""
+    layer, _ = moe_layer(moe_config(), RoutingConfig(**EXPERTS_CHOOSE["experts choose"]))
+    x, valid = inputs()
+    before = layer(Tensor(x), Tensor(valid))[0].numpy()
+    x[15:] = np.random.default_rng(9).normal(0, 5, (6, 6))
+    after = layer(Tensor(x), Tensor(valid))[0].numpy()
+    assert (before[:15] != after[:15]).any()
+
+
+@pytest.mark.parametrize("name", [*ROUTINGS, "experts choose"])
 def test_what_stands_in_padded_rows_changes_nothing(name):
     """Bit for bit, under capacity pressure: padding takes no slot and is not counted."""
-    routing = RoutingConfig(policy="capacity", **ROUTINGS[name])
+    routing = RoutingConfig(**({"policy": "capacity"} | {**ROUTINGS, **EXPERTS_CHOOSE}[name]))
     layer, _ = moe_layer(moe_config(), routing)
     x, valid = inputs()
     before, sums_before = layer(Tensor(x), Tensor(valid))
@@ -109,6 +147,16 @@ def test_what_stands_in_padded_rows_changes_nothing(name):
     np.testing.assert_array_equal(before.numpy(), after.numpy())
     for ours, theirs in zip(sums_before[:5], sums_after[:5], strict=True):
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+
+
+@pytest.mark.parametrize("gate", ["sigmoid_top_k", "noisy_top_k"])
+def test_experts_do_not_choose_by_a_gate_that_has_more_to_say_than_scores(gate):
+    config = moe_config()
+    config = config.model_copy(
+        update={"moe": MoEArchitecture(num_local_experts=4, gate={"name": gate})}
+    )
+    with pytest.raises(ConfigError, match=rf"routing\.policy: .*with the gate {gate}.*by a gate's"):
+        MoELayer(config, RoutingConfig(policy="experts_choose"))
 
 
 class Gradients(nn.Cell):
@@ -139,15 +187,18 @@ def torch_gradients(config, weights, routing, x, valid, d):
     block = hf_block(config, weights)
     leaf = torch.tensor(x, requires_grad=True)
     capacity = T
-    if routing.policy == "capacity":
+    if routing.policy != "dropless":
         capacity = capacity_oracle(T, 4, 2, routing.capacity_factor)
-    run = CapacityBlock(
-        block,
-        valid,
-        capacity,
-        routing.drop_priority == "choice_major",
-        routing.rescale_survivors,
-    )
+    if routing.policy == "experts_choose":
+        run = ExpertChoiceBlock(block, valid, capacity, routing.rescale_survivors)
+    else:
+        run = CapacityBlock(
+            block,
+            valid,
+            capacity,
+            routing.drop_priority == "choice_major",
+            routing.rescale_survivors,
+        )
     (run(leaf[None])[0][0] * torch.tensor(d)).sum().backward()
 
     def stack(w):
@@ -182,13 +233,10 @@ def check_gradients(routing):
         )
 
 
-@pytest.mark.parametrize("name", ["dropless", *ROUTINGS])
+@pytest.mark.parametrize("name", ["dropless", *ROUTINGS, *EXPERTS_CHOOSE])
 def test_gradients_equal_torch(name):
-    check_gradients(
-        RoutingConfig()
-        if name == "dropless"
-        else RoutingConfig(policy="capacity", **ROUTINGS[name])
-    )
+    known = {"dropless": {"policy": "dropless"}, **ROUTINGS, **EXPERTS_CHOOSE}
+    check_gradients(RoutingConfig(**({"policy": "capacity"} | known[name])))
 
 
 @pytest.mark.parametrize(
@@ -196,8 +244,9 @@ def test_gradients_equal_torch(name):
     [
         RoutingConfig(),
         RoutingConfig(policy="capacity", drop_priority="choice_major", rescale_survivors=True),
+        RoutingConfig(**EXPERTS_CHOOSE["experts choose"]),
     ],
-    ids=["dropless", "capacity"],
+    ids=["dropless", "capacity", "experts choose"],
 )
 def test_gradients_equal_torch_in_a_graph(graph, routing):
     check_gradients(routing)

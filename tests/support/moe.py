@@ -10,7 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from mistral_ms.config import DROPLESS, ModelConfig, MoEArchitecture, RoutingConfig
 from mistral_ms.moe import MoELayer
-from support.routing import slots_oracle
+from support.routing import expert_choice_oracle, slots_oracle
 
 
 def moe_config(H=6, I=10, E=4, K=2, normalize=True) -> ModelConfig:  # noqa: E741
@@ -103,3 +103,35 @@ class CapacityBlock(torch.nn.Module):
                 row = row + weights_TK[t, k] / total * self.block.experts[chosen[t, k]](x_TH[t])
             rows.append(row)
         return torch.stack(rows).reshape(hidden.shape), logits_TE
+
+
+class ExpertChoiceBlock(torch.nn.Module):
+    """Hugging Face's gate and experts, where each expert takes its best tokens.
+
+    Args:
+        block: the block whose gate and experts are used.
+        valid_T: 0 for padding.
+        capacity: tokens of each expert.
+        rescale: divide the weights of a token's experts by their sum.
+    """
+
+    def __init__(
+        self, block: MixtralSparseMoeBlock, valid_T: np.ndarray, capacity: int, rescale: bool
+    ) -> None:
+        super().__init__()
+        self.block, self.valid_T = block, valid_T
+        self.capacity, self.rescale = capacity, rescale
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x_TH = hidden.reshape(-1, hidden.shape[-1])
+        logits_TE = self.block.gate(x_TH)
+        scores_TE = torch.softmax(logits_TE, -1)
+        taken = expert_choice_oracle(scores_TE.detach().numpy(), self.valid_T, self.capacity)
+        weights_TE = scores_TE * torch.tensor(taken.kept_TK)
+        if self.rescale:
+            total_T1 = weights_TE.sum(-1, keepdim=True)
+            weights_TE = weights_TE / torch.where(total_T1 > 0, total_T1, torch.ones_like(total_T1))
+        y_TH = torch.zeros_like(x_TH)
+        for e, expert in enumerate(self.block.experts):
+            y_TH = y_TH + weights_TE[:, e : e + 1] * expert(x_TH)
+        return y_TH.reshape(hidden.shape), logits_TE

@@ -26,7 +26,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from mistral_ms.config import GateSettings, ModelConfig, RoutingConfig, register_gate_settings
 from mistral_ms.config.model import MOST_EXPERTS, MoEArchitecture
-from mistral_ms.errors import WeightError
+from mistral_ms.errors import ConfigError, WeightError
 from mistral_ms.layers.parameter import weight
 from mistral_ms.moe.losses import LossTerm
 from mistral_ms.moe.routing import GateContext, Routing
@@ -57,13 +57,19 @@ class Gate(nn.Cell):
         layer: number of the decoder block, so that layers draw different random numbers.
         dtype: dtype of the weights.
 
+    Raises:
+        ConfigError: experts shall choose by a gate that cannot have that.
+
     Attributes:
+        experts_may_choose: whether its scores say all that it has to say, so that experts may
+            choose tokens by them and weight them with them (``routing.policy: experts_choose``).
         statistics: names of the terms that :meth:`route` gives beside scores and logits. Their sums
             over tokens reach ``losses``.
         losses: the gate's own losses by name, beside those of every gate; a run gives them
             coefficients in ``training.router_losses``.
     """
 
+    experts_may_choose: ClassVar[bool] = False
     statistics: ClassVar[tuple[str, ...]] = ()
     losses: ClassVar[Mapping[str, LossTerm]] = {}
 
@@ -72,6 +78,15 @@ class Gate(nn.Cell):
     ) -> None:
         super().__init__()
         assert config.moe is not None
+        if routing.policy == "experts_choose" and not self.experts_may_choose:
+            raise ConfigError(
+                "impossible routing",
+                where="routing.policy",
+                value=f"experts_choose with the gate {config.moe.gate.name}",
+                rule="experts choose by a gate's scores alone; this gate has more to say (noise, "
+                "a bias, a factor), which would be left out",
+                todo="use model.moe.gate=softmax_top_k",
+            )
         self.moe: MoEArchitecture = config.moe
         self.top_k, self.num_experts = config.moe.num_experts_per_tok, config.moe.num_local_experts
         self.layer = layer

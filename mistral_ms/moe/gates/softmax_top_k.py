@@ -14,6 +14,8 @@ from mistral_ms.ops import select
 class SoftmaxTopK(Gate):
     """Softmax over all experts, Top-K, renormalised (Mixtral, arXiv:2401.04088, section 2.1)."""
 
+    experts_may_choose = True
+
     def __init__(
         self, config: ModelConfig, routing: RoutingConfig, layer: int = 0, dtype: str = "float32"
     ) -> None:

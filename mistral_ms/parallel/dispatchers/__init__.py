@@ -2,8 +2,8 @@
 
 A dispatcher is put together from three independent choices:
 
-* the policy: equal numbers of rows for everyone (:class:`CapacityDispatcher`) or the exact ones
-  (:class:`DroplessDispatcher`);
+* the policy: equal numbers of rows for everyone, whether tokens or experts choose
+  (:class:`CapacityDispatcher`), or the exact ones (:class:`DroplessDispatcher`);
 * the route of the rows between the ranks of the expert group, flat or in two hops
   (:mod:`~mistral_ms.parallel.dispatchers.routes`,
   :mod:`~mistral_ms.parallel.dispatchers.variable_routes`);

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mindspore import Tensor
 
 from mistral_ms.config import RoutingConfig, expert_capacity
-from mistral_ms.moe import Dispatcher, DispatchPlan, PaddedDispatcher, Routing
+from mistral_ms.moe import Dispatcher, DispatchPlan, Routing, padded_dispatcher
 from mistral_ms.parallel.dispatchers.routes import Route
 from mistral_ms.parallel.dispatchers.tensor_rows import TensorRows
 from mistral_ms.parallel.topology import Traffic
@@ -15,7 +15,8 @@ class CapacityDispatcher(Dispatcher):
     """The local dispatcher of this rank's tokens, and an exchange of its slots.
 
     Capacity is counted per rank: each gives every expert C of its own T tokens' choices, so an
-    expert computes P * C slots, sender by sender. Empty slots travel as zeros.
+    expert computes P * C slots, sender by sender. Where experts choose, they choose C among each
+    rank's tokens. Empty slots travel as zeros.
 
     Args:
         num_experts: E, of the whole layer.
@@ -31,7 +32,7 @@ class CapacityDispatcher(Dispatcher):
     ) -> None:
         super().__init__(num_experts, routing)
         self.local_experts = num_experts // route.members
-        self.local = PaddedDispatcher(num_experts, routing)
+        self.local = padded_dispatcher(num_experts, routing)
         self.route, self.tensor_rows = route, tensor_rows
 
     def plan(self, chosen: Routing, valid_T: Tensor) -> DispatchPlan:

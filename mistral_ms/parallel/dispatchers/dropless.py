@@ -58,7 +58,7 @@ class DroplessDispatcher(Dispatcher):
 
     def plan(self, chosen: Routing, valid_T: Tensor) -> DispatchPlan:
         """See the contract; exchanges the counts."""
-        _, experts_TK, _, _, _ = chosen
+        weights_TK, experts_TK, _, _, _ = chosen
         T, K = experts_TK.shape
         slots, counts_E = self.pack_choices(experts_TK, valid_T)
         counts_PL = counts_E.reshape(self.route.members, self.local_experts)
@@ -66,7 +66,8 @@ class DroplessDispatcher(Dispatcher):
         received_PL, route_plan = self.route.plan(counts_PL, T * K, relayed, max_rows)
         # from the order (sender, expert) to (expert, sender)
         regrouped = blocks.swap_blocks(received_PL, max_rows)
-        return slots, self.weights(chosen, slots), _sum(received_PL, 0), (regrouped, route_plan)
+        weights_TK = self.weights(weights_TK, slots)
+        return slots, weights_TK, _sum(received_PL, 0), (regrouped, route_plan)
 
     def dispatch(self, x_TH: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor | None]:
         """See the contract: each expert's rows sender by sender."""

@@ -195,6 +195,7 @@ class TrainedSparseRegion(SparsePieces):
             summed if coefficients.pooled else (),
         )
         self.groups, self.attach, self.record = groups, AttachLosses(), RecordMetrics()
+        self.experts_choose = dispatcher.routing.policy == "experts_choose"
         # the tensor-parallel ranks form the same losses: each is responsible for its share
         self.mp_share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
         self.pooled = coefficients.pooled
@@ -236,7 +237,7 @@ class TrainedSparseRegion(SparsePieces):
         for i in range(self.groups):
             chosen, rows, group_sizes_L, plan, valid = sent[i]
             y_TH = self.results(rows, group_sizes_L, plan, w1, w3, w2)
-            sums = router_sums(chosen, kept_choices(plan), valid)
+            sums = router_sums(chosen, kept_choices(plan), valid, self.experts_choose)
             scores_E, routed_E, kept_E, _, tokens, _ = sums
             losses = _losses(sums)
             if self.pooled:
