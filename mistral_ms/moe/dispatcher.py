@@ -22,11 +22,15 @@ from typing import Any, TypeAlias
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import RoutingConfig, expert_capacity
+from mistral_ms.errors import ConfigError
 from mistral_ms.moe.routing import Routing
 from mistral_ms.ops import select
 from mistral_ms.ops.reference import RowIdMap
 
 _sum_keep = ops.ReduceSum(keep_dims=True)
+
+MOST_CUSTOM_CHOICES = 8
+"""K of the operators MoeDispatch and MoeCombine, see ``ascend_kernels/docs``."""
 
 DispatchPlan: TypeAlias = tuple[RowIdMap, Tensor, Tensor | None, tuple[Any, ...]]
 """Where rows go, in this order (a plain tuple: GRAPH_MODE cannot build named ones):
@@ -135,11 +139,23 @@ class PaddedDispatcher(_LocalDispatcher):
 class ExpertChoiceDispatcher(_LocalDispatcher):
     """C slots for each expert, which go to the tokens that score highest with it: a token has from
     none to E experts, and the weights are the scores (Zhou 2022, arXiv:2202.09368).
+
+    Raises:
+        ConfigError: more experts than the custom operators add up for a token.
     """
 
     packed = False
 
     def __init__(self, num_experts: int, routing: RoutingConfig) -> None:
+        if routing.kernels == "custom" and num_experts > MOST_CUSTOM_CHOICES:
+            raise ConfigError(
+                "impossible routing",
+                where="routing.kernels",
+                value=f"custom, where {num_experts} experts choose",
+                rule=f"the operators take at most {MOST_CUSTOM_CHOICES} choices of a token, and "
+                "every expert is one",
+                todo="set routing.kernels=reference",
+            )
         super().__init__(num_experts, routing)
         self.choose_tokens = select.choose_tokens(routing.kernels)
 

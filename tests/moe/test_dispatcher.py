@@ -6,6 +6,7 @@ from mindspore import Tensor
 from support.routing import capacity_oracle, packed_oracle, random_choices, slots_oracle
 
 from mistral_ms.config import RoutingConfig
+from mistral_ms.errors import ConfigError
 from mistral_ms.moe import PaddedDispatcher, kept_choices, local_dispatcher
 
 E, T, H = 4, 15, 3
@@ -82,3 +83,9 @@ def test_rescaled_weights_of_the_survivors_add_up_to_one(policy):
     plan, _, _, back = case.there_and_back(local_dispatcher(E, routing))
     alive = kept_choices(plan).numpy().any(-1)
     np.testing.assert_allclose(back, case.x * alive[:, None], atol=1e-6)
+
+
+def test_custom_operators_add_up_eight_experts_that_choose():
+    routing = RoutingConfig(policy="experts_choose", kernels="custom")
+    with pytest.raises(ConfigError, match=r"routing\.kernels: .*9 experts choose.*at most 8"):
+        local_dispatcher(9, routing)

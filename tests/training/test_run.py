@@ -26,6 +26,8 @@ MODEL = dict(
     moe=dict(num_local_experts=4),
 )
 
+EXPERTS_CHOOSE = ["routing.policy=experts_choose", "routing.rescale_survivors=true"]
+
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
@@ -64,6 +66,10 @@ def finished(run_file, tmp_path_factory):
     return run.execute()
 
 
+def test_says_that_experts_that_choose_look_ahead(prepare):
+    assert any("choose among later tokens" in line for line in prepare(*EXPERTS_CHOOSE).said)
+
+
 class TestRefusedBeforeAnythingIsWritten:
     @pytest.mark.parametrize(
         ("overrides", "error", "message"),
@@ -74,6 +80,11 @@ class TestRefusedBeforeAnythingIsWritten:
             (["data.dataset=none"], DataError, r"no dataset: none"),
             (["model.vocab_size=31999"], DataError, r"another vocabulary: .*32000.*31999"),
             (["init_from=none"], CheckpointError, r"no such directory: none"),
+            (
+                [*EXPERTS_CHOOSE, "model.moe.gate=sigmoid_top_k"],
+                ConfigError,
+                r"experts_choose with the gate sigmoid_top_k",
+            ),
         ],
     )
     def test_bad_input(self, prepare, tmp_path, overrides, error, message):
