@@ -27,6 +27,7 @@ ROUTINGS = {
     "token-major": dict(policy="capacity", capacity_factor=0.6),
     "choice-major": dict(policy="capacity", capacity_factor=0.6, drop_priority="choice_major"),
     "rescaled": dict(policy="capacity", capacity_factor=0.6, rescale_survivors=True),
+    "experts choose": dict(policy="experts_choose", capacity_factor=0.3),
 }
 
 
