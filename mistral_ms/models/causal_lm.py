@@ -27,7 +27,7 @@ from mistral_ms.layers import (
 from mistral_ms.models.block import DecoderBlock
 from mistral_ms.models.layer_factory import LayerFactory
 from mistral_ms.models.model_chunk import ModelChunk
-from mistral_ms.moe import Gate, RouterSums, gate_context, stack_sums
+from mistral_ms.moe import RouterSums, gate_context, stack_sums, update_gates
 from mistral_ms.weights import Specs, by_name, check_parameters, specs
 
 _gather = ops.Gather()
@@ -205,12 +205,8 @@ class CausalLM(nn.Cell):
             routed_LE: choices of each expert in every sparse layer of the whole model, before the
                 capacity, of the whole batch.
         """
-        for row, number in enumerate(self.config.sparse_layers):
-            if number in self.model_chunk.layers:
-                layer = self.layers[number - self.model_chunk.layers.start]
-                for _, cell in layer.cells_and_names():
-                    if isinstance(cell, Gate):
-                        cell.update(routed_LE[row])
+        layers = dict(zip(self.model_chunk.layers, self.layers, strict=True))
+        update_gates(layers, self.config.sparse_layers, routed_LE)
 
     def initialize(self, seed: int) -> None:
         """Draws fresh weights as their specifications say; a function of the seed."""

@@ -13,7 +13,7 @@ from mistral_ms.errors import ConfigError
 from mistral_ms.layers import HeadLoss, TokenNLL, output_logits
 from mistral_ms.models.causal_lm import CausalLM
 from mistral_ms.models.model_chunk import ModelChunk
-from mistral_ms.moe import LossTerm, RouterSums, gate_class, loss_terms
+from mistral_ms.moe import LossTerm, RouterSums, router_loss_terms
 
 _sum = ops.ReduceSum()
 _concat = ops.Concat(0)
@@ -144,17 +144,8 @@ class Objective(nn.Cell):
         self.others = tuple(further)
         self.coefficients = router_aux_loss_coef, router_z_loss_coef, *further.values()
         self.router_losses = nn.CellList()
-        if model.config.moe is not None:
-            own = gate_class(model.config).losses
-            for term in loss_terms(("aux", "z", *further), own):
-                self.router_losses.append(RouterLoss(term, pooled_aux))
-        elif further:
-            raise ConfigError(
-                "impossible objective",
-                where="training.router_losses",
-                value=", ".join(further),
-                rule="a dense model has no router",
-            )
+        for term in router_loss_terms(model.config, self.others):
+            self.router_losses.append(RouterLoss(term, pooled_aux))
         self.chunk = loss_chunk or tokens_at_a_time(model.config.vocab_size)
         self.token_nll = TokenNLL() if token_nll is None else token_nll
         self.head_loss = HeadLoss(self.chunk, self.token_nll)

@@ -11,7 +11,15 @@ from mistral_ms.moe.dispatcher import (
     padded_dispatcher,
 )
 from mistral_ms.moe.experts import Experts, RoutedExperts, TransposedExperts
-from mistral_ms.moe.gates import Gate, gate_class, make_gate, register_gate, settings_of
+from mistral_ms.moe.gates import (
+    Gate,
+    gate_class,
+    make_gate,
+    register_gate,
+    router_loss_terms,
+    settings_of,
+    update_gates,
+)
 from mistral_ms.moe.layer import MoELayer
 from mistral_ms.moe.losses import (
     LossTerm,
@@ -50,8 +58,10 @@ __all__ = [
     "padded_dispatcher",
     "register_gate",
     "register_loss",
+    "router_loss_terms",
     "router_sums",
     "router_z_loss",
     "settings_of",
     "stack_sums",
+    "update_gates",
 ]

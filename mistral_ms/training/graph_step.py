@@ -11,6 +11,7 @@ from mindspore import Parameter, Tensor, ops
 from mistral_ms.config import ModelConfig, RunConfig
 from mistral_ms.datasets.batches import Batch
 from mistral_ms.errors import ConfigError, TopologyError
+from mistral_ms.moe import update_gates
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.optimizers import with_settings
 from mistral_ms.parallel import graph
@@ -132,36 +133,53 @@ class GraphTrainStep:
         )
         rows = np.tile(np.array(scales, np.float32), (len(batch.samples_B), 1))
         with graph_mode():
-            ids, labels, positions, segments, _ = batch_tensors(ordered)
-            self._cell(ids, labels, positions, segments, Tensor(rows))
+            *arrays, random = batch_tensors(ordered, config.seed, progress.step)
+            self._cell(*arrays, Tensor(rows), random)
         result = self._result(lr, scale)
+        if result.finite:
+            here = self.storage.stage.layers
+            update_gates(
+                {layer: self._built.model.layers[layer] for layer in here},
+                self._model.sparse_layers,
+                result.routed_LE,
+            )
         return advance(progress, config, batch, result)
 
     def _result(self, lr: float, scale: float) -> StepResult:
+        config, norm = self.config, float(self._cell.norm_seen.asnumpy()[0])
         lm, metrics_LF = self._metrics()
-        E = (metrics_LF.shape[1] - 2) // 2
-        aux, z = metrics_LF[:, :2].sum(0) / max(1, len(metrics_LF))
+        further = config.router_losses
+        table_LF, routed_LE, kept_LE = np.split(metrics_LF, self._columns, 1)
+        aux, z, *others = table_LF.sum(0) / max(1, len(table_LF))
+        loss = lm + config.router_aux_loss_coef * aux + config.router_z_loss_coef * z
+        loss += sum(c * each for c, each in zip(further.values(), others, strict=True))
         return StepResult(
-            loss=float(
-                lm + self.config.router_aux_loss_coef * aux + self.config.router_z_loss_coef * z
-            ),
+            loss=float(loss),
             lm_loss=float(lm),
             aux_loss=float(aux),
             z_loss=float(z),
-            grad_norm=float(self._cell.norm_seen.asnumpy()[0]),
+            grad_norm=norm,
             learning_rate=lr,
             loss_scale=scale,
-            routed_LE=metrics_LF[:, 2 : 2 + E],
-            kept_LE=metrics_LF[:, 2 + E :],
+            routed_LE=routed_LE,
+            kept_LE=kept_LE,
             gradient_norms={},  # the graph knows the global one alone
+            router_losses=dict(zip(further, map(float, others), strict=True)),
         )
+
+    @property
+    def _columns(self) -> tuple[int, int]:
+        """Where the choices before and after the capacity begin in what is recorded of a layer."""
+        experts = 0 if self._model.moe is None else self._model.moe.num_local_experts
+        losses = 2 + len(self.config.router_losses)
+        return losses, losses + experts
 
     def _metrics(self) -> tuple[np.float32, np.ndarray]:
         """The language-model loss, and what was recorded of each sparse layer, of all stages."""
-        experts = 0 if self._model.moe is None else self._model.moe.num_local_experts
+        first, second = self._columns
         metrics_buffers = self._built.model.metrics_buffers()
         layers = [layer for layer in metrics_buffers if layer is not None]
-        table = np.zeros((len(layers), 2 + 2 * experts), np.float32)
+        table = np.zeros((len(layers), 2 * second - first), np.float32)
         lm = np.zeros(1, np.float32)
         for row, layer in enumerate(layers):
             if layer in self.storage.stage.layers:

@@ -1,6 +1,7 @@
 """What the compiler would refuse without saying why is a ConfigError before it runs."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 from support import configs
@@ -11,6 +12,7 @@ from mistral_ms.errors import ConfigError, DryrunError, TopologyError
 from mistral_ms.parallel import graph
 from mistral_ms.parallel.dryrun.servers import check_servers
 from mistral_ms.parallel.graph.checks import check_run
+from mistral_ms.parallel.graph.moe import gate_parameters
 from mistral_ms.parallel.topology import Topology
 
 
@@ -80,6 +82,12 @@ def test_as_many_processes_as_the_layout_has(monkeypatch):
     monkeypatch.setattr(module, "get_rank", lambda: 0)
     with pytest.raises(TopologyError, match=r"= 8\) must be the number of processes \(16\)"):
         graph.build(run())
+
+
+def test_a_region_takes_gates_of_few_parameters():
+    gate = SimpleNamespace(weights_and_state=lambda: ((None,) * 3, (None,) * 2))
+    with pytest.raises(ConfigError, match=r"model\.moe\.gate: 5 parameters: .* at most 4"):
+        gate_parameters(gate)
 
 
 def test_each_stage_needs_a_layer():

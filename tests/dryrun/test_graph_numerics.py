@@ -15,6 +15,7 @@ from mistral_ms.parallel import graph
 
 B, S = 3, 16
 AUX, Z = 0.05, 0.01
+NO_NOISE = Tensor(np.zeros((B, 3), np.int32))
 
 
 def run(moe=None, routing=None, parallel=None, **changes):
@@ -86,7 +87,7 @@ def both_gradients(config, scale=1.0):
     expected = ms.value_and_grad(objective, None, ms.ParameterTuple(ours.weights().values()), True)
     net = step.model
     scales = np.array([1 / (arrays[1] != IGNORE_INDEX).sum(), 1 / (arrays[2] >= 0).sum(), scale])
-    inputs = (*tensors, Tensor(np.tile(scales.astype(np.float32), (B, 1))))
+    inputs = (*tensors, Tensor(np.tile(scales.astype(np.float32), (B, 1))), NO_NOISE)
     parameters, metrics_buffers = net.weights(), net.metrics_buffers()
     in_order = [parameters[name] for name in ours.weights()]
     got = ms.value_and_grad(net, None, ms.ParameterTuple((*in_order, *metrics_buffers.values())))
@@ -186,7 +187,7 @@ def steps():
     found = []
     for share in (np.nan, 1 / (arrays[1] != IGNORE_INDEX).sum()):
         scales = np.array([share, 1 / (arrays[2] >= 0).sum(), scale], np.float32)
-        inputs = [*map(Tensor, arrays), Tensor(np.tile(scales, (B, 1)))]
+        inputs = [*map(Tensor, arrays), Tensor(np.tile(scales, (B, 1))), NO_NOISE]
         before = [each.asnumpy().copy() for each in state]
         with graph_mode():
             gradients = [each.asnumpy().astype(np.float64) / scale for each in gradient(*inputs)]

@@ -2,6 +2,7 @@
 noise, state, and a loss of its own.
 """
 
+from contextlib import nullcontext
 from functools import cache
 from typing import ClassVar
 
@@ -18,13 +19,18 @@ from mistral_ms.config import (
     DROPLESS,
     GateSettings,
     ParallelConfig,
+    RoutingConfig,
+    RunConfig,
     TrainingConfig,
 )
 from mistral_ms.datasets import InMemorySequences
 from mistral_ms.errors import CheckpointError, ConfigError
 from mistral_ms.models import CausalLM, Objective
 from mistral_ms.moe import Gate, register_gate
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.training import TrainStep, make_objective
+from mistral_ms.training import step as training_step
+from mistral_ms.training.graph_step import GraphTrainStep
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.metrics import make_record
 from mistral_ms.training.state import restore, take_snapshot
@@ -162,6 +168,74 @@ def test_resume_and_micro_batches_draw_the_same(saved):
         assert result.lm_loss == pytest.approx(want.lm_loss, rel=1e-5)
         assert result.router_losses["spread"] == pytest.approx(want.router_losses["spread"], 1e-5)
     np.testing.assert_array_equal(values(update)[PRESSURE], after[PRESSURE])
+
+
+def graph_step(config, routing, training, seed=0):
+    run = RunConfig(
+        model=config,
+        routing=routing,
+        training=training,
+        parallel={"execution": "graph"},
+    )
+    update = GraphTrainStep(run, ParallelContext(run.parallel), segmented=False)
+    update.storage.initialize(update.held(), seed)
+    return update
+
+
+LOSSES = ("loss", "lm_loss", "z_loss")
+
+
+def assert_same(mine, wanted, losses=LOSSES):
+    """Equal choices; losses as float32 sums of another order round them."""
+    np.testing.assert_array_equal(mine.routed_LE, wanted.routed_LE)
+    np.testing.assert_array_equal(mine.kept_LE, wanted.kept_LE)
+    for name in losses:
+        assert getattr(mine, name) == pytest.approx(getattr(wanted, name), rel=2e-5), name
+    assert mine.router_losses == pytest.approx(wanted.router_losses, rel=2e-5)
+
+
+def test_the_auto_parallel_graph_trains_with_it(saved):
+    """Its batches are whole; but for the load-balancing loss, groups add up to the same."""
+    update = graph_step(CONFIG, DROPLESS, training(1))
+    for mine, wanted in zip(run_steps(update, sequences(), STEPS), saved[0], strict=True):
+        assert_same(mine, wanted)
+    np.testing.assert_array_equal(values(update)[PRESSURE], saved[1][PRESSURE])
+
+
+GATES = {
+    "sigmoid_top_k": ({"n_group": 4, "topk_group": 2}, {}, 1),
+    "noisy_top_k": ({}, {"importance": 0.1, "load": 0.1}, 2),
+}
+"""Settings, losses, layers, of which the last is sparse."""
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_each_gate_in_the_auto_parallel_graph(name, monkeypatch):
+    """Compiled, against the explicit path step by step, with capacities that drop choices."""
+    settings, losses, layers = GATES[name]
+    moe = {"gate": {"name": name, **settings}, "sparse_layers": [layers - 1]}
+    config = small_model(**TINY | {"num_hidden_layers": layers}, moe=moe)
+    routing = RoutingConfig(policy="capacity", capacity_factor=0.9, aux_loss="per_layer")
+    changes = {"router_losses": losses, "router_aux_loss_coef": 0.02, "router_z_loss_coef": 0.001}
+    wanted_training = training(1).model_copy(update=changes)
+    net = CausalLM(config, routing)
+    net.initialize(0)
+    explicit = TrainStep(net, wanted_training, pooled_aux=False)
+    graph = graph_step(config, routing, wanted_training)
+    results = run_steps(graph, sequences(), 3)
+    monkeypatch.setattr(training_step, "graph_mode", nullcontext)
+    for mine, wanted in zip(results, run_steps(explicit, sequences(), 3), strict=True):
+        assert_same(mine, wanted, (*LOSSES, "aux_loss"))
+        assert mine.kept_LE.sum() < mine.routed_LE.sum()
+        assert tuple(mine.router_losses) == tuple(losses)
+    for weight, parameter in graph.held().items():
+        mine = graph.storage.from_parameter(weight, parameter.asnumpy())
+        wanted = explicit.held()[weight].asnumpy()
+        if weight.endswith("e_score_correction_bias"):
+            np.testing.assert_array_equal(mine, wanted)
+            assert np.abs(mine).max() > 0
+        else:  # Adam makes differences of gradients near its eps visible
+            assert np.abs(mine - wanted).max() <= 2e-4 * np.abs(wanted).max(), weight
 
 
 def test_conversion(saved, tmp_path):

@@ -17,7 +17,7 @@ registered by any other module that is imported before the configuration is read
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import mindspore as ms
@@ -28,7 +28,7 @@ from mistral_ms.config import GateSettings, ModelConfig, RoutingConfig, register
 from mistral_ms.config.model import MOST_EXPERTS, MoEArchitecture
 from mistral_ms.errors import ConfigError, WeightError
 from mistral_ms.layers.parameter import weight
-from mistral_ms.moe.losses import LossTerm
+from mistral_ms.moe.losses import LossTerm, loss_terms
 from mistral_ms.moe.routing import GateContext, Routing
 from mistral_ms.ops import reference
 from mistral_ms.weights import (
@@ -141,13 +141,18 @@ class Gate(nn.Cell):
 
     def construct(self, x_TH: Tensor, context: GateContext | None = None) -> Routing:
         """The choice of every token under the gate's own parameters."""
+        weights, state = self.weights_and_state()
+        return self.route(x_TH, weights, state, context)
+
+    def weights_and_state(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The gate's own parameters, as :meth:`route` takes them."""
         weights: tuple[Tensor, ...] = ()
         for name in self.weight_names:
             weights = (*weights, getattr(self, name))
         state: tuple[Tensor, ...] = ()
         for name in self.buffer_names:
             state = (*state, getattr(self, name))
-        return self.route(x_TH, weights, state, context)
+        return weights, state
 
     def logits(self, x_TH: Tensor, weight_EH: Tensor) -> Tensor:
         """Products in the router's dtype, as float32 [T, E]."""
@@ -179,6 +184,23 @@ class Gate(nn.Cell):
     def buffers(self) -> dict[str, Parameter]:
         """The state, by name."""
         return {name: getattr(self, name) for name in self.buffer_names}
+
+
+def update_gates(
+    layers: Mapping[int, nn.Cell], sparse_layers: Sequence[int], routed_LE: np.ndarray
+) -> None:
+    """Moves the state of gates on, after an update of the weights.
+
+    Args:
+        layers: decoder blocks that are here, by their numbers in the model.
+        sparse_layers: the numbers of all sparse ones.
+        routed_LE: of those, the choices of each expert before the capacity, of the whole batch.
+    """
+    for number, routed_E in zip(sparse_layers, routed_LE, strict=True):
+        if number in layers:
+            for _, cell in layers[number].cells_and_names():
+                if isinstance(cell, Gate):
+                    cell.update(routed_E)
 
 
 _GATES: Registry[type[Gate]] = Registry("gate", "model.moe.gate")
@@ -214,6 +236,28 @@ def gate_class(config: ModelConfig) -> type[Gate]:
         WeightError: the model is dense, or nobody has registered its gate.
     """
     return _GATES.find(None if config.moe is None else config.moe.gate.name)
+
+
+def router_loss_terms(config: ModelConfig, further: Sequence[str]) -> tuple[LossTerm, ...]:
+    """The losses of a model's router: ``aux``, ``z`` and further ones; none of a dense model.
+
+    Args:
+        config: the model.
+        further: names as in ``training.router_losses``.
+
+    Raises:
+        ConfigError: a further loss of a dense model, or one that is not there with its gate.
+    """
+    if config.moe is not None:
+        return loss_terms(("aux", "z", *further), gate_class(config).losses)
+    if further:
+        raise ConfigError(
+            "impossible objective",
+            where="training.router_losses",
+            value=", ".join(further),
+            rule="a dense model has no router",
+        )
+    return ()
 
 
 def make_gate(

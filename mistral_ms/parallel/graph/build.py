@@ -11,6 +11,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from mistral_ms.config import ModelConfig, RunConfig
 from mistral_ms.models import recompute
+from mistral_ms.moe import router_loss_terms
 from mistral_ms.optimizers import StoredMatrices, WeightUpdate, check_layout, make_plan
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.graph.checks import check_run
@@ -99,7 +100,9 @@ def _coefficients(run: RunConfig, config: ModelConfig) -> LossCoefficients:
     training, sparse = run.training, max(1, len(config.sparse_layers))
     pooled = run.routing.aux_loss == "pooled" and run.parallel.pp == 1
     aux = training.router_aux_loss_coef if pooled else training.router_aux_loss_coef / sparse
-    return LossCoefficients(aux, training.router_z_loss_coef / sparse, pooled)
+    others = {name: value / sparse for name, value in training.router_losses.items()}
+    router_loss_terms(config, tuple(others))  # which are not there are refused
+    return LossCoefficients(aux, training.router_z_loss_coef / sparse, others, pooled)
 
 
 def _weight_update(run: RunConfig, model: GraphModel) -> WeightUpdate:
@@ -164,5 +167,5 @@ def replicas_of(spec: ParamSpec, sharding: Sharding | None, optimizer_parallel: 
 def _inputs(run: RunConfig) -> tuple[Tensor, ...]:
     B, S = run.training.global_batch_size, run.training.seq_length
     batch = tuple(Tensor(np.zeros((B, S), np.int32)) for _ in range(4))
-    scales = Tensor(np.zeros((B, 3), np.float32))
-    return (*batch, scales)
+    scales, random = (Tensor(np.zeros((B, 3), kind)) for kind in (np.float32, np.int32))
+    return (*batch, scales, random)

@@ -41,14 +41,6 @@ def check_run(run: RunConfig, layers: int) -> None:
             "set routing.aux_loss=per_layer, training.router_aux_loss_coef=0, or parallel.pp=1",
         ),
         (
-            bool(training.router_losses),
-            "training.router_losses",
-            ", ".join(training.router_losses),
-            "the graph has the losses of training.router_aux_loss_coef and "
-            "training.router_z_loss_coef alone so far",
-            "use parallel.execution=explicit",
-        ),
-        (
             sparse and parallel.optimizer_parallel and _crosses_experts(model, parallel),
             "parallel.optimizer_parallel",
             f"{parallel.dp // parallel.ep} replicas",
@@ -141,15 +133,7 @@ def _crosses_experts(model: ModelConfig, parallel: ParallelConfig) -> bool:
 
 def _of_all_graphs(model: ModelConfig, parallel: ParallelConfig) -> tuple[Rule, ...]:
     divided = parallel.world > 1
-    gate = None if model.moe is None else model.moe.gate
     return (
-        (
-            gate is not None and not gate.default,
-            "model.moe.gate",
-            None if gate is None else gate.name,
-            "the auto-parallel graph has the gate softmax_top_k alone so far",
-            "use parallel.execution=explicit",
-        ),
         (
             divided and bool(parallel.world % 8) and parallel.world not in (2, 4),
             "parallel",

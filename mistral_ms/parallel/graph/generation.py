@@ -7,23 +7,22 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore.communication import get_group_size, get_rank
 from mindspore.nn.utils import no_init_parameters
 
 from mistral_ms.config import DROPLESS, ModelConfig, ParallelConfig, PredictConfig
-from mistral_ms.layers import CacheSpec, is_buffer, output_logits
-from mistral_ms.models import check_weights
+from mistral_ms.layers import CacheSpec, output_logits
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.graph.attention import CachedAttentionRegion, KeyTable
 from mistral_ms.parallel.graph.checks import check_prediction
 from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
-from mistral_ms.parallel.graph.model import GraphBlock
+from mistral_ms.parallel.graph.model import GraphDecoder
 from mistral_ms.parallel.graph.region import Region, Shape
 from mistral_ms.parallel.graph.storage import GraphStorage
 from mistral_ms.parallel.sharding import Sharding
 from mistral_ms.parallel.topology import Topology
-from mistral_ms.weights import HEAD, by_name, specs
+from mistral_ms.weights import HEAD
 
 
 class CachedLayerFactory(GraphLayerFactory):
@@ -98,7 +97,7 @@ class LastLogits(Region):
         return output_logits(self.gather(x_TH, rows_B, 0), self.cast(weight_VH, self.dtype))
 
 
-class GraphNextToken(nn.Cell):
+class GraphNextToken(GraphDecoder):
     """The contract of :class:`~mistral_ms.models.NextTokenLogits` as a graph that MindSpore
     divides; :class:`~mistral_ms.inference.Engine` takes it for the model, too. Every rank is given
     all rows, and all logits.
@@ -116,20 +115,9 @@ class GraphNextToken(nn.Cell):
     """
 
     def __init__(self, layer_factory: CachedLayerFactory) -> None:
-        super().__init__()
+        super().__init__(layer_factory)
         assert layer_factory.cache is not None
         self.config, self.batch = layer_factory.config, layer_factory.cache.batch
-        self.embed_tokens = layer_factory.embedding()
-        blocks = [
-            GraphBlock(layer_factory, layer)
-            for layer in range(layer_factory.config.num_hidden_layers)
-        ]
-        self.layers = nn.CellList(blocks)
-        self.norm = layer_factory.norm()
-        self.tied = layer_factory.config.tie_word_embeddings
-        if not self.tied:
-            self.lm_head = layer_factory.head()
-        check_weights(self.weights(), by_name(specs(layer_factory.config)), layer_factory)
         self.key_positions = layer_factory.key_positions(layer_factory.cache)
         self.last_logits = LastLogits(layer_factory.dtype, self.tied, layer_factory.sharding)
 
@@ -149,10 +137,6 @@ class GraphNextToken(nn.Cell):
             x_TH = layer(x_TH, context, (positions_BS,))
         return self.last_logits(self.norm(x_TH), self.head_weight(), last_B)
 
-    def head_weight(self) -> Parameter:
-        """The output head [V, H]; the embedding's own weight when tied."""
-        return self.embed_tokens.weight if self.tied else self.lm_head.weight
-
     def reset_cache(self) -> None:
         """Forgets all cached positions; the next call starts new sequences."""
         self.key_positions.reset()
@@ -162,10 +146,6 @@ class GraphNextToken(nn.Cell):
         self.reset_cache()
         for layer in self.layers:
             layer.attention.cache.clear()
-
-    def weights(self) -> dict[str, Parameter]:
-        """All weights by the names of our checkpoints."""
-        return {n: p for n, p in self.parameters_and_names() if not is_buffer(p)}
 
 
 @dataclass(frozen=True)
@@ -213,8 +193,9 @@ def build_generation(run: PredictConfig, layers: int | None = None) -> GraphNext
             Groups(Topology.of(parallel, get_group_size()), get_rank()) if divided else None,
         )
         model = GraphNextToken(layer_factory)
-    for weight in model.weights().values():
-        weight.set_dtype(getattr(ms, sizes.dtype))  # nothing is trained: no float32 is needed
+    for name, weight in model.weights().items():
+        if model.specs[name].kind != "buffer":  # nothing is trained: no float32 is needed
+            weight.set_dtype(getattr(ms, sizes.dtype))
     model.set_train(False)
     return model
 

@@ -7,7 +7,9 @@ from mindspore import nn, ops
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import LayerFactory
+from mistral_ms.moe import local_dispatcher
 from mistral_ms.parallel.collectives import Groups
+from mistral_ms.parallel.dispatchers import make_dispatcher
 from mistral_ms.parallel.graph.attention import AttentionRegion
 from mistral_ms.parallel.graph.dense import (
     GatedRegion,
@@ -16,8 +18,9 @@ from mistral_ms.parallel.graph.dense import (
     GraphNorm,
     Weight,
 )
-from mistral_ms.parallel.graph.moe import GraphMoE, LossCoefficients, region_dispatcher
+from mistral_ms.parallel.graph.moe import GraphMoE, LossCoefficients
 from mistral_ms.parallel.graph.pooled import PooledLoss
+from mistral_ms.parallel.graph.tensor_rows import IN_REGION
 from mistral_ms.parallel.sharding import Sharding, graph_form
 from mistral_ms.weights import ParamSpec, vocabulary_specs
 
@@ -91,13 +94,21 @@ class GraphLayerFactory(LayerFactory):
         return GatedRegion(self.dtype, self.sharding)
 
     def moe(self, layer: int) -> nn.Cell:
-        """See the base; takes positions and shares for the mask, and returns no sums."""
+        """See the base; the mask is positions and scales, what the gate may know ``random_B3``
+        (:class:`~mistral_ms.parallel.graph.model.GraphModel`), and there are no sums.
+        """
         assert self.config.moe is not None
         experts = self.config.moe.num_local_experts
-        dispatcher = region_dispatcher(experts, self.routing, self.parallel, self.groups)
+        if self.groups is None:
+            dispatcher = local_dispatcher(experts, self.routing)
+        else:
+            dispatcher = make_dispatcher(
+                experts, self.routing, self.parallel, self.groups, IN_REGION
+            )
         return GraphMoE(
             self.config,
             self.routing,
+            layer,
             self.dtype,
             dispatcher,
             self.losses,
@@ -108,7 +119,7 @@ class GraphLayerFactory(LayerFactory):
     def pooled_loss(self) -> nn.Cell:
         """The load-balancing loss of all layers."""
         assert self.losses is not None
-        return PooledLoss(self.config, self.losses.aux, self.sharding)
+        return PooledLoss(self.config, self.losses, self.sharding)
 
     def head(self) -> nn.Cell:
         """Holds the output head [V, H]."""

@@ -94,24 +94,22 @@ class GraphBlock(DecoderBlock):
         )
 
     def construct(self, x_TH: Tensor, context: Any, valid_T: Any, gate_context: Any = None) -> Any:
-        """[T, H] -> [T, H], and sums; context and mask are what the pieces of
+        """[T, H] -> [T, H], and sums; contexts and mask are what the pieces of
         :class:`GraphLayerFactory` take.
         """
         both = super().construct(x_TH, context, valid_T, gate_context)
         return both if self.pooled else both[0]
 
 
-class GraphModel(nn.Cell):
-    """Embedding, decoder blocks, head and loss; the blocks are the ordinary ones.
+class GraphDecoder(nn.Cell):
+    """Embedding, decoder blocks, last norm and head; the blocks are the ordinary ones.
 
     Not a :class:`~mistral_ms.models.CausalLM`: what all its layers share (rotations, visibility)
     and what it collects from them would travel from stage to stage, as would every operator that
-    stands between cells. Here each cell makes what it needs of the batch, which all stages have,
-    and each layer's router losses are attached to its states.
+    stands between cells. Here each cell makes what it needs of the batch, which all stages have.
 
     Args:
         layer_factory: makes the pieces.
-        stages: the stage of each layer.
 
     Attributes:
         specs: what is true of each of its parameters, by name.
@@ -120,28 +118,52 @@ class GraphModel(nn.Cell):
         WeightError: its pieces have other parameters than the specifications describe.
     """
 
-    def __init__(self, layer_factory: GraphLayerFactory, stages: tuple[int, ...]) -> None:
+    def __init__(self, layer_factory: GraphLayerFactory) -> None:
         super().__init__()
+        config = layer_factory.config
         self.embed_tokens = layer_factory.embedding()
-        blocks = [
-            GraphBlock(layer_factory, layer)
-            for layer in range(layer_factory.config.num_hidden_layers)
-        ]
-        self.layers = nn.CellList(blocks)
-        self.pooled = any(block.pooled for block in blocks)
-        if self.pooled:
-            self.pooled_loss = layer_factory.pooled_loss()
-            self.room_of_pooled = max(i for i, block in enumerate(blocks) if block.pooled)
+        self.layers = nn.CellList(
+            [GraphBlock(layer_factory, layer) for layer in range(config.num_hidden_layers)]
+        )
         self.norm = layer_factory.norm()
-        self.tied = layer_factory.config.tie_word_embeddings
+        self.tied = config.tie_word_embeddings
         if not self.tied:
             self.lm_head = layer_factory.head()
-        self.specs = by_name(specs(layer_factory.config))
+        self.specs = by_name(specs(config))
         check_weights(self.weights(), self.specs, layer_factory)
+
+    def head_weight(self) -> Parameter:
+        """The output head [V, H]; the embedding's own weight when tied."""
+        return self.embed_tokens.weight if self.tied else self.lm_head.weight
+
+    def weights(self) -> dict[str, Parameter]:
+        """All weights by the names of our checkpoints."""
+        return {n: p for n, p in self.parameters_and_names() if not is_buffer(p)}
+
+
+class GraphModel(GraphDecoder):
+    """From tokens to the loss of a micro-batch.
+
+    The router losses of each layer are attached to its states.
+
+    Args:
+        layer_factory: makes the pieces.
+        stages: the stage of each layer.
+
+    Raises:
+        WeightError: see the base.
+    """
+
+    def __init__(self, layer_factory: GraphLayerFactory, stages: tuple[int, ...]) -> None:
+        super().__init__(layer_factory)
+        pooled = [number for number, layer in enumerate(self.layers) if layer.pooled]
+        self.pooled = bool(pooled)
+        if self.pooled:
+            self.pooled_loss, self.last_pooled = layer_factory.pooled_loss(), max(pooled)
         self.loss = Loss(layer_factory.dtype, layer_factory.sharding)
         if max(stages) > 0:  # then nothing is tied or pooled
             self.embed_tokens.pipeline_stage = 0
-            for block, stage in zip(blocks, stages, strict=True):
+            for block, stage in zip(self.layers, stages, strict=True):
                 block.pipeline_stage = stage
             for cell in (self.norm, self.lm_head, self.loss):
                 cell.pipeline_stage = max(stages)
@@ -153,6 +175,7 @@ class GraphModel(nn.Cell):
         positions_BS: Tensor,
         segments_BS: Tensor,
         scales_B3: Tensor,
+        random_B3: Tensor,
     ) -> Tensor:
         """The scaled language-model loss of a micro-batch; those of all micro-batches add up.
 
@@ -165,31 +188,25 @@ class GraphModel(nn.Cell):
             segments_BS: int32.
             scales_B3: float32, equal rows: one over the counted labels of the whole batch, one
                 over its tokens that are not padding, the loss scale.
+            random_B3: int32: for each row seed, step and the row's number in the global batch, what
+                gates draw from.
         """
         x_TH = self.embed_tokens(ids_BS)
         sums: tuple[Tensor, ...] = ()
         for layer in self.layers:
-            x_TH = layer(x_TH, (positions_BS, segments_BS), (positions_BS, scales_B3))
+            x_TH = layer(x_TH, (positions_BS, segments_BS), (positions_BS, scales_B3), random_B3)
             if layer.pooled:
                 x_TH, summed = x_TH
                 sums = (*sums, summed)
         if self.pooled:
-            buffer = self.layers[self.room_of_pooled].moe.metrics_buffer
+            buffer = self.layers[self.last_pooled].moe.metrics_buffer
             x_TH = self.pooled_loss(x_TH, sums, scales_B3, buffer)
         return self.loss(self.norm(x_TH), self.head_weight(), labels_BS, scales_B3)
 
-    def head_weight(self) -> Parameter:
-        """The output head [V, H]; the embedding's own weight when tied."""
-        return self.embed_tokens.weight if self.tied else self.lm_head.weight
-
-    def weights(self) -> dict[str, Parameter]:
-        """All weights by the names of our checkpoints."""
-        return {n: p for n, p in self.parameters_and_names() if not is_buffer(p)}
-
     def metrics_buffers(self) -> dict[int | None, Parameter]:
-        """Where metrics are recorded: of each sparse layer the two losses (the share of the batch
-        in their means) and the choices of each expert, before and after the capacity, [1, 2 + 2 E];
-        of None the language-model loss, [1, 1].
+        """Where metrics are recorded: of each sparse layer its losses (aux, z and further ones, in
+        the share of the batch in their means) and the choices of each expert, before and after the
+        capacity, [1, losses + 2 E]; of None the language-model loss, [1, 1].
         """
         found: dict[int | None, Parameter] = {
             i: layer.moe.metrics_buffer for i, layer in enumerate(self.layers) if layer.sparse

@@ -13,36 +13,41 @@ tensor-parallel ranks exchange are the buffers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
+from mistral_ms.config import ModelConfig, RoutingConfig
+from mistral_ms.errors import ConfigError
 from mistral_ms.layers.parameter import weight
+from mistral_ms.models.objective import RouterLoss
 from mistral_ms.moe import (
     Dispatcher,
     DispatchPlan,
     Gate,
+    GateContext,
     RouterSums,
+    Routing,
     TransposedExperts,
+    gate_context,
     kept_choices,
-    load_balancing_loss,
-    local_dispatcher,
     make_gate,
+    router_loss_terms,
     router_sums,
-    router_z_loss,
+    stack_sums,
 )
-from mistral_ms.parallel.collectives import Groups
-from mistral_ms.parallel.dispatchers import make_dispatcher
 from mistral_ms.parallel.graph.metrics import AttachLosses, RecordMetrics, metrics_buffer
 from mistral_ms.parallel.graph.region import Region, Shape, first_shape
-from mistral_ms.parallel.graph.tensor_rows import IN_REGION
 from mistral_ms.parallel.sharding import Sharding
 
 _cast = ops.Cast()
+
+GATE_PARAMETERS = 4
+"""What a gate may have: MindSpore's Morph takes neither tuples nor any number of arguments."""
 
 
 class MatrixExperts(nn.Cell):
@@ -72,12 +77,14 @@ class LossCoefficients:
     Attributes:
         aux: of the load-balancing loss; of each layer, or of the pooled one.
         z: of the z-loss of each layer.
+        others: of further losses of each layer, by name.
         pooled: the load-balancing loss is formed behind the last layer, of the sums of all
             (:mod:`mistral_ms.parallel.graph.pooled`).
     """
 
     aux: float = 0.0
     z: float = 0.0
+    others: Mapping[str, float] = field(default_factory=dict)
     pooled: bool = False
 
 
@@ -90,7 +97,7 @@ class SparsePieces(Region):
         router: chooses.
         dtype: what is computed in.
         sharding: the table; None on one device.
-        more: layouts of further inputs.
+        more: layouts of further inputs, before the gate's parameters.
         summed: shape of a second output, float32, whose rows are divided among all ranks; empty
             when there is none.
     """
@@ -108,7 +115,9 @@ class SparsePieces(Region):
         def two_shapes(x: Shape, *others: Shape) -> Any:
             return x, list(summed)
 
-        inputs = "whole_rows", "samples", "matrix", "experts", "experts", "experts", *more
+        gate = [(None,) * each.ndim for each in gate_parameters(router)]
+        gate += ["samples"] * (GATE_PARAMETERS - len(gate))
+        inputs = "whole_rows", "samples", "experts", "experts", "experts", *more, *gate
         if summed:
             outputs = "whole_rows", "rows"
             super().__init__(sharding, inputs, outputs, two_shapes, (0, ms.float32))
@@ -117,6 +126,13 @@ class SparsePieces(Region):
         self.hidden_size = config.hidden_size
         self.dispatcher, self.router = dispatcher, router
         self.experts = TransposedExperts(dtype, dispatcher.packed)
+
+    def chosen(
+        self, x_TH: Tensor, gate: tuple[Tensor, ...], context: GateContext | None
+    ) -> Routing:
+        """The gate's choice under its parameters, weights before state."""
+        first, last = len(self.router.weight_names), len(self.router.buffer_names)
+        return self.router.route(x_TH, gate[:first], gate[first : first + last], context)
 
     def valid(self, positions_BS: Tensor) -> Tensor:
         """1 for tokens, 0 for padding: float32 [T]."""
@@ -146,13 +162,16 @@ class SparseRegion(SparsePieces):
         self,
         x_TH: Tensor,
         positions_BS: Tensor,
-        gate_EH: Tensor,
         w1_LH_I: Tensor,
         w3_LH_I: Tensor,
         w2_LH_I: Tensor,
+        gate_0: Tensor,
+        gate_1: Tensor,
+        gate_2: Tensor,
+        gate_3: Tensor,
     ) -> Tensor:
         """[T, H] -> [T, H]."""
-        chosen = self.router.route(x_TH, (gate_EH,), (), None)
+        chosen = self.chosen(x_TH, (gate_0, gate_1, gate_2, gate_3), None)
         plan = self.dispatcher.plan(chosen, self.valid(positions_BS))
         rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
         matrices = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
@@ -191,7 +210,7 @@ class TrainedSparseRegion(SparsePieces):
             router,
             dtype,
             sharding,
-            ("samples", "matrix"),
+            ("samples", "samples", "matrix"),
             summed if coefficients.pooled else (),
         )
         self.groups, self.attach, self.record = groups, AttachLosses(), RecordMetrics()
@@ -199,21 +218,29 @@ class TrainedSparseRegion(SparsePieces):
         # the tensor-parallel ranks form the same losses: each is responsible for its share
         self.mp_share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
         self.pooled = coefficients.pooled
-        aux = 0.0 if self.pooled else coefficients.aux
-        each = [aux * self.mp_share, coefficients.z * self.mp_share]
-        self.coefficients = Tensor(np.array(each, np.float32))
-        self.z_alone = Tensor(np.array([0.0, 1.0], np.float32))
+        self.losses = nn.CellList()
+        for term in router_loss_terms(config, tuple(coefficients.others)):
+            self.losses.append(RouterLoss(term, False))
+        of_layer = np.ones(len(self.losses), np.float32)
+        of_layer[0] = not self.pooled
+        each = [coefficients.aux, coefficients.z, *coefficients.others.values()]
+        self.coefficients = Tensor((np.array(each) * self.mp_share).astype(np.float32) * of_layer)
+        self.of_layer = Tensor(of_layer)
 
     def compute(
         self,
         x_TH: Tensor,
         positions_BS: Tensor,
-        gate_EH: Tensor,
         w1_LH_I: Tensor,
         w3_LH_I: Tensor,
         w2_LH_I: Tensor,
         scales_B3: Tensor,
+        random_B3: Tensor,
         metrics_buffer: Tensor,
+        gate_0: Tensor,
+        gate_1: Tensor,
+        gate_2: Tensor,
+        gate_3: Tensor,
     ) -> Any:
         """[T, H] -> [T, H], with the router's losses attached, and what is recorded of them; for
         the pooled loss also what it takes, see
@@ -221,12 +248,14 @@ class TrainedSparseRegion(SparsePieces):
         """
         valid_T = self.valid(positions_BS)
         w1, w3, w2 = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
-        size = x_TH.shape[0] // self.groups
+        samples, columns = positions_BS.shape[0] // self.groups, positions_BS.shape[1]
+        size = samples * columns
         sent: tuple[Any, ...] = ()
         for i in range(self.groups):
             x = x_TH[i * size : (i + 1) * size]
             valid = valid_T[i * size : (i + 1) * size]
-            chosen = self.router.route(x, (gate_EH,), (), None)
+            context = gate_context(random_B3[i * samples : (i + 1) * samples], columns)
+            chosen = self.chosen(x, (gate_0, gate_1, gate_2, gate_3), context)
             plan = self.dispatcher.plan(chosen, valid)
             rows, group_sizes_L = self.dispatcher.dispatch(x, plan)
             sent = (*sent, (chosen, rows, group_sizes_L, plan, valid))
@@ -239,9 +268,9 @@ class TrainedSparseRegion(SparsePieces):
             y_TH = self.results(rows, group_sizes_L, plan, w1, w3, w2)
             sums = router_sums(chosen, kept_choices(plan), valid, self.experts_choose)
             scores_E, routed_E, kept_E, _, tokens, _ = sums
-            losses = _losses(sums)
+            losses = self.losses_of(sums)
             if self.pooled:
-                losses = losses * self.z_alone
+                losses = losses * self.of_layer
                 row = ops.cat((scores_E, routed_E, tokens.reshape(1)))
                 rows_for_pooled = (*rows_for_pooled, row)
             y_TH = self.attach(y_TH, losses, coefficients)
@@ -252,20 +281,32 @@ class TrainedSparseRegion(SparsePieces):
             return y_TH, ops.stack(rows_for_pooled)
         return y_TH
 
+    def losses_of(self, sums: RouterSums) -> Tensor:
+        """Each loss of a dispatch group, times its tokens: float32 [losses]."""
+        one_layer = stack_sums((sums,))
+        found: tuple[Tensor, ...] = ()
+        for loss in self.losses:
+            found = (*found, loss(one_layer))
+        return ops.stack(found) * sums[4]
 
-def _losses(sums: RouterSums) -> Tensor:
-    """Load-balancing and z-loss of a dispatch group, times its tokens: float32 [2]."""
-    scores_E, routed_E, kept_E, z, tokens, _ = sums
-    one_layer = (
-        scores_E.reshape(1, -1),
-        routed_E.reshape(1, -1),
-        kept_E.reshape(1, -1),
-        z.reshape(1),
-        tokens.reshape(1),
-        (),
-    )
-    each = ops.stack((load_balancing_loss(one_layer, False), router_z_loss(one_layer)))
-    return each * tokens
+
+def gate_parameters(router: Gate) -> tuple[Tensor, ...]:
+    """Weights, then state.
+
+    Raises:
+        ConfigError: more than a region takes.
+    """
+    weights, state = router.weights_and_state()
+    found = (*weights, *state)
+    if len(found) > GATE_PARAMETERS:
+        raise ConfigError(
+            "impossible graph",
+            where="model.moe.gate",
+            value=f"{len(found)} parameters",
+            rule=f"a gate has at most {GATE_PARAMETERS} in the auto-parallel graph",
+            todo="use parallel.execution=explicit",
+        )
+    return found
 
 
 class GraphMoE(nn.Cell):
@@ -274,6 +315,7 @@ class GraphMoE(nn.Cell):
     Args:
         config: sizes.
         routing: the policy.
+        layer: number of the decoder block, for the gate.
         dtype: what is computed in.
         dispatcher: brings rows to the experts and back.
         coefficients: of the router's losses; None where nothing is trained.
@@ -285,6 +327,7 @@ class GraphMoE(nn.Cell):
         self,
         config: ModelConfig,
         routing: RoutingConfig,
+        layer: int,
         dtype: str,
         dispatcher: Dispatcher,
         coefficients: LossCoefficients | None,
@@ -292,13 +335,17 @@ class GraphMoE(nn.Cell):
         sharding: Sharding | None,
     ) -> None:
         super().__init__()
-        self.router = make_gate(config, routing)
+        self.router = make_gate(config, routing, layer)
+        self.slots_left = GATE_PARAMETERS - len(gate_parameters(self.router))
+        for state in self.router.buffers().values():
+            state.parallel_optimizer = False  # whole on every rank, which moves it on by itself
         self.experts = MatrixExperts(config)
         assert config.moe is not None
         self.trained = coefficients is not None
         self.pooled = coefficients is not None and coefficients.pooled
         if coefficients is not None:
-            self.metrics_buffer = metrics_buffer(2 + 2 * config.moe.num_local_experts)
+            losses = 2 + len(coefficients.others)
+            self.metrics_buffer = metrics_buffer(losses + 2 * config.moe.num_local_experts)
             self.region: Region = TrainedSparseRegion(
                 config, dispatcher, self.router, dtype, coefficients, interleave, sharding
             )
@@ -307,39 +354,25 @@ class GraphMoE(nn.Cell):
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
 
     def construct(
-        self, x_TH: Tensor, batch: tuple[Tensor, ...], gate_context: None = None
+        self, x_TH: Tensor, batch: tuple[Tensor, ...], random_B3: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """[T, H] -> [T, H]; losses and counts go their own ways, so there are no sums but those
         for the pooled loss.
 
         Args:
             x_TH: token rows.
-            batch: positions [B, S], and in training shares [B, 3], see
+            batch: positions [B, S], and in training scales [B, 3], see
                 :class:`~mistral_ms.parallel.graph.model.GraphModel`.
-            gate_context: the graph's gate draws nothing.
+            random_B3: in training, see there, too.
         """
         w1 = self.cast(self.experts.w1, self.dtype)
         w3 = self.cast(self.experts.w3, self.dtype)
         w2 = self.cast(self.experts.w2, self.dtype)
-        given: tuple[Tensor, ...] = (batch[0], self.router.weight, w1, w3, w2)
+        given: tuple[Tensor, ...] = (batch[0], w1, w3, w2)
         if self.trained:
-            given = (*given, batch[1], self.metrics_buffer)
+            given = (*given, batch[1], random_B3, self.metrics_buffer)
+        weights, state = self.router.weights_and_state()
+        given = (*given, *weights, *state, *(batch[0],) * self.slots_left)
         if self.pooled:
             return self.region(x_TH, *given)
         return self.region(x_TH, *given), None
-
-
-def region_dispatcher(
-    experts: int, routing: RoutingConfig, parallel: ParallelConfig, groups: Groups | None
-) -> Dispatcher:
-    """The dispatcher inside a region; the local one where nothing has to travel.
-
-    Args:
-        experts: E.
-        routing: the policy.
-        parallel: how tokens travel.
-        groups: this rank's; None on one device.
-    """
-    if groups is None:
-        return local_dispatcher(experts, routing)
-    return make_dispatcher(experts, routing, parallel, groups, IN_REGION)

@@ -13,6 +13,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mistral_ms.config import ModelConfig
 from mistral_ms.moe import load_balancing_loss
 from mistral_ms.parallel.graph.metrics import AttachLosses, RecordMetrics
+from mistral_ms.parallel.graph.moe import LossCoefficients
 from mistral_ms.parallel.graph.region import Region, first_shape
 from mistral_ms.parallel.sharding import Sharding
 
@@ -22,19 +23,22 @@ class PooledRegion(Region):
 
     Args:
         config: sizes.
-        coefficient: of the loss.
+        coefficients: of the router's losses.
         sharding: the table; None on one device.
     """
 
-    def __init__(self, config: ModelConfig, coefficient: float, sharding: Sharding | None) -> None:
+    def __init__(
+        self, config: ModelConfig, coefficients: LossCoefficients, sharding: Sharding | None
+    ) -> None:
         assert config.moe is not None
         inputs = "rows", "rows", "samples", "matrix"
         super().__init__(sharding, inputs, ("rows",), first_shape, (0,))
         self.experts, self.layers = config.moe.num_local_experts, len(config.sparse_layers)
         # the tensor-parallel ranks form the same loss: each is responsible for its share
         self.share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
-        self.coefficient = Tensor(np.array([coefficient * self.share], np.float32))
-        self.others = Tensor(np.zeros(1 + 2 * self.experts, np.float32))
+        self.coefficient = Tensor(np.array([coefficients.aux * self.share], np.float32))
+        others = 1 + len(coefficients.others) + 2 * self.experts
+        self.others = Tensor(np.zeros(others, np.float32))
         self.attach, self.record = AttachLosses(), RecordMetrics()
 
     def compute(self, x_TH: Tensor, sums_GF: Tensor, scales_B3: Tensor, buffer: Tensor) -> Tensor:
@@ -56,13 +60,15 @@ class PooledLoss(nn.Cell):
 
     Args:
         config: sizes.
-        coefficient: of the loss.
+        coefficients: of the router's losses.
         sharding: the table; None on one device.
     """
 
-    def __init__(self, config: ModelConfig, coefficient: float, sharding: Sharding | None) -> None:
+    def __init__(
+        self, config: ModelConfig, coefficients: LossCoefficients, sharding: Sharding | None
+    ) -> None:
         super().__init__()
-        self.region = PooledRegion(config, coefficient, sharding)
+        self.region = PooledRegion(config, coefficients, sharding)
         self.add = ops.Add()
         if sharding is not None:
             self.add.shard(in_strategy=(sharding("rows"), sharding("rows")))

@@ -23,7 +23,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from mistral_ms.parallel.sharding import Sharding
+from mistral_ms.parallel.sharding import Axes, Sharding
 
 Shape = Sequence[int]
 
@@ -36,7 +36,7 @@ class Region(nn.Cell):
 
     Args:
         sharding: the table; None on one device.
-        inputs: layout of each input, by name.
+        inputs: layout of each input, by name or as it is.
         outputs: layout of each output.
         shapes: of the whole inputs, the shapes of the whole outputs.
         dtypes: dtype of each output, or the number of the input that has it.
@@ -45,7 +45,7 @@ class Region(nn.Cell):
     def __init__(
         self,
         sharding: Sharding | None,
-        inputs: Sequence[str],
+        inputs: Sequence[str | Axes],
         outputs: Sequence[str],
         shapes: Callable[..., Any],
         dtypes: Sequence[ms.Type | int],

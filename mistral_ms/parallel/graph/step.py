@@ -73,6 +73,7 @@ class TrainingGraph(nn.Cell):
         positions_BS: Tensor,
         segments_BS: Tensor,
         scales_B3: Tensor,
+        random_B3: Tensor,
     ) -> Tensor:
         """The scaled loss; of a pipeline's last stage.
 
@@ -84,8 +85,11 @@ class TrainingGraph(nn.Cell):
             positions_BS: likewise.
             segments_BS: likewise.
             scales_B3: likewise.
+            random_B3: likewise.
         """
-        loss, gradients = self.gradient(ids_BS, labels_BS, positions_BS, segments_BS, scales_B3)
+        loss, gradients = self.gradient(
+            ids_BS, labels_BS, positions_BS, segments_BS, scales_B3, random_B3
+        )
         if self.reducer is not None:
             gradients = self.reducer(gradients)
         gradients, metrics = gradients[: self.count], gradients[self.count :]

@@ -92,5 +92,5 @@ class GraphStorage(Storage):
         }
 
     def _optimizer_shards(self, name: str) -> int:
-        shape = self.forms[name].shape
-        return self.sharding.optimizer_shards(self.layouts[name], shape, self.zero1)
+        shape, divided = self.forms[name].shape, self.zero1 and self.specs[name].kind != "buffer"
+        return self.sharding.optimizer_shards(self.layouts[name], shape, divided)
