@@ -188,7 +188,17 @@ class ParallelContext:
             return values
         coords = self.groups.coords
         mine = values if coords.dp == 0 and coords.mp == 0 else np.zeros_like(values)
-        return self.groups.of(GroupKind.WORLD).all_reduce(Tensor(mine)).asnumpy()
+        return self.sum_over_ranks(mine)
+
+    def sum_over_ranks(self, values: np.ndarray) -> np.ndarray:
+        """Sums over all ranks; all must ask.
+
+        Args:
+            values: float32.
+        """
+        if self.world == 1:
+            return values
+        return self.groups.of(GroupKind.WORLD).all_reduce(Tensor(values)).asnumpy()
 
     def any_rank(self, yes: bool) -> bool:
         """Whether any process says yes; all get the same answer, and all must ask."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import mindspore as ms
@@ -23,6 +24,7 @@ from mistral_ms.training.lr_scheduler import learning_rate
 from mistral_ms.training.memory import MemoryReport, memory_report
 from mistral_ms.training.optimizer import weight_of
 from mistral_ms.training.result import StepResult
+from mistral_ms.training.statistics import layer_statistics
 from mistral_ms.training.step import Progress, advance
 
 
@@ -108,8 +110,16 @@ class GraphTrainStep:
         return memory_report(owned, trained=trained, weights=held, host=host)
 
     def layer_statistics(self, batch: Batch) -> list[dict[str, Any]]:
-        """See Update: the graph's layers cannot be run one by one."""
-        return []
+        """See Update."""
+        if self._parallel_context.world > 1:
+            return []  # the other processes would have to take part
+        model, scales = self._built.model, np.ones((len(batch.samples_B), 3), np.float32)
+
+        def forward(part: Batch) -> None:
+            *arrays, random = batch_tensors(part, self.config.seed, self.progress.step)
+            model(*arrays, Tensor(scales[: len(part.samples_B)]), random)
+
+        return layer_statistics(model, [batch], forward)
 
     def __call__(self, batch: Batch) -> StepResult:
         """Runs the next step and waits for it.
@@ -163,9 +173,19 @@ class GraphTrainStep:
             loss_scale=scale,
             routed_LE=routed_LE,
             kept_LE=kept_LE,
-            gradient_norms={},  # the graph knows the global one alone
+            gradient_norms={} if math.isfinite(norm) else self.gradient_norms(),
             router_losses=dict(zip(further, map(float, others), strict=True)),
         )
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Of each trained weight of this stage in the last step, before clipping and without the
+        loss scale; all processes must ask.
+        """
+        squares_N = np.concatenate([each.asnumpy() for each in self._cell.norm.squares])
+        norms_N = np.sqrt(self._parallel_context.sum_over_ranks(squares_N))
+        unscale = float(self._cell.unscale.asnumpy())
+        named = zip(self._cell.weight_update.names, norms_N.tolist(), strict=True)
+        return {name: norm * unscale for name, norm in named if name in self.storage.specs}
 
     @property
     def _columns(self) -> tuple[int, int]:

@@ -26,7 +26,8 @@ class StepResult:
         routed_LE: choices per sparse layer and expert, before the capacity; [0, 0] when dense.
             Where experts choose, a token that none takes counts as a choice of its best expert.
         kept_LE: choices that got a place.
-        gradient_norms: of each trained weight of this process's stage.
+        gradient_norms: of each trained weight of this process's stage; the auto-parallel graph
+            gives them when the global one is not finite.
         router_losses: further router losses by name, without their coefficients.
     """
 

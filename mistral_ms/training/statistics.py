@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor
+from mindspore import Parameter, nn
 
 from mistral_ms.datasets.batches import Batch
-from mistral_ms.models import CausalLM
 
 
 def weight_statistics(
@@ -25,8 +24,16 @@ def weight_statistics(
     return found
 
 
-def layer_statistics(model: CausalLM, groups: Sequence[Batch]) -> list[dict[str, Any]]:
-    """The outputs of embedding and blocks on dispatch groups, in PyNative mode."""
+def layer_statistics(
+    model: nn.Cell, groups: Sequence[Batch], forward: Callable[[Batch], Any]
+) -> list[dict[str, Any]]:
+    """The outputs of embedding and blocks on dispatch groups, in PyNative mode.
+
+    Args:
+        model: with ``embed_tokens`` and ``layers``.
+        groups: what it sees, one after the other.
+        forward: calls the model with a group.
+    """
     found: dict[str, dict[str, Any]] = {}
 
     def keep(name: str) -> Any:
@@ -49,8 +56,7 @@ def layer_statistics(model: CausalLM, groups: Sequence[Batch]) -> list[dict[str,
     ms.set_context(mode=ms.PYNATIVE_MODE)
     try:
         for part in groups:
-            arrays = (part.ids_BS, part.positions_BS, part.segments_BS)
-            model.hidden_states(*(Tensor(np.ascontiguousarray(array)) for array in arrays))
+            forward(part)
     finally:
         ms.set_context(mode=mode)
         for handle in handles:

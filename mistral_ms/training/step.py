@@ -285,7 +285,12 @@ class TrainStep:
         """See :class:`Update`."""
         if self._parallel_context is not None and self._parallel_context.world > 1:
             return []  # the other processes would have to take part
-        return layer_statistics(self.model, batch.split(self.config.gradient_accumulation_steps))
+        groups = batch.split(self.config.gradient_accumulation_steps)
+        return layer_statistics(self.model, groups, self._forward)
+
+    def _forward(self, batch: Batch) -> None:
+        ids, _, positions, segments, random = self._tensors(batch)
+        self.model.hidden_states(ids, positions, segments, random)
 
     def _accumulated(
         self, batch: Batch, scales: Tensor, coefficients: Tensor

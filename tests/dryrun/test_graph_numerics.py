@@ -166,6 +166,7 @@ class Stepped(NamedTuple):
     after: list[np.ndarray]
     gradients: list[np.ndarray]
     seen: float
+    squares: list[float]
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,8 @@ def steps():
             gradients = [each.asnumpy().astype(np.float64) / scale for each in gradient(*inputs)]
             step.cell(*inputs)
         after = [each.asnumpy().copy() for each in state]
-        found.append(Stepped(before, after, gradients, float(step.cell.norm_seen[0])))
+        squares = [float(each[0]) for each in step.cell.norm.squares]
+        found.append(Stepped(before, after, gradients, float(step.cell.norm_seen[0]), squares))
     return found
 
 
@@ -205,10 +207,12 @@ def test_gradients_that_are_not_finite_change_nothing(steps):
 
 
 def test_an_update_is_adamw_with_clipping(steps):
-    before, after, gradients, seen = steps[1]
+    before, after, gradients, seen, squares = steps[1]
     norm = np.sqrt(sum((each**2).sum() for each in gradients))
     assert norm > 0.5  # clipped
     assert seen == pytest.approx(norm, rel=1e-5)
+    of_weights = [16.0 * np.linalg.norm(each) for each in gradients]  # with the loss scale
+    np.testing.assert_allclose(np.sqrt(squares), of_weights, rtol=1e-5)
     count = len(gradients)
     for old, new, mean, gradient in zip(before, after, after[count:], gradients, strict=False):
         clipped = gradient * 0.5 / (norm + 1e-6)

@@ -228,6 +228,12 @@ def test_each_gate_in_the_auto_parallel_graph(name, monkeypatch):
         assert_same(mine, wanted, (*LOSSES, "aux_loss"))
         assert mine.kept_LE.sum() < mine.routed_LE.sum()
         assert tuple(mine.router_losses) == tuple(losses)
+    # in another order again, after updates that differ in the last bit
+    assert graph.gradient_norms() == pytest.approx(wanted.gradient_norms, rel=1e-4)
+    of_layers = [update.layer_statistics(sequences().batch(0)) for update in (graph, explicit)]
+    for mine, wanted in zip(*of_layers, strict=True):
+        assert (mine["name"], mine["not_finite"]) == (wanted["name"], wanted["not_finite"])
+        assert mine["largest"] == pytest.approx(wanted["largest"], rel=1e-4)
     for weight, parameter in graph.held().items():
         mine = graph.storage.from_parameter(weight, parameter.asnumpy())
         wanted = explicit.held()[weight].asnumpy()

@@ -7,7 +7,8 @@ and what ranks must agree on is brought together explicitly.
 from __future__ import annotations
 
 import mindspore as ms
-from mindspore import Tensor, nn, ops
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.communication import GlobalComm
 
 from mistral_ms.optimizers import WeightUpdate
@@ -20,6 +21,7 @@ _cast = ops.Cast()
 _sum = ops.ReduceSum()
 _expand = ops.ExpandDims()
 _zeros_like = ops.ZerosLike()
+_assign = ops.Assign()
 
 _square = ops.MultitypeFuncGraph("sum_of_squares")
 _prepare = ops.MultitypeFuncGraph("prepare")
@@ -46,24 +48,33 @@ class GlobalNorm(nn.Cell):
     Args:
         replicas: of each weight: how many ranks of a stage hold the same part of its gradient.
         divided: whether there are other ranks.
+
+    Attributes:
+        squares: float32 [1] of each weight: this rank's part of the square of its gradient's norm
+            in the last step.
     """
 
     def __init__(self, replicas: tuple[int, ...], divided: bool) -> None:
         super().__init__()
         self.inv_replicas = tuple(1.0 / each for each in replicas)
         self.divided = divided
+        self.squares = ParameterTuple(
+            Parameter(Tensor(np.zeros(1, np.float32)), name=f"square.{n}", requires_grad=False)
+            for n in range(len(replicas))
+        )
         self.add_n = ops.AddN()
         if divided:
             self.all_reduce_op = ops.AllReduce(group=GlobalComm.WORLD_COMM_GROUP)
 
     def construct(self, gradients: tuple[Tensor, ...]) -> Tensor:
-        """Float32 [1]."""
+        """Float32 [1]; enters each weight's part into ``squares``."""
         # AddN of the tuple: a pipeline's stage drops the entries of the other stages' weights from
         # tuples, but from a chain of additions it would drop everything behind the first of them
-        total = self.add_n(_hyper_map(_square, self.inv_replicas, gradients))
+        squares = _hyper_map(_square, self.inv_replicas, gradients)
+        total = self.add_n(squares)
         if self.divided:
             total = self.all_reduce_op(total)
-        return ops.sqrt(total)
+        return ops.depend(ops.sqrt(total), _hyper_map(_assign, self.squares, squares))
 
 
 class GraphUpdate(nn.Cell):
