@@ -18,14 +18,18 @@ TOGETHER = ("tests/distributed/", "tests/dryrun/")
 """Folders whose tests share jobs and processes: one after the other."""
 APART = ("_command.py", "_launch.py")
 """Ends of names of files in them that start jobs of their own."""
+SHARING = tuple(
+    f"tests/training/test_{name}.py" for name in ("loss_scale", "offload", "optimizers", "state")
+)
+"""Files whose tests share trainings that have been compiled."""
 SLOW = (
     "alignment", "cli", "distributed", "dryrun", "end_to_end", "fuzz", "kernels", "launch",
     "mutants",
 )  # fmt: skip
 """Folders that ``--fast`` leaves out: they start processes, compile for Ascend, or need minutes."""
 FIRST = (
-    "distributed", "dryrun", "end_to_end", "launch", "kernels", "cli", "training", "inference",
-    "alignment", "models",
+    "distributed", "dryrun", "training", "end_to_end", "launch", "kernels", "cli", "alignment",
+    "inference", "models",
 )  # fmt: skip
 """What takes longest begins first, so that all processes end at about the same time."""
 
@@ -69,6 +73,8 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
+            if file in SHARING:
+                return SHARING[0]
             return file if file.endswith(APART) else next(filter(file.startswith, TOGETHER), file)
 
     return Scheduler(config, log)

@@ -17,6 +17,7 @@ from mistral_ms.config import (
 )
 from mistral_ms.datasets import InMemorySequences
 from mistral_ms.models import CausalLM
+from mistral_ms.optimizers import with_settings
 from mistral_ms.training import Progress, TrainStep, make_objective
 from mistral_ms.training.loss_scale import LossScale
 
@@ -83,9 +84,16 @@ class Compiled:
         return self.update
 
 
-@pytest.fixture(scope="module")
+GIVEN = {
+    "max_steps": True, "warmup_steps": True, "lr_scheduler_type": True, "min_lr_ratio": True,
+    "loss_scale": True, "optimizer": {"learning_rate"},
+}  # fmt: skip
+"""Settings that a compiled step is given as numbers, or that only the host looks at."""
+
+
+@pytest.fixture(scope="session")
 def compiled():
-    """Trainings that earlier tests of a file have compiled, by their settings."""
+    """Trainings that earlier tests have compiled, by the settings that were compiled."""
     return defaultdict(list)
 
 
@@ -93,15 +101,17 @@ def compiled():
 def make_update(compiled, sparse, capacity, training):
     """A step of the sparse model's training, with some of its settings changed. Compiling takes
     much longer than a training, so a test may get what an earlier one has used, as it was at first
-    (but for optimizers on the host, whose graphs hold copies of their own).
+    (but for optimizers on the host, whose graphs hold copies of their own). What one test makes at
+    the same time are different ones.
     """
     lent = []
 
     def make(layers=1, **changes):
         config = TrainingConfig(**training.model_dump() | changes)
-        key = layers, config.model_dump_json()
+        key = layers, config.model_dump_json(exclude=GIVEN)
         if compiled[key]:
             entry = compiled[key].pop()
+            entry.update.config = with_settings(config)
             entry.begin_again()
         else:
             architecture = sparse.model_copy(update={"num_hidden_layers": layers})

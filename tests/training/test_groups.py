@@ -13,10 +13,7 @@ from support.training import torch_group_loss
 from mistral_ms.config import DROPLESS, RoutingConfig
 from mistral_ms.datasets import InMemorySequences
 from mistral_ms.models import CausalLM, LossReport, Objective
-from mistral_ms.ops.modes import graph_mode
 from mistral_ms.training.graphs import MicroBatchGradients, batch_tensors
-
-pytestmark = pytest.mark.usefixtures("strict_graphs")
 
 GRADIENT = 1e-5
 """Of each tensor's largest element: what two formulations of a float32 gradient may differ by
@@ -40,12 +37,12 @@ def batch():
 
 @pytest.fixture(scope="module")
 def summed(pair, batch):
-    """A function: losses and gradients of the batch in so many groups, added up. What was compiled
-    for a routing is used again.
+    """A function: losses and gradients of the batch in so many groups, added up. Eager: as a graph
+    the same is trained in the other files.
     """
 
     @functools.cache
-    def compiled(routing, router_aux_loss_coef, router_z_loss_coef):
+    def made(routing, router_aux_loss_coef, router_z_loss_coef):
         model = fill(CausalLM(pair.config, routing), pair.weights())
         weights = model.weights()
         objective = Objective(
@@ -55,13 +52,12 @@ def summed(pair, batch):
 
     @functools.cache
     def compute(routing, parts, router_aux_loss_coef, router_z_loss_coef, scale=1.0):
-        weights, micro = compiled(routing, router_aux_loss_coef, router_z_loss_coef)
+        weights, micro = made(routing, router_aux_loss_coef, router_z_loss_coef)
         scales = Tensor(np.array([1 / batch.tokens, 1 / batch.present, scale], np.float32))
         losses, gradients = 0.0, {name: 0.0 for name in weights}
         for part in batch.split(parts):
             tensors = batch_tensors(part)
-            with graph_mode():
-                reported, grads = micro(*tensors, scales)
+            reported, grads = micro(*tensors, scales)
             losses = losses + np.array([float(x.asnumpy()) for x in reported[:4]])
             for name, gradient in zip(weights, grads, strict=True):
                 gradients[name] = gradients[name] + gradient.asnumpy().astype(np.float64)
@@ -95,7 +91,6 @@ def test_equal_torch_with_the_same_groups(summed, pair, batch, parts):
     assert losses[0] == pytest.approx(report.lm + AUX * report.aux + Z * report.z, rel=1e-6)
 
 
-@pytest.mark.slow
 def test_without_dropping_and_router_losses_groups_make_no_difference(summed):
     whole = summed(DROPLESS, 1, 0.0, 0.0)
     cut = summed(DROPLESS, 6, 0.0, 0.0)
@@ -103,7 +98,6 @@ def test_without_dropping_and_router_losses_groups_make_no_difference(summed):
     assert_close(cut[1], whole[1])
 
 
-@pytest.mark.slow
 def test_with_a_capacity_groups_are_groups(summed):
     """Each group has its own slots: another cut drops others, so it is another gradient."""
     routing = RoutingConfig(policy="capacity", capacity_factor=0.6)

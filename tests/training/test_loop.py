@@ -2,6 +2,7 @@
 
 import math
 
+import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor
@@ -99,8 +100,10 @@ class TestAroundTheStep:
 def test_a_loss_that_is_not_finite_stops_before_the_update(
     make_model, dense, capacity, training, data
 ):
-    model = make_model(dense, capacity)
+    """Of a dense model, which has no losses and no loads of experts."""
+    model = make_model(dense.model_copy(update={"num_hidden_layers": 1}), capacity)
     update = TrainStep(make_objective(model, training), training)
+    mode = ms.get_context("mode")
     records, before = [], {}
 
     def poison(record):
@@ -113,7 +116,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(
     message = r"^loss is not finite: step 3: nan: weights would not recover"
     with pytest.raises(NotFiniteError, match=message) as caught:
         train(update, data, [poison])
+    assert ms.get_context("mode") == mode == ms.PYNATIVE_MODE
     assert len(records) == 2
+    for record in records:
+        assert (record.aux_loss, record.z_loss) == (0, 0)
+        assert record.loss == record.lm_loss
+        assert len(record.expert_load) == 0
     assert caught.value.batch.samples_B.tolist() == data.batch(2).samples_B.tolist()
     assert update.progress == Progress(step=2, updates=2)
     state = update.optimizer.state() | model.weights()

@@ -57,10 +57,7 @@ def test_follows_float32(make_update, data):
     """Half precision forward and backward, float32 masters: the same course, more coarsely."""
     courses = [
         [result.lm_loss for result in run_steps(update, data, 15)]
-        for update in (
-            make_update(max_steps=15, dtype=dtype, gradient_accumulation_steps=2)
-            for dtype in ("float32", "float16")
-        )
+        for update in (make_update(max_steps=15, dtype=dtype) for dtype in ("float32", "float16"))
     ]
     # A rounding to 11 bits is 5e-4; now and then it makes a token choose another expert, which
     # moves the loss of these 32 tokens by up to 1 % (measured)
@@ -69,9 +66,9 @@ def test_follows_float32(make_update, data):
 
 
 @pytest.mark.slow
-def test_masters_take_steps_too_small_for_float16(make_update, data):
+def test_masters_take_steps_too_small_for_float16(make_update, data, training):
     """At a rate of 1e-6 the rounded weights hardly move; the masters do."""
-    optimizer = make_update().config.optimizer.model_copy(update={"learning_rate": 1e-6})
+    optimizer = training.optimizer.model_dump(exclude_unset=True) | {"learning_rate": 1e-6}
     update = make_update(max_steps=4, dtype="float16", optimizer=optimizer)
     name = "master.layers.0.attention.q_proj.weight"
     before = update.optimizer.state()[name].asnumpy().copy()

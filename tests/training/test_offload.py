@@ -1,7 +1,5 @@
 """The optimizer on the host: the bits of the one on the device, without its bytes there."""
 
-import mindspore as ms
-import numpy as np
 import pytest
 from support.training import as_reported, bits, run_steps
 
@@ -12,9 +10,12 @@ pytestmark = pytest.mark.usefixtures("strict_graphs")
 
 STEPS = 20
 MODES = [
-    pytest.param({}, id="float32"),
+    # several buckets of several tensors
+    pytest.param({}, 10_000, id="float32", marks=pytest.mark.slow),
+    # one tensor a bucket; all in one, as is usual: tests/launch/test_acceptance.py
     pytest.param(
         {"dtype": "float16", "gradient_accumulation_steps": 2},
+        1,
         id="float16-accumulated",
         marks=pytest.mark.slow,
     ),
@@ -33,24 +34,17 @@ def on_host(make_update, bucket, **options):
     return update
 
 
-@pytest.mark.parametrize("options", MODES)
-def test_host_and_device_give_the_same_bits(make_update, data, options):
-    """The host updates several tensors at a time, and several times."""
+@pytest.mark.parametrize(("options", "bucket"), MODES)
+def test_host_and_device_give_the_same_bits(make_update, data, options, bucket):
+    """However the tensors are divided among the host's updates. Its float32 masters are the weights
+    and follow a restore: test_optimizers.py.
+    """
     runs = []
-    for update in (make(make_update, "none", **options), on_host(make_update, 10_000, **options)):
+    for update in (make(make_update, "none", **options), on_host(make_update, bucket, **options)):
         results = run_steps(update, data, STEPS)
         runs.append((bits(update), [as_reported(result) for result in results]))
     assert runs[0] == runs[1]
     assert results[-1].lm_loss < results[0].lm_loss - 0.3, "the weights must have moved"
-
-
-@pytest.mark.slow
-def test_the_size_of_the_buckets_does_not_matter(make_update, data):
-    """One tensor a bucket. All in one bucket, as is usual: tests/launch/test_acceptance.py."""
-    device, host = make(make_update, "none"), on_host(make_update, 1)
-    for update in (device, host):
-        run_steps(update, data, 3)
-    assert bits(host) == bits(device)
 
 
 BYTES = {
@@ -83,15 +77,3 @@ def test_the_count_sees_what_the_compiled_graph_holds(make_update, data):
     held = {id(p) for p in cell.get_parameters()}
     kept = {**update.model.weights(), **update.optimizer.state()}
     assert held == {id(p) for p in kept.values()}
-
-
-@pytest.mark.slow
-def test_the_host_keeps_its_masters_to_itself(make_update, data):
-    """float32 masters are the weights: they are no part of a checkpoint, and follow a restore."""
-    update = make(make_update, "host")
-    assert set(bits(update)) == set(bits(make(make_update, "none")))
-    weight = next(iter(update.weights.values()))
-    weight.set_data(ms.Tensor(np.full(weight.shape, 0.5, np.float32)))
-    update.optimizer.restored()
-    run_steps(update, data, 1)
-    assert np.abs(weight.asnumpy() - 0.5).max() < 0.1

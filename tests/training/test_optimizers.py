@@ -9,7 +9,6 @@ from mistral_ms.config import OptimizerConfig, ParallelConfig, RoutingConfig, Ru
 from mistral_ms.errors import CheckpointError, TrainingError
 from mistral_ms.optimizers import Rule, register
 from mistral_ms.parallel.context import ParallelContext
-from mistral_ms.training import TrainStep, make_objective
 from mistral_ms.training.graph_step import GraphTrainStep
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.optimizer import weight_of
@@ -74,7 +73,7 @@ def identity(update, sparse, capacity):
     return Identity(sparse, capacity, update.config, ParallelConfig(), "digest")
 
 
-@pytest.fixture(params=OPTIMIZERS)
+@pytest.fixture(params=["lion", pytest.param("muon with groups", marks=pytest.mark.slow)])
 def trained(request, make_update, data, sparse, capacity, tmp_path):
     """A training on the device, its results, and a checkpoint of its middle."""
     update = make_update(**OPTIMIZERS[request.param])
@@ -125,7 +124,8 @@ class TestRefused:
             restore(frozen, tmp_path / "saved")
 
 
-def test_muon_with_groups_by_the_auto_parallel_graph(sparse, data, training):
+@pytest.mark.slow
+def test_muon_with_groups_by_the_auto_parallel_graph(make_update, sparse, data, training):
     """Experts lie otherwise there, and nothing branches: sums in another order, not another sum."""
     one = sparse.model_copy(update={"num_hidden_layers": 1})
     run = RunConfig(
@@ -136,14 +136,7 @@ def test_muon_with_groups_by_the_auto_parallel_graph(sparse, data, training):
     )
     graph = GraphTrainStep(run, ParallelContext(run.parallel), segmented=False)
     graph.storage.initialize(graph.held(), 0)
-    explicit = ParallelContext(ParallelConfig())
-    model = explicit.build_model(one, run.routing)
-    explicit.initialize(model, 0)
-    wanted = TrainStep(
-        make_objective(model, run.training, pooled_aux=False, parallel_context=explicit),
-        run.training,
-        parallel_context=explicit,
-    )
+    wanted = make_update(**OPTIMIZERS["muon with groups"])
     assert graph.state().keys() == wanted.state().keys()
     assert graph.state_kinds() == wanted.state_kinds()
     results = run_steps(graph, data, FIRST), run_steps(wanted, data, FIRST)

