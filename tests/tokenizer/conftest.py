@@ -8,7 +8,13 @@ import pytest
 
 from mistral_ms.tokenizer import packaged_tokenizer
 
-VERSIONS = ("v1", "v2", "v3", "v7")
+VERSIONS = (
+    "v1",
+    pytest.param("v2", marks=pytest.mark.slow),
+    "v3",
+    pytest.param("v7", marks=pytest.mark.slow),
+)
+"""Loading one with transformers takes seconds; v1 and v3 differ most."""
 
 PLAIN_TEXTS = {
     "empty": "",

@@ -51,7 +51,11 @@ def test_ids_equal_mistral_common(version, tokenizer, messages):
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
 @pytest.mark.parametrize(
     ("version", "template"),
-    [("v1", TURNS_AS_TEXT), ("v2", TURNS_AS_TOKENS), ("v3", TURNS_AS_TOKENS)],
+    [
+        ("v1", TURNS_AS_TEXT),
+        pytest.param("v2", TURNS_AS_TOKENS, marks=pytest.mark.slow),
+        ("v3", TURNS_AS_TOKENS),
+    ],
     indirect=["version"],
     scope="session",
 )
@@ -105,7 +109,12 @@ def test_marks_in_user_text_stay_text(tokenizer):
     assert not {1, 2, 3, 4} & set(ids[2:-1])
 
 
-@pytest.mark.parametrize("version", ["v1", "v3", "v7"], indirect=True, scope="session")
+@pytest.mark.parametrize(
+    "version",
+    ["v1", "v3", pytest.param("v7", marks=pytest.mark.slow)],
+    indirect=True,
+    scope="session",
+)
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
 def test_tokenizer_json_gives_the_same_ids(tokenizer, hf_directory, messages):
     ours = MistralChat(JsonTokenizer(hf_directory / "tokenizer.json"))
