@@ -43,10 +43,14 @@ SAME_STEP = {
     "init_from": True,
     "checkpoint": True,
     "data": {"inputs"},  # the same text by another path
-    "model": {"max_position_embeddings", "torch_dtype", "router_aux_loss_coef"},
+    "model": {
+        "max_position_embeddings": True,
+        "torch_dtype": True,
+        "moe": {"router_aux_loss_coef"},
+    },
     "parallel": {"optimizer_parallel"},
     "training": {
-        "optimizer": {"learning_rate", "weight_decay", "adam_beta2"},
+        "optimizer": {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2"},
         "lr_scheduler_type": True,
         "warmup_steps": True,
         "min_lr_ratio": True,
