@@ -81,7 +81,7 @@ def serve(client: int) -> None:
                 data += more
             if data.endswith(b"\n"):  # else the client has ended
                 request = json.loads(data)
-                preload(next(iter(request["argv"][1:]), ""))
+                preload(*request["argv"][:2])
                 if os.fork() == 0:
                     listener.close()
                     os.close(client)

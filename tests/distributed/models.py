@@ -1,4 +1,4 @@
-"""A whole language model of divided pieces; run in the workers."""
+"""A whole language model of divided pieces; run in the workers. Graphs: training.py."""
 
 from __future__ import annotations
 
@@ -39,7 +39,6 @@ LAYOUTS = {
         "ep2of4": ParallelConfig(dp=4, ep=2),
     },
 }
-GRAPH = ("ep2",)
 ROWS, WIDTH = 4, 6
 
 
@@ -87,10 +86,7 @@ def run_models(worker: Worker) -> None:
             model, VocabParallelCrossEntropy(groups.of(GroupKind.TENSOR), CONFIG.vocab_size)
         )
         paths, parameters = list(held), list(held.values())
-        for mode in ("pynative", "graph") if name in GRAPH else ("pynative",):
-            worker.mode(mode)
-            loss, gradients = ms.value_and_grad(net, None, parameters)(*given)
-            worker.keep(f"model/{name}/{mode}/loss", loss)
-            for path, gradient in zip(paths, gradients, strict=True):
-                worker.keep(f"model/{name}/{mode}/{path}", gradient)
-        worker.mode("pynative")
+        loss, gradients = ms.value_and_grad(net, None, parameters)(*given)
+        worker.keep(f"model/{name}/loss", loss)
+        for path, gradient in zip(paths, gradients, strict=True):
+            worker.keep(f"model/{name}/{path}", gradient)

@@ -1,4 +1,4 @@
-"""Tensor-parallel layers and the bare collectives, run in the workers."""
+"""Tensor-parallel layers, run in the workers. Graphs of them: training.py."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from mistral_ms.parallel.layer_factory import ParallelLayerFactory
 from mistral_ms.parallel.topology import GroupKind, Topology, weight_slice
 from mistral_ms.weights import specs
 
-MODES = {2: ("pynative", "graph"), 4: ("pynative",)}
-"""By number of processes: one compilation shows that the layers compile."""
 B, S, EPS = 2, 5, 1e-5
 CONFIG = ModelConfig(
     vocab_size=24,
@@ -87,12 +85,9 @@ def run_tensor(worker: Worker) -> None:
         cut = weight_slice(WEIGHTS[name], topology, worker.rank)
         parameter.set_data(Tensor(np.ascontiguousarray(whole[name][cut])))
     given = (*(Tensor(a) for a in inputs()), *context())
-    for mode in MODES[worker.world]:
-        worker.mode(mode)
-        names = [n for n, _ in net.parameters_and_names()]
-        gradient = ms.value_and_grad(net, None, net.trainable_params(), has_aux=True)
-        values, gradients = gradient(*given)
-        found = dict(zip(("loss", "nll", "mask", "embedded"), values[:4], strict=True))
-        for name, value in {**found, **dict(zip(names, gradients, strict=True))}.items():
-            worker.keep(f"tensor/{mode}/{name}", value)
-    worker.mode("pynative")
+    names = [n for n, _ in net.parameters_and_names()]
+    gradient = ms.value_and_grad(net, None, net.trainable_params(), has_aux=True)
+    values, gradients = gradient(*given)
+    found = dict(zip(("loss", "nll", "mask", "embedded"), values[:4], strict=True))
+    for name, value in {**found, **dict(zip(names, gradients, strict=True))}.items():
+        worker.keep(f"tensor/{name}", value)

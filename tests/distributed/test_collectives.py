@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
-from distributed.collectives import MAPPINGS, counts, floats, given, topology
+from distributed.collectives import MAPPINGS, MODES, counts, floats, given, topology
 
 from mistral_ms.parallel.topology import GroupKind
 
-WORLDS = [2, 4]
-each_world = pytest.mark.parametrize("world", WORLDS)
+each_world = pytest.mark.parametrize("world", MODES)
+each_run = pytest.mark.parametrize(
+    ("world", "mode"), [(world, mode) for world, modes in MODES.items() for mode in modes]
+)
 
 
 def pairs(world):
@@ -32,8 +34,7 @@ def want(operation, gave, me):
     }[operation]()
 
 
-@each_world
-@pytest.mark.parametrize("mode", ["pynative", "graph"])
+@each_run
 @pytest.mark.parametrize("name", given(0))
 def test_operations(report, world, mode, name):
     for ranks in pairs(world):

@@ -5,7 +5,7 @@ import functools
 import mindspore as ms
 import numpy as np
 import pytest
-from distributed.models import CONFIG, GRAPH, LAYOUTS, SPECS, WIDTH, SumLoss, weights, windows
+from distributed.models import CONFIG, LAYOUTS, SPECS, WIDTH, SumLoss, weights, windows
 from mindspore import Tensor, nn
 from support.models import fill
 
@@ -13,9 +13,8 @@ from mistral_ms.layers import token_nll
 from mistral_ms.models import CausalLM
 from mistral_ms.parallel.topology import GroupKind, Topology, gradient_group, weight_slice
 
-RUNS = [(world, name, "pynative") for world, names in LAYOUTS.items() for name in names]
-RUNS += [(world, name, "graph") for world, name, _ in RUNS if name in GRAPH]
-each_run = pytest.mark.parametrize(("world", "name", "mode"), RUNS)
+RUNS = [(world, name) for world, names in LAYOUTS.items() for name in names]
+each_run = pytest.mark.parametrize(("world", "name"), RUNS)
 
 
 class TokenNLL(nn.Cell):
@@ -40,19 +39,19 @@ def topology(world, name):
 
 
 @each_run
-def test_the_loss_adds_up_over_the_data_parallel_ranks(report, world, name, mode):
+def test_the_loss_adds_up_over_the_data_parallel_ranks(report, world, name):
     for group in topology(world, name).groups(GroupKind.DATA):
-        parts = [report(world).get(rank, f"model/{name}/{mode}/loss") for rank in group.ranks]
+        parts = [report(world).get(rank, f"model/{name}/loss") for rank in group.ranks]
         # float32 noise of sums in another order
         np.testing.assert_allclose(sum(parts), alone()["loss"], rtol=1e-6)
 
 
 @each_run
 @pytest.mark.parametrize("path", weights())
-def test_gradients_add_up_over_their_group(report, world, name, mode, path):
+def test_gradients_add_up_over_their_group(report, world, name, path):
     layout, want = topology(world, name), alone()[path]
     for group in layout.groups(gradient_group(SPECS[path])):
-        parts = [report(world).get(rank, f"model/{name}/{mode}/{path}") for rank in group.ranks]
+        parts = [report(world).get(rank, f"model/{name}/{path}") for rank in group.ranks]
         cut = weight_slice(SPECS[path], layout, group.ranks[0])
         # float32 noise of sums in another order, through two layers
         np.testing.assert_allclose(sum(parts), want[cut], rtol=0, atol=5e-6 * np.abs(want).max())

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from distributed.tensors import (
     CONFIG,
-    MODES,
     WEIGHTS,
     Block,
     context,
@@ -23,9 +22,6 @@ from mistral_ms.models import LayerFactory
 from mistral_ms.parallel.topology import Topology, weight_slice
 
 each_world = pytest.mark.parametrize("world", [2, 4])
-each_run = pytest.mark.parametrize(
-    ("world", "mode"), [(world, mode) for world, modes in MODES.items() for mode in modes]
-)
 
 
 @functools.cache
@@ -41,15 +37,15 @@ def alone() -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in found.items()}
 
 
-@each_run
-def test_embedding_gives_the_same_bits(report, world, mode):
+@each_world
+def test_embedding_gives_the_same_bits(report, world):
     for rank in range(world):
-        got = report(world).get(rank, f"tensor/{mode}/embedded")
+        got = report(world).get(rank, "tensor/embedded")
         np.testing.assert_array_equal(got, whole_weights()["embed_tokens.weight"][inputs()[0]])
 
 
-@each_run
-def test_losses_are_those_of_whole_logits(report, world, mode):
+@each_world
+def test_losses_are_those_of_whole_logits(report, world):
     """Against float64, and which labels count."""
     labels = inputs()[1]
     logits = alone()["logits"].astype(np.float64)
@@ -57,20 +53,20 @@ def test_losses_are_those_of_whole_logits(report, world, mode):
     counted = labels != -100
     want = np.where(counted, log_z - logits[np.arange(len(labels)), labels * counted], 0)
     for rank in range(world):
-        got = report(world).get(rank, f"tensor/{mode}/nll")
+        got = report(world).get(rank, "tensor/nll")
         # float32 logits of size 3, added up in another order
         np.testing.assert_allclose(got, want, atol=3e-6)
-        np.testing.assert_array_equal(report(world).get(rank, f"tensor/{mode}/mask"), counted)
-        first = report(world).get(0, f"tensor/{mode}/nll")
+        np.testing.assert_array_equal(report(world).get(rank, "tensor/mask"), counted)
+        first = report(world).get(0, "tensor/nll")
         np.testing.assert_array_equal(got, first)
 
 
-@each_run
+@each_world
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_gradients_of_every_weight(report, world, mode, name):
+def test_gradients_of_every_weight(report, world, name):
     topology, want = Topology(Sizes(1, world, 1, 1)), alone()[name]
     for rank in range(world):
-        got = report(world).get(rank, f"tensor/{mode}/{name}")
+        got = report(world).get(rank, f"tensor/{name}")
         cut = weight_slice(WEIGHTS[name], topology, rank)
         # float32 noise: the same sums in another order
         np.testing.assert_allclose(got, want[cut], rtol=0, atol=3e-6 * np.abs(want).max())

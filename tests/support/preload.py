@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from importlib import import_module
+from pathlib import Path
 
 ALL = ("mindspore", "numpy", "pydantic", "rich.console", "tokenizers", "typer")
 """What every command needs."""
@@ -11,16 +12,19 @@ OF_COMMANDS = {
     "align": ("torch", "transformers", "mistral_ms.alignment"),
     "generate": ("mistral_ms.inference",),
     "train": ("mistral_ms.training.run", "matplotlib.pyplot", "mistral_ms.inference"),
+    **{f"world_{size}": ("mistral_ms.training", "mistral_ms.inference") for size in (2, 4, 8)},
 }
-"""What a command imports for a second or more, by its name. Each holds no state of a command."""
+"""What a command, or a script of tests/distributed, imports for a second or so, by its name. Each
+holds no state of a command."""
 
 
-def preload(command: str = "") -> None:
-    """Imports what a command needs, so that its forks need not.
+def preload(*commands: str) -> None:
+    """Imports what commands need, so that their forks need not.
 
     Args:
-        command: its name; what is not known needs nothing more.
+        commands: names of commands or paths of scripts; what is not known needs nothing more.
     """
-    for name in (*ALL, *OF_COMMANDS.get(command, ())):
+    more = [name for command in commands for name in OF_COMMANDS.get(Path(command).stem, ())]
+    for name in (*ALL, *more):
         import_module(name)
     gc.freeze()  # what is here is neither examined nor copied by the forks
