@@ -47,10 +47,10 @@ def test_weights_end_where_one_process_ends(report, variant):
 
 
 def test_the_corners_are_what_they_are_called():
-    """Two choices a token, in each of two layers."""
+    """Two choices a token."""
     first = {name: results_of(DROPLESS, name)[0] for name in batches()}
-    assert first["one rank sees padding only"].routed_LE.sum() == 2 * 64 * 2
-    assert first["one token a rank"].routed_LE.sum() == 2 * 2 * 2
+    assert first["one rank sees padding only"].routed_LE.sum() == 2 * 64
+    assert first["one token a rank"].routed_LE.sum() == 2 * 2
     crowded = first["all tokens to the same experts"].routed_LE
     assert ((crowded > 0).sum(1) == 2).all()
     assert results_of("plain", "all tokens to the same experts")[0].dropped_fraction > 0.5

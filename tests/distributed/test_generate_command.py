@@ -19,9 +19,9 @@ NEW = 6
 
 
 def together(root, *arguments):
-    """A job of four processes; what it said."""
+    """A job of two processes; what it said."""
     command = [
-        str(SCRIPT), "--workers", "4", "--port", str(free_port()), "--join-limit", "60",
+        str(SCRIPT), "--workers", "2", "--port", str(free_port()), "--join-limit", "60",
         "--log-dir", str(root / "logs"), *map(str, arguments),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -36,10 +36,11 @@ def model(tmp_path_factory):
     return path, save_with_tokenizer(path)
 
 
-def test_generate_with_experts_stages_and_data_divided(model, tmp_path):
+def test_generate_with_experts_and_data_divided(model, tmp_path):
+    """An uneven number of prompts. With stages: generating.py."""
     path, pair = model
     done = together(
-        tmp_path, "--dp", 2, "--pp", 2, "--ep", 2, "--", path, "--prompt", "The harbour",
+        tmp_path, "--dp", 2, "--ep", 2, "--", path, "--prompt", "The harbour",
         "--prompt", "Eight workshops share", "--prompt", "Which", "--max-new-tokens", NEW,
         "--json", "out.json",
     )  # fmt: skip

@@ -30,8 +30,8 @@ by more than the lead: a token changes its expert, and from then on the two trai
 
 
 def model(name: str) -> ModelConfig:
-    """As many layers as a layout has stages, which is what compiles fastest; two where a rank must
-    have several. Every other one is dense where that is asked for.
+    """As many layers as a layout has stages, which is what compiles fastest; test_train_command.py
+    trains ranks with several. Every other one is dense where that is asked for.
     """
     stages = next((sizes[name].pp for sizes in LAYOUTS.values() if name in sizes), 1)
     moe = {"sparse_layers": tuple(range(1, stages, 2))} if name in MIXED else {}
@@ -50,25 +50,22 @@ LAYOUTS = {
     },
     4: {
         "dp2 mp2 ep2": ParallelConfig(dp=2, mp=2, ep=2, group_wise_a2a=True),
-        "dp2 pp2 ep2": ParallelConfig(
-            dp=2, pp=2, ep=2, optimizer_parallel=True, micro_batch_interleave_num=2
-        ),
         "pp4, gpipe": ParallelConfig(pp=4, pipeline_scheduler="gpipe"),
         "dp4 ep2 shared out": ParallelConfig(dp=4, ep=2, optimizer_parallel=True),
     },
 }
-MIXED = ("pp4, gpipe", "dp2 pp2 ep2")
+MIXED = ("pp4, gpipe",)
 GATES = {
     "dp2 mp2 ep2": "noisy_top_k",
     "pp4, gpipe": {"name": "sigmoid_top_k", "bias_update_rate": 0.05},
 }
 """Gates other than the usual one: noise and state are those of one process, too."""
-TIED = ("dp2 mp2 ep2", "dp2 pp2 ep2", "pp4, gpipe")
+TIED = ("dp2 mp2 ep2", "pp4, gpipe")
 DEEP = ("dp2 ep2 shared out", "generating")
+"""Of several layers: what a recomputed block sends must not meet the gradients of the next one."""
 FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "kept_LE")
 VARIANTS = {
     "plain": {},
-    "two micro-batches": {"gradient_accumulation_steps": 2},
     "muon on the host, two micro-batches, dropless": {
         "offload_optimizer": "host",
         "gradient_accumulation_steps": 2,
@@ -86,7 +83,6 @@ OTHERS = {
     "dp2": ("float16",),
     "pp2": ("float16",),
     "dp2 ep2 shared out": ("muon on the host, two micro-batches, dropless", "float16"),
-    "dp2 pp2 ep2": ("two micro-batches",),
     "pp4, gpipe": ("host, four micro-batches, dropless",),
     "dp4 ep2 shared out": ("experts choose",),
 }
