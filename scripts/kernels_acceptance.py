@@ -99,7 +99,7 @@ def least_bytes(s: Sizes, row_bytes: int, logit_bytes: int = 4) -> dict[str, int
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of one size in one dtype, and the reference's slot table for them."""
+    """Inputs of one size in one dtype, and the reference's row id map for them."""
 
     sizes: Sizes
     logits_TE: Tensor

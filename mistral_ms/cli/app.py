@@ -24,8 +24,9 @@ def run() -> None:
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's warnings are for its developers
     from mistral_ms.cli import commands
     from mistral_ms.config import when_unknown
+    from mistral_ms.shipped import import_shipped
 
-    when_unknown(import_extensions)
+    when_unknown(import_shipped)
     commands.register(app)
     try:
         app()
@@ -34,11 +35,3 @@ def run() -> None:
             f"error: {error}", style="red", markup=False
         )
         sys.exit(2)
-
-
-def import_extensions() -> None:
-    """Gates and routes register themselves; MindSpore is imported only where a configuration names
-    one.
-    """
-    import mistral_ms.moe
-    import mistral_ms.parallel.dispatchers  # noqa: F401

@@ -1,4 +1,4 @@
-"""How many places an expert has."""
+"""How many slots an expert has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mistral_ms.config.routing import RoutingConfig
 
 
 def expert_capacity(tokens: int, experts: int, top_k: int, routing: RoutingConfig) -> int:
-    """C: places per expert for ``tokens`` tokens, padding included (shapes are static).
+    """C: slots per expert for ``tokens`` tokens, padding included (shapes are static).
 
     ``capacity`` and ``experts_choose``: ceil(factor * K * T / E) (GShard, arXiv:2006.16668,
     section 2.2), at most T, because an expert computes each token once. ``dropless``: T, so that

@@ -1,13 +1,16 @@
 """Modules that make names of a configuration known: gates, all-to-all routes.
 
-Such modules need MindSpore, which a configuration must not: a program that wants their names found
-tells :func:`when_unknown` how to import them, as the command line does.
+They need MindSpore, which a configuration must not, so they are imported when a name is not known.
+Programs say by :func:`when_unknown` how to import those of this package (``mistral_ms.shipped``);
+installed packages declare theirs as entry points of the group ``mistral_ms.extensions``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import entry_points
 
+GROUP = "mistral_ms.extensions"
 _IMPORTERS: list[Callable[[], object]] = []
 
 
@@ -21,3 +24,5 @@ def import_extensions() -> None:
     """Imports them; to be called when a name is not known."""
     for importer in _IMPORTERS:
         importer()
+    for entry in entry_points(group=GROUP):
+        entry.load()

@@ -75,8 +75,7 @@ def gate_settings(value: Any) -> GateSettings:
         near = get_close_matches(name, _SETTINGS, 1)
         raise ValueError(
             f"unknown gate {name!r}: {f'perhaps {near[0]}; ' if near else ''}"
-            f"known: {', '.join(sorted(_SETTINGS))} (others are known once the module that "
-            "registers them is imported: mistral_ms.moe for those that ship)"
+            f"known: {', '.join(sorted(_SETTINGS))}"
         )
     try:
         return _SETTINGS[name].model_validate(dict(values))

@@ -111,7 +111,7 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"routing.rescale_survivors ({self.routing.rescale_survivors}) must equal "
                 f"model.moe.norm_topk_prob ({moe.norm_topk_prob}) under routing.policy "
-                "experts_choose: the one divides an expert's weights by their sum in training, the "
+                "experts_choose: the one divides a token's weights by their sum in training, the "
                 "other where tokens choose, as in generation"
             )
         if (

@@ -18,11 +18,14 @@ KINDS = "train", "generate"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the launcher; the exit code: 0 done, 1 a rank failed, 2 bad input, 128 + a signal."""
     # not before the signals are caught
+    from mistral_ms.config import when_unknown
     from mistral_ms.launch.checks import check_all, check_run
     from mistral_ms.launch.command import msrun_command
     from mistral_ms.launch.options import parse
     from mistral_ms.launch.supervise import Supervisor
+    from mistral_ms.shipped import import_shipped
 
+    when_unknown(import_shipped)
     kind, *flags = (sys.argv[1:] if arguments is None else arguments) or [""]
     if kind not in KINDS:
         print(f"error: {kind!r} is not one of {', '.join(KINDS)}", file=sys.stderr)

@@ -52,8 +52,7 @@ class CausalLM(nn.Cell):
         specs: what is true of each of its parameters as wholes, by name.
 
     Raises:
-        ConfigError: a model chunk of a model whose embedding is its head, too; experts that choose
-            tokens in generation.
+        ConfigError: experts that choose tokens in generation.
         WeightError: its pieces have other parameters than the specifications describe.
     """
 

@@ -81,9 +81,8 @@ class Objective(nn.Cell):
     """lm + router_aux_loss_coef * aux + router_z_loss_coef * z, and further router losses by their
     coefficients.
 
-    Of a model chunk it is that model chunk's part: the router losses of its own layers, and lm
-    where it predicts. The parts of all model chunks of a model add up, as long as aux is not
-    pooled.
+    On a pipeline stage it is that stage's part: the router losses of its own layers, and lm where
+    it predicts. The parts of all stages add up, as long as aux is not pooled.
 
     Args:
         model: the model to train, or a model chunk of it.
@@ -127,7 +126,7 @@ class Objective(nn.Cell):
             raise ConfigError(
                 "impossible objective",
                 where="routing.aux_loss",
-                value="pooled, of a model chunk of the model",
+                value="pooled, on one pipeline stage",
                 rule="the pooled load-balancing loss couples all layers",
                 todo="set routing.aux_loss=per_layer",
             )
@@ -238,7 +237,8 @@ class Objective(nn.Cell):
             lm = self.nll(hidden_TH, labels_BS.reshape(-1)) * inv_counts[0]
         if sums is None:
             none = zero if self.rows_before[1] == 0 else self.counts(None)
-            return lm, hidden_TH, (lm, zero, zero, none, none)
+            absent = [zero for _ in self.others]
+            return lm, hidden_TH, (lm, zero, zero, none, none, *absent)
         weight = _count(positions_BS.reshape(-1) >= 0) * inv_counts[1] * self.fraction
         total = lm
         losses: tuple[Tensor, ...] = ()

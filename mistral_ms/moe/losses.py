@@ -38,9 +38,9 @@ Stacked over the sparse layers of a model they are [layers, E] and [layers].
 
 LossTerm = Callable[[RouterSums, bool], Tensor]
 """A loss: of stacked sums, and of whether the load-balancing loss pools all layers -> a float32
-scalar. Of several dispatch groups the mean counts, weighted by their tokens. But for the pooled
-load-balancing loss it is the mean of its values for single layers: stages of a pipeline, and layers
-of the auto-parallel graph, form it by themselves."""
+scalar. Of several dispatch groups the mean counts, weighted by their tokens. Except the pooled
+load-balancing loss, a loss of several layers must equal the mean of its values for each layer
+alone, because pipeline stages and the auto-parallel graph compute it layer by layer."""
 
 Term = TypeVar("Term", bound=LossTerm)
 

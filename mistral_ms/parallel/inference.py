@@ -49,7 +49,7 @@ class ParallelLogits(nn.Cell):
         Args:
             ids_BS: int32.
             positions_BS: int32, -1 for padding.
-            rows_N: int32, places of the tokens in the flattened [B * S].
+            rows_N: int32, indices of the tokens in the flattened [B * S].
         """
         B, S = ids_BS.shape
         if self.before is not None:
@@ -61,7 +61,7 @@ class ParallelLogits(nn.Cell):
         if self.after is not None:
             sent_TH = self.after.send_forward(hidden_TH)
             # not before the states have gone, or the two stages would wait for different things:
-            # so the room is computed from them (of a constant the compiler forgets the order)
+            # so the buffer is computed from them (of a constant the compiler forgets the order)
             zero_11 = ops.cast(ops.abs(sent_TH[:1, :1]) < 0, ms.float32)
             buffer_NV = ops.broadcast_to(zero_11, (rows_N.shape[0], self.model.config.vocab_size))
             logits_NV = self.after.send_backward(buffer_NV)
@@ -83,10 +83,10 @@ class ParallelLogits(nn.Cell):
 class ParallelNextTokenLogits(nn.Cell):
     """The contract of :class:`mistral_ms.models.NextTokenLogits` for one rank's part of a model.
 
-    Each data-parallel rank computes its shard of the rows, and is given those of the others.
+    Each data-parallel rank computes its own rows, and is given those of the others.
 
     Args:
-        model: this rank's part, with a cache for its shard of the rows.
+        model: this rank's part, with a cache for its own rows.
         groups: this rank's groups. All ranks must make this at the same time.
         dtype: dtype of the activations.
 

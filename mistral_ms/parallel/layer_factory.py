@@ -1,17 +1,16 @@
-"""The pieces of one rank's share of a model (tensor parallelism: Megatron-LM, arXiv:1909.08053).
+"""The pieces of one rank's part of a model (tensor parallelism: Megatron-LM, arXiv:1909.08053).
 
 They are those of one device with this rank's sizes, and with the communication of its tensor group
 where the ranks have to talk:
 
-=============================  ===================================  =======================
-piece                          what is injected                     talks
-=============================  ===================================  =======================
-norm before a divided layer    CopyToGroup                          backward: one sum
-linear divided by its input    ReduceFromGroup                         forward: one sum
-embedding                      ReduceFromGroup                         forward: one sum
-loss                           the group, see VocabParallelCrossEntropy         forward: three small
-ones
-=============================  ===================================  =======================
+===========================  =========================================  ========================
+piece                        what is injected                           communicates
+===========================  =========================================  ========================
+norm before a divided layer  CopyToGroup                                backward: one sum
+linear divided by its input  ReduceFromGroup                            forward: one sum
+embedding                    ReduceFromGroup                            forward: one sum
+loss                         the group, see VocabParallelCrossEntropy   forward: three small sums
+===========================  =========================================  ========================
 
 A sparse layer needs none of them: its dispatcher talks.
 """

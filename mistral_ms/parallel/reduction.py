@@ -50,12 +50,14 @@ class Reduction(nn.Cell):
         self.tensor = groups.of(GroupKind.TENSOR)
         partial = [spec.partial_gradient for spec in self.specs.values()]
         self.partial_buffers = _fill(self.shapes, partial)
-        self.embedding = groups.of(GroupKind.EMBEDDING)
         tied = [spec.module == "tied" for spec in self.specs.values()]
-        self.tied_buffers = _fill(self.shapes, tied) if self.embedding.size > 1 else ()
-        # of a tied weight the first stage counts the norm for both
-        counted = [not each or self.embedding.position == 0 for each in tied]
-        self.counted_n = None if all(counted) else Tensor(np.array(counted, np.float32))
+        self.tied_buffers: tuple[tuple[int, ...], ...] = ()
+        self.counted_n: Tensor | None = None
+        if any(tied) and sizes.pp > 1:
+            self.embedding = groups.of(GroupKind.EMBEDDING)
+            self.tied_buffers = _fill(self.shapes, tied)
+            if self.embedding.position > 0:  # the first stage counts the norm for both
+                self.counted_n = Tensor(np.array([not each for each in tied], np.float32))
         self.dense_buffers = _fill(self.shapes, [kind is GroupKind.DATA for kind in kinds])
         self.expert_buffers = _fill(self.shapes, [kind is not GroupKind.DATA for kind in kinds])
         # the loss of a data-parallel rank is known to all its tensor-parallel ranks

@@ -1,10 +1,11 @@
 """The graphs of an update. Tensors in, tensors out; weights and state change in place.
 
-One micro-batch: :class:`FusedUpdate` is everything in one graph. Several: each goes through
-:class:`Accumulate` (:class:`GradientAccumulation`), and :class:`AccumulatedOptimizerStep` makes the
-update. Both are composed of the same two pieces: :class:`MicroBatchGradients` (a dispatch group's
-losses and gradients) and :class:`OptimizerStep` (unscale, measure, clip, update unless something is
-not finite).
+One micro-batch: :class:`FusedUpdate` is everything in one graph. Several, or ranks that update
+different weights: each micro-batch goes through :class:`Accumulate`
+(:class:`GradientAccumulation`), and :class:`AccumulatedOptimizerStep` makes the update. Both are
+composed of the same two pieces: :class:`MicroBatchGradients` (a dispatch group's losses and
+gradients) and :class:`OptimizerStep` (unscale, measure, clip, update unless something is not
+finite).
 """
 
 from __future__ import annotations

@@ -50,8 +50,7 @@ def open_data(
     """The sequences, packed first where the run names texts; and the tokenizer, if one is known.
 
     A run that goes on has its sequences in its own directory: texts, tokenizer and base model may
-        be
-    gone by then.
+    be gone by then.
 
     Raises:
         ConfigError: no data, or sequences of another length than the run's.

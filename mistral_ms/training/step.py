@@ -124,8 +124,8 @@ class TrainStep:
 
     Args:
         objective: of a model (``objective.model``), which is trained in place, with its initial
-            weights. What it must have is what :class:`~mistral_ms.models.Objective` has:
-            ``forward_step``, and of its attributes ``others``, ``embeds`` and ``predicts``.
+            weights. Used of it is what :class:`~mistral_ms.models.Objective` has: the call,
+            ``forward_step`` in pipelines, ``model``, ``others``, ``embeds`` and ``predicts``.
         config: optimizer, schedule, micro-batches; its steps are counted out.
         parallel_context: which part of model and batch this process has; None when it is alone.
             Each data-parallel rank's micro-batches are dispatch groups of their own.

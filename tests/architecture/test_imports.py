@@ -88,13 +88,14 @@ TABLE = {
     "inference": rule(BELOW_TRAINING, "mindspore numpy"),
     "lifelong": rule(BELOW_TRAINING, "mindspore numpy"),
     "alignment": rule(f"{BELOW_TRAINING} inference", "mindspore numpy torch transformers"),
-    "launch": rule("config"),
+    "shipped": rule("moe parallel"),
+    "launch": rule("config shipped"),
     "planner": rule("config weights parallel.topology"),
     "mindformers": rule(
         f"{BELOW_TRAINING} training inference lifelong", "mindspore numpy mindformers"
     ),
     "cli": rule(
-        f"{BELOW_TRAINING} training inference lifelong alignment planner launch",
+        f"{BELOW_TRAINING} training inference lifelong alignment planner launch shipped",
         "typer rich mindspore numpy matplotlib",
     ),
 }

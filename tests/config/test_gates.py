@@ -70,16 +70,28 @@ def test_checkpoints_keep_it_and_other_formats_refuse_it():
             convert(other)
 
 
-def test_the_command_line_knows_the_gates_that_ship(tmp_path):
-    """Only a configuration that names one imports MindSpore for it."""
+def test_names_are_found_without_an_import(tmp_path):
+    """Gates that ship, and those of an installed package; nobody imports MindSpore before."""
+    (tmp_path / "warm_gate.py").write_text(
+        "from mistral_ms.config import GateSettings, register_gate_settings\n"
+        "class Warm(GateSettings):\n"
+        "    name: str = 'warm'\n"
+        "register_gate_settings('warm', Warm)\n"
+    )
+    installed = tmp_path / "warm_gate-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: warm-gate\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[mistral_ms.extensions]\nwarm = warm_gate\n")
     code = (
         "import sys\n"
-        "from mistral_ms.cli.app import import_extensions\n"
+        f"sys.path.append({str(tmp_path)!r})\n"
         "from mistral_ms.config import when_unknown\n"
         "from mistral_ms.config.gates import gate_settings\n"
-        "when_unknown(import_extensions)\n"
+        "from mistral_ms.shipped import import_shipped\n"
+        "when_unknown(import_shipped)\n"
         "gate_settings('softmax_top_k')\n"
         "assert 'mindspore' not in sys.modules\n"
         "assert gate_settings('sigmoid_top_k').bias_update_rate == 0.001\n"
+        "assert gate_settings('warm').name == 'warm'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

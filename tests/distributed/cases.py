@@ -147,6 +147,6 @@ CASES = {
 }
 """The cases of each world size. (8, 1, 8, 4): two nodes of four, one expert group over both."""
 
-GRAPH = (Case(2, 1, 2, 1, "hierarchical", False, "dropless"),)
+GRAPH = (Case(4, 1, 4, 2, "hierarchical", False, "dropless"),)
 """Cases that run in GRAPH_MODE too. Compiling one costs seconds in every process, so: the way that
 no training of training.py has; those compile flat and group-wise, capacity and dropless."""

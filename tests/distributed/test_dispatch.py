@@ -193,9 +193,11 @@ def journey(case, group, me, bytes_PP, back=False):
     D = node.count(node[0])
     for a in range(P):
         for b in range(P):
-            if node[a] == node[b]:  # to the receiver's slot: all that goes to that slot anywhere
+            if (
+                node[a] == node[b]
+            ):  # to the receiver's local rank: all that goes to that local rank of any node
                 message(a, b, sum(bytes_PP[a, c] for c in range(P) if c % D == b % D))
-            if a % D == b % D:  # between equal slots: all that the node's ranks gave
+            if a % D == b % D:  # between equal local ranks: all that the node's ranks gave
                 message(a, b, sum(bytes_PP[c, b] for c in range(P) if node[c] == node[a]))
     return sent
 

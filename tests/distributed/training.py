@@ -49,7 +49,7 @@ LAYOUTS = {
         "dp2 ep2 copies": ParallelConfig(dp=2, ep=2, micro_batch_interleave_num=2),
     },
     4: {
-        "dp2 mp2 ep2": ParallelConfig(dp=2, mp=2, ep=2, group_wise_a2a=True),
+        "dp2 mp2 ep2": ParallelConfig(dp=2, mp=2, ep=2, group_wise_a2a=True, recompute="full"),
         "pp4, gpipe": ParallelConfig(pp=4, pipeline_scheduler="gpipe"),
         "dp4 ep2 shared out": ParallelConfig(dp=4, ep=2, optimizer_parallel=True),
     },

@@ -40,7 +40,7 @@ from mistral_ms.moe import gate_context, make_gate
 from mistral_ms.moe.gates import base as gates
 from mistral_ms.optimizers import registry
 from mistral_ms.parallel.collectives import Collectives, Groups
-from mistral_ms.parallel.dispatchers import FlatRoute, make_dispatcher
+from mistral_ms.parallel.dispatchers import FlatRoute, make_dispatcher, register_route
 from mistral_ms.parallel.dispatchers import registry as route_kinds
 from mistral_ms.parallel.topology import GroupKind, Topology
 from mistral_ms.training import TrainStep
@@ -175,6 +175,8 @@ def test_an_all_to_all_route(tables, examples):
     routing = RoutingConfig(policy="capacity")
     pieces = make_dispatcher(3, routing, parallel, groups).route
     assert isinstance(pieces, module.PiecewiseRoute)
+    with pytest.raises(ValueError, match="piecewise is registered twice"):
+        register_route("piecewise", lambda groups, exchange: pieces)
     with pytest.raises(ConfigError, match=r"piecewise with routing\.policy=dropless"):
         make_dispatcher(3, DROPLESS, parallel, groups)
     flat = FlatRoute(group)

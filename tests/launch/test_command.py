@@ -48,16 +48,18 @@ def layout(tmp_path, **parallel):
 @pytest.mark.parametrize("node", range(4))
 def test_four_machines_of_eight_cards(tmp_path, node):
     config = layout(tmp_path, dp=16, ep=8, pp=2)
+    values = ["training.max_steps=70"]
+    values += ["model.moe.gate=sigmoid_top_k"] if node == 0 else []  # a name that is imported
     done = script(
         "pretrain_mixtral_8x7b_4node_32card.sh", "--node-rank", str(node), "--master", "10.0.0.1",
-        "--config", str(config), "--log-dir", "logs", "--print", "--", "training.max_steps=70",
+        "--config", str(config), "--log-dir", "logs", "--print", "--", *values,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
         "msrun", "--worker_num=32", "--local_worker_num=8", "--master_addr=10.0.0.1",
         "--master_port=8118", f"--node_rank={node}", "--log_dir=logs", "--join=True",
         "--cluster_time_out=600", "--tail_worker_log=0", str(ROOT / "run_mixtral.py"), "train",
-        "--config", str(config), "training.max_steps=70",
+        "--config", str(config), *values,
     ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from mindspore import Tensor
 from support.configs import model as small_model
 
 from mistral_ms.config import DROPLESS, RoutingConfig
+from mistral_ms.config.gates import gate_settings
 from mistral_ms.errors import ConfigError
 from mistral_ms.models import CausalLM, LossReport, ModelChunk, Objective
 
@@ -90,13 +91,14 @@ def test_the_parts_losses_add_up():
 
 
 def test_dense_layers_report_for_the_sparse_ones_elsewhere():
-    moe = CONFIG.moe.model_copy(update={"sparse_layers": (3,)})
+    gate = gate_settings("noisy_top_k")
+    moe = CONFIG.moe.model_copy(update={"sparse_layers": (3,), "gate": gate})
     _, parts = whole_and_parts(CAPACITY, CONFIG.model_copy(update={"moe": moe}))
     ids, labels, position_ids, segments = batch()
     inv_counts = Tensor(np.array([1 / 29, 1 / 29], np.float32))
-    _, _, report = Objective(parts[0], **COEFFICIENTS).forward_step(
-        ids, labels, position_ids, segments, inv_counts
-    )
+    objective = Objective(parts[0], **COEFFICIENTS, router_losses={"importance": 0.1})
+    _, _, report = objective.forward_step(ids, labels, position_ids, segments, inv_counts)
+    assert [float(each) for each in LossReport.unpack(report).others] == [0], "as the sparse ones"
     assert report[3].shape == (1, CONFIG.moe.num_local_experts)
     assert not report[3].numpy().any()
 

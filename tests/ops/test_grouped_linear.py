@@ -126,7 +126,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 class Products(nn.Cell):
-    """In the slot of the primitive, which runs on Ascend only; as strict as its documentation."""
+    """In place of the primitive, which runs on Ascend only; as strict as its documentation."""
 
     def construct(self, x, w, *nothing_and_ends):
         ends, rows = nothing_and_ends[-1], x[0].shape[0]

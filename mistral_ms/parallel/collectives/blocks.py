@@ -26,7 +26,7 @@ Filling: TypeAlias = tuple[Tensor, Tensor]
 empty); ``filled_S`` float32, 1 where a row fills it."""
 
 RowMove: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Where R rows go, and what fills S places: a slot table with one choice per row, in this order:
+"""Where R rows go, and what fills S places: a row id map with one choice per row, in this order:
 ``slot_R1`` int32, ``kept_R1`` float32, ``source_S`` int32, ``filled_S`` float32."""
 
 

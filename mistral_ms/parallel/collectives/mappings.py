@@ -5,16 +5,16 @@ ranks), a *shard* (a part of the last axis), or a *partial sum* (the ranks' tens
 The gradient of a whole tensor that every rank used in its own way is a partial sum, and vice versa;
 so each mapping's gradient is another mapping's forward (Megatron-LM, arXiv:1909.08053, section 3):
 
-============== =============================== ===============================
-mapping        forward                         gradient
-============== =============================== ===============================
-CopyToGroup    whole -> whole                  partial sum -> whole
-ReduceFromGroup   partial sum -> whole            whole -> whole
-ScatterToGroup      whole -> shard                  shard -> whole
-GatherFromGroup   shard -> whole                  whole -> shard
-AllGatherFromGroup   shard -> whole, used apart      partial sum -> shard
-ReduceScatterToGroup  partial sum -> shard            shard -> whole
-============== =============================== ===============================
+====================  ==========================  ====================
+mapping               forward                     gradient
+====================  ==========================  ====================
+CopyToGroup           whole -> whole              partial sum -> whole
+ReduceFromGroup       partial sum -> whole        whole -> whole
+ScatterToGroup        whole -> shard              shard -> whole
+GatherFromGroup       shard -> whole              whole -> shard
+AllGatherFromGroup    shard -> whole, used apart  partial sum -> shard
+ReduceScatterToGroup  partial sum -> shard        shard -> whole
+====================  ==========================  ====================
 
 GatherFromGroup is for what all ranks then do alike, AllGatherFromGroup for what each then does its
 own way.

@@ -24,8 +24,8 @@ _sum = ops.ReduceSum()
 class DroplessDispatcher(Dispatcher):
     """Packs the chosen rows by expert, exchanges them, and packs those of all senders by expert.
 
-    The plan's journey is ``regrouped``, the move of the rows that arrived, and ``route_plan``, what
-    the route knows.
+    The route's part of the plan is ``regrouped``, the move of the rows that arrived, and
+    ``route_plan``, what the route knows.
 
     Args:
         num_experts: E, of the whole layer.

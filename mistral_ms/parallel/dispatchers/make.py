@@ -62,6 +62,6 @@ def make_dispatcher(
     rows = communication.sharded if parallel.group_wise_a2a else communication.replicated
     kind = route_kind(parallel.all_to_all)
     if routing.policy == "dropless":
-        return DroplessDispatcher(num_experts, routing, kind.variable(groups), rows(tensor))
+        return DroplessDispatcher(num_experts, routing, kind.make_variable(groups), rows(tensor))
     route = kind.equal(groups, communication.all_to_all)
     return CapacityDispatcher(num_experts, routing, route, rows(tensor))

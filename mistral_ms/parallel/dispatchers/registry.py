@@ -29,22 +29,22 @@ class RouteKind:
     """How the routes of one kind are made.
 
     Attributes:
-        equal: from a rank's groups and an exchange to the route of equal numbers of rows.
-        unequal: from a rank's groups to the one of exact numbers; None where there is none.
         name: the value of ``parallel.all_to_all``.
+        equal: from a rank's groups and an exchange to the route of equal numbers of rows.
+        variable: from a rank's groups to the one of exact numbers; None where there is none.
     """
 
     name: str
     equal: Callable[[Groups, Exchange], Route]
-    unequal: Callable[[Groups], VariableRoute] | None = None
+    variable: Callable[[Groups], VariableRoute] | None = None
 
-    def variable(self, groups: Groups) -> VariableRoute:
+    def make_variable(self, groups: Groups) -> VariableRoute:
         """The route of exact numbers of rows.
 
         Raises:
             ConfigError: there is none.
         """
-        if self.unequal is None:
+        if self.variable is None:
             raise ConfigError(
                 "not known for exact numbers of rows",
                 where="parallel.all_to_all",
@@ -52,7 +52,7 @@ class RouteKind:
                 rule="this route exchanges equal numbers of rows",
                 todo="use routing.policy=capacity, or all_to_all=flat",
             )
-        return self.unequal(groups)
+        return self.variable(groups)
 
 
 _KINDS: dict[str, RouteKind] = {}
@@ -61,7 +61,7 @@ _KINDS: dict[str, RouteKind] = {}
 def register_route(
     name: str,
     equal: Callable[[Groups, Exchange], Route],
-    unequal: Callable[[Groups], VariableRoute] | None = None,
+    variable: Callable[[Groups], VariableRoute] | None = None,
     rule: LayoutRule = any_layout,
 ) -> None:
     """Makes a value of ``parallel.all_to_all`` known.
@@ -69,14 +69,16 @@ def register_route(
     Args:
         name: the value.
         equal: see :class:`RouteKind`.
-        unequal: likewise.
+        variable: likewise.
         rule: what the route asks of a layout.
 
     Raises:
         ValueError: another route has the name.
     """
+    if name in _KINDS:
+        raise ValueError(f"all-to-all route {name} is registered twice")
     register_route_name(name, rule)
-    _KINDS[name] = RouteKind(name, equal, unequal)
+    _KINDS[name] = RouteKind(name, equal, variable)
 
 
 def route_kind(name: str) -> RouteKind:

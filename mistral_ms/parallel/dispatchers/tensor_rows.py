@@ -1,7 +1,7 @@
 """What each tensor-parallel rank carries of the rows that travel.
 
 The ranks of a tensor group see the same tokens, and each holds a slice of every expert's
-intermediate size: it needs whole rows and computes partial sums of the results. A carrier says
+intermediate size: it needs whole rows and computes partial sums of the results. ``TensorRows`` says
 what travels between expert ranks, and how whole rows and complete sums are made of it. All
 operations act on the last axis and are differentiable.
 """
@@ -28,7 +28,7 @@ class TensorRows(nn.Cell):
     """The contract."""
 
     def dispatch_preprocess(self, x: Tensor) -> Tensor:
-        """Before the journey: [..., H], equal on all ranks, to what travels."""
+        """Before the exchange: [..., H], equal on all ranks, to what travels."""
         raise NotImplementedError
 
     def dispatch_postprocess(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ RoutePlan: TypeAlias = tuple[Any, ...]
 """What a route has to know for one pass, there and back; no gradient. Opaque to others. Of one hop:
 ``send_P``, ``receive_P`` (int32 row counts), ``sent_R``, ``received_S`` (float32, 1 for real rows).
 Of two hops: ``by_local_rank`` and ``by_node``, the moves before either, and ``inside`` and
-``between``, the passages of both.
+``between``, the plans of both.
 """
 
 
@@ -52,7 +52,7 @@ class VariableRoute(nn.Cell):
 
         Returns:
             received_PL, the rows that come from every member for every expert of this rank, and
-            the passage.
+            the plan.
         """
         raise NotImplementedError
 

@@ -2,7 +2,7 @@
 
 All of it is the code of the explicit path: the router's choice, the row id map, the dispatchers
 with their flat or hierarchical routes, the losses. Only where weights come from differs, and the
-carriers of tensor-parallel ranks.
+rows of tensor-parallel ranks.
 
 The graph has static shapes. Capacity gives every expert C slots; under ``dropless`` packed rows
 lie in buffers for the worst case, in which every rank of the expert group sends all it can to the
@@ -336,7 +336,7 @@ class GraphMoE(nn.Cell):
     ) -> None:
         super().__init__()
         self.router = make_gate(config, routing, layer)
-        self.slots_left = GATE_PARAMETERS - len(gate_parameters(self.router))
+        self.spare_arguments = GATE_PARAMETERS - len(gate_parameters(self.router))
         for state in self.router.buffers().values():
             state.parallel_optimizer = False  # whole on every rank, which moves it on by itself
         self.experts = MatrixExperts(config)
@@ -372,7 +372,7 @@ class GraphMoE(nn.Cell):
         if self.trained:
             given = (*given, batch[1], random_B3, self.metrics_buffer)
         weights, state = self.router.weights_and_state()
-        given = (*given, *weights, *state, *(batch[0],) * self.slots_left)
+        given = (*given, *weights, *state, *(batch[0],) * self.spare_arguments)
         if self.pooled:
             return self.region(x_TH, *given)
         return self.region(x_TH, *given), None

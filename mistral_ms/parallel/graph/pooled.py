@@ -83,7 +83,7 @@ class PooledLoss(nn.Cell):
             layers: of each sparse layer the sums of all dispatch groups of all ranks, float32
                 [groups, 2 E + 1]: router probabilities, choices, tokens.
             scales_B3: see :class:`~mistral_ms.parallel.graph.model.GraphModel`.
-            buffer: for the metrics of any sparse layer; that of the loss is noted there.
+            buffer: for the metrics of any sparse layer; that of the loss is recorded there.
         """
         sums = layers[0]
         for each in layers[1:]:

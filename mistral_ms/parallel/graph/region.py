@@ -1,6 +1,6 @@
 """Shard-local regions: code of one device inside the auto-parallel graph.
 
-The compiler divides single operators well and whole algorithms badly: routing, slot tables and
+The compiler divides single operators well and whole algorithms badly: routing, row id maps and
 rotations know no strategies. A region is a Cell whose ``compute`` is written as for one device and
 sees only this rank's parts of its inputs; layouts by name say what those parts are, and between
 regions the compiler moves what must be moved. MindSpore's ``Morph`` carries it into the graph

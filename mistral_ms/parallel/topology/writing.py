@@ -29,7 +29,7 @@ def writers(
         For each name one rank for every distinct part, ascending.
     """
     load = {coords.rank: 0 for coords in topology.all_coords if coords.pp == stage}
-    weights = tuple(spec for spec in weights if not _written_before(spec, stage))
+    weights = tuple(spec for spec in weights if not _is_second_copy(spec, stage))
     found = {}
     for spec in sorted(weights, key=lambda each: (-math.prod(each.shape), each.name)):
         sets = _replicas(spec, topology, stage)
@@ -51,11 +51,12 @@ def written_parts(
         rank: the process.
     """
     weights = tuple(weights)
-    chosen = writers(weights, topology, topology.coords(rank).pp)
+    stage = topology.coords(rank).pp
+    chosen = writers(weights, topology, stage)
     return {
         spec.name: weight_slice(spec, topology, rank)
         for spec in weights
-        if rank in chosen.get(spec.name, ())
+        if not _is_second_copy(spec, stage) and rank in chosen[spec.name]
     }
 
 
@@ -65,10 +66,10 @@ def writes_owned(spec: ParamSpec, topology: Topology, rank: int) -> bool:
     Tensor-parallel ranks hold undivided weights each; then the first of them does.
     """
     coords = topology.coords(rank)
-    return not _written_before(spec, coords.pp) and (is_divided(spec) or coords.mp == 0)
+    return not _is_second_copy(spec, coords.pp) and (is_divided(spec) or coords.mp == 0)
 
 
-def _written_before(spec: ParamSpec, stage: int) -> bool:
+def _is_second_copy(spec: ParamSpec, stage: int) -> bool:
     return spec.module == "tied" and stage > 0
 
 
