@@ -31,7 +31,7 @@ BATCH, LENGTH = 16, 64
 LAYOUTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one process", {}),
     ("dp2", {"dp": 2}),
-    ("dp2, state shared out", {"dp": 2, "optimizer_parallel": True}),
+    ("dp2, state sharded", {"dp": 2, "optimizer_parallel": True}),
     ("dp2 ep2", {"dp": 2, "ep": 2}),
     ("mp2", {"mp": 2}),
     ("pp2", {"pp": 2}),

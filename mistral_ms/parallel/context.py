@@ -136,7 +136,7 @@ class ParallelContext:
             specs: of these weights, and of others.
 
         Raises:
-            ConfigError: an optimizer that cannot be shared out among so many.
+            ConfigError: an optimizer that cannot be divided among so many.
         """
         if self.world == 1:
             return None

@@ -34,7 +34,7 @@ def written(tmp_path_factory, values):
     root = tmp_path_factory.mktemp("layouts")
     for name, sizes in LAYOUTS.items():
         save(root / name, values, sizes)
-    save(root / "shared out", values, WIDE, zero1=True)
+    save(root / "zero1", values, WIDE, zero1=True)
     return root
 
 
@@ -43,7 +43,7 @@ def bits(array):
 
 
 @pytest.mark.parametrize("wanted", LAYOUTS)
-@pytest.mark.parametrize("stored", [*LAYOUTS, "shared out"])
+@pytest.mark.parametrize("stored", [*LAYOUTS, "zero1"])
 def test_every_rank_of_every_layout_reads_its_part(written, values, stored, wanted):
     topology = Topology(LAYOUTS[wanted])
     with (
@@ -62,7 +62,7 @@ def test_every_rank_of_every_layout_reads_its_part(written, values, stored, want
                     assert np.array_equal(bits(got), bits(values[state][tensor_slice])), state
 
 
-@pytest.mark.parametrize("stored", [*LAYOUTS, "shared out"])
+@pytest.mark.parametrize("stored", [*LAYOUTS, "zero1"])
 def test_whole_tensors_are_read_as_ever(written, values, stored):
     with (
         open_checkpoint(written / stored) as source,

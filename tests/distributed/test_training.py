@@ -21,7 +21,7 @@ a step of full size."""
 NORMS = 1e-4
 """Relative, of one weight's gradient; 8e-7 measured on two processes."""
 HALF = 5e-4
-"""For float16 where experts are shared out or stages differ: its rounding, 2^-11. See
+"""For float16 where experts are divided or stages differ: its rounding, 2^-11. See
 ``HALF_STEPS``: no token changes its expert."""
 each_case = pytest.mark.parametrize(("world", "name", "variant"), CASES)
 
@@ -135,7 +135,7 @@ def kept(path, variant):
 
 @pytest.mark.parametrize(
     ("world", "name", "variant"),
-    [(world, name, variant) for world, name, variant in CASES if "shared out" in name],
+    [(world, name, variant) for world, name, variant in CASES if "zero1" in name],
 )
 def test_optimizer_state_is_shared_out(report, world, name, variant):
     """Together the ranks keep what one keeps otherwise, experts apart, of which each has its own;
@@ -150,7 +150,7 @@ def test_optimizer_state_is_shared_out(report, world, name, variant):
 
 
 def test_something_was_dropped_clipped_and_learnt():
-    results = alone(2, "dp2 ep2 copies", "plain")[0]
+    results = alone(2, "dp2 ep2 interleaved", "plain")[0]
     assert sum(r.dropped_fraction for r in results) > 0
     assert max(r.grad_norm for r in results) > 0.5
     assert results[-1].lm_loss < results[0].lm_loss

@@ -45,13 +45,13 @@ LAYOUTS = {
     2: {
         "dp2": ParallelConfig(dp=2),
         "pp2": ParallelConfig(pp=2),
-        "dp2 ep2 shared out": ParallelConfig(dp=2, ep=2, optimizer_parallel=True, recompute="full"),
-        "dp2 ep2 copies": ParallelConfig(dp=2, ep=2, micro_batch_interleave_num=2),
+        "dp2 ep2 zero1": ParallelConfig(dp=2, ep=2, optimizer_parallel=True, recompute="full"),
+        "dp2 ep2 interleaved": ParallelConfig(dp=2, ep=2, micro_batch_interleave_num=2),
     },
     4: {
         "dp2 mp2 ep2": ParallelConfig(dp=2, mp=2, ep=2, group_wise_a2a=True, recompute="full"),
         "pp4, gpipe": ParallelConfig(pp=4, pipeline_scheduler="gpipe"),
-        "dp4 ep2 shared out": ParallelConfig(dp=4, ep=2, optimizer_parallel=True),
+        "dp4 ep2 zero1": ParallelConfig(dp=4, ep=2, optimizer_parallel=True),
     },
 }
 MIXED = ("pp4, gpipe",)
@@ -61,7 +61,7 @@ GATES = {
 }
 """Gates other than the usual one: noise and state are those of one process, too."""
 TIED = ("dp2 mp2 ep2", "pp4, gpipe")
-DEEP = ("dp2 ep2 shared out", "generating")
+DEEP = ("dp2 ep2 zero1", "generating")
 """Of several layers: what a recomputed block sends must not meet the gradients of the next one."""
 FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "kept_LE")
 VARIANTS = {
@@ -82,9 +82,9 @@ VARIANTS = {
 OTHERS = {
     "dp2": ("float16",),
     "pp2": ("float16",),
-    "dp2 ep2 shared out": ("muon on the host, two micro-batches, dropless", "float16"),
+    "dp2 ep2 zero1": ("muon on the host, two micro-batches, dropless", "float16"),
     "pp4, gpipe": ("host, four micro-batches, dropless",),
-    "dp4 ep2 shared out": ("experts choose",),
+    "dp4 ep2 zero1": ("experts choose",),
 }
 """Layouts that are not trained plainly. Every case compiles for seconds in each process, so each
 layout is trained once, and two that differ most in what they keep, in the ways of training that do.

@@ -70,7 +70,7 @@ def held(topology: Topology, rank: int, model: ModelConfig = MODEL) -> dict[str,
 
 
 def owner(spec: ParamSpec, topology: Topology, rank: int) -> bool:
-    """Whose optimizer state it is when that is shared out: some fixed rule of the test's own."""
+    """Whose optimizer state it is of ZeRO-1: some fixed rule of the test's own."""
     members = topology.group(gradient_group(spec), rank).ranks
     return members[sum(map(ord, spec.name)) % len(members)] == rank
 

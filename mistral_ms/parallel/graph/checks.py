@@ -127,7 +127,7 @@ def check_prediction(run: PredictConfig) -> None:
 def _crosses_experts(model: ModelConfig, parallel: ParallelConfig) -> bool:
     assert model.moe is not None
     replicas, experts = parallel.dp // parallel.ep, model.moe.num_local_experts // parallel.ep
-    divided = experts * model.hidden_size % replicas == 0  # else they are not shared out at all
+    divided = experts * model.hidden_size % replicas == 0  # else they are not divided at all
     return divided and bool(experts % replicas) and bool(replicas % experts)
 
 
