@@ -47,6 +47,40 @@ def validate(model: type[Model], values: Mapping[str, Any], where: str) -> Model
         ) from error
 
 
+_OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "steps": ("max_steps", "save_steps"),
+    "epochs": ("num_train_epochs",),
+    "micro_batches": ("gradient_accumulation_steps",),
+    "micro_batch_num": ("gradient_accumulation_steps",),
+    "batch_size": ("global_batch_size",),
+    "per_device_train_batch_size": ("global_batch_size",),
+    "clip_norm": ("max_grad_norm",),
+    "clip_grad": ("max_grad_norm",),
+    "aux_coef": ("router_aux_loss_coef",),
+    "z_coef": ("router_z_loss_coef",),
+    "schedule": ("lr_scheduler_type", "pipeline_scheduler"),
+    "rate": ("learning_rate", "lr_factor"),
+    "lr": ("learning_rate", "lr_factor"),
+    "beta1": ("adam_beta1",),
+    "beta2": ("adam_beta2",),
+    "eps": ("adam_epsilon",),
+    "every": ("save_steps",),
+    "keep": ("save_total_limit",),
+    "keep_last": ("save_total_limit",),
+    "interleave": ("micro_batch_interleave_num",),
+    "data_parallel": ("dp",),
+    "model_parallel": ("mp",),
+    "tensor_parallel": ("mp",),
+    "tensor_model_parallel_size": ("mp",),
+    "pipeline_stage": ("pp",),
+    "pipeline_model_parallel_size": ("pp",),
+    "expert_parallel": ("ep",),
+    "expert_model_parallel_size": ("ep",),
+    "capacity": ("capacity_factor",),
+}
+"""Keys of other programs, and what they are called here."""
+
+
 def _advice(model: type[Frozen], path: tuple[int | str, ...]) -> str:
     """The nearest known key, if there is one, and all keys of the group that ``path`` ends in."""
     group, name = model, str(path[-1])
@@ -56,7 +90,9 @@ def _advice(model: type[Frozen], path: tuple[int | str, ...]) -> str:
             group = next(_groups(field.annotation), group)
     known = f"known keys: {', '.join(sorted(group.model_fields))}"
     elsewhere = [key for key in _all_keys(model) if key.rpartition(".")[2] == name]
-    siblings = get_close_matches(name, group.model_fields, 1)
+    other = _OTHER_NAMES.get(name, ())
+    siblings = [key for key in other if key in group.model_fields]
+    siblings = siblings or get_close_matches(name, group.model_fields, 1)
     near = elsewhere or [".".join(map(str, (*path[:-1], key))) for key in siblings]
     return f"perhaps {' or '.join(near)}; {known}" if near else known
 

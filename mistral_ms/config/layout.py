@@ -88,6 +88,8 @@ class Rules:
             )
         if sizes.dp % sizes.ep:
             return f"ep ({sizes.ep}) must divide dp ({sizes.dp})"
+        if self.sharded_rows and sizes.mp == 1:
+            return "group_wise_a2a needs tensor-parallel ranks (mp > 1)"
         return None
 
     def _nodes(self, sizes: Sizes) -> str | None:

@@ -112,7 +112,8 @@ class RunConfig(Frozen):
                 f"routing.rescale_survivors ({self.routing.rescale_survivors}) must equal "
                 f"model.moe.norm_topk_prob ({moe.norm_topk_prob}) under routing.policy "
                 "experts_choose: the one divides a token's weights by their sum in training, the "
-                "other where tokens choose, as in generation"
+                "other where tokens choose, as in generation. Set "
+                f"routing.rescale_survivors={str(moe.norm_topk_prob).lower()}"
             )
         if (
             moe is not None

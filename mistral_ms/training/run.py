@@ -16,6 +16,7 @@ import yaml
 from mistral_ms.checkpoint import BackgroundWriter, CheckpointSeries, read_state
 from mistral_ms.config import PACKAGED_TOKENIZER, RunConfig
 from mistral_ms.errors import CheckpointError, TrainingError
+from mistral_ms.moe import make_gate, router_loss_terms
 from mistral_ms.optimizers import with_settings
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.memory import too_large
@@ -115,10 +116,10 @@ class TrainingRun:
     def _prepare(self, run: RunConfig, resume: bool) -> None:
         """Everything that comes before the first step."""
         say = self._say
+        _check_model(run)  # before texts are packed, which may take long
         self.data, tokenizer = open_data(
             run, self.files, self.parallel_context, say, resuming=resume
         )
-        check_objective(run.model, run.routing, run.parallel, run.training.router_aux_loss_coef)
         if run.routing.policy == "experts_choose" and run.model.sparse_layers:
             say(LOOKS_AHEAD)
         training = with_settings(run.training.with_max_steps(self.data.sequences))
@@ -298,6 +299,19 @@ class TrainingRun:
             f"the state before the step: {self.series.path(error.step - 1)} "
             f"(--resume {self.files.root} replays it)"
         )
+
+
+def _check_model(run: RunConfig) -> None:
+    """Raises what can be said of model and losses without data.
+
+    Raises:
+        ConfigError: losses that the layout cannot form or the gate does not have; a gate with
+            impossible settings.
+    """
+    check_objective(run.model, run.routing, run.parallel, run.training.router_aux_loss_coef)
+    router_loss_terms(run.model, tuple(run.training.router_losses))
+    if run.model.sparse_layers:
+        make_gate(run.model, run.routing)
 
 
 def _spelled_out(run: RunConfig) -> str:

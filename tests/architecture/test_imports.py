@@ -99,7 +99,11 @@ TABLE = {
         "typer rich mindspore numpy matplotlib",
     ),
 }
-IMPORTS_ITS_FILES = {"mistral_ms.optimizers"}
+IMPORTS_ITS_FILES = {
+    "mistral_ms.moe.gates",
+    "mistral_ms.optimizers",
+    "mistral_ms.parallel.dispatchers",
+}
 """Packages that import every file of their own, so that one more file is all that is added."""
 COMMON = {"errors", "cache", "reading", "recognition", "signals", "__version__"}
 """Every package may import them: what users meet, where compiled files are kept, how files of

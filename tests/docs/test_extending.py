@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from support.routing import softmax
 from support.updates import STEPS, Ours, start_values, training
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import mistral_ms
 from mistral_ms.checkpoint import convert, open_checkpoint
 from mistral_ms.checkpoint import converter as written
 from mistral_ms.checkpoint.load import load_weights
@@ -155,6 +159,32 @@ def test_an_objective(examples):
     # float32 on both sides, the gradients through all layers
     assert result.loss == pytest.approx(want.item(), rel=1e-5)
     assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_a_file_in_the_package_is_all(tmp_path):
+    """A gate and a route that lie where the page says are known by their names."""
+    package = Path(mistral_ms.__file__).parent
+    shutil.copytree(package, tmp_path / "mistral_ms", ignore=shutil.ignore_patterns("__pycache__"))
+    for title in ("A gate", "An all-to-all route"):
+        (section,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+        path, block = re.search(
+            r"^`([^`]*\.py)`:\n\n```python\n(.*?)^```$", section, re.M | re.S
+        ).groups()
+        (tmp_path / path).write_text(block)
+    code = (
+        "from mistral_ms.config import ParallelConfig, when_unknown\n"
+        "from mistral_ms.config.gates import gate_settings\n"
+        "from mistral_ms.shipped import import_shipped\n"
+        "when_unknown(import_shipped)\n"
+        "assert ParallelConfig(dp=2, ep=2, all_to_all='piecewise').rules().route is not None\n"
+        "assert gate_settings('pressed_top_k').rate == 0.01\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
 
 
 class Mirrored(Collectives):

@@ -69,6 +69,8 @@ def test_an_impossible_layout_names_rule_and_neighbours(sizes, world, devices, r
         ({"all_to_all": "group_wise"}, "group_wise_a2a: true"),
         ({"pipeline_scheduler": "dual"}, "pipeline_scheduler"),
         ({"micro_batches": 2}, "unknown key"),
+        ({"interleave": 2}, "unknown key: .*perhaps micro_batch_interleave_num"),
+        ({"dp": 2, "group_wise_a2a": True}, r"needs tensor-parallel ranks \(mp > 1\)"),
         (
             {"dp": 12, "ep": 6, "devices_per_node": 4, "all_to_all": "hierarchical"},
             r"ep \* mp \(6 \* 1 = 6\) to divide devices_per_node \(4\)",

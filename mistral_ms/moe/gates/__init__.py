@@ -1,6 +1,10 @@
-"""Gates: which experts a token visits. One file each; a gate registers itself when imported."""
+"""Gates: which experts a token visits. One file each; a gate registers itself when it is imported,
+and whatever lies in this package is imported.
+"""
 
-from mistral_ms.moe.gates import noisy_top_k, sigmoid_top_k, softmax_top_k  # noqa: F401
+import importlib
+import pkgutil
+
 from mistral_ms.moe.gates.base import (
     Gate,
     gate_class,
@@ -10,6 +14,9 @@ from mistral_ms.moe.gates.base import (
     settings_of,
     update_gates,
 )
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "Gate",

@@ -12,7 +12,12 @@ A dispatcher is put together from three independent choices:
 
 Each step is local computation or communication, never both: local preprocess -> communicate ->
 local postprocess.
+
+Whatever lies in this package is imported: a route registers itself.
 """
+
+import importlib
+import pkgutil
 
 from mistral_ms.parallel.dispatchers.capacity import CapacityDispatcher
 from mistral_ms.parallel.dispatchers.dropless import DroplessDispatcher
@@ -25,6 +30,9 @@ from mistral_ms.parallel.dispatchers.variable_routes import (
     HierarchicalVariableRoute,
     VariableRoute,
 )
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "CapacityDispatcher",
