@@ -25,7 +25,7 @@ def killed(tmp_path_factory):
     root = tmp_path_factory.mktemp("launch")
     (root / "text.txt").write_text(demo_text()[:3000])
     # one layer: what is tested is how it ends, and most of the time is compilation
-    model = {**RUN["model"], "num_hidden_layers": 1, "moe": {"num_local_experts": 8}}
+    model = {**RUN["model"], "num_hidden_layers": 1}
     training = {**RUN["training"], "max_steps": 100_000}
     run = {**RUN, "model": model, "training": training, "checkpoint": {"save_steps": 2}}
     (root / "run.yaml").write_text(yaml.safe_dump({**run, "output": str(root / "out")}))

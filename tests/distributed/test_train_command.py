@@ -24,7 +24,7 @@ RUN = dict(
         vocab_size=32000, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
         tie_word_embeddings=True,  # first and last stage then have a weight in common
-        moe=dict(num_local_experts=8, sparse_layers=[1]),
+        moe=dict(num_local_experts=8),
     ),
     data=dict(inputs=["text.txt"], tokenizer="packaged-v1"),
     routing=dict(policy="capacity", aux_loss="per_layer"),
