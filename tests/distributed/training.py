@@ -46,6 +46,7 @@ LAYOUTS = {
         "dp2": ParallelConfig(dp=2),
         "pp2": ParallelConfig(pp=2),
         "dp2 ep2 zero1": ParallelConfig(dp=2, ep=2, optimizer_parallel=True, recompute="full"),
+        "dp2 ep2 zero1, muon": ParallelConfig(dp=2, ep=2, optimizer_parallel=True),
         "dp2 ep2 interleaved": ParallelConfig(dp=2, ep=2, micro_batch_interleave_num=2),
     },
     4: {
@@ -82,7 +83,8 @@ VARIANTS = {
 OTHERS = {
     "dp2": ("float16",),
     "pp2": ("float16",),
-    "dp2 ep2 zero1": ("muon on the host, two micro-batches, dropless", "float16"),
+    "dp2 ep2 zero1": ("float16",),
+    "dp2 ep2 zero1, muon": ("muon on the host, two micro-batches, dropless",),
     "pp4, gpipe": ("host, four micro-batches, dropless",),
     "dp4 ep2 zero1": ("experts choose",),
 }
