@@ -22,7 +22,7 @@ POINTS = 6
 WAIT = 0.5
 
 
-def rank_process(series, begun, rank, kill_at, progress):
+def rank_process(series, begun, rank, kill_at, progress, wait):
     """One rank's part of the save of step 2, in a fork; returns its process."""
     child = os.fork()
     if child:
@@ -35,7 +35,7 @@ def rank_process(series, begun, rank, kill_at, progress):
         if rank == 0:
             series.save(
                 2,
-                lambda path: finish_parts(begun, stamp, MODEL, {}, wait_seconds=WAIT),
+                lambda path: finish_parts(begun, stamp, MODEL, {}, wait_seconds=wait),
             )
         progress.with_suffix(f".{rank}").write_text(str(count[0]))
         status = 0
@@ -47,10 +47,11 @@ def rank_process(series, begun, rank, kill_at, progress):
 
 def all_ranks(directory, progress, victim=None, kill_at=None):
     """Exit codes of all ranks; a negative one is a signal."""
+    wait = 60 if victim is None else WAIT  # a crowded machine is no fault
     series = CheckpointSeries(directory, save_total_limit=2)
     begun = begin_parts(series.path(2))
     children = [
-        rank_process(series, begun, rank, kill_at if rank == victim else None, progress)
+        rank_process(series, begun, rank, kill_at if rank == victim else None, progress, wait)
         for rank in range(SIZES.world)
     ]
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
