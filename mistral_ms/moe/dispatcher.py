@@ -38,7 +38,7 @@ DispatchPlan: TypeAlias = tuple[RowIdMap, Tensor, Tensor | None, tuple[Any, ...]
 * slots: where every choice of this process's own tokens goes;
 * weights_TK: float32, weight of each choice in its token's sum (carries the gradient);
 * group_sizes_L: int32, packed rows of each expert of this process; None where rows are padded;
-* journey: what else the dispatcher needs for the way there and back.
+* route_state: what else the dispatcher needs for the way there and back.
 """
 
 
