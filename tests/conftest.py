@@ -12,7 +12,10 @@ import gc
 import sys
 
 import pytest
+from support.allocator import use_jemalloc
 from support.slowest import Slowest
+
+use_jemalloc(os.environ)  # of the processes of pytest-xdist, and of all that they start
 
 TOGETHER = ("tests/distributed/", "tests/dryrun/")
 """Folders whose tests share jobs and processes: one after the other."""

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from support.allocator import usual_allocator
 
 from mistral_ms.checkpoint.config_file import encode_config
 from mistral_ms.checkpoint.keys import HF
@@ -57,7 +58,9 @@ print(json.dumps({"grown": peak - before, "seconds": seconds}))
 def run(jobs, modules=""):
     arguments = [json.dumps([[str(part) for part in job] for job in jobs]), modules]
     command = [sys.executable, "-c", SCRIPT, *arguments]
-    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return json.loads(
+        subprocess.run(command, env=usual_allocator(), check=True, capture_output=True).stdout
+    )
 
 
 def config(layers, experts, **changes):

@@ -237,8 +237,9 @@ def environment(runtime: Runtime, environ: Mapping[str, str]) -> dict[str, str]:
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-    if runtime.preload is not None:
-        own["LD_PRELOAD"] = str(runtime.preload)
+    if runtime.preload is not None:  # beside what the user's processes load, an allocator perhaps
+        preload = [str(runtime.preload), kept.get("LD_PRELOAD", "")]
+        own["LD_PRELOAD"] = os.pathsep.join(filter(None, preload))
     return {**kept, **own}
 
 
