@@ -80,6 +80,7 @@ def _run_config(
     """
     from mistral_ms.config import load_run_config
     from mistral_ms.errors import ConfigError
+    from mistral_ms.optimizers import settings_of
     from mistral_ms.training import RunFiles
 
     own = None if resume is None else RunFiles(resume).config
@@ -92,7 +93,9 @@ def _run_config(
         # the directory may have been moved since
         return own, load_run_config(own, overrides).model_copy(update={"output": None})
     try:
-        return config, load_run_config(config, overrides)
+        run = load_run_config(config, overrides)
+        settings_of(run.training.optimizer, f"{config}: training.optimizer")
+        return config, run
     except ConfigError as error:
         if own is None or not own.is_file():
             raise

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
+from mistral_ms.config.names import nearest, perhaps
 from mistral_ms.errors import ConfigError
 
 Model = TypeVar("Model", bound="Frozen")
@@ -17,6 +24,15 @@ class Frozen(BaseModel):
     """Immutable typed data; an unknown key is an error, never ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's ``true`` (and ``on``, ``yes``) would be taken for 1."""
+        field = cls.model_fields.get(str(info.field_name))
+        if isinstance(value, bool) and field is not None and not _takes_bool(field.annotation):
+            raise ValueError("true and false are no values of this key")
+        return value
 
 
 def validate(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
@@ -43,8 +59,21 @@ def validate(model: type[Model], values: Mapping[str, Any], where: str) -> Model
             where=f"{where}: {key}" if key else where,
             value=None if not key else repr(first.get("input")),
             rule="no key is ignored" if unknown else message,
-            todo=known,
+            todo=known or _near_value(first),
         ) from error
+
+
+def _takes_bool(annotation: Any) -> bool:
+    """Whether true and false are values of a type."""
+    inner = get_args(annotation)
+    return annotation in (bool, Any) or any(each is True or _takes_bool(each) for each in inner)
+
+
+def _near_value(error: Mapping[str, Any]) -> str | None:
+    """The nearest of the values that a key takes, where these are a few names."""
+    if error["type"] != "literal_error" or not isinstance(error.get("input"), str):
+        return None
+    return perhaps(error["input"], re.findall(r"'([^']+)'", error["ctx"]["expected"]))
 
 
 _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -92,7 +121,7 @@ def _advice(model: type[Frozen], path: tuple[int | str, ...]) -> str:
     elsewhere = [key for key in _all_keys(model) if key.rpartition(".")[2] == name]
     other = _OTHER_NAMES.get(name, ())
     siblings = [key for key in other if key in group.model_fields]
-    siblings = siblings or get_close_matches(name, group.model_fields, 1)
+    siblings = siblings or list(filter(None, [nearest(name, group.model_fields)]))
     near = elsewhere or [".".join(map(str, (*path[:-1], key))) for key in siblings]
     return f"perhaps {' or '.join(near)}; {known}" if near else known
 

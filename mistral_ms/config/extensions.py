@@ -7,7 +7,9 @@ installed packages declare theirs as entry points of the group ``mistral_ms.exte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 
 GROUP = "mistral_ms.extensions"
@@ -18,6 +20,17 @@ def when_unknown(importer: Callable[[], object]) -> None:
     """Has modules imported when a configuration gives a name that is not known."""
     if importer not in _IMPORTERS:
         _IMPORTERS.append(importer)
+
+
+def import_all(package: str, path: Iterable[str]) -> None:
+    """Imports whatever lies in a package: each of its modules registers what it has.
+
+    Args:
+        package: its ``__name__``.
+        path: its ``__path__``.
+    """
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")
 
 
 def import_extensions() -> None:

@@ -7,13 +7,13 @@ A gate declares its settings beside its mathematics, in ``mistral_ms.moe.gates``
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
 
 from mistral_ms.config.base import Frozen
 from mistral_ms.config.extensions import import_extensions
+from mistral_ms.config.names import perhaps
 
 
 class GateSettings(Frozen):
@@ -72,11 +72,9 @@ def gate_settings(value: Any) -> GateSettings:
     if name not in _SETTINGS:
         import_extensions()
     if name not in _SETTINGS:
-        near = get_close_matches(name, _SETTINGS, 1)
-        raise ValueError(
-            f"unknown gate {name!r}: {f'perhaps {near[0]}; ' if near else ''}"
-            f"known: {', '.join(sorted(_SETTINGS))}"
-        )
+        known = f"known: {', '.join(sorted(_SETTINGS))}"
+        advice = "; ".join(filter(None, [perhaps(name, _SETTINGS), known]))
+        raise ValueError(f"unknown gate {name!r}: {advice}")
     try:
         return _SETTINGS[name].model_validate(dict(values))
     except ValidationError as error:
@@ -84,9 +82,7 @@ def gate_settings(value: Any) -> GateSettings:
         key = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            known = sorted(_SETTINGS[name].model_fields)
-            near = get_close_matches(key, known, 1)
-            message = (
-                f"unknown key: {f'perhaps {near[0]}; ' if near else ''}known: {', '.join(known)}"
-            )
+            known = f"known: {', '.join(sorted(_SETTINGS[name].model_fields))}"
+            near = perhaps(key, _SETTINGS[name].model_fields)
+            message = f"unknown key: {'; '.join(filter(None, [near, known]))}"
         raise ValueError(f"{key}: {message}" if key else message) from None

@@ -6,10 +6,9 @@ The routes themselves stand in ``mistral_ms.parallel.dispatchers`` under the sam
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-
 from mistral_ms.config.extensions import import_extensions
 from mistral_ms.config.layout import LayoutRule, Sizes
+from mistral_ms.config.names import perhaps
 
 _RULES: dict[str, LayoutRule] = {}
 
@@ -56,13 +55,11 @@ def route_rule(name: str) -> LayoutRule:
     if name not in _RULES:
         import_extensions()
     if name not in _RULES:
-        nearest = get_close_matches(name, _RULES, 1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        advice = perhaps(name, _RULES)
         if name == "group_wise":
-            hint = (
-                "; each tensor-parallel rank carries a shard of every row by group_wise_a2a: true"
-            )
-        raise ValueError(f"all_to_all must be one of {', '.join(sorted(_RULES))}{hint}")
+            advice = "group_wise_a2a: true has each tensor-parallel rank carry a shard of every row"
+        rule = f"all_to_all must be one of {', '.join(sorted(_RULES))}"
+        raise ValueError("; ".join(filter(None, [rule, advice])))
     return _RULES[name]
 
 

@@ -50,6 +50,11 @@ class RoutingConfig(Frozen):
                 f"drop_priority ({self.drop_priority}) is an order among choices of tokens: under "
                 "policy experts_choose experts take tokens by their scores. Leave it out"
             )
+        if self.policy == "dropless" and self.rescale_survivors:
+            raise ValueError(
+                "rescale_survivors divides by the weights of the choices that were not dropped: "
+                "under policy dropless none is. Leave it out"
+            )
         return self
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
@@ -12,7 +12,7 @@ from mistral_ms.config.model import DType
 
 
 class OptimizerConfig(Frozen):
-    """An optimizer and its settings.
+    """An optimizer and its settings. A bare name stands for one whose settings have their defaults.
 
     Each optimizer has settings of its own beside these (its file in ``mistral_ms/optimizers`` says
     which); they are kept here as they are, and checked before a training is built
@@ -30,6 +30,11 @@ class OptimizerConfig(Frozen):
     name: str = Field(default="adamw", min_length=1)
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, values: Any) -> Any:
+        return {"name": values} if isinstance(values, str) else values
 
 
 class ParamGroupConfig(Frozen):

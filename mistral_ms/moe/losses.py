@@ -7,12 +7,12 @@ so that each loss can be formed exactly wherever all its parts have come togethe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import TypeAlias, TypeVar
 
 import mindspore as ms
 from mindspore import Tensor, ops
 
+from mistral_ms.config.names import perhaps
 from mistral_ms.errors import ConfigError
 from mistral_ms.moe.routing import Routing
 from mistral_ms.ops import reference
@@ -79,13 +79,12 @@ def loss_terms(names: Sequence[str], own: Mapping[str, LossTerm]) -> tuple[LossT
     known = {**_LOSSES, **own}
     for name in names:
         if name not in known:
-            near = get_close_matches(name, known, 1)
             raise ConfigError(
                 "unknown router loss",
                 where="training.router_losses",
                 value=name,
                 rule=f"with this model's gate there are: {', '.join(sorted(known))}",
-                todo=f"perhaps {near[0]}" if near else None,
+                todo=perhaps(name, known),
             )
     return tuple(known[name] for name in names)
 

@@ -6,9 +6,7 @@ Adding an optimizer takes one file here: its settings (a subclass of
 :func:`~mistral_ms.optimizers.registry.register`. Whatever lies in this package is imported.
 """
 
-import importlib
-import pkgutil
-
+from mistral_ms.config.extensions import import_all
 from mistral_ms.optimizers.adamw import AdamWConfig
 from mistral_ms.optimizers.layouts import check_layout
 from mistral_ms.optimizers.muon import MuonConfig
@@ -18,8 +16,7 @@ from mistral_ms.optimizers.rule import Rule
 from mistral_ms.optimizers.sgd import SGDConfig
 from mistral_ms.optimizers.weight_update import StoredMatrices, WeightUpdate
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import_all(__name__, __path__)
 
 __all__ = [
     "AdamWConfig",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from mistral_ms.config import OptimizerConfig, TrainingConfig
 from mistral_ms.config.base import validate
+from mistral_ms.config.names import perhaps
 from mistral_ms.errors import ConfigError
 from mistral_ms.optimizers.rule import Rule
 from mistral_ms.weights import ParamSpec
@@ -56,32 +56,38 @@ def register(name: str, settings: type[OptimizerConfig], rule: type[Rule] | Rule
         _OPTIMIZERS[name] = Optimizer(settings, rule)
 
 
-def find(name: str) -> Optimizer:
+def find(name: str, where: str = "training.optimizer") -> Optimizer:
     """The optimizer of a name.
+
+    Args:
+        name: of the optimizer.
+        where: which setting gave it, for the message.
 
     Raises:
         ConfigError: there is none; names the nearest.
     """
     if name not in _OPTIMIZERS:
-        near = difflib.get_close_matches(name, _OPTIMIZERS, 1)
         raise ConfigError(
             "unknown optimizer",
-            where="training.optimizer.name",
+            where=f"{where}.name",
             value=name,
             rule=f"known: {', '.join(sorted(_OPTIMIZERS))}",
-            todo=f"did you mean {near[0]}?" if near else None,
+            todo=perhaps(name, _OPTIMIZERS),
         )
     return _OPTIMIZERS[name]
 
 
-def settings_of(config: OptimizerConfig) -> OptimizerConfig:
+def settings_of(config: OptimizerConfig, where: str = "training.optimizer") -> OptimizerConfig:
     """The settings of the optimizer that a configuration names, every one spelled out.
+
+    Args:
+        config: as it was read.
+        where: which setting that is, for the message.
 
     Raises:
         ConfigError: an unknown optimizer; a key that it does not have; a value out of its range.
     """
-    kind = find(config.name).settings
-    return validate(kind, config.model_dump(), "training.optimizer")
+    return validate(find(config.name, where).settings, config.model_dump(), where)
 
 
 def with_settings(config: TrainingConfig) -> TrainingConfig:

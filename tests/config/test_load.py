@@ -62,6 +62,17 @@ class TestLoad:
         with pytest.raises(ConfigError, match=advice):
             load_model_config(file, [override])
 
+    def test_the_nearest_known_value_is_named(self, file):
+        with pytest.raises(ConfigError, match=r"torch_dtype: 'flaot16': .*: perhaps float16$"):
+            load_model_config(file, ["torch_dtype=flaot16"])
+
+    @pytest.mark.parametrize("override", ["hidden_size=true", "rms_norm_eps=yes", "moe=on"])
+    def test_truth_values_are_no_numbers(self, file, override):
+        """YAML 1.1 has six words for them, and Python takes them for 1 and 0."""
+        key = override.partition("=")[0]
+        with pytest.raises(ConfigError, match=rf"{key}: True: true and false are no values of"):
+            load_model_config(file, [override])
+
 
 class TestReadYaml:
     def test_no_such_file(self, tmp_path):

@@ -156,6 +156,7 @@ def wait_for_steps(process, path, steps):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["training.optimizer.betas=3"], "unknown key: run.yaml: training.optimizer: betas: 3"),
         (["training.stepz=3"], "unknown key: run.yaml: training.stepz: 3: no key is ignored"),
         (
             ["training.num_train_epochs=3", "training.max_steps=3"],

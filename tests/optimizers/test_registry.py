@@ -27,7 +27,10 @@ def test_every_setting_is_spelled_out_and_survives_a_file():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "adamv"}, r"unknown optimizer: training\.optimizer\.name: adamv: .*mean adamw"),
+        (
+            {"name": "adamv"},
+            r"training\.optimizer\.name: adamv: .*perhaps adamw",
+        ),
         ({"name": "adamw", "momentum": 0.9}, r"unknown key: training\.optimizer: momentum"),
         (
             {"name": "sgd", "adam_beta1": 0.9},

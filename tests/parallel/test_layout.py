@@ -65,7 +65,7 @@ def test_an_impossible_layout_names_rule_and_neighbours(sizes, world, devices, r
         ({"dp": 4, "ep": 3}, r"file: .*ep \(3\) must divide dp \(4\).*nearest legal layouts: dp=4"),
         ({"dp": 0}, "dp"),
         ({"micro_batch_interleave_num": 3}, "micro_batch_interleave_num"),
-        ({"all_to_all": "hierarchic"}, "flat, hierarchical; did you mean hierarchical"),
+        ({"all_to_all": "hierarchic"}, "flat, hierarchical; perhaps hierarchical"),
         ({"all_to_all": "group_wise"}, "group_wise_a2a: true"),
         ({"pipeline_scheduler": "dual"}, "pipeline_scheduler"),
         ({"micro_batches": 2}, "unknown key"),

@@ -2,9 +2,7 @@
 and whatever lies in this package is imported.
 """
 
-import importlib
-import pkgutil
-
+from mistral_ms.config.extensions import import_all
 from mistral_ms.moe.gates.base import (
     Gate,
     gate_class,
@@ -15,8 +13,7 @@ from mistral_ms.moe.gates.base import (
     update_gates,
 )
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import_all(__name__, __path__)
 
 __all__ = [
     "Gate",

@@ -16,9 +16,7 @@ local postprocess.
 Whatever lies in this package is imported: a route registers itself.
 """
 
-import importlib
-import pkgutil
-
+from mistral_ms.config.extensions import import_all
 from mistral_ms.parallel.dispatchers.capacity import CapacityDispatcher
 from mistral_ms.parallel.dispatchers.dropless import DroplessDispatcher
 from mistral_ms.parallel.dispatchers.make import make_dispatcher
@@ -31,8 +29,7 @@ from mistral_ms.parallel.dispatchers.variable_routes import (
     VariableRoute,
 )
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import_all(__name__, __path__)
 
 __all__ = [
     "CapacityDispatcher",
