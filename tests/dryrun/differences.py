@@ -115,6 +115,11 @@ class Expected:
             found["lm_head.weight"] = self._vocabulary(rounded=True)
         return found
 
+    @property
+    def has_copy(self) -> bool:
+        """Whether this stage holds a tied embedding on the explicit path alone."""
+        return self.tied and self.stage > 0 and self.last
+
     def _vocabulary(self, rounded: bool) -> Weight:
         rows = V // self.config.mp
         return Weight((rows, H), GroupKind.DATA, (V, H), True, rounded)
@@ -125,6 +130,8 @@ class Expected:
         found.append(self.shares() if self.config.optimizer_parallel else self.gradients())
         if self.config.pp > 1 and self.last and self.config.recompute == "full":
             found.append(self.last_stage())
+        if self.has_copy or (self.tied and self.stage == 0 and not self.last):
+            found.append(self.tied_ends())
         if self.config.mp > 1:
             found += [self.sequence(), self.vocabulary()]
             if self.config.pp > 1:
@@ -135,7 +142,7 @@ class Expected:
 
     def norm(self) -> Difference:
         """Of the gradients."""
-        rows = (len(self.weights) + 1) * FLOAT
+        rows = (len(self.weights) + self.has_copy + 1) * FLOAT
         explicit = Counter({self.said("AllReduce", UPDATE, GroupKind.STAGE, rows): 1})
         if self.config.pp > 1:
             explicit[self.said("AllReduce", UPDATE, GroupKind.PIPELINE, 2 * FLOAT)] += 1
@@ -178,6 +185,8 @@ class Expected:
             size = math.prod(weight.whole_in_graph or weight.shape) * FLOAT
             if len(self.ranks(kind)) > 1:
                 graph[self.said("AllReduce", BACKWARD, kind, size)] += 1
+        if self.has_copy:
+            sums[GroupKind.DATA] += V * H * FLOAT
         explicit = Counter({
             self.said("AllReduce", BACKWARD, kind, size): 1
             for kind, size in sums.items()
@@ -241,6 +250,20 @@ class Expected:
             "With full recompute the graph computes every stage's blocks again; on the explicit "
             "path the last stage goes forward and backward at once and needs not.",
             graph,
+        )
+
+    def tied_ends(self) -> Difference:
+        """Of a pipeline whose embedding is the head, too."""
+        size, kind = V * H * FLOAT, GroupKind.EMBEDDING
+        there, back = ("Send", "Receive") if self.stage == 0 else ("Receive", "Send")
+        return Difference(
+            "In the graph the first stage alone has a tied embedding: it sends the last stage the "
+            "weight once a step and gets its gradient; on the explicit path both have it and add "
+            "their gradients up.",
+            Counter(
+                {self.said(there, FORWARD, kind, size): 1, self.said(back, BACKWARD, kind, size): 1}
+            ),
+            Counter({self.said("AllReduce", BACKWARD, kind, size): 1}),
         )
 
     def _exchanged(self) -> int:

@@ -23,8 +23,8 @@ TENSOR = {"dp": 4, "mp": 2, "ep": 2}
 STAGES = {"dp": 2, "mp": 2, "pp": 2, "ep": 2, "group_wise_a2a": True, "recompute": "full"}
 DROPLESS = {"dp": 8, "mp": 2, "pp": 2, "ep": 8, "recompute": "full"}
 CASES = {
-    "pipeline, first stage": (PIPELINE, 1, 2),
-    "pipeline, last stage": (PIPELINE, 6, 2),
+    "pipeline, first stage, tied": (PIPELINE, 1, 2),
+    "pipeline, last stage, tied": (PIPELINE, 6, 2),
     "hierarchical, two nodes of two": (HOPS, 1, 1),
     "tensor parallel": (TENSOR, 3, 2),
     "tensor parallel stages, group-wise": (STAGES, 2, 2),
@@ -34,6 +34,8 @@ CASES = {
     "dropless, tensor parallel stages of 32": (DROPLESS, 11, 2),
 }
 CHANGES = {
+    "pipeline, first stage, tied": {"tied": True},
+    "pipeline, last stage, tied": {"tied": True},
     "interleaved, pooled aux, tied": {"aux_loss": "pooled", "tied": True},
     "dropless, tensor parallel stages of 32": {"policy": "dropless"},
 }
@@ -124,8 +126,8 @@ def test_exchanges_per_layer_and_micro_batch(both, case):
     this = expected(case)
     groups = {
         "hierarchical, two nodes of two": [(0, 1), (1, 3)],
-        "pipeline, first stage": [(0, 1, 2, 3)],
-        "pipeline, last stage": [(4, 5, 6, 7)],
+        "pipeline, first stage, tied": [(0, 1, 2, 3)],
+        "pipeline, last stage, tied": [(4, 5, 6, 7)],
         "tensor parallel stages, group-wise": [(0, 2)],
         "tensor parallel stages, last stage": [(4, 6)],
         "interleaved, pooled aux, tied": [(0, 1)],
@@ -163,7 +165,7 @@ def test_a_gather_and_a_scatter_send_what_a_reduction_sends(both):
 
 
 FIRST, LAST, TWO_HOPS = (
-    "pipeline, first stage", "pipeline, last stage", "hierarchical, two nodes of two",
+    "pipeline, first stage, tied", "pipeline, last stage, tied", "hierarchical, two nodes of two",
 )  # fmt: skip
 MUTATIONS = {
     "an exchange less": (FIRST, " = AlltoAll(", " = Identity("),

@@ -33,7 +33,6 @@ def run(**changes):
 
 REFUSED = {
     "couples the layers of all pipeline stages": {"routing": {"aux_loss": "pooled"}},
-    "embedding and head are one weight": {"model": {"tie_word_embeddings": True}},
     "a pipeline of 4 stages needs": {"training": {"gradient_accumulation_steps": 2}},
     "pipeline is 1f1b": {"parallel": {"pipeline_scheduler": "gpipe"}},
     "norms and residuals divide them": {

@@ -81,6 +81,13 @@ def test_rows_of_experts_are_shared_out_by_hand():
     assert storage.local_slice("embed_tokens.weight") == (slice(44, 48), slice(0, H))
 
 
+def test_a_tied_embedding_is_the_first_stages():
+    model = MODEL.model_copy(update={"tie_word_embeddings": True})
+    stages = [GraphStorage(model, ParallelConfig(pp=4), rank).specs for rank in range(4)]
+    assert ["embed_tokens.weight" in held for held in stages] == [True, False, False, False]
+    assert sum(map(len, stages)) == len(our_shapes(model))
+
+
 def test_shares_of_several_axes_by_hand():
     """dp=8, mp=2, ep=8, pp=2: rank 27 is number 11 of the last stage, (0, 5, 1)."""
     storage = storages(LAYOUTS[6])[27]

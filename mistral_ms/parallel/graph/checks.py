@@ -149,13 +149,6 @@ def _of_all_graphs(model: ModelConfig, parallel: ParallelConfig) -> tuple[Rule, 
             None,
         ),
         (
-            model.tie_word_embeddings and parallel.pp > 1,
-            "model.tie_word_embeddings",
-            True,
-            "embedding and head are one weight and would lie on two stages",
-            "use parallel.pp=1",
-        ),
-        (
             bool(model.hidden_size % parallel.mp),
             "model.hidden_size",
             model.hidden_size,

@@ -44,7 +44,10 @@ class GraphStorage(Storage):
         self.zero1 = parallel.optimizer_parallel
         stage, self.number = divmod(rank, self.sharding.ranks)
         self.stage = stages_of(model, parallel.pp)[stage]
-        super().__init__(by_name(held_specs(self.stage, specs(model))))
+        held = by_name(held_specs(self.stage, specs(model)))
+        if not self.stage.embedding:  # a tied embedding comes here in each step, and goes
+            held = {name: spec for name, spec in held.items() if spec.module != "tied"}
+        super().__init__(held)
         self.holds_everything = parallel.world == 1
         self.forms = {name: graph_form(spec) for name, spec in self.specs.items()}
         self.layouts: dict[str, str | Axes] = {n: f.layout for n, f in self.forms.items()}
