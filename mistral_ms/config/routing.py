@@ -26,7 +26,8 @@ class RoutingConfig(Frozen):
             first, with all their choices; ``choice_major``: all first choices before any second
             choice (GShard, algorithm 1). Where experts choose there is no such order.
         rescale_survivors: divide the weights of the experts that compute a token by their sum.
-            Off: a dropped choice contributes nothing and the residual carries the token.
+            Under ``dropless`` those are all that it chose. Off: a dropped choice contributes
+            nothing and the residual carries the token.
         router_dtype: dtype of the gate's matrix product; the softmax is always float32.
         aux_loss: ``pooled`` averages over all layers' tokens before multiplying (HF);
             ``per_layer`` multiplies per layer and averages the products.
@@ -49,11 +50,6 @@ class RoutingConfig(Frozen):
             raise ValueError(
                 f"drop_priority ({self.drop_priority}) is an order among choices of tokens: under "
                 "policy experts_choose experts take tokens by their scores. Leave it out"
-            )
-        if self.policy == "dropless" and self.rescale_survivors:
-            raise ValueError(
-                "rescale_survivors divides by the weights of the choices that were not dropped: "
-                "under policy dropless none is. Leave it out"
             )
         return self
 

@@ -21,12 +21,6 @@ def test_experts_that_choose_know_no_order_of_choices():
         validate(RoutingConfig, values, "run.yaml")
 
 
-def test_nothing_survives_where_nothing_is_dropped():
-    values = {"policy": "dropless", "rescale_survivors": True}
-    with pytest.raises(ConfigError, match="under policy dropless none is"):
-        validate(RoutingConfig, values, "run.yaml")
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -72,7 +72,8 @@ def test_align_with_matrices_divided(model, tmp_path):
 
 
 def test_the_first_rank_tells_of_a_defect_in_the_second_stage(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("MS_NODE_TIMEOUT", "15")  # the scheduler waits so long for a rank that failed
+    # so long msrun's scheduler waits for the rank that is ended when the other one has failed
+    monkeypatch.setenv("MS_NODE_TIMEOUT", "15")
     path, pair = model
     with torch.no_grad():
         saved = pair.hf.model.layers[1].post_attention_layernorm.weight.clone()

@@ -35,6 +35,7 @@ def start(root, *flags, overrides=(), stand_in=False, **variables):
         "PATH": os.pathsep.join(map(str, folders)),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
         "OMP_NUM_THREADS": "1",
+        "MS_NODE_TIMEOUT": "60",  # so long msrun's scheduler waits for a rank that was ended
         MARK: str(root),
         "FAULT_TIME": str(root / "fault"),
         **variables,
