@@ -130,3 +130,43 @@ MISTRAL_DUMP: KeyTable = {
     "layers.{layer}.moe.experts.w2": Stored(f"{_DUMP_MOE}.w2", "transposed", flat=True),
     "layers.{layer}.moe.experts.w3": Stored(f"{_DUMP_MOE}.w3", flat=True),
 }
+
+# MindFormers 1.x: LlamaForCausalLM, with MoEV2 for Mixtral. Rotary rows are as in HF, w1 is the
+# gate projection. Source of the names: the parameters of its classes in models/llama and
+# modules/transformer/moe.py, the same in 1.7, 1.9 and 2.1.
+_MINDFORMERS_COMMON: KeyTable = {
+    "embed_tokens.weight": Stored("model.tok_embeddings.embedding_weight"),
+    "layers.{layer}.input_layernorm.weight": Stored("model.layers.{layer}.attention_norm.weight"),
+    "layers.{layer}.attention.q_proj.weight": Stored("model.layers.{layer}.attention.wq.weight"),
+    "layers.{layer}.attention.k_proj.weight": Stored("model.layers.{layer}.attention.wk.weight"),
+    "layers.{layer}.attention.v_proj.weight": Stored("model.layers.{layer}.attention.wv.weight"),
+    "layers.{layer}.attention.o_proj.weight": Stored("model.layers.{layer}.attention.wo.weight"),
+    "layers.{layer}.post_attention_layernorm.weight": Stored(
+        "model.layers.{layer}.ffn_norm.weight"
+    ),
+    "layers.{layer}.feed_forward.w1.weight": Stored("model.layers.{layer}.feed_forward.w1.weight"),
+    "layers.{layer}.feed_forward.w2.weight": Stored("model.layers.{layer}.feed_forward.w2.weight"),
+    "layers.{layer}.feed_forward.w3.weight": Stored("model.layers.{layer}.feed_forward.w3.weight"),
+    "layers.{layer}.moe.router.weight": Stored(
+        "model.layers.{layer}.feed_forward.router.dense.weight"
+    ),
+    "norm.weight": Stored("model.norm_out.weight"),
+    "lm_head.weight": Stored("lm_head.weight"),
+}
+
+# Training and inference without a cache (MoEV2): the experts as ours.
+_MINDFORMERS_EXPERTS = "model.layers.{layer}.feed_forward.ffn"
+MINDFORMERS: KeyTable = {
+    **_MINDFORMERS_COMMON,
+    "layers.{layer}.moe.experts.w1": Stored(f"{_MINDFORMERS_EXPERTS}.w1.weight"),
+    "layers.{layer}.moe.experts.w2": Stored(f"{_MINDFORMERS_EXPERTS}.w2.weight"),
+    "layers.{layer}.moe.experts.w3": Stored(f"{_MINDFORMERS_EXPERTS}.w3.weight"),
+}
+
+# Inference with a cache (MoEInfer, grouped matrix products): each expert's matrix transposed.
+MINDFORMERS_GMM: KeyTable = {
+    **_MINDFORMERS_COMMON,
+    "layers.{layer}.moe.experts.w1": Stored(f"{_MINDFORMERS_EXPERTS}.w1.weight", "transposed"),
+    "layers.{layer}.moe.experts.w2": Stored(f"{_MINDFORMERS_EXPERTS}.w2.weight", "transposed"),
+    "layers.{layer}.moe.experts.w3": Stored(f"{_MINDFORMERS_EXPERTS}.w3.weight", "transposed"),
+}

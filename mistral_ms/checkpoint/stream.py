@@ -107,6 +107,8 @@ def _transposed(
 ) -> Iterator[np.ndarray]:
     """Turns a matrix over, some target rows at a time, tile by tile for the cache's sake."""
     rows, columns = piece.block.shape
+    if piece.target_layout == "transposed":
+        rows, columns = columns, rows
     begin, end = piece.source_start, piece.source_start + piece.block.size
     source = store.flat(piece.source, begin, end).reshape(columns, rows)
     step = max(1, _STRIP_BYTES // (columns * dtype.itemsize))
@@ -126,7 +128,7 @@ def _rearranged(store: Store, piece: Piece, workspace: Workspace) -> Iterator[np
     dtype = WEIGHT_DTYPES[store.tensors[piece.source].dtype]
     if piece.source_layout == piece.target_layout:
         return _in_steps(store, piece, 1, dtype, workspace)
-    if (piece.source_layout, piece.target_layout) == ("transposed", "plain"):
+    if "transposed" in (piece.source_layout, piece.target_layout):
         return _transposed(store, piece, dtype, workspace)
     return _reordered(store, piece, dtype, workspace)
 

@@ -4,12 +4,26 @@ import pytest
 from support.configs import model
 
 from mistral_ms.checkpoint import our_shapes
-from mistral_ms.checkpoint.keys import HF, HF_FUSED, MISTRAL, MISTRAL_DUMP
+from mistral_ms.checkpoint.keys import (
+    HF,
+    HF_FUSED,
+    MINDFORMERS,
+    MINDFORMERS_GMM,
+    MISTRAL,
+    MISTRAL_DUMP,
+)
 from mistral_ms.checkpoint.layout import format_layout
 from mistral_ms.config import ModelConfig, MoEArchitecture, from_hf
 from mistral_ms.weights import specs
 
-TABLES = {"hf": HF, "fused": HF_FUSED, "mistral": MISTRAL, "dump": MISTRAL_DUMP}
+TABLES = {
+    "hf": HF,
+    "fused": HF_FUSED,
+    "mistral": MISTRAL,
+    "dump": MISTRAL_DUMP,
+    "mindformers": MINDFORMERS,
+    "gmm": MINDFORMERS_GMM,
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
