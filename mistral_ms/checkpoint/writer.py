@@ -1,4 +1,4 @@
-"""Writes tensors into the safetensors shards of a target directory, with their index."""
+"""Writes tensors into the files of a target directory: safetensors with their index, or .ckpt."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mistral_ms.checkpoint.ckpt_file import encode_record_head, slice_sizes
 from mistral_ms.checkpoint.dtypes import WEIGHT_DTYPES, itemsize
 from mistral_ms.checkpoint.file_set import FileSet
 from mistral_ms.checkpoint.safetensors_file import encode_header
@@ -93,6 +94,7 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     single: str | None = None,
+    index: str | None = None,
     workers: int = MAX_WORKERS,
     progress: Progress | None = None,
 ) -> None:
@@ -105,6 +107,7 @@ def write_tensors(
         metadata: free strings for the headers.
         max_shard_bytes: how large a shard may grow (its header apart).
         single: name to use, and no index, when one shard is enough.
+        index: name of the index, if another one.
         workers: shards written at a time; 1 when the chunks are not safe to make in parallel.
         progress: called with the bytes written and their total, never twice at once.
 
@@ -135,8 +138,8 @@ def write_tensors(
             raise
     if names != [single]:
         weight_map = {e.name: name for name, s in zip(names, shards, strict=True) for e in s}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        target.write_json(f"{stem}.safetensors.index.json", index)
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        target.write_json(index or f"{stem}.safetensors.index.json", content)
 
 
 def write_shard(
@@ -154,17 +157,56 @@ def write_shard(
         header = [(entry.name, entry.dtype, entry.shape) for entry in ordered]
         file.write(encode_header(header, metadata))
         for entry in ordered:
-            expected = file.size + entry.nbytes
-            for chunk in entry.chunks(workspace):
-                if chunk.dtype != WEIGHT_DTYPES[entry.dtype]:
-                    raise TypeError(f"{entry.name}: {chunk.dtype} chunk of a {entry.dtype} tensor")
-                if meter is not None:
-                    meter.add(chunk.nbytes)
+            for chunk in _checked(entry, workspace, meter):
                 file.write(chunk)
-            if file.size != expected:
-                raise CheckpointError(
-                    "wrong size",
-                    where=entry.name,
-                    value=f"{file.size - expected + entry.nbytes} bytes",
-                    rule=f"{list(entry.shape)} of {entry.dtype} needs {entry.nbytes}",
-                )
+
+
+def _checked(entry: Entry, workspace: Workspace, meter: _Meter | None) -> Iterator[np.ndarray]:
+    """The chunks of a tensor, each counted; together they are as long as the tensor."""
+    size = 0
+    for chunk in entry.chunks(workspace):
+        if chunk.dtype != WEIGHT_DTYPES[entry.dtype]:
+            raise TypeError(f"{entry.name}: {chunk.dtype} chunk of a {entry.dtype} tensor")
+        if meter is not None:
+            meter.add(chunk.nbytes)
+        size += chunk.nbytes
+        yield chunk
+    if size != entry.nbytes:
+        raise CheckpointError(
+            "wrong size",
+            where=entry.name,
+            value=f"{size} bytes",
+            rule=f"{list(entry.shape)} of {entry.dtype} needs {entry.nbytes}",
+        )
+
+
+def write_ckpt(
+    target: FileSet, name: str, entries: Sequence[Entry], progress: Progress | None = None
+) -> None:
+    """Writes tensors into one ``.ckpt`` file of MindSpore, in their order.
+
+    Args:
+        target: the directory in the making.
+        name: of the file.
+        entries: the tensors.
+        progress: called with the bytes written and their total.
+
+    Raises:
+        CheckpointError: whatever reading or writing raises.
+    """
+    total = sum(entry.nbytes for entry in entries)
+    target.require_space(total)
+    meter, workspace = _Meter(total, progress), Workspace()
+    with target.file(name) as file:
+        for entry in entries:
+            sizes = slice_sizes(entry.nbytes)
+            left = 0  # of the slice that is being written
+            for chunk in _checked(entry, workspace, meter):
+                data = chunk.view(np.uint8)
+                while data.size:
+                    if left == 0:
+                        left = sizes.pop(0)
+                        file.write(encode_record_head(entry.name, entry.dtype, entry.shape, left))
+                    part = data[:left]
+                    file.write(part)
+                    data, left = data[part.size :], left - part.size
