@@ -17,6 +17,11 @@ from mistral_ms.config.generation_file import (
 )
 from mistral_ms.config.hugging_face import from_hf, to_hf, to_native
 from mistral_ms.config.load import apply_overrides, load_model_config, read_yaml
+from mistral_ms.config.mindformers_yaml import (
+    from_mindformers,
+    read_mindformers,
+    to_mindformers,
+)
 from mistral_ms.config.mistral_params import from_mistral, to_mistral
 from mistral_ms.config.model import DType, LayerKinds, ModelConfig, MoEArchitecture
 from mistral_ms.config.parallel import ParallelConfig, Recompute, layout_from_flags
@@ -37,6 +42,7 @@ from mistral_ms.config.training import (
     ParamGroupConfig,
     TrainingConfig,
 )
+from mistral_ms.config.yaml_text import encode_yaml
 
 __all__ = [
     "DROPLESS",
@@ -69,9 +75,11 @@ __all__ = [
     "TrainingConfig",
     "any_layout",
     "apply_overrides",
+    "encode_yaml",
     "even_hops",
     "expert_capacity",
     "from_hf",
+    "from_mindformers",
     "from_mistral",
     "layout_from_flags",
     "load_any_config",
@@ -79,10 +87,12 @@ __all__ = [
     "load_run_config",
     "read_end_tokens",
     "read_generation_file",
+    "read_mindformers",
     "read_yaml",
     "register_gate_settings",
     "register_route_name",
     "to_hf",
+    "to_mindformers",
     "to_mistral",
     "to_native",
     "when_unknown",

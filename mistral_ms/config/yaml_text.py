@@ -7,7 +7,7 @@ fail in ways of their own on values like ``!!int ""``.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import yaml
@@ -73,6 +73,12 @@ def parse_yaml(text: str) -> Any:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def encode_yaml(values: Mapping[str, Any]) -> bytes:
+    """A mapping as a file: keys in their order, one line each."""
+    text: str = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    return text.encode("utf-8")
 
 
 def _size(node: yaml.Node, depth: int, sizes: dict[int, int], above: set[int]) -> int:

@@ -1,0 +1,278 @@
+"""The model in a yaml file of MindFormers 1.x: read and written at the edge by tables.
+
+Sources of the keys: the constructors of ``LlamaConfig``, ``MoEConfig`` and ``PretrainedConfig`` of
+MindFormers 1.9, and the files of its ``research/mixtral``. The settings of a run, which fill most
+of such a file, have no meaning here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mistral_ms.config.base import validate
+from mistral_ms.config.load import read_yaml
+from mistral_ms.config.model import ModelConfig
+from mistral_ms.config.tables import mapping, pick, refuse_unknown, take_neutral
+from mistral_ms.errors import ConfigError
+from mistral_ms.reading import is_file
+
+# theirs -> ours, and what their classes assume where a file is silent
+MINDFORMERS_KEYS: dict[str, tuple[str, Any]] = {
+    "hidden_size": ("hidden_size", ...),
+    "intermediate_size": ("intermediate_size", ...),
+    "num_layers": ("num_hidden_layers", ...),
+    "num_heads": ("num_attention_heads", ...),
+    "n_kv_heads": ("num_key_value_heads", None),
+    "vocab_size": ("vocab_size", ...),
+    "max_position_embedding": ("max_position_embeddings", None),
+    "rms_norm_eps": ("rms_norm_eps", 1e-5),
+    "theta": ("rope_theta", 10000.0),
+    "tie_word_embeddings": ("tie_word_embeddings", False),
+    "bos_token_id": ("bos_token_id", 1),
+    "eos_token_id": ("eos_token_id", 2),
+    "pad_token_id": ("pad_token_id", 0),
+}
+MINDFORMERS_MOE_KEYS: dict[str, tuple[str, Any]] = {
+    "expert_num": ("num_local_experts", ...),
+    "num_experts_chosen": ("num_experts_per_tok", 1),
+    "norm_topk_prob": ("norm_topk_prob", True),
+}
+SEQ_LENGTH = 2048  # their default; the longest sequence where no max_position_embedding is given
+NO_PAD = -1  # their way to say that no token is padding
+TYPES = ("LlamaConfig", "MixtralConfig", "MistralConfig")
+CLASSES = ("LlamaForCausalLM", "MixtralForCausalLM", "MistralForCausalLM")
+
+# key -> the values that mean what we implement
+MINDFORMERS_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "qkv_has_bias": (False,),
+    "attn_proj_has_bias": (False,),
+    "qkv_concat": (False,),
+    "extend_method": (None, "None"),
+    "scaling_factor": (None, 1.0),
+    "quant_config": (None,),
+    "quantization": (None,),
+    "quantization_config": (None,),
+    "llm_backend": (None, ""),
+    "pet_config": (None,),
+    "parallel_decoding_params": (None,),
+    "return_hidden_states": (False,),
+}
+MINDFORMERS_MOE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "routing_policy": ("TopkRouterV2",),
+    "shared_expert_num": (0,),
+    "use_shared_expert_gating": (False,),
+    "topk_method": ("greedy",),
+    "topk_group": (None,),
+    "n_group": (None,),
+    "routed_scaling_factor": (1.0,),
+    "use_gating_sigmoid": (False,),
+}
+# keys without effect on what the weights are and compute: of the run, of generation, of precision
+MINDFORMERS_HARMLESS = frozenset({
+    "type", "model_type", "name_or_path", "pretrained_model_dir", "model_name",
+    "checkpoint_name_or_path",
+    "mindformers_version", "architectures", "auto_register", "auto_map", "batch_size",
+    "seq_length", "multiple_of", "ffn_dim_multiplier", "ignore_token_id", "compute_dtype",
+    "layernorm_compute_type", "softmax_compute_type", "rotary_dtype", "param_init_type",
+    "residual_dtype", "embedding_init_type", "parallel_config", "use_past", "is_dynamic",
+    "use_rope_slice", "use_flash_attention", "use_ring_attention", "use_attn_mask_compression",
+    "use_eod_attn_mask_compression", "parallel_optimizer", "fine_grain_interleave",
+    "pp_interleave_num", "offset", "init_method_std", "repetition_penalty", "max_decode_length",
+    "max_new_tokens", "max_length", "min_length", "top_k", "top_p", "temperature", "do_sample",
+    "num_beams", "block_size", "num_blocks", "fused_rms_norm", "input_sliced_sig",
+    "rmsnorm_compute_2d", "chunk_prefill", "calculate_per_token_loss", "pipeline_stage",
+    "is_encoder_decoder", "is_sample_acceleration", "tokenizer_class", "transformers_version",
+    "torch_dtype", "return_dict", "start_stage", "stage_num", "runner_config", "parallel_decoding",
+    "use_kvcache_op",
+})  # fmt: skip
+MINDFORMERS_MOE_HARMLESS = frozenset({
+    "capacity_factor", "aux_loss_factor", "expert_group_size", "group_wise_a2a",
+    "comp_comm_parallel", "comp_comm_parallel_degree", "save_token_distribution", "cur_layer",
+    "enable_cold_hot_expert", "update_step", "hot_expert_num", "cold_token_percent",
+    "moe_module_name", "enable_sdrop", "use_fused_ops_topkrouter", "router_dense_type",
+    "max_router_load", "enable_deredundency", "npu_nums_per_device", "first_k_dense_replace",
+    "moe_intermediate_size", "aux_loss_types", "aux_loss_factors", "z_loss_factor",
+    "balance_via_topk_bias", "topk_bias_update_rate", "use_allgather_dispatcher",
+    "moe_shared_expert_overlap", "expert_model_parallel", "use_gmm", "enable_gmm_safe_tokens",
+    "use_fused_ops_permute", "callback_moe_droprate", "dispatch_global_max_bs", "ep_extend_tp",
+    "return_extra_loss",
+})  # fmt: skip
+
+
+def read_mindformers(directory: Path) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Reads the one yaml file of a directory that describes a model.
+
+    Raises:
+        ConfigError: none or several do; or see :func:`from_mindformers`.
+    """
+    files = sorted(p for p in directory.iterdir() if p.suffix in (".yaml", ".yml") and is_file(p))
+    found = {file: read_yaml(file) for file in files}
+    models = {
+        file: source
+        for file, source in found.items()
+        if isinstance(model := source.get("model"), dict) and "model_config" in model
+    }
+    if len(models) == 1:
+        file, source = next(iter(models.items()))
+        return from_mindformers(source, str(file))
+    raise ConfigError(
+        "several configurations" if models else "missing configuration",
+        where=directory,
+        value=", ".join(file.name for file in models) or None,
+        rule="MindFormers' weights do not say the number of heads, the RoPE base or the experts "
+        "of each token: a file beside them must",
+        todo="leave the one that belongs to the weights"
+        if models
+        else "copy the yaml file of the run, or the model's config.json, beside the weights",
+    )
+
+
+def from_mindformers(
+    source: Mapping[str, Any], where: str = "mindspore_model.yaml"
+) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Reads the model in a yaml file of MindFormers 1.x: of a run, or of ``save_pretrained``.
+
+    The dtype of the weights is not said there. What the experts are may stand at the top, as in a
+    run's file, or within the model; both must then agree. ``save_pretrained`` leaves it out: such
+    a file describes a dense model.
+
+    Args:
+        source: the parsed file.
+        where: its path, for messages.
+
+    Returns:
+        The model's configuration, and the names of the keys of the model that have no effect on
+        what its weights compute.
+
+    Raises:
+        ConfigError: another model, a missing key, a value that would change the mathematics in a
+            way that is not implemented, or an unknown key of the model.
+    """
+    model = mapping(source.get("model"), f"{where}: model")
+    arch = mapping(model.get("arch") or {}, f"{where}: model.arch")
+    values = mapping(model.get("model_config"), f"{where}: model.model_config")
+    where_model = f"{where}: model.model_config"
+    for key, found, supported in (
+        ("model.arch.type", arch.get("type"), CLASSES),
+        ("model.model_config.type", values.get("type"), TYPES),
+    ):
+        if found not in (None, *supported):
+            raise ConfigError(
+                "unsupported architecture",
+                where=f"{where}: {key}",
+                value=repr(found),
+                rule=f"supported: {', '.join(supported)}",
+            )
+    moe = _experts(values.pop("moe_config", None), source.get("moe_config"), where)
+    longest = values.get("seq_length", SEQ_LENGTH)
+    picked = pick(values, MINDFORMERS_KEYS, where_model)
+    if picked["num_key_value_heads"] is None:
+        picked["num_key_value_heads"] = picked["num_attention_heads"]
+    if picked["max_position_embeddings"] is None:
+        picked["max_position_embeddings"] = longest
+    if picked["pad_token_id"] == NO_PAD:
+        picked["pad_token_id"] = None
+    take_neutral(values, MINDFORMERS_NEUTRAL, where_model)
+    ignored = sorted(MINDFORMERS_HARMLESS & set(values))
+    known = ", ".join(sorted(MINDFORMERS_KEYS))
+    refuse_unknown({k: v for k, v in values.items() if k not in ignored}, where_model, known)
+    if moe is not None:
+        picked["moe"] = moe
+    return validate(ModelConfig, picked, where_model), tuple(ignored)
+
+
+def _experts(inner: Any, outer: Any, where: str) -> dict[str, Any] | None:
+    """The keys of the experts, in our names; None for a dense model."""
+    blocks = [
+        mapping(block, f"{where}: {key}")
+        for key, block in (("model.model_config.moe_config", inner), ("moe_config", outer))
+        if block is not None
+    ]
+    merged: dict[str, Any] = {}
+    for block in blocks:
+        for key, value in block.items():
+            if key in MINDFORMERS_MOE_KEYS and merged.get(key, value) != value:
+                raise ConfigError(
+                    "contradiction",
+                    where=f"{where}: moe_config.{key}",
+                    value=repr(value),
+                    rule=f"model.model_config.moe_config has {merged[key]!r}",
+                )
+        merged |= block
+    if merged.get("expert_num", 1) == 1:  # their word for a dense feed-forward
+        return None
+    where = f"{where}: moe_config"
+    picked = pick(merged, MINDFORMERS_MOE_KEYS, where)
+    take_neutral(merged, MINDFORMERS_MOE_NEUTRAL, where)
+    unknown = {k: v for k, v in merged.items() if k not in MINDFORMERS_MOE_HARMLESS}
+    refuse_unknown(unknown, where, ", ".join(sorted(MINDFORMERS_MOE_KEYS)))
+    if picked["num_experts_per_tok"] == 1:  # their router then keeps the probability as it is
+        picked["norm_topk_prob"] = False
+    return picked
+
+
+def to_mindformers(config: ModelConfig, use_past: bool = False) -> dict[str, Any]:
+    """What ``LlamaForCausalLM`` of MindFormers 1.x needs to be built; the inverse of
+    :func:`from_mindformers`, as ``save_pretrained`` lays it out.
+
+    Args:
+        config: the model.
+        use_past: for inference with a cache; with experts their class then wants the gmm layout.
+
+    Raises:
+        ConfigError: a model that the format cannot express.
+    """
+    if (reason := _not_expressible(config)) is not None:
+        found, todo = reason
+        raise ConfigError(
+            "not expressible in MindFormers' format",
+            where="model",
+            value=found,
+            rule="LlamaConfig has no key for it",
+            todo=todo,
+        )
+    data = config.model_dump(mode="json")
+    if data["pad_token_id"] is None:
+        data["pad_token_id"] = NO_PAD
+    values = {theirs: data[ours] for theirs, (ours, _) in MINDFORMERS_KEYS.items()}
+    values |= {
+        "type": TYPES[0],
+        "seq_length": config.max_position_embeddings,
+        "compute_dtype": config.torch_dtype,
+        "param_init_type": config.torch_dtype,
+        "use_past": use_past,
+    }
+    if config.moe is not None:
+        moe = {theirs: data["moe"][ours] for theirs, (ours, _) in MINDFORMERS_MOE_KEYS.items()}
+        values["moe_config"] = moe | {"routing_policy": "TopkRouterV2"}
+    return {"model": {"arch": {"type": CLASSES[0]}, "model_config": values}}
+
+
+def _not_expressible(config: ModelConfig) -> tuple[str, str] | None:
+    """What of a model their class does not have, and what to do."""
+    todo = "keep the model in the mistral_ms or hf format"
+    moe = config.moe
+    if not config.layer_kinds.default:
+        return f"layers of kinds {config.layer_kinds}", todo
+    if config.sliding_window is not None:
+        return f"sliding_window {config.sliding_window}", (
+            "within the window nothing changes: set sliding_window to null and "
+            f"max_position_embeddings to {config.sliding_window} in the configuration of a copy"
+        )
+    if config.rope_scaling is not None:
+        return f"rope_scaling {config.rope_scaling.rope_type}", todo
+    if config.head_size * config.num_attention_heads != config.hidden_size:
+        return f"head_dim {config.head_size}", todo
+    if isinstance(config.eos_token_id, tuple):
+        return f"several end tokens {list(config.eos_token_id)}", "leave one in config.json"
+    if moe is not None and len(config.sparse_layers) != config.num_hidden_layers:
+        return "dense and sparse layers mixed", todo
+    if moe is not None and not moe.gate.default:
+        return f"gate {moe.gate.name}", todo
+    if moe is not None and moe.num_local_experts == 1:
+        return "one expert", todo
+    if moe is not None and moe.num_experts_per_tok == 1 and moe.norm_topk_prob:
+        return "one normalised expert for each token", todo
+    return None
