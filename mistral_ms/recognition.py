@@ -177,32 +177,59 @@ def _of_gguf(path: Path, names: str, fault: Fault) -> MistralMsError:
     )
 
 
+def is_torchs(file: Path) -> bool:
+    """Whether a file is torch's archive, or its pickle before 1.6, whatever its name says."""
+    try:
+        with open_regular(file, MistralMsError) as opened:
+            return opened.read(2) in (b"PK", b"\x80\x02")
+    except (MistralMsError, OSError):
+        return False
+
+
 def _ckpt(path: Path, entries: list[Path], fault: Fault) -> MistralMsError | None:
-    """MindSpore's files, or those of each rank in a directory of its own."""
+    """The files of each rank of MindFormers, in a directory of its own; or one of torch."""
+    ranks = [each for each in entries if re.fullmatch(r"rank_\d+", each.name) and is_dir(each)]
+    if ranks:
+        return _of_ranks(path, ranks, fault)
     files = [each for each in entries if each.suffix == ".ckpt"]
-    if not files:
-        ranks = [each for each in entries if each.name.startswith("rank_") and is_dir(each)]
-        files = sorted(file for rank in ranks[:1] for file in rank.glob("*.ckpt"))
     return _of_ckpt(path, files[0], fault) if files else None
 
 
-def _of_ckpt(path: Path, file: Path, fault: Fault) -> MistralMsError:
-    try:
-        with open_regular(file, fault) as opened:
-            head = opened.read(2)
-    except MistralMsError as error:
-        return error
-    except OSError:
-        head = b""
-    torchs = head in (b"PK", b"\x80\x02")  # its archive, and its pickle before 1.6
+def _of_ckpt(path: Path, file: Path, fault: Fault) -> MistralMsError | None:
+    if not is_torchs(file):
+        return None
     return fault(
-        f"a .ckpt file of {'torch' if torchs else 'MindSpore'}, not a checkpoint of a known format",
+        "a .ckpt file of torch, not a checkpoint of a known format",
         where=path,
         value=None if file == path else file.name,
-        rule="the names in it are those of the program that wrote it"
-        if torchs
-        else "the names in it are those of the network that wrote it, MindFormers' for example",
+        rule="the names in it are those of the program that wrote it",
         todo=f"convert {_SOURCE_FILES}",
+    )
+
+
+def _of_ranks(path: Path, ranks: list[Path], fault: Fault) -> MistralMsError:
+    """What MindFormers left of each rank; only its strategy files say who holds what."""
+    if len(ranks) == 1:
+        return fault(
+            "the directory of a rank, not a checkpoint",
+            where=path,
+            value=ranks[0].name,
+            rule="MindFormers' files lie one level below",
+            todo=f"give {ranks[0]}, if the run had one process",
+        )
+    saved = any(ranks[0].glob("*.safetensors"))
+    merge = (
+        "mindspore.unified_safetensors(CHECKPOINTS, MERGED_STRATEGY, NEW)"
+        if saved
+        else "mindspore.transform_checkpoints(CHECKPOINTS, NEW, PREFIX, MERGED_STRATEGY, None)"
+    )
+    return fault(
+        "the parts of many ranks, not a checkpoint",
+        where=path,
+        value=f"{len(ranks)} directories rank_N",
+        rule="the strategy files of the run say which part of each tensor a rank holds",
+        todo="merge them first: mindspore.merge_pipeline_strategys(STRATEGY_DIR, MERGED_STRATEGY), "
+        f"then {merge}; give NEW, with the run's yaml file in it",
     )
 
 

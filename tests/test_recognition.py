@@ -121,20 +121,18 @@ class TestOtherFormats:
             (tmp_path / "m" / f"m{number}.gguf").write_bytes(b"GGUF")
         refuse(tmp_path / "m", r"^GGUF, not a .*/m: m0\.gguf and 2 more: llama\.cpp's format")
 
-    def test_mindspore_ckpt(self, tmp_path):
-        import mindspore as ms
-        from mindspore import Parameter
-
-        path = tmp_path / "m"
-        path.mkdir()
-        weight = Parameter(ms.Tensor([1.0, 2.0]), name="w")
-        ms.save_checkpoint([{"name": "w", "data": weight}], str(path / "w.ckpt"))
-        message = r"^a \.ckpt file of MindSpore, .*: convert the Hugging Face or Mistral files"
-        refuse(path / "w.ckpt", message)
-        refuse(path, message)
-        (path / "rank_0").mkdir()
-        (path / "w.ckpt").rename(path / "rank_0" / "w.ckpt")
-        refuse(path, message)
+    @pytest.mark.parametrize("end", ["ckpt", "safetensors"])
+    def test_what_mindformers_leaves_of_each_rank(self, tmp_path, end):
+        ranks = [tmp_path / "m" / f"rank_{number}" for number in range(2)]
+        for rank in ranks:
+            rank.mkdir(parents=True)
+            (rank / f"mixtral-1_2.{end}").write_bytes(b"\n")
+        merge = "transform_checkpoints" if end == "ckpt" else "unified_safetensors"
+        said = r"^the parts of many ranks, not a checkpoint: .*/m: 2 directories rank_N: "
+        refuse(tmp_path / "m", rf"{said}.*merge_pipeline_strategys\(.*mindspore\.{merge}\(")
+        (ranks[1] / f"mixtral-1_2.{end}").unlink()
+        ranks[1].rmdir()
+        refuse(tmp_path / "m", rf"^the directory of a rank, .*: give {ranks[0]}, if")
 
     @pytest.mark.parametrize("head", [b"PK\x03\x04", b"\x80\x02}q"])
     def test_torchs_ckpt(self, tmp_path, head):

@@ -7,9 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ms.checkpoint.detect import NATIVE_BLOCK
-from mistral_ms.checkpoint.files import CONFIG, PARAMS, read_json
-from mistral_ms.config import ModelConfig, from_hf, from_mistral, to_hf, to_mistral, to_native
+from mistral_ms.checkpoint.files import CONFIG, MINDFORMERS_YAML, PARAMS, read_json
+from mistral_ms.config import (
+    ModelConfig,
+    from_hf,
+    from_mistral,
+    read_mindformers,
+    to_hf,
+    to_mindformers,
+    to_mistral,
+    to_native,
+)
 from mistral_ms.errors import CheckpointError, ConfigError
+from mistral_ms.reading import is_file
 
 
 def read_config(path: Path, kind: str) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -28,6 +38,8 @@ def read_config(path: Path, kind: str) -> tuple[ModelConfig, tuple[str, ...]]:
     try:
         if kind == "mistral" or (kind == "mistral-dump" and (path / PARAMS).exists()):
             return _read_params(path / PARAMS)
+        if kind == "mindformers" and not is_file(path / CONFIG):
+            return read_mindformers(path)
         source = read_json(path / CONFIG)
         if kind == "mistral_ms":
             _check_format(path, source)
@@ -67,12 +79,15 @@ def _check_format(path: Path, source: Mapping[str, Any]) -> None:
         )
 
 
-def encode_config(config: ModelConfig, kind: str) -> tuple[str, dict[str, Any]]:
+def encode_config(
+    config: ModelConfig, kind: str, layout: str | None = None
+) -> tuple[str, dict[str, Any]]:
     """Name and content of the configuration file of a format.
 
     Args:
         config: the model.
-        kind: hf, mistral or mistral_ms.
+        kind: hf, mistral, mistral_ms or mindformers.
+        layout: of mindformers: gmm is for inference with a cache.
 
     Raises:
         ConfigError: the format cannot express the model.
@@ -81,4 +96,6 @@ def encode_config(config: ModelConfig, kind: str) -> tuple[str, dict[str, Any]]:
         return CONFIG, to_hf(config)
     if kind == "mistral":
         return PARAMS, to_mistral(config)
+    if kind == "mindformers":
+        return MINDFORMERS_YAML, to_mindformers(config, use_past=layout == "gmm")
     return CONFIG, to_native(config)

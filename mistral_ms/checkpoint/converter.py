@@ -6,20 +6,30 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from mistral_ms.checkpoint import keys
 from mistral_ms.checkpoint.config_file import encode_config
-from mistral_ms.checkpoint.detect import ALIASES, kind_of
+from mistral_ms.checkpoint.detect import ALIASES, LAYOUTS, MindFormersLayout, kind_of
 from mistral_ms.checkpoint.dtypes import FROM_OPTION, TO_CONFIG
+from mistral_ms.checkpoint.files import MINDFORMERS_YAML, PARAM_NAME_MAP
 from mistral_ms.checkpoint.layout import format_layout
+from mistral_ms.checkpoint.mindformers_layout import TABLES
 from mistral_ms.checkpoint.plan import make_plan, target_dtype
 from mistral_ms.checkpoint.source import Source, open_checkpoint
 from mistral_ms.checkpoint.stream import stream
 from mistral_ms.checkpoint.target import TargetDirectory, check_target
-from mistral_ms.checkpoint.writer import MAX_SHARD_BYTES, Entry, Progress, write_tensors
+from mistral_ms.checkpoint.writer import (
+    MAX_SHARD_BYTES,
+    Entry,
+    Progress,
+    write_ckpt,
+    write_tensors,
+)
+from mistral_ms.config import encode_yaml
 from mistral_ms.errors import CheckpointError
 
 
@@ -31,7 +41,7 @@ class ConvertResult:
         source_kind: the format that was read.
         target_kind: the format that was written.
         tensors: tensors written.
-        skipped: buffers of the source that are computed from its configuration instead.
+        skipped: what is in the source's files and no weight.
         bytes: bytes of those tensors.
         seconds: wall time, until everything was on the disk.
         peak_rss_bytes: the process's largest resident size, mapped file pages included.
@@ -55,12 +65,20 @@ class _Format:
     single: str | None
     metadata: dict[str, str]
     sharded: bool = True
+    index: str | None = None
 
 
 _FORMATS = {
     "hf": _Format(keys.HF, "model", "model.safetensors", {"format": "pt"}),
     "mistral": _Format(keys.MISTRAL, "consolidated", "consolidated.safetensors", {}, sharded=False),
     "mistral_ms": _Format(keys.OURS, "model", None, {"format": "ms"}),
+    "mindformers": _Format(
+        keys.MINDFORMERS,
+        "mindspore_model",
+        "mindspore_model.safetensors",
+        {"format": "ms"},
+        index=PARAM_NAME_MAP,
+    ),
 }
 
 
@@ -72,6 +90,8 @@ def convert(
     overwrite: bool = False,
     *,
     kind: str | None = None,
+    layout: MindFormersLayout | None = None,
+    container: Literal["safetensors", "ckpt"] | None = None,
     verify: bool = True,
     follow_links: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -83,14 +103,17 @@ def convert(
     Args:
         src: the checkpoint's directory.
         dst: the new checkpoint's directory; it appears when it is whole.
-        to: ``mistral_ms`` (or ``mindspore``), ``hf`` or ``mistral``; None: ours from a foreign
-            format, hf from ours.
+        to: ``mistral_ms`` (or ``mindspore``), ``hf``, ``mistral`` or ``mindformers``; None: ours
+            from a foreign format, hf from ours.
         dtype: ``keep`` leaves every bit; ``fp32``, ``fp16`` and ``bf16`` round to nearest even.
         overwrite: replace a checkpoint that is at ``dst``.
         kind: the source's format, when its directory holds several.
+        layout: of the experts, to mindformers: ``fused`` (the default) for training and for
+            inference without a cache, ``gmm`` for inference with one.
+        container: of the files, to mindformers: ``safetensors`` (the default) or ``ckpt``.
         verify: compare a source of ours with its digests while it is read.
         follow_links: links may lead out of the source; see :func:`open_checkpoint`.
-        max_shard_bytes: how large a file of weights may grow (mistral is always one file).
+        max_shard_bytes: how large a file of weights may grow (mistral and ckpt are always one).
         progress: called with the bytes written and their total.
         say: told what of the source's configuration is not carried over.
 
@@ -112,22 +135,29 @@ def convert(
         if remark := source.remark():
             say(remark)
         target_kind = _target_kind(source.kind, to)
-        entries, config = _entries(source, target_kind, dtype)
-        form = _FORMATS[target_kind]
+        form = _format(target_kind, layout, container)
+        entries, (name, values) = _entries(source, target_kind, form, dtype, layout)
         ours = target_kind == "mistral_ms"
         with TargetDirectory(dst, overwrite=overwrite, manifest=ours) as target:
-            target.write_json(*config)
+            if name == MINDFORMERS_YAML:
+                target.write(name, encode_yaml(values))
+            else:
+                target.write_json(name, values)
             for file in source.side_files:
                 target.copy(file)
-            write_tensors(
-                target,
-                entries,
-                stem=form.stem,
-                single=form.single,
-                metadata=form.metadata,
-                max_shard_bytes=max_shard_bytes if form.sharded else 1 << 63,
-                progress=progress,
-            )
+            if container == "ckpt":
+                write_ckpt(target, f"{form.stem}.ckpt", entries, progress)
+            else:
+                write_tensors(
+                    target,
+                    entries,
+                    stem=form.stem,
+                    single=form.single,
+                    metadata=form.metadata,
+                    index=form.index,
+                    max_shard_bytes=max_shard_bytes if form.sharded else 1 << 63,
+                    progress=progress,
+                )
             source.verify()  # before the target gets its name
         return ConvertResult(
             source_kind=source.kind,
@@ -144,7 +174,7 @@ def _target_kind(source_kind: str, to: str | None) -> str:
     if to is None:
         return "hf" if source_kind == "mistral_ms" else "mistral_ms"
     kind = kind_of(to)
-    if kind not in _FORMATS:
+    if kind not in _FORMATS or to in LAYOUTS:  # of a target the layout is said by itself
         raise CheckpointError(
             "format cannot be written",
             where="to",
@@ -154,20 +184,39 @@ def _target_kind(source_kind: str, to: str | None) -> str:
     return kind
 
 
+def _format(kind: str, layout: MindFormersLayout | None, container: str | None) -> _Format:
+    """How the target is written.
+
+    Raises:
+        CheckpointError: a layout or a container for a format that has but one.
+    """
+    for option, value in (("layout", layout), ("container", container)):
+        if value is not None and kind != "mindformers":
+            raise CheckpointError(
+                f"no choice of {option}",
+                where=option,
+                value=repr(value),
+                rule=f"only mindformers has one, and the target is {kind}",
+                todo="leave it out, or convert to mindformers",
+            )
+    form = _FORMATS[kind]
+    return form if layout is None else replace(form, table=TABLES[layout])
+
+
 def _entries(
-    source: Source, kind: str, dtype: str
+    source: Source, kind: str, form: _Format, dtype: str, layout: str | None
 ) -> tuple[list[Entry], tuple[str, dict[str, object]]]:
     """The tensors to write, and the configuration file, both checked before the first byte."""
     config = source.config
     if dtype in FROM_OPTION:
         config = config.model_copy(update={"torch_dtype": TO_CONFIG[FROM_OPTION[dtype]]})
-    plan = make_plan(source.layout, format_layout(config, _FORMATS[kind].table))
+    plan = make_plan(source.layout, format_layout(config, form.table))
     entries = []
     for assembly in plan:
         stored = target_dtype(assembly, source.tensors, dtype)
         chunks = partial(stream, source.store, assembly, stored)
         entries.append(Entry(assembly.name, assembly.shape, stored, chunks))
-    return entries, encode_config(config, kind)
+    return entries, encode_config(config, kind, layout)
 
 
 def peak_rss_bytes() -> int:

@@ -12,6 +12,8 @@ from mistral_ms.errors import CheckpointError
 CONFIG = "config.json"
 PARAMS = "params.json"
 MANIFEST = "COMPLETE"
+MINDFORMERS_YAML = "mindspore_model.yaml"  # as its save_pretrained calls it
+PARAM_NAME_MAP = "param_name_map.json"  # MindSpore's index of safetensors files
 
 # Files beside the weights that every format carries along unchanged.
 SIDE_FILES = (
@@ -46,6 +48,10 @@ KNOWN_FILES = (
     "consolidated.[0-9][0-9].pt",
     "optimizer*.safetensors",
     "*.index.json",
+    "mindspore_model*.safetensors",
+    "mindspore_model.ckpt",
+    MINDFORMERS_YAML,
+    PARAM_NAME_MAP,
 )
 
 

@@ -19,6 +19,7 @@ from mistral_ms.checkpoint.stream import CHUNK_BYTES
 from mistral_ms.checkpoint.verification import Verification
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError, MissingExtraError, MistralMsError
+from mistral_ms.reading import is_file
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Inspection:
         tensors: shape, dtype and file of every tensor under the format's own name.
         layout: how the weights are spread over files.
         complete: what is known about completeness.
-        skipped: names of buffers that are computed from the configuration instead.
+        skipped: names of what is in the files and no weight.
         not_finite: of each tensor with NaNs or infinities their numbers, after ``verify``.
         checksums: ``verified``, ``not verified``, ``none recorded``, or which files differ.
         side_files: names of the tokenizer and generation files.
@@ -113,7 +114,7 @@ def inspect(
     """Looks at a directory; damage is a finding, not an exception.
 
     Args:
-        path: the directory.
+        path: the directory, or a file of MindFormers.
         verify: read every tensor and count what is not a finite number; of a checkpoint of ours
             compare the digests of all files as well.
         kind: which format to look at when there are several.
@@ -132,13 +133,15 @@ def inspect(
         return Inspection(path, problem=str(error))
     layout = _describe(weights)
     try:
-        with open_checkpoint(path, weights.kind, verify=False, follow_links=follow_links) as source:
+        wanted = kind or weights.kind  # which may say a layout as well
+        with open_checkpoint(path, wanted, verify=False, follow_links=follow_links) as source:
             records = read_manifest(path, follow_links) if source.kind == "mistral_ms" else {}
             return _sound(source, records, layout, verify, progress)
     except MissingExtraError:
         raise
     except MistralMsError as error:
-        config, ignored = _readable_config(path, weights.kind)
+        directory = path.parent if is_file(path) else path
+        config, ignored = _readable_config(directory, weights.kind)
         return Inspection(
             path,
             kind=weights.kind,
@@ -261,6 +264,10 @@ def _experts(source: Source) -> str:
         return "no experts"
     if any(name.endswith(".gate_up_proj") for name in source.tensors):
         return "experts stacked, gate and up projection fused"
+    if source.kind == "mindformers":
+        layouts = {place.layout for block, place in source.layout.places.items() if block.expert}
+        on_its_side = "transposed" in layouts
+        return f"experts stacked ({'gmm: each transposed' if on_its_side else 'fused'})"
     return {
         "hf": "one tensor per expert",
         "mistral": "one tensor per expert",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mistral_ms.checkpoint.boxes import PARTS, decode_index
+from mistral_ms.checkpoint.buffers import is_no_weight
+from mistral_ms.checkpoint.ckpt_file import CkptStore
 from mistral_ms.checkpoint.detect import WeightFiles
 from mistral_ms.checkpoint.dtypes import TO_CONFIG, WEIGHT_DTYPES
-from mistral_ms.checkpoint.files import inside, read_json
+from mistral_ms.checkpoint.files import PARAM_NAME_MAP, inside, read_json
 from mistral_ms.checkpoint.parts_store import PartsStore
 from mistral_ms.checkpoint.pickle_file import PickleStore
 from mistral_ms.checkpoint.safetensors_file import SafetensorsStore, TensorInfo, read_header
@@ -50,13 +52,18 @@ def open_weights(directory: Path, weights: WeightFiles, follow_links: bool = Fal
         _check_stray(weights, files)
     store: Store
     if weights.container == "safetensors":
-        store = SafetensorsStore({path: read_header(path) for path in files})
+        headers = {path: read_header(path) for path in files}
+        if weights.kind == "mindformers" and weight_map is None:
+            _check_one_step(directory, {path: set(each.tensors) for path, each in headers.items()})
+        store = SafetensorsStore(headers)
+    elif weights.container == "ckpt":
+        store = CkptStore(files)
     else:
         store = PickleStore(files)
     try:
         if weight_map is not None and weights.index is not None:
             _check_index(weights.index, weight_map, store.tensors)
-        _check_dtypes(store.tensors)
+        _check_dtypes({n: i for n, i in store.tensors.items() if not is_no_weight(weights.kind, n)})
     except BaseException:
         store.close()
         raise
@@ -86,7 +93,9 @@ def _open_parts(
 
 
 def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
-    weight_map = index.get("weight_map")
+    # MindSpore before 2.5 wrote the names without a heading
+    default = index if path.name == PARAM_NAME_MAP else None
+    weight_map = index.get("weight_map", default)
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(
             "damaged index", where=path, rule="weight_map must map tensor names to file names"
@@ -95,11 +104,14 @@ def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _without_index(directory: Path, weights: WeightFiles, follow_links: bool) -> list[Path]:
-    """The files of a set that has no index: one file, or Mistral's numbered ones."""
+    """The files of a set that has no index: one file, Mistral's numbered ones, or what lies in a
+    directory of MindFormers, which reads all of it.
+    """
     files = list(weights.files)
     for path in files:
         inside(directory, path.name, directory, follow_links)
-    if any(re.search(r"-\d+-of-\d+\.", path.name) for path in files):
+    numbered = any(re.search(r"-\d+-of-\d+\.", path.name) for path in files)
+    if numbered and weights.kind != "mindformers":
         raise CheckpointError(
             "missing index",
             where=directory,
@@ -107,6 +119,8 @@ def _without_index(directory: Path, weights: WeightFiles, follow_links: bool) ->
             rule="shards need their .index.json, which says what is complete",
             todo="copy or download it as well",
         )
+    if weights.container == "ckpt" and len(files) > 1:
+        raise several_steps(directory, files)
     for number, path in enumerate(files):
         found = re.fullmatch(r"consolidated\.(\d\d)\.\w+", path.name)
         if found and int(found.group(1)) != number:
@@ -118,6 +132,26 @@ def _without_index(directory: Path, weights: WeightFiles, follow_links: bool) ->
                 todo="copy or download it as well",
             )
     return files
+
+
+def _check_one_step(directory: Path, names: Mapping[Path, set[str]]) -> None:
+    """A training leaves the files of several steps side by side, each with all weights."""
+    seen: dict[str, Path] = {}
+    for path, tensors in names.items():
+        for name in tensors:
+            if (other := seen.setdefault(name, path)) != path:
+                raise several_steps(directory, [other, path])
+
+
+def several_steps(directory: Path, files: Sequence[Path]) -> CheckpointError:
+    """Says that one of several files must be given."""
+    return CheckpointError(
+        "several checkpoints in one directory",
+        where=directory,
+        value=", ".join(path.name for path in files),
+        rule="each of them holds the same tensors",
+        todo=f"give one of the files, such as {files[-1]}",
+    )
 
 
 def _check_stray(weights: WeightFiles, named: list[Path]) -> None:

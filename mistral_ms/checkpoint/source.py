@@ -14,7 +14,7 @@ from mistral_ms.checkpoint import keys
 from mistral_ms.checkpoint.boxes import Box
 from mistral_ms.checkpoint.buffers import check_buffers, skipped_text
 from mistral_ms.checkpoint.config_file import read_config
-from mistral_ms.checkpoint.detect import choose_weights
+from mistral_ms.checkpoint.detect import choose_weights, layout_of
 from mistral_ms.checkpoint.dtypes import FROM_CONFIG, TO_CONFIG, WEIGHT_DTYPES, cast, itemsize
 from mistral_ms.checkpoint.files import (
     CONFIG,
@@ -26,6 +26,7 @@ from mistral_ms.checkpoint.files import (
 )
 from mistral_ms.checkpoint.layout import FormatLayout, format_layout
 from mistral_ms.checkpoint.manifest import read_manifest
+from mistral_ms.checkpoint.mindformers_layout import find_table
 from mistral_ms.checkpoint.parts_store import read_box
 from mistral_ms.checkpoint.plan import Assembly, Piece, check_tensors, make_plan, target_dtype
 from mistral_ms.checkpoint.safetensors_file import TensorInfo
@@ -43,12 +44,12 @@ class Source:
 
     Attributes:
         path: its directory.
-        kind: hf, mistral, mistral-dump or mistral_ms.
+        kind: hf, mistral, mistral-dump, mistral_ms or mindformers.
         config: the model.
         tensors: what the files hold, under the format's own names.
         layout: the model in that format.
         ignored_keys: keys of its configuration file that have no meaning here.
-        skipped: names of buffers in the files that are computed from the configuration instead.
+        skipped: names of what is in the files and no weight.
         side_files: tokenizer and generation files beside the weights.
         unapplied: names of adapters beside the weights, which are not read.
         store: random access to the files.
@@ -245,7 +246,8 @@ def open_checkpoint(
     """Opens a checkpoint of any known format and checks all that can be checked without reading.
 
     Args:
-        path: its directory.
+        path: its directory; or one file that MindFormers has written, where a directory holds
+            those of several steps. The configuration lies beside it.
         kind: which format to take when the directory holds several.
         verify: of a checkpoint of ours, compare what is read with the recorded digests. The sizes
             of its files are always compared.
@@ -262,7 +264,12 @@ def open_checkpoint(
     """
     path = Path(path)
     weights = choose_weights(path, kind)
-    for name in (CONFIG, PARAMS, MANIFEST, *([weights.index.name] if weights.index else [])):
+    if is_file(path):
+        path = path.parent
+    described = [CONFIG, PARAMS, MANIFEST, *([weights.index.name] if weights.index else [])]
+    if weights.kind == "mindformers":
+        described += [each.name for each in path.glob("*.y*ml")]
+    for name in described:
         if is_file(path / name):
             inside(path, name, path, follow_links)
     config, ignored = read_config(path, weights.kind)
@@ -281,13 +288,17 @@ def open_checkpoint(
     try:
         if verification is not None:
             store.observe(verification.see)
-        layout = format_layout(config, _table(weights.kind, store.tensors))
-        copies = _tied_head(config, layout, store)
         skipped = check_buffers(weights.kind, store, config)
+        if weights.kind == "mindformers":
+            table = find_table(store.tensors, config, layout_of(kind), path)
+        else:
+            table = _table(weights.kind, store.tensors)
+        layout = format_layout(config, table)
+        copies = _tied_head(config, layout, store)
         checked = {n: i for n, i in store.tensors.items() if n not in copies and n not in skipped}
         check_tensors(checked, layout.shapes, path)
-        if weights.kind in ("mistral", "mistral-dump"):
-            # params.json does not say the dtype: the files do.
+        if weights.kind in ("mistral", "mistral-dump", "mindformers"):
+            # their configurations do not say the dtype: the files do
             config = config.model_copy(update={"torch_dtype": _main_dtype(checked)})
         return Source(
             path,

@@ -109,17 +109,20 @@ def _transposed(
     rows, columns = piece.block.shape
     if piece.target_layout == "transposed":
         rows, columns = columns, rows
-    begin, end = piece.source_start, piece.source_start + piece.block.size
-    source = store.flat(piece.source, begin, end).reshape(columns, rows)
     step = max(1, _STRIP_BYTES // (columns * dtype.itemsize))
+    band = max(1, _STRIP_BYTES // (rows * dtype.itemsize))  # source rows at a time: may be copied
     for first in range(0, rows, step):
         count = min(step, rows - first)
         flat = workspace.array("rearranged", count * columns, dtype)
         out = flat.reshape(count, columns)
-        strip = source[:, first : first + count]
-        for i in range(0, count, _TILE):
-            for j in range(0, columns, _TILE):
-                out[i : i + _TILE, j : j + _TILE] = strip[j : j + _TILE, i : i + _TILE].T
+        for low in range(0, columns, band):
+            high = min(low + band, columns)
+            begin, end = (piece.source_start + row * rows for row in (low, high))
+            source = store.flat(piece.source, begin, end).reshape(high - low, rows)
+            strip, target = source[:, first : first + count], out[:, low:high]
+            for i in range(0, count, _TILE):
+                for j in range(0, high - low, _TILE):
+                    target[i : i + _TILE, j : j + _TILE] = strip[j : j + _TILE, i : i + _TILE].T
         yield flat
 
 

@@ -21,6 +21,21 @@ class TargetFormat(StrEnum):
     MINDSPORE = "mindspore"
     HF = "hf"
     MISTRAL = "mistral"
+    MINDFORMERS = "mindformers"
+
+
+class Layout(StrEnum):
+    """How MindFormers' classes hold the experts."""
+
+    FUSED = "fused"
+    GMM = "gmm"
+
+
+class Container(StrEnum):
+    """The files of MindFormers."""
+
+    SAFETENSORS = "safetensors"
+    CKPT = "ckpt"
 
 
 class DType(StrEnum):
@@ -33,7 +48,9 @@ class DType(StrEnum):
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(help="Directory of the checkpoint to read.")],
+    src: Annotated[
+        Path, typer.Argument(help="Directory of the checkpoint to read, or a file of MindFormers.")
+    ],
     dst: Annotated[Path, typer.Argument(help="Directory to write; appears when it is whole.")],
     to: Annotated[
         TargetFormat | None,
@@ -42,6 +59,16 @@ def convert(
     source: Annotated[
         SourceFormat | None,
         typer.Option("--from", help="Format to read, when SRC holds several."),
+    ] = None,
+    layout: Annotated[
+        Layout | None,
+        typer.Option(
+            help="Experts, to mindformers: fused for training (default), gmm for use_past."
+        ),
+    ] = None,
+    container: Annotated[
+        Container | None,
+        typer.Option(help="Files, to mindformers: safetensors (default), or one ckpt."),
     ] = None,
     dtype: Annotated[
         DType, typer.Option(help="Store weights in this; keep leaves every bit.")
@@ -59,7 +86,7 @@ def convert(
         Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
     ] = None,
 ) -> None:
-    """Convert a checkpoint between Hugging Face, Mistral and mistral_ms, in constant memory."""
+    """Convert between Hugging Face, Mistral, MindFormers and mistral_ms, in constant memory."""
     from dataclasses import asdict
 
     from rich.console import Console
@@ -73,6 +100,7 @@ def convert(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     if run is not None:
+        _no_choice(layout, container)
         opening = {"kind": source, "verify": not no_verify, "follow_links": follow_links}
         result = _presplit(src, dst, to, dtype, overwrite, run, say, opening)
     else:
@@ -84,6 +112,8 @@ def convert(
                 dtype,
                 overwrite,
                 kind=source,
+                layout=None if layout is None else layout.value,
+                container=None if container is None else container.value,
                 verify=not no_verify,
                 follow_links=follow_links,
                 progress=progress,
@@ -103,6 +133,20 @@ def convert(
     )
     if json is not None:
         write_json(json, asdict(result))
+
+
+def _no_choice(layout: Layout | None, container: Container | None) -> None:
+    """What is cut up for ranks is ours.
+
+    Raises:
+        ConfigError: an option of another format.
+    """
+    from mistral_ms.errors import ConfigError
+
+    for option, value in (("--layout", layout), ("--container", container)):
+        if value is not None:
+            rule = "only --to mindformers has one, and --run writes our own format"
+            raise ConfigError(f"no choice of {option[2:]}", where=option, value=value, rule=rule)
 
 
 def _presplit(

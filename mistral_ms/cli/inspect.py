@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Directory of the checkpoint.")],
+    path: Annotated[
+        Path, typer.Argument(help="Directory of the checkpoint, or a file of MindFormers.")
+    ],
     verify: Annotated[
         bool,
         typer.Option(

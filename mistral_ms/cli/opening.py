@@ -16,6 +16,9 @@ class SourceFormat(StrEnum):
     HF = "hf"
     MISTRAL = "mistral"
     MISTRAL_DUMP = "mistral-dump"
+    MINDFORMERS = "mindformers"
+    MINDFORMERS_FUSED = "mindformers-fused"
+    MINDFORMERS_GMM = "mindformers-gmm"
 
 
 NoVerify = Annotated[

@@ -29,7 +29,15 @@ class CheckpointConfig(Frozen):
     save_total_limit: int | None = Field(default=2, ge=1)
 
 
-CheckpointFormat = Literal["mindspore", "hf", "mistral", "mistral-dump"]
+CheckpointFormat = Literal[
+    "mindspore",
+    "hf",
+    "mistral",
+    "mistral-dump",
+    "mindformers",
+    "mindformers-fused",
+    "mindformers-gmm",
+]
 
 
 class InitFromConfig(Frozen):

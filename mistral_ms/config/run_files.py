@@ -9,10 +9,11 @@ from typing import Any
 from mistral_ms.config.conventions import PACKAGED_TOKENIZER
 from mistral_ms.config.hugging_face import from_hf
 from mistral_ms.config.load import apply_overrides, read_yaml
+from mistral_ms.config.mindformers_yaml import read_mindformers
 from mistral_ms.config.mistral_params import from_mistral
 from mistral_ms.errors import ConfigError
 from mistral_ms.reading import is_dir, is_file, read_json
-from mistral_ms.recognition import explain
+from mistral_ms.recognition import explain, is_torchs
 
 
 def read_run_file(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -57,9 +58,12 @@ def _read_model(path: Path, kind: object = None) -> dict[str, Any]:
     """The keys of a model file, or of the model that a checkpoint's directory holds.
 
     Args:
-        path: the file or directory.
+        path: the file or directory; a file of MindFormers' weights stands for its directory.
         kind: the checkpoint's format, where the directory holds several.
     """
+    theirs = isinstance(kind, str) and kind.startswith("mindformers")
+    if is_file(path) and (theirs or (path.suffix == ".ckpt" and not is_torchs(path))):
+        path = path.parent
     if not is_dir(path):
         if (error := explain(path, ConfigError)) is not None:
             raise error
@@ -69,7 +73,11 @@ def _read_model(path: Path, kind: object = None) -> dict[str, Any]:
         if is_file(path / name) and not (mistrals and name == "config.json"):
             config, _ = read(read_json(path / name, ConfigError), str(path / name))
             return config.model_dump()
-    raise explain(path, ConfigError) or ConfigError(
+    if (error := explain(path, ConfigError)) is not None:
+        raise error
+    if any(path.glob("*.ckpt")) or any(path.glob("*.safetensors")):
+        return read_mindformers(path)[0].model_dump()
+    raise ConfigError(
         "no model", where=path, rule="a checkpoint's directory has a config.json or params.json"
     )
 

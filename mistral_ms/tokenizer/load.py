@@ -63,13 +63,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
     else tekken.
 
     Args:
-        path: a directory in Hugging Face's, Mistral's or our format, or a tokenizer file.
+        path: a directory in Hugging Face's, Mistral's or our format, a tokenizer file, or a file
+            of weights: it stands for its directory.
 
     Raises:
         TokenizerError: no tokenizer there, a damaged one, one of an unknown kind, or files that
             contradict each other.
     """
     path = Path(path)
+    if path.suffix in (".ckpt", ".safetensors") and is_file(path):
+        path = path.parent
     if is_file(path):
         if "tekken" in path.name:
             return TekkenTokenizer(path, _companions(path))

@@ -53,10 +53,15 @@ def run(monkeypatch, capsys):
 
 
 def test_round_trip_through_every_format(ours, run, tmp_path):
-    chain = [("hf", "hf"), ("mistral", "mistral"), ("mindspore", "mistral_ms")]
+    chain = [
+        ("hf", "hf"),
+        ("mistral", "mistral"),
+        ("mindformers", "mindformers", "--layout", "gmm", "--container", "ckpt"),
+        ("mindspore", "mistral_ms"),
+    ]
     source = ours
-    for to, kind in chain:
-        code, out, _ = run("convert", source, tmp_path / to, "--to", to)
+    for to, kind, *options in chain:
+        code, out, _ = run("convert", source, tmp_path / to, "--to", to, *options)
         assert (code, detect(tmp_path / to)) == (0, kind)
         assert f"-> {tmp_path / to} ({kind}, dtype keep)" in out
         assert "wrote " in out
@@ -125,6 +130,8 @@ def test_from_chooses_between_two_formats(ours, run, tmp_path):
         (["--to", "gguf"], "--to"),
         (["--dtype", "int8"], "--dtype"),
         (["--run", "x"], "cannot read: x"),
+        (["--run", "x", "--layout", "gmm"], "no choice of layout: --layout: gmm"),
+        (["--container", "ckpt"], "no choice of container: container: 'ckpt'"),
     ],
 )
 def test_unknown_options_and_values_are_exit_code_2(ours, run, tmp_path, arguments, message):

@@ -12,9 +12,10 @@ import numpy as np
 import yaml
 
 from mistral_ms.checkpoint import keys, presplit, save_native
+from mistral_ms.checkpoint.ckpt_file import encode_record_head
 from mistral_ms.checkpoint.config_file import encode_config
 from mistral_ms.checkpoint.layout import format_layout
-from mistral_ms.config import ModelConfig
+from mistral_ms.config import ModelConfig, encode_yaml
 from mistral_ms.parallel.topology import Topology, written_parts
 from mistral_ms.weights import specs
 
@@ -118,6 +119,26 @@ def mistral(path: Path) -> None:
 def mistral_pth(path: Path) -> None:
     write_config(path, DENSE, "mistral")
     _torch_save(arrays(DENSE, keys.MISTRAL), path / "consolidated.00.pth")
+
+
+def mindformers(path: Path) -> None:
+    path.mkdir()
+    name, values = encode_config(SPARSE, "mindformers")
+    (path / name).write_bytes(encode_yaml(values))
+    save(arrays(SPARSE, keys.MINDFORMERS_GMM), path / "mixtral_rank_0-1_2.safetensors")
+
+
+def mindformers_ckpt(path: Path) -> None:
+    """MindSpore's files have no other small writer; that they are its own, other tests ask."""
+    path.mkdir()
+    name, values = encode_config(SPARSE, "mindformers")
+    (path / name).write_bytes(encode_yaml(values))
+    tensors = {**arrays(SPARSE, keys.MINDFORMERS), "loss_scale": np.ones(1, np.float32)}
+    records = [
+        encode_record_head(key, "F32", array.shape, array.nbytes) + array.tobytes()
+        for key, array in tensors.items()
+    ]
+    (path / "mindspore_model.ckpt").write_bytes(b"".join(records))
 
 
 def native(path: Path) -> None:

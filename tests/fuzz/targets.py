@@ -207,6 +207,8 @@ TARGETS: dict[str, Target] = {
     "bin_legacy": Target(seeds.bin_legacy, read_checkpoint, like_the_library),
     "mistral": Target(seeds.mistral, read_checkpoint, like_the_library),
     "mistral_pth": Target(seeds.mistral_pth, read_checkpoint, like_the_library),
+    "mindformers": Target(seeds.mindformers, read_checkpoint, like_the_library),
+    "mindformers_ckpt": Target(seeds.mindformers_ckpt, read_checkpoint, nothing),
     "native": Target(seeds.native, read_training, like_before),
     "parts": Target(seeds.parts, read_checkpoint, like_before),
     "run_yaml": Target(seeds.run_yaml, read_run, nothing),
