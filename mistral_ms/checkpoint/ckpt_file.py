@@ -148,10 +148,12 @@ def _record(message: _Message, begin: int, end: int) -> _Record:
     """Reads one record, its elements apart."""
     name, tensor = None, None
     for number, start, stop in message.fields(begin, end):
-        if number == _TAG and stop >= 0:
+        if number == _TAG and stop >= 0 and name is None:
             name = message.text(start, stop)
-        elif number == _TENSOR and stop >= 0:
+        elif number == _TENSOR and stop >= 0 and tensor is None:
             tensor = start, stop
+        elif number in (_TAG, _TENSOR):
+            raise _Damaged(start, "a record has one name and one tensor")
         elif number == _MAP:
             raise _Damaged(start, "a hash table (MapParameter) is no weight of a language model")
     if name is None or tensor is None:
@@ -161,10 +163,12 @@ def _record(message: _Message, begin: int, end: int) -> _Record:
     for number, start, stop in message.fields(*tensor):
         if number == _DIMS:
             dims += [start] if stop < 0 else message.packed(start, stop)
-        elif number == _TYPE and stop >= 0:
+        elif number == _TYPE and stop >= 0 and kind is None:
             kind = message.text(start, stop)
-        elif number == _CONTENT and stop >= 0:
+        elif number == _CONTENT and stop >= 0 and content is None:
             content = start, stop
+        elif number in (_TYPE, _CONTENT):
+            raise _Damaged(start, f"{name}: a tensor has one type and one row of elements")
     if kind is None or content is None:
         raise _Damaged(tensor[0], f"{name}: a tensor has a type and elements")
     return _Record(name, tuple(dims), kind, content[0], content[1] - content[0])

@@ -8,7 +8,10 @@ file. Formats of ours carry digests: there the oracle is the undamaged input.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +118,30 @@ def like_the_library(damaged: Path, seen: Seen, good: Path, before: Seen) -> str
     return None
 
 
+def like_protobuf(damaged: Path, seen: Seen, good: Path, before: Seen) -> str | None:
+    """The same bytes as protobuf finds by MindSpore's own description of the format."""
+    found = importlib.util.find_spec("mindspore")
+    assert found is not None
+    assert found.origin is not None
+    path = Path(found.origin).parent / "train" / "checkpoint_pb2.py"
+    spec = importlib.util.spec_from_file_location("checkpoint_pb2", path)
+    assert spec is not None
+    assert spec.loader is not None
+    description = sys.modules.setdefault("checkpoint_pb2", importlib.util.module_from_spec(spec))
+    os.environ["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"  # as MindSpore sets it
+    if not hasattr(description, "Checkpoint"):
+        spec.loader.exec_module(description)
+    theirs: dict[str, bytes] = {}
+    for file in damaged.glob("*.ckpt"):
+        message = description.Checkpoint()
+        message.ParseFromString(file.read_bytes())
+        for value in message.value:
+            theirs[value.tag] = theirs.get(value.tag, b"") + value.tensor.tensor_content
+    ours = {name: value for name, value in seen.items() if name not in ("config", "sound")}
+    others = [name for name, value in ours.items() if _digest(theirs[name]) != value]
+    return f"other bytes than protobuf's: {others[0]}" if others else None
+
+
 def like_before(damaged: Path, seen: Seen, good: Path, before: Seen) -> str | None:
     """Files with digests: what was read is what was written, or nothing was read."""
     keys = before if seen.get("sound", True) else before.keys() & seen.keys() - {"sound"}
@@ -208,7 +235,7 @@ TARGETS: dict[str, Target] = {
     "mistral": Target(seeds.mistral, read_checkpoint, like_the_library),
     "mistral_pth": Target(seeds.mistral_pth, read_checkpoint, like_the_library),
     "mindformers": Target(seeds.mindformers, read_checkpoint, like_the_library),
-    "mindformers_ckpt": Target(seeds.mindformers_ckpt, read_checkpoint, nothing),
+    "mindformers_ckpt": Target(seeds.mindformers_ckpt, read_checkpoint, like_protobuf),
     "native": Target(seeds.native, read_training, like_before),
     "parts": Target(seeds.parts, read_checkpoint, like_before),
     "run_yaml": Target(seeds.run_yaml, read_run, nothing),
