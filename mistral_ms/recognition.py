@@ -217,19 +217,13 @@ def _of_ranks(path: Path, ranks: list[Path], fault: Fault) -> MistralMsError:
             rule="MindFormers' files lie one level below",
             todo=f"give {ranks[0]}, if the run had one process",
         )
-    saved = any(ranks[0].glob("*.safetensors"))
-    merge = (
-        "mindspore.unified_safetensors(CHECKPOINTS, MERGED_STRATEGY, NEW)"
-        if saved
-        else "mindspore.transform_checkpoints(CHECKPOINTS, NEW, PREFIX, MERGED_STRATEGY, None)"
-    )
     return fault(
         "the parts of many ranks, not a checkpoint",
         where=path,
         value=f"{len(ranks)} directories rank_N",
         rule="the strategy files of the run say which part of each tensor a rank holds",
-        todo="merge them first: mindspore.merge_pipeline_strategys(STRATEGY_DIR, MERGED_STRATEGY), "
-        f"then {merge}; give NEW, with the run's yaml file in it",
+        todo="merge them: convert with --strategy DIRECTORY, where MindFormers wrote those files "
+        "(output/strategy), and with the run's yaml file beside the directories rank_N",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import time
@@ -17,6 +18,7 @@ from mistral_ms.checkpoint.detect import ALIASES, LAYOUTS, MindFormersLayout, ki
 from mistral_ms.checkpoint.dtypes import FROM_OPTION, TO_CONFIG
 from mistral_ms.checkpoint.files import MINDFORMERS_YAML, PARAM_NAME_MAP
 from mistral_ms.checkpoint.layout import format_layout
+from mistral_ms.checkpoint.merge_ranks import merged_ranks
 from mistral_ms.checkpoint.mindformers_layout import TABLES
 from mistral_ms.checkpoint.plan import make_plan, target_dtype
 from mistral_ms.checkpoint.source import Source, open_checkpoint
@@ -92,6 +94,7 @@ def convert(
     kind: str | None = None,
     layout: MindFormersLayout | None = None,
     container: Literal["safetensors", "ckpt"] | None = None,
+    strategy: Path | None = None,
     verify: bool = True,
     follow_links: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -111,6 +114,8 @@ def convert(
         layout: of the experts, to mindformers: ``fused`` (the default) for training and for
             inference without a cache, ``gmm`` for inference with one.
         container: of the files, to mindformers: ``safetensors`` (the default) or ``ckpt``.
+        strategy: the strategy files of the run of MindFormers whose ranks' parts ``src`` holds; see
+            :func:`~mistral_ms.checkpoint.merge_ranks.merged_ranks`.
         verify: compare a source of ours with its digests while it is read.
         follow_links: links may lead out of the source; see :func:`open_checkpoint`.
         max_shard_bytes: how large a file of weights may grow (mistral and ckpt are always one).
@@ -131,7 +136,12 @@ def convert(
     check_target(dst, overwrite)
     if os.path.realpath(src) == os.path.realpath(dst):
         raise CheckpointError("source is the target", where=src, todo="choose another target")
-    with open_checkpoint(src, kind, verify=verify, follow_links=follow_links) as source:
+    with contextlib.ExitStack() as opened:
+        if strategy is not None:
+            src = opened.enter_context(merged_ranks(src, Path(strategy), dst))
+        source = opened.enter_context(
+            open_checkpoint(src, kind, verify=verify, follow_links=follow_links)
+        )
         if remark := source.remark():
             say(remark)
         target_kind = _target_kind(source.kind, to)

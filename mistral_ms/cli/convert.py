@@ -70,6 +70,10 @@ def convert(
         Container | None,
         typer.Option(help="Files, to mindformers: safetensors (default), or one ckpt."),
     ] = None,
+    strategy: Annotated[
+        Path | None,
+        typer.Option(help="SRC holds parts of many ranks of MindFormers: their strategy files."),
+    ] = None,
     dtype: Annotated[
         DType, typer.Option(help="Store weights in this; keep leaves every bit.")
     ] = DType.KEEP,
@@ -100,7 +104,7 @@ def convert(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     if run is not None:
-        _no_choice(layout, container)
+        _no_choice(layout, container, strategy)
         opening = {"kind": source, "verify": not no_verify, "follow_links": follow_links}
         result = _presplit(src, dst, to, dtype, overwrite, run, say, opening)
     else:
@@ -114,6 +118,7 @@ def convert(
                 kind=source,
                 layout=None if layout is None else layout.value,
                 container=None if container is None else container.value,
+                strategy=strategy,
                 verify=not no_verify,
                 follow_links=follow_links,
                 progress=progress,
@@ -135,7 +140,7 @@ def convert(
         write_json(json, asdict(result))
 
 
-def _no_choice(layout: Layout | None, container: Container | None) -> None:
+def _no_choice(layout: Layout | None, container: Container | None, strategy: Path | None) -> None:
     """What is cut up for ranks is ours.
 
     Raises:
@@ -147,6 +152,14 @@ def _no_choice(layout: Layout | None, container: Container | None) -> None:
         if value is not None:
             rule = "only --to mindformers has one, and --run writes our own format"
             raise ConfigError(f"no choice of {option[2:]}", where=option, value=value, rule=rule)
+    if strategy is not None:
+        raise ConfigError(
+            "two options that exclude each other",
+            where="--strategy",
+            value=strategy,
+            rule="--run reads whole checkpoints",
+            todo="convert with --strategy first, then with --run",
+        )
 
 
 def _presplit(
