@@ -274,8 +274,8 @@ def _complete(
     with open_checkpoint(ckpt, **of_checkpoint(options)) as checkpoint:
         if speaks:
             _remark(checkpoint)
-        tokenizer = load_tokenizer(ckpt)
-        settings = read_checkpoint_settings(ckpt, checkpoint.config, tokenizer)
+        tokenizer = load_tokenizer(checkpoint.path)
+        settings = read_checkpoint_settings(checkpoint.path, checkpoint.config, tokenizer)
         request = setting.request(settings.sampling)
         ids = setting.prompt_ids(tokenizer, settings.eos_ids, prompts)
         needed = required_length(checkpoint.config, ids, request)
@@ -332,9 +332,9 @@ def _chat_loop(
 
     with open_checkpoint(ckpt, **of_checkpoint(options)) as checkpoint:
         _remark(checkpoint)
-        tokenizer = load_tokenizer(ckpt)
+        tokenizer = load_tokenizer(checkpoint.path)
         positions = checkpoint.config.longest_sequence
-        settings = read_checkpoint_settings(ckpt, checkpoint.config, tokenizer)
+        settings = read_checkpoint_settings(checkpoint.path, checkpoint.config, tokenizer)
     chat, tools = setting.chat(tokenizer, settings.eos_ids), setting.read_tools()
     _say_settings(settings, setting)
     length = min(CHAT_LENGTH, positions) if max_length is None else max_length

@@ -71,7 +71,7 @@ MINDFORMERS_MOE_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # keys without effect on what the weights are and compute: of the run, of generation, of precision
 MINDFORMERS_HARMLESS = frozenset({
-    "type", "model_type", "name_or_path", "pretrained_model_dir", "model_name",
+    "model_type", "name_or_path", "pretrained_model_dir", "model_name",
     "checkpoint_name_or_path",
     "mindformers_version", "architectures", "auto_register", "auto_map", "batch_size",
     "seq_length", "multiple_of", "ffn_dim_multiplier", "ignore_token_id", "compute_dtype",
@@ -156,7 +156,7 @@ def from_mindformers(
     where_model = f"{where}: model.model_config"
     for key, found, supported in (
         ("model.arch.type", arch.get("type"), CLASSES),
-        ("model.model_config.type", values.get("type"), TYPES),
+        ("model.model_config.type", values.pop("type", None), TYPES),
     ):
         if found not in (None, *supported):
             raise ConfigError(

@@ -15,6 +15,7 @@ from mistral_ms.config.parallel import ParallelConfig
 from mistral_ms.config.routing import RoutingConfig
 from mistral_ms.config.run_files import read_run_file
 from mistral_ms.config.training import TrainingConfig
+from mistral_ms.reading import is_file
 
 
 class CheckpointConfig(Frozen):
@@ -44,7 +45,7 @@ class InitFromConfig(Frozen):
     """The weights that a training starts with. A bare path stands for one without other keys.
 
     Attributes:
-        path: directory of a checkpoint of any known format.
+        path: directory of a checkpoint of any known format, or a file of MindFormers' weights.
         format: which format to read when the directory holds several.
         verify: compare a checkpoint of ours with its recorded digests while it is read.
         follow_links: links may lead out of the directory, or of the hub's cache that it lies in.
@@ -54,6 +55,11 @@ class InitFromConfig(Frozen):
     format: CheckpointFormat | None = None
     verify: bool = True
     follow_links: bool = False
+
+    @property
+    def directory(self) -> Path:
+        """Where the files beside the weights lie."""
+        return self.path.parent if is_file(self.path) else self.path
 
 
 class RunConfig(Frozen):

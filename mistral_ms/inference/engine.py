@@ -173,13 +173,13 @@ class Engine:
             spec = CacheSpec.for_model(config, rows, length, chunk)
             tokenizer = None
             if with_tokenizer:
-                tokenizer = load_tokenizer(Path(path))
+                tokenizer = load_tokenizer(source.path)
                 check_vocabulary(tokenizer, config)
             model = parallel_context.build_model(
                 config, DROPLESS, dtype, cache=spec, positions=length
             )
             if eos_ids is None:
-                eos_ids = read_checkpoint_settings(Path(path), config, tokenizer).eos_ids
+                eos_ids = read_checkpoint_settings(source.path, config, tokenizer).eos_ids
             load_weights(source, model.weights(), storage=parallel_context.storage(model.specs))
         step = parallel_context.next_token(model, dtype)
         return cls(

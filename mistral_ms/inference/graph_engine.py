@@ -56,7 +56,7 @@ def load_graph_engine(
         ms.set_context(mode=ms.GRAPH_MODE)
         tokenizer = None
         if with_tokenizer:
-            tokenizer = load_tokenizer(Path(path))
+            tokenizer = load_tokenizer(source.path)
             check_vocabulary(tokenizer, run.model)
         if divided:
             graph.set_context(run)
@@ -67,7 +67,7 @@ def load_graph_engine(
             for parameter in built.cell.get_parameters():
                 parameter.init_data()
         if eos_ids is None:
-            eos_ids = read_checkpoint_settings(Path(path), source.config, tokenizer).eos_ids
+            eos_ids = read_checkpoint_settings(source.path, source.config, tokenizer).eos_ids
         storage = graph.generation_storage(run, rank)
         load_weights(source, built.cell.weights(), storage=storage)
     return Engine(

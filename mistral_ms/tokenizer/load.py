@@ -63,16 +63,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     else tekken.
 
     Args:
-        path: a directory in Hugging Face's, Mistral's or our format, a tokenizer file, or a file
-            of weights: it stands for its directory.
+        path: a directory in Hugging Face's, Mistral's or our format, or a tokenizer file.
 
     Raises:
         TokenizerError: no tokenizer there, a damaged one, one of an unknown kind, or files that
             contradict each other.
     """
     path = Path(path)
-    if path.suffix in (".ckpt", ".safetensors") and is_file(path):
-        path = path.parent
     if is_file(path):
         if "tekken" in path.name:
             return TekkenTokenizer(path, _companions(path))

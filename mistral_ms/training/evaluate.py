@@ -130,7 +130,7 @@ def load_for_evaluation(
     """
     with open_checkpoint(checkpoint, kind, verify=verify, follow_links=follow_links) as source:
         try:
-            tokenizer = load_tokenizer(checkpoint)
+            tokenizer = load_tokenizer(source.path)
         except TokenizerError:
             tokenizer = None  # then the sizes of the vocabularies are compared
         data.check_model(source.config, tokenizer)

@@ -109,7 +109,7 @@ def _tokenizer(run: RunConfig, optional: bool = False) -> Tokenizer | None:
     if run.init_from is None:
         return None
     try:
-        return load_tokenizer(run.init_from.path)
+        return load_tokenizer(run.init_from.directory)
     except TokenizerError:
         return (
             None  # a checkpoint need not have one; then the sizes of the vocabularies are compared

@@ -131,7 +131,7 @@ class TrainingRun:
         found = self._newest() if resume else None
         self.update = self._update(drawn=found is None)
         start = run.init_from if found is None else None
-        begun_from, follow = (start.path, start.follow_links) if start else (found, False)
+        begun_from, follow = (start.directory, start.follow_links) if start else (found, False)
         self.side_files = side_files(begun_from, tokenizer, follow)
         self.history: list[StepRecord] = []
         self._saved: int | None = None

@@ -16,7 +16,7 @@ from mindspore import Parameter, Tensor
 from safetensors.torch import load_file, save_file
 
 from mistral_ms.checkpoint import convert, detect, inspect, open_checkpoint
-from mistral_ms.config import ModelConfig, load_run_config
+from mistral_ms.config import load_run_config
 from mistral_ms.errors import CheckpointError, ConfigError
 
 LAYERS, EXPERTS = 3, 4
@@ -371,4 +371,6 @@ class TestConfiguration:
             run.write_text(yaml.safe_dump({"training": training}))
             for start in (path, path / name):
                 over = [f"init_from.path={start}"] + [f"init_from.format={format_}"] * bool(format_)
-                assert isinstance(load_run_config(run, over).model, ModelConfig)
+                config = load_run_config(run, over)
+                assert config.model.vocab_size == 61
+                assert config.init_from.directory == path
