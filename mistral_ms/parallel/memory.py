@@ -7,6 +7,7 @@ order in which the back end works; ``working`` is an estimate of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,14 +19,15 @@ from mistral_ms.config import (
     TrainingConfig,
     expert_capacity,
 )
-from mistral_ms.parallel.pipeline import make_schedule, stages_of
+from mistral_ms.parallel.pipeline import Stage, in_flight, stages_of
 
 FLOAT = 4
 """Bytes of float32."""
 ASCEND_GIB = 64.0
 """Device memory of an Ascend 910B."""
 GIB = 1 << 30
-_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of an element of each dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,10 +219,6 @@ def activation_memory(
         logit_tokens: the most tokens whose logits are held at a time; None: all of a micro-batch.
         gradients: bytes of the weights' gradients from one micro-batch.
     """
-    itemsize, S = _ITEMSIZE[training.dtype], training.seq_length
-    rows = max(
-        1, training.global_batch_size // (parallel.dp * training.gradient_accumulation_steps)
-    )
     held = stages_of(model, parallel.pp)[stage]
     layers = [
         layer_memory(
@@ -228,33 +226,78 @@ def activation_memory(
             routing,
             parallel,
             layer=layer,
-            rows=rows,
-            seq_length=S,
-            itemsize=itemsize,
+            rows=rows_of(training, parallel),
+            seq_length=training.seq_length,
+            itemsize=ITEMSIZE[training.dtype],
             fused=fused,
         )
         for layer in held.layers
     ]
-    schedule = make_schedule(
-        parallel.pipeline_scheduler, parallel.pp, training.gradient_accumulation_steps
+    return stage_memory(
+        model,
+        training,
+        parallel,
+        held,
+        layers,
+        execution=execution,
+        fused=fused,
+        logit_tokens=logit_tokens,
+        gradients=gradients,
     )
-    in_flight = schedule.in_flight(stage) if parallel.pp > 1 else 1
+
+
+def rows_of(training: TrainingConfig, parallel: ParallelConfig) -> int:
+    """B: sequences of a rank's micro-batch."""
+    ranks = parallel.dp * training.gradient_accumulation_steps
+    return max(1, training.global_batch_size // ranks)
+
+
+def stage_memory(
+    model: ModelConfig,
+    training: TrainingConfig,
+    parallel: ParallelConfig,
+    held: Stage,
+    layers: Sequence[LayerMemory],
+    *,
+    execution: Literal["explicit", "graph"],
+    fused: bool,
+    logit_tokens: int | None,
+    gradients: int,
+) -> ActivationMemory:
+    """What a step holds on a rank, from what each layer keeps.
+
+    Args:
+        model: the whole model.
+        training: batch, sequence length, micro-batches, dtype.
+        parallel: the layout and what is computed again.
+        held: the rank's pipeline stage.
+        layers: of the stage, see :func:`layer_memory`.
+        execution: see :func:`activation_memory`.
+        fused: see :func:`layer_memory`.
+        logit_tokens: see :func:`activation_memory`.
+        gradients: likewise.
+    """
+    tokens, stage = rows_of(training, parallel) * training.seq_length, held.number
+    flying = 1
+    if parallel.pp > 1:
+        micro_batches = training.gradient_accumulation_steps
+        flying = in_flight(parallel.pipeline_scheduler, stage, parallel.pp, micro_batches)
     explicit = execution == "explicit"
     recompute: Recompute = parallel.recompute
     if explicit and parallel.pp > 1 and recompute == "full":
         recompute = "selective"  # the whole stage is computed again in any case
-    kept = sum(layer.kept(recompute) for layer in layers) * (1 if explicit else in_flight)
+    kept = sum(layer.kept(recompute) for layer in layers) * (1 if explicit else flying)
     scores = 0 if fused else 2 * max(layer.probabilities for layer in layers)
-    inputs = rows * S * model.hidden_size * itemsize
+    inputs = tokens * model.hidden_size * ITEMSIZE[training.dtype]
     logits = 0
     if held.head:
-        tokens = rows * S if logit_tokens is None else min(rows * S, logit_tokens)
+        tokens = tokens if logit_tokens is None else min(tokens, logit_tokens)
         # tensor-parallel ranks divide the vocabulary, in the graph the tokens
         logits = 3 * tokens * model.vocab_size // parallel.mp * FLOAT
     return ActivationMemory(
         layers=kept,
-        in_flight=in_flight,
-        stage_inputs=in_flight * inputs if explicit and parallel.pp > 1 else 0,
+        in_flight=flying,
+        stage_inputs=flying * inputs if explicit and parallel.pp > 1 else 0,
         working=max(layer.total - layer.kept(recompute) for layer in layers) + scores,
         dispatch=max(layer.dispatch for layer in layers),
         logits=logits,

@@ -5,7 +5,14 @@ from mistral_ms.parallel.pipeline.costs import LayerCosts, layer_costs
 from mistral_ms.parallel.pipeline.holding import held_specs
 from mistral_ms.parallel.pipeline.picture import schedule_png
 from mistral_ms.parallel.pipeline.program import Transfer, program
-from mistral_ms.parallel.pipeline.schedule import Phase, Schedule, Step, make_schedule
+from mistral_ms.parallel.pipeline.schedule import (
+    Phase,
+    Schedule,
+    Step,
+    in_flight,
+    make_schedule,
+    stage_order,
+)
 from mistral_ms.parallel.pipeline.stages import Stage, balance, stages_of
 
 __all__ = [
@@ -19,9 +26,11 @@ __all__ = [
     "check_objective",
     "check_trained",
     "held_specs",
+    "in_flight",
     "layer_costs",
     "make_schedule",
     "program",
     "schedule_png",
+    "stage_order",
     "stages_of",
 ]

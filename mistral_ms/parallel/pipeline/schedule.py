@@ -126,16 +126,37 @@ def make_schedule(
             raise ConfigError("impossible schedule", where=what, value=number, rule="at least 1")
     if name not in ("gpipe", "1f1b"):
         raise ConfigError("unknown schedule", where="schedule", value=name, rule="gpipe or 1f1b")
-    orders = [list(_order(name, stage, stages, micro_batches)) for stage in range(stages)]
+    orders = [list(stage_order(name, stage, stages, micro_batches)) for stage in range(stages)]
     duration = {Phase.FORWARD: forward, Phase.BACKWARD: backward}
     return Schedule(name, stages, micro_batches, _as_early_as_possible(orders, duration))
 
 
 Work = tuple[Phase, int]
+"""A step: its phase and its micro-batch."""
 
 
-def _order(name: str, stage: int, stages: int, micro_batches: int) -> Iterator[Work]:
-    ahead = micro_batches if name == "gpipe" else min(micro_batches, stages - stage)
+def in_flight(name: str, stage: int, stages: int, micro_batches: int) -> int:
+    """The most micro-batches that a stage holds at a time, see :meth:`Schedule.in_flight`.
+
+    Args:
+        name: gpipe or 1f1b.
+        stage: which.
+        stages: pp.
+        micro_batches: m.
+    """
+    return micro_batches if name == "gpipe" else min(micro_batches, stages - stage)
+
+
+def stage_order(name: str, stage: int, stages: int, micro_batches: int) -> Iterator[Work]:
+    """The steps of a stage in the order in which it runs them.
+
+    Args:
+        name: gpipe or 1f1b.
+        stage: which.
+        stages: pp.
+        micro_batches: m.
+    """
+    ahead = in_flight(name, stage, stages, micro_batches)
     yield from ((Phase.FORWARD, number) for number in range(ahead))
     for number in range(micro_batches):
         yield Phase.BACKWARD, number

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 from mistral_ms.config import ModelConfig
@@ -50,6 +51,7 @@ def stages_of(model: ModelConfig, pp: int) -> tuple[Stage, ...]:
     return balance(layer_costs(model, length), pp)
 
 
+@lru_cache(maxsize=256)  # a search for a layout asks often
 def balance(costs: LayerCosts, stages: int) -> tuple[Stage, ...]:
     """Consecutive layers to stages so that the dearest stage is as cheap as possible.
 

@@ -10,9 +10,12 @@ specifications, see :mod:`mistral_ms.parallel.sharding.forms`.
 
 from __future__ import annotations
 
-import mindspore as ms
+from typing import TYPE_CHECKING
 
 from mistral_ms.config import ParallelConfig
+
+if TYPE_CHECKING:
+    import mindspore as ms
 
 REPLICA, EXPERT, TENSOR = "replica", "expert", "tensor"
 DATA = (REPLICA, EXPERT)
@@ -65,6 +68,8 @@ class Sharding:
 
     def __call__(self, layout: str | Axes) -> ms.Layout:
         """The layout of a tensor, for ``shard``."""
+        import mindspore as ms  # the rest is arithmetic, which the planner needs without it
+
         axes = ["None" if axis is None else axis for axis in self.axes(layout)]
         return ms.Layout(tuple(self.matrix.values()), tuple(self.matrix))(*axes)
 

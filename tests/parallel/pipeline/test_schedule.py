@@ -5,7 +5,15 @@ import re
 import pytest
 
 from mistral_ms.errors import ConfigError
-from mistral_ms.parallel.pipeline import Phase, Step, Transfer, make_schedule, program, schedule_png
+from mistral_ms.parallel.pipeline import (
+    Phase,
+    Step,
+    Transfer,
+    in_flight,
+    make_schedule,
+    program,
+    schedule_png,
+)
 
 SIZES = [(1, 1), (1, 5), (2, 1), (2, 2), (2, 7), (3, 2), (4, 4), (4, 8), (5, 3), (8, 32)]
 each_size = pytest.mark.parametrize(("stages", "micro"), SIZES)
@@ -74,6 +82,9 @@ def test_activations_in_flight(stages, micro):
     for stage in range(stages):
         assert gpipe.in_flight(stage) == micro
         assert alternating.in_flight(stage) == min(micro, stages - stage)
+        for schedule in (gpipe, alternating):
+            most = in_flight(schedule.name, stage, stages, micro)
+            assert most == schedule.in_flight(stage)
 
 
 def test_printed():
