@@ -90,7 +90,10 @@ TABLE = {
     "alignment": rule(f"{BELOW_TRAINING} inference", "mindspore numpy torch transformers"),
     "shipped": rule("moe parallel"),
     "launch": rule("config shipped"),
-    "planner": rule("config weights parallel.topology"),
+    "planner": rule(
+        "config weights parallel.topology parallel.pipeline parallel.memory parallel.sharding",
+        "pydantic",  # files of hardware
+    ),
     "mindformers": rule(
         f"{BELOW_TRAINING} training inference lifelong", "mindspore numpy mindformers"
     ),
@@ -278,7 +281,7 @@ def test_nothing_imports_the_command_line():
 
 LIGHT = (
     "config", "weights", "tokenizer", "checkpoint", "data", "datasets", "cli", "launch",
-    "parallel.topology", "parallel.pipeline", "parallel.memory",
+    "parallel.topology", "parallel.pipeline", "parallel.memory", "parallel.sharding", "planner",
 )  # fmt: skip
 LOADS = f"""
 import os, sys

@@ -1,0 +1,263 @@
+"""Bytes of a card by what they are, calculated from the specifications of weights and the layout.
+
+Weights, gradients and optimizer state are exact: of the auto-parallel graph what MindSpore's dry
+run reports, of the explicit path what ``train`` counts. Activations are those of
+:mod:`mistral_ms.parallel.memory`. All weights are taken for trained, with the two means of AdamW.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from mistral_ms.config import ModelConfig, ParallelConfig, RunConfig
+from mistral_ms.parallel.memory import (
+    FLOAT,
+    GIB,
+    ITEMSIZE,
+    LayerMemory,
+    layer_memory,
+    rows_of,
+    stage_memory,
+)
+from mistral_ms.parallel.pipeline import Stage, held_specs
+from mistral_ms.parallel.sharding import Sharding, graph_form
+from mistral_ms.parallel.topology import gradient_group, owners, shard_shape
+from mistral_ms.parallel.topology.groups import GroupKind
+from mistral_ms.weights import ParamSpec
+
+Execution = Literal["explicit", "graph"]
+MEANS = 2
+"""What AdamW keeps of each element: the means of the gradient and of its square."""
+EXPLICIT_LOGITS = 1 << 26
+"""Elements of logits that the explicit path holds at a time (``models.objective``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Elements of a stage's trained weights on one card.
+
+    Attributes:
+        held: the card's part of every weight, as it computes with it.
+        kept: of those the ones that it keeps between steps as weights.
+        owned: those whose optimizer state it has.
+    """
+
+    held: int
+    kept: int
+    owned: int
+
+
+@dataclass(frozen=True, slots=True)
+class CardMemory:
+    """Bytes of one card at the fullest moment of a step.
+
+    Attributes:
+        stage: its pipeline stage.
+        weights: between steps.
+        gathered: weights in 16 bits that optimizer parallelism has put together for the step.
+        gradients: sums over micro-batches.
+        micro_batch_gradients: of the micro-batch that is being computed.
+        optimizer: means, and masters of 16-bit weights, on the card.
+        activations: kept by layers, of all micro-batches that the stage has begun.
+        in_flight: how many those are.
+        dispatch: rows of one layer on their way to experts and back; those of kept layers are among
+            the activations.
+        working: what else the gradient of one layer needs.
+        logits: with their probabilities and gradient, where that is more than ``dispatch`` and
+            ``working``, which are free then: the difference.
+        communication: buffers of groups.
+        host_optimizer: of the optimizer, in host memory.
+    """
+
+    stage: int
+    weights: int
+    gathered: int
+    gradients: int
+    micro_batch_gradients: int
+    optimizer: int
+    activations: int
+    in_flight: int
+    dispatch: int
+    working: int
+    logits: int
+    communication: int
+    host_optimizer: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What adds up to the total."""
+        others = ("stage", "in_flight", "host_optimizer")
+        names = [field.name for field in fields(self) if field.name not in others]
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def total(self) -> int:
+        """On the card."""
+        return sum(self.parts.values())
+
+    @property
+    def gib(self) -> float:
+        """The total in GiB."""
+        return self.total / GIB
+
+
+def parameters(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    stage: Stage,
+    weights: Iterable[ParamSpec],
+    execution: Execution,
+) -> Parameters:
+    """Counts the weights of a stage, on its fullest card.
+
+    Args:
+        model: the whole model.
+        parallel: the layout.
+        stage: which.
+        weights: of the whole model.
+        execution: in the graph a tied embedding is on the first stage alone, and optimizer
+            parallelism gives each card a share of each weight; on the explicit path whole weights
+            have owners.
+    """
+    held = [spec for spec in held_specs(stage, weights) if spec.kind == "trained"]
+    if execution == "explicit":
+        return _owned(held, parallel)
+    sharding = Sharding(parallel)
+    if not stage.embedding:
+        held = [spec for spec in held if spec.module != "tied"]
+    counted: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
+    whole = kept = 0
+    for spec in held:
+        key = (spec.pattern, spec.shape)
+        if key not in counted:
+            form = graph_form(spec)
+            size = math.prod(sharding.shard_shape(form.layout, form.shape))
+            zero1 = parallel.optimizer_parallel
+            shards = sharding.optimizer_shards(form.layout, form.shape, zero1)
+            counted[key] = size, size // shards
+        whole, kept = whole + counted[key][0], kept + counted[key][1]
+    return Parameters(whole, kept, kept)
+
+
+def _owned(held: list[ParamSpec], parallel: ParallelConfig) -> Parameters:
+    sizes = parallel.sizes
+    size = {spec.name: math.prod(shard_shape(spec, sizes)) for spec in held}
+    whole = sum(size.values())
+    if not parallel.optimizer_parallel or sizes.dp == 1:
+        return Parameters(whole, whole, whole)
+    owner = owners(held, sizes)
+    loads = [0] * sizes.dp
+    for spec in held:
+        if gradient_group(spec) is GroupKind.EXPERT_DATA:
+            first = owner[spec.name] * sizes.ep
+            ranks = range(first, first + sizes.ep)
+        else:
+            ranks = range(owner[spec.name], owner[spec.name] + 1)
+        for rank in ranks:
+            loads[rank] += size[spec.name]
+    return Parameters(whole, whole, max(loads))
+
+
+def layer_memories(run: RunConfig, *, fused: bool) -> tuple[LayerMemory, ...]:
+    """What each layer of the model keeps of a micro-batch if nothing is computed again.
+
+    Args:
+        run: model, routing, layout and micro-batches.
+        fused: whether attention, norms and SwiGLU are fused operators.
+    """
+    model, training, parallel = run.model, run.training, run.parallel
+    found: dict[bool, LayerMemory] = {}
+    sparse = set(model.sparse_layers)
+    for layer in range(model.num_hidden_layers):
+        kind = layer in sparse
+        if kind not in found:
+            found[kind] = layer_memory(
+                model,
+                run.routing,
+                parallel,
+                layer=layer,
+                rows=rows_of(training, parallel),
+                seq_length=training.seq_length,
+                itemsize=ITEMSIZE[training.dtype],
+                fused=fused,
+            )
+    return tuple(found[layer in sparse] for layer in range(model.num_hidden_layers))
+
+
+def card_memory(
+    run: RunConfig,
+    stage: Stage,
+    counted: Parameters,
+    layers: tuple[LayerMemory, ...],
+    *,
+    execution: Execution,
+    fused: bool,
+    communicator_bytes: int = 0,
+) -> CardMemory:
+    """What a card of a stage holds.
+
+    Args:
+        run: the training.
+        stage: of the card.
+        counted: its weights, see :func:`parameters`.
+        layers: of the whole model, see :func:`layer_memories`.
+        execution: who divides the training.
+        fused: see :func:`layer_memories`.
+        communicator_bytes: buffers for each group that the card communicates in.
+    """
+    model, training, parallel = run.model, run.training, run.parallel
+    item = ITEMSIZE[training.dtype]
+    masters = execution == "explicit" and item < FLOAT
+    state = counted.owned * FLOAT * (MEANS + masters)
+    host = training.offload_optimizer == "host"
+    if host and execution == "explicit" and not masters:
+        state += counted.owned * FLOAT  # the host keeps the weights that it updates
+    logit_tokens = None
+    if execution == "explicit":
+        logit_tokens = max(1, EXPLICIT_LOGITS // model.vocab_size)
+    active = stage_memory(
+        model,
+        training,
+        parallel,
+        stage,
+        layers[stage.layers.start : stage.layers.stop],
+        execution=execution,
+        fused=fused,
+        logit_tokens=logit_tokens,
+        gradients=counted.held * FLOAT,
+    )
+    zero1 = execution == "graph" and counted.kept < counted.held
+    return CardMemory(
+        stage=stage.number,
+        weights=counted.kept * (FLOAT if execution == "graph" else item),
+        gathered=counted.held * item if zero1 else 0,
+        gradients=counted.held * FLOAT if training.gradient_accumulation_steps > 1 else 0,
+        micro_batch_gradients=active.gradients,
+        optimizer=0 if host else state,
+        activations=active.layers + active.stage_inputs,
+        in_flight=active.in_flight,
+        dispatch=min(active.dispatch, active.working),
+        working=active.working - min(active.dispatch, active.working),
+        logits=max(0, active.logits - active.working),
+        communication=communicator_bytes * communicators(parallel),
+        host_optimizer=state if host else 0,
+    )
+
+
+def communicators(parallel: ParallelConfig) -> int:
+    """Groups of more than one card that a card of a middle stage communicates in."""
+    sizes, hierarchical = parallel.sizes, parallel.all_to_all == "hierarchical"
+    stage = sizes.dp * sizes.mp
+    groups = (
+        sizes.world > 1,
+        sizes.pp > 1 and stage > 1,
+        sizes.mp > 1,
+        sizes.dp > 1 and (sizes.mp > 1 or sizes.dp < stage),
+        sizes.ep > 1,
+        sizes.ep > 1 and hierarchical,
+        1 < sizes.dp // sizes.ep < sizes.dp,
+    )
+    return sum(groups) + min(2, sizes.pp - 1)

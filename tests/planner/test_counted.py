@@ -1,0 +1,49 @@
+"""The planner's bytes of the explicit way against those that a training step counts."""
+
+import pytest
+from dryrun.rehearsal import UnansweredGroups
+from dryrun.small_runs import small_run
+
+from mistral_ms.config import RunConfig
+from mistral_ms.parallel.context import ParallelContext
+from mistral_ms.parallel.pipeline import stages_of
+from mistral_ms.planner.memory import card_memory, layer_memories, parameters
+from mistral_ms.training import TrainStep, make_objective
+from mistral_ms.weights import specs
+
+LAYOUTS = [
+    ({"dp": 1}, {"offload_optimizer": "host"}),
+    ({"dp": 1}, {"dtype": "float32"}),
+    ({"dp": 4, "ep": 2, "optimizer_parallel": True}, {}),
+    ({"dp": 2, "ep": 2, "pp": 2, "mp": 2, "optimizer_parallel": True}, {"dtype": "float32"}),
+]
+
+
+def counted(run, rank):
+    """What the step of a rank that is alone keeps; nothing is compiled or sent."""
+    context = ParallelContext(run.parallel, rank)
+    context.groups = UnansweredGroups(context.topology, rank)
+    model = context.build_model(run.model, run.routing, run.training.dtype)
+    objective = make_objective(
+        model, run.training, pooled_aux=run.routing.aux_loss == "pooled", parallel_context=context
+    )
+    return TrainStep(objective, run.training, parallel_context=context).memory()
+
+
+@pytest.mark.parametrize(("parallel", "training"), LAYOUTS, ids=str)
+def test_the_fullest_card_of_each_stage(parallel, training):
+    run = RunConfig(**small_run(parallel, micro=2, **training))
+    stage_size = run.parallel.dp * run.parallel.mp
+    layers, weights = layer_memories(run, fused=False), specs(run.model)
+    for stage in stages_of(run.model, run.parallel.pp):
+        reports = [
+            counted(run, stage.number * stage_size + number)
+            for number in range(0, stage_size, run.parallel.mp)  # tensor ranks hold equal parts
+        ]
+        held = parameters(run.model, run.parallel, stage, weights, "explicit")
+        ours = card_memory(run, stage, held, layers, execution="explicit", fused=False)
+        assert ours.weights == max(report.device_weights for report in reports)
+        assert ours.gradients == max(report.device_gradients for report in reports)
+        assert ours.optimizer == max(report.device_optimizer for report in reports)
+        assert ours.host_optimizer == max(report.host_optimizer for report in reports)
+        assert ours.micro_batch_gradients == 4 * max(report.parameters for report in reports)
