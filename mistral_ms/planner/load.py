@@ -1,0 +1,122 @@
+"""How evenly tokens are spread over experts, and what that costs.
+
+Under a capacity the shapes are static: a step takes as long whatever the router says, and what
+finds its expert full is dropped. Without one nothing is dropped, and the ranks of an expert group
+wait for the one whose experts have most.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mistral_ms.config import ModelConfig, RoutingConfig, expert_capacity
+from mistral_ms.errors import ConfigError
+from mistral_ms.reading import LINE_BYTES, read_text
+
+Loads = tuple[float, ...]
+"""Share of all choices that each expert gets; they add up to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """What uneven loads cost.
+
+    Attributes:
+        slowest: rows of the fullest rank of an expert group, in multiples of the average.
+        dropped: share of choices that find their expert full.
+    """
+
+    slowest: float = 1.0
+    dropped: float = 0.0
+
+
+EVEN = Balance()
+"""Every rank has as much to do."""
+
+
+def even(experts: int) -> Loads:
+    """Every expert as much as every other."""
+    return (1 / experts,) * experts
+
+
+def zipf(experts: int, exponent: float) -> Loads:
+    """The n-th expert gets a share in proportion to 1 / n ** exponent; 0 is even.
+
+    Raises:
+        ConfigError: a negative exponent.
+    """
+    if not 0 <= exponent < math.inf:
+        rule = "an exponent of 0 or more"
+        raise ConfigError("impossible skew", where="--expert-load", value=exponent, rule=rule)
+    weights = [1 / (n + 1) ** exponent for n in range(experts)]
+    return tuple(weight / sum(weights) for weight in weights)
+
+
+def balance(
+    model: ModelConfig, routing: RoutingConfig, ep: int, tokens: int, loads: Sequence[Loads]
+) -> Balance:
+    """What loads cost in a layout.
+
+    Args:
+        model: the architecture.
+        routing: the policy.
+        ep: ranks that share the experts, each as many, in their order.
+        tokens: T of a rank's micro-batch; every rank's choices have the same shares.
+        loads: of each sparse layer; the mean over layers is taken. None: even.
+    """
+    if model.moe is None or not loads:
+        return EVEN
+    E, K = model.moe.num_local_experts, model.moe.num_experts_per_tok
+    if routing.policy == "dropless":
+        local = E // ep
+        fullest = [
+            max(sum(layer[rank * local : (rank + 1) * local]) for rank in range(ep)) * ep
+            for layer in loads
+        ]
+        return Balance(slowest=sum(fullest) / len(fullest))
+    if routing.policy == "experts_choose":
+        return EVEN
+    capacity = expert_capacity(tokens, E, K, routing)
+    kept = [sum(min(share * K * tokens, capacity) for share in layer) for layer in loads]
+    return Balance(dropped=1 - sum(kept) / len(kept) / (K * tokens))
+
+
+def read_loads(path: Path, experts: int) -> tuple[Loads, ...]:
+    """The loads that the last step of a training recorded.
+
+    Args:
+        path: its ``metrics.jsonl``; a line's ``expert_load`` has a list of choices of each expert
+            for each sparse layer.
+        experts: E.
+
+    Raises:
+        ConfigError: it cannot be read, or no line has loads of so many experts.
+    """
+    for line in reversed(read_text(path, ConfigError, LINE_BYTES).splitlines()):
+        try:
+            found = json.loads(line)["expert_load"]
+        except (ValueError, TypeError, KeyError):
+            continue
+        if isinstance(found, list) and found:
+            loads = [_shares(layer, experts) for layer in found]
+            if None not in loads:
+                return tuple(each for each in loads if each is not None)
+    raise ConfigError(
+        "no expert loads",
+        where=path,
+        rule=f"a line of metrics.jsonl has expert_load with {experts} numbers for each layer",
+    )
+
+
+def _shares(layer: object, experts: int) -> Loads | None:
+    """A layer's loads, to add up to 1; None if they are none."""
+    if not isinstance(layer, list) or len(layer) != experts:
+        return None
+    numbers = [float(x) for x in layer if isinstance(x, int | float) and 0 <= x < math.inf]
+    if len(numbers) < experts or sum(numbers) == 0:
+        return None
+    return tuple(number / sum(numbers) for number in numbers)

@@ -1,0 +1,100 @@
+"""How long a collective operation takes on two levels of network.
+
+A message costs a latency and its bytes over a bandwidth. Inside a node and between nodes bytes
+travel at the same time, unless one has to wait for the other. Every card has its own port to other
+nodes, so groups of equal size do not slow each other down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mistral_ms.config.layout import Sizes
+from mistral_ms.planner.hardware import Hardware
+from mistral_ms.planner.traffic import Message, Span, span
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What a card sends in one operation: messages and bytes, inside its node and to others."""
+
+    messages_inside: float = 0.0
+    messages_between: float = 0.0
+    bytes_inside: float = 0.0
+    bytes_between: float = 0.0
+
+
+def sent(message: Message, over: Span, *, hierarchical: bool = False) -> Sent:
+    """What a card gives in one execution.
+
+    Gathers, scatters and reductions go by two levels of rings: inside the node, then each of its
+    cards carries its part to the others. An all-to-all sends each part straight to its receiver;
+    the hierarchical one inside the node to the receiver's place first.
+
+    Args:
+        message: the operator.
+        over: the group.
+        hierarchical: of an all-to-all.
+    """
+    n, inside, nodes = over.size, over.inside, over.nodes
+    if n == 1:
+        return Sent()
+    if message.operator == "AlltoAll":
+        each = message.bytes / n
+        if hierarchical and nodes > 1:
+            return Sent(
+                inside - 1, nodes - 1, nodes * (inside - 1) * each, (nodes - 1) * inside * each
+            )
+        return Sent(inside - 1, n - inside, (inside - 1) * each, (n - inside) * each)
+    whole = message.bytes * (n if message.operator == "AllGather" else 1)
+    times = 2 if message.operator == "AllReduce" else 1
+    return Sent(
+        times * (inside - 1),
+        times * (nodes - 1),
+        times * whole * (inside - 1) / inside,
+        times * whole / inside * (nodes - 1) / nodes,
+    )
+
+
+def seconds(
+    message: Message, sizes: Sizes, hardware: Hardware, *, hierarchical: bool = False
+) -> float:
+    """How long one execution of an operator takes.
+
+    Args:
+        message: the operator.
+        sizes: of the layout.
+        hardware: the cluster.
+        hierarchical: of an all-to-all.
+    """
+    over = span(message.kind, sizes, hardware.devices_per_node)
+    given = sent(message, over, hierarchical=hierarchical)
+    within = between = 0.0
+    if given.bytes_inside:
+        within = given.messages_inside * hardware.inside.latency
+        within += given.bytes_inside / hardware.inside.bytes_per_s(
+            over.inside, hardware.devices_per_node
+        )
+    if given.bytes_between:
+        between = given.messages_between * hardware.between.latency
+        between += given.bytes_between / hardware.between.bytes_per_s(2, 2)
+    if message.operator == "AlltoAll" and not hierarchical:
+        return max(within, between)
+    return within + between
+
+
+def transfer_seconds(nbytes: float, boundary: int, sizes: Sizes, hardware: Hardware) -> float:
+    """How long a card needs to hand a tensor to its place in the next stage.
+
+    Args:
+        nbytes: of the tensor.
+        boundary: the number of the first of the two stages.
+        sizes: of the layout.
+        hardware: the cluster.
+    """
+    cards, devices = sizes.dp * sizes.mp, hardware.devices_per_node
+    # ranks fill one node after the other: the last card of a stage is the first to leave its node
+    last = (boundary + 1) * cards - 1
+    if last // devices == (last + cards) // devices:
+        return hardware.inside.latency + nbytes / hardware.inside.bytes_per_s(2, devices)
+    return hardware.between.latency + nbytes / hardware.between.bytes_per_s(2, 2)

@@ -1,0 +1,227 @@
+"""What a card computes of a layer, and how long that takes: a roofline for each operator.
+
+Products of matrices take the longer of their operations and their bytes; attention is bound by
+operations, everything else by bytes. The gradient of a product has two products of the same size;
+that of what is bound by bytes moves twice as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mistral_ms.config import RunConfig
+from mistral_ms.parallel.memory import FLOAT, ITEMSIZE
+from mistral_ms.planner.hardware import GIGA, TERA, Hardware
+from mistral_ms.planner.load import Balance
+from mistral_ms.planner.memory import Execution
+from mistral_ms.planner.traffic import exchanged_rows, tokens_of
+
+ATTENTION_GRADIENT = 2.5
+"""Operations of the gradient of fused attention, in multiples of its forward pass: five products
+against two, one of them a computation of the scores again (arXiv:2205.14135)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """A forward pass and its gradient, by what takes the time.
+
+    Attributes:
+        matmul: products of matrices.
+        attention: the fused operator.
+        memory_bound: norms, rotations, activations, permutations, loss.
+    """
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    memory_bound: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.matmul + self.attention + self.memory_bound
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(
+            self.matmul + other.matmul,
+            self.attention + other.attention,
+            self.memory_bound + other.memory_bound,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward pass, its gradient, and what selective recompute does once more."""
+
+    forward: Seconds
+    backward: Seconds
+    selective: Seconds = Seconds()
+
+    def __add__(self, other: Pass) -> Pass:
+        return Pass(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.selective + other.selective,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """``count`` products [m, k] x [k, n] of one dtype."""
+
+    m: float
+    k: float
+    n: float
+    count: float = 1.0
+    dtype: str | None = None
+
+    @property
+    def flops(self) -> float:
+        """Two for each multiplication and addition."""
+        return 2.0 * self.m * self.k * self.n * self.count
+
+
+class Work:
+    """The layers of a training as one card computes them.
+
+    Args:
+        run: the training.
+        hardware: the cluster.
+        execution: in the graph tensor-parallel ranks hold a part of the rows between the matrices.
+        balance: of the experts.
+    """
+
+    def __init__(
+        self, run: RunConfig, hardware: Hardware, execution: Execution, balance: Balance
+    ) -> None:
+        self.run, self.model, self.rates = run, run.model, hardware.compute
+        self.balance = balance
+        self.item, self.T = ITEMSIZE[run.training.dtype], float(tokens_of(run))
+        self.mp = run.parallel.mp
+        self.rows = self.T / (self.mp if execution == "graph" else 1)
+        self.columns = 1 if execution == "graph" else self.mp  # parts of the vocabulary
+
+    def layer(self, layer: int) -> Pass:
+        """One decoder block."""
+        second = self._sparse() if self.model.is_sparse(layer) else self._dense()
+        return self._attention(layer) + second
+
+    def embedding(self) -> Pass:
+        """The lookup."""
+        return self._of([], self.rows * self.model.hidden_size * self.item * 2)
+
+    def head(self) -> Pass:
+        """Final norm, output head and loss."""
+        V = self.model.vocab_size / self.columns
+        # in float32: logits, their exponentials, and the sums over them
+        moved = 2 * self.rows * self.model.hidden_size * self.item + 3 * self.rows * V * FLOAT
+        return self._of([Product(self.rows, self.model.hidden_size, V)], moved)
+
+    def _window(self, layer: int) -> int:
+        return self.model.window_of(layer) or self.run.training.seq_length
+
+    def _attention(self, layer: int) -> Pass:
+        model, T, mp = self.model, self.T, self.mp
+        H, D, S = model.hidden_size, model.head_size, self.run.training.seq_length
+        N, G = model.num_attention_heads / mp, model.num_key_value_heads / mp
+        products = [Product(T, H, (N + 2 * G) * D), Product(T, N * D, H)]
+        window = min(S, self._window(layer))
+        seen = window - window * window / (2 * S)  # keys of a query on average
+        operations = 4 * T * seen * N * D
+        peak = self._peak()
+        rotated = 2 * T * (N + G) * D * self.item
+        # the norm reads and writes, the residual reads two and writes one
+        moved = 5 * self.rows * H * self.item + rotated
+        core = operations / (peak * self.rates.attention_forward)
+        gradient = operations * ATTENTION_GRADIENT / (peak * self.rates.attention_backward)
+        norm = self._streamed(2 * self.rows * H * self.item)
+        found = self._of(products, moved)
+        return Pass(
+            found.forward + Seconds(attention=core),
+            found.backward + Seconds(attention=gradient),
+            Seconds(attention=core, memory_bound=norm),
+        )
+
+    def _dense(self) -> Pass:
+        H, I = self.model.hidden_size, self.model.intermediate_size / self.mp  # noqa: E741
+        products = [Product(self.T, H, I, 2), Product(self.T, I, H)]
+        norm = 2 * self.rows * H * self.item
+        found = self._of(
+            products, norm + 3 * self.rows * H * self.item + 3 * self.T * I * self.item
+        )
+        return Pass(found.forward, found.backward, Seconds(memory_bound=self._streamed(norm)))
+
+    def _sparse(self) -> Pass:
+        model, parallel, T = self.model, self.run.parallel, self.T
+        assert model.moe is not None
+        H, I, E = model.hidden_size, model.intermediate_size / self.mp, model.moe.num_local_experts  # noqa: E741
+        R = exchanged_rows(self.run)
+        local = E / parallel.ep
+        computed = R * self.balance.slowest
+        each = computed / local
+        products = [
+            Product(T, H, E, dtype=self.run.routing.router_dtype),
+            Product(each, H, I, 2 * local),
+            Product(each, I, H, local),
+        ]
+        norm = 2 * self.rows * H * self.item
+        moved = norm + 3 * self.rows * H * self.item
+        moved += T * H * FLOAT  # the router's states
+        moved += (T * H + R * H) * self.item  # dispatch reads tokens and writes rows
+        moved += (R * H + T * H) * self.item  # combine
+        moved += 3 * computed * I * self.item  # SwiGLU
+        if parallel.ep > 1 and local > 1:
+            moved += 4 * computed * H * self.item  # from ranks' order to experts', and back
+        found = self._of(products, moved)
+        return Pass(found.forward, found.backward, Seconds(memory_bound=self._streamed(norm)))
+
+    def _of(self, products: list[Product], moved: float) -> Pass:
+        forward = sum(self._product(each) for each in products)
+        backward = sum(map(self._product, _gradients(products)))
+        streamed = self._streamed(moved)
+        return Pass(
+            Seconds(matmul=forward, memory_bound=streamed),
+            Seconds(matmul=backward, memory_bound=2 * streamed),
+        )
+
+    def _product(self, product: Product) -> float:
+        shortest = min(product.m, product.k, product.n)
+        peak = self._peak(product.dtype) * self.rates.product_efficiency(max(1.0, shortest))
+        m, k, n = product.m, product.k, product.n
+        moved = (m * k + k * n + m * n) * product.count * self.item
+        return max(product.flops / peak, self._streamed(moved))
+
+    def _peak(self, dtype: str | None = None) -> float:
+        rate: float = getattr(self.rates.peak_tflops, dtype or self.run.training.dtype)
+        return rate * TERA
+
+    def _streamed(self, nbytes: float) -> float:
+        return nbytes / (self.rates.memory_gb_per_s * GIGA * self.rates.memory_efficiency)
+
+
+def _gradients(products: list[Product]) -> Iterator[Product]:
+    """Of each product those of its input and of its weight."""
+    for each in products:
+        yield Product(each.m, each.n, each.k, each.count, each.dtype)
+        yield Product(each.k, each.m, each.n, each.count, each.dtype)
+
+
+def update_seconds(elements: float, run: RunConfig, hardware: Hardware) -> float:
+    """How long AdamW takes for a card's share of the weights.
+
+    The device reads gradient, two means and weight and writes the last three, in float32. In host
+    memory the same is done at the memory's bandwidth, which all cards of the node share, after the
+    gradients came and before the weights go.
+
+    Args:
+        elements: whose optimizer state the card has.
+        run: says where that lies.
+        hardware: the cluster.
+    """
+    moved = 7 * FLOAT * elements
+    if run.training.offload_optimizer == "none":
+        rates = hardware.compute
+        return moved / (rates.memory_gb_per_s * GIGA * rates.memory_efficiency)
+    host, cards = hardware.host, min(hardware.devices_per_node, run.parallel.world)
+    travelling = 2 * FLOAT * elements / (host.gb_per_s * GIGA)
+    return travelling + moved * cards / (host.memory_gb_per_s * GIGA)

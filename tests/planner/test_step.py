@@ -1,0 +1,127 @@
+"""A step's seconds: sums, laws, and the two ways of running."""
+
+from pathlib import Path
+
+import pytest
+
+from mistral_ms.config import load_run_config
+from mistral_ms.parallel.pipeline import stages_of
+from mistral_ms.planner.hardware import load_hardware
+from mistral_ms.planner.load import EVEN
+from mistral_ms.planner.memory import parameters
+from mistral_ms.planner.step import SLOWDOWN, StepModel, elements
+from mistral_ms.planner.work import Work
+from mistral_ms.weights import specs
+
+RUNS = Path(__file__).parents[2] / "configs" / "run"
+A2 = load_hardware("atlas_800t_a2")
+RUN = load_run_config(RUNS / "pretrain_mixtral_8x7b_32card.yaml")
+
+
+def changed(run, **values):
+    parallel = {k: v for k, v in values.items() if k in type(run.parallel).model_fields}
+    training = {k: v for k, v in values.items() if k not in parallel}
+    return run.model_copy(
+        update={
+            "parallel": run.parallel.model_copy(update=parallel),
+            "training": run.training.model_copy(update=training),
+        }
+    )
+
+
+def step(run=RUN, hardware=A2, execution="graph", **options):
+    stages, weights = stages_of(run.model, run.parallel.pp), specs(run.model)
+    owned = [parameters(run.model, run.parallel, s, weights, execution).owned for s in stages]
+    held = elements(weights, run.parallel.sizes)
+    model = StepModel(run, hardware, execution, stages, held)
+    return model.step(owned, run.parallel.pipeline_scheduler, **options)
+
+
+@pytest.mark.parametrize("execution", ["graph", "explicit"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_breakdown_adds_up(recompute, execution):
+    found = step(changed(RUN, recompute=recompute), execution=execution)
+    assert sum(found.breakdown.values()) == pytest.approx(found.seconds)
+    assert min(found.breakdown.values()) >= 0
+
+
+def test_one_card_takes_the_sum_of_its_operators():
+    run = changed(
+        RUN, dp=1, pp=1, ep=1, optimizer_parallel=False, recompute="none",
+        global_batch_size=1, gradient_accumulation_steps=1,
+    )  # fmt: skip
+    work, found = Work(run, A2, "graph", EVEN), step(run)
+    layers = [work.layer(n) for n in range(32)]
+    passes = [work.embedding(), *layers, work.head()]
+    seconds = sum(p.forward.total + p.backward.total for p in passes) * SLOWDOWN
+    assert found.seconds == pytest.approx(seconds + found.breakdown["optimizer"])
+    assert found.breakdown["bubble"] == pytest.approx(0)
+
+
+def test_the_bubble_is_that_of_the_papers():
+    """Stages are nearly equal: (p - 1) / (m + p - 1) of the pipeline's length."""
+    found = step()
+    pipeline = found.timeline
+    assert pipeline.bubble_fraction == pytest.approx(3 / (16 + 3), abs=0.02)
+
+
+def slower(level, key, factor):
+    rates = getattr(A2, level)
+    return A2.model_copy(
+        update={level: rates.model_copy(update={key: getattr(rates, key) * factor})}
+    )
+
+
+@pytest.mark.parametrize(
+    ("level", "key", "factor"),
+    [
+        ("compute", "memory_gb_per_s", 0.5),
+        ("compute", "attention_forward", 0.5),
+        ("inside", "gb_per_s", 0.5),
+        ("inside", "latency_us", 10),
+        ("between", "gb_per_s", 0.1),
+        ("host", "gb_per_s", 0.5),
+        ("host", "memory_gb_per_s", 0.5),
+    ],
+)
+def test_time_never_falls_when_something_gets_slower(level, key, factor):
+    run = changed(RUN, offload_optimizer="host", dp=16, global_batch_size=256)
+    assert step(run, slower(level, key, factor)).seconds > step(run).seconds
+
+
+def test_what_is_computed_again_takes_time():
+    seconds = [step(changed(RUN, recompute=r)).seconds for r in ("none", "selective", "full")]
+    assert seconds == sorted(seconds)
+    assert seconds[0] < seconds[1] < seconds[2]
+
+
+def test_the_host_takes_longer_for_the_optimizer():
+    assert step(changed(RUN, offload_optimizer="host")).seconds > step().seconds
+
+
+def test_more_micro_batches_fill_the_pipeline():
+    few = changed(RUN, gradient_accumulation_steps=8, global_batch_size=64)
+    tokens = [run.training.global_batch_size / step(run).seconds for run in (few, RUN)]
+    assert tokens[0] < tokens[1]
+
+
+def test_gradients_travel_beside_the_last_backward_pass_in_the_graph():
+    """So less of the same reduction is left over than on the explicit path, which reduces last."""
+    run = changed(RUN, dp=16, global_batch_size=256)
+    graph, explicit = (step(run, execution=e).breakdown for e in ("graph", "explicit"))
+    assert 0 <= graph["gradient_reduction"] < explicit["gradient_reduction"]
+
+
+def test_two_halves_hide_a_part_of_the_exchange():
+    one, two = step(), step(changed(RUN, micro_batch_interleave_num=2))
+    assert two.breakdown["all_to_all"] == pytest.approx(one.breakdown["all_to_all"] / 2)
+
+
+def test_the_estimate_is_the_simulation_where_stages_are_equal():
+    """It only chooses what is simulated; the ends of a model differ by a few percent."""
+    assert step(simulated=False).seconds == pytest.approx(step().seconds, rel=0.03)
+
+
+def test_the_critical_path_is_named():
+    assert "of stage" in step().critical
+    assert step(changed(RUN, pp=1, dp=32, ep=8)).critical.startswith("one stage")
