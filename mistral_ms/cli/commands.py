@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
     from mistral_ms.cli.evaluate import evaluate
     from mistral_ms.cli.generate import generate
     from mistral_ms.cli.inspect import inspect
+    from mistral_ms.cli.plan import plan
     from mistral_ms.cli.train import train
 
     app.command("demo")(demo)
@@ -26,3 +27,4 @@ def register(app: typer.Typer) -> None:
     app.command("train")(train)
     app.command("evaluate")(evaluate)
     app.command("dryrun")(dryrun)
+    app.command("plan")(plan)

@@ -35,6 +35,7 @@ from mistral_ms.config.run import (
     InitFromConfig,
     RunConfig,
     load_run_config,
+    spelled_out,
 )
 from mistral_ms.config.training import (
     LossScaleConfig,
@@ -91,6 +92,7 @@ __all__ = [
     "read_yaml",
     "register_gate_settings",
     "register_route_name",
+    "spelled_out",
     "to_hf",
     "to_mindformers",
     "to_mistral",

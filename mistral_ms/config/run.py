@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field, field_validator, model_validator
 
 from mistral_ms.config.base import Frozen, validate
+from mistral_ms.config.conventions import PACKAGED_TOKENIZER
 from mistral_ms.config.data import DataSourceConfig
 from mistral_ms.config.model import ModelConfig
 from mistral_ms.config.parallel import ParallelConfig
@@ -165,3 +167,18 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             :func:`~mistral_ms.config.base.validate`.
     """
     return validate(RunConfig, read_run_file(Path(path), overrides), str(path))
+
+
+def spelled_out(run: RunConfig) -> str:
+    """A run as the text of a file that means the same wherever it lies and is read."""
+    values = run.model_dump(mode="json")
+    for group, key in (("init_from", "path"), ("data", "dataset")):
+        if values.get(group) and values[group].get(key):
+            values[group][key] = str(Path(values[group][key]).resolve())
+    if data := values.get("data"):
+        data["inputs"] = [str(Path(name).resolve()) for name in data["inputs"]]
+        tokenizer = data.get("tokenizer")
+        if tokenizer is not None and not tokenizer.startswith(PACKAGED_TOKENIZER):
+            data["tokenizer"] = str(Path(tokenizer).resolve())
+    text: str = yaml.safe_dump(values, sort_keys=False)
+    return text

@@ -1,4 +1,23 @@
 """Which layout fits a cluster, how fast it is, and why: memory and time of a training, calculated.
 
-Nothing here imports MindSpore.
+Nothing here imports MindSpore. :func:`plan` searches, :func:`judge` looks at one layout.
 """
+
+from mistral_ms.planner.explain import explain
+from mistral_ms.planner.hardware import Cluster, Hardware, load_hardware
+from mistral_ms.planner.load import even, read_loads, zipf
+from mistral_ms.planner.search import Candidate, checked, judge, plan
+
+__all__ = [
+    "Candidate",
+    "Cluster",
+    "Hardware",
+    "checked",
+    "even",
+    "explain",
+    "judge",
+    "load_hardware",
+    "plan",
+    "read_loads",
+    "zipf",
+]

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
-import yaml
 
 from mistral_ms.checkpoint import BackgroundWriter, CheckpointSeries, read_state
-from mistral_ms.config import PACKAGED_TOKENIZER, RunConfig
+from mistral_ms.config import RunConfig, spelled_out
 from mistral_ms.errors import CheckpointError, TrainingError
 from mistral_ms.moe import make_gate, router_loss_terms
 from mistral_ms.optimizers import with_settings
@@ -235,7 +234,7 @@ class TrainingRun:
             stop = stack.enter_context(stop_on_signals())
             own: list[Observer] = [records.append]
             if self.parallel_context.is_rank_0:
-                files.config.write_text(_spelled_out(self.run), encoding="utf-8")
+                files.config.write_text(spelled_out(self.run), encoding="utf-8")
                 own.append(stack.enter_context(MetricsWriter(files.metrics, self.history)))
                 first = update.progress.step + 1
                 own.append(stack.enter_context(TensorBoardWriter(files.tensorboard, first)))
@@ -312,17 +311,3 @@ def _check_model(run: RunConfig) -> None:
     router_loss_terms(run.model, tuple(run.training.router_losses))
     if run.model.sparse_layers:
         make_gate(run.model, run.routing)
-
-
-def _spelled_out(run: RunConfig) -> str:
-    """The run as a file that means the same wherever it lies and is read."""
-    values = run.model_dump(mode="json")
-    for group, key in (("init_from", "path"), ("data", "dataset")):
-        if values.get(group) and values[group].get(key):
-            values[group][key] = str(Path(values[group][key]).resolve())
-    if data := values.get("data"):
-        data["inputs"] = [str(Path(name).resolve()) for name in data["inputs"]]
-        tokenizer = data.get("tokenizer")
-        if tokenizer is not None and not tokenizer.startswith(PACKAGED_TOKENIZER):
-            data["tokenizer"] = str(Path(tokenizer).resolve())
-    return yaml.safe_dump(values, sort_keys=False)

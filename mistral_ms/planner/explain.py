@@ -1,0 +1,126 @@
+"""Why the best layout is the best, and why the others are not: in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mistral_ms.parallel.memory import GIB
+from mistral_ms.planner.search import Candidate
+
+NAMES = {
+    "matmul": "matrix products",
+    "attention": "attention",
+    "memory_bound": "operators bound by memory",
+    "recompute": "computing again",
+    "all_to_all": "all-to-all",
+    "tensor_parallel": "tensor-parallel collectives",
+    "accumulation": "adding gradients up",
+    "bubble": "pipeline bubble",
+    "gradient_reduction": "reduction of gradients",
+    "weights_gather": "gathering weights",
+    "gradient_norm": "norm of gradients",
+    "optimizer": "optimizer",
+}
+"""What a step is spent on, for readers."""
+USEFUL = ("matmul", "attention", "memory_bound")
+"""What one card that has all of the model's memory would spend its time on, too."""
+
+
+def title(candidate: Candidate) -> str:
+    """A layout in one line."""
+    parallel, training = candidate.run.parallel, candidate.run.training
+    text = f"{parallel.sizes}, {training.gradient_accumulation_steps} micro-batches"
+    text += f", recompute {parallel.recompute}"
+    if training.offload_optimizer == "host":
+        text += ", optimizer on the host"
+    if parallel.all_to_all != "flat":
+        text += f", {parallel.all_to_all} all-to-all"
+    return text + (", rows sharded" if parallel.group_wise_a2a else "")
+
+
+def explain(candidates: Sequence[Candidate]) -> list[str]:
+    """Sentences about the first layout, and why the second one lost.
+
+    Args:
+        candidates: the best first, as :func:`mistral_ms.planner.plan` gives them.
+    """
+    fitting = [each for each in candidates if each.fits]
+    if not fitting:
+        return [*_what_would_have_to_change(candidates[0])]
+    first = fitting[0]
+    return [*_about(first), *(_lost(first, fitting[1]) if len(fitting) > 1 else ())]
+
+
+def _about(first: Candidate) -> Iterator[str]:
+    step, memory = first.step, first.memory
+    assert step is not None
+    whole = step.seconds
+    spent = sorted(step.breakdown.items(), key=lambda item: -item[1])
+    shares = ", ".join(
+        f"{NAMES[name]} {part / whole:.0%}" for name, part in spent if part > whole / 200
+    )
+    yield f"A step takes {whole:.2f} s, on stage {step.slowest}, which has most to do: {shares}."
+    limits = {name: part for name, part in step.breakdown.items() if name not in USEFUL}
+    limit = max(limits, key=lambda name: limits[name])
+    if limits[limit] > whole / 200:
+        yield f"What costs most beside the model itself is {NAMES[limit]}."
+    yield f"Critical path: {step.critical}."
+    parts = sorted(memory.parts.items(), key=lambda item: -item[1])
+    held = ", ".join(
+        f"{name.replace('_', ' ')} {part / GIB:.1f}" for name, part in parts if part > GIB / 20
+    )
+    yield (
+        f"The fullest card, on stage {memory.stage}, holds {memory.gib:.1f} of "
+        f"{first.usable_gib:.0f} GiB: {held}."
+    )
+    if memory.host_optimizer:
+        yield f"The optimizer takes {memory.host_optimizer / GIB:.1f} GiB of host memory a card."
+    if first.balance.dropped > 0:
+        yield f"Of the choices {first.balance.dropped:.1%} find their expert full and are dropped."
+    if first.balance.slowest > 1:
+        yield (
+            f"Experts are loaded unevenly: the fullest rank computes {first.balance.slowest:.2f} "
+            "times the average, and the others wait for it."
+        )
+
+
+def _lost(first: Candidate, second: Candidate) -> Iterator[str]:
+    """Where the runner-up's time goes, token for token: both have the same batch."""
+    assert first.step is not None and second.step is not None
+    behind = 1 - second.tokens_per_s_per_card / first.tokens_per_s_per_card
+    names = {*first.breakdown, *second.breakdown}
+    more = {
+        name: second.breakdown.get(name, 0.0) - first.breakdown.get(name, 0.0) for name in names
+    }
+    worst = sorted((name for name in names if more[name] > 0), key=lambda name: -more[name])[:2]
+    better = sorted((name for name in names if more[name] < 0), key=lambda name: more[name])[:1]
+    text = f"Runner-up: {title(second)}: {behind:.1%} slower"
+    if worst:
+        text += "; more for " + " and ".join(f"{NAMES[n]} (+{more[n]:.2f} s)" for n in worst)
+    if better:
+        text += "; less for " + " and ".join(f"{NAMES[n]} ({more[n]:.2f} s)" for n in better)
+    yield text + "."
+
+
+def _what_would_have_to_change(smallest: Candidate) -> Iterator[str]:
+    """Of a cluster that is too small."""
+    memory, parallel = smallest.memory, smallest.run.parallel
+    lacking = memory.gib - smallest.usable_gib
+    yield (
+        f"No layout fits. The smallest, {title(smallest)}, needs {memory.gib:.1f} GiB a card, "
+        f"{max(lacking, 0):.1f} more than there are."
+    )
+    largest = max(memory.parts, key=lambda name: memory.parts[name])
+    yield f"Most of it is {largest.replace('_', ' ')} ({memory.parts[largest] / GIB:.1f} GiB)."
+    fixed = memory.weights + memory.gathered + memory.gradients + memory.micro_batch_gradients
+    fixed += memory.optimizer
+    if fixed > memory.total / 2:
+        more = fixed / max(1, fixed - lacking * GIB)
+        need = f"about {more:.1f} times as many cards" if more > 0 else "more cards"
+        yield f"Weights, gradients and optimizer state shrink with pp, ep and mp: {need} would do."
+    else:
+        yield (
+            "Activations shrink with shorter sequences, and with more sequences in the global "
+            f"batch for more micro-batches than {smallest.run.training.gradient_accumulation_steps}"
+            f" (dp is {parallel.dp})."
+        )

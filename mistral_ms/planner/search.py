@@ -1,0 +1,397 @@
+"""Which layout a cluster should have: every legal one, judged by memory and by time.
+
+For each division (dp, mp, pp, ep) the best of its other settings is found: micro-batches, what is
+computed again, where the optimizer's state lies, the all-to-all. All are estimated first; the best
+are simulated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from mistral_ms.config import ParallelConfig, Recompute, RunConfig
+from mistral_ms.config.base import validate
+from mistral_ms.config.layout import Sizes, divisors, factorisations
+from mistral_ms.errors import ConfigError
+from mistral_ms.parallel.memory import GIB, LayerMemory
+from mistral_ms.parallel.pipeline import Stage, held_specs, stages_of
+from mistral_ms.planner.hardware import Cluster
+from mistral_ms.planner.load import Balance, Loads, balance
+from mistral_ms.planner.memory import (
+    CardMemory,
+    Execution,
+    Parameters,
+    card_memory,
+    layer_memories,
+    parameters,
+)
+from mistral_ms.planner.step import Elements, StepModel, StepSeconds, elements
+from mistral_ms.planner.traffic import tokens_of
+from mistral_ms.weights import specs
+
+SIMULATED = 24
+"""Layouts whose pipelines are simulated, of those that are estimated to be the fastest."""
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+OFFLOAD: tuple[Literal["none", "host"], ...] = ("none", "host")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout of a training on a cluster.
+
+    Attributes:
+        run: the training in this layout, as ``train`` takes it.
+        memory: of the fullest card.
+        fits: whether that is there, on the cards and in host memory.
+        step: how long a step takes; None of a layout that does not fit.
+        balance: of the experts.
+        usable_gib: of a card, for a training.
+    """
+
+    run: RunConfig
+    memory: CardMemory
+    fits: bool
+    step: StepSeconds | None
+    balance: Balance
+    usable_gib: float
+
+    @property
+    def tokens_per_s_per_card(self) -> float:
+        """Throughput; 0 of a layout that does not fit."""
+        if self.step is None:
+            return 0.0
+        training = self.run.training
+        tokens = training.global_batch_size * training.seq_length
+        return tokens / self.step.seconds / self.run.parallel.world
+
+    @property
+    def breakdown(self) -> dict[str, float]:
+        """Seconds of a step by what they are spent on; none of a layout that does not fit."""
+        return {} if self.step is None else self.step.breakdown
+
+    def values(self) -> dict[str, Any]:
+        """As JSON has it."""
+        parallel, training = self.run.parallel, self.run.training
+        return {
+            "dp": parallel.dp,
+            "mp": parallel.mp,
+            "pp": parallel.pp,
+            "ep": parallel.ep,
+            "micro_batches": training.gradient_accumulation_steps,
+            "offload": training.offload_optimizer,
+            "recompute": parallel.recompute,
+            "optimizer_parallel": parallel.optimizer_parallel,
+            "all_to_all": parallel.all_to_all,
+            "group_wise_a2a": parallel.group_wise_a2a,
+            "memory_gib": round(self.memory.gib, 2),
+            "memory": {name: round(part / GIB, 3) for name, part in self.memory.parts.items()},
+            "host_memory_gib": round(self.memory.host_optimizer / GIB, 2),
+            "stage": self.memory.stage,
+            "fits": self.fits,
+            "tokens_per_s_per_card": round(self.tokens_per_s_per_card, 1),
+            "step_seconds": None if self.step is None else round(self.step.seconds, 4),
+            "dropped": round(self.balance.dropped, 4),
+            "breakdown": {name: round(part, 4) for name, part in self.breakdown.items()},
+        }
+
+
+def plan(run: RunConfig, cluster: Cluster, *, loads: Sequence[Loads] = ()) -> tuple[Candidate, ...]:
+    """The layouts of a training on a cluster, each with its best settings.
+
+    Model, routing, batch, sequence and optimizer stay as they are. Everything else of
+    ``parallel`` and the number of micro-batches are chosen.
+
+    Args:
+        run: the training.
+        cluster: where it shall run.
+        loads: of the experts of each sparse layer; none: even.
+
+    Returns:
+        What fits, the fastest first, then what does not, the smallest first.
+
+    Raises:
+        ConfigError: no layout divides the model and the batch among the cards.
+    """
+    found = list(_Search(run, cluster, loads).options())
+    if not found:
+        raise ConfigError(
+            "no layout",
+            where=f"{cluster.cards} cards",
+            value=f"training.global_batch_size {run.training.global_batch_size}",
+            rule="dp divides it, mp the heads, ep the experts, pp is at most the layers, and a "
+            "pipeline has at least as many micro-batches as stages",
+            todo="use fewer cards or a larger batch",
+        )
+    fitting = [each for each in found if each.candidate.fits]
+    fitting.sort(key=lambda each: -each.candidate.tokens_per_s_per_card)
+    best = [each.simulated() for each in fitting[:SIMULATED]]
+    best.sort(key=lambda candidate: -candidate.tokens_per_s_per_card)
+    others = [each.candidate for each in found if not each.candidate.fits]
+    others.sort(key=lambda candidate: candidate.memory.total)
+    return (*best, *(each.candidate for each in fitting[SIMULATED:]), *others)
+
+
+def judge(
+    run: RunConfig,
+    cluster: Cluster,
+    *,
+    loads: Sequence[Loads] = (),
+    chunks: int = 1,
+) -> Candidate:
+    """A training in the layout that it has.
+
+    Args:
+        run: the training.
+        cluster: where it runs; as many cards as its layout has.
+        loads: see :func:`plan`.
+        chunks: of layers on each stage: the interleaved schedule, for comparison with others; ours
+            have one. Memory is that of one.
+    """
+    search = _Search(run, cluster, loads)
+    division = _Division(search, run)
+    memory = division.memory(run, division.layers(run))
+    model = division.step_model(run)
+    scheduler = "interleaved_1f1b" if chunks > 1 else run.parallel.pipeline_scheduler
+    step = model.step(division.owned, scheduler, chunks=chunks)
+    fits = search.fits(memory, run.parallel.world)
+    return Candidate(run, memory, fits, step, model.balance, cluster.hardware.usable_gib)
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A candidate, and what its pipeline can be simulated by."""
+
+    candidate: Candidate
+    model: StepModel | None = field(default=None, repr=False)
+    owned: tuple[int, ...] = ()
+
+    def simulated(self) -> Candidate:
+        assert self.model is not None
+        scheduler = self.candidate.run.parallel.pipeline_scheduler
+        return replace(self.candidate, step=self.model.step(self.owned, scheduler))
+
+
+class _Search:
+    """What all layouts of a training share."""
+
+    def __init__(self, run: RunConfig, cluster: Cluster, loads: Sequence[Loads]) -> None:
+        self.run, self.cluster, self.loads = run, cluster, loads
+        self.hardware = cluster.hardware
+        self.execution: Execution = run.parallel.execution_on(self.hardware.device)
+        self.fused = self.hardware.device != "CPU"
+        self.weights = specs(run.model)
+
+    def options(self) -> Iterator[_Option]:
+        for sizes in factorisations(self.cluster.cards):
+            if self._is_possible(sizes):
+                yield from self._best(sizes)
+
+    def fits(self, memory: CardMemory, world: int) -> bool:
+        """On the card, and all cards of a node in host memory."""
+        cards = min(world, self.hardware.devices_per_node)
+        host = memory.host_optimizer * cards / GIB
+        return memory.gib <= self.hardware.usable_gib and host <= self.hardware.host.memory_gib
+
+    def _is_possible(self, sizes: Sizes) -> bool:
+        run, devices = self.run, self.hardware.devices_per_node
+        if sizes.mp > devices or run.training.global_batch_size % sizes.dp:
+            return False
+        coupled = run.routing.aux_loss == "pooled" and run.training.router_aux_loss_coef > 0
+        if sizes.pp > 1 and coupled and run.model.sparse_layers:
+            return False
+        plain = run.parallel.model_copy(update={"devices_per_node": devices, **_PLAIN})
+        return plain.rules(self.cluster.cards, run.model).broken_by(sizes) is None
+
+    def _best(self, sizes: Sizes) -> Iterator[_Option]:
+        """The fastest settings of a division; if nothing fits, those that need least memory."""
+        division = _Division(self, self._divided(sizes))
+        best: _Option | None = None
+        smallest: Candidate | None = None
+        for micro_batches in self._micro_batches(sizes):
+            with_batches = _changed(division.run, gradient_accumulation_steps=micro_batches)
+            if self.execution == "graph" and tokens_of(with_batches) % sizes.mp:
+                continue
+            layers = division.layers(with_batches)
+            for run, memory, fits in self._settings(division, with_batches, layers):
+                if not fits:
+                    if smallest is None or memory.total < smallest.memory.total:
+                        smallest = self._candidate(run, memory, fits=False)
+                    continue
+                for routed in self._routes(run):
+                    model = division.step_model(routed)
+                    scheduler = routed.parallel.pipeline_scheduler
+                    step = model.step(division.owned, scheduler, simulated=False)
+                    if best is None or step.seconds < _seconds(best):
+                        candidate = self._candidate(routed, memory, True, step, model.balance)
+                        best = _Option(candidate, model, division.owned)
+        if best is not None:
+            yield best
+        elif smallest is not None:
+            yield _Option(smallest)
+
+    def _settings(
+        self, division: _Division, run: RunConfig, layers: tuple[LayerMemory, ...]
+    ) -> Iterator[tuple[RunConfig, CardMemory, bool]]:
+        """What fits with the least work: of each place of the optimizer the first recompute."""
+        for offload in OFFLOAD:
+            for recompute in RECOMPUTE:
+                changed = _changed(run, offload_optimizer=offload, recompute=recompute)
+                memory = division.memory(changed, layers)
+                fits = self.fits(memory, run.parallel.world)
+                if fits or (offload, recompute) == (OFFLOAD[-1], RECOMPUTE[-1]):
+                    yield changed, memory, fits
+                if fits and recompute == RECOMPUTE[0]:
+                    return  # nothing is computed again: the host cannot help
+                if fits:
+                    break
+
+    def _routes(self, run: RunConfig) -> Iterator[RunConfig]:
+        parallel, devices = run.parallel, self.hardware.devices_per_node
+        if run.model.moe is None or parallel.ep * parallel.mp == 1:
+            yield run
+            return
+        spread = parallel.ep > 1 and parallel.ep * parallel.mp > devices
+        for route in ("flat", "hierarchical") if spread else ("flat",):
+            for shards in (False, True) if parallel.mp > 1 else (False,):
+                changed = parallel.model_copy(
+                    update={"all_to_all": route, "group_wise_a2a": shards}
+                )
+                if changed.rules(model=run.model).broken_by(parallel.sizes) is None:
+                    yield run.model_copy(update={"parallel": changed})
+
+    def _divided(self, sizes: Sizes) -> RunConfig:
+        values: dict[str, object] = {
+            "dp": sizes.dp, "mp": sizes.mp, "pp": sizes.pp, "ep": sizes.ep,
+        }  # fmt: skip
+        values |= {"devices_per_node": self.hardware.devices_per_node, **_PLAIN}
+        values |= {"optimizer_parallel": self._can_shard(sizes)}
+        if self.execution == "graph":
+            values["pipeline_scheduler"] = "1f1b"
+        parallel = self.run.parallel.model_copy(update=values)
+        return self.run.model_copy(update={"parallel": parallel})
+
+    def _can_shard(self, sizes: Sizes) -> bool:
+        """Whether each card can have a share of the optimizer's state."""
+        moe, copies = self.run.model.moe, sizes.dp // sizes.ep
+        if sizes.dp == 1:
+            return False
+        if self.execution == "explicit":  # every card owns at least one weight
+            stages = stages_of(self.run.model, sizes.pp)
+            return all(len(held_specs(stage, self.weights)) >= sizes.dp for stage in stages)
+        local = 1 if moe is None else moe.num_local_experts // sizes.ep
+        return not (local % copies and copies % local)
+
+    def _micro_batches(self, sizes: Sizes) -> list[int]:
+        """What divides a rank's sequences; enough to fill the pipeline of the graph."""
+        sequences = self.run.training.global_batch_size // sizes.dp
+        halves = self.run.parallel.micro_batch_interleave_num
+        counts = [n for n in divisors(sequences) if (sequences // n) % halves == 0]
+        if self.execution == "graph" and sizes.world == 1:
+            return [n for n in counts if n == 1]  # the graph of one process takes a batch at once
+        return [n for n in counts if n >= sizes.pp or self.execution == "explicit"]
+
+    def _candidate(
+        self,
+        run: RunConfig,
+        memory: CardMemory,
+        fits: bool,
+        step: StepSeconds | None = None,
+        spread: Balance | None = None,
+    ) -> Candidate:
+        spread = self.balance(run) if spread is None else spread
+        return Candidate(run, memory, fits, step, spread, self.hardware.usable_gib)
+
+    def balance(self, run: RunConfig) -> Balance:
+        """Of the experts, in a layout."""
+        tokens = tokens_of(run)
+        return balance(run.model, run.routing, run.parallel.ep, tokens, self.loads)
+
+
+class _Division:
+    """One division of the model: its stages and weights, counted once."""
+
+    def __init__(self, search: _Search, run: RunConfig) -> None:
+        self.search, self.run = search, run
+        self.stages: tuple[Stage, ...] = stages_of(run.model, run.parallel.pp)
+        self.counted: tuple[Parameters, ...] = tuple(
+            parameters(run.model, run.parallel, stage, search.weights, search.execution)
+            for stage in self.stages
+        )
+
+    @cached_property
+    def held(self) -> Elements:
+        """What a card holds of each module."""
+        return elements(self.search.weights, self.run.parallel.sizes)
+
+    @cached_property
+    def owned(self) -> tuple[int, ...]:
+        """Elements whose optimizer state a card of each stage has."""
+        return tuple(each.owned for each in self.counted)
+
+    def layers(self, run: RunConfig) -> tuple[LayerMemory, ...]:
+        return layer_memories(run, fused=self.search.fused)
+
+    def memory(self, run: RunConfig, layers: tuple[LayerMemory, ...]) -> CardMemory:
+        """Of the fullest card: on the first stage, the last, or one with the most weights."""
+        most = max(range(len(self.stages)), key=lambda n: self.counted[n].held)
+        buffers = int(self.search.hardware.communicator_mib * (1 << 20))
+        found = [
+            card_memory(
+                run,
+                self.stages[number],
+                self.counted[number],
+                layers,
+                execution=self.search.execution,
+                fused=self.search.fused,
+                communicator_bytes=buffers,
+            )
+            for number in sorted({0, most, len(self.stages) - 1})
+        ]
+        return max(found, key=lambda memory: memory.total)
+
+    def step_model(self, run: RunConfig) -> StepModel:
+        return StepModel(
+            run,
+            self.search.hardware,
+            self.search.execution,
+            self.stages,
+            self.held,
+            self.search.balance(run),
+        )
+
+
+_PLAIN: dict[str, object] = {
+    "all_to_all": "flat",
+    "group_wise_a2a": False,
+    "optimizer_parallel": False,
+}
+
+
+def _changed(run: RunConfig, **values: object) -> RunConfig:
+    """The same training with other values of ``parallel`` or ``training``; not validated."""
+    parallel = {key: value for key, value in values.items() if key in ParallelConfig.model_fields}
+    training = {key: value for key, value in values.items() if key not in parallel}
+    changed: dict[str, object] = {}
+    if parallel:
+        changed["parallel"] = run.parallel.model_copy(update=parallel)
+    if training:
+        changed["training"] = run.training.model_copy(update=training)
+    return run.model_copy(update=changed)
+
+
+def _seconds(option: _Option) -> float:
+    step = option.candidate.step
+    return math.inf if step is None else step.seconds
+
+
+def checked(run: RunConfig) -> RunConfig:
+    """A run of the search, validated as one that was read.
+
+    Raises:
+        ConfigError: it breaks a rule of configurations.
+    """
+    return validate(RunConfig, run.model_dump(), "planned run")

@@ -1,0 +1,69 @@
+"""The plan command: what it prints, writes, and refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from mistral_ms.cli.plan import plan
+from mistral_ms.config import load_run_config
+from mistral_ms.errors import ConfigError
+
+RUNS = Path(__file__).parents[2] / "configs" / "run"
+RUN = str(RUNS / "pretrain_mixtral_8x7b_32card.yaml")
+app = typer.Typer()
+app.command()(plan)
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_a_plan(tmp_path):
+    output, report = tmp_path / "best.yaml", tmp_path / "plan.json"
+    done = call("--config", RUN, "--nodes", 2, "--top", 3, "--json", report, "--output", output)
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert lines[0].startswith("16 cards, Atlas 800T A2")
+    assert lines[1].split()[:4] == ["dp", "mp", "pp", "ep"]
+    assert all(line.split()[0].isdigit() for line in lines[2:5])
+    assert lines[5].startswith("A step takes")
+    assert "Runner-up" in done.output
+    assert "assumed or from memory" in done.output
+    best = json.loads(report.read_text())["candidates"][0]
+    run = load_run_config(output)
+    assert run.parallel.world == 16
+    assert (run.parallel.dp, run.parallel.pp) == (best["dp"], best["pp"])
+    assert run.training.gradient_accumulation_steps == best["micro_batches"]
+    assert run.data.dataset.is_absolute()
+
+
+def test_nothing_fits(tmp_path):
+    done = call("--config", RUNS / "pretrain_mixtral_8x22b_128card.yaml", "--nodes", 1,
+                "--output", tmp_path / "none.yaml")  # fmt: skip
+    assert done.exit_code == 1
+    assert "No layout fits" in done.output
+    assert not (tmp_path / "none.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--hardware", "a2"), "unknown hardware: --hardware: a2"),
+        (("--expert-load", "zipf:much"), "no skew"),
+        (("--expert-load", "missing.jsonl"), "cannot read"),
+        (("--output", "/nowhere/run.yaml"), "cannot write"),
+    ],
+)
+def test_what_is_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(app, ["--config", RUN, *arguments], catch_exceptions=False)
+
+
+def test_loads_are_of_sparse_models():
+    dense = str(RUNS / "pretrain_mistral_7b_8card.yaml")
+    with pytest.raises(ConfigError, match="only a sparse model"):
+        CliRunner().invoke(app, ["--config", dense, "--expert-load", "zipf:1"],
+                           catch_exceptions=False)  # fmt: skip

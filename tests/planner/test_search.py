@@ -1,0 +1,129 @@
+"""The search: what it gives is legal, in order, and explained."""
+
+from pathlib import Path
+
+import pytest
+
+from mistral_ms.config import load_run_config, read_yaml
+from mistral_ms.config.base import validate
+from mistral_ms.errors import ConfigError
+from mistral_ms.parallel.graph.checks import check_run
+from mistral_ms.planner import Cluster, checked, explain, judge, load_hardware, plan, zipf
+from mistral_ms.planner.hardware import DIRECTORY, Hardware
+
+RUNS = Path(__file__).parents[2] / "configs" / "run"
+A2 = load_hardware("atlas_800t_a2")
+
+
+def run(name="pretrain_mixtral_8x7b_32card", *overrides):
+    return load_run_config(RUNS / f"{name}.yaml", overrides)
+
+
+@pytest.fixture(scope="module")
+def on_32():
+    return plan(run(), Cluster.of(A2, 32))
+
+
+def test_order(on_32):
+    fits = [each.fits for each in on_32]
+    assert fits == sorted(fits, reverse=True)
+    rates = [each.tokens_per_s_per_card for each in on_32 if each.fits][:20]
+    assert rates == sorted(rates, reverse=True)
+    smallest = [each.memory.total for each in on_32 if not each.fits]
+    assert smallest == sorted(smallest)
+    sizes = [each.run.parallel.sizes for each in on_32]
+    assert len(set(sizes)) == len(sizes), "one entry for each division"
+    assert {each.run.parallel.world for each in on_32} == {32}
+
+
+def test_the_best_are_what_train_and_dryrun_take(on_32):
+    """All rules of configurations, and those of the graph."""
+    for each in on_32[:10]:
+        assert each.fits
+        assert each.memory.gib <= A2.usable_gib
+        complete = checked(each.run)
+        check_run(complete, complete.model.num_hidden_layers)
+        assert complete.model == run().model
+        assert complete.training.global_batch_size == run().training.global_batch_size
+
+
+def test_experts_on_eight_cards_without_tensor_parallelism_win(on_32):
+    """As the course found by trying, and for a reason that is shown."""
+    best = on_32[0]
+    assert (best.run.parallel.ep, best.run.parallel.mp) == (8, 1)
+    tensor = max(
+        (each for each in on_32 if each.run.parallel.mp == 8 and each.fits),
+        key=lambda each: each.tokens_per_s_per_card,
+    )
+    assert tensor.tokens_per_s_per_card < 0.9 * best.tokens_per_s_per_card
+    assert tensor.breakdown["tensor_parallel"] > 0.1 * tensor.step.seconds
+
+
+def test_the_first_is_as_good_as_judged_alone(on_32):
+    alone = judge(on_32[0].run, Cluster.of(A2, 32))
+    assert alone.step.seconds == on_32[0].step.seconds
+    assert alone.memory == on_32[0].memory
+
+
+def test_values_for_json(on_32):
+    values = on_32[0].values()
+    assert {
+        "dp", "mp", "pp", "ep", "micro_batches", "offload", "recompute", "memory_gib", "fits",
+        "tokens_per_s_per_card", "breakdown",
+    } <= set(values)  # fmt: skip
+    assert sum(values["memory"].values()) == pytest.approx(values["memory_gib"], abs=0.02)
+    assert sum(values["breakdown"].values()) == pytest.approx(values["step_seconds"], abs=0.002)
+
+
+def test_the_first_and_the_runner_up_are_explained(on_32):
+    text = " ".join(explain(on_32))
+    assert "A step takes" in text
+    assert "GiB" in text
+    assert "Runner-up: dp=" in text
+    assert "slower; more for" in text
+
+
+def test_what_does_not_fit_is_explained():
+    found = plan(run("pretrain_mixtral_8x22b_128card"), Cluster.of(A2, 8))
+    assert not any(each.fits for each in found)
+    text = " ".join(explain(found))
+    assert "No layout fits. The smallest, dp=" in text
+    assert "times as many cards" in text
+
+
+def test_more_memory_never_makes_a_plan_slower():
+    values = read_yaml(DIRECTORY / "atlas_800t_a2.yaml")
+    rates = []
+    for gib in (48, 96):
+        hardware = validate(Hardware, values | {"memory_gib": gib}, "test")
+        found = plan(run("pretrain_mixtral_8x7b_16card"), Cluster.of(hardware, 16))
+        rates.append(found[0].tokens_per_s_per_card)
+    assert rates[0] < rates[1]
+
+
+def test_no_layout():
+    impossible = run("pretrain_mixtral_8x7b_32card", "training.global_batch_size=1",
+                     "training.gradient_accumulation_steps=1", "parallel.dp=1",
+                     "parallel.ep=1", "parallel.pp=1")  # fmt: skip
+    with pytest.raises(ConfigError, match="no layout: 32 cards"):
+        plan(impossible, Cluster.of(A2, 32))
+
+
+def test_uneven_experts_slow_dropless_routing_and_drop_under_a_capacity(on_32):
+    loads = (zipf(8, 0.5),)
+    capacity = judge(on_32[0].run, Cluster.of(A2, 32), loads=loads)
+    assert capacity.step.seconds == on_32[0].step.seconds
+    assert capacity.balance.dropped > 0.1
+    routing = run().routing.model_copy(update={"policy": "dropless"})
+    dropless = on_32[0].run.model_copy(update={"routing": routing})
+    even, uneven = (judge(dropless, Cluster.of(A2, 32), loads=each) for each in ((), loads))
+    assert uneven.step.seconds > 1.3 * even.step.seconds
+
+
+def test_the_explicit_way_has_layouts_of_its_own(on_32):
+    """Its pipeline computes every stage again, and its gradients are reduced last."""
+    found = plan(
+        run("pretrain_mixtral_8x7b_32card", "parallel.execution=explicit"), Cluster.of(A2, 32)
+    )
+    assert found[0].fits
+    assert found[0].tokens_per_s_per_card < on_32[0].tokens_per_s_per_card
