@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mistral_ms.config import ModelConfig, RunConfig
-    from mistral_ms.planner import Candidate, Hardware
+    from mistral_ms.planner import Candidate
+    from mistral_ms.planner.sensitivity import Effect
 
 
 def plan(
@@ -38,6 +39,10 @@ def plan(
             "expert has a share of 1 / n ** S.",
         ),
     ] = None,
+    sensitive: Annotated[
+        bool,
+        typer.Option("--sensitivity", help="How the answer depends on what nobody has measured."),
+    ] = False,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write all layouts to this file as JSON.")
     ] = None,
@@ -52,6 +57,7 @@ def plan(
     from mistral_ms.config import load_run_config
     from mistral_ms.planner import Cluster, explain, load_hardware
     from mistral_ms.planner import plan as search
+    from mistral_ms.planner.sensitivity import sensitivity, weak_numbers
 
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
@@ -59,14 +65,21 @@ def plan(
     run, kind = load_run_config(config, tuple(overrides or ())), load_hardware(hardware)
     cards = run.parallel.world if nodes is None else nodes * kind.devices_per_node
     cluster = Cluster.of(kind, cards)
-    candidates = search(run, cluster, loads=_loads(expert_load, run.model))
+    loads = _loads(expert_load, run.model)
+    candidates = search(run, cluster, loads=loads)
     fitting = [each for each in candidates if each.fits]
     console.print(f"{cards} cards, {kind.name}: {len(fitting)} of {len(candidates)} layouts fit")
     if fitting:
         _show(console, fitting[:top])
     for sentence in explain(candidates):
         console.print(sentence, markup=False)
-    _warn(console, kind)
+    if sensitive:
+        _show_sensitivity(console, sensitivity(candidates, cluster, loads=loads))
+    weak = len(weak_numbers(kind))
+    console.print(
+        f"{weak} of the hardware's {len(kind.sources)} numbers are assumed or from memory; times "
+        "are predictions (docs/planner.md)"
+    )
     if json is not None:
         write_json(json, {"candidates": [each.values() for each in candidates]})
     if output is not None and fitting:
@@ -124,14 +137,17 @@ def _show(console: Console, candidates: Sequence[Candidate]) -> None:
     console.print(table)
 
 
-def _warn(console: Console, hardware: Hardware) -> None:
-    """Says how much of the hardware's numbers nobody has measured."""
-    weak = ("assumed", "placeholder", "from memory")
-    unsure = [key for key, source in hardware.sources.items() if source.startswith(weak)]
-    console.print(
-        f"{len(unsure)} of the hardware's {len(hardware.sources)} numbers are assumed or from "
-        "memory; times are predictions (docs/planner.md)"
-    )
+def _show_sensitivity(console: Console, effects: Sequence[Effect]) -> None:
+    from rich.table import Table
+
+    from mistral_ms.planner.sensitivity import rows
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("number", "divided by 1.5", "times 1.5", "another layout wins"):
+        table.add_column(name, justify="left" if name == "number" else "right")
+    for row in rows(effects):
+        table.add_row(*row)
+    console.print(table)
 
 
 def _write(output: Path, best: Candidate, source: Path) -> None:
