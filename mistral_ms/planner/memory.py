@@ -43,11 +43,13 @@ class Parameters:
         held: the card's part of every weight, as it computes with it.
         kept: of those the ones that it keeps between steps as weights.
         owned: those whose optimizer state it has.
+        gathered: those of which it keeps a share alone.
     """
 
     held: int
     kept: int
     owned: int
+    gathered: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ def parameters(
     if not stage.embedding:
         held = [spec for spec in held if spec.module != "tied"]
     counted: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
-    whole = kept = 0
+    whole = kept = gathered = 0
     for spec in held:
         key = (spec.pattern, spec.shape)
         if key not in counted:
@@ -138,8 +140,10 @@ def parameters(
             zero1 = parallel.optimizer_parallel
             shards = sharding.optimizer_shards(form.layout, form.shape, zero1)
             counted[key] = size, size // shards
-        whole, kept = whole + counted[key][0], kept + counted[key][1]
-    return Parameters(whole, kept, kept)
+        size, share = counted[key]
+        whole, kept = whole + size, kept + share
+        gathered += size if share < size else 0
+    return Parameters(whole, kept, kept, gathered)
 
 
 def _owned(held: list[ParamSpec], parallel: ParallelConfig) -> Parameters:
@@ -229,11 +233,10 @@ def card_memory(
         logit_tokens=logit_tokens,
         gradients=counted.held * FLOAT,
     )
-    zero1 = execution == "graph" and counted.kept < counted.held
     return CardMemory(
         stage=stage.number,
         weights=counted.kept * (FLOAT if execution == "graph" else item),
-        gathered=counted.held * item if zero1 else 0,
+        gathered=counted.gathered * item,
         gradients=counted.held * FLOAT if training.gradient_accumulation_steps > 1 else 0,
         micro_batch_gradients=active.gradients,
         optimizer=0 if host else state,

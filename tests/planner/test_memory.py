@@ -85,3 +85,15 @@ def test_parts_add_up():
     memory = of(small(), 0)
     assert sum(memory.parts.values()) == memory.total
     assert memory.gib == memory.total / 2**30
+
+
+def test_what_is_gathered():
+    """In 16 bits: on 16 cards nobody has the same experts, on 64 two cards have."""
+    model = load_run_config(RUNS / "pretrain_mixtral_8x7b_16card.yaml").model
+    H, I, V, L = model.hidden_size, model.intermediate_size, model.vocab_size, 16  # noqa: E741
+    dense = L * (2 * H * H + 2 * H * H // 4 + 2 * H + 8 * H) + V * H
+    sixteen = of(load_run_config(RUNS / "pretrain_mixtral_8x7b_16card.yaml"), 0)
+    assert sixteen.gathered == 2 * dense
+    sixtyfour = of(load_run_config(RUNS / "pretrain_mixtral_8x7b_64card.yaml"), 0)
+    layers = (dense - V * H) // 2 - L // 2 * 8 * H  # 16 cards cannot share the 8 rows of a router
+    assert sixtyfour.gathered == 2 * (layers + V * H + L // 2 * 3 * H * I)

@@ -1,20 +1,34 @@
 """Bytes and seconds of collective operations: against the topology's own count, and by laws."""
 
+from pathlib import Path
+
 import pytest
 from dryrun.small_runs import HALF, C, E, H, S, small_run
 
-from mistral_ms.config import ParallelConfig, RunConfig
+from mistral_ms.config import ParallelConfig, RunConfig, load_run_config
 from mistral_ms.config.layout import Sizes
+from mistral_ms.parallel.pipeline import stages_of
 from mistral_ms.parallel.topology import GroupKind, Topology, traffic
 from mistral_ms.planner.hardware import load_hardware
 from mistral_ms.planner.network import seconds, sent, transfer_seconds
-from mistral_ms.planner.traffic import Message, Span, layer_messages, span, stage_transfer
+from mistral_ms.planner.step import elements
+from mistral_ms.planner.traffic import (
+    Message,
+    Span,
+    gradient_messages,
+    layer_messages,
+    span,
+    stage_transfer,
+    weight_messages,
+)
+from mistral_ms.weights import specs
 
 KINDS = [
     GroupKind.WORLD, GroupKind.STAGE, GroupKind.TENSOR, GroupKind.DATA, GroupKind.EXPERT,
     GroupKind.EXPERT_DATA,
 ]  # fmt: skip
 A2 = load_hardware("atlas_800t_a2")
+RUNS = Path(__file__).parents[2] / "configs" / "run"
 
 
 @pytest.mark.parametrize(
@@ -132,3 +146,36 @@ def test_messages_of_tensor_parallel_ranks(shared):
     assert set(layer_messages(run, sparse=True, execution="explicit")) == experts | explicit
     assert set(layer_messages(run, sparse=True, execution="graph")) == experts | graph
     assert ParallelConfig(**parallel).world == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "inside", "between"),
+    [
+        ("pretrain_mixtral_8x7b_16card", 0, 104, 0.5),
+        ("pretrain_mixtral_8x7b_16card", 1, 104, 0.5),
+        ("pretrain_mixtral_8x7b_32card", 0, 52, 0.5),
+        ("pretrain_mixtral_8x7b_32card", 1, 51, 1.1),
+        ("pretrain_mixtral_8x7b_32card", 3, 52, 0.5),
+    ],
+)
+def test_a_step_sends_the_bytes_of_the_compiled_graph(name, stage, inside, between):
+    """In GB, as docs/auto_parallel.md has them from graphs at full size."""
+    run = load_run_config(RUNS / f"{name}.yaml")
+    sizes, m = run.parallel.sizes, run.training.gradient_accumulation_steps
+    held, found = elements(specs(run.model), sizes), stages_of(run.model, sizes.pp)[stage]
+    modules = [*found.layers, *["embedding"] * found.embedding, *["head"] * found.head]
+    dense, experts = (sum(held[module][n] for module in modules) for n in (0, 1))
+    passes = 3 * m * len(found.layers)  # forward, backward, and forward again
+    messages = [(each, passes * each.count) for each in layer_messages(
+        run, sparse=True, execution="graph"
+    )]  # fmt: skip
+    messages += [(each, 1) for each in gradient_messages(run, dense, experts)]
+    messages += [(each, 1) for each in weight_messages(run, dense, experts)]
+    given = [(sent(each, span(each.kind, sizes, 8)), count) for each, count in messages]
+    neighbours = (stage > 0) + (stage < sizes.pp - 1)
+    across = neighbours * m * stage_transfer(run, "graph")  # a stage is a node
+    # the graph gathers the embedding and routers in float32: less than a tenth of a GB more
+    assert sum(g.bytes_inside * n for g, n in given) / 1e9 == pytest.approx(inside, abs=0.6)
+    assert (sum(g.bytes_between * n for g, n in given) + across) / 1e9 == (
+        pytest.approx(between, abs=0.06)
+    )
