@@ -61,6 +61,31 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
             :func:`~mistral_ms.parallel.graph.checks.check_run`.
         TopologyError: there are more or fewer processes than the layout has.
     """
+    model, sharding, segmented = build_model(run, layers, segmented)
+    with no_init_parameters():
+        update = _weight_update(run, model)
+        cell = _step(run, model, update, sharding)
+    return GraphStep(cell, _inputs(run), model, segmented)
+
+
+def build_model(
+    run: RunConfig, layers: int | None = None, segmented: bool | None = None
+) -> tuple[GraphModel, Sharding | None, bool]:
+    """The net inside a training step, its weights not initialised; for another program's step.
+
+    Args:
+        run: the run.
+        layers: see :func:`build`.
+        segmented: see :func:`build`.
+
+    Returns:
+        The net, the table of its layouts (None on one device), and whether it keeps documents
+        apart.
+
+    Raises:
+        ConfigError: see :func:`build`.
+        TopologyError: see :func:`build`.
+    """
     config, parallel, training = run.model, run.parallel, run.training
     if layers is not None:
         config = config.model_copy(update={"num_hidden_layers": layers})
@@ -90,9 +115,7 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
         )
         model = kind(layer_factory, stages)
         recompute(model.layers, parallel.recompute)
-        update = _weight_update(run, model)
-        cell = _step(run, model, update, sharding)
-    return GraphStep(cell, _inputs(run), model, segmented)
+    return model, sharding, segmented
 
 
 def _coefficients(run: RunConfig, config: ModelConfig) -> LossCoefficients:
