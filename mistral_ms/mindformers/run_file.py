@@ -1,0 +1,225 @@
+"""MindFormers' configuration files: read, changed from the command line, and checked as a whole.
+
+MindFormers ignores keys that it does not know at the top of a file, and resets others with a line
+in its log. Here every key has a meaning or is refused by name. What a section holds is checked
+where it is read: by MindFormers, and by :mod:`mistral_ms.mindformers.config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mistral_ms.errors import ConfigError
+from mistral_ms.mindformers.keys import Fixed, check_fixed
+
+SECTIONS = frozenset(
+    {
+        *("trainer", "runner_config", "optimizer", "lr_schedule", "grouped_lr_schedule"),
+        *("train_dataset", "train_dataset_task", "eval_dataset", "eval_dataset_task"),
+        *("parallel", "parallel_config", "recompute_config", "swap_config", "moe_config"),
+        *("callbacks", "eval_callbacks", "context", "model", "processor", "metric"),
+        *("runner_wrapper", "monitor_config", "tensorboard", "checkpoint", "generation_config"),
+    }
+)
+VALUES = frozenset(
+    {
+        *("seed", "output_dir", "run_mode", "use_parallel", "resume_training", "do_eval"),
+        *("load_checkpoint", "load_ckpt_format", "auto_trans_ckpt", "transform_process_num"),
+        *("src_strategy_path_or_dir", "only_save_strategy", "load_ckpt_async", "use_legacy"),
+        *("use_legacy_format", "pretrained_model_dir", "balanced_load", "reshard_worker_num"),
+        *("eval_step_interval", "eval_epoch_interval", "ignore_data_skip", "data_skip_steps"),
+        *("profile", "profile_communication", "profile_memory", "init_start_profile"),
+        *("profile_start_step", "profile_stop_step", "profile_rank_ids", "profile_pipeline"),
+        *("profile_level", "mstx", "layer_scale", "layer_decay", "lr_scale", "lr_scale_factor"),
+        *("micro_batch_interleave_num", "remote_save_url", "save_file", "input_data"),
+        *("predict_batch_size", "adapter_id", "exclude_cann_cpu", "train_precision_sync"),
+        *("infer_precision_sync", "postprocess_use_numpy", "print_separate_loss"),
+        *("remove_redundancy", "strategy_load_checkpoint", "trust_remote_code", "do_sample"),
+        *("top_k", "top_p", "modal_type", "calculate_per_token_loss", "base_config"),
+        # of version 1.7, where later ones have nothing in their place
+        *("auto_tune", "filepath_prefix", "autotune_per_step", "runner_type"),
+    }
+)
+KNOWN = SECTIONS | VALUES
+
+FIXED: Mapping[str, Fixed] = {
+    "use_legacy": Fixed((True, None), "the models are of MindFormers' legacy trainer"),
+    "context.mode": Fixed((0, "GRAPH_MODE", None), "mode 1 is another trainer, for other models"),
+    "micro_batch_interleave_num": Fixed(
+        (1, None), "MindFormers would cut the batch in a way that the router's losses do not see"
+    ),
+    "layer_scale": Fixed((False, None), "one learning rate for all layers"),
+    "parallel_config.context_parallel": Fixed((1, None), "there is no context parallelism"),
+    "parallel_config.seq_split_num": Fixed((1, None), "there is no context parallelism"),
+    "recompute_config.parallel_optimizer_comm_recompute": Fixed(
+        (False, None), "weights are gathered once a step"
+    ),
+    "recompute_config.recompute_slice_activation": Fixed(
+        (False, None), "what is kept of a block is divided already"
+    ),
+    "calculate_per_token_loss": Fixed((False, None), "the loss is a mean over the counted tokens"),
+}
+
+PARALLEL: Mapping[str, Fixed] = {
+    "run_mode": Fixed(("train", "finetune"), "several processes train; one evaluates or predicts"),
+    "do_eval": Fixed((False, None), "the graph of several processes has no evaluation"),
+    "load_checkpoint": Fixed(
+        ("", None), "several processes start from drawn weights under MindFormers"
+    ),
+    "resume_training": Fixed(
+        (False, None), "several processes start from drawn weights under MindFormers"
+    ),
+    "parallel.enable_alltoall": Fixed((True,), "else a change of layout is an AllGather and a cut"),
+    "parallel.gradients_mean": Fixed((False, None), "the loss is a sum of shares already"),
+    "parallel.full_batch": Fixed((True, None), "every process counts the whole batch"),
+    "parallel.parallel_mode": Fixed((1, "semi_auto_parallel", None), "layouts are given"),
+    "runner_config.gradient_accumulation_steps": Fixed(
+        (1, None), "of several processes a pipeline's micro-batches alone add up gradients"
+    ),
+    "runner_wrapper.use_skip_data_by_global_norm": Fixed((False, None), "no step is left out"),
+    "runner_wrapper.local_norm": Fixed((False, None), "norms are of all processes"),
+}
+"""What must stand in a file with ``use_parallel``."""
+
+MODELS = {
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM"),
+    "mistral": ("MistralConfig", "MistralForCausalLM"),
+}
+"""The two lines of a file that name a model: its configuration's type, and its own."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A configuration file as it stands.
+
+    Raises:
+        ConfigError: no such file, or no YAML mapping.
+    """
+    if not path.is_file():
+        raise ConfigError("no such file", where=path)
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("not a YAML file", where=path, value=error) from error
+    if not isinstance(found, dict):
+        raise ConfigError("not a YAML mapping", where=path)
+    return found
+
+
+def get(config: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """The value at a dotted key."""
+    found: Any = config
+    for part in key.split("."):
+        if not isinstance(found, Mapping) or part not in found:
+            return default
+        found = found[part]
+    return found
+
+
+def put(config: dict[str, Any], key: str, value: Any) -> None:
+    """Sets the value at a dotted key; numbers choose entries of lists.
+
+    Raises:
+        ConfigError: something that is no section stands in the way.
+    """
+    *parents, last = key.split(".")
+    place: Any = config
+    for part in parents:
+        if isinstance(place, list):
+            place = place[_entry(place, part, key)]
+        else:
+            place = place.setdefault(part, {})
+        if not isinstance(place, dict | list):
+            raise ConfigError("not a section", where=key, value=repr(place))
+    if isinstance(place, list):
+        place[_entry(place, last, key)] = value
+    else:
+        place[last] = value
+
+
+def _entry(entries: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(entries):
+        raise ConfigError(
+            "no such entry",
+            where=key,
+            value=part,
+            rule=f"the list has {len(entries)} entries, from 0 on",
+        )
+    return int(part)
+
+
+def name_model(config: dict[str, Any], model: str) -> None:
+    """Sets the two lines that name a model."""
+    config_type, model_type = MODELS[model]
+    put(config, "model.model_config.type", config_type)
+    put(config, "model.arch.type", model_type)
+
+
+def check(config: Mapping[str, Any], where: Path) -> None:
+    """Checks a file as a whole.
+
+    Args:
+        config: with everything that the command line changes.
+        where: its path.
+
+    Raises:
+        ConfigError: an unknown key; a value that is not supported, with the reason.
+    """
+    for key in config:
+        if key not in KNOWN:
+            near = get_close_matches(key, sorted(KNOWN), 1)
+            raise ConfigError(
+                "unknown key",
+                where=f"{where}: {key}",
+                rule="no key is ignored",
+                todo=f"perhaps {near[0]}" if near else None,
+            )
+    for key, fixed in FIXED.items():
+        check_fixed(f"{where}: {key}", get(config, key, ...), fixed)
+    if config.get("use_parallel"):
+        for key, fixed in PARALLEL.items():
+            check_fixed(f"{where}: {key}", get(config, key, ...), fixed)
+    types = get(config, "model.model_config.type"), get(config, "model.arch.type")
+    if types not in MODELS.values():
+        raise ConfigError(
+            "another model",
+            where=f"{where}: model.model_config.type, model.arch.type",
+            value=", ".join(map(str, types)),
+            rule=" or ".join(", ".join(each) for each in MODELS.values()),
+            todo="change the two lines, or use --model mixtral",
+        )
+    checkpoint = config.get("load_checkpoint") or ""
+    if (
+        checkpoint
+        and (Path(checkpoint) / "config.json").is_file()
+        and config.get("load_ckpt_format", "ckpt") != "safetensors"
+    ):
+        raise ConfigError(
+            "wrong format",
+            where=f"{where}: load_ckpt_format",
+            value=config.get("load_ckpt_format", "ckpt"),
+            rule=f"{checkpoint} holds safetensors files",
+            todo="set load_ckpt_format: safetensors",
+        )
+
+
+def accumulate(config: dict[str, Any]) -> None:
+    """Has the training step of one process accumulate gradients, which MindFormers resets to 1:
+    ``runner_config.batch_size`` becomes the rows of an update.
+
+    Raises:
+        ConfigError: no whole number of micro-batches.
+    """
+    key = "runner_config.gradient_accumulation_steps"
+    steps = get(config, key) or 1
+    if config.get("use_parallel") or steps == 1:
+        return
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError("invalid value", where=key, value=repr(steps), rule="a whole number")
+    put(config, key, 1)
+    put(config, "runner_config.batch_size", steps * int(get(config, "runner_config.batch_size", 1)))
+    put(config, "runner_wrapper.micro_batch_num", steps)

@@ -1,0 +1,141 @@
+"""Trainings that go on in the other program: checkpoints of MindFormers' trainer and ours.
+
+MindFormers' trainer writes one file: the weights (which have our names in it, see
+:class:`~mistral_ms.mindformers.modeling.MistralForCausalLM`), ``adam_m.*`` and ``adam_v.*``, and
+counters. In one process it resumes from a directory whose counters are in a file of their own. Ours
+is a directory, too, see :mod:`mistral_ms.training.state`. All is for one process, AdamW, float32
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from mistral_ms.checkpoint import (
+    open_checkpoint,
+    open_tensor_set,
+    our_shapes,
+    read_state,
+    save_native,
+)
+from mistral_ms.config import ModelConfig
+from mistral_ms.errors import CheckpointError
+from mistral_ms.training.loss_scale import LossScale
+from mistral_ms.training.state import FORMAT, OPTIMIZER, encode_state
+
+MOMENTS = {"adam_m": "exp_avg", "adam_v": "exp_avg_sq"}
+"""MindFormers' prefixes of the optimizer's state, and ours."""
+
+
+def to_mindformers(checkpoint: Path, directory: Path, *, steps_per_epoch: int) -> None:
+    """Writes a training of ours for ``load_checkpoint: DIRECTORY`` with ``resume_training: True``.
+
+    Args:
+        checkpoint: a checkpoint of a training.
+        directory: the new one.
+        steps_per_epoch: of the data that the training goes on with.
+
+    Raises:
+        CheckpointError: a checkpoint without a training, or of one that cannot go on there.
+    """
+    state = read_state(checkpoint)
+    step, updates, scale = state["step"], state["updates"], state["loss_scale"]["value"]
+    tensors = {}
+    with open_checkpoint(checkpoint, "mistral_ms") as source:
+        for name in source.names():
+            if source.dtype(name) != "float32":
+                raise _not_possible(checkpoint, name, source.dtype(name))
+            tensors[name] = source.read(name)
+        names = source.names()
+    with open_tensor_set(checkpoint, OPTIMIZER) as stored:
+        wanted = {f"{ours}.{name}" for ours in MOMENTS.values() for name in names}
+        if differing := sorted(wanted ^ set(stored.names())):
+            raise _not_possible(checkpoint, differing[0], "another optimizer's state")
+        for theirs, ours in MOMENTS.items():
+            for name in names:
+                tensors[f"{theirs}.{name}"] = stored.read(f"{ours}.{name}", None)
+    counters: dict[str, Any] = {
+        "global_step": np.array([updates], np.int32),
+        "step_num": np.array(step, np.int32),
+        "epoch_num": np.array(-(-step // steps_per_epoch), np.int32),
+        "loss_scale": np.array(scale, np.float32),
+        "scale_sense": np.array(scale, np.float32),
+    }
+    batch = state.get("training", {}).get("global_batch_size")
+    if batch is not None:
+        counters["global_batch_size"] = np.array(batch, np.int32)
+    directory.mkdir(parents=True)
+    for file, held in (("training", tensors), ("hyper_param", counters)):
+        named = [{"name": name, "data": Tensor(each)} for name, each in held.items()]
+        ms.save_checkpoint(named, str(directory / f"{file}.safetensors"), format="safetensors")
+
+
+def from_mindformers(
+    file: Path, checkpoint: Path, architecture: ModelConfig, identity: dict[str, Any] | None = None
+) -> None:
+    """Writes a training of MindFormers' trainer as a checkpoint of ours.
+
+    Args:
+        file: ``rank_0/NAME_rank_0-EPOCH_STEP.safetensors``.
+        checkpoint: the new directory.
+        architecture: the model; the file does not say it.
+        identity: of the training that goes on, see
+            :class:`~mistral_ms.training.identity.Identity`; without it
+            :func:`~mistral_ms.training.state.restore` reads the checkpoint, but no run resumes it.
+
+    Raises:
+        CheckpointError: no such file, missing tensors, wrong shapes, something at ``checkpoint``.
+    """
+    if not file.is_file():
+        raise CheckpointError("no such file", where=file)
+    held = ms.load_checkpoint(str(file), format="safetensors")
+    shapes = our_shapes(architecture)
+
+    def named(theirs: str, ours: str) -> Iterator[tuple[str, tuple[int, ...], str, np.ndarray]]:
+        for name, shape in shapes.items():
+            tensor = held.get(f"{theirs}{name}")
+            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != ms.float32:
+                found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                raise CheckpointError(
+                    "missing tensor" if tensor is None else "wrong tensor",
+                    where=f"{file}: {theirs}{name}",
+                    value=found,
+                    rule=f"the model has float32 {list(shape)} there",
+                )
+            yield f"{ours}{name}", shape, "float32", tensor.asnumpy()
+
+    updates = int(held["global_step"].asnumpy().reshape(-1)[0]) if "global_step" in held else 0
+    step = int(held["step_num"].asnumpy()) if "step_num" in held else updates
+    scale = float(held["loss_scale"].asnumpy()) if "loss_scale" in held else 1.0
+    state = {
+        "format": FORMAT,
+        "step": step,
+        "updates": updates,
+        "loss_scale": asdict(LossScale(scale)),
+        **(identity or {}),
+    }
+    moments = [each for t, o in MOMENTS.items() for each in named(f"{t}.", f"{o}.")]
+    save_native(
+        checkpoint,
+        architecture.model_copy(update={"torch_dtype": "float32"}),
+        named("", ""),
+        {"state.json": encode_state(state)},
+        extra_tensors={OPTIMIZER: moments},
+    )
+
+
+def _not_possible(checkpoint: Path, name: str, value: str) -> CheckpointError:
+    return CheckpointError(
+        "training that cannot go on there",
+        where=f"{checkpoint}: {name}",
+        value=value,
+        rule="MindFormers' AdamW keeps float32 weights and two float32 means of each",
+        todo="load the weights alone: convert the checkpoint to hf",
+    )

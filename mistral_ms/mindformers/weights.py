@@ -1,0 +1,155 @@
+"""Tensors that MindFormers has read, under our names; and models written as checkpoints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from mindspore import Parameter
+
+from mistral_ms.checkpoint import convert, save_native
+from mistral_ms.checkpoint.buffers import check_buffers
+from mistral_ms.checkpoint.dtypes import FROM_CONFIG, TO_CONFIG
+from mistral_ms.checkpoint.keys import HF, HF_FUSED, KeyTable
+from mistral_ms.checkpoint.layout import format_layout
+from mistral_ms.checkpoint.load import dtype_name, set_values, to_numpy
+from mistral_ms.checkpoint.plan import check_tensors, make_plan
+from mistral_ms.checkpoint.safetensors_file import Observer, TensorInfo
+from mistral_ms.checkpoint.stream import read_array
+from mistral_ms.config import ModelConfig
+from mistral_ms.layers.parameter import weight
+
+WHERE = "load_checkpoint"
+
+
+def _patterns(table: KeyTable) -> Iterator[tuple[re.Pattern[str], str]]:
+    """For each tensor of a format: what its name matches, and our name with places to fill."""
+    for ours, stored in table.items():
+        pattern = re.escape(stored.name).replace(r"\{layer\}", r"(?P<layer>\d+)")
+        pattern = pattern.replace(r"\{expert\}", r"(?P<expert>\d+)")
+        yield re.compile(pattern), ours
+
+
+_NAMES = tuple(_patterns(HF)) + tuple(_patterns(HF_FUSED))
+
+
+def converted_name(name: str) -> str:
+    """Our name of a tensor of Hugging Face's: an expert's is that of all experts of its layer, and
+    w1 stands for w1 and w3 where they are stored together. Other names stay.
+    """
+    for pattern, ours in _NAMES:
+        if found := pattern.fullmatch(name):
+            return ours.format(layer=found.groupdict().get("layer"))
+    return name
+
+
+class ParameterStore:
+    """Tensors in memory in the place of a checkpoint's files, see
+    :class:`~mistral_ms.checkpoint.stream.Store`.
+
+    Args:
+        parameters: by their names.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter]) -> None:
+        self.tensors: dict[str, TensorInfo] = {}
+        self._parameters = parameters
+        for name, each in parameters.items():
+            dtype = FROM_CONFIG[dtype_name(each.dtype)]
+            self.tensors[name] = TensorInfo(tuple(each.shape), dtype, Path(WHERE))
+        self._newest: tuple[str, np.ndarray] | None = None
+
+    def read_into(self, name: str, start: int, out: np.ndarray) -> None:
+        """See the protocol."""
+        out[...] = self.flat(name, start, start + out.size)
+
+    def flat(self, name: str, start: int, stop: int) -> np.ndarray:
+        """See the protocol."""
+        if self._newest is None or self._newest[0] != name:
+            values, _ = to_numpy(self._parameters[name])
+            self._newest = name, values.reshape(-1)
+        return self._newest[1][start:stop]
+
+    def observe(self, observer: Observer) -> None:
+        """See the protocol; there are no files to observe."""
+
+    def close(self) -> None:
+        """See the protocol."""
+
+
+def converted_weights(
+    source: Mapping[str, Parameter], config_class: Any, keys: dict[str, Any]
+) -> dict[str, Parameter]:
+    """All tensors of a Hugging Face checkpoint under our names, experts stacked by their numbers.
+
+    Args:
+        source: by Hugging Face's names, those of transformers 4 or of 5.
+        config_class: of the model.
+        keys: ``model_config``, which does not say how many experts there are: the tensors do.
+
+    Raises:
+        CheckpointError: missing or extra tensors, wrong shapes.
+    """
+    store = ParameterStore(source)
+    table = HF
+    if any(name.endswith(".mlp.experts.gate_up_proj") for name in source):
+        table = HF_FUSED
+    keys.pop("type", None)
+    keys.pop("auto_register", None)
+    architecture: ModelConfig = config_class(**{**_experts(store.tensors), **keys}).architecture()
+    layout = format_layout(architecture, table)
+    skipped = check_buffers("hf", store, architecture)
+    held = {name: info for name, info in store.tensors.items() if name not in skipped}
+    if architecture.tie_word_embeddings:
+        held.pop("lm_head.weight", None)
+    check_tensors(held, layout.shapes, WHERE)
+    found = {}
+    for assembly in make_plan(layout, format_layout(architecture)):
+        dtype = store.tensors[assembly.pieces[0].source].dtype
+        parameter = weight(*assembly.shape, dtype=TO_CONFIG[dtype])
+        set_values(parameter, read_array(store, assembly, dtype))
+        parameter.name = assembly.name
+        found[assembly.name] = parameter
+    return found
+
+
+def _experts(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """How many experts the router's weight of a layer chooses among; nothing for a dense model."""
+    for name, info in tensors.items():
+        if converted_name(name).endswith(".moe.router.weight"):
+            return {"num_local_experts": info.shape[0]}
+    return {}
+
+
+def save_model(
+    path: Path, architecture: ModelConfig, weights: Mapping[str, Parameter], to: str
+) -> None:
+    """Writes a model as a checkpoint.
+
+    Args:
+        path: its directory, which must not be there.
+        architecture: the model.
+        weights: by our names.
+        to: ``mistral_ms``, or another format that ``convert`` writes.
+
+    Raises:
+        CheckpointError: an unknown format, something at ``path``, a full disk.
+    """
+    dtype = dtype_name(next(iter(weights.values())).dtype)
+    config = architecture.model_copy(update={"torch_dtype": dtype})
+
+    def tensors() -> Iterator[Any]:
+        for name, each in weights.items():
+            yield name, tuple(each.shape), dtype, lambda each=each: to_numpy(each)[0]
+
+    if to == "mistral_ms":
+        save_native(path, config, tensors())
+        return
+    with TemporaryDirectory(dir=path.parent) as between:
+        native = Path(between) / "model"
+        save_native(native, config, tensors())
+        convert(native, path, to)

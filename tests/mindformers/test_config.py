@@ -1,0 +1,364 @@
+"""What configuration files of MindFormers mean; files of version 1.7 are made from its keys."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from mistral_ms import mindformers
+from mistral_ms.config import from_hf
+from mistral_ms.errors import ConfigError, MissingExtraError
+from mistral_ms.mindformers import run, run_file
+from mistral_ms.mindformers.keys import FIXED, MOE_FIXED, MOE_READ, MOE_WITHOUT_EFFECT
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "mindformers").glob("*.yaml"))
+EXPERTS = dict(expert_num=8, num_experts_chosen=2, routing_policy="TopkRouterV2")
+
+
+@pytest.fixture(scope="module")
+def mf():
+    """The classes; imported where they are used, for it takes seconds."""
+    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    from mindformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM
+    from mindformers.modules.transformer.moe import MoEConfig
+    from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+
+    from mistral_ms.mindformers import registration
+
+    return SimpleNamespace(
+        **{name: getattr(registration, name) for name in registration.__all__},
+        MoEConfig=MoEConfig,
+        kinds=MindFormerModuleType,
+        registered=MindFormerRegister.get_cls,
+        AutoConfig=AutoConfig,
+        AutoModels=(AutoModel, AutoModelForCausalLM),
+    )
+
+
+def version_1_7(model_type: str = "LlamaConfig", arch: str = "LlamaForCausalLM") -> dict:
+    """A file with every key of the four files of 1.7's research/mixtral."""
+    data = {
+        "data_loader": {"type": "MindDataset", "dataset_dir": "", "shuffle": True},
+        "input_columns": ["input_ids", "labels"],
+        "num_parallel_workers": 8,
+        "python_multiprocessing": False,
+        "drop_remainder": True,
+        "batch_size": 1,
+        "repeat": 1,
+        "numa_enable": False,
+        "prefetch_size": 1,
+    }
+    task = {"type": "CausalLanguageModelDataset", "dataset_config": data}
+    return {
+        **dict(seed=0, output_dir="./output", run_mode="train", use_parallel=False),
+        **dict(resume_training=False, only_save_strategy=False, auto_trans_ckpt=False),
+        **dict(src_strategy_path_or_dir="", load_checkpoint="", load_ckpt_format="ckpt"),
+        **dict(do_eval=False, eval_step_interval=-1, eval_epoch_interval=50),
+        **dict(profile=False, profile_start_step=1, profile_stop_step=10, remote_save_url="None"),
+        **dict(init_start_profile=False, profile_communication=False, profile_memory=True),
+        **dict(auto_tune=False, filepath_prefix="./autotune", autotune_per_step=10),
+        **dict(layer_scale=False, layer_decay=0.65, lr_scale_factor=256),
+        **dict(micro_batch_interleave_num=1),
+        "trainer": {"type": "CausalLanguageModelingTrainer", "model_name": "mixtral-8x7b"},
+        "runner_config": {"epochs": 1, "batch_size": 1, "sink_mode": True, "sink_size": 1},
+        "optimizer": {"type": "AdamW", "betas": [0.9, 0.95], "eps": 1e-8, "learning_rate": 1e-5},
+        "lr_schedule": {
+            "type": "CosineWithWarmUpLR",
+            "learning_rate": 1e-5,
+            "lr_end": 0,
+            "warmup_ratio": 0.03,
+            "total_steps": -1,
+        },
+        "moe_config": {
+            **dict(expert_num=8, capacity_factor=1.1, aux_loss_factor=0.05, num_experts_chosen=2),
+            **dict(routing_policy="TopkRouterV2", enable_sdrop=True, router_dense_type="float32"),
+            **dict(use_fused_ops_topkrouter=False, balance_via_topk_bias=False),
+            **dict(topk_bias_update_rate=0.0),
+        },
+        "train_dataset": data,
+        "train_dataset_task": task,
+        "eval_dataset": copy.deepcopy(data),
+        "eval_dataset_task": copy.deepcopy(task),
+        "parallel": {
+            **dict(parallel_mode=1, gradients_mean=False, enable_alltoall=True, full_batch=True),
+            **dict(search_mode="sharding_propagation", enable_parallel_optimizer=True),
+            **dict(strategy_ckpt_save_file="./ckpt_strategy.ckpt"),
+            "parallel_optimizer_config": {
+                "gradient_accumulation_shard": False,
+                "parallel_optimizer_threshold": 64,
+            },
+        },
+        "parallel_config": {
+            **dict(data_parallel=2, model_parallel=4, expert_parallel=2, pipeline_stage=2),
+            **dict(micro_batch_num=32, use_seq_parallel=True, vocab_emb_dp=True),
+            **dict(gradient_aggregation_group=4),
+        },
+        "recompute_config": {
+            **dict(recompute=True, select_recompute=False, mp_comm_recompute=True),
+            **dict(parallel_optimizer_comm_recompute=False, recompute_slice_activation=False),
+        },
+        "callbacks": [
+            {"type": "MFLossMonitor"},
+            {
+                **dict(type="CheckpointMonitor", prefix="mixtral-8x7b", save_checkpoint_steps=500),
+                **dict(integrated_save=False, async_save=False, checkpoint_format="ckpt"),
+            },
+        ],
+        "context": {
+            **dict(mode=0, device_target="Ascend", max_call_depth=10000, save_graphs=False),
+            **dict(max_device_memory="58GB", save_graphs_path="./graph", device_id=0),
+            **dict(memory_optimize_level="O0", mempool_block_size="59GB"),
+            "jit_config": {"jit_level": "O1"},
+            "ascend_config": {"precision_mode": "must_keep_origin_dtype"},
+        },
+        "model": {
+            "model_config": {
+                **dict(type=model_type, batch_size=1, seq_length=4096, hidden_size=4096),
+                **dict(intermediate_size=14336, theta=1000000, num_layers=32, num_heads=32),
+                **dict(vocab_size=32000, multiple_of=256, n_kv_heads=8, rms_norm_eps=1e-5),
+                **dict(bos_token_id=1, eos_token_id=2, pad_token_id=0, ignore_token_id=-100),
+                **dict(compute_dtype="bfloat16", layernorm_compute_type="float32"),
+                **dict(softmax_compute_type="float16", rotary_dtype="float32"),
+                **dict(param_init_type="float32", use_past=False, extend_method="None"),
+                **dict(scaling_factor=1.0, offset=0, pp_interleave_num=1, qkv_has_bias=False),
+                **dict(use_flash_attention=True, block_size=16, num_blocks=512),
+                **dict(is_dynamic=False, checkpoint_name_or_path="", repetition_penalty=1),
+                **dict(max_decode_length=512, top_k=3, top_p=1, do_sample=False),
+                **dict(qkv_concat=False, ffn_dim_multiplier=None),
+            },
+            "arch": {"type": arch},
+        },
+        "processor": {
+            "return_tensors": "ms",
+            "tokenizer": {
+                **dict(type="LlamaTokenizer", unk_token="<unk>", bos_token="<s>"),
+                **dict(eos_token="</s>", pad_token="<unk>", vocab_file=""),
+            },
+            "type": "LlamaProcessor",
+        },
+        "metric": {"type": "PerplexityMetric"},
+        "runner_wrapper": {
+            "type": "MFTrainOneStepCell",
+            "scale_sense": {
+                **dict(type="DynamicLossScaleUpdateCell", loss_scale_value=65535),
+                **dict(scale_factor=2, scale_window=1000),
+            },
+            "use_clip_grad": True,
+        },
+    }
+
+
+def config_of(mf, file: dict, **changes):
+    """What MindFormers' trainer makes of a file, before it builds the model."""
+    keys = {**file["model"]["model_config"], **changes}
+    kind = mf.registered(mf.kinds.CONFIG, keys.pop("type"))
+    layout = {**file["parallel_config"], "recompute": file.get("recompute_config", {})}
+    config = kind(parallel_config=layout, dataset_config={}, **keys)
+    config.moe_config = mf.MoEConfig(**file.get("moe_config", {}))  # set later
+    return config
+
+
+def read(path: Path, *flags: str) -> dict:
+    return run.read_config(*run.parser().parse_known_args(["--config", str(path), *flags]))
+
+
+def test_everything_is_registered(mf):
+    for kind, one in (
+        (mf.kinds.CONFIG, mf.MixtralConfig),
+        (mf.kinds.CONFIG, mf.MistralConfig),
+        (mf.kinds.MODELS, mf.MixtralForCausalLM),
+        (mf.kinds.MODELS, mf.MistralForCausalLM),
+    ):
+        assert mf.registered(kind, one.__name__) is one
+    for name in ("MFTrainOneStepCell", "MoETrainOneStepCell"):
+        found = mf.registered(mf.kinds.WRAPPER, name)
+        assert found is mf.MoETrainOneStepCell
+    assert type(mf.AutoConfig.for_model("mixtral")) is mf.MixtralConfig
+    for auto in mf.AutoModels:
+        assert auto._model_mapping[mf.MixtralConfig] is mf.MixtralForCausalLM
+
+
+def test_a_file_of_1_7_works_with_two_lines_changed(mf, tmp_path):
+    old = tmp_path / "pretrain.yaml"
+    old.write_text(yaml.safe_dump(version_1_7()))
+    with pytest.raises(ConfigError, match="change the two lines"):
+        read(old)
+    file = read(old, "--model", "mixtral")
+    two_lines = version_1_7("MixtralConfig", "MixtralForCausalLM")
+    assert file == two_lines
+    config = config_of(mf, file)
+    expected = dict(
+        model_type="mixtral", vocab_size=32000, hidden_size=4096, intermediate_size=14336,
+        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, rms_norm_eps=1e-5,
+        rope_theta=1e6, sliding_window=None, num_local_experts=8, num_experts_per_tok=2,
+        pad_token_id=0, router_aux_loss_coef=0.05,
+    )  # fmt: skip
+    assert config.architecture() == from_hf(expected)[0]
+    routing = config.routing(training=True)
+    assert (routing.policy, routing.capacity_factor) == ("capacity", 1.1)
+    assert routing.drop_priority == "token_major"
+    assert config.routing(training=False).policy == "dropless"
+    assert config.router_loss_coefficients() == (0.05, 0.0)
+    assert config.weight_dtype == "float32"
+    assert config.recompute == "full"
+
+
+def test_attributes_that_are_set_later_count(mf):
+    config = config_of(mf, version_1_7("MixtralConfig"))
+    config.num_layers = 3
+    config.moe_config.enable_sdrop = False
+    assert config.architecture().num_hidden_layers == 3
+    assert config.routing(training=True).drop_priority == "choice_major"
+    config.moe_config.capacity_factor = -1
+    assert config.routing(training=True).policy == "dropless"
+
+
+def test_every_key_of_their_classes_is_known(mf):
+    theirs = set(inspect.signature(mf.MoEConfig).parameters)
+    assert theirs == {*MOE_READ, *MOE_FIXED, *MOE_WITHOUT_EFFECT}
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (dict(num_layer=2), r"unknown key: model_config.num_layer: .*perhaps num_layers"),
+        (dict(num_layers=2, num_hidden_layers=3), "contradiction: model_config.num_hidden_layers"),
+        (dict(multiple_of=256), "missing key: model_config.intermediate_size"),
+    ],
+)
+def test_unknown_and_missing_keys_are_refused(mf, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        mf.MixtralConfig(**keys)
+
+
+WRONG = {
+    "is_dynamic": True, "extend_method": "PI", "scaling_factor": 2.0, "qkv_has_bias": True,
+    "attn_proj_has_bias": True, "qkv_concat": True, "offset": [1, 0], "pp_interleave_num": 2,
+    "fine_grain_interleave": 2, "ffn_dim_multiplier": 1.3, "use_rope_slice": True,
+    "use_ring_attention": True, "use_eod_attn_mask_compression": True, "parallel_optimizer": True,
+    "quant_config": {"method": "x"}, "quantization": "x", "pet_config": {"pet_type": "lora"},
+    "parallel_decoding_params": {"x": 1}, "chunk_prefill": True, "return_hidden_states": True,
+    "calculate_per_token_loss": True, "pipeline_stage": {"start_stage": 0}, "text_config": {},
+    "vision_config": {}, "head_config": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", FIXED)
+def test_values_that_change_what_is_computed_are_refused(mf, key):
+    config = mf.MixtralConfig(**{key: WRONG[key]})
+    with pytest.raises(ConfigError, match=f"unsupported value: model_config.{key}"):
+        config.architecture()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(routing_policy="TopkRouterV1"), "routing_policy.*TopkRouterV1.*set 'TopkRouterV2'"),
+        (dict(shared_expert_num=1), "shared_expert_num"),
+        (dict(balance_via_topk_bias=True), "balance_via_topk_bias"),
+        (dict(comp_comm_parallel=True), "comp_comm_parallel"),
+    ],
+)
+def test_experts_of_other_models_are_refused(mf, changes, message):
+    config = mf.MixtralConfig(moe_config=mf.MoEConfig(**{**EXPERTS, **changes}))
+    with pytest.raises(ConfigError, match=message):
+        config.architecture()
+
+
+def test_contradictions_are_refused(mf):
+    config = mf.MixtralConfig(num_local_experts=4, moe_config=EXPERTS)
+    with pytest.raises(ConfigError, match=r"num_local_experts: 4: moe_config says 8"):
+        config.architecture()
+    with pytest.raises(ConfigError, match="has no experts"):
+        mf.MistralConfig(moe_config=EXPERTS).architecture()
+    with pytest.raises(ConfigError, match="sequence too long"):
+        mf.MixtralConfig(seq_length=64, max_position_embeddings=32).architecture()
+
+
+@pytest.mark.parametrize("name", ["MixtralConfig", "MistralConfig"])
+def test_a_configuration_of_ours_survives(mf, name):
+    kind = getattr(mf, name)
+    architecture = kind(rope_theta=5e5, sliding_window=7, num_layers=2, head_dim=64).architecture()
+    assert kind.of(architecture).architecture() == architecture
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"micro_batch_interleave_num": 2}, "micro_batch_interleave_num: 2"),
+        ({"mico_batch_interleave_num": 2}, "perhaps micro_batch_interleave_num"),
+        ({"context.mode": 1}, "context.mode: 1"),
+        ({"use_legacy": False}, "use_legacy: False"),
+        ({"run_mode": "training"}, "must be one of train, finetune, eval, predict"),
+    ],
+)
+def test_files_that_mean_something_else_are_refused(tmp_path, changes, message):
+    config = version_1_7("MixtralConfig", "MixtralForCausalLM")
+    for key, value in changes.items():
+        run_file.put(config, key, value)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=message):
+        read(path)
+
+
+def test_flags_are_those_of_their_launcher(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(version_1_7("MixtralConfig", "MixtralForCausalLM")))
+    config = read(
+        path,
+        *("--train_data", "a.mindrecord", "--run_mode", "finetune", "--use_parallel", "False"),
+        *("--epochs", "3", "--gradient_accumulation_steps", "4", "--resume_training", "x.ckpt"),
+        *("--model.model_config.seq_length=128", "--callbacks.1.prefix", "mine"),
+        *("--options", "optimizer.eps=1.0e-6"),
+    )
+    assert config["train_dataset"]["data_loader"]["dataset_dir"] == "a.mindrecord"
+    assert config["run_mode"] == "finetune"
+    assert config["runner_config"]["epochs"] == 3
+    assert config["runner_config"]["batch_size"] == 4  # rows of an update
+    assert config["runner_wrapper"]["micro_batch_num"] == 4
+    assert config["resume_training"] == "x.ckpt"
+    assert config["model"]["model_config"]["seq_length"] == 128
+    assert config["callbacks"][1]["prefix"] == "mine"
+    assert config["optimizer"]["eps"] == 1e-6
+    with pytest.raises(ConfigError, match=r"unknown argument: mode"):
+        read(path, "mode")
+
+
+def test_safetensors_are_not_read_as_ckpt(tmp_path):
+    config = version_1_7("MixtralConfig", "MixtralForCausalLM")
+    (tmp_path / "config.json").write_text("{}")
+    config["load_checkpoint"] = str(tmp_path)
+    with pytest.raises(ConfigError, match="set load_ckpt_format: safetensors"):
+        run_file.check(config, Path("run.yaml"))
+
+
+def test_bad_input_ends_with_2(tmp_path, capsys):
+    assert run.main(["--config", str(tmp_path / "absent.yaml"), "--run_mode", "train"]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_without_mindformers_its_commands_say_so(monkeypatch, capsys):
+    monkeypatch.setattr(mindformers, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r'pip install "mistral_ms\[mindformers\]"'):
+        mindformers.MixtralConfig  # noqa: B018
+    assert run.main(["--config", "run.yaml"]) == 2
+    assert "mistral_ms[mindformers]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_files_are_read_and_built(mf, path):
+    file = read(path)
+    config = config_of(
+        mf, file, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, n_kv_heads=1,
+        vocab_size=64, seq_length=8, compute_dtype="float32", param_init_type="float32",
+    )  # fmt: skip
+    name = file["model"]["arch"]["type"]
+    model = mf.registered(mf.kinds.MODELS, name)(config)
+    assert (model.language_model.config.moe is None) == (name == "MistralForCausalLM")
+    assert model.use_past == (file["run_mode"] == "predict")

@@ -1,0 +1,273 @@
+"""Training, evaluation and generation under MindFormers against ours, torch, and the engine.
+
+One process of :mod:`support.mindformers_session` for each version of MindFormers. That of 2.1 is
+read from its unpacked wheel (``pip download --no-deps mindformers==2.1.0``), which
+MINDFORMERS_2_1 names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mindspore.mindrecord import FileWriter
+from support import mindformers_session as session
+from support.hf import Pair, make_pair
+from transformers import MixtralForCausalLM
+
+from mistral_ms.checkpoint import open_checkpoint
+from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.config import (
+    GenerationConfig,
+    ModelConfig,
+    ParallelConfig,
+    RoutingConfig,
+    TrainingConfig,
+)
+from mistral_ms.datasets.batches import Batch
+from mistral_ms.inference import Engine
+from mistral_ms.mindformers.training_files import from_mindformers, to_mindformers
+from mistral_ms.models import CausalLM
+from mistral_ms.tokenizer import copy_files, packaged_tokenizer
+from mistral_ms.training.identity import Identity
+from mistral_ms.training.objective import make_objective
+from mistral_ms.training.state import restore, take_snapshot
+from mistral_ms.training.step import TrainStep
+
+SIZES = dict(
+    vocab_size=32000, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+    num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+)  # fmt: skip
+RATE, RATE_END = 1e-3, 1e-5
+AUX = 0.05
+CLOSE = 1e-5
+"""Float32 sums in another order: a few units in the last place of numbers near 10."""
+
+
+def rows() -> np.ndarray:
+    """[rows, S + 1]; every third one ends in padding, and one has the padding's id inside."""
+    generator = np.random.default_rng(0)
+    ids = generator.integers(3, 32000, (session.STEPS + 2) * session.ROWS * (session.LENGTH + 1))
+    ids = ids.reshape(-1, session.LENGTH + 1).astype(np.int32)
+    ids[::3, -5:] = 0
+    ids[1, 4] = 0
+    return ids
+
+
+def write_records(path: Path, ids: np.ndarray) -> None:
+    writer = FileWriter(str(path), 1)
+    writer.add_schema({"input_ids": {"type": "int32", "shape": [-1]}}, "ids")
+    writer.write_raw_data([{"input_ids": row} for row in ids])
+    writer.commit()
+
+
+def batch(step: int) -> Batch:
+    """What MindFormers' dataset gives in a step, as it counts tokens; by loops."""
+    data = rows()[step * session.ROWS : (step + 1) * session.ROWS]
+    ids, labels = data[:, :-1].copy(), data[:, 1:].copy()
+    labels[ids == 0] = -100
+    positions = np.full_like(ids, -1)
+    for row, place in zip(ids, positions, strict=True):
+        length = 1 + max(i for i, token in enumerate(row) if token)
+        place[:length] = np.arange(length)
+    samples = np.arange(session.ROWS, dtype=np.int32)
+    return Batch(ids, labels, positions, np.minimum(positions, 0), samples)
+
+
+class Ours:
+    """The same training by our own step."""
+
+    def __init__(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.routing = RoutingConfig(policy="capacity", capacity_factor=1.1)
+        self.config = TrainingConfig(
+            max_steps=session.TOTAL_STEPS,
+            seq_length=session.LENGTH,
+            global_batch_size=session.ROWS,
+            gradient_accumulation_steps=2,
+            router_aux_loss_coef=AUX,
+            optimizer=dict(learning_rate=RATE, weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.95),
+        )
+        monkeypatch.setattr("mistral_ms.training.step.learning_rate", self.rate)
+        with open_checkpoint(base) as source:
+            self.model = CausalLM(source.config, self.routing, positions=session.LENGTH)
+            load_weights(source, self.model.weights())
+            self.architecture: ModelConfig = source.config
+        self.step = TrainStep(make_objective(self.model, self.config), self.config)
+
+    def rate(self, config: TrainingConfig, step: int) -> float:
+        """The cosine of MindFormers, which ends behind the last step."""
+        return RATE_END + (RATE - RATE_END) * 0.5 * (
+            1.0 + math.cos(math.pi * step / session.TOTAL_STEPS)
+        )
+
+    def identity(self) -> Identity:
+        return Identity(self.architecture, self.routing, self.config, ParallelConfig(), "none")
+
+
+@dataclass
+class Prepared:
+    """Inputs of the sessions, and what ours makes of them."""
+
+    place: Path
+    pair: Pair
+    ours: Ours
+    results: list
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    place = tmp_path_factory.mktemp("mindformers")
+    pair = make_pair("mixtral", **SIZES)
+    pair.hf.save_pretrained(place / "base", max_shard_size="3MB")
+    copy_files(packaged_tokenizer(), place / "base")
+    data = rows()
+    write_records(place / "train.mindrecord", data)
+    write_records(place / "eval.mindrecord", data[: session.ROWS, :-1])
+    np.save(place / "ids.npy", data[:3, :-1])
+    patch = pytest.MonkeyPatch()
+    ours, results = Ours(place / "base", patch), []
+    for step in range(session.STEPS + 1):
+        if step == 2:
+            snapshot = take_snapshot(ours.step, ours.identity())
+            snapshot.write(place / "ours_at_2", {})
+            to_mindformers(place / "ours_at_2", place / "resumed", steps_per_epoch=session.STEPS)
+        results.append(ours.step(batch(step)))
+    yield Prepared(place, pair, ours, results)
+    patch.undo()
+
+
+def wheel() -> str | None:
+    place = os.environ.get("MINDFORMERS_2_1", "/tmp/mindformers-2.1")
+    return place if (Path(place) / "mindformers").is_dir() else None
+
+
+@pytest.fixture(scope="module", params=["installed", "2.1"])
+def found(request, prepared):
+    """The results of a session, and its directory."""
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    if request.param == "2.1":
+        if wheel() is None:
+            pytest.skip("MINDFORMERS_2_1 names no directory with the unpacked wheel of 2.1")
+        path = os.pathsep.join([str(wheel()), path])
+    place = prepared.place / request.param
+    place.mkdir()
+    for each in prepared.place.iterdir():
+        if each != place and each.name not in ("installed", "2.1"):
+            (place / each.name).symlink_to(each)
+    done = subprocess.run(
+        [sys.executable, "-m", session.__name__, str(place)],
+        env={**os.environ, "PYTHONPATH": path, "RUN_MODE": ""},
+        cwd=place,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    results = json.loads((place / "results.json").read_text())
+    assert (request.param == "installed") != results["version"].startswith("2.1")
+    return place, results
+
+
+def test_training_is_ours_step_by_step(found, prepared):
+    trained = found[1]["trained"]
+    assert len(trained) == session.STEPS
+    for theirs, ours in zip(trained, prepared.results, strict=False):
+        assert theirs["rate"] == pytest.approx(ours.learning_rate, rel=1e-5)
+        assert theirs["loss"] == pytest.approx(ours.loss, abs=CLOSE)
+        assert theirs["norm"] == pytest.approx(ours.grad_norm, rel=CLOSE)
+        assert theirs["norm"] > 1  # clipping changed something
+        assert theirs["lm"] == pytest.approx(ours.lm_loss, abs=CLOSE)
+        assert theirs["aux"] == pytest.approx(ours.aux_loss, abs=CLOSE)
+        assert theirs["z"] == pytest.approx(ours.z_loss, abs=CLOSE)
+        assert np.array_equal(theirs["routed"], ours.routed_LE)
+        assert np.array_equal(theirs["kept"], ours.kept_LE)
+        assert np.sum(theirs["kept"]) < np.sum(theirs["routed"])  # the capacity dropped something
+
+
+def test_a_training_of_ours_goes_on_there(found, prepared):
+    for theirs, ours in zip(found[1]["resumed"], prepared.results[2:4], strict=True):
+        assert theirs["loss"] == pytest.approx(ours.loss, abs=CLOSE)
+        assert theirs["norm"] == pytest.approx(ours.grad_norm, rel=CLOSE)
+
+
+def test_a_training_of_theirs_goes_on_here(found, prepared, tmp_path):
+    place, ours = found[0], prepared.ours
+    (file,) = (place / "trained").rglob("*.safetensors")
+    from_mindformers(file, tmp_path / "at_4", ours.architecture)
+    restore(ours.step, tmp_path / "at_4")
+    result, expected = ours.step(batch(session.STEPS)), prepared.results[session.STEPS]
+    assert result.loss == pytest.approx(expected.loss, abs=CLOSE)
+    assert result.grad_norm == pytest.approx(expected.grad_norm, rel=CLOSE)
+
+
+def test_evaluation_is_hugging_faces(found, prepared):
+    """Dropless, and MindFormers' mean: of the means of batches."""
+    data = rows()[: session.ROWS, :-1].astype(np.int64)
+    mask = (data != 0).astype(int)
+    with torch.no_grad():
+        attended = torch.tensor(np.flip(np.cumsum(np.flip(mask, 1), 1), 1).copy() > 0)
+        logits = prepared.pair.hf(torch.tensor(data), attention_mask=attended.long()).logits
+    scores = logits.log_softmax(-1).numpy()
+    nll = -np.take_along_axis(scores[:, :-1], data[:, 1:, None], -1)[..., 0] * mask[:, 1:]
+    means = [nll[i : i + 2].sum() / mask[i : i + 2, 1:].sum() for i in (0, 2)]
+    assert found[1]["evaluated"]["loss"] == pytest.approx(np.mean(means), abs=CLOSE)
+
+
+def test_auto_classes(found, prepared):
+    place, results = found
+    assert results["auto_config"] == ["MixtralConfig", 1, 2]
+    assert results["from_config"] == ["MixtralForCausalLM", True]
+    assert results["dense"] == "MistralForCausalLM"
+    ids = np.load(place / "ids.npy")
+    with torch.no_grad():
+        expected = prepared.pair.hf(torch.tensor(ids.astype(np.int64))).logits.numpy()
+    present = np.flip(np.cumsum(np.flip(ids, 1), 1), 1) > 0  # attention is causal
+    difference = np.abs(np.load(place / "logits.npy") - expected)[present]
+    assert difference.max() < 1e-5 * np.abs(expected).max()
+
+
+def test_saved_models_are_the_same(found, prepared):
+    place = found[0]
+    again = MixtralForCausalLM.from_pretrained(place / "saved").state_dict()
+    for name, tensor in prepared.pair.hf.state_dict().items():
+        assert torch.equal(again[name], tensor), name
+    with open_checkpoint(place / "saved_ours") as one, open_checkpoint(place / "base") as two:
+        assert one.kind == "mistral_ms"
+        for name in two.names():
+            assert np.array_equal(one.read(name), two.read(name)), name
+
+
+def test_greedy_generation_is_our_engines(found, prepared):
+    """Ragged, more prompts than rows, with a cache and without."""
+    engine = Engine.load(
+        prepared.place / "base", batch=4, max_length=32, chunk=32, with_tokenizer=False,
+        graph=False, eos_ids=[2],
+    )  # fmt: skip
+    request = GenerationConfig(max_new_tokens=session.NEW_TOKENS, temperature=0)
+    made = engine.generate(session.PROMPTS, request)
+    expected = [
+        [*prompt, *each.token_ids]
+        for prompt, each in zip(session.PROMPTS, made.completions, strict=True)
+    ]
+    assert found[1]["cached"] == expected
+    assert found[1]["plain"] == expected
+
+
+def test_sampling_follows_its_seed(found):
+    one, again, other = found[1]["sampled"]
+    assert one == again != other
+    assert all(row[: len(p)] == p for row, p in zip(one, session.PROMPTS, strict=True))
+
+
+def test_texts_are_continued(found):
+    assert [
+        text.startswith(p) for text, p in zip(found[1]["text"], ("I love", "Hello"), strict=True)
+    ]
