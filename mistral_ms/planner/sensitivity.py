@@ -103,9 +103,8 @@ def scaled(hardware: Hardware, key: str, by: float) -> Hardware:
     elif name == "peak_tflops":
         new = value.model_copy(update={k: getattr(value, k) * by for k in type(value).model_fields})
     else:
-        new = value * by
-        if name.endswith("efficiency") or name.startswith("attention"):
-            new = min(1.0, new)
+        share = name.endswith("efficiency") or name.startswith("attention")
+        new = min(1.0, value * by) if share else value * by
     changed = owner.model_copy(update={name: new})
     return hardware.model_copy(update={group: changed}) if group else changed
 
