@@ -5,8 +5,8 @@ the elements as bytes. Tensors above 512 MiB are cut: several records in a row h
 At the end there may be a CRC-32 of all that stands before. Source of the layout: in
 ``mindspore/train`` the descriptor in ``checkpoint_pb2.py``, and ``serialization.py``.
 
-Why not ``mindspore.load_checkpoint``: it reads the whole file and copies every tensor, three times
-a model's size, where a conversion needs a megabyte at a time. It is the oracle of the tests.
+Why not ``mindspore.load_checkpoint``: it needs twice the file's size in memory, where a conversion
+needs a few megabytes at a time. It is the oracle of the tests.
 """
 
 from __future__ import annotations

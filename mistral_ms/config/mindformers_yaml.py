@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ms.config.base import validate
+from mistral_ms.config.hugging_face import from_hf
 from mistral_ms.config.load import read_yaml
 from mistral_ms.config.model import ModelConfig
 from mistral_ms.config.tables import mapping, pick, refuse_unknown, take_neutral
@@ -41,7 +42,9 @@ MINDFORMERS_MOE_KEYS: dict[str, tuple[str, Any]] = {
 }
 SEQ_LENGTH = 2048  # their default; the longest sequence where no max_position_embedding is given
 NO_PAD = -1  # their way to say that no token is padding
-TYPES = ("LlamaConfig", "MixtralConfig", "MistralConfig")
+# our classes in its Trainer, and the model_type of Hugging Face that they are
+ADAPTED = {"MixtralConfig": "mixtral", "MistralConfig": "mistral"}
+TYPES = ("LlamaConfig", *ADAPTED)
 CLASSES = ("LlamaForCausalLM", "MixtralForCausalLM", "MistralForCausalLM")
 
 # key -> the values that mean what we implement
@@ -71,8 +74,7 @@ MINDFORMERS_MOE_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # keys without effect on what the weights are and compute: of the run, of generation, of precision
 MINDFORMERS_HARMLESS = frozenset({
-    "model_type", "name_or_path", "pretrained_model_dir", "model_name",
-    "checkpoint_name_or_path",
+    "model_type", "name_or_path", "pretrained_model_dir", "model_name", "checkpoint_name_or_path",
     "mindformers_version", "architectures", "auto_register", "auto_map", "batch_size",
     "seq_length", "multiple_of", "ffn_dim_multiplier", "ignore_token_id", "compute_dtype",
     "layernorm_compute_type", "softmax_compute_type", "rotary_dtype", "param_init_type",
@@ -81,11 +83,11 @@ MINDFORMERS_HARMLESS = frozenset({
     "use_eod_attn_mask_compression", "parallel_optimizer", "fine_grain_interleave",
     "pp_interleave_num", "offset", "init_method_std", "repetition_penalty", "max_decode_length",
     "max_new_tokens", "max_length", "min_length", "top_k", "top_p", "temperature", "do_sample",
-    "num_beams", "block_size", "num_blocks", "fused_rms_norm", "input_sliced_sig",
-    "rmsnorm_compute_2d", "chunk_prefill", "calculate_per_token_loss", "pipeline_stage",
-    "is_encoder_decoder", "is_sample_acceleration", "tokenizer_class", "transformers_version",
-    "torch_dtype", "return_dict", "start_stage", "stage_num", "runner_config", "parallel_decoding",
-    "use_kvcache_op",
+    "num_beams", "seed", "router_z_loss_coef", "block_size", "num_blocks", "fused_rms_norm",
+    "input_sliced_sig", "rmsnorm_compute_2d", "chunk_prefill", "calculate_per_token_loss",
+    "pipeline_stage", "is_encoder_decoder", "is_sample_acceleration", "tokenizer_class",
+    "transformers_version", "torch_dtype", "return_dict", "start_stage", "stage_num",
+    "runner_config", "parallel_decoding", "use_kvcache_op",
 })  # fmt: skip
 MINDFORMERS_MOE_HARMLESS = frozenset({
     "capacity_factor", "aux_loss_factor", "expert_group_size", "group_wise_a2a",
@@ -154,9 +156,10 @@ def from_mindformers(
     arch = mapping(model.get("arch") or {}, f"{where}: model.arch")
     values = mapping(model.get("model_config"), f"{where}: model.model_config")
     where_model = f"{where}: model.model_config"
+    kind = values.pop("type", None)
     for key, found, supported in (
         ("model.arch.type", arch.get("type"), CLASSES),
-        ("model.model_config.type", values.pop("type", None), TYPES),
+        ("model.model_config.type", kind, TYPES),
     ):
         if found not in (None, *supported):
             raise ConfigError(
@@ -166,6 +169,8 @@ def from_mindformers(
                 rule=f"supported: {', '.join(supported)}",
             )
     moe = _experts(values.pop("moe_config", None), source.get("moe_config"), where)
+    if kind in ADAPTED:
+        return _adapted(values, moe, ADAPTED[kind], where_model)
     longest = values.get("seq_length", SEQ_LENGTH)
     picked = pick(values, MINDFORMERS_KEYS, where_model)
     if picked["num_key_value_heads"] is None:
@@ -181,6 +186,33 @@ def from_mindformers(
     if moe is not None:
         picked["moe"] = moe
     return validate(ModelConfig, picked, where_model), tuple(ignored)
+
+
+def _adapted(
+    values: dict[str, Any], moe: dict[str, Any] | None, kind: str, where: str
+) -> tuple[ModelConfig, tuple[str, ...]]:
+    """A file for our models in MindFormers' Trainer: Hugging Face's keys and defaults, under
+    Hugging Face's names or MindFormers'.
+    """
+    take_neutral(values, MINDFORMERS_NEUTRAL, where)
+    ignored = MINDFORMERS_HARMLESS & set(values)
+    renamed: dict[str, Any] = {"model_type": kind}
+    for key in values.keys() - ignored:
+        ours = MINDFORMERS_KEYS.get(key, (key,))[0]
+        if renamed.setdefault(ours, values[key]) != values[key]:
+            rule = f"{key} and {ours} are one setting"
+            raise ConfigError(
+                "contradiction", where=f"{where}: {key}", value=values[key], rule=rule
+            )
+    if renamed.get("pad_token_id") == NO_PAD:
+        renamed["pad_token_id"] = None
+    if renamed.get("max_position_embeddings") is None:
+        renamed["max_position_embeddings"] = values.get("seq_length", SEQ_LENGTH)
+    if moe is not None:
+        take_neutral(moe, {"norm_topk_prob": (True,)}, f"{where}: moe_config")
+        renamed |= moe
+    config, others = from_hf(renamed, where)
+    return config, tuple(sorted({*ignored, *others}))
 
 
 def _experts(inner: Any, outer: Any, where: str) -> dict[str, Any] | None:

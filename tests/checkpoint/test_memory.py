@@ -138,7 +138,7 @@ def test_the_first_dump_in_constant_memory(tmp_path, record_property):
 
 
 def test_a_ckpt_in_constant_memory_in_both_directions(tmp_path, record_property):
-    """MindSpore's own reader takes three times the file; the experts lie on their side here."""
+    """MindSpore's own reader takes twice the file; the experts lie on their side here."""
     model = config(layers=1, experts=8)
     theirs = tmp_path / "theirs"
     theirs.mkdir()

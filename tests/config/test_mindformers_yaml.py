@@ -71,6 +71,23 @@ def test_their_defaults():
     assert from_mindformers(run({"pad_token_id": -1}))[0].pad_token_id is None
 
 
+def test_of_our_models_in_their_trainer():
+    """Hugging Face's keys and defaults, under either name."""
+    changes = {"type": "MixtralConfig", "max_position_embeddings": 32768, "pad_token_id": -1}
+    config, ignored = from_mindformers(run(changes, arch="MixtralForCausalLM"))
+    assert (config.max_position_embeddings, config.pad_token_id) == (32768, None)
+    assert (config.rope_theta, config.num_key_value_heads) == (1e6, 8)
+    assert config.moe.num_experts_per_tok == 2
+    assert "use_flash_attention" in ignored
+    dense, _ = from_mindformers(run({"type": "MistralConfig", "sliding_window": 512}, moe=None))
+    assert (dense.sliding_window, dense.moe, dense.max_position_embeddings) == (512, None, 4096)
+    assert from_mindformers(run({"type": "MistralConfig"}, moe=None))[0].sliding_window == 4096
+    with pytest.raises(ConfigError, match=r"contradiction: .*theta: .*are one setting"):
+        from_mindformers(run({"type": "MixtralConfig", "rope_theta": 1e4}))
+    with pytest.raises(ConfigError, match=r"unsupported key: .*shared_layers"):
+        from_mindformers(run({"type": "MixtralConfig", "shared_layers": 1}))
+
+
 @pytest.mark.parametrize("moe", [None, {"num_local_experts": 6, "num_experts_per_tok": 3}])
 def test_written_and_read_again(tmp_path, moe):
     config = model(moe=moe, tie_word_embeddings=moe is None)
