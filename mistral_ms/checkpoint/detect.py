@@ -156,8 +156,9 @@ def find_weights(path: Path) -> tuple[WeightFiles, ...]:
             else each
             for each in found
         ]
-    named = {file for each in found for file in each.files}
-    found += _mindformers_files([entry for entry in entries if entry not in named])
+    if not any(each.kind == "mistral_ms" for each in found):  # those are what we have written
+        named = {file for each in found for file in each.files}
+        found += _mindformers_files([entry for entry in entries if entry not in named])
     return tuple(found)
 
 

@@ -120,7 +120,7 @@ def _without_index(directory: Path, weights: WeightFiles, follow_links: bool) ->
             todo="copy or download it as well",
         )
     if weights.container == "ckpt" and len(files) > 1:
-        raise several_steps(directory, files)
+        raise _several_steps(directory, files)
     for number, path in enumerate(files):
         found = re.fullmatch(r"consolidated\.(\d\d)\.\w+", path.name)
         if found and int(found.group(1)) != number:
@@ -140,10 +140,10 @@ def _check_one_step(directory: Path, names: Mapping[Path, set[str]]) -> None:
     for path, tensors in names.items():
         for name in tensors:
             if (other := seen.setdefault(name, path)) != path:
-                raise several_steps(directory, [other, path])
+                raise _several_steps(directory, [other, path])
 
 
-def several_steps(directory: Path, files: Sequence[Path]) -> CheckpointError:
+def _several_steps(directory: Path, files: Sequence[Path]) -> CheckpointError:
     """Says that one of several files must be given."""
     return CheckpointError(
         "several checkpoints in one directory",
