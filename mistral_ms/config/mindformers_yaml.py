@@ -278,7 +278,8 @@ def to_mindformers(config: ModelConfig, use_past: bool = False) -> dict[str, Any
     }
     if config.moe is not None:
         moe = {theirs: data["moe"][ours] for theirs, (ours, _) in MINDFORMERS_MOE_KEYS.items()}
-        values["moe_config"] = moe | {"routing_policy": "TopkRouterV2"}
+        # without a capacity no token is dropped; their default is 1.1
+        values["moe_config"] = moe | {"routing_policy": "TopkRouterV2", "capacity_factor": -1.0}
     return {"model": {"arch": {"type": CLASSES[0]}, "model_config": values}}
 
 

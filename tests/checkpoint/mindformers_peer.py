@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mindspore as ms
 import numpy as np
+from mindformers import AutoModelForCausalLM
 from mindformers.models.llama import LlamaConfig, LlamaForCausalLM
 from mindspore import nn, ops
 
@@ -126,6 +127,9 @@ def main(directory):
         again = run_on_cpu(build("dropless"))
         found[f"left out of {file}"] = load(again, directory / file)
         arrays[file] = logits(again, ids)
+    on_cpu = {name: SIZES[name] for name in ("batch_size", "use_flash_attention", "fused_rms_norm")}
+    again = AutoModelForCausalLM.from_pretrained(str(directory / "back"), **on_cpu)
+    arrays["from_pretrained"] = logits(run_on_cpu(again), ids)
     for policy in ("token_major", "choice_major"):
         again = run_on_cpu(build(policy))
         load(again, directory / "back" / "mindspore_model.ckpt")

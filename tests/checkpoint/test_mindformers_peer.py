@@ -76,11 +76,12 @@ def test_the_same_logits_from_their_weights(peer, policy):
 
 
 def test_they_load_what_we_write(peer):
-    """Each container and layout whole, with the same logits to the bit."""
+    """Each container and layout whole, with the same logits to the bit; with our yaml file too."""
     _, found, arrays = peer
     for file in ("fused/mindspore_model.safetensors", "back/mindspore_model.ckpt"):
         assert found[f"left out of {file}"] == []
         assert np.array_equal(arrays[file], arrays["dropless"])
+    assert np.array_equal(arrays["from_pretrained"], arrays["dropless"])
     assert all("_cache" in name for name in found["left out of gmm"])
 
 
