@@ -27,12 +27,12 @@ SHARING = tuple(
 """Files whose tests share trainings that have been compiled."""
 SLOW = (
     "alignment", "cli", "distributed", "dryrun", "end_to_end", "fuzz", "kernels", "launch",
-    "mutants",
+    "mindformers", "mutants",
 )  # fmt: skip
 """Folders that ``--fast`` leaves out: they start processes, compile for Ascend, or need minutes."""
 FIRST = (
-    "distributed", "dryrun", "training", "end_to_end", "launch", "kernels", "cli", "alignment",
-    "inference", "models",
+    "distributed", "dryrun", "training", "mindformers", "end_to_end", "launch", "kernels", "cli",
+    "alignment", "inference", "models",
 )  # fmt: skip
 """What takes longest begins first, so that all processes end at about the same time."""
 

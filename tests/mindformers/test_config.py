@@ -17,6 +17,7 @@ from mistral_ms.mindformers import run, run_file
 from mistral_ms.mindformers.keys import FIXED, MOE_FIXED, MOE_READ, MOE_WITHOUT_EFFECT
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "mindformers").glob("*.yaml"))
+SHIM = Path(__file__).parents[2] / "scripts" / "mindformers"
 EXPERTS = dict(expert_num=8, num_experts_chosen=2, routing_policy="TopkRouterV2")
 
 
@@ -24,17 +25,27 @@ EXPERTS = dict(expert_num=8, num_experts_chosen=2, routing_policy="TopkRouterV2"
 def mf():
     """The classes; imported where they are used, for it takes seconds."""
     pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    from mindformers.core.parallel_config import build_parallel_config
     from mindformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM
+    from mindformers.models.build_model import build_network
     from mindformers.modules.transformer.moe import MoEConfig
-    from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+    from mindformers.tools.register import (
+        MindFormerConfig,
+        MindFormerModuleType,
+        MindFormerRegister,
+    )
 
     from mistral_ms.mindformers import registration
 
     return SimpleNamespace(
         **{name: getattr(registration, name) for name in registration.__all__},
         MoEConfig=MoEConfig,
+        MindFormerConfig=MindFormerConfig,
+        build_parallel_config=build_parallel_config,
+        build_network=build_network,
         kinds=MindFormerModuleType,
         registered=MindFormerRegister.get_cls,
+        made=MindFormerRegister.get_instance_from_cfg,
         AutoConfig=AutoConfig,
         AutoModels=(AutoModel, AutoModelForCausalLM),
     )
@@ -183,6 +194,15 @@ def test_everything_is_registered(mf):
         assert auto._model_mapping[mf.MixtralConfig] is mf.MixtralForCausalLM
 
 
+def test_their_own_launcher_finds_the_classes(mf, monkeypatch, tmp_path):
+    """By ``--register_path`` and ``auto_register``, which copies the one file."""
+    monkeypatch.setenv("REGISTER_PATH", str(SHIM))
+    monkeypatch.chdir(tmp_path)
+    keys = {"type": "MixtralConfig", "auto_register": "mixtral_shim.MixtralConfig"}
+    config = mf.made(keys, mf.kinds.CONFIG)
+    assert type(config) is mf.MixtralConfig
+
+
 def test_a_file_of_1_7_works_with_two_lines_changed(mf, tmp_path):
     old = tmp_path / "pretrain.yaml"
     old.write_text(yaml.safe_dump(version_1_7()))
@@ -206,6 +226,26 @@ def test_a_file_of_1_7_works_with_two_lines_changed(mf, tmp_path):
     assert config.router_loss_coefficients() == (0.05, 0.0)
     assert config.weight_dtype == "float32"
     assert config.recompute == "full"
+    for key, value in dict(
+        hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, n_kv_heads=1, vocab_size=64
+    ).items():
+        run_file.put(file, f"model.model_config.{key}", value)
+    run_file.put(file, "model.model_config.seq_length", 8)
+    old.write_text(yaml.safe_dump(file))
+    made = mf.MindFormerConfig(str(old), run_mode="train")  # refuses what it does not know
+    mf.build_parallel_config(made)
+    model = mf.build_network(
+        made.model,
+        default_args=dict(
+            parallel_config=made.parallel_config,
+            moe_config=made.moe_config,
+            dataset_config=made.train_dataset,
+            calculate_per_token_loss=False,
+            batch_size=1,
+        ),
+    )
+    assert type(model) is mf.MixtralForCausalLM
+    assert model.language_model.config.moe.num_local_experts == 8
 
 
 def test_attributes_that_are_set_later_count(mf):

@@ -75,7 +75,8 @@ def trainings(place: Path, found: dict) -> None:
         run.run(config)
         return Recorder.rows
 
-    found["trained"] = train("trained", "--load_checkpoint", str(place / "base"))
+    columns = "--train_dataset.input_columns", "[input_ids, labels]"
+    found["trained"] = train("trained", "--load_checkpoint", str(place / "base"), *columns)
     resumed = str(place / "resumed")
     found["resumed"] = train("goes_on", "--load_checkpoint", resumed, "--resume_training", "True")
     config = settings(

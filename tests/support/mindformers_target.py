@@ -10,12 +10,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 H, V, S, E, WIDE = 64, 160, 24, 8, 96
-LAYOUTS = {
-    "expert": dict(data_parallel=2, model_parallel=1, expert_parallel=2, pipeline_stage=1),
-    "pipeline": dict(data_parallel=2, expert_parallel=2, pipeline_stage=2, micro_batch_num=2),
-}
-
-LAYERS = {"expert": 1, "pipeline": 2}
+MICRO = 2
 
 
 class Step(NamedTuple):
@@ -25,8 +20,8 @@ class Step(NamedTuple):
     inputs: tuple[Tensor, ...]
 
 
-def file_of(layout: str) -> dict:
-    """The sections of a configuration file that the step is made of."""
+def sections() -> dict:
+    """Those of a configuration file that the step is made of: two stages of two ranks."""
     return {
         "use_parallel": True,
         "use_legacy": True,
@@ -35,7 +30,9 @@ def file_of(layout: str) -> dict:
             **dict(parallel_mode=1, gradients_mean=False, enable_alltoall=True, full_batch=True),
             "enable_parallel_optimizer": True,
         },
-        "parallel_config": LAYOUTS[layout],
+        "parallel_config": {
+            **dict(data_parallel=2, expert_parallel=2, pipeline_stage=2, micro_batch_num=MICRO),
+        },
         "context": {"mode": 0, "device_target": "Ascend", "max_device_memory": "58GB"},
         "moe_config": {
             **dict(expert_num=E, num_experts_chosen=2, routing_policy="TopkRouterV2"),
@@ -46,7 +43,7 @@ def file_of(layout: str) -> dict:
         "model": {
             "model_config": {
                 **dict(type="MixtralConfig", batch_size=1, seq_length=S, hidden_size=H),
-                **dict(intermediate_size=WIDE, num_layers=LAYERS[layout], num_heads=4),
+                **dict(intermediate_size=WIDE, num_layers=2, num_heads=4),
                 **dict(vocab_size=V, n_kv_heads=2, compute_dtype="float16", pad_token_id=0),
             },
             "arch": {"type": "MixtralForCausalLM"},
@@ -54,7 +51,7 @@ def file_of(layout: str) -> dict:
     }
 
 
-def build(layout: str) -> Step:
+def build() -> Step:
     """As base_trainer.py: build_context, the model, the cells around it, optimizer, step."""
     from mindformers.core.context import build_context
     from mindformers.core.lr import CosineWithWarmUpLR
@@ -66,50 +63,34 @@ def build(layout: str) -> Step:
         MindFormerModuleType,
         MindFormerRegister,
     )
+    from mindformers.wrapper.wrapper import DataOrderWrapperCell
     from mindspore.nn.wrap.cell_wrapper import _VirtualDatasetCell
 
     from mistral_ms.mindformers import registration  # noqa: F401
 
-    config = MindFormerConfig(**file_of(layout))
+    config = MindFormerConfig(**sections())
     build_context(config)
     build_parallel_config(config)
-    layers = config.parallel_config
-    network = build_network(
+    model = build_network(
         config.model,
         default_args={
-            "parallel_config": layers,
+            "parallel_config": config.parallel_config,
             "moe_config": config.moe_config,
         },
     )
-    model, stages = network, layers.pipeline_stage
-    micro = layers.micro_batch_num
-    if stages > 1:
-        network = nn.PipelineCell(network, micro)
-    network = _VirtualDatasetCell(network)
+    network = DataOrderWrapperCell(["input_ids"], model)
+    network = _VirtualDatasetCell(nn.PipelineCell(network, MICRO))
     optimizer = AdamW(
         [{"params": list(model.trainable_params()), "weight_decay": 0.01}],
         learning_rate=CosineWithWarmUpLR(learning_rate=1e-3, warmup_steps=2, total_steps=100),
     )
-    name = "MFPipelineWithLossScaleCell" if stages > 1 else "MFTrainOneStepCell"
-    step = MindFormerRegister.get_cls(MindFormerModuleType.WRAPPER, name)
-    more = {"micro_batch_num": micro} if stages > 1 else {}
+    step = MindFormerRegister.get_cls(MindFormerModuleType.WRAPPER, "MFPipelineWithLossScaleCell")
     cell = step(
         network,
         optimizer,
         use_clip_grad=True,
         scale_sense=nn.DynamicLossScaleUpdateCell(65536, 2, 1000),
-        **more,
+        micro_batch_num=MICRO,
     )
     cell.set_train()
-    rows = layers.data_parallel * micro
-    return Step(cell, (Tensor(np.zeros((rows, S + 1), np.int32)),))
-
-
-def expert() -> Step:
-    """Two ranks, an expert group."""
-    return build("expert")
-
-
-def pipeline() -> Step:
-    """Four ranks, two stages of two, two micro-batches."""
-    return build("pipeline")
+    return Step(cell, (Tensor(np.zeros((2 * MICRO, S + 1), np.int32)),))
