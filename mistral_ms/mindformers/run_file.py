@@ -180,6 +180,16 @@ def check(config: Mapping[str, Any], where: Path) -> None:
             )
     for key, fixed in FIXED.items():
         check_fixed(f"{where}: {key}", get(config, key, ...), fixed)
+    if get(config, "context.device_target") == "CPU" and get(
+        config, "runner_config.sink_mode", True
+    ):
+        raise ConfigError(
+            "unsupported value",
+            where=f"{where}: runner_config.sink_mode",
+            value="True (MindFormers' default)",
+            rule="a CPU sinks no data: MindFormers would run an epoch for every sink_size steps",
+            todo="set sink_mode: False",
+        )
     if config.get("use_parallel"):
         for key, fixed in PARALLEL.items():
             check_fixed(f"{where}: {key}", get(config, key, ...), fixed)

@@ -7,12 +7,16 @@ import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
+import mindspore as ms
+import numpy as np
 import pytest
 import yaml
 
 from mistral_ms import mindformers
+from mistral_ms.checkpoint.keys import HF, HF_FUSED
+from mistral_ms.checkpoint.layout import format_layout, our_shapes
 from mistral_ms.config import from_hf
-from mistral_ms.errors import ConfigError, MissingExtraError
+from mistral_ms.errors import CheckpointError, ConfigError, MissingExtraError
 from mistral_ms.mindformers import run, run_file
 from mistral_ms.mindformers.keys import FIXED, MOE_FIXED, MOE_READ, MOE_WITHOUT_EFFECT
 
@@ -334,6 +338,10 @@ def test_a_configuration_of_ours_survives(mf, name):
         ({"mico_batch_interleave_num": 2}, "perhaps micro_batch_interleave_num"),
         ({"context.mode": 1}, "context.mode: 1"),
         ({"use_legacy": False}, "use_legacy: False"),
+        ({"context.device_target": "CPU"}, "sink_mode: True .*set sink_mode: False"),
+        ({"use_parallel": True, "do_eval": True}, "do_eval: True: the graph of several"),
+        ({"use_parallel": True, "load_checkpoint": "x"}, "load_checkpoint: 'x': several processes"),
+        ({"use_parallel": True, "run_mode": "predict"}, "one evaluates or predicts"),
         ({"run_mode": "training"}, "must be one of train, finetune, eval, predict"),
     ],
 )
@@ -389,6 +397,42 @@ def test_without_mindformers_its_commands_say_so(monkeypatch, capsys):
         mindformers.MixtralConfig  # noqa: B018
     assert run.main(["--config", "run.yaml"]) == 2
     assert "mistral_ms[mindformers]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "mistral"])
+@pytest.mark.parametrize("table", [HF, HF_FUSED], ids=["transformers 4", "transformers 5"])
+def test_weights_of_hugging_face_are_taken_by_name_or_refused(mf, kind, table):
+    """All of them, in any order of the dictionary; experts by their numbers."""
+    model_class = dict(mixtral=mf.MixtralForCausalLM, mistral=mf.MistralForCausalLM)[kind]
+    keys = dict(
+        hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, n_kv_heads=1,
+        vocab_size=11, seq_length=8,
+    )  # fmt: skip
+    experts = {} if kind == "mistral" else {"num_local_experts": 3, "num_experts_per_tok": 2}
+    architecture = model_class.config_class(**keys, **experts).architecture()
+    generator = np.random.default_rng(0)
+    source = {
+        name: ms.Parameter(ms.Tensor(generator.standard_normal(shape).astype(np.float32)))
+        for name, shape in reversed(format_layout(architecture, table).shapes.items())
+    }
+    found = model_class.convert_weight_dict(source, model_config={"type": "x", **keys})
+    assert {name: each.shape for name, each in found.items()} == our_shapes(architecture)
+    assert set(map(model_class.convert_name, source)) <= set(found)
+    for name in ("lm_head.weight", "layers.0.moe.router.weight", "adam_m.norm.weight"):
+        assert model_class.convert_name(name) == name  # ours, and MindFormers' own
+    block = "model.layers.1.block_sparse_moe.experts"
+    if kind == "mixtral" and table is HF:
+        w2 = [source[f"{block}.{e}.w2.weight"].asnumpy() for e in range(3)]
+    elif kind == "mixtral":
+        w2 = source["model.layers.1.mlp.experts.down_proj"].asnumpy()
+        both = source["model.layers.1.mlp.experts.gate_up_proj"].asnumpy()
+        halves = [found[f"layers.1.moe.experts.{w}"].asnumpy() for w in ("w1", "w3")]
+        assert np.array_equal(np.concatenate(halves, 1), both)
+    if kind == "mixtral":
+        assert np.array_equal(found["layers.1.moe.experts.w2"].asnumpy(), w2)
+    del source["model.layers.1.self_attn.q_proj.weight"]
+    with pytest.raises(CheckpointError, match=r"missing tensor.*layers\.1\.self_attn\.q_proj"):
+        model_class.convert_weight_dict(source, model_config=keys)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
