@@ -3,10 +3,11 @@
 Nothing here imports MindSpore. :func:`plan` searches, :func:`judge` looks at one layout.
 """
 
+from mistral_ms.planner.candidate import Candidate
 from mistral_ms.planner.explain import explain
 from mistral_ms.planner.hardware import Cluster, Hardware, load_hardware
 from mistral_ms.planner.load import even, read_loads, zipf
-from mistral_ms.planner.search import Candidate, checked, judge, plan
+from mistral_ms.planner.search import checked, judge, plan
 
 __all__ = [
     "Candidate",

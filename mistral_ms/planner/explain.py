@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mistral_ms.parallel.memory import GIB
-from mistral_ms.planner.search import Candidate
+from mistral_ms.planner.candidate import Candidate
 
 NAMES = {
     "matmul": "matrix products",

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from mistral_ms.config import ParallelConfig, Recompute, RunConfig
 from mistral_ms.config.base import validate
@@ -19,6 +19,7 @@ from mistral_ms.config.layout import Sizes, divisors, factorisations
 from mistral_ms.errors import ConfigError
 from mistral_ms.parallel.memory import GIB, LayerMemory
 from mistral_ms.parallel.pipeline import Stage, held_specs, stages_of
+from mistral_ms.planner.candidate import Candidate
 from mistral_ms.planner.hardware import Cluster
 from mistral_ms.planner.load import Balance, Loads, balance
 from mistral_ms.planner.memory import (
@@ -37,66 +38,6 @@ SIMULATED = 24
 """Layouts whose pipelines are simulated, of those that are estimated to be the fastest."""
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 OFFLOAD: tuple[Literal["none", "host"], ...] = ("none", "host")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A layout of a training on a cluster.
-
-    Attributes:
-        run: the training in this layout, as ``train`` takes it.
-        memory: of the fullest card.
-        fits: whether that is there, on the cards and in host memory.
-        step: how long a step takes; None of a layout that does not fit.
-        balance: of the experts.
-        usable_gib: of a card, for a training.
-    """
-
-    run: RunConfig
-    memory: CardMemory
-    fits: bool
-    step: StepSeconds | None
-    balance: Balance
-    usable_gib: float
-
-    @property
-    def tokens_per_s_per_card(self) -> float:
-        """Throughput; 0 of a layout that does not fit."""
-        if self.step is None:
-            return 0.0
-        training = self.run.training
-        tokens = training.global_batch_size * training.seq_length
-        return tokens / self.step.seconds / self.run.parallel.world
-
-    @property
-    def breakdown(self) -> dict[str, float]:
-        """Seconds of a step by what they are spent on; none of a layout that does not fit."""
-        return {} if self.step is None else self.step.breakdown
-
-    def values(self) -> dict[str, Any]:
-        """As JSON has it."""
-        parallel, training = self.run.parallel, self.run.training
-        return {
-            "dp": parallel.dp,
-            "mp": parallel.mp,
-            "pp": parallel.pp,
-            "ep": parallel.ep,
-            "micro_batches": training.gradient_accumulation_steps,
-            "offload": training.offload_optimizer,
-            "recompute": parallel.recompute,
-            "optimizer_parallel": parallel.optimizer_parallel,
-            "all_to_all": parallel.all_to_all,
-            "group_wise_a2a": parallel.group_wise_a2a,
-            "memory_gib": round(self.memory.gib, 2),
-            "memory": {name: round(part / GIB, 3) for name, part in self.memory.parts.items()},
-            "host_memory_gib": round(self.memory.host_optimizer / GIB, 2),
-            "stage": self.memory.stage,
-            "fits": self.fits,
-            "tokens_per_s_per_card": round(self.tokens_per_s_per_card, 1),
-            "step_seconds": None if self.step is None else round(self.step.seconds, 4),
-            "dropped": round(self.balance.dropped, 4),
-            "breakdown": {name: round(part, 4) for name, part in self.breakdown.items()},
-        }
 
 
 def plan(run: RunConfig, cluster: Cluster, *, loads: Sequence[Loads] = ()) -> tuple[Candidate, ...]:
@@ -292,6 +233,10 @@ class _Search:
         counts = [n for n in divisors(sequences) if (sequences // n) % halves == 0]
         if self.execution == "graph" and sizes.world == 1:
             return [n for n in counts if n == 1]  # the graph of one process takes a batch at once
+        if self.execution == "graph" and sizes.pp == 1 and self._can_shard(sizes):
+            alike = sizes.dp // (sizes.ep if self.run.model.moe is not None else 1)
+            if alike == 1:  # MindSpore adds up only what the optimizer's shards are made of
+                return [n for n in counts if n == 1]
         return [n for n in counts if n >= sizes.pp or self.execution == "explicit"]
 
     def _candidate(

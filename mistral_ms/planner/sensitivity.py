@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from mistral_ms.planner.candidate import Candidate
 from mistral_ms.planner.hardware import Cluster, Hardware
 from mistral_ms.planner.load import Loads
-from mistral_ms.planner.search import Candidate, judge
+from mistral_ms.planner.search import judge
 
 WEAK = ("assumed", "partly assumed", "placeholder", "from memory")
 """What the source of a number begins with that is not measured."""
@@ -103,8 +104,8 @@ def scaled(hardware: Hardware, key: str, by: float) -> Hardware:
     elif name == "peak_tflops":
         new = value.model_copy(update={k: getattr(value, k) * by for k in type(value).model_fields})
     else:
-        share = name.endswith("efficiency") or name.startswith("attention")
-        new = min(1.0, value * by) if share else value * by
+        is_share = name.endswith("efficiency") or name.startswith("attention")
+        new = min(1.0, value * by) if is_share else value * by
     changed = owner.model_copy(update={name: new})
     return hardware.model_copy(update={group: changed}) if group else changed
 

@@ -49,6 +49,9 @@ REFUSED = {
     "stage 2 of 4 is all frozen": {
         "training": {"param_groups": [{"pattern": "layers.2.*", "frozen": True}]}
     },
+    "a weight that no two ranks hold alike has none": {
+        "parallel": {"dp": 8, "ep": 8, "pp": 1, "optimizer_parallel": True}
+    },
     "takes its batch at once": {"parallel": {"dp": 1, "ep": 1, "pp": 1}},
 }
 
@@ -61,6 +64,20 @@ def test_a_legal_run_passes():
 def test_refused(message):
     with pytest.raises(ConfigError, match=message):
         check_run(run(**REFUSED[message]), 4)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"dp": 8, "ep": 4, "pp": 1, "optimizer_parallel": True},
+        {"dp": 8, "ep": 8, "pp": 1},
+        {"dp": 2, "ep": 2, "pp": 4, "optimizer_parallel": True},
+    ],
+    ids=str,
+)
+def test_gradients_are_added_up_for_shards_that_are_there(parallel):
+    """The first one compiles without a pipeline; the refused one did not."""
+    check_run(run(parallel=parallel), 4)
 
 
 @pytest.mark.parametrize("parallel", [{"dp": 2, "pp": 1}, {"dp": 4, "pp": 1, "ep": 4}, {"dp": 6}])

@@ -70,6 +70,19 @@ def check_run(run: RunConfig, layers: int) -> None:
             "set training.gradient_accumulation_steps=1, or train with the train command",
         ),
         (
+            parallel.world > 1
+            and parallel.pp == 1
+            and training.gradient_accumulation_steps > 1
+            and parallel.optimizer_parallel
+            and parallel.dp == (parallel.ep if sparse else 1),
+            "parallel.optimizer_parallel",
+            f"{training.gradient_accumulation_steps} micro-batches with dp={parallel.dp} "
+            f"ep={parallel.ep} pp=1",
+            "without a pipeline MindSpore adds gradients up for the optimizer's shards, and a "
+            "weight that no two ranks hold alike has none",
+            "use one micro-batch, more stages or a smaller ep, or leave it out",
+        ),
+        (
             parallel.pp > 1 and parallel.pipeline_scheduler != "1f1b",
             "parallel.pipeline_scheduler",
             parallel.pipeline_scheduler,
