@@ -43,6 +43,9 @@ def plan(
         bool,
         typer.Option("--sensitivity", help="How the answer depends on what nobody has measured."),
     ] = False,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the best layouts into this PNG file.")
+    ] = None,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write all layouts to this file as JSON.")
     ] = None,
@@ -83,7 +86,11 @@ def plan(
     if json is not None:
         write_json(json, {"candidates": [each.values() for each in candidates]})
     if output is not None and fitting:
-        _write(output, fitting[0], config)
+        _write("--output", output, _run_file(fitting[0], config).encode())
+    if figure is not None and fitting:
+        from mistral_ms.planner.picture import plan_png
+
+        _write("--figure", figure, plan_png(fitting))
     if not fitting:
         raise typer.Exit(1)
 
@@ -150,21 +157,24 @@ def _show_sensitivity(console: Console, effects: Sequence[Effect]) -> None:
     console.print(table)
 
 
-def _write(output: Path, best: Candidate, source: Path) -> None:
-    """Writes the run in its best layout.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
+def _run_file(best: Candidate, source: Path) -> str:
+    """The run in its best layout, as a file."""
     from mistral_ms.config import spelled_out
-    from mistral_ms.errors import ConfigError
     from mistral_ms.planner import checked
 
     run: RunConfig = checked(best.run)
-    text = f"# {source.name} in the layout that the plan command chose\n{spelled_out(run)}"
+    return f"# {source.name} in the layout that the plan command chose\n{spelled_out(run)}"
+
+
+def _write(option: str, path: Path, content: bytes) -> None:
+    """Writes a file that an option names.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    from mistral_ms.errors import ConfigError
+
     try:
-        output.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
     except OSError as error:
-        raise ConfigError(
-            "cannot write", where=f"--output {output}", value=error.strerror
-        ) from error
+        raise ConfigError("cannot write", where=f"{option} {path}", value=error.strerror) from error

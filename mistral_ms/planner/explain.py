@@ -26,10 +26,21 @@ USEFUL = ("matmul", "attention", "memory_bound")
 """What one card that has all of the model's memory would spend its time on, too."""
 
 
+def counted(number: int, name: str) -> str:
+    """So many of something."""
+    ending = "" if number == 1 else "es" if name.endswith("ch") else "s"
+    return f"{number} {name}{ending}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a reader."""
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
+
+
 def title(candidate: Candidate) -> str:
     """A layout in one line."""
     parallel, training = candidate.run.parallel, candidate.run.training
-    text = f"{parallel.sizes}, {training.gradient_accumulation_steps} micro-batches"
+    text = f"{parallel.sizes}, {counted(training.gradient_accumulation_steps, 'micro-batch')}"
     text += f", recompute {parallel.recompute}"
     if training.offload_optimizer == "host":
         text += ", optimizer on the host"
@@ -59,7 +70,9 @@ def _about(first: Candidate) -> Iterator[str]:
     shares = ", ".join(
         f"{NAMES[name]} {part / whole:.0%}" for name, part in spent if part > whole / 200
     )
-    yield f"A step takes {whole:.2f} s, on stage {step.slowest}, which has most to do: {shares}."
+    yield (
+        f"A step takes {duration(whole)}, on stage {step.slowest}, which has most to do: {shares}."
+    )
     limits = {name: part for name, part in step.breakdown.items() if name not in USEFUL}
     limit = max(limits, key=lambda name: limits[name])
     if limits[limit] > whole / 200:

@@ -124,8 +124,8 @@ class StepSeconds:
         before = runs.index(longest)
         after = len(runs) - before - 1
         return (
-            f"{before} hops between stages fill the pipeline, then {longest[1]} passes of stage "
-            f"{longest[0]} follow each other without a pause, and {after} hops empty it"
+            f"filling the pipeline (changes of stage: {before}), then {longest[1]} passes of stage "
+            f"{longest[0]} without a pause, then emptying it (changes of stage: {after})"
         )
 
 

@@ -92,7 +92,7 @@ TABLE = {
     "launch": rule("config shipped"),
     "planner": rule(
         "config weights parallel.topology parallel.pipeline parallel.memory parallel.sharding",
-        "pydantic",  # files of hardware
+        "pydantic matplotlib",  # files of hardware, pictures
     ),
     "mindformers": rule(
         f"{BELOW_TRAINING} training inference lifelong", "mindspore numpy mindformers yaml"

@@ -22,8 +22,9 @@ def call(*arguments):
 
 
 def test_a_plan(tmp_path):
-    output, report = tmp_path / "best.yaml", tmp_path / "plan.json"
-    done = call("--config", RUN, "--nodes", 2, "--top", 3, "--json", report, "--output", output)
+    output, report, figure = (tmp_path / name for name in ("best.yaml", "plan.json", "plan.png"))
+    done = call("--config", RUN, "--nodes", 2, "--top", 3, "--sensitivity",
+                "--json", report, "--output", output, "--figure", figure)  # fmt: skip
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     assert lines[0].startswith("16 cards, Atlas 800T A2")
@@ -31,7 +32,9 @@ def test_a_plan(tmp_path):
     assert all(line.split()[0].isdigit() for line in lines[2:5])
     assert lines[5].startswith("A step takes")
     assert "Runner-up" in done.output
+    assert "another layout wins" in done.output
     assert "assumed or from memory" in done.output
+    assert figure.read_bytes().startswith(b"\x89PNG")
     best = json.loads(report.read_text())["candidates"][0]
     run = load_run_config(output)
     assert run.parallel.world == 16
