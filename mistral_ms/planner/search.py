@@ -43,8 +43,9 @@ OFFLOAD: tuple[Literal["none", "host"], ...] = ("none", "host")
 def plan(run: RunConfig, cluster: Cluster, *, loads: Sequence[Loads] = ()) -> tuple[Candidate, ...]:
     """The layouts of a training on a cluster, each with its best settings.
 
-    Model, routing, batch, sequence and optimizer stay as they are. Everything else of
-    ``parallel`` and the number of micro-batches are chosen.
+    Model, routing, batch, sequence and optimizer stay as they are; ``parallel.max_device_memory``
+    limits what a card may hold. The rest of ``parallel`` and the number of micro-batches are
+    chosen.
 
     Args:
         run: the training.
@@ -99,7 +100,7 @@ def judge(
     scheduler = "interleaved_1f1b" if chunks > 1 else run.parallel.pipeline_scheduler
     step = model.step(division.owned, scheduler, chunks=chunks)
     fits = search.fits(memory, run.parallel.world)
-    return Candidate(run, memory, fits, step, model.balance, cluster.hardware.usable_gib)
+    return Candidate(run, memory, fits, step, model.balance, search.usable_gib)
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ class _Search:
         self.execution: Execution = run.parallel.execution_on(self.hardware.device)
         self.fused = self.hardware.device != "CPU"
         self.weights = specs(run.model)
+        limit = run.parallel.max_device_memory
+        self.usable_gib = min(self.hardware.usable_gib, math.inf if limit is None else limit)
 
     def options(self) -> Iterator[_Option]:
         for sizes in factorisations(self.cluster.cards):
@@ -135,7 +138,7 @@ class _Search:
         """On the card, and all cards of a node in host memory."""
         cards = min(world, self.hardware.devices_per_node)
         host = memory.host_optimizer * cards / GIB
-        return memory.gib <= self.hardware.usable_gib and host <= self.hardware.host.memory_gib
+        return memory.gib <= self.usable_gib and host <= self.hardware.host.memory_gib
 
     def _is_possible(self, sizes: Sizes) -> bool:
         run, devices = self.run, self.hardware.devices_per_node
@@ -248,7 +251,7 @@ class _Search:
         spread: Balance | None = None,
     ) -> Candidate:
         spread = self.balance(run) if spread is None else spread
-        return Candidate(run, memory, fits, step, spread, self.hardware.usable_gib)
+        return Candidate(run, memory, fits, step, spread, self.usable_gib)
 
     def balance(self, run: RunConfig) -> Balance:
         """Of the experts, in a layout."""

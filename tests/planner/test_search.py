@@ -101,6 +101,14 @@ def test_more_memory_never_makes_a_plan_slower():
     assert rates[0] < rates[1]
 
 
+def test_a_run_may_ask_for_less_memory_than_there_is(on_32):
+    limited = plan(
+        run("pretrain_mixtral_8x7b_32card", "parallel.max_device_memory=50"), Cluster.of(A2, 32)
+    )
+    fitting = [each.memory.gib for each in limited if each.fits]
+    assert max(fitting) <= 50 < max(each.memory.gib for each in on_32 if each.fits)
+
+
 def test_no_layout():
     impossible = run("pretrain_mixtral_8x7b_32card", "training.global_batch_size=1",
                      "training.gradient_accumulation_steps=1", "parallel.dp=1",
