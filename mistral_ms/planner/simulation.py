@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mistral_ms.errors import ConfigError
 from mistral_ms.parallel.pipeline import Phase, stage_order
@@ -18,8 +18,7 @@ from mistral_ms.parallel.pipeline import Phase, stage_order
 Scheduler = Literal["gpipe", "1f1b", "interleaved_1f1b"]
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
+class Operation(NamedTuple):
     """A pass of one micro-batch through one chunk of layers.
 
     Attributes:
@@ -33,8 +32,7 @@ class Operation:
     chunk: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """An operation in time.
 
     Attributes:
@@ -54,6 +52,9 @@ class Event:
     def __str__(self) -> str:
         letter = "F" if self.operation.phase is Phase.FORWARD else "B"
         return f"{letter}{self.operation.micro_batch} on stage {self.stage}"
+
+    def __repr__(self) -> str:
+        return str(self)  # without the whole chain of events before it
 
 
 @dataclass(frozen=True)
@@ -165,74 +166,66 @@ def simulate(
     """
     stages = len(forward)
     plan = orders(name, stages, micro_batches, chunks)
-    last_chunk = chunks - 1
     travel = [*transfer, *([0.0] * (stages - len(transfer)))]
-    done: dict[tuple[int, Operation], Event] = {}
-    arrived: dict[tuple[int, Operation], float] = {}
+    inputs = {pass_: _input(pass_, stages, chunks) for pass_ in _passes(stages, chunks)}
+    outputs = {source: pass_ for pass_, source in inputs.items() if source is not None}
+    seconds = {pass_: (backward if pass_[1] else forward)[pass_[0]] / chunks for pass_ in inputs}
+    done: dict[_Pass, list[Event | None]] = {p: [None] * micro_batches for p in inputs}
+    arrived = {pass_: [0.0] * micro_batches for pass_ in inputs}
     links: dict[tuple[int, int], float] = {}
     rows: list[list[Event]] = [[] for _ in plan]
+    waiting: dict[tuple[_Pass, int], int] = {}
     todo = list(range(stages))
-    waiting: dict[tuple[int, Operation], int] = {}
     while todo:
         stage = todo.pop()
         row, order = rows[stage], plan[stage]
         while len(row) < len(order):
             operation = order[len(row)]
-            need = _need(operation, stage, stages, last_chunk)
-            if need is not None and need not in done:
-                waiting[need] = stage
+            number = operation.micro_batch
+            pass_ = stage, operation.phase is Phase.BACKWARD, operation.chunk
+            source = inputs[pass_]
+            needed = None if source is None else done[source][number]
+            if source is not None and needed is None:
+                waiting[source, number] = stage
                 break
             after = row[-1] if row else None
-            start = after.end if after is not None else 0.0
-            if need is not None and arrived[stage, operation] > start:
-                start, after = arrived[stage, operation], done[need]
-            seconds = (forward if operation.phase is Phase.FORWARD else backward)[stage] / chunks
-            event = Event(stage, operation, start, start + seconds, after)
+            start = 0.0 if after is None else after.end
+            if needed is not None and arrived[pass_][number] > start:
+                start, after = arrived[pass_][number], needed
+            event = Event(stage, operation, start, start + seconds[pass_], after)
             row.append(event)
-            done[stage, operation] = event
-            receiver = _receiver(operation, stage, stages, last_chunk)
-            if receiver is not None:
-                other, its = receiver
-                link = (stage, other)
-                boundary = stage if operation.phase is Phase.FORWARD else other
-                if stage == other:
-                    arrived[other, its] = event.end
-                else:
-                    sent = max(event.end, links.get(link, 0.0)) + travel[boundary]
-                    arrived[other, its] = links[link] = sent
-            waiter = waiting.pop((stage, operation), None)
-            if waiter is not None:
-                todo.append(waiter)
+            done[pass_][number] = event
+            receiver = outputs.get(pass_)
+            if receiver is None:
+                continue
+            other = receiver[0]
+            arrived[receiver][number] = event.end
+            if other != stage:
+                boundary = other if pass_[1] else stage
+                begins = max(event.end, links.get((stage, other), 0.0))
+                arrived[receiver][number] = links[stage, other] = begins + travel[boundary]
+            if (pass_, number) in waiting:
+                todo.append(waiting.pop((pass_, number)))
     return Timeline(tuple(map(tuple, rows)))
 
 
-def _need(
-    operation: Operation, stage: int, stages: int, last_chunk: int
-) -> tuple[int, Operation] | None:
-    """Whose result an operation waits for."""
-    phase, number, chunk = operation.phase, operation.micro_batch, operation.chunk
-    if phase is Phase.FORWARD:
-        if stage > 0:
-            return stage - 1, operation
-        return (stages - 1, Operation(phase, number, chunk - 1)) if chunk > 0 else None
-    if stage < stages - 1:
-        return stage + 1, operation
-    if chunk < last_chunk:
-        return 0, Operation(phase, number, chunk + 1)
-    return stage, Operation(Phase.FORWARD, number, chunk)
+_Pass = tuple[int, bool, int]
+"""A stage, whether it goes backward, and the chunk of its layers."""
 
 
-def _receiver(
-    operation: Operation, stage: int, stages: int, last_chunk: int
-) -> tuple[int, Operation] | None:
-    """Who waits for an operation's result: the inverse of :func:`_need`."""
-    phase, number, chunk = operation.phase, operation.micro_batch, operation.chunk
-    if phase is Phase.BACKWARD:
+def _passes(stages: int, chunks: int) -> Iterator[_Pass]:
+    for stage in range(stages):
+        for backward in (False, True):
+            yield from ((stage, backward, chunk) for chunk in range(chunks))
+
+
+def _input(pass_: _Pass, stages: int, chunks: int) -> _Pass | None:
+    """The pass of the same micro-batch whose result a pass waits for."""
+    stage, backward, chunk = pass_
+    if not backward:
         if stage > 0:
-            return stage - 1, operation
-        return (stages - 1, Operation(phase, number, chunk - 1)) if chunk > 0 else None
+            return stage - 1, False, chunk
+        return (stages - 1, False, chunk - 1) if chunk > 0 else None
     if stage < stages - 1:
-        return stage + 1, operation
-    if chunk < last_chunk:
-        return 0, Operation(phase, number, chunk + 1)
-    return stage, Operation(Phase.BACKWARD, number, chunk)
+        return stage + 1, True, chunk
+    return (0, True, chunk + 1) if chunk < chunks - 1 else (stage, False, chunk)

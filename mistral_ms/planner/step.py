@@ -102,7 +102,7 @@ class StepSeconds:
     breakdown: dict[str, float]
     slowest: int
     stages: tuple[StageSeconds, ...]
-    timeline: Timeline | None = field(default=None, repr=False)
+    timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
     @property
     def bubble_fraction(self) -> float:
