@@ -6,7 +6,7 @@ Nothing here imports MindSpore. :func:`plan` searches, :func:`judge` looks at on
 from mistral_ms.planner.candidate import Candidate
 from mistral_ms.planner.explain import explain
 from mistral_ms.planner.hardware import Cluster, Hardware, load_hardware
-from mistral_ms.planner.load import even, read_loads, zipf
+from mistral_ms.planner.load import read_loads, zipf
 from mistral_ms.planner.search import checked, judge, plan
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "Cluster",
     "Hardware",
     "checked",
-    "even",
     "explain",
     "judge",
     "load_hardware",

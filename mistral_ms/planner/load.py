@@ -38,11 +38,6 @@ EVEN = Balance()
 """Every rank has as much to do."""
 
 
-def even(experts: int) -> Loads:
-    """Every expert as much as every other."""
-    return (1 / experts,) * experts
-
-
 def zipf(experts: int, exponent: float) -> Loads:
     """The n-th expert gets a share in proportion to 1 / n ** exponent; 0 is even.
 

@@ -7,14 +7,14 @@ from support import configs
 
 from mistral_ms.config import RoutingConfig
 from mistral_ms.errors import ConfigError
-from mistral_ms.planner.load import EVEN, balance, even, read_loads, zipf
+from mistral_ms.planner.load import EVEN, balance, read_loads, zipf
 
 MODEL = configs.model()
 CAPACITY = RoutingConfig(policy="capacity", capacity_factor=1.0)
 
 
 def test_zipf():
-    assert zipf(4, 0) == even(4) == (0.25,) * 4
+    assert zipf(4, 0) == (0.25,) * 4
     assert zipf(3, 1) == pytest.approx((6 / 11, 3 / 11, 2 / 11))
     with pytest.raises(ConfigError, match="0 or more"):
         zipf(4, -1)
@@ -22,14 +22,14 @@ def test_zipf():
 
 def test_without_loads_everything_is_even():
     assert balance(MODEL, RoutingConfig(), 8, 100, ()) == EVEN
-    assert balance(configs.model(moe=None), RoutingConfig(), 1, 100, [even(8)]) == EVEN
+    assert balance(configs.model(moe=None), RoutingConfig(), 1, 100, [zipf(8, 0)]) == EVEN
 
 
 def test_dropless_waits_for_the_fullest_rank():
     loads = (0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
     assert balance(MODEL, RoutingConfig(), 8, 100, [loads]).slowest == pytest.approx(2.4)
     assert balance(MODEL, RoutingConfig(), 4, 100, [loads]).slowest == pytest.approx(1.6)
-    both = balance(MODEL, RoutingConfig(), 8, 100, [loads, even(8)])
+    both = balance(MODEL, RoutingConfig(), 8, 100, [loads, zipf(8, 0)])
     assert both.slowest == pytest.approx(1.7)  # the mean over layers
     assert both.dropped == 0
 
