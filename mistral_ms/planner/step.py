@@ -95,7 +95,6 @@ class StepSeconds:
         slowest: the number of that stage.
         stages: all of them.
         timeline: of the pipeline; None where it was only estimated.
-        critical: what the length of the step is made of, in words.
     """
 
     seconds: float

@@ -1,4 +1,6 @@
-"""The planner's bytes of the explicit way against those that a training step counts."""
+"""The planner's bytes against those that a training step counts, and that the graph stores."""
+
+import math
 
 import pytest
 from dryrun.rehearsal import UnansweredGroups
@@ -6,6 +8,7 @@ from dryrun.small_runs import small_run
 
 from mistral_ms.config import RunConfig
 from mistral_ms.parallel.context import ParallelContext
+from mistral_ms.parallel.graph.storage import GraphStorage
 from mistral_ms.parallel.pipeline import stages_of
 from mistral_ms.planner.memory import card_memory, layer_memories, parameters
 from mistral_ms.training import TrainStep, make_objective
@@ -47,3 +50,27 @@ def test_the_fullest_card_of_each_stage(parallel, training):
         assert ours.optimizer == max(report.device_optimizer for report in reports)
         assert ours.host_optimizer == max(report.host_optimizer for report in reports)
         assert ours.micro_batch_gradients == 4 * max(report.parameters for report in reports)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"dp": 4, "ep": 4, "pp": 2},
+        {"dp": 8, "ep": 2, "mp": 2, "optimizer_parallel": True},
+        {"dp": 16, "ep": 8, "optimizer_parallel": True},  # halves of an expert
+        {"dp": 4, "ep": 2, "mp": 2, "pp": 2, "optimizer_parallel": True},
+    ],
+    ids=str,
+)
+def test_the_graph_stores_what_is_planned(parallel):
+    """The part of every weight that a checkpoint takes from the first rank of each stage, and the
+    tied embedding on the first stage alone.
+    """
+    run = RunConfig(**small_run(parallel, tied=True))
+    weights, stage_size = specs(run.model), run.parallel.dp * run.parallel.mp
+    for stage in stages_of(run.model, run.parallel.pp):
+        storage = GraphStorage(run.model, run.parallel, stage.number * stage_size)
+        parts = [storage.local_slice(name) for name in storage.specs]
+        stored = sum(math.prod(cut.stop - cut.start for cut in part) for part in parts)
+        found = parameters(run.model, run.parallel, stage, weights, "graph")
+        assert found.kept == found.owned == stored
