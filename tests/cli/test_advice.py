@@ -12,9 +12,10 @@ import mistral_ms
 from mistral_ms.cli import commands
 from mistral_ms.cli.app import app
 from mistral_ms.launch.options import parse
+from mistral_ms.mindformers.run import parser
 
 PACKAGE = Path(mistral_ms.__file__).parent
-FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?![\w-])")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?![\w-]|\.\w)")
 OF_OTHERS = {
     "mistral_ms/launch/command.py",
     "mistral_ms/ops/cpu/library.py",
@@ -78,7 +79,12 @@ def launcher(capsys) -> set[str]:
 
 def test_every_flag_that_is_named_exists(options, launcher):
     known = launcher.union(*options.values())
-    unknown = {name: flags - known for name, flags in named().items() if flags - known}
+    theirs = set(parser()._option_string_actions)
+    unknown = {}
+    for name, flags in named().items():
+        of_file = known | theirs if name.startswith("mistral_ms/mindformers/") else known
+        if flags - of_file:
+            unknown[name] = flags - of_file
     assert unknown == {}
 
 
