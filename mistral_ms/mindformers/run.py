@@ -128,6 +128,8 @@ def read_config(arguments: Namespace, rest: Sequence[str]) -> dict[str, Any]:
         )
     if arguments.predict_data is not None:
         config["input_data"] = _texts(arguments.predict_data)
+    if config["run_mode"] == "predict" and not config.get("input_data"):
+        raise ConfigError("no prompts", where="input_data", todo="--predict_data TEXT [TEXT ...]")
     run_file.check(config, path)
     run_file.accumulate(config)
     return config
@@ -167,7 +169,8 @@ def run(config: dict[str, Any]) -> Any:
         return trainer.predict(
             predict_checkpoint=checkpoint,
             input_data=made.input_data,
-            batch_size=made.predict_batch_size,
+            # our generator divides prompts itself; MindFormers wants whole batches of them
+            batch_size=made.predict_batch_size or len(config["input_data"]),
         )
     return trainer.train()
 

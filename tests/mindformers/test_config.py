@@ -341,7 +341,8 @@ def test_a_configuration_of_ours_survives(mf, name):
         ({"context.device_target": "CPU"}, "sink_mode: True .*set sink_mode: False"),
         ({"use_parallel": True, "do_eval": True}, "do_eval: True: the graph of several"),
         ({"use_parallel": True, "load_checkpoint": "x"}, "load_checkpoint: 'x': several processes"),
-        ({"use_parallel": True, "run_mode": "predict"}, "one evaluates or predicts"),
+        ({"use_parallel": True, "run_mode": "eval"}, "one evaluates or predicts"),
+        ({"run_mode": "predict"}, "no prompts: input_data: --predict_data"),
         ({"run_mode": "training"}, "must be one of train, finetune, eval, predict"),
     ],
 )
@@ -437,7 +438,7 @@ def test_weights_of_hugging_face_are_taken_by_name_or_refused(mf, kind, table):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_files_are_read_and_built(mf, path):
-    file = read(path)
+    file = read(path, "--predict_data", "x")
     config = config_of(
         mf, file, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, n_kv_heads=1,
         vocab_size=64, seq_length=8, compute_dtype="float32", param_init_type="float32",

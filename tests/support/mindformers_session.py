@@ -125,7 +125,7 @@ def predictions(place: Path, found: dict) -> None:
     config = settings(
         PREDICT,
         *("--load_checkpoint", str(place / "base"), "--predict_data", "I love", "Hello"),
-        *("--predict_batch_size", "2", "--output_dir", str(place / "p")),
+        *("--output_dir", str(place / "p")),
         *("--processor.tokenizer.vocab_file", str(place / "base" / "tokenizer.model")),
         *("--save_file", str(place / "p.txt")),
     )
