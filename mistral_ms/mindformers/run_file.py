@@ -84,7 +84,7 @@ PARALLEL: Mapping[str, Fixed] = {
     "runner_wrapper.use_skip_data_by_global_norm": Fixed((False, None), "no step is left out"),
     "runner_wrapper.local_norm": Fixed((False, None), "norms are of all processes"),
 }
-"""What must stand in a file with ``use_parallel``."""
+"""What must stand in a file with ``use_parallel``; None: nothing."""
 
 MODELS = {
     "mixtral": ("MixtralConfig", "MixtralForCausalLM"),
@@ -192,7 +192,7 @@ def check(config: Mapping[str, Any], where: Path) -> None:
         )
     if config.get("use_parallel"):
         for key, fixed in PARALLEL.items():
-            check_fixed(f"{where}: {key}", get(config, key, ...), fixed)
+            check_fixed(f"{where}: {key}", get(config, key), fixed)
     types = get(config, "model.model_config.type"), get(config, "model.arch.type")
     if types not in MODELS.values():
         raise ConfigError(

@@ -19,6 +19,7 @@ from mistral_ms.config import from_hf
 from mistral_ms.errors import CheckpointError, ConfigError, MissingExtraError
 from mistral_ms.mindformers import run, run_file
 from mistral_ms.mindformers.keys import FIXED, MOE_FIXED, MOE_READ, MOE_WITHOUT_EFFECT
+from mistral_ms.parallel.graph.checks import check_run
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "mindformers").glob("*.yaml"))
 SHIM = Path(__file__).parents[2] / "scripts" / "mindformers"
@@ -39,10 +40,11 @@ def mf():
         MindFormerRegister,
     )
 
-    from mistral_ms.mindformers import registration
+    from mistral_ms.mindformers import graph, registration
 
     return SimpleNamespace(
         **{name: getattr(registration, name) for name in registration.__all__},
+        run_of=graph.run_of,
         MoEConfig=MoEConfig,
         MindFormerConfig=MindFormerConfig,
         build_parallel_config=build_parallel_config,
@@ -339,6 +341,7 @@ def test_a_configuration_of_ours_survives(mf, name):
         ({"context.mode": 1}, "context.mode: 1"),
         ({"use_legacy": False}, "use_legacy: False"),
         ({"context.device_target": "CPU"}, "sink_mode: True .*set sink_mode: False"),
+        ({"use_parallel": True, "parallel.enable_alltoall": None}, "enable_alltoall: None"),
         ({"use_parallel": True, "do_eval": True}, "do_eval: True: the graph of several"),
         ({"use_parallel": True, "load_checkpoint": "x"}, "load_checkpoint: 'x': several processes"),
         ({"use_parallel": True, "run_mode": "eval"}, "one evaluates or predicts"),
@@ -439,6 +442,11 @@ def test_weights_of_hugging_face_are_taken_by_name_or_refused(mf, kind, table):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_files_are_read_and_built(mf, path):
     file = read(path, "--predict_data", "x")
+    if file["use_parallel"]:
+        run = mf.run_of(config_of(mf, file))
+        check_run(run, run.model.num_hidden_layers)
+        assert run.parallel.execution == "graph"
+        assert f"{run.parallel.world} cards" in path.read_text()
     config = config_of(
         mf, file, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, n_kv_heads=1,
         vocab_size=64, seq_length=8, compute_dtype="float32", param_init_type="float32",
