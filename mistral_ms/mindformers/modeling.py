@@ -9,6 +9,7 @@ from typing import Any
 import mindspore as ms
 from mindformers.models.modeling_utils import PreTrainedModel
 from mindspore import Parameter, Tensor, ops
+from mindspore.nn.utils import no_init_parameters
 
 from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
@@ -285,8 +286,10 @@ class MistralForCausalLM(CachedGeneration, PreTrainedModel):
         with open_checkpoint(Path(pretrained_model_name_or_path)) as source:
             if config is None:
                 config = cls.config_class.of(source.config, **keys)
-            model = cls(config)
-            load_weights(source, model.language_model.weights())
+            with no_init_parameters():  # nothing is drawn that is read
+                model = cls(config)
+            load_weights(source, model.weights())
+        model.init_parameters_data()
         model.set_train(False)
         return model
 

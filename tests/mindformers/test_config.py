@@ -11,6 +11,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 import yaml
+from mindspore.nn.utils import no_init_parameters
 
 from mistral_ms import mindformers
 from mistral_ms.checkpoint.keys import HF, HF_FUSED
@@ -437,6 +438,21 @@ def test_weights_of_hugging_face_are_taken_by_name_or_refused(mf, kind, table):
     del source["model.layers.1.self_attn.q_proj.weight"]
     with pytest.raises(CheckpointError, match=r"missing tensor.*layers\.1\.self_attn\.q_proj"):
         model_class.convert_weight_dict(source, model_config=keys)
+
+
+def test_weights_that_a_checkpoint_lacks_are_named(mf):
+    """MindFormers makes the model without values, loads what there is, and logs the rest."""
+    config = mf.MistralConfig(
+        hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, n_kv_heads=1,
+        vocab_size=11, seq_length=8,
+    )  # fmt: skip
+    with no_init_parameters():
+        model = mf.MistralForCausalLM(config)
+    for name, parameter in model.weights().items():
+        if name != "norm.weight":
+            parameter.set_data(ms.Tensor(np.ones(parameter.shape, np.float32)))
+    with pytest.raises(CheckpointError, match=r"norm\.weight: the checkpoint lacks 1 of 12"):
+        model.init_parameters_data()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
