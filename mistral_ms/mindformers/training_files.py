@@ -4,12 +4,17 @@ MindFormers' trainer writes one file: the weights (which have our names in it, s
 :class:`~mistral_ms.mindformers.modeling.MistralForCausalLM`), ``adam_m.*`` and ``adam_v.*``, and
 counters. In one process it resumes from a directory whose counters are in a file of their own. Ours
 is a directory, too, see :mod:`mistral_ms.training.state`. All is for one process, AdamW, float32
-weights.
+weights. As a command::
+
+    python -m mistral_ms.mindformers.training_files to-mindformers --help
+    python -m mistral_ms.mindformers.training_files from-mindformers --help
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +31,7 @@ from mistral_ms.checkpoint import (
     save_native,
 )
 from mistral_ms.config import ModelConfig
-from mistral_ms.errors import CheckpointError
+from mistral_ms.errors import CheckpointError, MistralMsError
 from mistral_ms.training.loss_scale import LossScale
 from mistral_ms.training.state import FORMAT, OPTIMIZER, encode_state
 
@@ -80,7 +85,8 @@ def to_mindformers(checkpoint: Path, directory: Path, *, steps_per_epoch: int) -
 def from_mindformers(
     file: Path, checkpoint: Path, architecture: ModelConfig, identity: dict[str, Any] | None = None
 ) -> None:
-    """Writes a training of MindFormers' trainer as a checkpoint of ours.
+    """Writes a training of MindFormers' trainer as a checkpoint of ours; of a file without the
+    optimizer's means the weights alone.
 
     Args:
         file: ``rank_0/NAME_rank_0-EPOCH_STEP.safetensors``.
@@ -111,6 +117,10 @@ def from_mindformers(
                 )
             yield f"{ours}{name}", shape, "float32", tensor.asnumpy()
 
+    config = architecture.model_copy(update={"torch_dtype": "float32"})
+    if not any(name.startswith("adam_m.") for name in held):
+        save_native(checkpoint, config, named("", ""))
+        return
     updates = int(held["global_step"].asnumpy().reshape(-1)[0]) if "global_step" in held else 0
     step = int(held["step_num"].asnumpy()) if "step_num" in held else updates
     scale = float(held["loss_scale"].asnumpy()) if "loss_scale" in held else 1.0
@@ -124,7 +134,7 @@ def from_mindformers(
     moments = [each for t, o in MOMENTS.items() for each in named(f"{t}.", f"{o}.")]
     save_native(
         checkpoint,
-        architecture.model_copy(update={"torch_dtype": "float32"}),
+        config,
         named("", ""),
         {"state.json": encode_state(state)},
         extra_tensors={OPTIMIZER: moments},
@@ -139,3 +149,37 @@ def _not_possible(checkpoint: Path, name: str, value: str) -> CheckpointError:
         rule="MindFormers' AdamW keeps float32 weights and two float32 means of each",
         todo="load the weights alone: convert the checkpoint to hf",
     )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command.
+
+    Returns:
+        0 when it is done, 2 for bad input.
+    """
+    parser = ArgumentParser(prog="python -m mistral_ms.mindformers.training_files")
+    commands = parser.add_subparsers(dest="command", required=True)
+    there = commands.add_parser("to-mindformers", help="for load_checkpoint and resume_training")
+    there.add_argument("checkpoint", type=Path, help="of a training of ours")
+    there.add_argument("directory", type=Path, help="the new one")
+    there.add_argument("--steps-per-epoch", type=int, required=True, help="of MindFormers' data")
+    here = commands.add_parser("from-mindformers", help="for generate, convert, init_from")
+    here.add_argument("file", type=Path, help="NAME.safetensors of MindFormers' trainer")
+    here.add_argument("checkpoint", type=Path, help="the new one")
+    here.add_argument("--like", type=Path, required=True, help="a checkpoint of the same model")
+    given = parser.parse_args(words)
+    try:
+        if given.command == "to-mindformers":
+            to_mindformers(given.checkpoint, given.directory, steps_per_epoch=given.steps_per_epoch)
+        else:
+            with open_checkpoint(given.like, verify=False) as source:
+                architecture = source.config
+            from_mindformers(given.file, given.checkpoint, architecture)
+    except MistralMsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 import pytest
 import torch
@@ -34,7 +35,7 @@ from mistral_ms.config import (
 )
 from mistral_ms.datasets.batches import Batch
 from mistral_ms.inference import Engine
-from mistral_ms.mindformers.training_files import from_mindformers, to_mindformers
+from mistral_ms.mindformers import training_files
 from mistral_ms.models import CausalLM
 from mistral_ms.tokenizer import copy_files, packaged_tokenizer
 from mistral_ms.training.identity import Identity
@@ -147,7 +148,8 @@ def prepared(tmp_path_factory):
         if step == 2:
             snapshot = take_snapshot(ours.step, ours.identity())
             snapshot.write(place / "ours_at_2", {})
-            to_mindformers(place / "ours_at_2", place / "resumed", steps_per_epoch=session.STEPS)
+            there = "to-mindformers", str(place / "ours_at_2"), str(place / "resumed")
+            assert training_files.main([*there, "--steps-per-epoch", str(session.STEPS)]) == 0
         results.append(ours.step(batch(step)))
     yield Prepared(place, pair, ours, results)
     patch.undo()
@@ -210,11 +212,30 @@ def test_a_training_of_ours_goes_on_there(found, prepared):
 def test_a_training_of_theirs_goes_on_here(found, prepared, tmp_path):
     place, ours = found[0], prepared.ours
     (file,) = (place / "trained").rglob("*.safetensors")
-    from_mindformers(file, tmp_path / "at_4", ours.architecture)
+    here = "from-mindformers", str(file), str(tmp_path / "at_4")
+    assert training_files.main([*here, "--like", str(prepared.place / "base")]) == 0
     restore(ours.step, tmp_path / "at_4")
     result, expected = ours.step(batch(session.STEPS)), prepared.results[session.STEPS]
     assert result.loss == pytest.approx(expected.loss, abs=CLOSE)
     assert result.grad_norm == pytest.approx(expected.grad_norm, rel=CLOSE)
+
+
+def test_other_files_are_refused(prepared, tmp_path, capsys):
+    """Not a training, no such file, a file that lacks tensors, one without the means of AdamW."""
+    base, main = str(prepared.place / "base"), training_files.main
+    there = "to-mindformers", base, str(tmp_path / "there"), "--steps-per-epoch", "1"
+    assert main(there) == 2
+    like = str(tmp_path / "here"), "--like", base
+    assert main(["from-mindformers", str(tmp_path / "absent.safetensors"), *like]) == 2
+    (shard, *_) = sorted((prepared.place / "base").glob("*.safetensors"))
+    assert main(["from-mindformers", str(shard), *like]) == 2
+    assert "missing tensor" in capsys.readouterr().err
+    held = [{"name": name, "data": each} for name, each in prepared.ours.model.weights().items()]
+    ms.save_checkpoint(held, str(tmp_path / "network.safetensors"), format="safetensors")
+    assert main(["from-mindformers", str(tmp_path / "network.safetensors"), *like]) == 0
+    with open_checkpoint(tmp_path / "here") as source:
+        for name, weight in prepared.ours.model.weights().items():
+            assert np.array_equal(source.read(name), weight.asnumpy())
 
 
 def test_evaluation_is_hugging_faces(found, prepared):
