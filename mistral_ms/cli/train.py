@@ -143,7 +143,7 @@ def _execute(
             f"training {parameters / 1e6:.1f} million parameters"
             f"{' on this rank,' if parallel_context.world > 1 else ''} on "
             f"{training.data.sequences} sequences of {training.data.seq_length} tokens: "
-            f"steps {begun + 1} to {steps}"
+            f"{f'steps {begun + 1} to {steps}' if begun < steps else f'all {steps} steps are made'}"
         )
         say(f"memory {training.memory}")
         say(f"in a step, calculated: {training.activations}")

@@ -50,14 +50,16 @@ def validate(model: type[Model], values: Mapping[str, Any], where: str) -> Model
         return model.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key, found = ".".join(str(part) for part in first["loc"]), first.get("input")
         unknown = first["type"] == "extra_forbidden"
         known = _advice(model, first["loc"]) if unknown else None
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "model_type":
+            message = "must be a group of keys and values"
         raise ConfigError(
             "unknown key" if unknown else "invalid configuration",
             where=f"{where}: {key}" if key else where,
-            value=None if not key else repr(first.get("input")),
+            value=repr(found) if key and not isinstance(found, Mapping) else None,
             rule="no key is ignored" if unknown else message,
             todo=known or _near_value(first),
         ) from error

@@ -12,7 +12,7 @@ from mistral_ms.config.model import DType
 
 
 class OptimizerConfig(Frozen):
-    """An optimizer and its settings. A bare name stands for one whose settings have their defaults.
+    """An optimizer and its settings.
 
     Each optimizer has settings of its own beside these (its file in ``mistral_ms/optimizers`` says
     which); they are kept here as they are, and checked before a training is built
@@ -30,11 +30,6 @@ class OptimizerConfig(Frozen):
     name: str = Field(default="adamw", min_length=1)
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_name(cls, values: Any) -> Any:
-        return {"name": values} if isinstance(values, str) else values
 
 
 class ParamGroupConfig(Frozen):
@@ -136,6 +131,14 @@ class TrainingConfig(Frozen):
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+
+    @field_validator("router_losses", mode="before")
+    @classmethod
+    def _numbers(cls, losses: Any) -> Any:
+        for name, coefficient in losses.items() if isinstance(losses, dict) else ():
+            if isinstance(coefficient, bool):
+                raise ValueError(f"{name}: true and false are no coefficients")
+        return losses
 
     @field_validator("router_losses")
     @classmethod

@@ -19,7 +19,7 @@ from mindspore.common.initializer import Normal, initializer
 from mistral_ms.config import IGNORE_INDEX, RunConfig
 from mistral_ms.config.base import validate
 from mistral_ms.mindformers.config import MistralConfig, dtype_name
-from mistral_ms.parallel.graph import build_model, replicas_of
+from mistral_ms.parallel.graph import build_model, share_of_square
 from mistral_ms.parallel.graph.model import GraphModel
 from mistral_ms.parallel.graph.update import NORM_EPS, GlobalNorm
 from mistral_ms.parallel.sharding import Sharding
@@ -189,8 +189,8 @@ class GraphClipping(nn.Cell):
         max_grad_norm: float,
     ) -> None:
         super().__init__()
-        replicas = tuple(replicas_of(specs[name], sharding, optimizer_parallel) for name in names)
-        self.norm, self.limit = GlobalNorm(replicas, sharding is not None), max_grad_norm
+        shares = tuple(share_of_square(specs[name], sharding, optimizer_parallel) for name in names)
+        self.norm, self.limit = GlobalNorm(shares, sharding is not None), max_grad_norm
 
     def construct(self, gradients: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         """The clipped gradients, and the norm they had, float32 [1]."""

@@ -66,6 +66,26 @@ def register_loss(name: str) -> Callable[[Term], Term]:
     return register
 
 
+def check_own_names(where: str, own: Mapping[str, LossTerm]) -> None:
+    """Raises where a gate's loss would hide one that every gate has.
+
+    Args:
+        where: the gate's table, for the message.
+        own: its losses.
+
+    Raises:
+        ConfigError: names it.
+    """
+    for name in own:
+        if name in _LOSSES:
+            raise ConfigError(
+                "loss given twice",
+                where=where,
+                value=name,
+                rule=f"every gate has the losses {', '.join(sorted(_LOSSES))}",
+            )
+
+
 def loss_terms(names: Sequence[str], own: Mapping[str, LossTerm]) -> tuple[LossTerm, ...]:
     """The losses of these names.
 

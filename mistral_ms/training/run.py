@@ -138,6 +138,14 @@ class TrainingRun:
         if found is not None:
             restore(self.update, found)
             self._saved = self.update.progress.step
+            if self._saved > self.run.training.last_step:
+                raise TrainingError(
+                    "nothing to train",
+                    where=found,
+                    value=f"step {self._saved} of {self.run.training.last_step}",
+                    rule="the run that is resumed is beyond the last step",
+                    todo=f"set training.max_steps to {self._saved} or more",
+                )
             if self.files.metrics.exists():
                 step = self.update.progress.step
                 self.history = read_metrics(self.files.metrics, step)
@@ -256,8 +264,9 @@ class TrainingRun:
         result = RunResult(files, summary, path, self.memory, stop.number)
         if self.parallel_context.is_rank_0:
             write_figures(files.figures, records, self.run)
-            text = json.dumps(result.summary_values(), indent=2) + "\n"
-            files.summary.write_text(text, encoding="utf-8")
+            if len(records) > len(self.history) or not files.summary.exists():
+                text = json.dumps(result.summary_values(), indent=2) + "\n"
+                files.summary.write_text(text, encoding="utf-8")
         return result
 
     def _saver(self, writer: BackgroundWriter) -> Observer:

@@ -119,9 +119,15 @@ class TestRunFile:
         assert run.model.hidden_size == 16
         assert run.training.optimizer.learning_rate == 1e-2
 
-    def test_a_bare_name_is_an_optimizer_with_its_defaults(self, run_file):
-        run = load_run_config(run_file, ["training.optimizer=muon"])
-        assert run.training.optimizer == OptimizerConfig(name="muon")
+    def test_a_name_does_not_replace_an_optimizers_settings(self, run_file):
+        with pytest.raises(
+            ConfigError, match=r"training\.optimizer: 'muon': must be a group of keys"
+        ):
+            load_run_config(run_file, ["training.optimizer=muon"])
+
+    def test_truth_values_are_no_coefficients(self, run_file):
+        with pytest.raises(ConfigError, match=r"router_losses: .*load: true and false are no"):
+            load_run_config(run_file, ["training.router_losses={load: true}"])
 
     def test_another_model_comes_before_other_overrides(self, run_file):
         overrides = ["model.num_hidden_layers=3", f"model={run_file.parent.parent}/model/wide.yaml"]

@@ -1,5 +1,7 @@
 """Router losses against transformers and against loops."""
 
+from typing import ClassVar
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -8,7 +10,16 @@ from mindspore import Tensor
 from support.routing import softmax
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from mistral_ms.moe import load_balancing_loss, router_sums, router_z_loss, stack_sums
+from mistral_ms.config import GateSettings
+from mistral_ms.errors import ConfigError
+from mistral_ms.moe import (
+    Gate,
+    load_balancing_loss,
+    register_gate,
+    router_sums,
+    router_z_loss,
+    stack_sums,
+)
 from mistral_ms.ops.reference import assign_slots, gating_top_k
 
 L, B, S, E = 3, 2, 7, 5
@@ -131,6 +142,17 @@ def gradients(loss, rows, mask):
         return loss(stack_sums(layers))
 
     return [g.numpy() for g in ms.grad(total, grad_position=(0, 1, 2))(*map(Tensor, rows))]
+
+
+def test_a_gates_loss_hides_none_of_every_gate():
+    class Settings(GateSettings):
+        name: str = "of_this_test"
+
+    class Other(Gate):
+        losses: ClassVar = {"aux": lambda sums, pooled: sums[3].sum()}
+
+    with pytest.raises(ConfigError, match=r"loss given twice: Other\.losses: aux: every gate"):
+        register_gate(Settings)(Other)
 
 
 def test_gradients_equal_torch():

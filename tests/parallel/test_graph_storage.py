@@ -8,7 +8,10 @@ from support import configs
 
 from mistral_ms.checkpoint import our_shapes
 from mistral_ms.config import ParallelConfig
+from mistral_ms.parallel.graph import share_of_square
 from mistral_ms.parallel.graph.storage import GraphStorage
+from mistral_ms.parallel.sharding import Sharding
+from mistral_ms.weights import by_name, specs
 
 E, H, I = 8, 32, 48  # noqa: E741
 MODEL = configs.model(
@@ -86,6 +89,30 @@ def test_a_tied_embedding_is_the_first_stages():
     stages = [GraphStorage(model, ParallelConfig(pp=4), rank).specs for rank in range(4)]
     assert ["embed_tokens.weight" in held for held in stages] == [True, False, False, False]
     assert sum(map(len, stages)) == len(our_shapes(model))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
+def test_each_gradients_square_counts_once(parallel, tied):
+    """The parts that all ranks hold, times their shares, are every element of each weight once;
+    of a tied embedding it is the first stage that has the whole gradient.
+    """
+    model, config = (
+        MODEL.model_copy(update={"tie_word_embeddings": tied}),
+        ParallelConfig(**parallel),
+    )
+    sharding = Sharding(config) if config.world > 1 else None
+    counted = dict.fromkeys(our_shapes(model), 0.0)
+    for rank in range(config.world):
+        storage = GraphStorage(model, config, rank)
+        for name, spec in by_name(specs(model)).items():
+            share = share_of_square(spec, sharding, config.optimizer_parallel, rank)
+            if name in storage.specs:
+                part = storage.local_slice(name)
+                counted[name] += share * np.prod([cut.stop - cut.start for cut in part])
+            elif spec.module == "tied" and storage.stage.head:
+                assert share == 0
+    assert counted == {name: np.prod(shape) for name, shape in our_shapes(model).items()}
 
 
 def test_shares_of_several_axes_by_hand():

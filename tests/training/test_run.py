@@ -218,9 +218,15 @@ class TestResume:
             prepare()
         del first
 
+    def test_a_run_beyond_its_last_step_is_refused(self, prepare, finished, tmp_path):
+        shutil.copytree(finished.files.root, tmp_path / "out")
+        with pytest.raises(TrainingError, match=r"nothing to train: .*step 4 of 3: .*beyond"):
+            prepare("training.max_steps=3", resume=True)
+
     def test_a_finished_run_changes_nothing(self, prepare, finished, tmp_path):
         shutil.copytree(finished.files.root, tmp_path / "out")
         result = prepare(resume=True).execute()
+        assert result.files.summary.read_bytes() == finished.files.summary.read_bytes()
         assert result.summary.steps == 4
         before, after = (r.summary_values() for r in (finished, result))
         for key in ("first_lm_loss", "final_lm_loss", "epochs", "steps", "finished"):

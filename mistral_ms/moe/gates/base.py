@@ -28,7 +28,7 @@ from mistral_ms.config import GateSettings, ModelConfig, RoutingConfig, register
 from mistral_ms.config.model import MOST_EXPERTS, MoEArchitecture
 from mistral_ms.errors import ConfigError, WeightError
 from mistral_ms.layers.parameter import weight
-from mistral_ms.moe.losses import LossTerm, loss_terms
+from mistral_ms.moe.losses import LossTerm, check_own_names, loss_terms
 from mistral_ms.moe.routing import GateContext, Routing
 from mistral_ms.ops import reference
 from mistral_ms.weights import (
@@ -178,8 +178,18 @@ class Gate(nn.Cell):
             return
         held = self.buffers()
         state = {name: buffer.asnumpy().copy() for name, buffer in held.items()}
-        for name, values in self.next_state(state, routed_E).items():
-            ops.assign(held[name], Tensor(values))
+        after = self.next_state(state, routed_E)
+        shapes = {name: np.shape(values) for name, values in after.items()}
+        wanted = {name: tuple(buffer.shape) for name, buffer in held.items()}
+        if shapes != wanted:
+            raise WeightError(
+                "another state",
+                where=f"{type(self).__name__}.next_state",
+                value=shapes,
+                rule=f"gives every buffer of specs(), with its shape: {wanted}",
+            )
+        for name, values in after.items():
+            ops.assign(held[name], Tensor(np.asarray(values, np.float32)))
 
     def buffers(self) -> dict[str, Parameter]:
         """The state, by name."""
@@ -216,10 +226,12 @@ def register_gate(settings: type[GateSettings]) -> Callable[[AnyGate], AnyGate]:
     Raises:
         ValueError: another gate has the name.
         WeightError: likewise.
+        ConfigError: one of its losses has the name of a loss that every gate has.
     """
 
     def register(gate: AnyGate) -> AnyGate:
         name = str(settings.model_fields["name"].default)
+        check_own_names(f"{gate.__name__}.losses", gate.losses)
         register_gate_settings(name, settings)
         inherited = gate.specs.__func__ is Gate.specs.__func__  # type: ignore[attr-defined]
         register_gate_specs(name, gate_matrix if inherited else gate.specs)

@@ -1,6 +1,6 @@
 """The auto-parallel graph: one graph with the meaning of one device, divided by MindSpore."""
 
-from mistral_ms.parallel.graph.build import GraphStep, build, build_model, replicas_of
+from mistral_ms.parallel.graph.build import GraphStep, build, build_model, share_of_square
 from mistral_ms.parallel.graph.context import set_context
 from mistral_ms.parallel.graph.generation import (
     GraphNextToken,
@@ -19,6 +19,6 @@ __all__ = [
     "decode",
     "generation_storage",
     "prefill",
-    "replicas_of",
     "set_context",
+    "share_of_square",
 ]

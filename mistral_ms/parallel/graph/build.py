@@ -162,29 +162,39 @@ def _step(
     if training.gradient_accumulation_steps > 1:
         every = ParameterTuple((*update.weights, *metrics_buffers))
         reducer = nn.PipelineGradReducer(every, opt_shard=parallel.optimizer_parallel)
-    replicas = tuple(
-        replicas_of(model.specs[name], sharding, parallel.optimizer_parallel)
+    shares = tuple(
+        share_of_square(model.specs[name], sharding, parallel.optimizer_parallel)
         for name in update.names
     )
-    norm = GlobalNorm(replicas, sharding is not None)
+    norm = GlobalNorm(shares, sharding is not None)
     step = TrainingGraph(net, update, norm, training.max_grad_norm, reducer, metrics_buffers)
     step.set_train()
     return step
 
 
-def replicas_of(spec: ParamSpec, sharding: Sharding | None, optimizer_parallel: bool) -> int:
-    """How many ranks of a stage hold the same part of a weight's gradient at the update.
+def share_of_square(
+    spec: ParamSpec, sharding: Sharding | None, optimizer_parallel: bool, rank: int | None = None
+) -> float:
+    """With what share the square of this rank's part of a gradient counts in the global norm: one
+    over the ranks of the stage that hold the same part at the update.
+
+    Of a tied embedding the last stage has the head's gradient, which it sends to the first one,
+    where the sum counts.
 
     Args:
         spec: of the weight.
         sharding: the table; None on one device.
-        optimizer_parallel: whether they divide it among them.
+        optimizer_parallel: whether ranks divide the gradient among them.
+        rank: which; None is this process.
     """
     if sharding is None:
-        return 1
+        return 1.0
+    stage = (get_rank() if rank is None else rank) // sharding.ranks
+    if spec.module == "tied" and stage > 0:
+        return 0.0
     form = graph_form(spec)
     optimizer_shards = sharding.optimizer_shards(form.layout, form.shape, optimizer_parallel)
-    return sharding.replicas_of(form.layout) // optimizer_shards
+    return optimizer_shards / sharding.replicas_of(form.layout)
 
 
 def _inputs(run: RunConfig) -> tuple[Tensor, ...]:

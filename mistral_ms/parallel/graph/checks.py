@@ -7,7 +7,7 @@ from typing import Any
 
 from mistral_ms.config import ModelConfig, ParallelConfig, PredictConfig, RunConfig
 from mistral_ms.errors import ConfigError
-from mistral_ms.optimizers import make_plan
+from mistral_ms.optimizers import check_layout, make_plan
 from mistral_ms.parallel.pipeline import check_trained
 from mistral_ms.weights import specs
 
@@ -67,7 +67,7 @@ def check_run(run: RunConfig, layers: int) -> None:
             "training.gradient_accumulation_steps",
             training.gradient_accumulation_steps,
             "the graph of one process takes its batch at once",
-            "set training.gradient_accumulation_steps=1, or train with the train command",
+            "set training.gradient_accumulation_steps=1, or parallel.execution=explicit",
         ),
         (
             parallel.world > 1
@@ -100,7 +100,9 @@ def check_run(run: RunConfig, layers: int) -> None:
     )
     _refuse((*_of_all_graphs(model, parallel), *rules))
     built = model.model_copy(update={"num_hidden_layers": layers})
-    check_trained(built, parallel.pp, make_plan(training, specs(model)).group_of)
+    plan = make_plan(training, specs(model))
+    check_layout(plan, parallel, graph=True)
+    check_trained(built, parallel.pp, plan.group_of)
 
 
 def check_prediction(run: PredictConfig) -> None:

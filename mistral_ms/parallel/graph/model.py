@@ -162,8 +162,8 @@ class GraphModel(GraphDecoder):
             self.pooled_loss, self.last_pooled = layer_factory.pooled_loss(), max(pooled)
         self.loss = Loss(layer_factory.dtype, layer_factory.sharding)
         if max(stages) > 0:  # then nothing is pooled
-            # a tied embedding stays there: MindSpore sends it to the last stage in each step, and
-            # its gradient back
+            # a tied embedding is updated there: MindSpore sends it to the last stage in each step,
+            # and its gradient back
             self.embed_tokens.pipeline_stage = 0
             for block, stage in zip(self.layers, stages, strict=True):
                 block.pipeline_stage = stage

@@ -45,7 +45,7 @@ class GraphStorage(Storage):
         stage, self.number = divmod(rank, self.sharding.ranks)
         self.stage = stages_of(model, parallel.pp)[stage]
         held = by_name(held_specs(self.stage, specs(model)))
-        if not self.stage.embedding:  # a tied embedding comes here in each step, and goes
+        if not self.stage.embedding:  # a tied embedding is sent here in each step
             held = {name: spec for name, spec in held.items() if spec.module != "tied"}
         super().__init__(held)
         self.holds_everything = parallel.world == 1

@@ -28,9 +28,9 @@ _prepare = ops.MultitypeFuncGraph("prepare")
 
 
 @_square.register("Number", "Tensor")
-def _sum_of_squares(inv_replicas: float, gradient: Tensor) -> Tensor:
+def _sum_of_squares(share: float, gradient: Tensor) -> Tensor:
     wide = _cast(gradient, ms.float32)
-    return _expand(_sum(wide * wide, ()) * inv_replicas, 0)
+    return _expand(_sum(wide * wide, ()) * share, 0)
 
 
 @_prepare.register("Tensor", "Tensor", "Tensor")
@@ -42,11 +42,11 @@ def _scaled_or_zero(finite: Tensor, factor: Tensor, gradient: Tensor) -> Tensor:
 class GlobalNorm(nn.Cell):
     """The norm of all gradients of all stages, of which this rank has parts.
 
-    Each rank's squares count by one over the number of ranks that hold the same part, so that one
-    sum over the world counts everything once.
+    Each rank's squares count with the share of this rank in that part, so that one sum over the
+    world counts everything once.
 
     Args:
-        replicas: of each weight: how many ranks of a stage hold the same part of its gradient.
+        shares: of each weight, see :func:`~mistral_ms.parallel.graph.build.share_of_square`.
         divided: whether there are other ranks.
 
     Attributes:
@@ -54,13 +54,13 @@ class GlobalNorm(nn.Cell):
             in the last step.
     """
 
-    def __init__(self, replicas: tuple[int, ...], divided: bool) -> None:
+    def __init__(self, shares: tuple[float, ...], divided: bool) -> None:
         super().__init__()
-        self.inv_replicas = tuple(1.0 / each for each in replicas)
+        self.shares = shares
         self.divided = divided
         self.squares = ParameterTuple(
             Parameter(Tensor(np.zeros(1, np.float32)), name=f"square.{n}", requires_grad=False)
-            for n in range(len(replicas))
+            for n in range(len(shares))
         )
         self.add_n = ops.AddN()
         if divided:
@@ -70,7 +70,7 @@ class GlobalNorm(nn.Cell):
         """Float32 [1]; enters each weight's part into ``squares``."""
         # AddN of the tuple: a pipeline's stage drops the entries of the other stages' weights from
         # tuples, but from a chain of additions it would drop everything behind the first of them
-        squares = _hyper_map(_square, self.inv_replicas, gradients)
+        squares = _hyper_map(_square, self.shares, gradients)
         total = self.add_n(squares)
         if self.divided:
             total = self.all_reduce_op(total)

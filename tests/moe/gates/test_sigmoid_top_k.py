@@ -9,7 +9,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from mistral_ms.config import DROPLESS, MoEArchitecture
-from mistral_ms.errors import ConfigError
+from mistral_ms.errors import ConfigError, WeightError
 from mistral_ms.moe import make_gate
 from mistral_ms.moe.gates.sigmoid_top_k import BIAS
 
@@ -99,6 +99,17 @@ def test_the_bias_moves_against_the_load():
     want = bias + np.array([-1, 1, 1, 0, 0, 0, -1, 0], np.float32) * np.float32(0.25)
     np.testing.assert_array_equal(after, want)
     assert after.dtype == np.float32
+
+
+def test_the_state_that_follows_is_rounded_and_complete(monkeypatch):
+    cell, _, bias = gate(0.1, bias_update_rate=0.25)
+    monkeypatch.setattr(cell, "next_state", lambda state, routed_E: {BIAS: np.ones(E)})
+    cell.update(np.zeros(E, np.float32))
+    np.testing.assert_array_equal(cell.buffers()[BIAS].asnumpy(), np.ones(E, np.float32))
+    for state in ({}, {"other": bias}, {BIAS: bias[:2]}):
+        monkeypatch.setattr(cell, "next_state", lambda *_, state=state: state)
+        with pytest.raises(WeightError, match=rf"SigmoidTopK\.next_state: .*every buffer.*{BIAS}"):
+            cell.update(np.zeros(E, np.float32))
 
 
 @pytest.mark.parametrize(
