@@ -110,7 +110,8 @@ def _model(config: ModelConfig) -> str:
     ]
     if config.moe is not None:
         experts, chosen = config.moe.num_local_experts, config.moe.num_experts_per_tok
-        parts.append(f"{experts} experts, top {chosen}")
+        gate = "" if config.moe.gate.default else f", gate {config.moe.gate.name}"
+        parts.append(f"{experts} experts, top {chosen}{gate}")
         if len(config.sparse_layers) != config.num_hidden_layers:
             parts.append(f"sparse layers {list(config.sparse_layers)}")
     if config.sliding_window is not None:
