@@ -42,13 +42,25 @@ def strings(tree: ast.AST) -> Iterator[str]:
             yield node.value
 
 
+def declared(tree: ast.AST) -> set[str]:
+    """The flags of an argparse parser that a module makes."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args)
+    return {
+        call.args[0].value
+        for call in calls
+        if isinstance(call.func, ast.Attribute)
+        and call.func.attr == "add_argument"
+        and isinstance(call.args[0], ast.Constant)
+    }
+
+
 def named() -> dict[str, set[str]]:
-    """The flags that each file of the package names."""
+    """The flags that each file of the package names, but for those that it declares."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE.parent).as_posix()
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        flags = {flag for text in strings(tree) for flag in FLAG.findall(text)}
+        flags = {flag for text in strings(tree) for flag in FLAG.findall(text)} - declared(tree)
         if flags and name not in OF_OTHERS:
             found[name] = flags
     return found
