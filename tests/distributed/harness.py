@@ -104,8 +104,9 @@ class Job:
 def run_job(workers: int, directory: Path, name: str, *command: str, timeout: int) -> Job:
     """Runs msrun to its end; it and all ranks are forks, see :mod:`distributed.forked`.
 
-    MindSpore was seen, once in a hundred jobs, not to bring its ranks together within its time. No
-    line of a job's script has run then; such a job is started once more.
+    Once in a hundred jobs a fork was seen to stand still before it joined the others, which then
+    wait in vain; no line of a job's script has run then. Such a job is started once more, with
+    interpreters of its own: forks of the same process stood still a second time.
 
     Args:
         workers: number of ranks.
@@ -117,22 +118,25 @@ def run_job(workers: int, directory: Path, name: str, *command: str, timeout: in
     job = _run_once(workers, directory, name, *command, timeout=timeout)
     if NOT_TOGETHER in job.said:
         job.logs.rename(directory / f"{name}_logs_of_first_try")
-        job = _run_once(workers, directory, name, *command, timeout=timeout)
+        job = _run_once(workers, directory, name, *command, timeout=timeout, forks=False)
     return job
 
 
-def _run_once(workers: int, directory: Path, name: str, *command: str, timeout: int) -> Job:
+def _run_once(
+    workers: int, directory: Path, name: str, *command: str, timeout: int, forks: bool = True
+) -> Job:
     logs, log = directory / f"{name}_logs", directory / f"{name}.log"
-    _, path = start_server()
-    forked, msrun = HERE / "forked.py", Path(sys.executable).parent / "msrun"
+    forked = [str(HERE / "forked.py")] if forks else []
+    variables = {SOCKET: str(start_server()[1])} if forks else {}
+    msrun = Path(sys.executable).parent / "msrun"
     flags = [
         f"--worker_num={workers}", f"--local_worker_num={workers}",
         f"--master_port={free_port()}", f"--log_dir={logs}", "--join=True", "--cluster_time_out=60",
     ]  # fmt: skip
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, str(forked), str(msrun), *flags, str(forked), *command],
-            cwd=directory, env={**environment(directory), SOCKET: str(path)}, stdout=output,
+            [sys.executable, *forked, str(msrun), *flags, *forked, *command],
+            cwd=directory, env={**environment(directory), **variables}, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:

@@ -4,8 +4,9 @@ import subprocess
 import sys
 import time
 
+from distributed import harness
 from distributed.forked import SOCKET, start_server
-from distributed.harness import HERE, end, environment
+from distributed.harness import HERE, NOT_TOGETHER, Job, end, environment, run_job
 
 
 def test_workers_in_sessions_of_their_own_are_ended(tmp_path):
@@ -54,6 +55,27 @@ def test_a_fork_is_where_its_client_is_and_ends_as_it_does(tmp_path):
     client = fork(tmp_path, "import os, sys; print(os.getcwd()); sys.exit(3)")
     assert client.communicate()[0] == f"{tmp_path}\n"
     assert client.returncode == 3
+
+
+def test_ranks_that_do_not_come_together_are_started_once_more_without_forks(tmp_path, monkeypatch):
+    tried = []
+
+    def run_once(workers, directory, name, *command, timeout, forks=True):
+        tried.append(forks)
+        (directory / f"{name}_logs").mkdir()
+        return Job(1, "exit code 1", NOT_TOGETHER, directory / f"{name}_logs")
+
+    monkeypatch.setattr(harness, "_run_once", run_once)
+    run_job(2, tmp_path, "job", "script.py", timeout=1)
+    assert tried == [True, False]
+
+
+def test_a_job_without_forks_runs_the_command(tmp_path):
+    (tmp_path / "script.py").write_text("import os; print('rank', os.environ['RANK_ID'])")
+    job = harness._run_once(
+        1, tmp_path, "job", str(tmp_path / "script.py"), timeout=60, forks=False
+    )
+    assert "rank 0" in (job.logs / "worker_0.log").read_text()
 
 
 def ends(pid):
