@@ -87,6 +87,7 @@ class Supervisor:
         self._pids: dict[int, int] = {}  # rank of each process that was ever seen
         self._notes = self._other_notes()
         self._signals, self._signal = 0, 0
+        self._asked_to_end: set[int] = set()  # processes that a first signal was passed on to
         self._suspect: tuple[int, str] | None = None  # who was seen to be stuck, and why
         self._gave_up_at = math.inf
         self._alone_since = math.inf  # since when ranks have been seen without a scheduler
@@ -127,9 +128,11 @@ class Supervisor:
     def _asked(self, number: int, frame: object) -> None:
         self._signals += 1
         self._signal = asked(number)
-        # a training ends its step and saves; nobody waits for a second signal's reasons
-        urgent = signal.SIGKILL if self._signals > 1 else signal.SIGTERM
-        send([each for each in processes(self.job) if each.rank is not None], urgent)
+
+    def _pass_on(self, workers: list[Worker]) -> None:
+        """Asks each rank to end, once: a second signal would end it before it has saved."""
+        send([each for each in workers if each.pid not in self._asked_to_end], signal.SIGTERM)
+        self._asked_to_end |= {each.pid for each in workers}
 
     def _wait(self, msrun: subprocess.Popen[bytes]) -> Failure | None:
         limits = Limits(self.options.step_limit, self.options.slow_limit)
@@ -152,8 +155,15 @@ class Supervisor:
                 return None
             if crashed is None and failure is None and not self._signals:
                 failure = self._failure(beats, late, now) or self._abandoned(alive, beats, now)
-            if deadline == math.inf and (failure is not None or self._signals):
-                deadline = now + (POLITE_SECONDS if self._signals else GRACE_SECONDS)
+            if self._signals > 1:  # nobody waits for its reasons
+                return None
+            if self._signals:
+                self._pass_on(workers)
+            # ranks may have to save; what is left when they are gone (a scheduler that waits for
+            # one that had no time to say farewell) has nothing to do
+            patience = POLITE_SECONDS if self._signals and workers else GRACE_SECONDS
+            if failure is not None or self._signals:
+                deadline = min(deadline, now + patience)
             if code is not None:
                 if failure is None and code != 0 and not self._signals:
                     failure = self._failure(beats, [], math.inf) or Failure(

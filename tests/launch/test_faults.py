@@ -9,6 +9,8 @@ import pytest
 import yaml
 from launch.jobs import finish, free_port, left_behind, start
 
+from mistral_ms.launch.heartbeat import read_beat
+
 RUN = dict(
     model=dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                num_attention_heads=2, num_key_value_heads=1, moe=dict(num_local_experts=4)),
@@ -112,16 +114,49 @@ def test_a_failure_on_one_machine_ends_the_other(root):
 
 def test_a_polite_end_lets_every_rank_save(root):
     [process] = launch(root, 2, STEPS="100000")
-    deadline = time.time() + 60
-    beats = [root / "logs" / "heartbeat" / f"rank-0000{rank}.json" for rank in range(2)]
-    while not all(path.exists() and '"step": 3' in path.read_text() for path in beats):
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.01)
+    wait_for_step(process, root, 3)
     process.terminate()
     said = finish(process)
     assert process.returncode == 128 + 15, said
     assert all((root / f"saved_{rank}").exists() for rank in range(2))
     assert not left_behind(root)
+
+
+def test_a_scheduler_whose_ranks_have_left_is_not_waited_for(root):
+    """It waits for ranks that left without a word, and msrun waits for it."""
+    [process] = launch(root, 2, STEPS="100000", LEAVE="1")
+    wait_for_step(process, root, 1)
+    process.terminate()
+    begun = time.time()
+    said = finish(process)
+    assert process.returncode == 128 + 15, said
+    assert time.time() - begun < 60  # a grace of 10 s; it lets ranks save for 600 s
+    assert not left_behind(root)
+
+
+def test_a_second_signal_ends_ranks_that_do_not(root):
+    [process] = launch(root, 2, STEPS="100000", FAULT="1:1:sleep")
+    wait_for_step(process, root, 1)
+    process.terminate()
+    time.sleep(2)  # two looks of the launcher
+    assert process.poll() is None
+    process.terminate()
+    begun = time.time()
+    said = finish(process)
+    assert process.returncode == 128 + 15, said
+    assert time.time() - begun < 30
+    assert not left_behind(root)
+
+
+def wait_for_step(process, root, step):
+    """Until both ranks have done it."""
+    deadline = time.time() + 60
+    while True:
+        beats = [read_beat(root / "logs" / "heartbeat", rank) for rank in range(2)]
+        if all(beat is not None and beat.step >= step for beat in beats):
+            return
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
 
 
 def test_a_run_that_cannot_begin_says_why(root):

@@ -1,8 +1,8 @@
 """One process of a job that computes nothing: ranks beat, and wait for each other in each step.
 
 What goes wrong is asked for by variables: ``FAULT=rank:step:kind`` after that step (``end``: after
-the work of all ranks), ``STEPS`` for another number of steps. The scheduler ends when all ranks
-have.
+the work of all ranks), ``STEPS`` for another number of steps, ``LEAVE`` for ranks that do not save
+when they are asked to end. The scheduler ends when all ranks have said that they do.
 """
 
 import os
@@ -19,17 +19,22 @@ BEATS = Path(os.environ[DIRECTORY])
 asked = []
 
 
-def all_reduce(step: int) -> None:
-    """Where a rank is that waits for another one; it sleeps longer and longer, always in one line,
-    since the launcher compares stacks.
+def all_reduce(step: int) -> bool:
+    """Whether a rank was asked to end when it came here: all ranks learn the same.
+
+    It is where a rank is that waits for another one; it sleeps longer and longer, always in one
+    line, since the launcher compares stacks.
     """
     arrived, begun = [BEATS / f"arrived-{r}-{step}" for r in range(WORLD)], time.monotonic()
-    arrived[RANK].touch()
+    fresh = arrived[RANK].with_suffix(".new")
+    fresh.write_text("asked" if asked else "")
+    fresh.replace(arrived[RANK])
     while not all(path.exists() for path in arrived):
         waited = time.monotonic() - begun
         if waited > float(os.environ.get("GIVE_UP", "inf")):
             raise RuntimeError("AllReduce: no answer")
         time.sleep(min(0.5, 0.02 + waited / 4))
+    return any(path.read_text() for path in arrived)
 
 
 def misbehave(kind: str) -> None:
@@ -58,13 +63,14 @@ def train(heart: Heartbeat) -> None:
     for number in range(1, int(os.environ.get("STEPS", "6")) + 1):
         # the first one compiles: the launcher looks twice a second, and must have seen it begin
         time.sleep(1.2 if number == 1 else 0.1)
-        all_reduce(number)
+        asked_to_end = all_reduce(number)
         heart(SimpleNamespace(step=number))
         if (rank, step) == (str(RANK), str(number)):
             misbehave(kind)
-        if asked:
-            heart.phase("saving")
+        if asked_to_end:
             Path(f"saved_{RANK}").write_text(str(number))
+            heart.phase("saving")
+            barrier()  # msrun kills the others as soon as one has left
             sys.exit(128 + signal.SIGTERM)
     if RANK == 0:
         print("lm loss 1.0 -> 0.5", flush=True)
@@ -79,7 +85,10 @@ if os.environ["MS_ROLE"] == "MS_SCHED":
 elif "CANNOT_BEGIN" in os.environ:
     sys.exit("error: nothing to resume")
 else:
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    if "LEAVE" in os.environ:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
+    else:
+        signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     beats = Heartbeat.of_environment(RANK)
     try:
         train(beats)
