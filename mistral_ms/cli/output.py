@@ -74,11 +74,24 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     try:
-        path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except (OSError, ValueError) as error:  # the latter: half a surrogate pair in a name or value
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError("cannot write", where=f"--json {path}", value=reason) from error
+        content = text.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair in a name or value
+        raise ConfigError("cannot write", where=f"--json {path}", value=error) from error
+    write_file("--json", path, content)
+
+
+def write_file(option: str, path: Path, content: bytes) -> None:
+    """Writes a file that an option of the command names.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise ConfigError("cannot write", where=f"{option} {path}", value=error.strerror) from error
 
 
 def byte_progress(console: Console, what: str) -> AbstractContextManager[Advance]:

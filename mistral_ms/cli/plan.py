@@ -56,7 +56,7 @@ def plan(
     """Find the fastest layout of a training on a cluster, and say why; nothing is run."""
     from rich.console import Console
 
-    from mistral_ms.cli.output import write_json
+    from mistral_ms.cli.output import write_file, write_json
     from mistral_ms.config import load_run_config
     from mistral_ms.planner import Cluster, explain, load_hardware
     from mistral_ms.planner import plan as search
@@ -86,11 +86,11 @@ def plan(
     if json is not None:
         write_json(json, {"candidates": [each.values() for each in candidates]})
     if output is not None and fitting:
-        _write("--output", output, _run_file(fitting[0], config).encode())
+        write_file("--output", output, _run_file(fitting[0], config).encode())
     if figure is not None and fitting:
         from mistral_ms.planner.picture import plan_png
 
-        _write("--figure", figure, plan_png(fitting))
+        write_file("--figure", figure, plan_png(fitting))
     if not fitting:
         raise typer.Exit(1)
 
@@ -164,17 +164,3 @@ def _run_file(best: Candidate, source: Path) -> str:
 
     run: RunConfig = checked(best.run)
     return f"# {source.name} in the layout that the plan command chose\n{spelled_out(run)}"
-
-
-def _write(option: str, path: Path, content: bytes) -> None:
-    """Writes a file that an option names.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    from mistral_ms.errors import ConfigError
-
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise ConfigError("cannot write", where=f"{option} {path}", value=error.strerror) from error

@@ -94,19 +94,28 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "lr": ("learning_rate", "lr_factor"),
     "beta1": ("adam_beta1",),
     "beta2": ("adam_beta2",),
+    "betas": ("adam_beta1", "adam_beta2"),
     "eps": ("adam_epsilon",),
+    "bf16": ("dtype",),
+    "fp16": ("dtype",),
+    "precision": ("dtype",),
     "every": ("save_steps",),
     "keep": ("save_total_limit",),
     "keep_last": ("save_total_limit",),
     "interleave": ("micro_batch_interleave_num",),
     "data_parallel": ("dp",),
     "model_parallel": ("mp",),
+    "tp": ("mp",),
     "tensor_parallel": ("mp",),
     "tensor_model_parallel_size": ("mp",),
     "pipeline_stage": ("pp",),
     "pipeline_model_parallel_size": ("pp",),
     "expert_parallel": ("ep",),
     "expert_model_parallel_size": ("ep",),
+    "zero": ("optimizer_parallel",),
+    "zero_stage": ("optimizer_parallel",),
+    "zero1": ("optimizer_parallel",),
+    "use_distributed_optimizer": ("optimizer_parallel",),
     "capacity": ("capacity_factor",),
 }
 """Keys of other programs, and what they are called here."""
@@ -120,9 +129,13 @@ def _advice(model: type[Frozen], path: tuple[int | str, ...]) -> str:
         if field is not None:  # otherwise the number of an entry in a list
             group = next(_groups(field.annotation), group)
     known = f"known keys: {', '.join(sorted(group.model_fields))}"
-    elsewhere = [key for key in _all_keys(model) if key.rpartition(".")[2] == name]
     other = _OTHER_NAMES.get(name, ())
     siblings = [key for key in other if key in group.model_fields]
+    elsewhere = [
+        key
+        for key in _all_keys(model)
+        if key.rpartition(".")[2] in (name, *(() if siblings else other))
+    ]
     siblings = siblings or list(filter(None, [nearest(name, group.model_fields)]))
     near = elsewhere or [".".join(map(str, (*path[:-1], key))) for key in siblings]
     return f"perhaps {' or '.join(near)}; {known}" if near else known

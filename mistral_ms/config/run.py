@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from mistral_ms.config.parallel import ParallelConfig
 from mistral_ms.config.routing import RoutingConfig
 from mistral_ms.config.run_files import read_run_file
 from mistral_ms.config.training import TrainingConfig
+from mistral_ms.errors import ConfigError
 from mistral_ms.reading import is_file
 
 
@@ -166,7 +167,23 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             :func:`~mistral_ms.config.load.apply_overrides` and
             :func:`~mistral_ms.config.base.validate`.
     """
-    return validate(RunConfig, read_run_file(Path(path), overrides), str(path))
+    return run_config(read_run_file(Path(path), overrides), path)
+
+
+def run_config(values: Mapping[str, Any], path: Path) -> RunConfig:
+    """The same of values that were read.
+
+    Raises:
+        ConfigError: see :func:`~mistral_ms.config.base.validate`; or they are of a prediction.
+    """
+    if "prediction" in values and "training" not in values:
+        raise ConfigError(
+            "not a training",
+            where=path,
+            rule="a file with prediction, and without training, is for generate and dryrun",
+            todo="give train and plan a file with training",
+        )
+    return validate(RunConfig, values, str(path))
 
 
 def spelled_out(run: RunConfig) -> str:

@@ -31,6 +31,10 @@ class OptimizerConfig(Frozen):
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     weight_decay: float = Field(default=0.1, ge=0, allow_inf_nan=False)
 
+    def patterns(self) -> dict[str, tuple[str, ...]]:
+        """Settings that are patterns of names: each pattern must match a weight of the model."""
+        return {}
+
 
 class ParamGroupConfig(Frozen):
     """Some weights that are trained differently.

@@ -43,6 +43,11 @@ class MuonConfig(AdamWConfig, extra="forbid"):
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     adamw_for: tuple[str, ...] = ("embed_tokens.*", "lm_head.*")
 
+    def patterns(self) -> dict[str, tuple[str, ...]]:
+        """See the base; a model may lack what the default names (a head of its own)."""
+        default = type(self).model_fields["adamw_for"].default
+        return {"adamw_for": tuple(each for each in self.adamw_for if each not in default)}
+
 
 class Muon(Rule):
     """Of one matrix [O, I], or of each matrix of stacked experts [E, O, I] for itself.

@@ -93,6 +93,10 @@ def make_plan(config: TrainingConfig, parameters: Iterable[ParamSpec]) -> Plan:
     settings = settings_of(config.optimizer)
     optimizer = find(settings.name)
     weights = {spec.name: spec for spec in parameters if spec.kind != "buffer"}
+    for key, globs in settings.patterns().items():
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in weights):
+                raise _no_such_weight(f"training.optimizer.{key}", glob, weights)
     matched = _match(config.param_groups, weights)
     _check_patterns(config.param_groups, weights, matched)
     groups: dict[ParamGroup, int] = {}
@@ -150,11 +154,15 @@ def _check_patterns(
                 rule="the first pattern that a name matches decides; earlier ones take all of its",
                 todo="put it before them",
             )
-        near = difflib.get_close_matches(pattern, names, 3, cutoff=0.0)
-        raise ConfigError(
-            "no such weight",
-            where=where,
-            value=pattern,
-            rule="a pattern matches at least one weight; * stands for any characters",
-            todo=f"the nearest names: {', '.join(near)}",
-        )
+        raise _no_such_weight(where, pattern, names)
+
+
+def _no_such_weight(where: str, pattern: str, names: Collection[str]) -> ConfigError:
+    near = difflib.get_close_matches(pattern, names, 3, cutoff=0.0)
+    return ConfigError(
+        "no such weight",
+        where=where,
+        value=pattern,
+        rule="a pattern matches at least one weight; * stands for any characters",
+        todo=f"the nearest names: {', '.join(near)}",
+    )

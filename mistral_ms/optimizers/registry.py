@@ -87,7 +87,19 @@ def settings_of(config: OptimizerConfig, where: str = "training.optimizer") -> O
     Raises:
         ConfigError: an unknown optimizer; a key that it does not have; a value out of its range.
     """
-    return validate(find(config.name, where).settings, config.model_dump(), where)
+    settings = find(config.name, where).settings
+    for key in config.model_extra or ():
+        owners = [n for n, each in sorted(_OPTIMIZERS.items()) if key in each.settings.model_fields]
+        if owners and config.name not in owners:
+            raise ConfigError(
+                "setting of another optimizer",
+                where=f"{where}.{key}",
+                value=f"with the optimizer {config.name}",
+                rule=f"{key} is a setting of {' and '.join(owners)}",
+                todo="leave it out; on the command line replace the whole group: "
+                f"{where}={{name: {config.name}}}",
+            )
+    return validate(settings, config.model_dump(), where)
 
 
 def with_settings(config: TrainingConfig) -> TrainingConfig:

@@ -89,6 +89,7 @@ class Point:
 
 TOKENS, TFLOPS = "tokens/s per card", "TFLOP/s per card"
 CAPACITY = {"policy": "capacity", "capacity_factor": 1.1}
+BATCH_OF_128 = {"seq_length": 4096, "global_batch_size": 128, "gradient_accumulation_steps": 16}
 FITTED = Point(
     name="MindFormers 1.2, finetune",
     source="MindFormers 1.2, model performance; research/mixtral/finetune_mixtral-8x7b.yaml",
@@ -96,7 +97,7 @@ FITTED = Point(
     unit=TOKENS,
     hardware="atlas_800t_a2",
     parallel={"dp": 8, "pp": 2, "ep": 8, "recompute": "full"},
-    training={"seq_length": 4096, "global_batch_size": 128, "gradient_accumulation_steps": 16},
+    training=BATCH_OF_128,
     routing=CAPACITY,
     open="the variant of the chip; the file has full recompute and one sequence a micro-batch",
     others={"MindFormers, no recompute": {"parallel": {"recompute": "none"}}},
@@ -110,7 +111,7 @@ PREDICTED = (
         unit=TOKENS,
         hardware="atlas_800t_a2",
         parallel={"dp": 8, "pp": 4, "ep": 8, "recompute": "full"},
-        training={"seq_length": 4096, "global_batch_size": 128, "gradient_accumulation_steps": 16},
+        training=BATCH_OF_128,
         routing=CAPACITY,
         open="pp, micro-batches, batch, sequence, recompute",
         others={

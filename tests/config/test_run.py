@@ -1,9 +1,14 @@
 """Rules between the sections of a run file."""
 
+from pathlib import Path
+
 import pytest
 from support import configs
 
-from mistral_ms.config import RunConfig
+from mistral_ms.config import RunConfig, load_run_config
+from mistral_ms.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "run"
 
 
 def run(batch, micro_batches, **parallel):
@@ -28,3 +33,23 @@ def test_ranks_micro_batches_and_copies_divide_the_batch():
 def test_a_batch_that_they_do_not_divide(micro_batches, parallel, values):
     with pytest.raises(ValueError, match=values + r" must divide training.global_batch_size \(8\)"):
         run(8, micro_batches, **parallel)
+
+
+@pytest.mark.parametrize(
+    ("override", "advice"),
+    [
+        ("parallel.tp=2", r"perhaps parallel\.mp; known keys: "),
+        ("parallel.zero=1", r"perhaps parallel\.optimizer_parallel; "),
+        ("training.lr=0.1", r"perhaps training\.optimizer\.learning_rate or .*lr_factor; "),
+        ("training.bf16=true", r"perhaps training\.dtype; "),
+        ("training.tp=2", r"perhaps parallel\.mp; "),
+    ],
+)
+def test_keys_of_other_programs_lead_to_ours(override, advice):
+    with pytest.raises(ConfigError, match=advice):
+        load_run_config(CONFIGS / "pretrain_mixtral_tiny_200ep.yaml", [override])
+
+
+def test_a_file_of_a_prediction_is_no_training():
+    with pytest.raises(ConfigError, match=r"not a training: .*predict_mixtral_8x7b.*is for gener"):
+        load_run_config(CONFIGS / "predict_mixtral_8x7b_8card.yaml")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import functools
 import json
 import os
@@ -24,6 +25,11 @@ from pathlib import Path
 
 SOCKET = "MISTRAL_MS_TEST_SOCKET"
 """Variable of the environment: where the server listens."""
+STACKS = "MISTRAL_MS_TEST_STACKS"
+"""Variable of the environment: the directory in which a process writes where it is if it has not
+ended after STANDS_STILL seconds, less than what ranks wait for each other.
+"""
+STANDS_STILL = 45
 
 
 @functools.cache
@@ -119,13 +125,22 @@ def _become(request: dict, fds: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     sys.argv = request["argv"]
+    _write_stack_later("fork")
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
     runpy.run_path(sys.argv[0], run_name="__main__")
     sys.exit()
 
 
+def _write_stack_later(name: str) -> None:
+    if STACKS in os.environ:
+        who = f"{name} {os.environ.get('MS_ROLE')} {os.environ.get('RANK_ID')} {os.getpid()}"
+        file = (Path(os.environ[STACKS]) / who.replace(" ", "-")).open("w")
+        faulthandler.dump_traceback_later(STANDS_STILL, file=file)
+
+
 def main() -> None:
     """``forked.py SCRIPT ARGUMENTS``."""
+    _write_stack_later("client")
     line, cwd = socket.socket(socket.AF_UNIX), Path.cwd()
     path = Path(os.environ[SOCKET])
     os.chdir(path.parent)

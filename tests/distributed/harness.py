@@ -13,12 +13,13 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed.forked import SOCKET, start_server
+from distributed.forked import SOCKET, STACKS, start_server
 
 HERE = Path(__file__).parent
 TAIL = 40
@@ -106,7 +107,8 @@ def run_job(workers: int, directory: Path, name: str, *command: str, timeout: in
 
     Once in a hundred jobs a fork was seen to stand still before it joined the others, which then
     wait in vain; no line of a job's script has run then. Such a job is started once more, with
-    interpreters of its own: forks of the same process stood still a second time.
+    interpreters of its own: forks of the same process stood still a second time. A warning says
+    where each process was.
 
     Args:
         workers: number of ranks.
@@ -118,6 +120,8 @@ def run_job(workers: int, directory: Path, name: str, *command: str, timeout: in
     job = _run_once(workers, directory, name, *command, timeout=timeout)
     if NOT_TOGETHER in job.said:
         job.logs.rename(directory / f"{name}_logs_of_first_try")
+        stacks = (f"--- {path.name}\n{path.read_text()}" for path in _stacks(directory).iterdir())
+        warnings.warn("ranks did not come together:\n" + "\n".join(stacks), stacklevel=2)
         job = _run_once(workers, directory, name, *command, timeout=timeout, forks=False)
     return job
 
@@ -127,7 +131,9 @@ def _run_once(
 ) -> Job:
     logs, log = directory / f"{name}_logs", directory / f"{name}.log"
     forked = [str(HERE / "forked.py")] if forks else []
-    variables = {SOCKET: str(start_server()[1])} if forks else {}
+    stacks = _stacks(directory)
+    stacks.mkdir(exist_ok=True)
+    variables = {SOCKET: str(start_server()[1]), STACKS: str(stacks)} if forks else {}
     msrun = Path(sys.executable).parent / "msrun"
     flags = [
         f"--worker_num={workers}", f"--local_worker_num={workers}",
@@ -147,6 +153,10 @@ def _run_once(
     finally:
         end(process, directory)
     return Job(code, ending, log.read_text(errors="replace"), logs)
+
+
+def _stacks(directory: Path) -> Path:
+    return directory / "stacks"
 
 
 def end(process: subprocess.Popen, directory: Path) -> None:

@@ -4,8 +4,9 @@ import subprocess
 import sys
 import time
 
+import pytest
 from distributed import harness
-from distributed.forked import SOCKET, start_server
+from distributed.forked import SOCKET, STACKS, start_server
 from distributed.harness import HERE, NOT_TOGETHER, Job, end, environment, run_job
 
 
@@ -63,11 +64,25 @@ def test_ranks_that_do_not_come_together_are_started_once_more_without_forks(tmp
     def run_once(workers, directory, name, *command, timeout, forks=True):
         tried.append(forks)
         (directory / f"{name}_logs").mkdir()
+        (directory / "stacks").mkdir(exist_ok=True)
+        (directory / "stacks" / "fork-0").write_text("in _become")
         return Job(1, "exit code 1", NOT_TOGETHER, directory / f"{name}_logs")
 
     monkeypatch.setattr(harness, "_run_once", run_once)
-    run_job(2, tmp_path, "job", "script.py", timeout=1)
+    with pytest.warns(UserWarning, match="fork-0\nin _become"):
+        run_job(2, tmp_path, "job", "script.py", timeout=1)
     assert tried == [True, False]
+
+
+def test_a_fork_that_stands_still_says_where(tmp_path, monkeypatch):
+    monkeypatch.setenv(STACKS, str(tmp_path))
+    code = (
+        "from distributed import forked; forked.STANDS_STILL = 0.2; forked._write_stack_later('x');"
+    )
+    code += " import time\ndef waits():\n    time.sleep(1)\nwaits()"
+    subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), check=True)
+    [stack] = tmp_path.glob("x-*")
+    assert "in waits" in stack.read_text()
 
 
 def test_a_job_without_forks_runs_the_command(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from support.updates import Ours, check, histories, start_values, training
 
+from mistral_ms.errors import ConfigError
 from mistral_ms.optimizers import settings_of
 
 TOLERANCE = 2e-6
@@ -76,6 +77,12 @@ def test_patterns_leave_matrices_to_adamw():
     assert {"exp_avg.wide.weight", "exp_avg_sq.norm.weight"} <= state
     assert {"momentum_buffer.matrix.weight", "momentum_buffer.stacked"} <= state
     assert len(state) == 2 + 2 + 1 + 1
+
+
+def test_a_pattern_for_adamw_that_matches_nothing_is_named():
+    config = training({"name": "muon", "adamw_for": ["wide.*", "matrixes.*"]})
+    with pytest.raises(ConfigError, match=r"optimizer\.adamw_for: matrixes\.\*: .*matrix\.weight"):
+        Ours(config, start_values())
 
 
 def test_a_gradient_of_zero_gives_no_step():

@@ -31,10 +31,21 @@ def test_every_setting_is_spelled_out_and_survives_a_file():
             {"name": "adamv"},
             r"training\.optimizer\.name: adamv: .*perhaps adamw",
         ),
-        ({"name": "adamw", "momentum": 0.9}, r"unknown key: training\.optimizer: momentum"),
+        (
+            {"name": "adamw", "momentum": 0.9},
+            r"optimizer\.momentum: .*setting of muon and sgd",
+        ),
         (
             {"name": "sgd", "adam_beta1": 0.9},
-            r"unknown key: training\.optimizer: adam_beta1.*nesterov",
+            r"training\.optimizer\.adam_beta1: .*of adamw and muon.*optimizer=\{name: sgd\}",
+        ),
+        (
+            {"name": "sgd", "momentun": 0.9},
+            r"unknown key: training\.optimizer: momentun.*perhaps momentum; .*nesterov",
+        ),
+        (
+            {"name": "muon", "betas": [0.9, 0.95]},
+            r"unknown key: training\.optimizer: betas.*perhaps adam_beta1 or adam_beta2",
         ),
         ({"adam_beta1": 1.0}, r"training\.optimizer: adam_beta1: 1\.0"),
         ({"adam_beta2": 1.0}, r"training\.optimizer: adam_beta2: 1\.0"),
