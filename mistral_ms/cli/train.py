@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mistral_ms.launch import Heartbeat
     from mistral_ms.parallel.context import ParallelContext
     from mistral_ms.training import RunResult
+    from mistral_ms.training.held_out import EvaluationRecord
 
 
 def train(
@@ -150,9 +151,21 @@ def _execute(
         if training.memory_warning is not None:
             say(training.memory_warning)
         with show_progress(console, steps) as progress:
-            result = training.execute([progress, heartbeat], heartbeat.phase)
+            result = training.execute(
+                [progress, heartbeat],
+                heartbeat.phase,
+                on_evaluation=[lambda record: say(evaluation_line(record))],
+            )
     report(console, result)
     return result
+
+
+def evaluation_line(record: EvaluationRecord) -> str:
+    """An evaluation on held-out data in one line."""
+    return (
+        f"step {record.step}: held-out loss {record.loss:.4f}, perplexity {record.perplexity:.2f}, "
+        f"accuracy {100 * record.accuracy:.2f} %{', the best so far' if record.best else ''}"
+    )
 
 
 def report(console: Console, result: RunResult) -> None:
@@ -168,11 +181,14 @@ def report(console: Console, result: RunResult) -> None:
         console.print(f"{summary.skipped} steps without an update: float16 overflowed")
     for what, path in (
         ("checkpoint", result.checkpoint),
+        ("best", files.best),
+        ("evaluations", files.evaluations),
         ("metrics", files.metrics),
         ("pictures", files.figures),
         ("TensorBoard", files.tensorboard),
         ("summary", files.summary),
     ):
-        console.print(f"{what:11}  {path}", markup=False)
+        if path.exists() or what not in ("best", "evaluations"):
+            console.print(f"{what:11}  {path}", markup=False)
     if not summary.finished:
         console.print(f"go on with   --resume {files.root}", markup=False)

@@ -3,6 +3,7 @@
 from mistral_ms.config.capacity import expert_capacity
 from mistral_ms.config.conventions import IGNORE_INDEX, PACKAGED_TOKENIZER
 from mistral_ms.config.data import DataConfig, DataSourceConfig, PackingConfig
+from mistral_ms.config.evaluation import EvaluationConfig
 from mistral_ms.config.extensions import when_unknown
 from mistral_ms.config.gates import (
     GateSettings,
@@ -54,6 +55,7 @@ __all__ = [
     "DType",
     "DataConfig",
     "DataSourceConfig",
+    "EvaluationConfig",
     "GateSettings",
     "GenerationConfig",
     "GenerationFile",

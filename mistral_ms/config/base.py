@@ -49,20 +49,31 @@ def validate(model: type[Model], values: Mapping[str, Any], where: str) -> Model
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        first = error.errors()[0]
-        key, found = ".".join(str(part) for part in first["loc"]), first.get("input")
-        unknown = first["type"] == "extra_forbidden"
-        known = _advice(model, first["loc"]) if unknown else None
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "model_type":
-            message = "must be a group of keys and values"
-        raise ConfigError(
-            "unknown key" if unknown else "invalid configuration",
-            where=f"{where}: {key}" if key else where,
-            value=repr(found) if key and not isinstance(found, Mapping) else None,
-            rule="no key is ignored" if unknown else message,
-            todo=known or _near_value(first),
-        ) from error
+        raise in_our_words(model, error, where) from error
+
+
+def in_our_words(model: type[Frozen], error: ValidationError, where: str) -> ConfigError:
+    """The first violation that pydantic found.
+
+    Args:
+        model: the configuration class.
+        error: of its validation.
+        where: the file or the argument that the values came from.
+    """
+    first = error.errors()[0]
+    key, found = ".".join(str(part) for part in first["loc"]), first.get("input")
+    unknown = first["type"] == "extra_forbidden"
+    known = _advice(model, first["loc"]) if unknown else None
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "model_type":
+        message = "must be a group of keys and values"
+    return ConfigError(
+        "unknown key" if unknown else "invalid configuration",
+        where=f"{where}: {key}" if key else where,
+        value=repr(found) if key and not isinstance(found, Mapping) else None,
+        rule="no key is ignored" if unknown else message,
+        todo=known or _near_value(first),
+    )
 
 
 def _takes_bool(annotation: Any) -> bool:

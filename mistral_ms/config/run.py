@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from mistral_ms.config.base import Frozen, validate
 from mistral_ms.config.conventions import PACKAGED_TOKENIZER
 from mistral_ms.config.data import DataSourceConfig
+from mistral_ms.config.evaluation import EvaluationConfig
 from mistral_ms.config.model import ModelConfig
 from mistral_ms.config.parallel import ParallelConfig
 from mistral_ms.config.routing import RoutingConfig
@@ -78,6 +79,7 @@ class RunConfig(Frozen):
         init_from: the checkpoint whose weights the training starts with: its path, or a group of
             path, format, verify and follow_links. Without one the weights are drawn.
         checkpoint: when the training is saved.
+        evaluation: held-out data that the training is judged by while it goes on; None: it is not.
         output: directory of all that the run writes; ``runs/NAME`` when not given, with the run
             file's name.
     """
@@ -89,6 +91,7 @@ class RunConfig(Frozen):
     data: DataSourceConfig | None = None
     init_from: InitFromConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig | None = None
     output: Path | None = None
 
     @field_validator("init_from", mode="before")
@@ -189,9 +192,11 @@ def run_config(values: Mapping[str, Any], path: Path) -> RunConfig:
 def spelled_out(run: RunConfig) -> str:
     """A run as the text of a file that means the same wherever it lies and is read."""
     values = run.model_dump(mode="json")
-    for group, key in (("init_from", "path"), ("data", "dataset")):
+    for group, key in (("init_from", "path"), ("data", "dataset"), ("evaluation", "dataset")):
         if values.get(group) and values[group].get(key):
             values[group][key] = str(Path(values[group][key]).resolve())
+    if evaluation := values.get("evaluation"):
+        evaluation["inputs"] = [str(Path(name).resolve()) for name in evaluation["inputs"]]
     if data := values.get("data"):
         data["inputs"] = [str(Path(name).resolve()) for name in data["inputs"]]
         tokenizer = data.get("tokenizer")

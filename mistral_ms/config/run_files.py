@@ -94,16 +94,17 @@ def _beside(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
             values[key] = moved(values[key])
     if isinstance(start := values.get("init_from"), dict) and "path" in start:
         values["init_from"] = {**start, "path": moved(start["path"])}
+    for group in ("data", "evaluation"):
+        if isinstance(source := values.get(group), dict):
+            source = dict(source)
+            if "dataset" in source:
+                source["dataset"] = moved(source["dataset"])
+            if isinstance(source.get("inputs"), list):
+                source["inputs"] = [moved(item) for item in source["inputs"]]
+            values[group] = source
     data = values.get("data")
-    if isinstance(data, dict):
-        data = dict(data)
-        if "dataset" in data:
-            data["dataset"] = moved(data["dataset"])
-        if isinstance(data.get("inputs"), list):
-            data["inputs"] = [moved(item) for item in data["inputs"]]
-        if not str(data.get("tokenizer")).startswith(PACKAGED_TOKENIZER):
-            data["tokenizer"] = moved(data.get("tokenizer"))
-        values["data"] = data
+    if isinstance(data, dict) and not str(data.get("tokenizer")).startswith(PACKAGED_TOKENIZER):
+        data["tokenizer"] = moved(data.get("tokenizer"))
     return values
 
 
@@ -115,6 +116,8 @@ def _without_rival(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
         ("training.num_train_epochs", "max_steps"),
         ("data.dataset", "inputs"),
         ("data.inputs", "dataset"),
+        ("evaluation.dataset", "inputs"),
+        ("evaluation.inputs", "dataset"),
     )
     given = {item.partition("=")[0] for item in overrides}
     for key, rival in rivals:

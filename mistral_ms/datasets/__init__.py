@@ -5,11 +5,18 @@ packages) is loaded in :mod:`mistral_ms.datasets.mindrecord` alone, and only whe
 written or read: bad input is reported before that.
 """
 
-from mistral_ms.datasets.batches import Batch, BatchSource, InMemorySequences, SequenceOrder
+from mistral_ms.datasets.batches import (
+    Batch,
+    BatchSource,
+    InMemorySequences,
+    SequenceOrder,
+    SequenceSource,
+)
 from mistral_ms.datasets.build import BuildResult, build_dataset
 from mistral_ms.datasets.description import DatasetInfo, check_fit, read_info, verify
 from mistral_ms.datasets.encoding import DocumentEncoder, vocabulary_digest
 from mistral_ms.datasets.packing import PackedSequence, Packer
+from mistral_ms.datasets.rows import RowSequences
 from mistral_ms.datasets.sequences import MindRecordSequences
 
 __all__ = [
@@ -22,7 +29,9 @@ __all__ = [
     "MindRecordSequences",
     "PackedSequence",
     "Packer",
+    "RowSequences",
     "SequenceOrder",
+    "SequenceSource",
     "build_dataset",
     "check_fit",
     "read_info",

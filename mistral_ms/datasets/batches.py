@@ -75,6 +75,35 @@ class BatchSource(Protocol):
         ...
 
 
+class SequenceSource(BatchSource, Protocol):
+    """A dataset whose sequences can be read by number, too.
+
+    Attributes:
+        seq_length: S.
+        segmented: whether tokens of different documents do not see each other.
+        digest: of what the sequences hold: a training goes on with those that it began with.
+    """
+
+    @property
+    def seq_length(self) -> int:
+        """S."""
+        ...
+
+    @property
+    def segmented(self) -> bool:
+        """See the class."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """See the class."""
+        ...
+
+    def read(self, samples_B: np.ndarray) -> Batch:
+        """The sequences with these numbers."""
+        ...
+
+
 def pack_sequences(
     ids: Sequence[int], seq_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -45,6 +45,16 @@ class MindRecordSequences:
         """S."""
         return self.info.config.seq_length
 
+    @property
+    def digest(self) -> str:
+        """Of what the sequences hold; see :class:`DatasetInfo`."""
+        return self.info.digest
+
+    @property
+    def segmented(self) -> bool:
+        """Whether tokens of different documents do not see each other."""
+        return self.info.config.boundaries == "attention"
+
     def check_model(self, model: ModelConfig, tokenizer: Tokenizer | None = None) -> None:
         """Checks that ``model`` can be trained on this; see :func:`check_fit`."""
         check_fit(self._directory, self.info, model, tokenizer)

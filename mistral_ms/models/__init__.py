@@ -7,6 +7,7 @@ from mistral_ms.models.model_chunk import ModelChunk
 from mistral_ms.models.objective import LossReport, Objective, tokens_at_a_time
 from mistral_ms.models.recomputation import recompute
 from mistral_ms.models.scores import Scores
+from mistral_ms.models.shared import share_parameters
 
 __all__ = [
     "CausalLM",
@@ -19,5 +20,6 @@ __all__ = [
     "Scores",
     "check_weights",
     "recompute",
+    "share_parameters",
     "tokens_at_a_time",
 ]

@@ -10,7 +10,12 @@ from mistral_ms.tokenizer.base import (
 )
 from mistral_ms.tokenizer.chat import ChatFormat
 from mistral_ms.tokenizer.dialogue import Dialogue
-from mistral_ms.tokenizer.load import find_tokenizer, load_tokenizer, packaged_tokenizer
+from mistral_ms.tokenizer.load import (
+    find_tokenizer,
+    has_tokenizer,
+    load_tokenizer,
+    packaged_tokenizer,
+)
 from mistral_ms.tokenizer.mistral_chat import MistralChat
 from mistral_ms.tokenizer.stream import StreamDecoder
 
@@ -26,6 +31,7 @@ __all__ = [
     "copy_files",
     "end_token_notes",
     "find_tokenizer",
+    "has_tokenizer",
     "load_tokenizer",
     "packaged_tokenizer",
 ]

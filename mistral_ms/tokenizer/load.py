@@ -92,6 +92,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
     )
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether there is one for :func:`load_tokenizer` in a directory, good or bad."""
+    names = (*MODEL_NAMES, JSON_NAME)
+    return any(is_file(directory / name) for name in names) or any(directory.glob("*tekken*.json"))
+
+
 def _companions(path: Path) -> dict[str, Path]:
     beside = {name: path.with_name(name) for name in COMPANION_NAMES}
     return {name: file for name, file in beside.items() if is_file(file) and file != path}

@@ -14,7 +14,7 @@ from mindspore import Tensor
 from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import IGNORE_INDEX
-from mistral_ms.datasets import Batch, MindRecordSequences
+from mistral_ms.datasets import Batch, MindRecordSequences, SequenceSource
 from mistral_ms.errors import TokenizerError
 from mistral_ms.models import CausalLM, Scores
 from mistral_ms.ops.modes import graph_mode
@@ -44,51 +44,65 @@ class Evaluation:
     tokens_per_s: float
 
 
-def evaluate(
-    model: CausalLM,
-    data: MindRecordSequences,
-    batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
-) -> Evaluation:
-    """Predicts every token of a dataset that counts.
+class Evaluator:
+    """Predicts every token of a dataset that counts; compiled once, called as often as one likes.
 
     Args:
         model: with its weights, and the routing it shall be judged with (dropless, usually).
         data: the sequences; their order does not matter.
         batch_size: sequences at a time.
-        progress: called with the sequences done and their number.
     """
-    model.set_train(False)
-    scores = Scores(model)
-    batch_size = min(batch_size, data.sequences)
-    sums = np.zeros(3, np.float64)
-    started = time.perf_counter()
-    compiled, first = started, 0.0
-    for begin in range(0, data.sequences, batch_size):
-        samples = np.arange(begin, min(begin + batch_size, data.sequences), dtype=np.int32)
-        batch = _filled(data.read(samples), batch_size)
-        arrays = (batch.ids_BS, batch.labels_BS, batch.positions_BS, batch.segments_BS)
-        with graph_mode():
-            parts = scores(*(Tensor(array) for array in arrays))
-        sums += [float(part.asnumpy()) for part in parts]
-        if begin == 0:
-            compiled, first = time.perf_counter(), sums[2]
-        if progress is not None:
-            progress(begin + len(samples), data.sequences)
-    ended = time.perf_counter()
-    nll, right, tokens = sums
-    alone = tokens == first
-    rate = tokens / (ended - started) if alone else (tokens - first) / (ended - compiled)
-    loss = nll / tokens
-    return Evaluation(
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
-        accuracy=right / tokens,
-        tokens=int(tokens),
-        sequences=data.sequences,
-        seconds=round(ended - started, 3),
-        tokens_per_s=round(rate, 1),
-    )
+
+    def __init__(self, model: CausalLM, data: SequenceSource, batch_size: int = 8) -> None:
+        model.set_train(False)
+        self.data, self.batch_size = data, min(batch_size, data.sequences)
+        self._scores = Scores(model)
+
+    def __call__(self, progress: Callable[[int, int], None] | None = None) -> Evaluation:
+        """The model's weights as they are now.
+
+        Args:
+            progress: called with the sequences done and their number.
+        """
+        data, size = self.data, self.batch_size
+        sums = np.zeros(3, np.float64)
+        started = time.perf_counter()
+        compiled, first = started, 0.0
+        for begin in range(0, data.sequences, size):
+            samples = np.arange(begin, min(begin + size, data.sequences), dtype=np.int32)
+            batch = _filled(data.read(samples), size)
+            arrays = (batch.ids_BS, batch.labels_BS, batch.positions_BS, batch.segments_BS)
+            with graph_mode():
+                parts = self._scores(*(Tensor(array) for array in arrays))
+            sums += [float(part.asnumpy()) for part in parts]
+            if begin == 0:
+                compiled, first = time.perf_counter(), sums[2]
+            if progress is not None:
+                progress(begin + len(samples), data.sequences)
+        ended = time.perf_counter()
+        nll, right, tokens = sums.tolist()
+        alone = tokens == first
+        rate = tokens / (ended - started) if alone else (tokens - first) / (ended - compiled)
+        loss = nll / tokens
+        return Evaluation(
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),
+            accuracy=right / tokens,
+            tokens=int(tokens),
+            sequences=data.sequences,
+            seconds=round(ended - started, 3),
+            tokens_per_s=round(rate, 1),
+        )
+
+
+def evaluate(
+    model: CausalLM,
+    data: SequenceSource,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Predicts every token of a dataset that counts, once; see :class:`Evaluator`."""
+    return Evaluator(model, data, batch_size)(progress)
 
 
 def _filled(batch: Batch, rows: int) -> Batch:

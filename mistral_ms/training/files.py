@@ -35,6 +35,21 @@ class RunFiles:
         return self.root / "metrics.jsonl"
 
     @property
+    def held_out(self) -> Path:
+        """The held-out sequences, when the run packed them itself."""
+        return self.root / "held_out"
+
+    @property
+    def evaluations(self) -> Path:
+        """One JSON line for each evaluation on held-out data."""
+        return self.root / "evaluation.jsonl"
+
+    @property
+    def best(self) -> Path:
+        """The weights of the lowest loss on held-out data."""
+        return self.root / "best"
+
+    @property
     def tensorboard(self) -> Path:
         """TensorBoard's events."""
         return self.root / "tensorboard"

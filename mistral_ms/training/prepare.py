@@ -10,7 +10,7 @@ from mindspore import Parameter
 
 from mistral_ms.checkpoint import open_checkpoint, tokenizer_files
 from mistral_ms.checkpoint.load import load_weights
-from mistral_ms.config import DataConfig, RunConfig
+from mistral_ms.config import DataConfig, DataSourceConfig, PackingConfig, RunConfig
 from mistral_ms.config.computation import check_same_model
 from mistral_ms.datasets import MindRecordSequences, build_dataset
 from mistral_ms.errors import ConfigError, TokenizerError
@@ -56,17 +56,68 @@ def open_data(
         ConfigError: no data, or sequences of another length than the run's.
         DataError: texts or a dataset that cannot be read, or that are not for this model.
     """
-    data, training = run.data, run.training
+    data = run.data
     if data is None:
         raise ConfigError(
             "nothing to learn", where="data", rule="name data.dataset, or data.inputs"
         )
     packed = data.dataset is None and files.dataset.exists()
     tokenizer = _tokenizer(run, optional=resuming and (packed or data.dataset is not None))
+    sequences = _sequences(
+        run, data, files.dataset, run.training.global_batch_size, tokenizer, parallel_context, say
+    )
+    if tokenizer is not None and parallel_context.is_rank_0:
+        for note in end_token_notes(tokenizer, run.model.eos_token_ids):
+            say(f"note: {note}")
+    return sequences, tokenizer
+
+
+def open_held_out(
+    run: RunConfig,
+    files: RunFiles,
+    tokenizer: Tokenizer | None,
+    parallel_context: ParallelContext,
+    say: Say,
+) -> MindRecordSequences:
+    """The held-out sequences, packed first where the run names texts.
+
+    Raises:
+        ConfigError: no data, or sequences of another length than the run's.
+        DataError: as :func:`open_data`.
+    """
+    held_out = run.evaluation
+    if held_out is None or (held_out.dataset is None and not held_out.inputs):
+        raise ConfigError(
+            "nothing to evaluate on",
+            where="evaluation",
+            rule="name evaluation.dataset, or evaluation.inputs",
+        )
+    packing = PackingConfig() if run.data is None else run.data.packing
+    source = DataSourceConfig.model_construct(
+        dataset=held_out.dataset, inputs=held_out.inputs, packing=packing
+    )
+    if held_out.inputs and tokenizer is None and not files.held_out.exists():
+        raise ConfigError(
+            "texts without a tokenizer", where="evaluation.inputs", rule="they need data.tokenizer"
+        )
+    return _sequences(run, source, files.held_out, 1, tokenizer, parallel_context, say)
+
+
+def _sequences(
+    run: RunConfig,
+    data: DataSourceConfig,
+    own: Path,
+    batch_size: int,
+    tokenizer: Tokenizer | None,
+    parallel_context: ParallelContext,
+    say: Say,
+) -> MindRecordSequences:
+    """A dataset, made of texts first where its source names some; ``own`` is where to."""
+    training = run.training
     if data.dataset is not None:
         directory = data.dataset
     else:
-        directory = files.dataset
+        directory = own
         if parallel_context.is_rank_0 and not directory.exists():
             assert tokenizer is not None
             config = DataConfig(seq_length=training.seq_length, **data.packing.model_dump())
@@ -76,7 +127,7 @@ def open_data(
                 say(f"note: {note}")
             say(f"packed {counts.tokens} tokens into {counts.sequences} sequences: {directory}")
     parallel_context.barrier()
-    sequences = MindRecordSequences(directory, training.global_batch_size, training.seed)
+    sequences = MindRecordSequences(directory, batch_size, training.seed)
     if sequences.seq_length != training.seq_length:
         raise ConfigError(
             "sequences of another length",
@@ -86,10 +137,7 @@ def open_data(
             todo="pack it again, or train with its length",
         )
     sequences.check_model(run.model, tokenizer)
-    if tokenizer is not None and parallel_context.is_rank_0:
-        for note in end_token_notes(tokenizer, run.model.eos_token_ids):
-            say(f"note: {note}")
-    return sequences, tokenizer
+    return sequences
 
 
 def _tokenizer(run: RunConfig, optional: bool = False) -> Tokenizer | None:

@@ -14,16 +14,20 @@ import mindspore as ms
 
 from mistral_ms.checkpoint import BackgroundWriter, CheckpointSeries, read_state
 from mistral_ms.config import RunConfig, spelled_out
+from mistral_ms.datasets import SequenceSource
 from mistral_ms.errors import CheckpointError, TrainingError
+from mistral_ms.models import CausalLM
 from mistral_ms.moe import make_gate, router_loss_terms
 from mistral_ms.optimizers import with_settings
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.memory import too_large
 from mistral_ms.parallel.pipeline import check_objective
+from mistral_ms.tokenizer import Tokenizer
 from mistral_ms.training.failure import write_failure
 from mistral_ms.training.figures import write_figures
 from mistral_ms.training.files import RunFiles
 from mistral_ms.training.graph_step import GraphTrainStep
+from mistral_ms.training.held_out import HeldOut, OnEvaluation, check_evaluation
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.interrupt import stop_on_signals
 from mistral_ms.training.loop import Observer, TrainingSummary, train
@@ -31,7 +35,14 @@ from mistral_ms.training.memory import MemoryReport, step_memory
 from mistral_ms.training.metrics import MetricsWriter, StepRecord, read_metrics
 from mistral_ms.training.objective import make_objective
 from mistral_ms.training.parts import save_parts, take_part
-from mistral_ms.training.prepare import Say, check_device, initialize, open_data, side_files
+from mistral_ms.training.prepare import (
+    Say,
+    check_device,
+    initialize,
+    open_data,
+    open_held_out,
+    side_files,
+)
 from mistral_ms.training.result import NotFiniteError
 from mistral_ms.training.state import restore, take_snapshot
 from mistral_ms.training.step import TrainStep, Update
@@ -80,6 +91,10 @@ class TrainingRun:
         resume: go on with the training that is there; otherwise the directory must hold none.
         say: told in a line each what is being done.
         parallel_context: which part of the run this process has; None when it is alone.
+        data: the sequences, of a program that has them; None: those that the run names.
+        held_out: likewise, those that it is judged by.
+        model: what is trained, of a program that has it, with explicit execution in one process;
+            None: one is made, its weights drawn or read as the run says.
 
     Raises:
         BusyError: another training is writing into the directory.
@@ -95,8 +110,12 @@ class TrainingRun:
         resume: bool,
         say: Say,
         parallel_context: ParallelContext | None = None,
+        data: SequenceSource | None = None,
+        held_out: SequenceSource | None = None,
+        model: CausalLM | None = None,
     ) -> None:
         self.files, self._say = RunFiles(output), say
+        self._given = data, held_out, model
         self.parallel_context = (
             ParallelContext(run.parallel) if parallel_context is None else parallel_context
         )
@@ -116,16 +135,25 @@ class TrainingRun:
         """Everything that comes before the first step."""
         say = self._say
         _check_model(run)  # before texts are packed, which may take long
-        self.data, tokenizer = open_data(
-            run, self.files, self.parallel_context, say, resuming=resume
-        )
+        given, held_out, _ = self._given
+        tokenizer: Tokenizer | None = None
+        if given is None:
+            self.data: SequenceSource
+            self.data, tokenizer = open_data(
+                run, self.files, self.parallel_context, say, resuming=resume
+            )
+        else:
+            self.data = given
+        if run.evaluation is not None:
+            way = run.parallel.execution_on(ms.get_context("device_target"))
+            check_evaluation(self.parallel_context.world, way)
+            if held_out is None:
+                held_out = open_held_out(run, self.files, tokenizer, self.parallel_context, say)
         if run.routing.policy == "experts_choose" and run.model.sparse_layers:
             say(LOOKS_AHEAD)
         training = with_settings(run.training.with_max_steps(self.data.sequences))
         self.run = run.model_copy(update={"training": training})
-        self.identity = Identity(
-            run.model, run.routing, training, run.parallel, self.data.info.digest
-        )
+        self.identity = Identity(run.model, run.routing, training, run.parallel, self.data.digest)
         self.series = CheckpointSeries(self.files.checkpoints, run.checkpoint.save_total_limit)
         found = self._newest() if resume else None
         self.update = self._update(drawn=found is None)
@@ -149,6 +177,20 @@ class TrainingRun:
             if self.files.metrics.exists():
                 step = self.update.progress.step
                 self.history = read_metrics(self.files.metrics, step)
+        self.held_out: HeldOut | None = None
+        if run.evaluation is not None:
+            assert held_out is not None and isinstance(self.update, TrainStep)
+            self.held_out = HeldOut(
+                run.evaluation,
+                self.update.model,
+                run.training.dtype,
+                held_out,
+                last_step=self.run.training.last_step,
+                path=self.files.evaluations,
+                step=self.update.progress.step,
+                best=self.files.best,
+                extra_files=dict(self.side_files),
+            )
         self.memory = self.update.memory()
         device = ms.get_context("device_target")
         self.activations = step_memory(self.run, self.parallel_context, self.memory, device)
@@ -163,14 +205,17 @@ class TrainingRun:
         """
         run, parallel_context = self.run, self.parallel_context
         if run.parallel.execution_on(ms.get_context("device_target")) == "graph":
-            segmented = self.data.info.config.boundaries == "attention"
-            update = GraphTrainStep(run, parallel_context, segmented=segmented)
+            update = GraphTrainStep(run, parallel_context, segmented=self.data.segmented)
             if drawn:
                 initialize(update.held(), update.storage, run, parallel_context, self._say)
             return update
-        model = parallel_context.build_model(
-            run.model, run.routing, run.training.dtype, positions=run.training.seq_length
-        )
+        *_, model = self._given
+        if model is None:
+            model = parallel_context.build_model(
+                run.model, run.routing, run.training.dtype, positions=run.training.seq_length
+            )
+        else:
+            drawn = False  # it has its weights
         if drawn:  # before the optimizer copies them
             storage = parallel_context.storage(model.specs)
             initialize(model.weights(), storage, run, parallel_context, self._say)
@@ -217,12 +262,18 @@ class TrainingRun:
         self,
         observers: Sequence[Observer] = (),
         phase: Callable[[str], None] = lambda name: None,
+        *,
+        on_evaluation: Sequence[OnEvaluation] = (),
+        stop: Callable[[], bool] = lambda: False,
     ) -> RunResult:
-        """Trains to the end, or until a signal asks to stop; both save a checkpoint.
+        """Trains to the end, or until a signal, too many evaluations without progress, or ``stop``
+        ask to end; each saves a checkpoint.
 
         Args:
             observers: called with each step's record, after the run's own.
             phase: told the name of whatever takes time and is not a step.
+            on_evaluation: called with the record of each evaluation on held-out data.
+            stop: asked before each step.
 
         Raises:
             NotFiniteError: a loss that is not finite; a report and a checkpoint from before the
@@ -232,10 +283,15 @@ class TrainingRun:
         self._phase = phase
         phase("first step")
         with self._claim:  # ends when the last file is written
-            return self._execute(observers)
+            return self._execute(observers, on_evaluation, stop)
 
-    def _execute(self, observers: Sequence[Observer]) -> RunResult:
-        files, update = self.files, self.update
+    def _execute(
+        self,
+        observers: Sequence[Observer],
+        on_evaluation: Sequence[OnEvaluation],
+        ends: Callable[[], bool],
+    ) -> RunResult:
+        files, update, held_out = self.files, self.update, self.held_out
         records = list(self.history)
         with ExitStack() as stack:
             writer = stack.enter_context(BackgroundWriter())
@@ -245,15 +301,21 @@ class TrainingRun:
                 files.config.write_text(spelled_out(self.run), encoding="utf-8")
                 own.append(stack.enter_context(MetricsWriter(files.metrics, self.history)))
                 first = update.progress.step + 1
-                own.append(stack.enter_context(TensorBoardWriter(files.tensorboard, first)))
+                board = stack.enter_context(TensorBoardWriter(files.tensorboard, first))
+                own.append(board)
+                on_evaluation = (board.evaluated, *on_evaluation)
             own.append(self._saver(writer))
+            if self.held_out is not None:
+                own.append(self._judge(self.held_out, on_evaluation))
             try:
                 summary = train(
                     update,
                     self.data,
                     (*own, *observers),
                     history=self.history,
-                    stop=lambda: self.parallel_context.any_rank(stop()),
+                    stop=lambda: self.parallel_context.any_rank(
+                        stop() or ends() or (held_out is not None and held_out.ends_training)
+                    ),
                     world_size=self.parallel_context.world,
                 )
             except NotFiniteError as error:
@@ -278,6 +340,13 @@ class TrainingRun:
                 self._save(writer)
 
         return save
+
+    def _judge(self, held_out: HeldOut, told: Sequence[OnEvaluation]) -> Observer:
+        def judge(record: StepRecord) -> None:
+            self._phase("evaluating")
+            held_out(record, told)
+
+        return judge
 
     def _save(self, writer: BackgroundWriter) -> None:
         """Copies the state now and writes it while the training goes on."""

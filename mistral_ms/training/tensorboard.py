@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
+from mistral_ms.training.held_out import EvaluationRecord
 from mistral_ms.training.metrics import StepRecord
 
 
@@ -42,6 +43,11 @@ class TensorBoardWriter:
             scalars[f"routing/idlest_expert/layer_{layer}"] = min(load) * len(load)
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, record.step)
+
+    def evaluated(self, record: EvaluationRecord) -> None:
+        """Writes the scalars of one evaluation on held-out data."""
+        for name in ("loss", "perplexity", "accuracy"):
+            self._writer.add_scalar(f"evaluation/{name}", getattr(record, name), record.step)
 
     def __enter__(self) -> TensorBoardWriter:
         return self
