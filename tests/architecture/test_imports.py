@@ -77,7 +77,10 @@ TABLE = {
     "checkpoint": rule(
         "config weights staging parallel.topology",
         "numpy safetensors torch mindspore",
-        mindspore_only_in="mistral_ms.checkpoint.load mistral_ms.checkpoint.merge_ranks",
+        mindspore_only_in=(
+            "mistral_ms.checkpoint.load mistral_ms.checkpoint.save "
+            "mistral_ms.checkpoint.merge_ranks"
+        ),
     ),
     "datasets": rule(
         "config staging tokenizer",

@@ -11,9 +11,13 @@ from mindspore import Tensor
 from support.links import link_files
 
 from mistral_ms.checkpoint import CheckpointSeries, open_checkpoint
+from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import load_run_config
+from mistral_ms.datasets import MindRecordSequences
 from mistral_ms.errors import BusyError, CheckpointError, ConfigError, DataError, TrainingError
 from mistral_ms.training import NotFiniteError, TrainingRun, read_metrics
+from mistral_ms.training.evaluate import Evaluator, load_for_evaluation
+from mistral_ms.training.held_out import read_evaluations
 
 MODEL = dict(
     vocab_size=32000,
@@ -62,8 +66,29 @@ def prepare(run_file, tmp_path):
 def finished(run_file, tmp_path_factory):
     """One run to look at."""
     output = tmp_path_factory.mktemp("finished") / "out"
-    run = TrainingRun(load_run_config(run_file), output, resume=False, say=lambda line: None)
-    return run.execute()
+    held_out = run_file.with_name("held_out.txt")
+    held_out.write_text("The tide turns, and nobody thanks it. " * 3)
+    judged = [f"evaluation={{eval_steps: 3, keep_best: true, inputs: [{held_out}]}}"]
+    run = load_run_config(run_file, judged)
+    return TrainingRun(run, output, resume=False, say=lambda line: None).execute()
+
+
+def test_held_out_data_judges_a_run(finished):
+    """After step 3, and after the last one: as the evaluate command judges its checkpoint."""
+    files = finished.files
+    records = read_evaluations(files.evaluations)
+    assert [record.step for record in records] == [3, 4]
+    data = MindRecordSequences(files.held_out, 1, 0)
+    model = load_for_evaluation(finished.checkpoint, data)
+    evaluate = Evaluator(model, data)
+    last = evaluate()
+    # the same sums in float32, by another graph
+    assert records[-1].loss == pytest.approx(last.loss, rel=1e-6)
+    assert records[-1].tokens == last.tokens
+    with open_checkpoint(files.best) as source:
+        load_weights(source, model.weights())
+    lowest = min(records, key=lambda record: record.loss)
+    assert lowest.best and evaluate().loss == pytest.approx(lowest.loss, rel=1e-6)
 
 
 def test_says_that_experts_that_choose_look_ahead(prepare):
@@ -79,6 +104,21 @@ class TestRefusedBeforeAnythingIsWritten:
             (["data.inputs=[none.txt]"], DataError, r"none\.txt"),
             (["data.dataset=none"], DataError, r"no dataset: none"),
             (["model.vocab_size=31999"], DataError, r"another vocabulary: .*32000.*31999"),
+            (
+                ["evaluation={eval_steps: 2}"],
+                ConfigError,
+                r"evaluate on: evaluation: name evaluation\.dataset, or evaluation\.inputs",
+            ),
+            (
+                ["evaluation={eval_steps: 2, inputs: [none.txt]}"],
+                DataError,
+                r"none\.txt",
+            ),
+            (
+                ["evaluation={eval_steps: 2, dataset: x}", "parallel.execution=graph"],
+                ConfigError,
+                r"impossible evaluation: evaluation: 1 processes, execution graph",
+            ),
             (["init_from=none"], CheckpointError, r"no such directory: none"),
             (
                 [*EXPERTS_CHOOSE, "model.moe.gate=sigmoid_top_k"],
@@ -125,7 +165,7 @@ class TestWhatARunLeaves:
         names = {path.name for path in finished.files.root.iterdir()}
         assert names == {
             "run.yaml", "dataset", "metrics.jsonl", "tensorboard", "checkpoints", "figures",
-            "summary.json",
+            "summary.json", "held_out", "evaluation.jsonl", "best",
         }  # fmt: skip
         figures = {path.name for path in finished.files.figures.iterdir()}
         assert figures == {"loss.png", "expert_load.png", "dropped.png"}
