@@ -26,9 +26,10 @@ def test_the_library_example_gives_hugging_faces_logits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     convert(tmp_path / "hf", tmp_path / "mixtral-ms")
     ids, positions = ragged_batch([7, 4], pair.config.vocab_size)
-    names = {"ids": ids, "positions": positions}
+    names = {"ids": ids, "mask": (positions >= 0).astype(int)}
     exec(example("README.md"), names)
     got, want, real = names["logits"].asnumpy(), hf_logits(pair, ids, positions), positions >= 0
+    assert isinstance(names["text"], str)
     assert np.abs(got - want)[real].max() <= RELATIVE * np.abs(want[real]).max()
 
 
