@@ -14,93 +14,27 @@ from typing import Any
 from mistral_ms.config.base import validate
 from mistral_ms.config.hugging_face import from_hf
 from mistral_ms.config.load import read_yaml
+from mistral_ms.config.mindformers_keys import (
+    FIXED,
+    HARMLESS,
+    MODEL,
+    MOE,
+    MOE_FIXED,
+    MOE_HARMLESS,
+    SEQ_LENGTH,
+    Fixed,
+    check_fixed,
+)
 from mistral_ms.config.model import ModelConfig
 from mistral_ms.config.tables import mapping, pick, refuse_unknown, take_neutral
 from mistral_ms.errors import ConfigError
 from mistral_ms.reading import is_file
 
-# theirs -> ours, and what their classes assume where a file is silent
-MINDFORMERS_KEYS: dict[str, tuple[str, Any]] = {
-    "hidden_size": ("hidden_size", ...),
-    "intermediate_size": ("intermediate_size", ...),
-    "num_layers": ("num_hidden_layers", ...),
-    "num_heads": ("num_attention_heads", ...),
-    "n_kv_heads": ("num_key_value_heads", None),
-    "vocab_size": ("vocab_size", ...),
-    "max_position_embedding": ("max_position_embeddings", None),
-    "rms_norm_eps": ("rms_norm_eps", 1e-5),
-    "theta": ("rope_theta", 10000.0),
-    "tie_word_embeddings": ("tie_word_embeddings", False),
-    "bos_token_id": ("bos_token_id", 1),
-    "eos_token_id": ("eos_token_id", 2),
-    "pad_token_id": ("pad_token_id", 0),
-}
-MINDFORMERS_MOE_KEYS: dict[str, tuple[str, Any]] = {
-    "expert_num": ("num_local_experts", ...),
-    "num_experts_chosen": ("num_experts_per_tok", 1),
-    "norm_topk_prob": ("norm_topk_prob", True),
-}
-SEQ_LENGTH = 2048  # their default; the longest sequence where no max_position_embedding is given
 NO_PAD = -1  # their way to say that no token is padding
 # our classes in its Trainer, and the model_type of Hugging Face that they are
 ADAPTED = {"MixtralConfig": "mixtral", "MistralConfig": "mistral"}
 TYPES = ("LlamaConfig", *ADAPTED)
 CLASSES = ("LlamaForCausalLM", "MixtralForCausalLM", "MistralForCausalLM")
-
-# key -> the values that mean what we implement
-MINDFORMERS_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "qkv_has_bias": (False,),
-    "attn_proj_has_bias": (False,),
-    "qkv_concat": (False,),
-    "extend_method": (None, "None"),
-    "scaling_factor": (None, 1.0),
-    "quant_config": (None,),
-    "quantization": (None,),
-    "quantization_config": (None,),
-    "llm_backend": (None, ""),
-    "pet_config": (None,),
-    "parallel_decoding_params": (None,),
-    "return_hidden_states": (False,),
-}
-MINDFORMERS_MOE_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "routing_policy": ("TopkRouterV2",),
-    "shared_expert_num": (0,),
-    "use_shared_expert_gating": (False,),
-    "topk_method": ("greedy",),
-    "topk_group": (None,),
-    "n_group": (None,),
-    "routed_scaling_factor": (1.0,),
-    "use_gating_sigmoid": (False,),
-}
-# keys without effect on what the weights are and compute: of the run, of generation, of precision
-MINDFORMERS_HARMLESS = frozenset({
-    "model_type", "name_or_path", "pretrained_model_dir", "model_name", "checkpoint_name_or_path",
-    "mindformers_version", "architectures", "auto_register", "auto_map", "batch_size",
-    "seq_length", "multiple_of", "ffn_dim_multiplier", "ignore_token_id", "compute_dtype",
-    "layernorm_compute_type", "softmax_compute_type", "rotary_dtype", "param_init_type",
-    "residual_dtype", "embedding_init_type", "parallel_config", "use_past", "is_dynamic",
-    "use_rope_slice", "use_flash_attention", "use_ring_attention", "use_attn_mask_compression",
-    "use_eod_attn_mask_compression", "parallel_optimizer", "fine_grain_interleave",
-    "pp_interleave_num", "offset", "init_method_std", "repetition_penalty", "max_decode_length",
-    "max_new_tokens", "max_length", "min_length", "top_k", "top_p", "temperature", "do_sample",
-    "num_beams", "seed", "router_z_loss_coef", "block_size", "num_blocks", "fused_rms_norm",
-    "input_sliced_sig", "rmsnorm_compute_2d", "chunk_prefill", "calculate_per_token_loss",
-    "pipeline_stage", "is_encoder_decoder", "is_sample_acceleration", "tokenizer_class",
-    "transformers_version", "torch_dtype", "return_dict", "start_stage", "stage_num",
-    "runner_config", "parallel_decoding", "use_kvcache_op",
-})  # fmt: skip
-MINDFORMERS_MOE_HARMLESS = frozenset({
-    "capacity_factor", "aux_loss_factor", "expert_group_size", "group_wise_a2a",
-    "comp_comm_parallel", "comp_comm_parallel_degree", "save_token_distribution", "cur_layer",
-    "enable_cold_hot_expert", "update_step", "hot_expert_num", "cold_token_percent",
-    "moe_module_name", "enable_sdrop", "use_fused_ops_topkrouter", "router_dense_type",
-    "max_router_load", "enable_deredundency", "npu_nums_per_device", "first_k_dense_replace",
-    "moe_intermediate_size", "aux_loss_types", "aux_loss_factors", "z_loss_factor",
-    "balance_via_topk_bias", "topk_bias_update_rate", "use_allgather_dispatcher",
-    "moe_shared_expert_overlap", "expert_model_parallel", "use_gmm", "enable_gmm_safe_tokens",
-    "use_fused_ops_permute", "callback_moe_droprate", "dispatch_global_max_bs", "ep_extend_tp",
-    "return_extra_loss",
-})  # fmt: skip
 
 
 def read_mindformers(directory: Path) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -145,12 +79,7 @@ def from_mindformers(
         where: its path, for messages.
 
     Returns:
-        The model's configuration, and the names of the keys of the model that have no effect on
-        what its weights compute.
-
-    Raises:
-        ConfigError: another model, a missing key, a value that would change the mathematics in a
-            way that is not implemented, or an unknown key of the model.
+        As :func:`~mistral_ms.config.hugging_face.from_hf`, and raises as that does.
     """
     model = mapping(source.get("model"), f"{where}: model")
     arch = mapping(model.get("arch") or {}, f"{where}: model.arch")
@@ -172,16 +101,16 @@ def from_mindformers(
     if kind in ADAPTED:
         return _adapted(values, moe, ADAPTED[kind], where_model)
     longest = values.get("seq_length", SEQ_LENGTH)
-    picked = pick(values, MINDFORMERS_KEYS, where_model)
+    picked = pick(values, MODEL, where_model)
     if picked["num_key_value_heads"] is None:
         picked["num_key_value_heads"] = picked["num_attention_heads"]
     if picked["max_position_embeddings"] is None:
         picked["max_position_embeddings"] = longest
     if picked["pad_token_id"] == NO_PAD:
         picked["pad_token_id"] = None
-    take_neutral(values, MINDFORMERS_NEUTRAL, where_model)
-    ignored = sorted(MINDFORMERS_HARMLESS & set(values))
-    known = ", ".join(sorted(MINDFORMERS_KEYS))
+    _take_fixed(values, FIXED, where_model)
+    ignored = sorted(HARMLESS & set(values))
+    known = ", ".join(sorted(MODEL))
     refuse_unknown({k: v for k, v in values.items() if k not in ignored}, where_model, known)
     if moe is not None:
         picked["moe"] = moe
@@ -194,11 +123,11 @@ def _adapted(
     """A file for our models in MindFormers' Trainer: Hugging Face's keys and defaults, under
     Hugging Face's names or MindFormers'.
     """
-    take_neutral(values, MINDFORMERS_NEUTRAL, where)
-    ignored = MINDFORMERS_HARMLESS & set(values)
+    _take_fixed(values, FIXED, where)
+    ignored = HARMLESS & set(values)
     renamed: dict[str, Any] = {"model_type": kind}
     for key in values.keys() - ignored:
-        ours = MINDFORMERS_KEYS.get(key, (key,))[0]
+        ours = MODEL.get(key, (key,))[0]
         if renamed.setdefault(ours, values[key]) != values[key]:
             rule = f"{key} and {ours} are one setting"
             raise ConfigError(
@@ -215,6 +144,13 @@ def _adapted(
     return config, tuple(sorted({*ignored, *others}))
 
 
+def _take_fixed(values: dict[str, Any], table: Mapping[str, Fixed], where: str) -> None:
+    """Takes the keys of the model out; a value that would change the mathematics is an error."""
+    for key, fixed in table.items():
+        if not fixed.of_run:
+            check_fixed(f"{where}: {key}", values.pop(key, ...), fixed)
+
+
 def _experts(inner: Any, outer: Any, where: str) -> dict[str, Any] | None:
     """The keys of the experts, in our names; None for a dense model."""
     blocks = [
@@ -225,7 +161,7 @@ def _experts(inner: Any, outer: Any, where: str) -> dict[str, Any] | None:
     merged: dict[str, Any] = {}
     for block in blocks:
         for key, value in block.items():
-            if key in MINDFORMERS_MOE_KEYS and merged.get(key, value) != value:
+            if key in MOE and merged.get(key, value) != value:
                 raise ConfigError(
                     "contradiction",
                     where=f"{where}: moe_config.{key}",
@@ -236,10 +172,10 @@ def _experts(inner: Any, outer: Any, where: str) -> dict[str, Any] | None:
     if merged.get("expert_num", 1) == 1:  # their word for a dense feed-forward
         return None
     where = f"{where}: moe_config"
-    picked = pick(merged, MINDFORMERS_MOE_KEYS, where)
-    take_neutral(merged, MINDFORMERS_MOE_NEUTRAL, where)
-    unknown = {k: v for k, v in merged.items() if k not in MINDFORMERS_MOE_HARMLESS}
-    refuse_unknown(unknown, where, ", ".join(sorted(MINDFORMERS_MOE_KEYS)))
+    picked = pick(merged, MOE, where)
+    _take_fixed(merged, MOE_FIXED, where)
+    unknown = {k: v for k, v in merged.items() if k not in MOE_HARMLESS}
+    refuse_unknown(unknown, where, ", ".join(sorted(MOE)))
     if picked["num_experts_per_tok"] == 1:  # their router then keeps the probability as it is
         picked["norm_topk_prob"] = False
     return picked
@@ -268,7 +204,7 @@ def to_mindformers(config: ModelConfig, use_past: bool = False) -> dict[str, Any
     data = config.model_dump(mode="json")
     if data["pad_token_id"] is None:
         data["pad_token_id"] = NO_PAD
-    values = {theirs: data[ours] for theirs, (ours, _) in MINDFORMERS_KEYS.items()}
+    values = {theirs: data[ours] for theirs, (ours, _) in MODEL.items()}
     values |= {
         "type": TYPES[0],
         "seq_length": config.max_position_embeddings,
@@ -277,7 +213,7 @@ def to_mindformers(config: ModelConfig, use_past: bool = False) -> dict[str, Any
         "use_past": use_past,
     }
     if config.moe is not None:
-        moe = {theirs: data["moe"][ours] for theirs, (ours, _) in MINDFORMERS_MOE_KEYS.items()}
+        moe = {theirs: data["moe"][ours] for theirs, (ours, _) in MOE.items()}
         # without a capacity no token is dropped; their default is 1.1
         values["moe_config"] = moe | {"routing_policy": "TopkRouterV2", "capacity_factor": -1.0}
     return {"model": {"arch": {"type": CLASSES[0]}, "model_config": values}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mistral_ms.errors import ConfigError
@@ -35,7 +35,7 @@ def take_neutral(source: dict[str, Any], table: Mapping[str, tuple[Any, ...]], w
         if key not in source:
             continue
         found = source.pop(key)
-        if not any(found == value and _is_bool(found) == _is_bool(value) for value in allowed):
+        if not is_one_of(found, allowed):
             raise ConfigError(
                 "unsupported value",
                 where=f"{where}: {key}",
@@ -44,9 +44,11 @@ def take_neutral(source: dict[str, Any], table: Mapping[str, tuple[Any, ...]], w
             )
 
 
-def _is_bool(value: Any) -> bool:
-    """``True == 1`` in Python, not in a configuration."""
-    return isinstance(value, bool)
+def is_one_of(value: Any, allowed: Iterable[Any]) -> bool:
+    """Whether a value equals one of these; ``True == 1`` in Python, not in a configuration."""
+    return any(
+        value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed
+    )
 
 
 def refuse_unknown(source: Mapping[str, Any], where: str, known: str | None = None) -> None:

@@ -8,7 +8,6 @@ a model is built: :meth:`MistralConfig.architecture` and its siblings read what 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any, ClassVar, Self
 
 from mindformers.models.configuration_utils import PretrainedConfig
@@ -29,8 +28,7 @@ from mistral_ms.config.hugging_face_keys import (
     HF_MOE_KEYS,
     HF_NEUTRAL,
 )
-from mistral_ms.errors import ConfigError
-from mistral_ms.mindformers.keys import (
+from mistral_ms.config.mindformers_keys import (
     ARCHITECTURE_DEFAULTS,
     BASE_ATTRIBUTES,
     FIXED,
@@ -43,13 +41,15 @@ from mistral_ms.mindformers.keys import (
     WITHOUT_EFFECT,
     check_fixed,
 )
+from mistral_ms.config.names import perhaps
+from mistral_ms.errors import ConfigError
 
 WHERE = "model_config"
 
 _HF = {
     *(*HF_KEYS, *HF_MOE_KEYS, *HF_NEUTRAL, *HF_HARMLESS),
     *("rope_scaling", "rope_parameters", "layer_types", "dtype", "architectures", "auto_map"),
-    *("model_type", "mistral_ms", "quantization_config"),
+    *("model_type", "mistral_ms"),
 }
 _APART = {*OURS, *THEIRS, *FIXED, *WITHOUT_EFFECT, *BASE_ATTRIBUTES}
 """What says nothing of the architecture."""
@@ -63,7 +63,7 @@ class MistralConfig(PretrainedConfig):
         parallel_config: the layout.
         moe_config: the experts' settings; those of a dense model say nothing.
         keys: those of ``LlamaConfig``, of Hugging Face's ``config.json``, and of
-            :data:`~mistral_ms.mindformers.keys.OURS`.
+            :data:`~mistral_ms.config.mindformers_keys.OURS`.
 
     Raises:
         ConfigError: an unknown key, or one that is given under two names.
@@ -284,13 +284,8 @@ def _hugging_face_names(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(where: str, key: str, known: set[str] | frozenset[str]) -> ConfigError:
-    near = get_close_matches(key, sorted(known), 1)
-    return ConfigError(
-        "unknown key",
-        where=where,
-        rule="no key is ignored",
-        todo=f"perhaps {near[0]}" if near else None,
-    )
+    rule, todo = "no key is ignored", perhaps(key, sorted(known))
+    return ConfigError("unknown key", where=where, rule=rule, todo=todo)
 
 
 def dtype_name(value: Any, where: str) -> str:

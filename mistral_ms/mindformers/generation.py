@@ -7,6 +7,7 @@ the next power of two, one graph for each width, ``config.batch_size`` rows.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import mindspore as ms
@@ -29,9 +30,9 @@ class CachedGeneration(GenerationMixin):
     detailed_latency: Any
 
     @property
+    @abstractmethod
     def language_model(self) -> CausalLM:
         """The model that generates."""
-        raise NotImplementedError
 
     def make_steps(self, model: CausalLM) -> None:
         """To be called with the model, before its parameters get their names."""

@@ -10,16 +10,6 @@ from mistral_ms.mindformers.modeling import MistralForCausalLM, MixtralForCausal
 from mistral_ms.mindformers.monitor import RouterMonitor
 from mistral_ms.mindformers.wrapper import MoEPipelineTrainOneStepCell, MoETrainOneStepCell
 
-__all__ = [
-    "MistralConfig",
-    "MistralForCausalLM",
-    "MixtralConfig",
-    "MixtralForCausalLM",
-    "MoEPipelineTrainOneStepCell",
-    "MoETrainOneStepCell",
-    "RouterMonitor",
-]
-
 for _config, _model in (
     (MixtralConfig, MixtralForCausalLM),
     (MistralConfig, MistralForCausalLM),

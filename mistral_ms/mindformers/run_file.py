@@ -8,14 +8,14 @@ where it is read: by MindFormers, and by :mod:`mistral_ms.mindformers.config`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mistral_ms.config.mindformers_keys import Fixed, check_fixed
+from mistral_ms.config.names import perhaps
 from mistral_ms.errors import ConfigError
-from mistral_ms.mindformers.keys import Fixed, check_fixed
 
 SECTIONS = frozenset(
     {
@@ -171,12 +171,11 @@ def check(config: Mapping[str, Any], where: Path) -> None:
     """
     for key in config:
         if key not in KNOWN:
-            near = get_close_matches(key, sorted(KNOWN), 1)
             raise ConfigError(
                 "unknown key",
                 where=f"{where}: {key}",
                 rule="no key is ignored",
-                todo=f"perhaps {near[0]}" if near else None,
+                todo=perhaps(key, sorted(KNOWN)),
             )
     for key, fixed in FIXED.items():
         check_fixed(f"{where}: {key}", get(config, key, ...), fixed)

@@ -17,9 +17,9 @@ from mistral_ms import mindformers
 from mistral_ms.checkpoint.keys import HF, HF_FUSED
 from mistral_ms.checkpoint.layout import format_layout, our_shapes
 from mistral_ms.config import from_hf
+from mistral_ms.config.mindformers_keys import FIXED, MOE_FIXED, MOE_READ, MOE_WITHOUT_EFFECT
 from mistral_ms.errors import CheckpointError, ConfigError, MissingExtraError
 from mistral_ms.mindformers import run, run_file
-from mistral_ms.mindformers.keys import FIXED, MOE_FIXED, MOE_READ, MOE_WITHOUT_EFFECT
 from mistral_ms.parallel.graph.checks import check_run
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "mindformers").glob("*.yaml"))
@@ -44,7 +44,7 @@ def mf():
     from mistral_ms.mindformers import graph, registration
 
     return SimpleNamespace(
-        **{name: getattr(registration, name) for name in registration.__all__},
+        **{name: getattr(registration, name) for name in mindformers.__all__},
         run_of=graph.run_of,
         MoEConfig=MoEConfig,
         MindFormerConfig=MindFormerConfig,
@@ -288,10 +288,11 @@ WRONG = {
     "attn_proj_has_bias": True, "qkv_concat": True, "offset": [1, 0], "pp_interleave_num": 2,
     "fine_grain_interleave": 2, "ffn_dim_multiplier": 1.3, "use_rope_slice": True,
     "use_ring_attention": True, "use_eod_attn_mask_compression": True, "parallel_optimizer": True,
-    "quant_config": {"method": "x"}, "quantization": "x", "pet_config": {"pet_type": "lora"},
+    "quant_config": {"method": "x"}, "quantization": "x",
+    "quantization_config": {"method": "x"}, "pet_config": {"pet_type": "lora"},
     "parallel_decoding_params": {"x": 1}, "chunk_prefill": True, "return_hidden_states": True,
     "calculate_per_token_loss": True, "pipeline_stage": {"start_stage": 0}, "text_config": {},
-    "vision_config": {}, "head_config": {},
+    "vision_config": {}, "head_config": {}, "llm_backend": "x",
 }  # fmt: skip
 
 
