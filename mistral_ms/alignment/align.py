@@ -76,9 +76,8 @@ def align(
         GenerationError: a prompt that is empty or longer than the model's positions.
     """
     ours = our_path or hf_path
-    opening = {"verify": verify, "follow_links": follow_links}
     with (
-        open_checkpoint(ours, kind, **opening) as source,
+        open_checkpoint(ours, kind, verify=verify, follow_links=follow_links) as source,
         open_checkpoint(hf_path, "hf", follow_links=follow_links) as theirs,
     ):
         config = source.config
@@ -109,7 +108,9 @@ def align(
     say("mistral_ms: the same")
     from mistral_ms.alignment.ours import run_ours
 
-    side = run_ours(ours, ids, new_tokens, kind, parallel_context, **opening)
+    side = run_ours(
+        ours, ids, new_tokens, kind, parallel_context, verify=verify, follow_links=follow_links
+    )
     return None if oracle is None else compare(oracle, side, tolerance)
 
 

@@ -50,6 +50,11 @@ def read_config(path: Path, kind: str) -> tuple[ModelConfig, tuple[str, ...]]:
         ) from error
 
 
+def describes_itself(path: Path) -> bool:
+    """Whether a configuration lies beside weights that MindFormers has written."""
+    return is_file(path / CONFIG) or any(is_file(each) for each in path.glob("*.y*ml"))
+
+
 def _read_params(path: Path) -> tuple[ModelConfig, tuple[str, ...]]:
     source = read_json(path)
     if source.get("quantization") is not None:

@@ -13,7 +13,7 @@ import numpy as np
 from mistral_ms.checkpoint import keys
 from mistral_ms.checkpoint.boxes import Box
 from mistral_ms.checkpoint.buffers import check_buffers, skipped_text
-from mistral_ms.checkpoint.config_file import read_config
+from mistral_ms.checkpoint.config_file import describes_itself, read_config
 from mistral_ms.checkpoint.detect import choose_weights, layout_of
 from mistral_ms.checkpoint.dtypes import FROM_CONFIG, TO_CONFIG, WEIGHT_DTYPES, cast, itemsize
 from mistral_ms.checkpoint.files import (
@@ -238,6 +238,7 @@ def open_checkpoint(
     path: Path,
     kind: str | None = None,
     *,
+    config: ModelConfig | None = None,
     verify: bool = True,
     follow_links: bool = False,
     rank: int = 0,
@@ -249,6 +250,7 @@ def open_checkpoint(
         path: its directory; or one file that MindFormers has written, where a directory holds
             those of several steps. The configuration lies beside it.
         kind: which format to take when the directory holds several.
+        config: the model of files of MindFormers where no configuration lies beside them.
         verify: of a checkpoint of ours, compare what is read with the recorded digests. The sizes
             of its files are always compared.
         follow_links: links may lead out of the directory, or out of the hub's cache that it lies
@@ -272,7 +274,10 @@ def open_checkpoint(
     for name in described:
         if is_file(path / name):
             inside(path, name, path, follow_links)
-    config, ignored = read_config(path, weights.kind)
+    if weights.kind == "mindformers" and config is not None and not describes_itself(path):
+        ignored: tuple[str, ...] = ()
+    else:
+        config, ignored = read_config(path, weights.kind)
     verification: Verification | None = None
     if weights.kind == "mistral_ms":
         records = read_manifest(path, follow_links)

@@ -104,6 +104,7 @@ OURS_OF_RUN: Mapping[str, Any] = {
     "use_past": False,
     "seed": 0,
     "router_z_loss_coef": 0.0,
+    "weights_from": None,
 }
 OURS: Mapping[str, Any] = {
     **OURS_OF_RUN,

@@ -23,6 +23,9 @@ from mistral_ms.mindformers.layers import SwitchedLayerFactory
 from mistral_ms.mindformers.weights import (
     converted_name,
     converted_weights,
+    experts_of,
+    is_legacy,
+    open_same,
     save_model,
 )
 from mistral_ms.models import CausalLM, Objective, recompute
@@ -73,9 +76,23 @@ class MistralForCausalLM(CachedGeneration, PreTrainedModel):
             parameter.name = name
         if ms.get_context("device_target") == "CPU":
             self.argmax = ops.argmax  # the generator's own has no kernel there
-        if not self.divided and not any(each.has_init for each in self.weights().values()):
+        if config.weights_from:
+            self._read(Path(config.weights_from))
+        elif not self.divided and not any(each.has_init for each in self.weights().values()):
             self.language_model.initialize(config.seed)
         self.load_checkpoint(config)
+
+    def _read(self, path: Path) -> None:
+        """Fills the weights from a whole checkpoint of any known format, one after the other."""
+        if self.divided:
+            raise ConfigError(
+                "checkpoint of one process",
+                where="model_config.weights_from",
+                value=path,
+                rule="several processes read theirs by load_checkpoint, see docs/mindformers.md",
+            )
+        with open_same(path, self.language_model.config) as source:
+            load_weights(source, self.weights())
 
     def _alone(self, config: MistralConfig) -> Objective:
         """The model of one process, and its loss."""
@@ -210,31 +227,44 @@ class MistralForCausalLM(CachedGeneration, PreTrainedModel):
                 where="load_checkpoint",
                 value=", ".join(missing[:3]),
                 rule=f"the checkpoint lacks {len(missing)} of {len(weights)} weights",
-                todo="a checkpoint of Hugging Face or ours needs load_ckpt_format: safetensors; "
-                "others are converted first: python run_mixtral.py convert",
+                todo="set model_config.weights_from in the place of load_checkpoint (python -m "
+                "mistral_ms.mindformers.run does): it reads every format",
             )
         return super().init_parameters_data(auto_parallel_mode)
 
     @classmethod
     def convert_name(cls, name: str) -> str:
-        """Our name of a tensor of Hugging Face's; other names stay."""
+        """Our name of a tensor of Hugging Face's or of MindFormers 1.x; other names stay."""
         return converted_name(name)
 
     @classmethod
     def convert_weight_dict(
         cls, source: Mapping[str, Parameter], **kwargs: Any
     ) -> dict[str, Parameter]:
-        """All tensors of a Hugging Face checkpoint under our names, experts stacked.
+        """All tensors of a checkpoint of others under our names, experts stacked.
 
         Args:
-            source: by Hugging Face's names.
-            kwargs: ``model_config``, the trainer's.
+            source: by the names of Hugging Face or of MindFormers 1.x.
+            kwargs: ``model_config``, the trainer's, which does not say how many experts there are:
+                the tensors do.
 
         Raises:
             CheckpointError: missing or extra tensors, wrong shapes.
         """
-        keys = dict(kwargs.get("model_config") or {})
-        return converted_weights(source, cls.config_class, keys)
+        keys = experts_of(source) | dict(kwargs.get("model_config") or {})
+        for key in ("type", "auto_register"):
+            keys.pop(key, None)
+        return converted_weights(source, cls.config_class(**keys).architecture())
+
+    def fuse_weight_from_ckpt(self, ckpt_dict: Mapping[str, Parameter]) -> Mapping[str, Parameter]:
+        """Called by MindFormers with what it has read of ``.ckpt`` files.
+
+        Raises:
+            CheckpointError: see :meth:`convert_weight_dict`.
+        """
+        if not is_legacy(ckpt_dict):
+            return ckpt_dict
+        return converted_weights(ckpt_dict, self.language_model.config)
 
     @classmethod
     def convert_map_dict(cls, source: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -259,6 +289,22 @@ class MistralForCausalLM(CachedGeneration, PreTrainedModel):
         )
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_dir: str | Path, *model_args: Any, **kwargs: Any
+    ) -> MistralForCausalLM:
+        """As :meth:`from_pretrained_experimental_mode` of every directory and file that is there;
+        also of MindFormers 1.x, whose yaml file describes a class of its own.
+
+        Args:
+            pretrained_model_name_or_dir: a checkpoint.
+            model_args: none.
+            kwargs: keys of the configuration.
+        """
+        if Path(pretrained_model_name_or_dir).exists():
+            return cls.from_pretrained_experimental_mode(pretrained_model_name_or_dir, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_dir, *model_args, **kwargs)
+
+    @classmethod
     def from_pretrained_experimental_mode(
         cls,
         pretrained_model_name_or_path: str | Path,
@@ -266,10 +312,11 @@ class MistralForCausalLM(CachedGeneration, PreTrainedModel):
         config: MistralConfig | None = None,
         **kwargs: Any,
     ) -> MistralForCausalLM:
-        """Opens a checkpoint of Hugging Face, Mistral or ours; experts are read one at a time.
+        """Opens a checkpoint of Hugging Face, Mistral, MindFormers 1.x or ours; experts are read
+        one at a time.
 
         Args:
-            pretrained_model_name_or_path: its directory.
+            pretrained_model_name_or_path: its directory; or a file that MindFormers has written.
             model_args: none.
             config: the configuration; that of the checkpoint when None.
             kwargs: keys of the configuration.
@@ -283,7 +330,8 @@ class MistralForCausalLM(CachedGeneration, PreTrainedModel):
             for key, value in kwargs.items()
             if key not in _DOWNLOADING and not key.startswith("_")
         }
-        with open_checkpoint(Path(pretrained_model_name_or_path)) as source:
+        known = None if config is None else config.architecture()
+        with open_checkpoint(Path(pretrained_model_name_or_path), config=known) as source:
             if config is None:
                 config = cls.config_class.of(source.config, **keys)
             with no_init_parameters():  # nothing is drawn that is read

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from mistral_ms.errors import CheckpointError, ConfigError, MistralMsError
+from mistral_ms.errors import ConfigError, MistralMsError
 from mistral_ms.mindformers import require_mindformers, run_file
 
 MODES = ("train", "finetune", "eval", "predict")
@@ -151,7 +151,6 @@ def run(config: dict[str, Any]) -> Any:
 
     from mistral_ms.mindformers import registration  # noqa: F401  (registers)
 
-    check_checkpoint(config)
     mode = config["run_mode"]
     if mode == "predict":
         os.environ["RUN_MODE"] = "predict"  # what MindFormers' models are told by
@@ -175,41 +174,29 @@ def run(config: dict[str, Any]) -> Any:
     return trainer.train()
 
 
-def check_checkpoint(config: dict[str, Any]) -> None:
-    """Compares a checkpoint's directory with the model before anything is built. MindFormers itself
-    only logs what is missing.
+def take_weights(config: dict[str, Any]) -> None:
+    """Has the model of one process read ``load_checkpoint`` itself, expert by expert, in whatever
+    known format it is; MindFormers would make a second copy of all weights, and only log what is
+    missing. The checkpoint is compared with the model before anything is built. What MindFormers
+    resumes is left to it.
 
     Raises:
-        CheckpointError: see :func:`~mistral_ms.checkpoint.open_checkpoint`; a format that
-            MindFormers' trainer cannot be given.
+        CheckpointError: see :func:`~mistral_ms.checkpoint.open_checkpoint`.
         ConfigError: it is of another model.
     """
-    from mistral_ms.checkpoint import open_checkpoint
-    from mistral_ms.config.computation import check_same_model
+    path = config.get("load_checkpoint")
+    if not path or config.get("resume_training") or config.get("use_parallel"):
+        return
     from mistral_ms.mindformers import registration
+    from mistral_ms.mindformers.weights import open_same
 
-    path = Path(config.get("load_checkpoint") or "")
-    if not (path / "config.json").is_file() and not (path / "params.json").is_file():
-        return  # of MindFormers' own
     keys = dict(run_file.get(config, "model.model_config"))
     made = getattr(registration, keys.pop("type"))
     keys.pop("auto_register", None)
-    given = {"max_position_embeddings", "max_position_embedding"} & set(keys)
     model = made(moe_config=config.get("moe_config"), **keys).architecture()
-    with open_checkpoint(path, verify=False) as source:
-        if source.kind not in ("hf", "mistral_ms"):
-            raise CheckpointError(
-                "checkpoint to be converted",
-                where=path,
-                value=source.kind,
-                rule="MindFormers' trainer is given Hugging Face's tensors, or ours",
-                todo="python run_mixtral.py convert SRC DST, and load DST",
-            )
-        if not given:  # MindFormers' files need not say it
-            longest = source.config.max_position_embeddings
-            model = model.model_copy(update={"max_position_embeddings": longest})
-        todo = "set the keys of model.model_config and moe_config to those of the checkpoint"
-        check_same_model(model, source.config, f"load_checkpoint {path}", todo)
+    open_same(Path(path), model, verify=False).close()
+    run_file.put(config, "model.model_config.weights_from", str(Path(path).resolve()))
+    config["load_checkpoint"] = ""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -224,6 +211,7 @@ def main(words: Sequence[str] | None = None) -> int:
         config = read_config(arguments, rest)
         if arguments.register_path is not None:
             os.environ["REGISTER_PATH"] = str(Path(arguments.register_path).resolve())
+        take_weights(config)
         run(config)
     except MistralMsError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -201,19 +201,6 @@ def check(config: Mapping[str, Any], where: Path) -> None:
             rule=" or ".join(", ".join(each) for each in MODELS.values()),
             todo="change the two lines, or use --model mixtral",
         )
-    checkpoint = config.get("load_checkpoint") or ""
-    if (
-        checkpoint
-        and (Path(checkpoint) / "config.json").is_file()
-        and config.get("load_ckpt_format", "ckpt") != "safetensors"
-    ):
-        raise ConfigError(
-            "wrong format",
-            where=f"{where}: load_ckpt_format",
-            value=config.get("load_ckpt_format", "ckpt"),
-            rule=f"{checkpoint} holds safetensors files",
-            todo="set load_ckpt_format: safetensors",
-        )
 
 
 def accumulate(config: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter
 
-from mistral_ms.checkpoint import convert, save_native
+from mistral_ms.checkpoint import Source, convert, open_checkpoint, save_native
 from mistral_ms.checkpoint.buffers import check_buffers
 from mistral_ms.checkpoint.dtypes import FROM_CONFIG, TO_CONFIG
-from mistral_ms.checkpoint.keys import HF, HF_FUSED, KeyTable
+from mistral_ms.checkpoint.keys import HF, HF_FUSED, MINDFORMERS, KeyTable
 from mistral_ms.checkpoint.layout import format_layout
 from mistral_ms.checkpoint.load import dtype_name, set_values, to_numpy
+from mistral_ms.checkpoint.mindformers_layout import find_table
 from mistral_ms.checkpoint.plan import check_tensors, make_plan
 from mistral_ms.checkpoint.safetensors_file import Observer, TensorInfo
 from mistral_ms.checkpoint.stream import read_array
 from mistral_ms.config import ModelConfig
+from mistral_ms.config.computation import check_same_model
 from mistral_ms.layers.parameter import weight
+from mistral_ms.weights import EMBEDDING
 
 WHERE = "load_checkpoint"
 
@@ -34,12 +37,14 @@ def _patterns(table: KeyTable) -> Iterator[tuple[re.Pattern[str], str]]:
         yield re.compile(pattern), ours
 
 
-_NAMES = tuple(_patterns(HF)) + tuple(_patterns(HF_FUSED))
+_NAMES = tuple(pattern for each in (HF, HF_FUSED, MINDFORMERS) for pattern in _patterns(each))
+_LEGACY = MINDFORMERS[EMBEDDING].name
 
 
 def converted_name(name: str) -> str:
-    """Our name of a tensor of Hugging Face's: an expert's is that of all experts of its layer, and
-    w1 stands for w1 and w3 where they are stored together. Other names stay.
+    """Our name of a tensor of Hugging Face's, or of MindFormers 1.x: an expert's is that of all
+    experts of its layer, and w1 stands for w1 and w3 where they are stored together. Other names
+    stay.
     """
     for pattern, ours in _NAMES:
         if found := pattern.fullmatch(name):
@@ -59,7 +64,7 @@ class ParameterStore:
         self.tensors: dict[str, TensorInfo] = {}
         self._parameters = parameters
         for name, each in parameters.items():
-            dtype = FROM_CONFIG[dtype_name(each.dtype)]
+            dtype = FROM_CONFIG.get(str(each.dtype).lower(), str(each.dtype))
             self.tensors[name] = TensorInfo(tuple(each.shape), dtype, Path(WHERE))
         self._newest: tuple[str, np.ndarray] | None = None
 
@@ -81,28 +86,33 @@ class ParameterStore:
         """See the protocol."""
 
 
+def is_legacy(names: Container[str]) -> bool:
+    """Whether tensors have the names of MindFormers 1.x."""
+    return _LEGACY in names
+
+
 def converted_weights(
-    source: Mapping[str, Parameter], config_class: Any, keys: dict[str, Any]
+    source: Mapping[str, Parameter], architecture: ModelConfig
 ) -> dict[str, Parameter]:
-    """All tensors of a Hugging Face checkpoint under our names, experts stacked by their numbers.
+    """All tensors of a checkpoint of others under our names, experts stacked by their numbers.
 
     Args:
-        source: by Hugging Face's names, those of transformers 4 or of 5.
-        config_class: of the model.
-        keys: ``model_config``, which does not say how many experts there are: the tensors do.
+        source: by Hugging Face's names, those of transformers 4 or of 5; or by those of
+            MindFormers 1.x, in any layout of the experts, whatever a training added.
+        architecture: the model.
 
     Raises:
         CheckpointError: missing or extra tensors, wrong shapes.
     """
     store = ParameterStore(source)
-    table = HF
-    if any(name.endswith(".mlp.experts.gate_up_proj") for name in source):
+    kind, table = "hf", HF
+    if is_legacy(source):
+        kind = "mindformers"
+        table = find_table(store.tensors, architecture, None, Path(WHERE))
+    elif any(name.endswith(".mlp.experts.gate_up_proj") for name in source):
         table = HF_FUSED
-    keys.pop("type", None)
-    keys.pop("auto_register", None)
-    architecture: ModelConfig = config_class(**{**_experts(store.tensors), **keys}).architecture()
     layout = format_layout(architecture, table)
-    skipped = check_buffers("hf", store, architecture)
+    skipped = check_buffers(kind, store, architecture)
     held = {name: info for name, info in store.tensors.items() if name not in skipped}
     if architecture.tie_word_embeddings:
         held.pop("lm_head.weight", None)
@@ -117,12 +127,38 @@ def converted_weights(
     return found
 
 
-def _experts(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+def experts_of(source: Mapping[str, Parameter]) -> dict[str, int]:
     """How many experts the router's weight of a layer chooses among; nothing for a dense model."""
-    for name, info in tensors.items():
+    for name, each in source.items():
         if converted_name(name).endswith(".moe.router.weight"):
-            return {"num_local_experts": info.shape[0]}
+            return {"num_local_experts": int(each.shape[0])}
     return {}
+
+
+def open_same(path: Path, model: ModelConfig, verify: bool = True) -> Source:
+    """Opens a whole checkpoint of any known format for a model; also a file of MindFormers without
+    a configuration beside it, whose model is this one then.
+
+    Args:
+        path: a directory, or a file that MindFormers has written.
+        model: what its weights are read into.
+        verify: see :func:`~mistral_ms.checkpoint.open_checkpoint`.
+
+    Raises:
+        CheckpointError: see there.
+        ConfigError: it is of another model.
+    """
+    source = open_checkpoint(path, config=model, verify=verify)
+    # MindFormers' files need not say it, and it changes nothing within the sequences that are run
+    longest = source.config.max_position_embeddings
+    todo = "set the keys of model.model_config and moe_config to those of the checkpoint"
+    try:
+        compared = model.model_copy(update={"max_position_embeddings": longest})
+        check_same_model(compared, source.config, f"load_checkpoint {path}", todo)
+    except BaseException:
+        source.close()
+        raise
+    return source
 
 
 def save_model(

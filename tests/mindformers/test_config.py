@@ -384,14 +384,6 @@ def test_flags_are_those_of_their_launcher(tmp_path):
         read(path, "mode")
 
 
-def test_safetensors_are_not_read_as_ckpt(tmp_path):
-    config = version_1_7("MixtralConfig", "MixtralForCausalLM")
-    (tmp_path / "config.json").write_text("{}")
-    config["load_checkpoint"] = str(tmp_path)
-    with pytest.raises(ConfigError, match="set load_ckpt_format: safetensors"):
-        run_file.check(config, Path("run.yaml"))
-
-
 def test_bad_input_ends_with_2(tmp_path, capsys):
     assert run.main(["--config", str(tmp_path / "absent.yaml"), "--run_mode", "train"]) == 2
     assert "no such file" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from support import mindformers_session as session
 from support.hf import Pair, make_pair
 from transformers import MixtralForCausalLM
 
-from mistral_ms.checkpoint import open_checkpoint
+from mistral_ms.checkpoint import convert, open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import (
     GenerationConfig,
@@ -138,6 +138,9 @@ def prepared(tmp_path_factory):
     pair = make_pair("mixtral", **SIZES)
     pair.hf.save_pretrained(place / "base", max_shard_size="3MB")
     copy_files(packaged_tokenizer(), place / "base")
+    convert(place / "base", place / "gmm", "mindformers", layout="gmm")
+    convert(place / "base", place / "fused", "mindformers", container="ckpt")
+    (place / "fused" / "mindspore_model.yaml").unlink()  # the run's file says what it is
     data = rows()
     write_records(place / "train.mindrecord", data)
     write_records(place / "eval.mindrecord", data[: session.ROWS, :-1])

@@ -1,7 +1,8 @@
 """What the tests look at, computed under MindFormers: one process, one import of it.
 
 ``python -m support.mindformers_session DIRECTORY``: the directory has the inputs (``base``: a
-Hugging Face model; the data; ``resumed``: a training of ours), and gets the results.
+Hugging Face model, ``fused`` and ``gmm`` the same as MindFormers 1.x keeps it; the data;
+``resumed``: a training of ours), and gets the results.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def trainings(place: Path, found: dict) -> None:
             *flags,
         )
         config["callbacks"].append({"type": "Recorder"})
-        run.run(config)
+        run.run(config)  # as under MindFormers' own launcher: it reads the checkpoint
         return Recorder.rows
 
     columns = "--train_dataset.input_columns", "[input_ids, labels]"
@@ -81,11 +82,12 @@ def trainings(place: Path, found: dict) -> None:
     found["resumed"] = train("goes_on", "--load_checkpoint", resumed, "--resume_training", "True")
     config = settings(
         TRAIN,
-        *("--run_mode", "eval", "--load_checkpoint", str(place / "base")),
+        *("--run_mode", "eval", "--load_checkpoint", str(place / "fused")),
         *("--eval_dataset_dir", str(place / "eval.mindrecord"), "--output_dir", str(place / "e")),
         *("--gradient_accumulation_steps", "1"),
     )
     config["eval_callbacks"] = [{"type": "Recorder"}]
+    run.take_weights(config)
     run.run(config)
     found["evaluated"] = Recorder.evaluations[-1]
 
@@ -124,11 +126,12 @@ def predictions(place: Path, found: dict) -> None:
 
     config = settings(
         PREDICT,
-        *("--load_checkpoint", str(place / "base"), "--predict_data", "I love", "Hello"),
+        *("--load_checkpoint", str(place / "gmm"), "--predict_data", "I love", "Hello"),
         *("--output_dir", str(place / "p")),
         *("--processor.tokenizer.vocab_file", str(place / "base" / "tokenizer.model")),
         *("--save_file", str(place / "p.txt")),
     )
+    run.take_weights(config)
     made: list = []
     build = Trainer.__init__
 

@@ -1,0 +1,179 @@
+"""Checkpoints of Mixtral and Mistral that MindFormers 1.x has written, under its trainer of today.
+
+The oracle renames, stacks and transposes by hand.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+import yaml
+
+from mistral_ms.errors import CheckpointError, ConfigError
+from mistral_ms.mindformers import run
+
+L, E, H, WIDE, V = 2, 3, 16, 24, 11
+KEYS = dict(
+    hidden_size=H, intermediate_size=WIDE, num_layers=L, num_heads=2, n_kv_heads=1, vocab_size=V,
+    seq_length=8, rms_norm_eps=1e-5, theta=1e6, pad_token_id=-1,
+)  # fmt: skip
+EXPERTS = dict(expert_num=E, num_experts_chosen=2, routing_policy="TopkRouterV2")
+STATE = ("adam_m.lm_head.weight", "adam_v.model.norm_out.weight")
+
+
+@pytest.fixture(scope="module")
+def mixtral():
+    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    from mistral_ms.mindformers import MixtralForCausalLM
+
+    return MixtralForCausalLM
+
+
+def pair(gmm: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The same weights by their names and by ours."""
+    rng = np.random.default_rng(0)
+    theirs, ours = {}, {}
+
+    def put(their_name: str, our_name: str, *shape: int, expert: bool = False) -> None:
+        values = rng.standard_normal(shape).astype(np.float32)
+        ours[our_name] = values
+        theirs[their_name] = values.transpose(0, 2, 1).copy() if gmm and expert else values
+
+    put("model.tok_embeddings.embedding_weight", "embed_tokens.weight", V, H)
+    for n in range(L):
+        block, layer = f"model.layers.{n}", f"layers.{n}"
+        put(f"{block}.attention_norm.weight", f"{layer}.input_layernorm.weight", H)
+        put(f"{block}.attention.wq.weight", f"{layer}.attention.q_proj.weight", H, H)
+        put(f"{block}.attention.wk.weight", f"{layer}.attention.k_proj.weight", H // 2, H)
+        put(f"{block}.attention.wv.weight", f"{layer}.attention.v_proj.weight", H // 2, H)
+        put(f"{block}.attention.wo.weight", f"{layer}.attention.o_proj.weight", H, H)
+        put(f"{block}.ffn_norm.weight", f"{layer}.post_attention_layernorm.weight", H)
+        put(f"{block}.feed_forward.router.dense.weight", f"{layer}.moe.router.weight", E, H)
+        for w, shape in (("w1", (E, WIDE, H)), ("w2", (E, H, WIDE)), ("w3", (E, WIDE, H))):
+            names = f"{block}.feed_forward.ffn.{w}.weight", f"{layer}.moe.experts.{w}"
+            put(*names, *shape, expert=True)
+    put("model.norm_out.weight", "norm.weight", H)
+    put("lm_head.weight", "lm_head.weight", V, H)
+    return theirs, ours
+
+
+def parameters(theirs: dict[str, np.ndarray]) -> dict[str, ms.Parameter]:
+    """As MindFormers has read them, in another order, with what a training adds."""
+    found = {name: ms.Parameter(ms.Tensor(theirs[name])) for name in reversed(theirs)}
+    for name in STATE:
+        found[name] = ms.Parameter(ms.Tensor(np.zeros(3, np.float32)))
+    found["step_num"] = ms.Parameter(ms.Tensor(3, ms.int32))
+    found["model.layers.0.feed_forward.router.router.topk_bias"] = ms.Parameter(
+        ms.Tensor(np.zeros(E, np.float32))
+    )
+    return found
+
+
+def save(theirs: dict[str, np.ndarray], file: Path) -> None:
+    file.parent.mkdir(exist_ok=True)
+    named = [{"name": name, "data": each} for name, each in parameters(theirs).items()]
+    ms.save_checkpoint(named, str(file), format=file.suffix[1:])
+
+
+def run_file(path: Path, **changes) -> dict:
+    return {
+        "run_mode": "eval",
+        "load_checkpoint": str(path),
+        "moe_config": dict(EXPERTS),
+        "model": {
+            "model_config": {"type": "MixtralConfig", **KEYS, **changes},
+            "arch": {"type": "MixtralForCausalLM"},
+        },
+    }
+
+
+def assert_same(model, ours: dict[str, np.ndarray]) -> None:
+    weights = model.weights()
+    assert weights.keys() == ours.keys()
+    for name, values in ours.items():
+        assert np.array_equal(weights[name].asnumpy(), values), name
+
+
+@pytest.mark.parametrize("gmm", [False, True], ids=["fused", "gmm"])
+@pytest.mark.parametrize("ending", ["ckpt", "safetensors"])
+def test_load_checkpoint_by_the_launcher(mixtral, tmp_path, gmm, ending):
+    """Of a file of several steps, without a configuration beside it: the run's file has it."""
+    theirs, ours = pair(gmm)
+    file = tmp_path / "rank_0" / f"mixtral_rank_0-1_3.{ending}"
+    save(theirs, file)
+    save({name: values + 1 for name, values in theirs.items()}, file.with_stem("mixtral-1_4"))
+    config = run_file(file)
+    run.take_weights(config)
+    assert config["load_checkpoint"] == ""
+    keys = dict(config["model"]["model_config"])
+    del keys["type"]
+    model = mixtral(mixtral.config_class(**keys, moe_config=EXPERTS))
+    assert_same(model, ours)
+    with pytest.raises(CheckpointError, match=r"wrong shape: .*wk.*\[8, 16\]"):
+        run.take_weights(run_file(file, n_kv_heads=2))
+    # a configuration beside it must agree with the run's: shapes do not tell theta
+    described = run_file(file)
+    described["model"]["arch"]["type"] = "LlamaForCausalLM"
+    described["model"]["model_config"]["type"] = "LlamaConfig"
+    (file.parent / "run.yaml").write_text(yaml.safe_dump(described))
+    run.take_weights(run_file(file))
+    with pytest.raises(ConfigError, match=r"another model: model\.rope_theta: 10000\.0"):
+        run.take_weights(run_file(file, theta=1e4))
+
+
+@pytest.mark.parametrize("gmm", [False, True], ids=["fused", "gmm"])
+def test_load_checkpoint_by_their_trainer(mixtral, gmm):
+    """Its hooks, with what it has read of safetensors (all modes) and of .ckpt (predict)."""
+    theirs, ours = pair(gmm)
+    keys = {"type": "MixtralConfig", **KEYS}  # the experts' number is nowhere in it
+    found = mixtral.convert_weight_dict(parameters(theirs), model_config=keys)
+    assert {name: each.shape for name, each in found.items()} == {
+        name: values.shape for name, values in ours.items()
+    }
+    assert all(np.array_equal(found[name].asnumpy(), ours[name]) for name in ours)
+    assert {mixtral.convert_name(name) for name in theirs} == set(ours)
+    assert all(mixtral.convert_name(name) == name for name in (*STATE, *ours))
+    model = mixtral(mixtral.config_class(**KEYS, moe_config=EXPERTS))
+    again = model.fuse_weight_from_ckpt(parameters(theirs))
+    assert all(np.array_equal(again[name].asnumpy(), ours[name]) for name in ours)
+    assert model.fuse_weight_from_ckpt(again) is again  # ours already
+
+
+def test_gaps_and_what_is_no_mixtral_are_refused(mixtral):
+    theirs, _ = pair(False)
+
+    def refuse(message: str, without: str | None = None, **more: np.ndarray) -> None:
+        source = parameters({name: each for name, each in theirs.items() if name != without})
+        source |= {name: ms.Parameter(ms.Tensor(each)) for name, each in more.items()}
+        with pytest.raises(CheckpointError, match=message):
+            mixtral.convert_weight_dict(source, model_config=KEYS)
+
+    w2 = "model.layers.1.feed_forward.ffn.w2.weight"
+    refuse(rf"missing tensor.*{w2}", without=w2)
+    refuse("extra tensor.*model.x", **{"model.x": np.ones(2, np.float32)})
+    refuse("wrong shape.*w2", **{w2: np.ones((E, H, H), np.float32)})
+    refuse("biases are not read", **{"model.layers.0.attention.wq.bias": np.ones(H, np.float32)})
+    bias = "model.layers.1.feed_forward.router.router.topk_bias"
+    refuse("a bias on the router's scores", **{bias: np.ones(E, np.float32)})
+
+
+@pytest.mark.parametrize("gmm", [False, True], ids=["fused", "gmm"])
+def test_from_pretrained(mixtral, tmp_path, gmm):
+    """A directory with the run's yaml file beside the weights, and a file with its configuration
+    given.
+    """
+    theirs, ours = pair(gmm)
+    save(theirs, tmp_path / "model" / "any_name.ckpt")
+    described = run_file(tmp_path)
+    described["model"]["arch"]["type"] = "LlamaForCausalLM"
+    described["model"]["model_config"]["type"] = "LlamaConfig"
+    (tmp_path / "model" / "run.yaml").write_text(yaml.safe_dump(described))
+    model = mixtral.from_pretrained(str(tmp_path / "model"), seq_length=4)
+    assert_same(model, ours)
+    assert (model.config.seq_length, model.language_model.config.rope_theta) == (4, 1e6)
+    save(theirs, tmp_path / "alone" / "model.safetensors")
+    config = mixtral.config_class(**KEYS, moe_config=EXPERTS)
+    assert_same(mixtral.from_pretrained(tmp_path / "alone", config=config), ours)
