@@ -89,20 +89,18 @@ TABLE = {
     ),
     "training": rule(BELOW_TRAINING, "mindspore numpy rich matplotlib tensorboardX yaml"),
     "inference": rule(BELOW_TRAINING, "mindspore numpy"),
-    "lifelong": rule(BELOW_TRAINING, "mindspore numpy"),
     "auto": rule(f"{BELOW_TRAINING} training inference", "mindspore numpy pydantic"),
+    "mixtures": rule(f"{MODEL_PACKAGES} checkpoint", "mindspore numpy pydantic"),
     "alignment": rule(f"{BELOW_TRAINING} inference", "mindspore numpy torch transformers"),
-    "shipped": rule("moe parallel"),
+    "shipped": rule("moe mixtures parallel"),
     "launch": rule("config shipped"),
     "planner": rule(
         "config weights parallel.topology parallel.pipeline parallel.memory parallel.sharding",
         "pydantic matplotlib",  # files of hardware, pictures
     ),
-    "mindformers": rule(
-        f"{BELOW_TRAINING} training inference lifelong", "mindspore numpy mindformers yaml"
-    ),
+    "mindformers": rule(f"{BELOW_TRAINING} training inference", "mindspore numpy mindformers yaml"),
     "cli": rule(
-        f"{BELOW_TRAINING} training inference lifelong alignment planner launch shipped",
+        f"{BELOW_TRAINING} training inference mixtures alignment planner launch shipped",
         "typer rich mindspore numpy matplotlib",
     ),
 }
