@@ -9,14 +9,13 @@ from mindspore import Tensor, ops
 from pydantic import Field
 
 from mistral_ms.config import GateSettings, ModelConfig
-from mistral_ms.errors import ConfigError
 from mistral_ms.moe.gates.base import Gate, State, register_gate, settings_of
+from mistral_ms.moe.groups import check_groups, in_best_groups
 from mistral_ms.moe.routing import GateContext, Routing
 from mistral_ms.weights import ParamSpec, gate_matrix
 
 _top_k = ops.TopK(sorted=True)
 _sum_keep = ops.ReduceSum(keep_dims=True)
-_sum = ops.ReduceSum()
 _sigmoid = ops.Sigmoid()
 _gather = ops.GatherD()
 
@@ -62,20 +61,7 @@ class SigmoidTopK(Gate):
         settings = settings_of(config, SigmoidTopKSettings)
         assert config.moe is not None
         E, K = config.moe.num_local_experts, config.moe.num_experts_per_tok
-        groups, chosen = settings.n_group, settings.topk_group
-        if (
-            E % groups
-            or chosen > groups
-            or (groups > 1 and E // groups < 2)
-            or chosen * E // groups < K
-        ):
-            raise ConfigError(
-                "impossible groups of experts",
-                where="model.moe.gate",
-                value=f"n_group {groups}, topk_group {chosen}",
-                rule=f"{E} experts in equal groups of at least two, and {K} of them in the chosen "
-                "groups",
-            )
+        check_groups(E, K, settings.n_group, settings.topk_group, best=2)
         bias = ParamSpec(BIAS, ("E",), (E,), decay=False, init="zeros", kind="buffer")
         return (*gate_matrix(config), bias)
 
@@ -93,7 +79,7 @@ class SigmoidTopK(Gate):
         scores_TE = _sigmoid(logits_TE)
         biased_TE = ops.stop_gradient(scores_TE + bias_E)
         if settings.n_group > 1:
-            biased_TE = _in_best_groups(biased_TE, settings.n_group, settings.topk_group)
+            biased_TE = in_best_groups(biased_TE, settings.n_group, settings.topk_group, 2)
         _, experts_TK = _top_k(biased_TE, self.top_k)
         weights_TK = _gather(scores_TE, 1, experts_TK)
         if self.moe.norm_topk_prob:
@@ -105,13 +91,3 @@ class SigmoidTopK(Gate):
         """See the contract: the bias of each expert moves against its excess of load."""
         rate = np.float32(cast(SigmoidTopKSettings, self.moe.gate).bias_update_rate)
         return {BIAS: state[BIAS] + rate * np.sign(routed_E.mean() - routed_E).astype(np.float32)}
-
-
-def _in_best_groups(biased_TE: Tensor, groups: int, chosen: int) -> Tensor:
-    """The scores, minus infinity outside of each token's best groups."""
-    T, E = biased_TE.shape
-    best_TGB, _ = _top_k(biased_TE.reshape(T, groups, E // groups), 2)
-    _, picked_TC = _top_k(_sum(best_TGB, -1), chosen)
-    in_TG = _sum(ops.one_hot(picked_TC, groups, Tensor(1.0), Tensor(0.0)), 1)
-    in_TE = ops.tile(in_TG.reshape(T, groups, 1), (1, 1, E // groups)).reshape(T, E)
-    return ops.select(in_TE > 0.0, biased_TE, ops.full_like(biased_TE, -np.inf))
