@@ -28,6 +28,8 @@ SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
+    "expert_size",
+    "shared_expert_size",
     "num_attention_heads",
     "num_key_value_heads",
     "head_size",

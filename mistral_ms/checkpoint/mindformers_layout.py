@@ -70,7 +70,7 @@ def find_table(
         return TABLES["fused"]
     if layout is not None:
         return TABLES[layout]
-    rows, columns = config.intermediate_size, config.hidden_size
+    rows, columns = config.expert_size, config.hidden_size
     if rows == columns:
         raise CheckpointError(
             "the layout of the experts is not clear",

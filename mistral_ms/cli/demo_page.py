@@ -58,7 +58,7 @@ def _facts(story: Story) -> list[tuple[str, str]]:
             "Model",
             f"{model.num_hidden_layers} layers, hidden size {model.hidden_size}, "
             f"{model.num_attention_heads} heads, {model.num_key_value_heads} key/value heads, "
-            f"{moe.num_local_experts} experts of size {model.intermediate_size}, "
+            f"{moe.num_local_experts} experts of size {model.expert_size}, "
             f"Top-{moe.num_experts_per_tok}, vocabulary {model.vocab_size}",
         ),
         (

@@ -11,6 +11,16 @@ _BESIDES = ("torch_dtype", "initializer_range", "bos_token_id", "eos_token_id", 
 """Says how a model is stored, drawn or ended, not what it computes."""
 
 
+def _plain_experts(model: ModelConfig) -> dict[str, Any]:
+    """What the sparse layers of Mixtral say of their shape."""
+    return {
+        "moe_intermediate_size": model.intermediate_size,
+        "n_shared_experts": 0,
+        "shared_expert_intermediate_size": 0,
+        "shared_expert_gate": "none",
+    }
+
+
 def computation(model: ModelConfig) -> dict[str, Any]:
     """What decides a model's tensors and mathematics, one way of saying it for each model."""
     values = model.model_dump(mode="json", exclude=set(_BESIDES))
@@ -18,6 +28,14 @@ def computation(model: ModelConfig) -> dict[str, Any]:
     if model.moe is not None:
         values["moe"]["sparse_layers"] = list(model.sparse_layers)
         del values["moe"]["router_aux_loss_coef"]
+        values["moe"] |= {
+            "moe_intermediate_size": model.expert_size,
+            "n_shared_experts": min(1, model.shared_expert_size),  # as one feed-forward
+            "shared_expert_intermediate_size": model.shared_expert_size,
+        }
+        for key, plain in _plain_experts(model).items():
+            if values["moe"][key] == plain:
+                del values["moe"][key]  # as where nothing was said of it
         if model.moe.gate.default:
             del values["moe"]["gate"]  # as where nothing was said of it
     if model.layer_kinds.default:

@@ -19,7 +19,7 @@ from mistral_ms.config.hugging_face_keys import (
     HF_MOE_KEYS,
     HF_NEUTRAL,
 )
-from mistral_ms.config.model import ModelConfig
+from mistral_ms.config.model import SHAPE_KEYS, ModelConfig, MoEArchitecture
 from mistral_ms.config.tables import mapping, pick, refuse_unknown, take_neutral
 from mistral_ms.errors import ConfigError
 
@@ -237,6 +237,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         reason = f"layers of kinds {config.layer_kinds}", "its classes have the layers of Mistral"
     elif config.moe is not None and not config.moe.gate.default:
         reason = f"gate {config.moe.gate.name}", "MixtralForCausalLM has the gate softmax_top_k"
+    elif config.moe is not None and config.moe.added:
+        reason = ", ".join(config.moe.added), "MixtralForCausalLM has no such experts"
     elif config.moe is not None and (
         len(config.sparse_layers) != config.num_hidden_layers or not config.moe.norm_topk_prob
     ):
@@ -289,6 +291,8 @@ def to_native(config: ModelConfig, *, block: bool = True) -> dict[str, Any]:
             extra["layer_kinds"] = data["layer_kinds"]
         if moe is not None:
             extra["moe"] = {k: moe[k] for k in ("sparse_layers", "norm_topk_prob")}
+            plain = MoEArchitecture.model_fields
+            extra["moe"] |= {k: moe[k] for k in SHAPE_KEYS if moe[k] != plain[k].default}
             if config.moe is not None and not config.moe.gate.default:
                 extra["moe"]["gate"] = moe["gate"]
             if config.layer_types is not None:

@@ -119,15 +119,35 @@ class Rules:
     def _matrices(self, sizes: Sizes) -> str | None:
         if self.model is None:
             return None
-        names = ["num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"]
-        names += ["hidden_size"] if self.sharded_rows else []
-        for name in names:
-            if getattr(self.model, name) % sizes.mp:
-                return f"mp ({sizes.mp}) must divide {name} ({getattr(self.model, name)})"
+        for name, size in _divided(self.model, self.sharded_rows):
+            if size % sizes.mp:
+                return f"mp ({sizes.mp}) must divide {name} ({size})"
         layers = self.model.num_hidden_layers
         if sizes.pp > layers:
             return f"pp ({sizes.pp}) must not exceed num_hidden_layers ({layers})"
         return None
+
+
+def _divided(model: ModelConfig, rows: bool) -> Iterator[tuple[str, int]]:
+    """What tensor parallelism divides, by the keys that say it.
+
+    Args:
+        model: the model.
+        rows: whether it divides rows of hidden states, too.
+    """
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        yield name, getattr(model, name)
+    if model.moe is None or len(model.sparse_layers) < model.num_hidden_layers:
+        yield "intermediate_size", model.intermediate_size
+    if model.moe is not None:
+        own = model.moe.moe_intermediate_size is not None
+        yield "moe_intermediate_size" if own else "intermediate_size", model.expert_size
+        own = model.moe.shared_expert_intermediate_size is not None
+        name = "shared_expert_intermediate_size" if own else "the shared experts' width"
+        yield name, model.shared_expert_size
+    yield "vocab_size", model.vocab_size
+    if rows:
+        yield "hidden_size", model.hidden_size
 
 
 def factorisations(world: int) -> Iterator[Sizes]:

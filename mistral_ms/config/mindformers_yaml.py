@@ -240,6 +240,8 @@ def _not_expressible(config: ModelConfig) -> tuple[str, str] | None:
         return "dense and sparse layers mixed", todo
     if moe is not None and not moe.gate.default:
         return f"gate {moe.gate.name}", todo
+    if moe is not None and moe.added:
+        return ", ".join(moe.added), todo
     if moe is not None and moe.num_local_experts == 1:
         return "one expert", todo
     if moe is not None and moe.num_experts_per_tok == 1 and moe.norm_topk_prob:

@@ -188,6 +188,8 @@ def to_mistral(config: ModelConfig) -> dict[str, Any]:
         reason = "un-normalised top-k weights"
     elif config.moe is not None and not config.moe.gate.default:
         reason = f"gate {config.moe.gate.name}"
+    elif config.moe is not None and config.moe.added:
+        reason = ", ".join(config.moe.added)
     if reason is not None:
         raise ConfigError(
             "not expressible in Mistral's format",

@@ -12,6 +12,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from mistral_ms.config.base import Frozen
 from mistral_ms.config.gates import GateSettings, SoftmaxTopKSettings, gate_settings
+from mistral_ms.config.placement import Placement
 from mistral_ms.config.rope_scaling import RopeScaling
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -26,6 +27,14 @@ MOST_HEADS = 1 << 14
 MOST_ROWS = 1 << 24  # of a matrix
 LONGEST_SEQUENCE = (1 << 31) - 1  # positions are int32
 
+SHAPE_KEYS = (
+    "moe_intermediate_size",
+    "n_shared_experts",
+    "shared_expert_intermediate_size",
+    "shared_expert_gate",
+)
+"""Keys of :class:`MoEArchitecture` that Mixtral's configuration has not."""
+
 
 class MoEArchitecture(Frozen):
     """The sparse layers of a model.
@@ -34,7 +43,18 @@ class MoEArchitecture(Frozen):
         num_local_experts: experts per sparse layer (E).
         num_experts_per_tok: experts that each token visits (K).
         sparse_layers: which layers are sparse: all, every other one (layers 1, 3, ... as in
-            GShard and Switch), or an explicit list of layer indices.
+            GShard and Switch), an explicit list of layer indices, or a rule by the keys of
+            DeepSeek and Qwen, see :class:`~mistral_ms.config.placement.Placement`.
+        moe_intermediate_size: width of each expert, where it is not that of a dense feed-forward
+            (fine-grained experts: DeepSeekMoE, arXiv:2401.06066, section 3.1).
+        n_shared_experts: experts that every token visits beside the chosen ones (section 3.2
+            there). They are one feed-forward, as wide as all of them together.
+        shared_expert_intermediate_size: its width; n_shared_experts times that of an expert when
+            not given.
+        shared_expert_gate: how its result joins that of the chosen experts. ``none``: added
+            (DeepSeek). ``sigmoid``: times the sigmoid of a learned product with the token, added
+            (Qwen2-MoE). ``softmax_pair``: both are weighted by a softmax over two learned logits
+            (the residual mixture of DeepSpeed-MoE, arXiv:2201.05596, section 4.1).
         norm_topk_prob: divide the K chosen probabilities by their sum (Mixtral does).
         gate: which gate routes the tokens, by its name or with its settings; see
             ``mistral_ms.moe.gates``.
@@ -43,7 +63,11 @@ class MoEArchitecture(Frozen):
 
     num_local_experts: int = Field(ge=1, le=MOST_EXPERTS)
     num_experts_per_tok: int = Field(default=2, ge=1)
-    sparse_layers: Literal["all", "every_other"] | tuple[int, ...] = "all"
+    sparse_layers: Literal["all", "every_other"] | Placement | tuple[int, ...] = "all"
+    moe_intermediate_size: int | None = Field(default=None, ge=1, le=MOST_ROWS)
+    n_shared_experts: int = Field(default=0, ge=0, le=MOST_EXPERTS)
+    shared_expert_intermediate_size: int | None = Field(default=None, ge=1, le=MOST_ROWS)
+    shared_expert_gate: Literal["none", "sigmoid", "softmax_pair"] = "none"
     norm_topk_prob: bool = True
     gate: SerializeAsAny[GateSettings] = SoftmaxTopKSettings()
     router_aux_loss_coef: float = Field(default=0.001, ge=0, allow_inf_nan=False)
@@ -61,6 +85,27 @@ class MoEArchitecture(Frozen):
                 f"num_local_experts ({self.num_local_experts})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _shared_expert_is_there(self) -> MoEArchitecture:
+        if self.n_shared_experts:
+            return self
+        for key in ("shared_expert_intermediate_size", "shared_expert_gate"):
+            if getattr(self, key) not in (None, "none"):
+                raise ValueError(
+                    f"{key} ({getattr(self, key)}) needs n_shared_experts of 1 or more"
+                )
+        return self
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """What it has that Mixtral's sparse layers have not, as keys and values."""
+        plain = MoEArchitecture.model_fields
+        return tuple(
+            f"{key} {getattr(self, key)}"
+            for key in SHAPE_KEYS
+            if getattr(self, key) != plain[key].default
+        )
 
 
 class LayerKinds(Frozen):
@@ -94,7 +139,8 @@ class ModelConfig(Frozen):
     Attributes:
         vocab_size: V.
         hidden_size: H.
-        intermediate_size: I, of the dense feed-forward and of each expert.
+        intermediate_size: I, of the dense feed-forward, and of each expert unless ``moe`` says
+            another width.
         num_hidden_layers: decoder blocks.
         num_attention_heads: N query heads.
         num_key_value_heads: G key/value heads; divides N (GQA; 1 is multi-query).
@@ -150,7 +196,7 @@ class ModelConfig(Frozen):
             )
         if self.head_size % 2:
             raise ValueError(f"head_dim ({self.head_size}) must be even: RoPE rotates pairs")
-        if self.moe is not None and not isinstance(self.moe.sparse_layers, str):
+        if self.moe is not None and isinstance(self.moe.sparse_layers, tuple):
             layers = self.moe.sparse_layers
             outside = [i for i in layers if not 0 <= i < self.num_hidden_layers]
             if outside or not layers or len(set(layers)) != len(layers):
@@ -165,6 +211,10 @@ class ModelConfig(Frozen):
                     f"num_local_experts ({self.moe.num_local_experts}) times num_hidden_layers "
                     f"({self.num_hidden_layers}) must not exceed {MOST_EXPERTS_IN_ALL}"
                 )
+        if self.shared_expert_size > MOST_ROWS:
+            raise ValueError(
+                f"the shared experts' width ({self.shared_expert_size}) must not exceed {MOST_ROWS}"
+            )
         if self.moe is not None and not self.sparse_layers:
             raise ValueError(
                 f"sparse_layers {self.moe.sparse_layers} leaves none of the "
@@ -215,6 +265,20 @@ class ModelConfig(Frozen):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def expert_size(self) -> int:
+        """I of each expert of a sparse layer."""
+        given = None if self.moe is None else self.moe.moe_intermediate_size
+        return given or self.intermediate_size
+
+    @property
+    def shared_expert_size(self) -> int:
+        """I of the feed-forward that all tokens of a sparse layer visit; 0 where there is none."""
+        if self.moe is None:
+            return 0
+        each = self.moe.n_shared_experts * self.expert_size
+        return self.moe.shared_expert_intermediate_size or each
+
+    @property
     def longest_sequence(self) -> int:
         """The longest sequence the model may see, scaling of its positions included.
 
@@ -256,6 +320,8 @@ class ModelConfig(Frozen):
             return tuple(range(self.num_hidden_layers))
         if pattern == "every_other":
             return tuple(range(1, self.num_hidden_layers, 2))
+        if isinstance(pattern, Placement):
+            return tuple(filter(pattern.is_sparse, range(self.num_hidden_layers)))
         return tuple(sorted(int(i) for i in pattern))
 
     def is_sparse(self, layer: int) -> bool:

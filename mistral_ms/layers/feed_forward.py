@@ -15,15 +15,22 @@ class FeedForward(nn.Cell):
     Args:
         linears: by name: ``w1``, ``w3`` and ``w2``.
         gated: see :class:`GatedLinear`.
+        copy: applied to the input, where the processes of a group use it each in its own way and
+            nobody before has seen to that: adds up their gradients. None: nothing to do.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Cell], gated: nn.Cell) -> None:
+    def __init__(
+        self, linears: Mapping[str, nn.Cell], gated: nn.Cell, copy: nn.Cell | None = None
+    ) -> None:
         super().__init__()
+        self.copy = copy
         self.w1, self.w3, self.w2 = linears["w1"], linears["w3"], linears["w2"]
         self.gated = gated
 
     def construct(self, x_TH: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
+        if self.copy is not None:
+            x_TH = self.copy(x_TH)
         return self.w2(self.gated(x_TH, self.w1.weight, self.w3.weight))
 
 

@@ -24,6 +24,7 @@ from mistral_ms.weights import (
     ParamSpec,
     attention_specs,
     feed_forward_specs,
+    swiglu_specs,
     vocabulary_specs,
 )
 
@@ -125,8 +126,21 @@ class LayerFactory:
         """
         forward_only = self.cache is not None
         return MoELayer(
-            self.config, self.routing, self.dtype, forward_only=forward_only, layer=layer
+            self.config,
+            self.routing,
+            self.dtype,
+            forward_only=forward_only,
+            layer=layer,
+            shared=self.shared_experts() if self.config.shared_expert_size else None,
         )
+
+    def shared_experts(self) -> FeedForward:
+        """The shared experts of a sparse layer as one feed-forward: [T, H] -> [T, H].
+
+        Its input is whole on every process, and nobody else sees to its gradients.
+        """
+        specs = swiglu_specs(self.config, self.config.shared_expert_size)
+        return FeedForward(self.linears(specs), self.gated())
 
     def head(self) -> nn.Cell:
         """Holds the output head [V, H]."""

@@ -32,6 +32,7 @@ from mistral_ms.moe.losses import (
     stack_sums,
 )
 from mistral_ms.moe.routing import GateContext, Routing, gate_context
+from mistral_ms.moe.shared import SharedExpertGate, joined
 
 __all__ = [
     "DispatchPlan",
@@ -47,9 +48,11 @@ __all__ = [
     "RoutedExperts",
     "RouterSums",
     "Routing",
+    "SharedExpertGate",
     "TransposedExperts",
     "gate_class",
     "gate_context",
+    "joined",
     "kept_choices",
     "load_balancing_loss",
     "local_dispatcher",

@@ -31,7 +31,7 @@ class Experts(nn.Cell):
         super().__init__()
         assert config.moe is not None
         L = config.moe.num_local_experts if local_experts is None else local_experts
-        H, I = config.hidden_size, config.intermediate_size  # noqa: E741
+        H, I = config.hidden_size, config.expert_size  # noqa: E741
         self.w1 = weight(L, I, H, dtype=dtype)
         self.w3 = weight(L, I, H, dtype=dtype)
         self.w2 = weight(L, H, I, dtype=dtype)

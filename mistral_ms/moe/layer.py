@@ -10,10 +10,11 @@ from mistral_ms.moe.experts import RoutedExperts
 from mistral_ms.moe.gates import make_gate
 from mistral_ms.moe.losses import RouterSums, router_sums
 from mistral_ms.moe.routing import GateContext
+from mistral_ms.moe.shared import SharedExpertGate, local_shared_experts
 
 
 class MoELayer(nn.Cell):
-    """Gate and routed experts.
+    """Gate and routed experts; shared experts beside them, where the model has any.
 
     Args:
         config: sizes.
@@ -22,6 +23,7 @@ class MoELayer(nn.Cell):
         experts: the routed region; all experts on this device when None.
         forward_only: nobody asks for gradients.
         layer: number of the decoder block, for the gate.
+        shared: the shared experts of a model that has any; those of one device when None.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class MoELayer(nn.Cell):
         experts: RoutedExperts | None = None,
         forward_only: bool = False,
         layer: int = 0,
+        shared: nn.Cell | None = None,
     ) -> None:
         super().__init__()
         assert config.moe is not None
@@ -41,6 +44,10 @@ class MoELayer(nn.Cell):
             experts = RoutedExperts(config, dispatcher, dtype=dtype, forward_only=forward_only)
         self.experts = experts
         self.experts_choose = routing.policy == "experts_choose"
+        self.shares = config.shared_expert_size > 0
+        if self.shares:
+            self.shared_experts = local_shared_experts(config, dtype) if shared is None else shared
+            self.shared_expert_gate = SharedExpertGate(config, dtype)
 
     def construct(
         self, x_TH: Tensor, valid_T: Tensor, context: GateContext | None = None
@@ -49,9 +56,12 @@ class MoELayer(nn.Cell):
 
         Args:
             x_TH: token rows.
-            valid_T: float32, 0 for padding: neither routed nor counted; its output is zero.
+            valid_T: float32, 0 for padding: neither routed nor counted; no expert but the shared
+                ones computes it.
             context: what the gate may know in training; None outside.
         """
         routing = self.router(x_TH, context)
         y_TH, kept_TK = self.experts(x_TH, routing, valid_T)
+        if self.shares:
+            y_TH = self.shared_expert_gate(x_TH, y_TH, self.shared_experts(x_TH))
         return y_TH, router_sums(routing, kept_TK, valid_T, self.experts_choose)

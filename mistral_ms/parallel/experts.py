@@ -48,5 +48,6 @@ def routed_experts(
     if model.moe is None:  # expert_slice has raised
         raise TopologyError("no experts")
     dispatcher = make_dispatcher(model.moe.num_local_experts, routing, parallel, groups)
-    local_config = model.model_copy(update={"intermediate_size": len(held.columns)})
+    moe = model.moe.model_copy(update={"moe_intermediate_size": len(held.columns)})
+    local_config = model.model_copy(update={"moe": moe})
     return RoutedExperts(local_config, dispatcher, len(held.experts), dtype)

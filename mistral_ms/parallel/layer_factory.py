@@ -12,7 +12,8 @@ embedding                    ReduceFromGroup                            forward:
 loss                         the group, see VocabParallelCrossEntropy   forward: three small sums
 ===========================  =========================================  ========================
 
-A sparse layer needs none of them: its dispatcher talks.
+A sparse layer needs none of them: its dispatcher talks. Its shared experts take CopyToGroup
+themselves.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from __future__ import annotations
 from mindspore import nn
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
-from mistral_ms.layers import CacheSpec, Embedding, Linear, RMSNorm
+from mistral_ms.layers import CacheSpec, Embedding, FeedForward, Linear, RMSNorm
 from mistral_ms.models import LayerFactory
 from mistral_ms.moe import MoELayer
 from mistral_ms.parallel.collectives import CopyToGroup, Groups, ReduceFromGroup
 from mistral_ms.parallel.experts import routed_experts
 from mistral_ms.parallel.topology import GroupKind, shard_shape
-from mistral_ms.weights import ParamSpec
+from mistral_ms.weights import ParamSpec, swiglu_specs
 
 
 class ParallelLayerFactory(LayerFactory):
@@ -89,4 +90,11 @@ class ParallelLayerFactory(LayerFactory):
     def moe(self, layer: int) -> nn.Cell:
         """See the base: the whole router, this rank's experts, and the way to the others."""
         experts = routed_experts(self.config, self.routing, self.parallel, self.groups, self.dtype)
-        return MoELayer(self.config, self.routing, self.dtype, experts, layer=layer)
+        shared = self.shared_experts() if self.config.shared_expert_size else None
+        return MoELayer(self.config, self.routing, self.dtype, experts, layer=layer, shared=shared)
+
+    def shared_experts(self) -> FeedForward:
+        """See the base: this rank's columns."""
+        specs = swiglu_specs(self.config, self.config.shared_expert_size)
+        copy = CopyToGroup(self.tensor) if self.tensor.size > 1 else None
+        return FeedForward(self.linears(specs), self.gated(), copy)

@@ -163,12 +163,16 @@ def layer_memory(
     assert model.moe is not None
     norms += 2 * T * model.moe.num_local_experts * FLOAT
     R = expert_rows(model, routing, parallel, T)
+    I = model.expert_size // parallel.mp  # noqa: E741
+    shared = 0
+    if model.shared_expert_size:  # its own activations, its result and that of the chosen ones
+        shared = widths * T * model.shared_expert_size // parallel.mp * itemsize + 2 * states
     return LayerMemory(
         states,
         norms,
         attention,
         probabilities,
-        widths * R * I * itemsize,
+        widths * R * I * itemsize + shared,
         dispatch=2 * R * H * itemsize,
     )
 

@@ -107,11 +107,12 @@ def _tensor(run: RunConfig, sparse: bool, execution: Execution) -> Iterator[Mess
     if mp == 1:
         return
     states = tokens_of(run) * run.model.hidden_size * ITEMSIZE[run.training.dtype]
+    divided = 1 if sparse and not run.model.shared_expert_size else 2  # attention, feed-forward
     if execution == "graph":  # rows are divided between the matrices
         yield Message("AllGather", GroupKind.TENSOR, states / mp, 2)
-        yield Message("ReduceScatter", GroupKind.TENSOR, states, 1 if sparse else 2)
+        yield Message("ReduceScatter", GroupKind.TENSOR, states, divided)
     else:
-        yield Message("AllReduce", GroupKind.TENSOR, states, 1 if sparse else 2)
+        yield Message("AllReduce", GroupKind.TENSOR, states, divided)
 
 
 def _experts(run: RunConfig) -> Iterator[Message]:

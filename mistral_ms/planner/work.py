@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from mistral_ms.config import RunConfig
 from mistral_ms.parallel.memory import FLOAT, ITEMSIZE
+from mistral_ms.parallel.pipeline.costs import shared_logits
 from mistral_ms.planner.hardware import GIGA, TERA, Hardware
 from mistral_ms.planner.load import Balance
 from mistral_ms.planner.memory import Execution
@@ -154,7 +155,7 @@ class Work:
     def _sparse(self) -> Pass:
         model, parallel, T = self.model, self.run.parallel, self.T
         assert model.moe is not None
-        H, I, E = model.hidden_size, model.intermediate_size / self.mp, model.moe.num_local_experts  # noqa: E741
+        H, I, E = model.hidden_size, model.expert_size / self.mp, model.moe.num_local_experts  # noqa: E741
         R = exchanged_rows(self.run)
         local = E / parallel.ep
         computed = R * self.balance.slowest
@@ -170,6 +171,12 @@ class Work:
         moved += (T * H + R * H) * self.item  # dispatch reads tokens and writes rows
         moved += (R * H + T * H) * self.item  # combine
         moved += 3 * computed * I * self.item  # SwiGLU
+        if shared := model.shared_expert_size / self.mp:
+            products += [Product(T, H, shared, 2), Product(T, shared, H)]
+            # SwiGLU; what joins both results reads them and writes their sum
+            moved += 3 * T * shared * self.item + 3 * self.rows * H * self.item
+            if logits := shared_logits(model):
+                products.append(Product(self.rows, H, logits))
         if parallel.ep > 1 and local > 1:
             moved += 4 * computed * H * self.item  # from ranks' order to experts', and back
         found = self._of(products, moved)

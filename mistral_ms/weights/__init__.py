@@ -2,7 +2,7 @@
 
 from mistral_ms.weights.attention import attention_specs
 from mistral_ms.weights.embedding import EMBEDDING, HEAD, vocabulary_specs
-from mistral_ms.weights.feed_forward import feed_forward_specs
+from mistral_ms.weights.feed_forward import feed_forward_specs, swiglu_specs
 from mistral_ms.weights.gates import (
     GateSpecs,
     gate_matrix,
@@ -12,7 +12,7 @@ from mistral_ms.weights.gates import (
 )
 from mistral_ms.weights.layers import LayerSpecs, layer_specs, register_layer
 from mistral_ms.weights.model import Specs, by_name, check_parameters, specs
-from mistral_ms.weights.moe import expert_specs, moe_specs
+from mistral_ms.weights.moe import expert_specs, moe_specs, shared_gate_specs
 from mistral_ms.weights.norm import norm_specs
 from mistral_ms.weights.registry import Registry
 from mistral_ms.weights.spec import Cut, ParamSpec, inside, matrix, scale
@@ -42,6 +42,8 @@ __all__ = [
     "register_layer",
     "router_specs",
     "scale",
+    "shared_gate_specs",
     "specs",
+    "swiglu_specs",
     "vocabulary_specs",
 ]

@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 from mistral_ms.config import ModelConfig
+from mistral_ms.weights.feed_forward import swiglu_specs
 from mistral_ms.weights.gates import num_experts, router_specs
 from mistral_ms.weights.layers import register_layer
-from mistral_ms.weights.spec import Cut, ParamSpec, inside
+from mistral_ms.weights.spec import Cut, ParamSpec, inside, matrix
 
 
 @register_layer("moe")
 def moe_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
-    """A gate and E stacked SwiGLU experts."""
-    return (*inside("router", router_specs(config)), *inside("experts", expert_specs(config)))
+    """A gate and E stacked SwiGLU experts; shared experts, and what weighs them, if there are."""
+    found = (*inside("router", router_specs(config)), *inside("experts", expert_specs(config)))
+    if not config.shared_expert_size:
+        return found
+    shared = swiglu_specs(config, config.shared_expert_size)
+    return (
+        *found,
+        *inside("shared_experts", shared),
+        *inside("shared_expert_gate", shared_gate_specs(config)),
+    )
+
+
+def shared_gate_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
+    """What weighs the shared experts' result, whole on every rank.
+
+    A matrix [1, H] of the sigmoid gate; a matrix [2, H] and a bias of the softmax pair, whose rows
+    belong to the chosen experts and to the shared ones (DeepSpeed's ``coefficient``).
+    """
+    assert config.moe is not None
+    H, std = config.hidden_size, config.initializer_range
+    if config.moe.shared_expert_gate == "none":
+        return ()
+    if config.moe.shared_expert_gate == "sigmoid":
+        return (matrix("weight", ("one", "H"), (1, H), std),)
+    return (
+        matrix("weight", ("two", "H"), (2, H), std),
+        ParamSpec("bias", ("two",), (2,), decay=False, init="zeros"),
+    )
 
 
 def expert_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
@@ -19,7 +46,7 @@ def expert_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
 
     Expert parallelism divides the experts, tensor parallelism each one's intermediate size.
     """
-    E, H, I = num_experts(config), config.hidden_size, config.intermediate_size  # noqa: E741
+    E, H, I = num_experts(config), config.hidden_size, config.expert_size  # noqa: E741
     std, each = config.initializer_range, Cut("ep", 0, E)
     rows, columns = (each, Cut("mp", 1, I)), (each, Cut("mp", 2, I))
     return (

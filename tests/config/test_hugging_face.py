@@ -464,6 +464,10 @@ class TestNative:
             {},
             dict(sparse_layers="every_other"),
             dict(sparse_layers=(3, 0)),
+            dict(sparse_layers={"first_k_dense_replace": 1}, moe_intermediate_size=24),
+            dict(
+                n_shared_experts=1, shared_expert_intermediate_size=9, shared_expert_gate="sigmoid"
+            ),
             dict(norm_topk_prob=False, num_experts_per_tok=1),
         ],
     )
@@ -482,7 +486,9 @@ class TestNative:
             from_hf(MIXTRAL | {"mistral_ms": {"format": 1, "expert_groups": 2}}, "c.json")
 
     @pytest.mark.parametrize(
-        "moe", [dict(sparse_layers=(1,)), dict(norm_topk_prob=False)], ids=["mixed", "raw-weights"]
+        "moe",
+        [dict(sparse_layers=(1,)), dict(norm_topk_prob=False), dict(n_shared_experts=1)],
+        ids=["mixed", "raw-weights", "shared"],
     )
     def test_hugging_face_cannot_express_it(self, moe):
         with pytest.raises(ConfigError, match=r"not expressible in Hugging Face's format"):

@@ -134,6 +134,7 @@ def test_a_missing_size():
         ({"head_dim": 16}, "head_dim 16"),
         ({"eos_token_id": (2, 3)}, r"several end tokens \[2, 3\]"),
         ({"moe": {"sparse_layers": "every_other"}}, "dense and sparse layers mixed"),
+        ({"moe": {"n_shared_experts": 2}}, "n_shared_experts 2"),
         ({"moe": {"num_experts_per_tok": 1}}, "one normalised expert"),
     ],
 )

@@ -167,8 +167,9 @@ class TestMistral:
             (model(rope_scaling=dict(rope_type="linear", factor=2)), "rope_scaling linear"),
             (model(moe=dict(sparse_layers=(1,))), "dense and sparse layers mixed"),
             (model(moe=dict(norm_topk_prob=False)), "un-normalised top-k weights"),
+            (model(moe=dict(moe_intermediate_size=8)), "moe_intermediate_size 8"),
         ],
-        ids=["tied", "scaled", "mixed", "raw-weights"],
+        ids=["tied", "scaled", "mixed", "raw-weights", "fine-grained"],
     )
     def test_what_the_format_cannot_express(self, config, reason):
         with pytest.raises(ConfigError, match=rf"not expressible in Mistral's format.*{reason}"):

@@ -40,12 +40,30 @@ class TestDerived:
             ([2], (2,)),
             ([3, 0], (0, 3)),
             ((1, 2), (1, 2)),
+            ({"first_k_dense_replace": 1}, (1, 2, 3)),
+            ({"first_k_dense_replace": 1, "moe_layer_freq": 2}, (2,)),
+            ({"moe_layer_freq": 2}, (0, 2)),
+            ({"decoder_sparse_step": 2}, (1, 3)),
+            ({"decoder_sparse_step": 3, "mlp_only_layers": []}, (2,)),
+            ({"mlp_only_layers": [0, 2]}, (1, 3)),
         ],
     )
     def test_sparse_patterns(self, pattern, layers):
         config = build(moe=MOE | {"sparse_layers": pattern})
         assert config.sparse_layers == layers
         assert [config.is_sparse(i) for i in range(4)] == [i in layers for i in range(4)]
+
+    def test_widths_of_experts(self):
+        """HF's DeepSeek has one feed-forward for all shared experts, Qwen2-MoE says its width."""
+        plain = build(moe=MOE)
+        assert (plain.expert_size, plain.shared_expert_size) == (96, 0)
+        fine = MOE | {"moe_intermediate_size": 24, "n_shared_experts": 2}
+        assert (build(moe=fine).expert_size, build(moe=fine).shared_expert_size) == (24, 48)
+        qwen = fine | {"shared_expert_intermediate_size": 40}
+        assert build(moe=qwen).shared_expert_size == 40
+        assert (build().expert_size, build().shared_expert_size) == (96, 0)
+        assert build(moe=fine).moe.added == ("moe_intermediate_size 24", "n_shared_experts 2")
+        assert plain.moe.added == ()
 
     def test_every_layer_is_sparse_by_default(self):
         assert build(moe=MOE).sparse_layers == (0, 1, 2, 3)
@@ -87,6 +105,30 @@ class TestErrors:
             (
                 dict(num_hidden_layers=1, moe=MOE | {"sparse_layers": "every_other"}),
                 r"none of the 1",
+            ),
+            (
+                dict(moe=MOE | {"sparse_layers": {"first_k_dense_replace": 4}}),
+                r"leaves none of the 4",
+            ),
+            (
+                dict(moe=MOE | {"sparse_layers": {"moe_layer_freq": 2, "decoder_sparse_step": 2}}),
+                r"moe_layer_freq \(2\) and decoder_sparse_step \(2\) both say how often",
+            ),
+            (
+                dict(moe=MOE | {"sparse_layers": {"first_k_dense": 1}}),
+                r"sparse_layers.*first_k_dense",
+            ),
+            (
+                dict(moe=MOE | {"shared_expert_gate": "sigmoid"}),
+                r"shared_expert_gate \(sigmoid\) needs n_shared_experts",
+            ),
+            (
+                dict(moe=MOE | {"shared_expert_intermediate_size": 8}),
+                r"shared_expert_intermediate_size \(8\) needs n_shared_experts",
+            ),
+            (
+                dict(moe=MOE | {"moe_intermediate_size": 1 << 20, "n_shared_experts": 17}),
+                r"shared experts' width \(17825792\) must not exceed",
             ),
             (dict(vocab_size=0), r"vocab_size: 0: .*greater than or equal to 1"),
             (dict(rms_norm_eps=0), r"rms_norm_eps: 0: .*greater than 0"),
@@ -185,6 +227,6 @@ class Group(Frozen):
 def test_an_unknown_key_inside_of_a_list_is_named_with_those_that_are_known():
     with pytest.raises(
         ConfigError,
-        match=r"unknown key: x: entries\.0\.experts: .*known keys: gate, norm_topk_prob",
+        match=r"unknown key: x: entries\.0\.experts: .*known keys: gate, .*norm_topk_prob",
     ):
         validate(Group, {"entries": [{"num_local_experts": 2, "experts": 3}]}, "x")

@@ -26,7 +26,12 @@ CONFIG = small_model(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    moe={"sparse_layers": (1,)},
+    moe={
+        "sparse_layers": (1,),
+        "moe_intermediate_size": 8,
+        "n_shared_experts": 2,
+        "shared_expert_gate": "sigmoid",
+    },
 )
 LAYOUTS = {
     2: {

@@ -37,7 +37,9 @@ def model(name: str) -> ModelConfig:
     moe = {"sparse_layers": tuple(range(1, stages, 2))} if name in MIXED else {}
     if name in GATES:
         moe["gate"] = GATES[name]
-    sizes = {"num_hidden_layers": 2 if name in DEEP else stages}
+    if name in FINE:
+        moe |= FINE[name]
+    sizes = {"num_hidden_layers": 2 if name in (*DEEP, *FINE) else stages}
     return small_model(**TINY | sizes, tie_word_embeddings=name in TIED, moe=moe)
 
 
@@ -61,6 +63,23 @@ GATES = {
     "pp4, gpipe": {"name": "sigmoid_top_k", "bias_update_rate": 0.05},
 }
 """Gates other than the usual one: noise and state are those of one process, too."""
+FINE = {
+    "dp2 ep2 interleaved": {
+        "moe_intermediate_size": 12,
+        "n_shared_experts": 2,
+        "sparse_layers": {"first_k_dense_replace": 1},
+        "gate": {
+            "name": "sigmoid_top_k",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "bias_update_rate": 0.05,
+        },
+    }
+}
+"""DeepSeek-V3's layers: the first one dense, fine-grained and shared experts, a bias that balances
+those of two of four groups.
+"""
 TIED = ("dp2 mp2 ep2", "pp4, gpipe")
 DEEP = ("dp2 ep2 zero1", "generating")
 """Of several layers: what a recomputed block sends must not meet the gradients of the next one."""

@@ -104,8 +104,9 @@ def both_gradients(config, scale=1.0):
 
 
 CASES = {
-    "choice-major, rescaled": {
-        "routing": {"drop_priority": "choice_major", "rescale_survivors": True}
+    "choice-major, rescaled, a dense expert beside": {
+        "moe": {"n_shared_experts": 1, "shared_expert_gate": "softmax_pair"},
+        "routing": {"drop_priority": "choice_major", "rescale_survivors": True},
     },
     "experts choose": {
         "routing": {
@@ -119,8 +120,13 @@ CASES = {
         "routing": {"policy": "dropless", "aux_loss": "pooled"},
         "tie_word_embeddings": True,
     },
-    "token-major in one layer, window in the other, stretched positions": {
-        "moe": {"sparse_layers": "every_other"},
+    "token-major in one layer, shared experts; window in the other, stretched positions": {
+        "moe": {
+            "sparse_layers": "every_other",
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 2,
+            "shared_expert_gate": "sigmoid",
+        },
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_scaling": {

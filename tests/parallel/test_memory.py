@@ -71,6 +71,15 @@ def test_a_sparse_layer_by_hand():
     assert sparse.norms - dense.norms == 2 * T * E * 4
 
 
+def test_shared_experts_keep_the_activations_of_a_dense_layer_and_two_results():
+    T, K = 24, SPARSE.moe.num_experts_per_tok
+    I, H = DENSE.intermediate_size, SPARSE.hidden_size  # noqa: E741
+    fine = SPARSE.moe.model_copy(update={"moe_intermediate_size": I // 2, "n_shared_experts": 3})
+    shared = SPARSE.model_copy(update={"moe": fine})
+    dense, found = (layer_memory(m, DROPLESS, ONE, **SIZES) for m in (DENSE, shared))
+    assert found.feed_forward == (K + 3) * dense.feed_forward // 2 + 2 * T * H * 4
+
+
 def test_rows_of_experts():
     capacity = RoutingConfig(policy="capacity", capacity_factor=1.5)
     shared = ParallelConfig(dp=4, ep=4, devices_per_node=4)

@@ -32,10 +32,21 @@ def run(**changes):
     return RunConfig(**values)
 
 
+SHARED = configs.model(
+    moe={
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 2,
+        "shared_expert_gate": "softmax_pair",
+        "sparse_layers": {"first_k_dense_replace": 1},
+    }
+)
+
+
+@pytest.mark.parametrize("model", [configs.model(moe={"sparse_layers": (1, 3)}), SHARED])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_operations_are_those_that_balance_the_stages(layer):
+def test_operations_are_those_that_balance_the_stages(layer, model):
     """Of attention half: a query sees half of the keys on average, kernels skip the others."""
-    training, hardware = run(), ideal()
+    training, hardware = run(model=model), ideal()
     work = Work(training, hardware, "graph", EVEN)
     found, model = work.layer(layer).forward, training.model
     peak = hardware.compute.peak_tflops.bfloat16 * TERA

@@ -26,7 +26,12 @@ MODEL = dict(
     num_attention_heads=2,
     num_key_value_heads=1,
     max_position_embeddings=32,
-    moe=dict(num_local_experts=4, sparse_layers=[1]),
+    moe=dict(
+        num_local_experts=4,
+        sparse_layers={"first_k_dense_replace": 1},
+        moe_intermediate_size=16,
+        n_shared_experts=2,
+    ),
 )
 
 

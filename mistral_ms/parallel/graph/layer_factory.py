@@ -114,6 +114,7 @@ class GraphLayerFactory(LayerFactory):
             self.losses,
             self.parallel.micro_batch_interleave_num,
             self.sharding,
+            self.shared_experts() if self.config.shared_expert_size else None,
         )
 
     def pooled_loss(self) -> nn.Cell:

@@ -42,6 +42,7 @@ from mistral_ms.moe import (
 )
 from mistral_ms.parallel.graph.metrics import AttachLosses, RecordMetrics, metrics_buffer
 from mistral_ms.parallel.graph.region import Region, Shape, first_shape
+from mistral_ms.parallel.graph.shared import GraphSharedGate
 from mistral_ms.parallel.sharding import Sharding
 
 _cast = ops.Cast()
@@ -65,9 +66,9 @@ class MatrixExperts(nn.Cell):
         super().__init__()
         assert config.moe is not None
         rows = config.moe.num_local_experts * config.hidden_size
-        self.w1 = weight(rows, config.intermediate_size)
-        self.w3 = weight(rows, config.intermediate_size)
-        self.w2 = weight(rows, config.intermediate_size)
+        self.w1 = weight(rows, config.expert_size)
+        self.w3 = weight(rows, config.expert_size)
+        self.w2 = weight(rows, config.expert_size)
 
 
 @dataclass(frozen=True)
@@ -321,6 +322,7 @@ class GraphMoE(nn.Cell):
         coefficients: of the router's losses; None where nothing is trained.
         interleave: dispatch groups of a micro-batch.
         sharding: the table; None on one device.
+        shared: the shared experts of a model that has any.
     """
 
     def __init__(
@@ -333,6 +335,7 @@ class GraphMoE(nn.Cell):
         coefficients: LossCoefficients | None,
         interleave: int,
         sharding: Sharding | None,
+        shared: nn.Cell | None = None,
     ) -> None:
         super().__init__()
         self.router = make_gate(config, routing, layer)
@@ -351,6 +354,10 @@ class GraphMoE(nn.Cell):
             )
         else:
             self.region = SparseRegion(config, dispatcher, self.router, dtype, sharding)
+        self.shares = shared is not None
+        if shared is not None:
+            self.shared_experts = shared
+            self.shared_expert_gate = GraphSharedGate(config, dtype, sharding)
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
 
     def construct(
@@ -373,6 +380,11 @@ class GraphMoE(nn.Cell):
             given = (*given, batch[1], random_B3, self.metrics_buffer)
         weights, state = self.router.weights_and_state()
         given = (*given, *weights, *state, *(batch[0],) * self.spare_arguments)
+        sums = None
         if self.pooled:
-            return self.region(x_TH, *given)
-        return self.region(x_TH, *given), None
+            y_TH, sums = self.region(x_TH, *given)
+        else:
+            y_TH = self.region(x_TH, *given)
+        if self.shares:
+            y_TH = self.shared_expert_gate(x_TH, y_TH, self.shared_experts(x_TH))
+        return y_TH, sums

@@ -22,6 +22,13 @@ class LayerCosts:
     head: float
 
 
+def shared_logits(model: ModelConfig) -> int:
+    """Rows of what weighs the shared experts of a sparse layer."""
+    return {"none": 0, "sigmoid": 1, "softmax_pair": 2}[
+        "none" if model.moe is None else model.moe.shared_expert_gate
+    ]
+
+
 def layer_costs(model: ModelConfig, seq_length: int) -> LayerCosts:
     """Two operations per multiplication and addition; norms, rotations and softmax left out.
 
@@ -36,7 +43,9 @@ def layer_costs(model: ModelConfig, seq_length: int) -> LayerCosts:
     dense = 6 * H * model.intermediate_size
     sparse = 0
     if model.moe is not None:
-        sparse = model.moe.num_experts_per_tok * dense + 2 * H * model.moe.num_local_experts
+        visited = model.moe.num_experts_per_tok * model.expert_size + model.shared_expert_size
+        logits = model.moe.num_local_experts + shared_logits(model)
+        sparse = 6 * H * visited + 2 * H * logits
     layers = tuple(
         float(
             projections

@@ -43,7 +43,7 @@ def expert_slice(model: ModelConfig, topology: Topology, rank: int) -> ExpertSli
     coords, sizes = topology.coords(rank), topology.sizes
     return ExpertSlice(
         experts=_shard_range(model.moe.num_local_experts, sizes.ep, coords.ep),
-        columns=_shard_range(model.intermediate_size, sizes.mp, coords.mp),
+        columns=_shard_range(model.expert_size, sizes.mp, coords.mp),
     )
 
 

@@ -77,6 +77,9 @@ def test_costs_count_multiplications_and_additions():
     costs = layer_costs(config, S)
     assert costs.layers == (attention + dense, attention + 2 * E * H + K * dense)
     assert (costs.embedding, costs.head) == (0, 2 * V * H)
+    moe = {"moe_intermediate_size": 16, "n_shared_experts": 3, "shared_expert_gate": "sigmoid"}
+    fine = layer_costs(model(moe=moe), S)
+    assert fine.layers[0] == attention + 2 * E * H + (K + 3) * 2 * 3 * H * 16 + 2 * H
     windowed = layer_costs(model(sliding_window=4, moe=None), S)
     assert windowed.layers[0] == costs.layers[0] - 2 * 2 * (S - 4) * N * D
 
