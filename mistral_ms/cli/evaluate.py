@@ -25,7 +25,10 @@ def evaluate(
         Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
     ] = None,
 ) -> None:
-    """Measure perplexity and accuracy of a checkpoint on a dataset, dropless."""
+    """Measure perplexity and accuracy of a checkpoint on a dataset.
+
+    Dropless, unless its training has routing.eval_capacity_factor.
+    """
     from dataclasses import asdict
 
     from rich.console import Console

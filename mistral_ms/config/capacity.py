@@ -11,11 +11,21 @@ def expert_capacity(tokens: int, experts: int, top_k: int, routing: RoutingConfi
     """C: slots per expert for ``tokens`` tokens, padding included (shapes are static).
 
     ``capacity`` and ``experts_choose``: ceil(factor * K * T / E) (GShard, arXiv:2006.16668,
-    section 2.2), at most T, because an expert computes each token once. ``dropless``: T, so that
-    nobody is ever turned away.
+    section 2.2), or as the keys ``capacity_per``, ``capacity_rounding``, ``min_capacity`` and
+    ``capacity_multiple_of`` say; at most T, because an expert computes each token once.
+    ``dropless``: T, so that nobody is ever turned away.
     """
     if routing.policy == "dropless":
         return tokens
+    choices = tokens if routing.capacity_per == "token" else top_k * tokens
     # the product of the integers first: 1.1 * 8 must not become ceil(8.800000000000001 ...)
-    exact = routing.capacity_factor * (top_k * tokens) / experts
-    return max(1, min(tokens, math.ceil(round(exact, 9))))
+    exact = round(routing.capacity_factor * choices / experts, 9)
+    if routing.capacity_rounding == "ceil":
+        slots = math.ceil(exact)
+    elif routing.capacity_rounding == "floor":
+        slots = math.floor(exact)
+    else:
+        slots = round(exact)
+    multiple = routing.capacity_multiple_of
+    slots = (max(slots, routing.min_capacity) + multiple - 1) // multiple * multiple
+    return max(1, min(tokens, slots))

@@ -19,18 +19,34 @@ class RoutingConfig(Frozen):
             (training; GShard, arXiv:2006.16668, section 2.2); ``experts_choose`` lets each expert
             take as many tokens, those that score highest with it (training; Zhou 2022,
             arXiv:2202.09368, section 3.2). That looks at later tokens, too: a decoder cannot
-            generate by it.
+            generate by it. Under ``dropless`` the keys about slots say nothing.
         capacity_factor: slots of an expert, in multiples of K * T / E. Where experts choose, a
             token has capacity_factor * K experts on average.
+        capacity_per: ``choice``: that multiple is of K * T / E; ``token``: of T / E, whatever K.
+        capacity_rounding: how the product becomes a whole number: ``ceil``, ``floor``, or
+            ``round``, to the nearest one and from a half to the even one.
+        min_capacity: an expert has at least so many slots.
+        capacity_multiple_of: rounds them up to a multiple. An expert never has more slots than
+            there are tokens, multiple or not.
+        eval_capacity_factor: ``evaluate`` gives a checkpoint of this training such a capacity,
+            and drops in the training's order; None: it drops nothing. Generation never does.
         drop_priority: who gets a slot when an expert is full. ``token_major``: earlier tokens
             first, with all their choices; ``choice_major``: all first choices before any second
-            choice (GShard, algorithm 1). Where experts choose there is no such order.
+            choice (GShard, algorithm 1), earlier tokens first; ``score``: likewise, but the tokens
+            with the largest scores first (batch prioritized routing, arXiv:2106.05974, section
+            3.4); ``random``: likewise, in an order that is drawn anew for each step and layer
+            (random token selection, arXiv:2109.10465; outside of training: earlier tokens first).
+            All but ``token_major`` look at later tokens. Where experts choose there is no order.
         rescale_survivors: divide the weights of the experts that compute a token by their sum.
             Under ``dropless`` those are all that it chose. Off: a dropped choice contributes
             nothing and the residual carries the token.
         router_dtype: dtype of the gate's matrix product; the softmax is always float32.
         aux_loss: ``pooled`` averages over all layers' tokens before multiplying (HF);
             ``per_layer`` multiplies per layer and averages the products.
+        aux_choices: which choices the load-balancing loss counts: ``all`` (HF), or the ``first``
+            of each token (GShard, Switch), whose balanced value is 1 whatever K.
+        aux_normalize: divide by the number of choices that are counted for each token, so that a
+            balanced router scores 1, not K.
         kernels: which implementation of gating, slots, dispatch and combine runs. ``reference``:
             plain MindSpore. ``custom``: the operators of ``ascend_kernels``, which must be built.
             ``cann``: CANN's own where MindSpore has one that matches (Ascend only).
@@ -38,10 +54,17 @@ class RoutingConfig(Frozen):
 
     policy: Literal["dropless", "capacity", "experts_choose"] = "dropless"
     capacity_factor: float = Field(default=1.1, gt=0, allow_inf_nan=False)
-    drop_priority: Literal["token_major", "choice_major"] = "token_major"
+    capacity_per: Literal["choice", "token"] = "choice"
+    capacity_rounding: Literal["ceil", "floor", "round"] = "ceil"
+    min_capacity: int = Field(default=1, ge=1)
+    capacity_multiple_of: int = Field(default=1, ge=1)
+    eval_capacity_factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    drop_priority: Literal["token_major", "choice_major", "score", "random"] = "token_major"
     rescale_survivors: bool = False
     router_dtype: DType = "float32"
     aux_loss: Literal["pooled", "per_layer"] = "pooled"
+    aux_choices: Literal["all", "first"] = "all"
+    aux_normalize: bool = False
     kernels: Literal["reference", "custom", "cann"] = "reference"
 
     @model_validator(mode="after")
@@ -51,7 +74,25 @@ class RoutingConfig(Frozen):
                 f"drop_priority ({self.drop_priority}) is an order among choices of tokens: under "
                 "policy experts_choose experts take tokens by their scores. Leave it out"
             )
+        if self.policy != "capacity" and self.eval_capacity_factor is not None:
+            raise ValueError(
+                f"eval_capacity_factor ({self.eval_capacity_factor:g}) needs policy capacity, not "
+                f"{self.policy}: evaluation would drop choices as no training did. Leave it out"
+            )
+        if self.policy == "experts_choose" and self.aux_choices != "all":
+            raise ValueError(
+                f"aux_choices ({self.aux_choices}) is about choices of tokens: under policy "
+                "experts_choose the load-balancing loss counts the tokens that experts take. "
+                "Leave it out"
+            )
         return self
+
+    @property
+    def evaluation(self) -> RoutingConfig:
+        """How a model that was trained so is evaluated."""
+        if self.eval_capacity_factor is None:
+            return DROPLESS
+        return self.model_copy(update={"capacity_factor": self.eval_capacity_factor})
 
 
 DROPLESS = RoutingConfig()

@@ -26,10 +26,16 @@ class SwitchedExperts(RoutedExperts):
         self.every_choice = local_dispatcher(E, DROPLESS)
         self.grouped_linear = select.grouped_linear(select.dense_kernels(), dtype)
 
-    def construct(self, x_TH: Tensor, routing: Routing, valid_T: Tensor) -> tuple[Tensor, Tensor]:
+    def construct(
+        self,
+        x_TH: Tensor,
+        routing: Routing,
+        valid_T: Tensor,
+        priority_TK: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """See the base."""
         if self.training:
-            return super().construct(x_TH, routing, valid_T)
+            return super().construct(x_TH, routing, valid_T, priority_TK)
         plan = self.every_choice.plan(routing, valid_T)
         rows, sizes_E = self.every_choice.dispatch(x_TH, plan)
         gate = self.grouped_linear(rows, self.w1, sizes_E)

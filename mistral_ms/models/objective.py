@@ -246,7 +246,7 @@ class Objective(nn.Cell):
             loss = self.router_losses[i](sums) * weight
             total = total + self.coefficients[i] * loss
             losses = (*losses, loss)
-        _, routed_LE, kept_LE, _, _, _ = sums
+        _, routed_LE, kept_LE, _, _, _, _ = sums
         counts = self.counts(routed_LE), self.counts(kept_LE)
         return total, hidden_TH, (lm, *losses[:2], *counts, *losses[2:])
 

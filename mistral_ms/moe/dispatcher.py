@@ -3,7 +3,7 @@
 A dispatcher brings token rows to the experts and their results back. The local ones only permute;
 those that communicate live in ``mistral_ms.parallel`` and are injected from there::
 
-    plan = dispatcher.plan(chosen, valid_T)
+    plan = dispatcher.plan(chosen, valid_T, priority_TK)
     rows, group_sizes_L = dispatcher.dispatch(x_TH, plan)
     y_TH = dispatcher.combine(experts(rows, group_sizes_L), plan)
 
@@ -32,6 +32,9 @@ _sum_keep = ops.ReduceSum(keep_dims=True)
 MOST_CUSTOM_CHOICES = 8
 """K of the operators MoeDispatch and MoeCombine, see ``ascend_kernels/docs``."""
 
+PRIORITIES = ("score", "random")
+"""Values of ``routing.drop_priority`` under which a gate says which choices come first."""
+
 DispatchPlan: TypeAlias = tuple[RowIdMap, Tensor, Tensor | None, tuple[Any, ...]]
 """Where rows go, in this order (a plain tuple: GRAPH_MODE cannot build named ones):
 
@@ -59,12 +62,16 @@ class Dispatcher(nn.Cell):
         super().__init__()
         self.num_experts, self.routing = num_experts, routing
 
-    def plan(self, chosen: Routing, valid_T: Tensor) -> DispatchPlan:
+    def plan(
+        self, chosen: Routing, valid_T: Tensor, priority_TK: Tensor | None = None
+    ) -> DispatchPlan:
         """Decides where rows go.
 
         Args:
             chosen: experts and weights of every token.
             valid_T: float32, 0 for padding, which goes nowhere.
+            priority_TK: float32, which choices get a slot first, see
+                :meth:`mistral_ms.moe.Gate.priority`; None: those that the routing's order says.
         """
         raise NotImplementedError
 
@@ -124,15 +131,22 @@ class PaddedDispatcher(_LocalDispatcher):
 
     def __init__(self, num_experts: int, routing: RoutingConfig) -> None:
         super().__init__(num_experts, routing)
-        choice_major = routing.drop_priority == "choice_major"
+        choice_major = routing.drop_priority != "token_major"
         self.assign_slots = select.assign_slots(routing.kernels, num_experts, choice_major)
+        if routing.drop_priority in PRIORITIES:
+            self.by_priority = select.assign_slots_by_priority(routing.kernels, num_experts)
 
-    def plan(self, chosen: Routing, valid_T: Tensor) -> DispatchPlan:
+    def plan(
+        self, chosen: Routing, valid_T: Tensor, priority_TK: Tensor | None = None
+    ) -> DispatchPlan:
         """See the contract."""
         weights_TK, experts_TK, _, _, _ = chosen
         T, K = experts_TK.shape
         capacity = expert_capacity(T, self.num_experts, K, self.routing)
-        slots = self.assign_slots(experts_TK, valid_T, capacity)
+        if priority_TK is None:
+            slots = self.assign_slots(experts_TK, valid_T, capacity)
+        else:
+            slots = self.by_priority(experts_TK, valid_T, priority_TK, capacity)
         return slots, self.weights(weights_TK, slots), None, ()
 
 
@@ -159,7 +173,9 @@ class ExpertChoiceDispatcher(_LocalDispatcher):
         super().__init__(num_experts, routing)
         self.choose_tokens = select.choose_tokens(routing.kernels)
 
-    def plan(self, chosen: Routing, valid_T: Tensor) -> DispatchPlan:
+    def plan(
+        self, chosen: Routing, valid_T: Tensor, priority_TK: Tensor | None = None
+    ) -> DispatchPlan:
         """See the contract; the tokens' own choices say no more than how many slots there are."""
         _, experts_TK, scores_TE, _, _ = chosen
         T, K = experts_TK.shape
@@ -177,7 +193,9 @@ class PackedDispatcher(_LocalDispatcher):
         super().__init__(num_experts, routing)
         self.pack_choices = select.pack_choices(routing.kernels, num_experts)
 
-    def plan(self, chosen: Routing, valid_T: Tensor) -> DispatchPlan:
+    def plan(
+        self, chosen: Routing, valid_T: Tensor, priority_TK: Tensor | None = None
+    ) -> DispatchPlan:
         """See the contract."""
         weights_TK, experts_TK, _, _, _ = chosen
         slots, group_sizes_E = self.pack_choices(experts_TK, valid_T)

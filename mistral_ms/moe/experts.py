@@ -121,16 +121,24 @@ class RoutedExperts(Experts):
         ):
             self.fused = select_cpu.fused_experts(select.dense_kernels())
 
-    def construct(self, x_TH: Tensor, routing: Routing, valid_T: Tensor) -> tuple[Tensor, Tensor]:
+    def construct(
+        self,
+        x_TH: Tensor,
+        routing: Routing,
+        valid_T: Tensor,
+        priority_TK: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """[T, H] -> [T, H], and which choices were computed, see
         :func:`~mistral_ms.moe.kept_choices`; a token whose every choice is dropped gets zero.
+        ``priority_TK`` as in :meth:`~mistral_ms.moe.Dispatcher.plan`.
         """
         weights_TK, experts_TK, _, _, _ = routing
         T, K = experts_TK.shape
         if self.fused is not None and T * K <= cpu.FEW_CHOICES:
             y_TH = self.fused(x_TH, experts_TK, weights_TK, valid_T, self.w1, self.w3, self.w2)
-            return y_TH, ops.broadcast_to(valid_T.reshape(T, 1), (T, K))
-        plan = self.dispatcher.plan(routing, valid_T)
+            chosen_TK = ops.cast(experts_TK < self.dispatcher.num_experts, valid_T.dtype)
+            return y_TH, chosen_TK * valid_T.reshape(T, 1)
+        plan = self.dispatcher.plan(routing, valid_T, priority_TK)
         rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
         y = self.compute(rows, group_sizes_L)
         return self.dispatcher.combine(y, plan), kept_choices(plan)

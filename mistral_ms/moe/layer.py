@@ -43,7 +43,7 @@ class MoELayer(nn.Cell):
             dispatcher = local_dispatcher(config.moe.num_local_experts, routing)
             experts = RoutedExperts(config, dispatcher, dtype=dtype, forward_only=forward_only)
         self.experts = experts
-        self.experts_choose = routing.policy == "experts_choose"
+        self.routing = routing
         self.shares = config.shared_expert_size > 0
         if self.shares:
             self.shared_experts = local_shared_experts(config, dtype) if shared is None else shared
@@ -61,7 +61,8 @@ class MoELayer(nn.Cell):
             context: what the gate may know in training; None outside.
         """
         routing = self.router(x_TH, context)
-        y_TH, kept_TK = self.experts(x_TH, routing, valid_T)
+        priority_TK = self.router.priority(routing, context)
+        y_TH, kept_TK = self.experts(x_TH, routing, valid_T, priority_TK)
         if self.shares:
             y_TH = self.shared_expert_gate(x_TH, y_TH, self.shared_experts(x_TH))
-        return y_TH, router_sums(routing, kept_TK, valid_T, self.experts_choose)
+        return y_TH, router_sums(routing, kept_TK, valid_T, self.routing)

@@ -12,6 +12,7 @@ from typing import TypeAlias, TypeVar
 import mindspore as ms
 from mindspore import Tensor, ops
 
+from mistral_ms.config import DROPLESS, RoutingConfig
 from mistral_ms.config.names import perhaps
 from mistral_ms.errors import ConfigError
 from mistral_ms.moe.routing import Routing
@@ -21,7 +22,7 @@ _sum = ops.ReduceSum()
 _max = ops.ReduceMax()
 
 
-RouterSums: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]
+RouterSums: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor]
 """Sums over the tokens of a sparse layer that are not padding, all float32, in this order:
 
 * scores_E: the router's scores (carries the gradient);
@@ -31,7 +32,9 @@ RouterSums: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tens
 * kept_E: choices per expert that got a slot (no gradient);
 * z: squares of logsumexp(logits), a scalar (carries the gradient);
 * tokens: how many tokens, a scalar;
-* terms: [E] each, what the gate gives beside (``Gate.statistics`` names them).
+* terms: [E] each, what the gate gives beside (``Gate.statistics`` names them);
+* counted_E: what the load-balancing loss counts of the choices before the capacity (no gradient),
+  see ``routing.aux_choices`` and ``routing.aux_normalize``; routed_E where they say nothing else.
 
 Stacked over the sparse layers of a model they are [layers, E] and [layers].
 """
@@ -110,25 +113,31 @@ def loss_terms(names: Sequence[str], own: Mapping[str, LossTerm]) -> tuple[LossT
 
 
 def router_sums(
-    routing: Routing, kept_TK: Tensor, valid_T: Tensor, experts_choose: bool = False
+    chosen: Routing, kept_TK: Tensor, valid_T: Tensor, routing: RoutingConfig = DROPLESS
 ) -> RouterSums:
     """The sums of one layer's pass.
 
     Args:
-        routing: of every token.
-        kept_TK: float32, 1 where a choice was computed.
+        chosen: of every token.
+        kept_TK: float32, 1 where a choice was computed; where experts choose [T, E], the tokens
+            that each takes.
         valid_T: float32, 0 for padding.
-        experts_choose: kept is [T, E], the tokens that each expert takes.
+        routing: the policy, and what the load-balancing loss counts.
     """
-    _, experts_TK, scores_TE, logits_TE, terms = routing
-    E = scores_TE.shape[-1]
-    if experts_choose:
+    _, experts_TK, scores_TE, logits_TE, terms = chosen
+    E, K = scores_TE.shape[-1], experts_TK.shape[-1]
+    if routing.policy == "experts_choose":
         left_T = valid_T * (1.0 - _max(kept_TK, -1))
         left_E, _ = reference.count_choices(experts_TK[:, :1], left_T, left_T, E)
         kept_E = ops.stop_gradient(_sum(kept_TK, 0))
         routed_E = kept_E + left_E
     else:
         routed_E, kept_E = reference.count_choices(experts_TK, valid_T, kept_TK, E)
+    counted_E = routed_E
+    if routing.aux_choices == "first":
+        counted_E, _ = reference.count_choices(experts_TK[:, :1], valid_T, kept_TK[:, :1], E)
+    elif routing.aux_normalize:
+        counted_E = routed_E / K
     log_z_T = ops.logsumexp(logits_TE, -1)
     summed: tuple[Tensor, ...] = ()
     for term_TE in terms:
@@ -140,12 +149,13 @@ def router_sums(
         _sum(log_z_T * log_z_T * valid_T),
         _sum(valid_T),
         summed,
+        counted_E,
     )
 
 
 def stack_sums(layers: tuple[RouterSums, ...]) -> RouterSums:
     """The sums of several layers, stacked in their order."""
-    scores, routed, kept, z, tokens = [], [], [], [], []
+    scores, routed, kept, z, tokens, counted = [], [], [], [], [], []
     # no comprehensions: compiled, those over tuples may compute something else
     for sums in layers:
         scores.append(sums[0])
@@ -153,6 +163,7 @@ def stack_sums(layers: tuple[RouterSums, ...]) -> RouterSums:
         kept.append(sums[2])
         z.append(sums[3])
         tokens.append(sums[4])
+        counted.append(sums[6])
     terms: tuple[Tensor, ...] = ()
     for number in range(len(layers[0][5])):
         each = []
@@ -166,6 +177,7 @@ def stack_sums(layers: tuple[RouterSums, ...]) -> RouterSums:
         ops.stack(z),
         ops.stack(tokens),
         terms,
+        ops.stack(counted),
     )
 
 
@@ -175,7 +187,9 @@ def load_balancing_loss(sums: RouterSums, pooled: bool) -> Tensor:
 
     f_e is the mean number of choices of expert e per token, P_e its mean score (Switch
     Transformer, arXiv:2101.03961, equations 4 to 6, extended to K choices). A balanced router
-    scores K (2.0 for Top-2), not 1.0.
+    scores K (2.0 for Top-2), not 1.0. With ``routing.aux_choices: first`` f_e counts first choices
+    (GShard, arXiv:2006.16668, algorithm 1, times E^2), with ``routing.aux_normalize`` it is
+    divided by K: then it scores 1.
 
     Args:
         sums: stacked over layers.
@@ -185,13 +199,13 @@ def load_balancing_loss(sums: RouterSums, pooled: bool) -> Tensor:
     Returns:
         A float32 scalar.
     """
-    scores_LE, routed_LE, _, _, tokens_L, _ = sums
+    scores_LE, _, _, _, tokens_L, _, counted_LE = sums
     layers, num_experts = scores_LE.shape
     if pooled:
         tokens = ops.maximum(_sum(tokens_L), ops.ones((), ms.float32))
-        return num_experts * _sum((_sum(scores_LE, 0) / tokens) * (_sum(routed_LE, 0) / tokens))
+        return num_experts * _sum((_sum(scores_LE, 0) / tokens) * (_sum(counted_LE, 0) / tokens))
     tokens_L1 = ops.maximum(tokens_L, ops.ones_like(tokens_L)).reshape(-1, 1)
-    return num_experts * _sum((scores_LE / tokens_L1) * (routed_LE / tokens_L1)) / layers
+    return num_experts * _sum((scores_LE / tokens_L1) * (counted_LE / tokens_L1)) / layers
 
 
 @register_loss("z")
@@ -199,5 +213,5 @@ def router_z_loss(sums: RouterSums, pooled: bool = False) -> Tensor:
     """Mean of logsumexp(logits)^2 over tokens and layers (ST-MoE, arXiv:2202.08906, eq. 5);
     ``pooled`` changes nothing.
     """
-    _, _, _, z_L, tokens_L, _ = sums
+    _, _, _, z_L, tokens_L, _, _ = sums
     return _sum(z_L) / ops.maximum(_sum(tokens_L), ops.ones((), ms.float32))

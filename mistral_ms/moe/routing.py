@@ -14,7 +14,9 @@ Routing: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]
 """Where every token of a dispatch group goes, in this order:
 
 * weights_TK: float32, weight of each chosen expert;
-* experts_TK: int32, the chosen experts, the gate's first choice first;
+* experts_TK: int32, the chosen experts, all different for a token, the gate's first choice first;
+  E where a gate leaves a choice out by itself, as a random second expert that is not drawn: then
+  its weight is 0, nothing is dispatched, and it is neither routed nor dropped;
 * scores_TE: float32, affinities to all experts that add up to 1 for each token: what the
   load-balancing loss takes for the router's probabilities;
 * logits_TE: float32, what the router z-loss keeps small;

@@ -13,11 +13,14 @@ from mindspore import Tensor
 
 from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
-from mistral_ms.config import IGNORE_INDEX
+from mistral_ms.checkpoint.tensor_set import STATE, read_state
+from mistral_ms.config import DROPLESS, IGNORE_INDEX, RoutingConfig
+from mistral_ms.config.base import validate
 from mistral_ms.datasets import Batch, MindRecordSequences, SequenceSource
 from mistral_ms.errors import TokenizerError
 from mistral_ms.models import CausalLM, Scores
 from mistral_ms.ops.modes import graph_mode
+from mistral_ms.reading import is_file
 from mistral_ms.tokenizer import load_tokenizer
 
 
@@ -121,6 +124,14 @@ def _filled(batch: Batch, rows: int) -> Batch:
     )
 
 
+def _routing(checkpoint: Path) -> RoutingConfig:
+    """How a checkpoint's model is evaluated."""
+    if not is_file(checkpoint / STATE):
+        return DROPLESS
+    trained = read_state(checkpoint).get("routing", {})
+    return validate(RoutingConfig, trained, f"{checkpoint / STATE}: routing").evaluation
+
+
 def load_for_evaluation(
     checkpoint: Path,
     data: MindRecordSequences,
@@ -129,7 +140,10 @@ def load_for_evaluation(
     verify: bool = True,
     follow_links: bool = False,
 ) -> CausalLM:
-    """A checkpoint's model, dropless in float32, after checking that it fits the dataset.
+    """A checkpoint's model in float32, after checking that it fits the dataset.
+
+    It is dropless, unless the training whose checkpoint it is has ``routing.eval_capacity_factor``.
+    Then the batches of the evaluation are its dispatch groups.
 
     Args:
         checkpoint: of any known format.
@@ -148,6 +162,8 @@ def load_for_evaluation(
         except TokenizerError:
             tokenizer = None  # then the sizes of the vocabularies are compared
         data.check_model(source.config, tokenizer)
-        model = CausalLM(source.config, positions=data.info.config.seq_length)
+        model = CausalLM(
+            source.config, _routing(source.path), positions=data.info.config.seq_length
+        )
         load_weights(source, model.weights())
     return model

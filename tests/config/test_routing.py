@@ -21,6 +21,12 @@ def test_experts_that_choose_know_no_order_of_choices():
         validate(RoutingConfig, values, "run.yaml")
 
 
+def test_experts_that_choose_have_no_first_choices_to_count():
+    values = {"policy": "experts_choose", "aux_choices": "first"}
+    with pytest.raises(ConfigError, match=r"aux_choices \(first\) is about choices of tokens"):
+        validate(RoutingConfig, values, "run.yaml")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -29,7 +35,12 @@ def test_experts_that_choose_know_no_order_of_choices():
         ("capacity_factor", -1.0),
         ("capacity_factor", float("inf")),
         ("capacity_factor", float("nan")),
-        ("drop_priority", "random"),
+        ("drop_priority", "lottery"),
+        ("capacity_rounding", "up"),
+        ("min_capacity", 0),
+        ("capacity_multiple_of", 0),
+        ("eval_capacity_factor", 0),
+        ("aux_choices", "second"),
         ("router_dtype", "float64"),
         ("aux_loss", "mean"),
         ("capacity", 1.1),
@@ -38,3 +49,13 @@ def test_experts_that_choose_know_no_order_of_choices():
 def test_bad_values_are_errors_that_name_the_key(key, value):
     with pytest.raises(ConfigError, match=rf"run\.yaml: {key}: {value!r}"):
         validate(RoutingConfig, {key: value}, "run.yaml")
+
+
+def test_evaluation_drops_nothing_unless_it_is_told():
+    assert RoutingConfig(policy="capacity", router_dtype="float16").evaluation == DROPLESS
+    told = RoutingConfig(policy="capacity", eval_capacity_factor=2.0, min_capacity=4)
+    assert told.evaluation == told.model_copy(update={"capacity_factor": 2.0})
+    for policy in ("dropless", "experts_choose"):
+        values = {"policy": policy, "eval_capacity_factor": 2}
+        with pytest.raises(ConfigError, match=rf"eval_capacity_factor \(2\) needs.*not {policy}"):
+            validate(RoutingConfig, values, "run.yaml")

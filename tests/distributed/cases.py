@@ -94,12 +94,14 @@ def batch(name: str, dp: int) -> Batch:
     valid = np.ones(T, np.float32)
     if name == "random":
         valid[rng.integers(T)] = 0
+        experts[dp % 2 :: 3, 1] = E  # second choices that a gate leaves out
     if name == "one_expert":  # and the same second one
         experts[:] = (5, 2)
     if name == "padding_rank" and dp == 1:
         valid[:] = 0
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
-    return Batch(normal(T, H), experts, rng.random((T, K), np.float32), valid, normal(T, H))
+    weights = rng.random((T, K), np.float32) * (experts < E)
+    return Batch(normal(T, H), experts, weights.astype(np.float32), valid, normal(T, H))
 
 
 def batches(case: Case) -> tuple[str, ...]:

@@ -60,6 +60,7 @@ LAYOUTS = {
 MIXED = ("pp4, gpipe",)
 GATES = {
     "dp2 mp2 ep2": "noisy_top_k",
+    "dp2 ep2 interleaved": {"name": "gshard_top_2", "router_jitter_noise": 0.1},
     "pp4, gpipe": {"name": "sigmoid_top_k", "bias_update_rate": 0.05},
 }
 """Gates other than the usual one: noise and state are those of one process, too."""
@@ -135,7 +136,9 @@ def routing(variant: str) -> RoutingConfig:
     if variant == "experts choose":  # of so few slots that some tokens have no expert
         return RoutingConfig(policy="experts_choose", capacity_factor=0.5, aux_loss="per_layer")
     policy = "dropless" if "dropless" in variant else "capacity"
-    return RoutingConfig(policy=policy, capacity_factor=1.1, aux_loss="per_layer")
+    # what is drawn, in gates and in the order of service, is drawn alike in all layouts
+    more = {"drop_priority": "random", "aux_choices": "first"} if variant == "plain" else {}
+    return RoutingConfig(policy=policy, capacity_factor=1.1, aux_loss="per_layer", **more)
 
 
 def training(variant: str, groups: int = 1) -> TrainingConfig:

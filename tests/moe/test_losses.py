@@ -10,7 +10,7 @@ from mindspore import Tensor
 from support.routing import softmax
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from mistral_ms.config import GateSettings
+from mistral_ms.config import DROPLESS, GateSettings, RoutingConfig
 from mistral_ms.errors import ConfigError
 from mistral_ms.moe import (
     Gate,
@@ -37,15 +37,15 @@ def padding(seed=1):
     return mask.astype(np.float32)
 
 
-def sums_of(logits_TE, valid_T, k, capacity=B * S):
+def sums_of(logits_TE, valid_T, k, capacity=B * S, routing=DROPLESS):
     weights, experts, probs = gating_top_k(logits_TE, k, True)
     _, kept_TK, _, _ = assign_slots(experts, valid_T, E, capacity, False)
-    return router_sums((weights, experts, probs, logits_TE, ()), kept_TK, valid_T)
+    return router_sums((weights, experts, probs, logits_TE, ()), kept_TK, valid_T, routing)
 
 
-def stacked(logits_LTE, mask, k=2, capacity=B * S):
-    layers = [sums_of(Tensor(layer), Tensor(mask.ravel()), k, capacity) for layer in logits_LTE]
-    return stack_sums(layers)
+def stacked(logits_LTE, mask, k=2, capacity=B * S, routing=DROPLESS):
+    valid = Tensor(mask.ravel())
+    return stack_sums([sums_of(Tensor(x), valid, k, capacity, routing) for x in logits_LTE])
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -96,6 +96,35 @@ def test_a_balanced_router_scores_k(pooled):
     np.testing.assert_allclose(float(got), 2.0, rtol=1e-4)
 
 
+FIRST = RoutingConfig(aux_choices="first")
+PER_CHOICE = RoutingConfig(aux_normalize=True)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_first_choices_and_the_share_of_all(k, pooled):
+    """First choices are those of Top-1; all, divided by K, are a K-th; a balanced router scores 1,
+    one that sends every token to one expert with probability 1 scores E.
+    """
+    sums = stacked(logits(), padding(), k, 2)
+    first = load_balancing_loss(stacked(logits(), padding(), k, 2, FIRST), pooled)
+    of_one = load_balancing_loss(stacked(logits(), padding(), 1, 2), pooled)
+    np.testing.assert_allclose(float(first), float(of_one), rtol=1e-6)  # one sum of float32
+    share = load_balancing_loss(stacked(logits(), padding(), k, 2, PER_CHOICE), pooled)
+    whole = float(load_balancing_loss(sums, pooled))
+    np.testing.assert_allclose(float(share), whole / k, rtol=1e-6)
+    rows = np.zeros((L, 2 * E, E), np.float32)
+    for t in range(2 * E):
+        rows[:, t, [(t + i) % E for i in range(k)]] = 1e-4 * (1 + np.arange(k)[::-1])
+    collapsed = np.tile(np.eye(1, E, 2, dtype=np.float32) * 50, (L, 2 * E, 1))
+    mask = np.ones((1, 2 * E), np.float32)
+    for routing in (FIRST, PER_CHOICE):
+        got = load_balancing_loss(stacked(rows, mask, k, routing=routing), pooled)
+        np.testing.assert_allclose(float(got), 1.0, rtol=1e-4)  # probabilities differ by 1e-4
+    got = load_balancing_loss(stacked(collapsed, mask, k, routing=FIRST), pooled)
+    np.testing.assert_allclose(float(got), E, rtol=RELATIVE)
+
+
 def test_z_loss_equals_its_formula():
     mask = padding()
     got = router_z_loss(stacked(logits(), mask))
@@ -116,7 +145,8 @@ def test_nothing_but_padding_is_zero_not_nan():
 
 def test_sums_count_routed_and_kept_choices_apart():
     mask = padding()
-    _, routed, kept, _, tokens, _ = stacked(logits(), mask, capacity=2)
+    _, routed, kept, _, tokens, _, counted = stacked(logits(), mask, capacity=2)
+    np.testing.assert_array_equal(counted.numpy(), routed.numpy())
     assert (tokens.numpy() == mask.sum()).all()
     for layer in range(L):
         chosen = np.argsort(-softmax(logits()[layer].astype(np.float64)), -1)[:, :2]

@@ -89,8 +89,8 @@ MUTANTS = [
     *of(
         "config/capacity.py",
         "moe/test_capacity.py",
-        capacity_is_rounded_down=("math.ceil(round(exact, 9))", "math.floor(exact)"),
-        capacity_for_one_choice=("(top_k * tokens)", "tokens"),
+        capacity_is_rounded_down=("math.ceil(exact)", "math.floor(exact)"),
+        capacity_for_one_choice=("top_k * tokens", "tokens"),
         an_expert_may_have_no_place=("max(1, min(", "max(0, min("),
     ),
     *of(
@@ -107,8 +107,8 @@ MUTANTS = [
         padding_counts_in_the_z_loss=("log_z_T * log_z_T * valid_T", "log_z_T * log_z_T"),
         z_loss_without_a_square=("_sum(log_z_T * log_z_T", "_sum(log_z_T"),
         layers_are_added_not_averaged=(
-            "(routed_LE / tokens_L1)) / layers",
-            "(routed_LE / tokens_L1))",
+            "(counted_LE / tokens_L1)) / layers",
+            "(counted_LE / tokens_L1))",
         ),
     ),
     *of(

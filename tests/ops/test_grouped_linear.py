@@ -10,7 +10,7 @@ import pytest
 from mindspore import Tensor, nn
 
 from mistral_ms.errors import KernelError
-from mistral_ms.ops import cann, cpu, reference, select
+from mistral_ms.ops import cann, cpu, reference, reference_cells, select
 from mistral_ms.ops.cpu import library
 
 E, R, I, O = 4, 11, 5, 7  # noqa: E741
@@ -156,8 +156,10 @@ def test_experts_of_cann_are_three_products(name, experts):
     *given, dout = (Tensor(rng.normal(size=s).astype(np.float32)) for s in shapes)
     sizes = Tensor(np.array(SIZES[name][-experts:], np.int32))
     fused = with_products(cann.GroupedSwiGLU())
-    fused.swiglu = select.ReferenceSwiGLU()
-    composed = select.ComposedGroupedSwiGLU(select.ReferenceGroupedLinear(), fused.swiglu)
+    fused.swiglu = reference_cells.ReferenceSwiGLU()
+    composed = reference_cells.ComposedGroupedSwiGLU(
+        reference_cells.ReferenceGroupedLinear(), fused.swiglu
+    )
     found = []
     for cell in (fused, composed):
         weighted = ms.grad(lambda *x, cell=cell: (cell(*x, sizes) * dout).sum(), (0, 1, 2, 3))
@@ -186,13 +188,13 @@ class TestChoice:
         monkeypatch.setattr(library.shutil, "which", lambda name: None)
         monkeypatch.setattr(cpu, "why_missing", library.why_missing.__wrapped__)
         kind, messages = self.made(caplog)
-        assert kind is select.ReferenceGroupedLinear
+        assert kind is reference_cells.ReferenceGroupedLinear
         assert len(messages) == 1
         assert messages[0].startswith("grouped_linear: reference (no C++ compiler: PATH: g++")
 
     def test_in_half_precision_the_reference(self, caplog):
         kind, messages = self.made(caplog, dtype="float16")
-        assert kind is select.ReferenceGroupedLinear
+        assert kind is reference_cells.ReferenceGroupedLinear
         assert messages == ["grouped_linear: reference (the CPU's operator is for float32)"]
 
     def test_on_ascend_that_of_cann(self, caplog, monkeypatch):

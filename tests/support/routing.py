@@ -43,13 +43,29 @@ def slots_oracle(
     used = [0] * num_experts
     for t, k in order:
         expert = int(experts_TK[t, k])
-        if not valid_T[t] or used[expert] == capacity:
+        if not valid_T[t] or expert == num_experts or used[expert] == capacity:
             continue
         slot = expert * capacity + used[expert]
         used[expert] += 1
         slot_TK[t, k], kept_TK[t, k] = slot, 1
         source_EC[slot], filled_EC[slot] = t * K + k, 1
     return Slots(slot_TK, kept_TK, source_EC, filled_EC)
+
+
+def priority_oracle(
+    experts_TK: np.ndarray, valid_T: np.ndarray, order_T: np.ndarray, experts: int, capacity: int
+) -> np.ndarray:
+    """Which choices get a slot, [T, K], where tokens are served in an order that is given, all
+    first choices before any second one.
+    """
+    kept_TK, used = np.zeros(experts_TK.shape, np.float32), [0] * experts
+    for k in range(experts_TK.shape[1]):
+        for t in order_T:
+            expert = int(experts_TK[t, k])
+            if valid_T[t] and expert < experts and used[expert] < capacity:
+                used[expert] += 1
+                kept_TK[t, k] = 1
+    return kept_TK
 
 
 def expert_choice_oracle(scores_TE: np.ndarray, valid_T: np.ndarray, capacity: int) -> Slots:

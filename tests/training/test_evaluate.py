@@ -1,5 +1,6 @@
 """Perplexity and accuracy: each sequence once, whatever the batch."""
 
+import json
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from support.links import link_files
 from support.models import fill
 
 from mistral_ms.checkpoint import save_native
-from mistral_ms.config import DataConfig, ModelConfig
+from mistral_ms.config import DataConfig, ModelConfig, RoutingConfig
 from mistral_ms.datasets import MindRecordSequences, build_dataset
 from mistral_ms.errors import CheckpointError, DataError
 from mistral_ms.models import CausalLM
@@ -71,3 +72,21 @@ def test_another_vocabulary_is_refused(data, tmp_path):
     for path, options in ((tmp_path / "c", {}), (linked, {"follow_links": True})):
         with pytest.raises(DataError, match=r"tokenised with another vocabulary: .*32000 ids.*320"):
             load_for_evaluation(path, data, **options)
+
+
+@pytest.mark.parametrize("factor", [None, 0.3])
+def test_a_capacity_of_evaluation(pair, data, tmp_path, factor):
+    """A checkpoint of a training with one is evaluated with it, in float32 and in its order."""
+    routing = RoutingConfig(
+        policy="capacity", capacity_factor=0.1, eval_capacity_factor=factor,
+        drop_priority="choice_major",
+    )  # fmt: skip
+    arrays = ((n, w.shape, "float32", w) for n, w in pair.weights().items())
+    state = json.dumps({"routing": routing.model_dump(mode="json")}).encode()
+    save_native(tmp_path / "c", pair.config, arrays, extra_files={"state.json": state})
+    loaded = load_for_evaluation(tmp_path / "c", data)
+    want = routing.evaluation
+    assert loaded.layers[0].moe.routing == loaded.layers[0].moe.experts.dispatcher.routing == want
+    assert (want.policy, want.capacity_factor) == (
+        ("capacity", 0.3) if factor else ("dropless", 1.1)
+    )

@@ -47,7 +47,7 @@ class ToySettings(GateSettings):
 
 def spread(sums, pooled):
     """The mean square of the noisy logits."""
-    _, _, _, _, tokens_L, (squares_LE,) = sums
+    _, _, _, _, tokens_L, (squares_LE,), _ = sums
     return _sum(squares_LE) / (_sum(tokens_L) * squares_LE.shape[-1])
 
 
@@ -205,8 +205,11 @@ def test_the_auto_parallel_graph_trains_with_it(saved):
 GATES = {
     "sigmoid_top_k": ({"n_group": 4, "topk_group": 2}, {}, 1),
     "noisy_top_k": ({}, {"importance": 0.1, "load": 0.1}, 2),
+    "gshard_top_2": ({"router_jitter_noise": 0.1}, {}, 1),
 }
 """Settings, losses, layers, of which the last is sparse."""
+ROUTINGS = {"gshard_top_2": {"drop_priority": "random", "aux_choices": "first"}}
+"""What else a routing says: all that is drawn in training is drawn alike."""
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -215,7 +218,9 @@ def test_each_gate_in_the_auto_parallel_graph(name, monkeypatch):
     settings, losses, layers = GATES[name]
     moe = {"gate": {"name": name, **settings}, "sparse_layers": [layers - 1]}
     config = small_model(**TINY | {"num_hidden_layers": layers}, moe=moe)
-    routing = RoutingConfig(policy="capacity", capacity_factor=0.9, aux_loss="per_layer")
+    routing = RoutingConfig(
+        policy="capacity", capacity_factor=0.9, aux_loss="per_layer", **ROUTINGS.get(name, {})
+    )
     changes = {"router_losses": losses, "router_aux_loss_coef": 0.02, "router_z_loss_coef": 0.001}
     wanted_training = training(1).model_copy(update=changes)
     net = CausalLM(config, routing)

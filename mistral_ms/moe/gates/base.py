@@ -41,6 +41,10 @@ from mistral_ms.weights import (
 
 _cast = ops.Cast()
 _range = ops.Range()
+_max_keep = ops.ReduceMax(keep_dims=True)
+
+PRIORITY_DRAWS = 0
+"""The number of the draws of :meth:`Gate.uniform` that :meth:`Gate.priority` takes."""
 
 State = dict[str, np.ndarray]
 """Buffers of a gate by their names within it."""
@@ -90,6 +94,7 @@ class Gate(nn.Cell):
         self.moe: MoEArchitecture = config.moe
         self.top_k, self.num_experts = config.moe.num_experts_per_tok, config.moe.num_local_experts
         self.layer = layer
+        self.drop_priority = routing.drop_priority
         self.compute_dtype = getattr(ms, routing.router_dtype)
         names: dict[bool, list[str]] = {True: [], False: []}
         for spec in router_specs(config):
@@ -171,6 +176,41 @@ class Gate(nn.Cell):
         return reference.normal(
             (seed, step), (token_index_T.reshape(-1, 1), experts_E.reshape(1, -1))
         )
+
+    def uniform(self, context: GateContext, columns: int, draws: int) -> Tensor:
+        """Uniform float32 [T, columns] in (0, 1), a function of seed, step, layer, index of the
+        token in the global batch, column, and ``draws``: a small number, another one for each
+        independent draw of a gate; 0 is taken.
+        """
+        seed, step, token_index_T = context
+        # no token has a negative index: these counters are not among those of the normal numbers
+        purpose = Tensor(-1 - draws, ms.int32), Tensor(self.layer, ms.int32)
+        key_0, key_1 = reference.threefry2x32((seed, step), purpose)
+        columns_C = _cast(_range(0, columns, 1), ms.int32)
+        counter = token_index_T.reshape(-1, 1), columns_C.reshape(1, -1)
+        return reference.uniforms((key_0, key_1), counter)
+
+    def priority(self, chosen: Routing, context: GateContext | None) -> Tensor | None:
+        """Which choices get a slot first: float32 [T, K], 0 or more; None where
+        ``routing.drop_priority`` names an order among tokens and choices, or nothing can be drawn.
+
+        Under ``score`` and ``random`` the largest score of a token, or a uniform number, with one
+        more for each later choice that it has: all first choices come before any second one. The
+        sum is one of float32: what differs by less than 2^-23 K may count as equal.
+
+        Args:
+            chosen: of every token.
+            context: None outside of training.
+        """
+        _, experts_TK, scores_TE, _, _ = chosen
+        if self.drop_priority == "score":
+            first_T1 = ops.stop_gradient(_max_keep(scores_TE, -1))
+        elif self.drop_priority == "random" and context is not None:
+            first_T1 = self.uniform(context, 1, PRIORITY_DRAWS)
+        else:
+            return None
+        K = experts_TK.shape[-1]
+        return first_T1 + _cast(_range(K - 1, -1, -1), ms.float32).reshape(1, K)
 
     def update(self, routed_E: np.ndarray) -> None:
         """Puts :meth:`next_state` in the place of the state."""

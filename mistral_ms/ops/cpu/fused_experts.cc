@@ -38,7 +38,8 @@ int64_t Grain(int64_t rows, int64_t work) { return std::max<int64_t>(16, rows * 
 
 }  // namespace
 
-// x [T, H], experts [T, K], weights [T, K], valid tokens [T], w1 and w3 [E, I, H], w2 [E, H, I]
+// x [T, H], experts [T, K] (E: none, of weight 0), weights [T, K], valid tokens [T],
+// w1 and w3 [E, I, H], w2 [E, H, I]
 // -> y [T, H]
 extern "C" int FusedExperts(int parameters, void** data, int*, int64_t** shapes,
                             const char** dtypes, void*, void*) {
@@ -61,7 +62,8 @@ extern "C" int FusedExperts(int parameters, void** data, int*, int64_t** shapes,
   std::vector<std::vector<Choice>> choices(E);
   for (int64_t t = 0; t < T; ++t) {
     for (int64_t number = t * K; valid[t] > 0.0f && number < (t + 1) * K; ++number) {
-      if (experts[number] < 0 || experts[number] >= E) return kArguments;
+      if (experts[number] < 0 || experts[number] > E) return kArguments;
+      if (experts[number] == E) continue;  // a choice that the gate left out
       choices[experts[number]].push_back({t, number});
     }
   }

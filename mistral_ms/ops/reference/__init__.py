@@ -28,11 +28,12 @@ from mistral_ms.ops.reference.matmul import (
 )
 from mistral_ms.ops.reference.norm import rms_norm
 from mistral_ms.ops.reference.permute import Permute, Unpermute
-from mistral_ms.ops.reference.random import normal, threefry2x32, uniform
+from mistral_ms.ops.reference.random import normal, threefry2x32, uniform, uniforms
 from mistral_ms.ops.reference.rope import rotate
 from mistral_ms.ops.reference.routing import (
     RowIdMap,
     assign_slots,
+    assign_slots_by_priority,
     choose_tokens,
     count_choices,
     gating_top_k,
@@ -44,6 +45,7 @@ __all__ = [
     "RowIdMap",
     "Unpermute",
     "assign_slots",
+    "assign_slots_by_priority",
     "attention",
     "batched_linear",
     "batched_matmul",
@@ -61,4 +63,5 @@ __all__ = [
     "swiglu",
     "threefry2x32",
     "uniform",
+    "uniforms",
 ]

@@ -61,6 +61,16 @@ def normal(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor]) -> Tensor
     return ops.stop_gradient(radius * ops.cos(_TWO_PI * uniform(second)))
 
 
+def uniforms(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor]) -> Tensor:
+    """float32 in (0, 1) for each pair of counters; carries no gradient.
+
+    Args:
+        key: see :func:`threefry2x32`.
+        counter: likewise.
+    """
+    return ops.stop_gradient(uniform(threefry2x32(key, counter)[0]))
+
+
 def _shifted_right(word: Tensor, bits: int) -> Tensor:
     """The shift of an unsigned word."""
     return _and(_right(word, bits), Tensor((1 << (32 - bits)) - 1, ms.int32))

@@ -50,7 +50,9 @@ def gating_top_k(logits_TE: Tensor, k: int, normalize: bool) -> tuple[Tensor, Te
 
 
 def expert_one_hot(experts_TK: Tensor, valid_T: Tensor, num_experts: int) -> Tensor:
-    """[T, K, E] float32: 1 where a token that is not padding chose an expert."""
+    """[T, K, E] float32: 1 where a token that is not padding chose an expert; a choice of E is
+    none.
+    """
     return _one_hot(experts_TK, num_experts, _ON, _OFF) * valid_T.reshape(-1, 1, 1)
 
 
@@ -76,7 +78,7 @@ def assign_slots(
     choice-major serves all first choices before any second one.
 
     Args:
-        experts_TK: int32, chosen experts.
+        experts_TK: int32, chosen experts; E where there is none.
         valid_T: float32, 0 for padding, which gets no slot.
         num_experts: E.
         capacity: C, slots per expert.
@@ -127,20 +129,9 @@ def choose_tokens(scores_TE: Tensor, valid_T: Tensor, capacity: int) -> RowIdMap
     """
     T, E = scores_TE.shape
     valid_TE = ops.broadcast_to(valid_T.reshape(T, 1), (T, E))
-    below_TE = ops.fill(ms.float32, (T, E), -1.0)
-    scores_TE = ops.select(valid_TE > 0.0, ops.stop_gradient(scores_TE), below_TE)
-    # the least score that still gets a slot: the same whichever of equal scores TopK finds
-    best_EC, _ = _top_k(scores_TE.transpose(1, 0), capacity)
-    least_1E = best_EC[:, capacity - 1 :].transpose(1, 0)
-    above_TE = ops.cast(scores_TE > least_1E, ms.float32) * valid_TE
-    equal_TE = ops.cast(scores_TE == least_1E, ms.float32) * valid_TE
-    # float32 counts are exact below 2^24 tokens
-    left_1E = float(capacity) - _sum_keep(above_TE, 0)
-    first_TE = ops.cast(_cumsum(equal_TE, 0) <= left_1E, ms.float32)
-    kept_TE = above_TE + equal_TE * first_TE
-    position_TE = ops.cast(_cumsum(kept_TE, 0) - 1.0, ms.int32)
+    kept_TE, position_TE = _best_of_each_expert(ops.stop_gradient(scores_TE), valid_TE, capacity)
     first_slot_E = ops.cast(_range(0, E * capacity, capacity), ms.int32)
-    slot_TE = first_slot_E.reshape(1, E) + position_TE
+    slot_TE = first_slot_E.reshape(1, E) + ops.cast(position_TE, ms.int32)
     kept = kept_TE > 0.0
     source_EC, filled_EC = _what_fills(slot_TE, kept, E * capacity)
     return (
@@ -151,11 +142,65 @@ def choose_tokens(scores_TE: Tensor, valid_T: Tensor, capacity: int) -> RowIdMap
     )
 
 
+def assign_slots_by_priority(
+    experts_TK: Tensor, valid_T: Tensor, priority_TK: Tensor, num_experts: int, capacity: int
+) -> RowIdMap:
+    """Gives the slots of each expert to the choices with the highest priority; of equal ones the
+    earlier tokens come first.
+
+    Args:
+        experts_TK: int32, chosen experts, all different for a token; E where there is none.
+        valid_T: float32, 0 for padding, which gets no slot.
+        priority_TK: float32, 0 or more.
+        num_experts: E.
+        capacity: C, slots per expert, at most T; filled in the order of the tokens.
+
+    Returns:
+        The row id map; nothing in it carries a gradient.
+    """
+    T, K = experts_TK.shape
+    chosen_TKE = expert_one_hot(experts_TK, valid_T, num_experts)
+    priority_TE = _sum(chosen_TKE * ops.stop_gradient(priority_TK).reshape(T, K, 1), 1)
+    kept_TE, position_TE = _best_of_each_expert(priority_TE, _sum(chosen_TKE, 1), capacity)
+    kept_TK = _sum(chosen_TKE * kept_TE.reshape(T, 1, num_experts), -1)
+    position_TK = _sum(chosen_TKE * position_TE.reshape(T, 1, num_experts), -1)
+    slot_TK = experts_TK * capacity + ops.cast(position_TK, ms.int32)
+    kept = kept_TK > 0.0
+    source_EC, filled_EC = _what_fills(slot_TK, kept, num_experts * capacity)
+    return (
+        ops.select(kept, slot_TK, ops.zeros_like(slot_TK)),
+        ops.stop_gradient(kept_TK),
+        source_EC,
+        filled_EC,
+    )
+
+
+def _best_of_each_expert(
+    scores_TE: Tensor, valid_TE: Tensor, capacity: int
+) -> tuple[Tensor, Tensor]:
+    """Of each expert's candidates (``valid_TE``) the best: 1 where one is taken, and how many of
+    the expert's are taken before it, float32 [T, E] both. Scores are 0 or more.
+    """
+    T, E = scores_TE.shape
+    below_TE = ops.fill(ms.float32, (T, E), -1.0)
+    scores_TE = ops.select(valid_TE > 0.0, scores_TE, below_TE)
+    # the least score that still gets a slot: the same whichever of equal scores TopK finds
+    best_EC, _ = _top_k(scores_TE.transpose(1, 0), capacity)
+    least_1E = best_EC[:, capacity - 1 :].transpose(1, 0)
+    above_TE = ops.cast(scores_TE > least_1E, ms.float32) * valid_TE
+    equal_TE = ops.cast(scores_TE == least_1E, ms.float32) * valid_TE
+    # float32 counts are exact below 2^24 tokens
+    left_1E = float(capacity) - _sum_keep(above_TE, 0)
+    first_TE = ops.cast(_cumsum(equal_TE, 0) <= left_1E, ms.float32)
+    kept_TE = above_TE + equal_TE * first_TE
+    return kept_TE, _cumsum(kept_TE, 0) - 1.0
+
+
 def pack_choices(experts_TK: Tensor, valid_T: Tensor, num_experts: int) -> tuple[RowIdMap, Tensor]:
     """Sorts all choices by expert, those of one expert by token; padding has no slot.
 
     Args:
-        experts_TK: int32, chosen experts.
+        experts_TK: int32, chosen experts; E where there is none.
         valid_T: float32, 0 for padding.
         num_experts: E.
 

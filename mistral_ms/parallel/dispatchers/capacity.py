@@ -35,9 +35,11 @@ class CapacityDispatcher(Dispatcher):
         self.local = padded_dispatcher(num_experts, routing)
         self.route, self.tensor_rows = route, tensor_rows
 
-    def plan(self, chosen: Routing, valid_T: Tensor) -> DispatchPlan:
+    def plan(
+        self, chosen: Routing, valid_T: Tensor, priority_TK: Tensor | None = None
+    ) -> DispatchPlan:
         """See the contract: that of the local dispatcher."""
-        return self.local.plan(chosen, valid_T)
+        return self.local.plan(chosen, valid_T, priority_TK)
 
     def dispatch(self, x_TH: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor | None]:
         """See the contract: [L, P * C, H]."""

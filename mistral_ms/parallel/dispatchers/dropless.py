@@ -56,7 +56,9 @@ class DroplessDispatcher(Dispatcher):
         """R: the most rows that can arrive when every rank has so many tokens."""
         return self.route.members * tokens * min(top_k, self.local_experts)
 
-    def plan(self, chosen: Routing, valid_T: Tensor) -> DispatchPlan:
+    def plan(
+        self, chosen: Routing, valid_T: Tensor, priority_TK: Tensor | None = None
+    ) -> DispatchPlan:
         """See the contract; exchanges the counts."""
         weights_TK, experts_TK, _, _, _ = chosen
         T, K = experts_TK.shape

@@ -173,7 +173,8 @@ class SparseRegion(SparsePieces):
     ) -> Tensor:
         """[T, H] -> [T, H]."""
         chosen = self.chosen(x_TH, (gate_0, gate_1, gate_2, gate_3), None)
-        plan = self.dispatcher.plan(chosen, self.valid(positions_BS))
+        priority_TK = self.router.priority(chosen, None)
+        plan = self.dispatcher.plan(chosen, self.valid(positions_BS), priority_TK)
         rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
         matrices = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
         return self.results(rows, group_sizes_L, plan, *matrices)
@@ -215,7 +216,6 @@ class TrainedSparseRegion(SparsePieces):
             summed if coefficients.pooled else (),
         )
         self.groups, self.attach, self.record = groups, AttachLosses(), RecordMetrics()
-        self.experts_choose = dispatcher.routing.policy == "experts_choose"
         # the tensor-parallel ranks form the same losses: each is responsible for its share
         self.mp_share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
         self.pooled = coefficients.pooled
@@ -257,7 +257,8 @@ class TrainedSparseRegion(SparsePieces):
             valid = valid_T[i * size : (i + 1) * size]
             context = gate_context(random_B3[i * samples : (i + 1) * samples], columns)
             chosen = self.chosen(x, (gate_0, gate_1, gate_2, gate_3), context)
-            plan = self.dispatcher.plan(chosen, valid)
+            priority_TK = self.router.priority(chosen, context)
+            plan = self.dispatcher.plan(chosen, valid, priority_TK)
             rows, group_sizes_L = self.dispatcher.dispatch(x, plan)
             sent = (*sent, (chosen, rows, group_sizes_L, plan, valid))
         # share of the batch in its tokens, times the loss scale
@@ -267,12 +268,12 @@ class TrainedSparseRegion(SparsePieces):
         for i in range(self.groups):
             chosen, rows, group_sizes_L, plan, valid = sent[i]
             y_TH = self.results(rows, group_sizes_L, plan, w1, w3, w2)
-            sums = router_sums(chosen, kept_choices(plan), valid, self.experts_choose)
-            scores_E, routed_E, kept_E, _, tokens, _ = sums
+            sums = router_sums(chosen, kept_choices(plan), valid, self.dispatcher.routing)
+            scores_E, routed_E, kept_E, _, tokens, _, counted_E = sums
             losses = self.losses_of(sums)
             if self.pooled:
                 losses = losses * self.of_layer
-                row = ops.cat((scores_E, routed_E, tokens.reshape(1)))
+                row = ops.cat((scores_E, counted_E, tokens.reshape(1)))
                 rows_for_pooled = (*rows_for_pooled, row)
             y_TH = self.attach(y_TH, losses, coefficients)
             seen = ops.cat((losses * scales_B3[0, 1], routed_E, kept_E)) * self.mp_share

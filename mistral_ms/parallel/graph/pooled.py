@@ -45,9 +45,9 @@ class PooledRegion(Region):
         """[T, H] -> [T, H]."""
         E, total = self.experts, ops.zeros((1,), ms.float32)
         for i in range(sums_GF.shape[0]):
-            scores_1E, routed_1E = sums_GF[i : i + 1, :E], sums_GF[i : i + 1, E : 2 * E]
+            scores_1E, counted_1E = sums_GF[i : i + 1, :E], sums_GF[i : i + 1, E : 2 * E]
             tokens_1 = sums_GF[i : i + 1, 2 * E]
-            sums = scores_1E, routed_1E, routed_1E, tokens_1, tokens_1, ()
+            sums = scores_1E, counted_1E, counted_1E, tokens_1, tokens_1, (), counted_1E
             total = total + load_balancing_loss(sums, True) * tokens_1 / self.layers
         x_TH = self.attach(x_TH, total, self.coefficient * (scales_B3[0, 1] * scales_B3[0, 2]))
         # the report takes the mean over layers

@@ -5,10 +5,17 @@ import numpy as np
 import pytest
 import torch
 from mindspore import Tensor, nn
-from support.routing import expert_choice_oracle, packed_oracle, random_choices, slots_oracle
+from support.routing import (
+    expert_choice_oracle,
+    packed_oracle,
+    priority_oracle,
+    random_choices,
+    slots_oracle,
+)
 
 from mistral_ms.ops.reference import (
     assign_slots,
+    assign_slots_by_priority,
     choose_tokens,
     count_choices,
     gating_top_k,
@@ -154,6 +161,55 @@ class TestAssignSlots:
         want = slots_oracle(experts, valid, 5, 4, choice_major)
         assert 0 < want.kept_TK.sum() < 2 * valid.sum()
         assert_same_table([part.numpy() for part in got], want.as_tuple())
+
+
+class TestAssignSlotsByPriority:
+    @pytest.mark.parametrize("k", [1, 3])
+    @pytest.mark.parametrize(("tokens", "capacity"), [(1, 1), (33, 1), (33, 7), (33, 33)])
+    def test_equals_the_loop(self, tokens, capacity, k):
+        """Slots of an expert lie in the order of the tokens, as where nothing is dropped."""
+        rng = np.random.default_rng([tokens, k, capacity])
+        experts = random_choices(rng, tokens, 4, k)
+        if k > 1:
+            experts[rng.random((tokens, k)) < 0.2] = 4
+        valid = (rng.random(tokens) < 0.8).astype(np.float32)
+        drawn = rng.permutation(tokens).astype(np.float32) / tokens
+        priority = drawn[:, None] + np.arange(k)[::-1].astype(np.float32)
+        priority[valid == 0] = np.nan
+        got = assign_slots_by_priority(
+            Tensor(experts), Tensor(valid), Tensor(priority), 4, capacity
+        )
+        slot, kept, source, filled = (part.numpy() for part in got)
+        want = priority_oracle(experts, valid, np.argsort(-drawn), 4, capacity)
+        np.testing.assert_array_equal(kept, want)
+        lucky = np.where(want > 0, experts, 4)
+        table = slots_oracle(lucky.astype(np.int32), valid, 4, capacity, False)
+        assert_same_table((slot, kept, source, filled), table.as_tuple())
+
+    def test_of_equals_the_earlier_tokens_come_first(self):
+        experts, valid = np.zeros((5, 1), np.int32), np.ones(5, np.float32)
+        equal = np.full((5, 1), 0.5, np.float32)
+        _, kept, _, _ = assign_slots_by_priority(
+            Tensor(experts), Tensor(valid), Tensor(equal), 2, 3
+        )
+        np.testing.assert_array_equal(kept.numpy()[:, 0], [1, 1, 1, 0, 0])
+
+
+@pytest.mark.parametrize("choice_major", [False, True])
+def test_a_choice_that_a_gate_leaves_out_goes_nowhere(choice_major):
+    """E in the place of an expert: no slot, no count, and nobody else loses one by it."""
+    rng = np.random.default_rng(2)
+    experts, valid = random_choices(rng, 30, 4, 2), np.ones(30, np.float32)
+    experts[::3, 1] = 4
+    want = slots_oracle(experts, valid, 4, 9, choice_major)
+    assert_same_table(slots(experts, valid, 4, 9, choice_major), want.as_tuple())
+    packed, sizes = packed_oracle(experts, valid, 4)
+    table, group_sizes = pack_choices(Tensor(experts), Tensor(valid), 4)
+    assert_same_table([part.numpy() for part in table], packed.as_tuple())
+    np.testing.assert_array_equal(group_sizes.numpy(), sizes)
+    routed, kept = count_choices(Tensor(experts), Tensor(valid), Tensor(want.kept_TK), 4)
+    np.testing.assert_array_equal(routed.numpy(), np.bincount(experts[experts < 4], minlength=4))
+    assert kept.numpy().sum() == want.kept_TK.sum() < routed.numpy().sum() == 50
 
 
 class TestChooseTokens:
