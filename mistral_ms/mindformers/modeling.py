@@ -13,6 +13,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.checkpoint.save import save_model
 from mistral_ms.config import IGNORE_INDEX
 from mistral_ms.errors import CheckpointError, ConfigError
 from mistral_ms.layers import CacheSpec
@@ -26,7 +27,6 @@ from mistral_ms.mindformers.weights import (
     experts_of,
     is_legacy,
     open_same,
-    save_model,
 )
 from mistral_ms.models import CausalLM, Objective, recompute
 

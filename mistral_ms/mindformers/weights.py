@@ -5,18 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 from mindspore import Parameter
 
-from mistral_ms.checkpoint import Source, convert, open_checkpoint, save_native
+from mistral_ms.checkpoint import Source, open_checkpoint
 from mistral_ms.checkpoint.buffers import check_buffers
 from mistral_ms.checkpoint.dtypes import FROM_CONFIG, TO_CONFIG
 from mistral_ms.checkpoint.keys import HF, HF_FUSED, MINDFORMERS, KeyTable
 from mistral_ms.checkpoint.layout import format_layout
-from mistral_ms.checkpoint.load import dtype_name, set_values, to_numpy
+from mistral_ms.checkpoint.load import set_values, to_numpy
 from mistral_ms.checkpoint.mindformers_layout import find_table
 from mistral_ms.checkpoint.plan import check_tensors, make_plan
 from mistral_ms.checkpoint.safetensors_file import Observer, TensorInfo
@@ -159,33 +157,3 @@ def open_same(path: Path, model: ModelConfig, verify: bool = True) -> Source:
         source.close()
         raise
     return source
-
-
-def save_model(
-    path: Path, architecture: ModelConfig, weights: Mapping[str, Parameter], to: str
-) -> None:
-    """Writes a model as a checkpoint.
-
-    Args:
-        path: its directory, which must not be there.
-        architecture: the model.
-        weights: by our names.
-        to: ``mistral_ms``, or another format that ``convert`` writes.
-
-    Raises:
-        CheckpointError: an unknown format, something at ``path``, a full disk.
-    """
-    dtype = dtype_name(next(iter(weights.values())).dtype)
-    config = architecture.model_copy(update={"torch_dtype": dtype})
-
-    def tensors() -> Iterator[Any]:
-        for name, each in weights.items():
-            yield name, tuple(each.shape), dtype, lambda each=each: to_numpy(each)[0]
-
-    if to == "mistral_ms":
-        save_native(path, config, tensors())
-        return
-    with TemporaryDirectory(dir=path.parent) as between:
-        native = Path(between) / "model"
-        save_native(native, config, tensors())
-        convert(native, path, to)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mistral_ms.checkpoint.save import save_model
-from mistral_ms.config import EvaluationConfig
+from mistral_ms.config import EvaluationConfig, RoutingConfig
 from mistral_ms.datasets import SequenceSource
 from mistral_ms.errors import ConfigError, DataError
 from mistral_ms.models import CausalLM, share_parameters
@@ -51,6 +51,7 @@ class HeldOut:
     Args:
         config: how often, and what follows.
         model: what is trained.
+        routing: the policy that it is judged with.
         dtype: of its weights.
         data: the held-out sequences.
         last_step: is always followed by an evaluation.
@@ -67,6 +68,7 @@ class HeldOut:
         self,
         config: EvaluationConfig,
         model: CausalLM,
+        routing: RoutingConfig,
         dtype: str,
         data: SequenceSource,
         *,
@@ -77,7 +79,7 @@ class HeldOut:
         extra_files: dict[str, bytes | Path],
     ) -> None:
         self.config, self._model, self._last_step = config, model, last_step
-        shared = share_parameters(model, positions=data.seq_length, dtype=dtype)
+        shared = share_parameters(model, routing, positions=data.seq_length, dtype=dtype)
         self._evaluate = Evaluator(shared, data, config.batch_size)
         self._path, self._best, self._files = path, best, extra_files
         self.records = [each for each in read_evaluations(path) if each.step <= step]

@@ -183,6 +183,7 @@ class TrainingRun:
             self.held_out = HeldOut(
                 run.evaluation,
                 self.update.model,
+                run.routing.evaluation,
                 run.training.dtype,
                 held_out,
                 last_step=self.run.training.last_step,

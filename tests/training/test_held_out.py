@@ -30,6 +30,7 @@ def judge(tmp_path, monkeypatch, dense, make_model, text):
         return HeldOut(
             EvaluationConfig(eval_steps=2, **config),
             make_model(dense, DROPLESS),
+            DROPLESS,
             "float32",
             data,
             last_step=last_step,
