@@ -1,10 +1,33 @@
-"""Thin entry: the metadata lives in pyproject.toml. Adds ``build_kernels``: see its --help."""
+"""Thin entry: the metadata lives in pyproject.toml. Adds ``build_kernels``: see its --help; and
+the configurations to what is installed.
+"""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import ClassVar
 
 from setuptools import Command, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+
+
+class BuildWithConfigs(build_py):
+    """Puts ``configs`` into the package, so that an installed one has them, too."""
+
+    def run(self) -> None:
+        """Copies them; run files there find the package's data in another place."""
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / "mistral_ms" / "configs"
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(ROOT / "configs", target)
+        for path in target.rglob("*.yaml"):
+            text = path.read_text(encoding="utf-8")
+            moved = text.replace("../../mistral_ms/data/", "../../data/")
+            path.write_text(moved, encoding="utf-8")
 
 
 class BuildKernels(Command):
@@ -31,7 +54,7 @@ class BuildKernels(Command):
 
     def run(self) -> None:
         """Passes the flags on."""
-        sys.path.insert(0, str(Path(__file__).parent))
+        sys.path.insert(0, str(ROOT))
         from ascend_kernels.build import main
 
         names = ("target", "soc_version", "cann_path", "install_path", "output")
@@ -41,4 +64,4 @@ class BuildKernels(Command):
             sys.exit(code)
 
 
-setup(cmdclass={"build_kernels": BuildKernels})
+setup(cmdclass={"build_kernels": BuildKernels, "build_py": BuildWithConfigs})

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mistral_ms.data import CONFIGS
+
 if TYPE_CHECKING:
     from mistral_ms.config import RunConfig
 
-RUN_FILE = Path(__file__).resolve().parents[2] / "configs" / "run" / "demo.yaml"
+RUN_FILE = CONFIGS / "run" / "demo.yaml"
 
 
 def demo(
@@ -53,18 +55,10 @@ def load_demo_run(steps: int | None = None) -> RunConfig:
     """The demo's run file; with fewer steps the warm-up gets shorter, too.
 
     Raises:
-        ConfigError: it is not there, or not valid.
+        ConfigError: it is not valid.
     """
     from mistral_ms.config import load_run_config
-    from mistral_ms.errors import ConfigError
 
-    if not RUN_FILE.is_file():
-        raise ConfigError(
-            "no such file",
-            where=RUN_FILE,
-            rule="the demo reads the repository's configs",
-            todo="run it from a clone of the repository",
-        )
     run = load_run_config(RUN_FILE)
     if steps is None:
         return run

@@ -12,6 +12,11 @@ DEMO_TEXT = _HERE / "demo.txt"
 TOKENIZER_CONFIG = _HERE / "tokenizer_config.json"
 """What transformers must be told about a bare ``tokenizer.model`` (see the tokenizer package)."""
 
+_INSTALLED = _HERE.parent / "configs"
+CONFIGS = _INSTALLED if _INSTALLED.is_dir() else _HERE.parents[1] / "configs"
+"""The configurations that come with the package: in a clone the directory ``configs``, of which a
+wheel holds a copy."""
+
 
 def demo_text() -> str:
     """The demo's text."""

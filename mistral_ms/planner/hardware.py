@@ -18,9 +18,10 @@ from pydantic import Field, model_validator
 from mistral_ms.config import read_yaml
 from mistral_ms.config.base import Frozen, validate
 from mistral_ms.config.names import perhaps
+from mistral_ms.data import CONFIGS
 from mistral_ms.errors import ConfigError
 
-DIRECTORY = Path(__file__).resolve().parents[2] / "configs" / "hardware"
+DIRECTORY = CONFIGS / "hardware"
 """The files that come with the package."""
 GIGA, TERA, MICRO = 1e9, 1e12, 1e-6
 _Share = Field(gt=0, le=1)

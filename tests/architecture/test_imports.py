@@ -95,7 +95,7 @@ TABLE = {
     "shipped": rule("moe mixtures parallel"),
     "launch": rule("config shipped"),
     "planner": rule(
-        "config weights parallel.topology parallel.pipeline parallel.memory parallel.sharding",
+        "config data weights parallel.topology parallel.pipeline parallel.memory parallel.sharding",
         "pydantic matplotlib",  # files of hardware, pictures
     ),
     "mindformers": rule(f"{BELOW_TRAINING} training inference", "mindspore numpy mindformers yaml"),
