@@ -13,6 +13,8 @@ def register(app: typer.Typer) -> None:
     from mistral_ms.cli.demo import demo
     from mistral_ms.cli.dryrun import dryrun
     from mistral_ms.cli.evaluate import evaluate
+    from mistral_ms.cli.experts import experts
+    from mistral_ms.cli.extract import extract
     from mistral_ms.cli.generate import generate
     from mistral_ms.cli.inspect import inspect
     from mistral_ms.cli.plan import plan
@@ -26,5 +28,7 @@ def register(app: typer.Typer) -> None:
     app.command("data")(data)
     app.command("train")(train)
     app.command("evaluate")(evaluate)
+    app.command("experts")(experts)
+    app.command("extract")(extract)
     app.command("dryrun")(dryrun)
     app.command("plan")(plan)
