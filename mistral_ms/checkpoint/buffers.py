@@ -33,7 +33,8 @@ _COUNTERS = (
     "global_step", "epoch_num", "step_num", "loss_scale", "scale_sense", "global_batch_size",
     "current_iterator_step", "last_overflow_iterator_step", "beta1_power", "beta2_power",
     "learning_rate", r"learning_rate_group_\d+", "state_step",
-    "router_report",  # of our models in its Trainer
+    # of our models in its Trainer
+    "router_report", r"net\.(layers\.\d+\.moe|loss)\.metrics_buffer", r"norm\.square\.\d+",
 )  # fmt: skip
 _ROUTER = r"model\.layers\.\d+\.feed_forward\.router\.router"
 _STATE = re.compile(

@@ -92,12 +92,12 @@ def encode_config(
     Args:
         config: the model.
         kind: hf, mistral, mistral_ms or mindformers.
-        layout: of mindformers: gmm is for inference with a cache.
+        layout: of mindformers: gmm is for inference with a cache, graph for our own models.
 
     Raises:
         ConfigError: the format cannot express the model.
     """
-    if kind == "hf":
+    if kind == "hf" or layout == "graph":
         return CONFIG, to_hf(config)
     if kind == "mistral":
         return PARAMS, to_mistral(config)

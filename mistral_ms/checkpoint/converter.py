@@ -112,7 +112,8 @@ def convert(
         overwrite: replace a checkpoint that is at ``dst``.
         kind: the source's format, when its directory holds several.
         layout: of the experts, to mindformers: ``fused`` (the default) for training and for
-            inference without a cache, ``gmm`` for inference with one.
+            inference without a cache, ``gmm`` for inference with one; ``graph`` for our models in
+            several processes under MindFormers' trainer.
         container: of the files, to mindformers: ``safetensors`` (the default) or ``ckpt``.
         strategy: the strategy files of the run of MindFormers whose ranks' parts ``src`` holds; see
             :func:`~mistral_ms.checkpoint.merge_ranks.merged_ranks`.

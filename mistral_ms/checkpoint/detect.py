@@ -28,7 +28,7 @@ Kind = Literal["hf", "mistral", "mistral-dump", "mistral_ms", "mindformers"]
 KINDS: tuple[str, ...] = get_args(Kind)
 ALIASES = {"mindspore": "mistral_ms"}  # the command line's name for our own format
 # a format with the layout of its experts, where their shapes do not tell
-MindFormersLayout = Literal["fused", "gmm"]
+MindFormersLayout = Literal["fused", "gmm", "graph"]
 LAYOUTS = {"mindformers-fused": "mindformers", "mindformers-gmm": "mindformers"}
 NATIVE_BLOCK = "mistral_ms"  # the key of config.json that only our checkpoints have
 

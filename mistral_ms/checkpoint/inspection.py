@@ -20,6 +20,7 @@ from mistral_ms.checkpoint.verification import Verification
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError, MissingExtraError, MistralMsError
 from mistral_ms.reading import is_file
+from mistral_ms.weights import EMBEDDING
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,8 @@ def _experts(source: Source) -> str:
     if source.kind == "mindformers":
         layouts = {place.layout for block, place in source.layout.places.items() if block.expert}
         on_its_side = "transposed" in layouts
+        if on_its_side and EMBEDDING in source.tensors:
+            return "experts stacked along the rows (graph: w1 and w3 transposed)"
         return f"experts stacked ({'gmm: each transposed' if on_its_side else 'fused'})"
     return {
         "hf": "one tensor per expert",

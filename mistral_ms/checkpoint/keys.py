@@ -170,3 +170,14 @@ MINDFORMERS_GMM: KeyTable = {
     "layers.{layer}.moe.experts.w2": Stored(f"{_MINDFORMERS_EXPERTS}.w2.weight", "transposed"),
     "layers.{layer}.moe.experts.w3": Stored(f"{_MINDFORMERS_EXPERTS}.w3.weight", "transposed"),
 }
+
+# Our models under MindFormers' trainer with several processes: the forms of the auto-parallel
+# graph, in which the axis that tensor parallelism divides comes last.
+_GRAPH_EXPERTS = "layers.{layer}.moe.experts"
+MINDFORMERS_GRAPH: KeyTable = _Ours(
+    {
+        f"{_GRAPH_EXPERTS}.w1": Stored(f"{_GRAPH_EXPERTS}.w1", "transposed", flat=True),
+        f"{_GRAPH_EXPERTS}.w2": Stored(f"{_GRAPH_EXPERTS}.w2", flat=True),
+        f"{_GRAPH_EXPERTS}.w3": Stored(f"{_GRAPH_EXPERTS}.w3", "transposed", flat=True),
+    }
+)

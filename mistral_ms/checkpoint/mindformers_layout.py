@@ -16,6 +16,7 @@ from mistral_ms.weights import EMBEDDING
 TABLES: Mapping[MindFormersLayout, keys.KeyTable] = {
     "fused": keys.MINDFORMERS,
     "gmm": keys.MINDFORMERS_GMM,
+    "graph": keys.MINDFORMERS_GRAPH,
 }
 
 _LAYER = r"model\.layers\.\d+\."
@@ -59,7 +60,10 @@ def find_table(
         CheckpointError: a variant that is not read, or experts of which the shapes do not tell.
     """
     if EMBEDDING in tensors:  # one of our models under MindFormers' Trainer
-        return keys.OURS
+        experts = "layers.{layer}.moe.experts.w1"
+        first = tensors.get(experts.format(layer=(*config.sparse_layers, 0)[0]))
+        divided = first is not None and len(first.shape) == 2
+        return keys.MINDFORMERS_GRAPH if divided else keys.OURS
     for name, info in tensors.items():
         for pattern, (what, rule, todo) in _OTHERS.items():
             if re.fullmatch(pattern, name):

@@ -29,6 +29,7 @@ class Layout(StrEnum):
 
     FUSED = "fused"
     GMM = "gmm"
+    GRAPH = "graph"
 
 
 class Container(StrEnum):
@@ -63,7 +64,8 @@ def convert(
     layout: Annotated[
         Layout | None,
         typer.Option(
-            help="Experts, to mindformers: fused for training (default), gmm for use_past."
+            help="Experts, to mindformers: fused for training (default), gmm for use_past, "
+            "graph for our models there in several processes."
         ),
     ] = None,
     container: Annotated[

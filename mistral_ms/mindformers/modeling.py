@@ -221,6 +221,8 @@ class MistralForCausalLM(CachedGeneration, PreTrainedModel):
                 writes a line into its log.
         """
         weights = self.weights()
+        if self.divided:  # of this process' stage alone
+            weights = {name: each for name, each in weights.items() if each.sliced}
         if missing := [name for name, each in weights.items() if each.has_init]:
             raise CheckpointError(
                 "missing tensor",
@@ -285,7 +287,8 @@ class MistralForCausalLM(CachedGeneration, PreTrainedModel):
             "checkpoint to be converted",
             where="load_checkpoint",
             rule="several processes read checkpoints whose tensors are those of the model",
-            todo="python run_mixtral.py convert SRC DST, and load DST",
+            todo="python run_mixtral.py convert SRC DST --to mindformers --layout graph "
+            "--dtype fp32, and load DST",
         )
 
     @classmethod

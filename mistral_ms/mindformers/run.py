@@ -178,22 +178,25 @@ def take_weights(config: dict[str, Any]) -> None:
     """Has the model of one process read ``load_checkpoint`` itself, expert by expert, in whatever
     known format it is; MindFormers would make a second copy of all weights, and only log what is
     missing. The checkpoint is compared with the model before anything is built. What MindFormers
-    resumes is left to it.
+    resumes is left to it, and what several processes load: they cut it by names and layouts.
 
     Raises:
         CheckpointError: see :func:`~mistral_ms.checkpoint.open_checkpoint`.
         ConfigError: it is of another model.
     """
     path = config.get("load_checkpoint")
-    if not path or config.get("resume_training") or config.get("use_parallel"):
+    if not path or (config.get("resume_training") and not config.get("use_parallel")):
         return
     from mistral_ms.mindformers import registration
-    from mistral_ms.mindformers.weights import open_same
+    from mistral_ms.mindformers.weights import check_for_ranks, open_same
 
     keys = dict(run_file.get(config, "model.model_config"))
     made = getattr(registration, keys.pop("type"))
     keys.pop("auto_register", None)
     model = made(moe_config=config.get("moe_config"), **keys).architecture()
+    if config.get("use_parallel"):
+        check_for_ranks(config, Path(path), model)
+        return
     open_same(Path(path), model, verify=False).close()
     run_file.put(config, "model.model_config.weights_from", str(Path(path).resolve()))
     config["load_checkpoint"] = ""

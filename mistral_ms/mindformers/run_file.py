@@ -68,12 +68,6 @@ FIXED: Mapping[str, Fixed] = {
 PARALLEL: Mapping[str, Fixed] = {
     "run_mode": Fixed(("train", "finetune"), "several processes train; one evaluates or predicts"),
     "do_eval": Fixed((False, None), "the graph of several processes has no evaluation"),
-    "load_checkpoint": Fixed(
-        ("", None), "several processes start from drawn weights under MindFormers"
-    ),
-    "resume_training": Fixed(
-        (False, None), "several processes start from drawn weights under MindFormers"
-    ),
     "parallel.enable_alltoall": Fixed((True,), "else a change of layout is an AllGather and a cut"),
     "parallel.gradients_mean": Fixed((False, None), "the loss is a sum of shares already"),
     "parallel.full_batch": Fixed((True, None), "every process counts the whole batch"),

@@ -1,10 +1,11 @@
 """Trainings that go on in the other program: checkpoints of MindFormers' trainer and ours.
 
-MindFormers' trainer writes one file: the weights (which have our names in it, see
+MindFormers' trainer writes one file for each process: the weights (which have our names in it, see
 :class:`~mistral_ms.mindformers.modeling.MistralForCausalLM`), ``adam_m.*`` and ``adam_v.*``, and
-counters. In one process it resumes from a directory whose counters are in a file of their own. Ours
-is a directory, too, see :mod:`mistral_ms.training.state`. All is for one process, AdamW, float32
-weights. As a command::
+counters. It resumes from a directory whose counters are in a file of their own; several processes
+cut theirs out of it (``auto_trans_ckpt``), in the forms of the auto-parallel graph. Ours is a
+directory, too, see :mod:`mistral_ms.training.state`. All is for AdamW and float32 weights. As a
+command::
 
     python -m mistral_ms.mindformers.training_files to-mindformers --help
     python -m mistral_ms.mindformers.training_files from-mindformers --help
@@ -12,6 +13,7 @@ weights. As a command::
 
 from __future__ import annotations
 
+import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
@@ -30,22 +32,29 @@ from mistral_ms.checkpoint import (
     read_state,
     save_native,
 )
+from mistral_ms.checkpoint.files import PARAM_NAME_MAP
+from mistral_ms.checkpoint.merge_ranks import merged_ranks
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError, MistralMsError
+from mistral_ms.parallel.sharding.forms import GraphForm, graph_form
 from mistral_ms.training.loss_scale import LossScale
 from mistral_ms.training.state import FORMAT, OPTIMIZER, encode_state
+from mistral_ms.weights import specs
 
 MOMENTS = {"adam_m": "exp_avg", "adam_v": "exp_avg_sq"}
 """MindFormers' prefixes of the optimizer's state, and ours."""
 
 
-def to_mindformers(checkpoint: Path, directory: Path, *, steps_per_epoch: int) -> None:
+def to_mindformers(
+    checkpoint: Path, directory: Path, *, steps_per_epoch: int, graph: bool = False
+) -> None:
     """Writes a training of ours for ``load_checkpoint: DIRECTORY`` with ``resume_training: True``.
 
     Args:
         checkpoint: a checkpoint of a training.
         directory: the new one.
         steps_per_epoch: of the data that the training goes on with.
+        graph: several processes go on with it, with ``auto_trans_ckpt: True``.
 
     Raises:
         CheckpointError: a checkpoint without a training, or of one that cannot go on there.
@@ -54,10 +63,11 @@ def to_mindformers(checkpoint: Path, directory: Path, *, steps_per_epoch: int) -
     step, updates, scale = state["step"], state["updates"], state["loss_scale"]["value"]
     tensors = {}
     with open_checkpoint(checkpoint, "mistral_ms") as source:
+        forms = _forms(source.config, graph)
         for name in source.names():
             if source.dtype(name) != "float32":
                 raise _not_possible(checkpoint, name, source.dtype(name))
-            tensors[name] = source.read(name)
+            tensors[name] = forms[name].to_graph(source.read(name))
         names = source.names()
     with open_tensor_set(checkpoint, OPTIMIZER) as stored:
         wanted = {f"{ours}.{name}" for ours in MOMENTS.values() for name in names}
@@ -65,7 +75,8 @@ def to_mindformers(checkpoint: Path, directory: Path, *, steps_per_epoch: int) -
             raise _not_possible(checkpoint, differing[0], "another optimizer's state")
         for theirs, ours in MOMENTS.items():
             for name in names:
-                tensors[f"{theirs}.{name}"] = stored.read(f"{ours}.{name}", None)
+                moment = stored.read(f"{ours}.{name}", None)
+                tensors[f"{theirs}.{name}"] = forms[name].to_graph(moment)
     counters: dict[str, Any] = {
         "global_step": np.array([updates], np.int32),
         "step_num": np.array(step, np.int32),
@@ -80,42 +91,65 @@ def to_mindformers(checkpoint: Path, directory: Path, *, steps_per_epoch: int) -
     for file, held in (("training", tensors), ("hyper_param", counters)):
         named = [{"name": name, "data": Tensor(each)} for name, each in held.items()]
         ms.save_checkpoint(named, str(directory / f"{file}.safetensors"), format="safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "training.safetensors")}  # MindSpore asks for it
+    (directory / PARAM_NAME_MAP).write_text(json.dumps(index), encoding="utf-8")
+
+
+def _forms(architecture: ModelConfig, graph: bool) -> dict[str, GraphForm]:
+    """How each weight lies in MindFormers' files: of one process as ours."""
+    if graph:
+        return {spec.name: graph_form(spec) for spec in specs(architecture)}
+    return {name: GraphForm(shape, (), ()) for name, shape in our_shapes(architecture).items()}
 
 
 def from_mindformers(
-    file: Path, checkpoint: Path, architecture: ModelConfig, identity: dict[str, Any] | None = None
+    file: Path,
+    checkpoint: Path,
+    architecture: ModelConfig,
+    identity: dict[str, Any] | None = None,
+    strategy: Path | None = None,
 ) -> None:
     """Writes a training of MindFormers' trainer as a checkpoint of ours; of a file without the
     optimizer's means the weights alone.
 
     Args:
-        file: ``rank_0/NAME_rank_0-EPOCH_STEP.safetensors``.
+        file: ``rank_0/NAME_rank_0-EPOCH_STEP.safetensors``; of several processes the directory
+            with ``rank_0``, ``rank_1`` and so on, whose newest step is taken.
         checkpoint: the new directory.
         architecture: the model; the file does not say it.
         identity: of the training that goes on, see
             :class:`~mistral_ms.training.identity.Identity`; without it
             :func:`~mistral_ms.training.state.restore` reads the checkpoint, but no run resumes it.
+        strategy: of several processes their strategy files, see
+            :func:`~mistral_ms.checkpoint.merge_ranks.merged_ranks`.
 
     Raises:
         CheckpointError: no such file, missing tensors, wrong shapes, something at ``checkpoint``.
     """
-    if not file.is_file():
-        raise CheckpointError("no such file", where=file)
-    held = ms.load_checkpoint(str(file), format="safetensors")
+    if strategy is None:
+        if not file.is_file():
+            raise CheckpointError("no such file", where=file)
+        held = ms.load_checkpoint(str(file), format="safetensors")
+    else:
+        held = {}
+        with merged_ranks(file, strategy, checkpoint) as whole:
+            for part in sorted(whole.glob("*.safetensors")):
+                held |= ms.load_checkpoint(str(part), format="safetensors")
     shapes = our_shapes(architecture)
+    forms = _forms(architecture, strategy is not None)
 
     def named(theirs: str, ours: str) -> Iterator[tuple[str, tuple[int, ...], str, np.ndarray]]:
         for name, shape in shapes.items():
-            tensor = held.get(f"{theirs}{name}")
-            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != ms.float32:
+            tensor, wanted = held.get(f"{theirs}{name}"), forms[name].shape
+            if tensor is None or tuple(tensor.shape) != wanted or tensor.dtype != ms.float32:
                 found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
                 raise CheckpointError(
                     "missing tensor" if tensor is None else "wrong tensor",
                     where=f"{file}: {theirs}{name}",
                     value=found,
-                    rule=f"the model has float32 {list(shape)} there",
+                    rule=f"the model has float32 {list(wanted)} there",
                 )
-            yield f"{ours}{name}", shape, "float32", tensor.asnumpy()
+            yield f"{ours}{name}", shape, "float32", forms[name].from_graph(tensor.asnumpy())
 
     config = architecture.model_copy(update={"torch_dtype": "float32"})
     if not any(name.startswith("adam_m.") for name in held):
@@ -163,18 +197,27 @@ def main(words: Sequence[str] | None = None) -> int:
     there.add_argument("checkpoint", type=Path, help="of a training of ours")
     there.add_argument("directory", type=Path, help="the new one")
     there.add_argument("--steps-per-epoch", type=int, required=True, help="of MindFormers' data")
+    there.add_argument("--graph", action="store_true", help="for several processes")
     here = commands.add_parser("from-mindformers", help="for generate, convert, init_from")
-    here.add_argument("file", type=Path, help="NAME.safetensors of MindFormers' trainer")
+    here.add_argument(
+        "file", type=Path, help="NAME.safetensors of MindFormers' trainer; or the parts of ranks"
+    )
     here.add_argument("checkpoint", type=Path, help="the new one")
+    here.add_argument("--strategy", type=Path, help="strategy files of the parts of ranks")
     here.add_argument("--like", type=Path, required=True, help="a checkpoint of the same model")
     given = parser.parse_args(words)
     try:
         if given.command == "to-mindformers":
-            to_mindformers(given.checkpoint, given.directory, steps_per_epoch=given.steps_per_epoch)
+            to_mindformers(
+                given.checkpoint,
+                given.directory,
+                steps_per_epoch=given.steps_per_epoch,
+                graph=given.graph,
+            )
         else:
             with open_checkpoint(given.like, verify=False) as source:
                 architecture = source.config
-            from_mindformers(given.file, given.checkpoint, architecture)
+            from_mindformers(given.file, given.checkpoint, architecture, strategy=given.strategy)
     except MistralMsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,15 +12,16 @@ from mindspore import Parameter
 from mistral_ms.checkpoint import Source, open_checkpoint
 from mistral_ms.checkpoint.buffers import check_buffers
 from mistral_ms.checkpoint.dtypes import FROM_CONFIG, TO_CONFIG
-from mistral_ms.checkpoint.keys import HF, HF_FUSED, MINDFORMERS, KeyTable
+from mistral_ms.checkpoint.keys import HF, HF_FUSED, MINDFORMERS, MINDFORMERS_GRAPH, KeyTable
 from mistral_ms.checkpoint.layout import format_layout
 from mistral_ms.checkpoint.load import set_values, to_numpy
 from mistral_ms.checkpoint.mindformers_layout import find_table
 from mistral_ms.checkpoint.plan import check_tensors, make_plan
-from mistral_ms.checkpoint.safetensors_file import Observer, TensorInfo
+from mistral_ms.checkpoint.safetensors_file import Observer, TensorInfo, read_header
 from mistral_ms.checkpoint.stream import read_array
 from mistral_ms.config import ModelConfig
 from mistral_ms.config.computation import check_same_model
+from mistral_ms.errors import CheckpointError, ConfigError
 from mistral_ms.layers.parameter import weight
 from mistral_ms.weights import EMBEDDING
 
@@ -157,3 +158,50 @@ def open_same(path: Path, model: ModelConfig, verify: bool = True) -> Source:
         source.close()
         raise
     return source
+
+
+def check_for_ranks(config: Mapping[str, Any], path: Path, model: ModelConfig) -> None:
+    """Checks what several processes are to load: the parts that ranks have saved, which MindFormers
+    knows, or a whole checkpoint in the forms of the auto-parallel graph.
+
+    Args:
+        config: of the run.
+        path: its ``load_checkpoint``.
+        model: the model.
+
+    Raises:
+        CheckpointError: a whole checkpoint in other forms, or of another model.
+        ConfigError: settings with which it is not read.
+    """
+    if config.get("load_ckpt_format", "ckpt") != "safetensors":
+        raise ConfigError(
+            "unsupported value",
+            where="load_ckpt_format",
+            value=config.get("load_ckpt_format", "ckpt"),
+            rule="several processes cut their parts out of safetensors files",
+            todo="set load_ckpt_format: safetensors",
+        )
+    if (path / "rank_0").is_dir():
+        return
+    held: dict[str, TensorInfo] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        held |= read_header(file).tensors
+    for name, shape in format_layout(model, MINDFORMERS_GRAPH).shapes.items():
+        found = held.get(name)
+        if found is None or found.shape != shape or found.dtype != "F32":
+            raise CheckpointError(
+                "checkpoint to be converted",
+                where=f"load_checkpoint {path}: {name}",
+                value="missing" if found is None else f"{found.dtype} {list(found.shape)}",
+                rule=f"several processes read float32 {list(shape)}: the forms of their graph",
+                todo="python run_mixtral.py convert SRC DST --to mindformers --layout graph "
+                "--dtype fp32, and load DST",
+            )
+    if not config.get("auto_trans_ckpt"):
+        raise ConfigError(
+            "unsupported value",
+            where="auto_trans_ckpt",
+            value=config.get("auto_trans_ckpt"),
+            rule="processes cut their parts out of a whole checkpoint",
+            todo="set auto_trans_ckpt: True",
+        )

@@ -95,6 +95,8 @@ class _GraphGradients(nn.Cell):
         self.columns = columns_of(self.network)
         if (cell := _ordering(self.network)) is not None:
             cell.construct_args_key = list(GRAPH_INPUTS)
+        # called by MindFormers' trainer on the network when a checkpoint was loaded
+        self.network.init_parameters_data = model.init_parameters_data
         self.whole_batch = WholeBatch(
             model.run_config.training.seq_length, model.pad_token_id, model.ignore_token_id
         )

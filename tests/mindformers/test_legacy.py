@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from mistral_ms.checkpoint import convert
 from mistral_ms.errors import CheckpointError, ConfigError
 from mistral_ms.mindformers import run
 
@@ -177,3 +178,41 @@ def test_from_pretrained(mixtral, tmp_path, gmm):
     save(theirs, tmp_path / "alone" / "model.safetensors")
     config = mixtral.config_class(**KEYS, moe_config=EXPERTS)
     assert_same(mixtral.from_pretrained(tmp_path / "alone", config=config), ours)
+
+
+def test_what_several_processes_load(mixtral, tmp_path):
+    """A whole checkpoint in the graph's forms, or parts of ranks; everything else is refused."""
+    save(pair(False)[0], tmp_path / "model" / "any.safetensors")
+    described = run_file(tmp_path)
+    (tmp_path / "model" / "run.yaml").write_text(yaml.safe_dump(described))
+
+    def take(path: Path, **changes) -> None:
+        several = dict(use_parallel=True, load_ckpt_format="safetensors", auto_trans_ckpt=True)
+        config = {**run_file(path), **several, **changes}
+        run.take_weights(config)
+        assert config["load_checkpoint"] == str(path)  # MindFormers' to load
+
+    with pytest.raises(CheckpointError, match=r"to be converted: .*embed_tokens.*--layout graph"):
+        take(tmp_path / "model")
+    for dtype in ("keep", "bf16"):
+        convert(tmp_path / "model", tmp_path / dtype, "mindformers", dtype, layout="graph")
+    take(tmp_path / "keep")
+    with pytest.raises(CheckpointError, match=r"BF16 .*: several processes read float32 .*fp32"):
+        take(tmp_path / "bf16")
+    with pytest.raises(ConfigError, match="auto_trans_ckpt"):
+        take(tmp_path / "keep", auto_trans_ckpt=False)
+    with pytest.raises(ConfigError, match="set load_ckpt_format: safetensors"):
+        take(tmp_path / "keep", load_ckpt_format="ckpt")
+    (tmp_path / "parts" / "rank_0").mkdir(parents=True)
+    take(tmp_path / "parts", auto_trans_ckpt=False, resume_training=True)
+
+
+def test_a_file_that_their_trainer_wrote_of_our_models(mixtral, tmp_path):
+    """With our names in it, and the optimizer's means."""
+    _, ours = pair(False)
+    save(ours, tmp_path / "rank_0" / "mixtral_rank_0-1_3.safetensors")
+    config = run_file(tmp_path / "rank_0" / "mixtral_rank_0-1_3.safetensors")
+    run.take_weights(config)
+    keys = {**config["model"]["model_config"], "moe_config": EXPERTS}
+    del keys["type"]
+    assert_same(mixtral(mixtral.config_class(**keys)), ours)

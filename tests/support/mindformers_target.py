@@ -1,9 +1,16 @@
 """A training step of MindFormers around our graph, as its trainer puts it together; compiled by the
 dry run for a rank of Ascend. Not a test: the process that compiles imports it.
+
+A layout's strategy files go to ``LAYOUT/strategy`` below what LOCAL_DEFAULT_PATH names. A rank
+whose part of a training lies in ``LAYOUT/parts/rank_R`` loads and saves it, see :class:`Rank`.
 """
 
 from __future__ import annotations
 
+import json
+import os
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,15 +20,75 @@ H, V, S, E, WIDE = 64, 160, 24, 8, 96
 MICRO = 2
 
 
+class Layout(NamedTuple):
+    """Of the processes."""
+
+    dp: int = 1
+    mp: int = 1
+    ep: int = 1
+    pp: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.dp * self.mp * self.pp
+
+    @property
+    def rows(self) -> int:
+        """Of a batch: one for each micro-batch of each data-parallel rank."""
+        return self.dp * (MICRO if self.pp > 1 else 1)
+
+
+LAYOUTS = {
+    "dp2_ep2": Layout(dp=2, ep=2),
+    "mp2": Layout(mp=2),
+    "dp2_ep2_pp2": Layout(dp=2, ep=2, pp=2),
+    "dp2_mp2_ep2_pp2": Layout(dp=2, mp=2, ep=2, pp=2),
+}
+
+
+class Rank:
+    """A compiled step that then, as MindFormers' trainer does, loads the rank's part of a training
+    by its names, and saves everything as CheckpointMonitor does.
+    """
+
+    def __init__(self, cell: nn.Cell, parts: Path, output: Path) -> None:
+        self.cell, self.parts, self.output = cell, parts, output
+
+    def compile(self, *inputs: Tensor) -> None:
+        self.cell.compile(*inputs)
+        rank = f"rank_{os.environ['RANK_ID']}"
+        if not (self.parts / rank).is_dir():
+            return
+        import mindspore as ms
+
+        from mistral_ms.errors import CheckpointError
+
+        found: dict = {}
+        try:  # as where the checkpoint has nothing
+            self.cell.network.init_parameters_data()
+        except CheckpointError as error:
+            found["gap"] = str(error)
+        (file,) = (self.parts / rank).iterdir()
+        held = ms.load_checkpoint(str(file), format="safetensors")
+        found["left out"] = ms.load_param_into_net(self.cell, held)
+        self.cell.network.init_parameters_data()
+        self.cell.init_parameters_data(auto_parallel_mode=True)
+        (self.output / rank).mkdir(parents=True, exist_ok=True)
+        saved = self.output / rank / f"mixtral_{rank}-1_3.safetensors"
+        counters = {"epoch_num": 1, "step_num": 3, "loss_scale": 65536.0}
+        ms.save_checkpoint(self.cell, str(saved), False, append_dict=counters, format="safetensors")
+        (self.output / f"{rank}.json").write_text(json.dumps(found))
+
+
 class Step(NamedTuple):
     """What the dry run compiles."""
 
-    cell: nn.Cell
+    cell: Rank
     inputs: tuple[Tensor, ...]
 
 
-def sections() -> dict:
-    """Those of a configuration file that the step is made of: two stages of two ranks."""
+def sections(layout: Layout) -> dict:
+    """Those of a configuration file that the step is made of."""
     return {
         "use_parallel": True,
         "use_legacy": True,
@@ -31,7 +98,8 @@ def sections() -> dict:
             "enable_parallel_optimizer": True,
         },
         "parallel_config": {
-            **dict(data_parallel=2, expert_parallel=2, pipeline_stage=2, micro_batch_num=MICRO),
+            **dict(data_parallel=layout.dp, model_parallel=layout.mp, expert_parallel=layout.ep),
+            **dict(pipeline_stage=layout.pp, micro_batch_num=MICRO if layout.pp > 1 else 1),
         },
         "context": {"mode": 0, "device_target": "Ascend", "max_device_memory": "58GB"},
         "moe_config": {
@@ -43,7 +111,7 @@ def sections() -> dict:
         "model": {
             "model_config": {
                 **dict(type="MixtralConfig", batch_size=1, seq_length=S, hidden_size=H),
-                **dict(intermediate_size=WIDE, num_layers=2, num_heads=4),
+                **dict(intermediate_size=WIDE, num_layers=layout.pp, num_heads=4),
                 **dict(vocab_size=V, n_kv_heads=2, compute_dtype="float16", pad_token_id=0),
             },
             "arch": {"type": "MixtralForCausalLM"},
@@ -51,8 +119,10 @@ def sections() -> dict:
     }
 
 
-def build() -> Step:
+def build(name: str) -> Step:
     """As base_trainer.py: build_context, the model, the cells around it, optimizer, step."""
+    layout, place = LAYOUTS[name], Path(os.environ["LOCAL_DEFAULT_PATH"]) / name
+    os.environ["LOCAL_DEFAULT_PATH"] = str(place)
     from mindformers.core.context import build_context
     from mindformers.core.lr import CosineWithWarmUpLR
     from mindformers.core.optim import AdamW
@@ -68,7 +138,7 @@ def build() -> Step:
 
     from mistral_ms.mindformers import registration  # noqa: F401
 
-    config = MindFormerConfig(**sections())
+    config = MindFormerConfig(**sections(layout))
     build_context(config)
     build_parallel_config(config)
     model = build_network(
@@ -79,18 +149,26 @@ def build() -> Step:
         },
     )
     network = DataOrderWrapperCell(["input_ids"], model)
-    network = _VirtualDatasetCell(nn.PipelineCell(network, MICRO))
+    options: dict = {}
+    step_name = "MFTrainOneStepCell"
+    if layout.pp > 1:
+        network = nn.PipelineCell(network, MICRO)
+        step_name, options = "MFPipelineWithLossScaleCell", {"micro_batch_num": MICRO}
+    network = _VirtualDatasetCell(network)
     optimizer = AdamW(
         [{"params": list(model.trainable_params()), "weight_decay": 0.01}],
         learning_rate=CosineWithWarmUpLR(learning_rate=1e-3, warmup_steps=2, total_steps=100),
     )
-    step = MindFormerRegister.get_cls(MindFormerModuleType.WRAPPER, "MFPipelineWithLossScaleCell")
-    cell = step(
+    cell = MindFormerRegister.get_cls(MindFormerModuleType.WRAPPER, step_name)(
         network,
         optimizer,
         use_clip_grad=True,
         scale_sense=nn.DynamicLossScaleUpdateCell(65536, 2, 1000),
-        micro_batch_num=MICRO,
+        **options,
     )
     cell.set_train()
-    return Step(cell, (Tensor(np.zeros((2 * MICRO, S + 1), np.int32)),))
+    rank = Rank(cell, place / "parts", place / "checkpoint")
+    return Step(rank, (Tensor(np.zeros((layout.rows, S + 1), np.int32)),))
+
+
+dp2_ep2, mp2, dp2_ep2_pp2, dp2_mp2_ep2_pp2 = (partial(build, name) for name in LAYOUTS)
