@@ -16,7 +16,7 @@ import numpy as np
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "mindformers"
 TRAIN, PREDICT = CONFIGS / "finetune_mixtral_tiny.yaml", CONFIGS / "predict_mixtral_tiny.yaml"
-STEPS, ROWS, LENGTH, TOTAL_STEPS = 4, 4, 16, 6
+STEPS, ROWS, LENGTH, TOTAL_STEPS = 20, 4, 16, 24
 PROMPTS = [[1, 5, 6, 7, 9], [1, 300, 4], [1, 77]]
 NEW_TOKENS = 6
 
@@ -70,6 +70,7 @@ def trainings(place: Path, found: dict) -> None:
             # a process keeps what its first file says of it
             *("--context.postprocess_use_numpy", "True"),
             *("--num_samples", str(STEPS * ROWS), "--lr_schedule.total_steps", str(TOTAL_STEPS)),
+            *("--callbacks.2.save_checkpoint_steps", str(STEPS)),
             *flags,
         )
         config["callbacks"].append({"type": "Recorder"})
