@@ -199,7 +199,7 @@ def take_weights(config: dict[str, Any]) -> None:
         return
     open_same(Path(path), model, verify=False).close()
     run_file.put(config, "model.model_config.weights_from", str(Path(path).resolve()))
-    config["load_checkpoint"] = ""
+    config["load_checkpoint"], config["auto_trans_ckpt"] = "", False  # nothing is cut
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -106,9 +106,9 @@ def test_load_checkpoint_by_the_launcher(mixtral, tmp_path, gmm, ending):
     file = tmp_path / "rank_0" / f"mixtral_rank_0-1_3.{ending}"
     save(theirs, file)
     save({name: values + 1 for name, values in theirs.items()}, file.with_stem("mixtral-1_4"))
-    config = run_file(file)
+    config = run_file(file) | {"auto_trans_ckpt": True}
     run.take_weights(config)
-    assert config["load_checkpoint"] == ""
+    assert (config["load_checkpoint"], config["auto_trans_ckpt"]) == ("", False)
     keys = dict(config["model"]["model_config"])
     del keys["type"]
     model = mixtral(mixtral.config_class(**keys, moe_config=EXPERTS))
