@@ -207,6 +207,10 @@ def test_training_is_ours_step_by_step(found, prepared):
 
 
 def test_a_training_of_ours_goes_on_there(found, prepared):
+    """Evaluated on the way, without a capacity, and none the worse for it."""
+    judged = found[1]["judged"]
+    assert len(judged) >= (session.STEPS - 2) // session.JUDGED
+    assert all(0 < each < 12 for each in judged) and len(set(judged)) == len(judged)
     expected = prepared.results[2 : session.STEPS]
     for theirs, ours in zip(found[1]["resumed"], expected, strict=True):
         assert theirs["loss"] == pytest.approx(ours.loss, abs=CLOSE)

@@ -17,6 +17,7 @@ import numpy as np
 CONFIGS = Path(__file__).parents[2] / "configs" / "mindformers"
 TRAIN, PREDICT = CONFIGS / "finetune_mixtral_tiny.yaml", CONFIGS / "predict_mixtral_tiny.yaml"
 STEPS, ROWS, LENGTH, TOTAL_STEPS = 20, 4, 16, 24
+JUDGED = 5  # evaluated every so many steps
 PROMPTS = [[1, 5, 6, 7, 9], [1, 300, 4], [1, 77]]
 NEW_TOKENS = 6
 
@@ -56,6 +57,7 @@ def recorder():
 
 def trainings(place: Path, found: dict) -> None:
     from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+    from mindformers.trainer.base_trainer import BaseTrainer
 
     from mistral_ms.mindformers import run
 
@@ -79,8 +81,19 @@ def trainings(place: Path, found: dict) -> None:
 
     columns = "--train_dataset.input_columns", "[input_ids, labels]"
     found["trained"] = train("trained", "--load_checkpoint", str(place / "base"), *columns)
-    resumed = str(place / "resumed")
-    found["resumed"] = train("goes_on", "--load_checkpoint", resumed, "--resume_training", "True")
+    judged = "--do_eval", "True", "--eval_dataset_dir", str(place / "eval.mindrecord")
+    often = "--options", f"eval_step_interval={JUDGED}", "eval_epoch_interval=-1"
+    evaluate = BaseTrainer._evaluate_in_training
+    found["judged"] = []
+
+    def kept(self, *args, **kwargs):
+        (metric,) = evaluate(self, *args, **kwargs).values()
+        found["judged"].append(metric["loss"])
+        return {"PerplexityMetric": metric}
+
+    BaseTrainer._evaluate_in_training = kept
+    there = "--load_checkpoint", str(place / "resumed"), "--resume_training", "True"
+    found["resumed"] = train("goes_on", *there, *judged, *often)
     config = settings(
         TRAIN,
         *("--run_mode", "eval", "--load_checkpoint", str(place / "fused")),
