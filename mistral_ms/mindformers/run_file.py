@@ -186,6 +186,15 @@ def check(config: Mapping[str, Any], where: Path) -> None:
     if config.get("use_parallel"):
         for key, fixed in PARALLEL.items():
             check_fixed(f"{where}: {key}", get(config, key), fixed)
+        for number, callback in enumerate(config.get("callbacks") or ()):
+            if callback.get("type") == "RouterMonitor":
+                raise ConfigError(
+                    "unsupported value",
+                    where=f"{where}: callbacks.{number}",
+                    value="RouterMonitor",
+                    rule="the step of several processes does not record the router's losses",
+                    todo="leave it out, or train with python run_mixtral.py train",
+                )
     types = get(config, "model.model_config.type"), get(config, "model.arch.type")
     if types not in MODELS.values():
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mindspore import Parameter
@@ -181,7 +182,7 @@ def check_for_ranks(config: Mapping[str, Any], path: Path, model: ModelConfig) -
             rule="several processes cut their parts out of safetensors files",
             todo="set load_ckpt_format: safetensors",
         )
-    if (path / "rank_0").is_dir():
+    if (path / "rank_0").is_dir() or (path.is_file() and path.parent.name.startswith("rank_")):
         return
     held: dict[str, TensorInfo] = {}
     for file in sorted(path.glob("*.safetensors")):

@@ -345,6 +345,10 @@ def test_a_configuration_of_ours_survives(mf, name):
         ({"context.device_target": "CPU"}, "sink_mode: True .*set sink_mode: False"),
         ({"use_parallel": True, "parallel.enable_alltoall": None}, "enable_alltoall: None"),
         ({"use_parallel": True, "do_eval": True}, "do_eval: True: the graph of several"),
+        (
+            {"use_parallel": True, "callbacks": [{"type": "RouterMonitor"}]},
+            "callbacks.0: RouterMonitor: the step of several processes does not",
+        ),
         ({"use_parallel": True, "run_mode": "eval"}, "one evaluates or predicts"),
         ({"run_mode": "predict"}, "no prompts: input_data: --predict_data"),
         ({"run_mode": "training"}, "must be one of train, finetune, eval, predict"),

@@ -205,6 +205,8 @@ def test_what_several_processes_load(mixtral, tmp_path):
         take(tmp_path / "keep", load_ckpt_format="ckpt")
     (tmp_path / "parts" / "rank_0").mkdir(parents=True)
     take(tmp_path / "parts", auto_trans_ckpt=False, resume_training=True)
+    (tmp_path / "parts" / "rank_0" / "x-1_3.safetensors").write_bytes(b"")
+    take(tmp_path / "parts" / "rank_0" / "x-1_3.safetensors", resume_training=True)
 
 
 def test_a_file_that_their_trainer_wrote_of_our_models(mixtral, tmp_path):
