@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import numpy as np
 from mindspore import Tensor
 
 from mistral_ms.checkpoint import (
+    CheckpointSeries,
     open_checkpoint,
     open_tensor_set,
     our_shapes,
@@ -34,10 +35,21 @@ from mistral_ms.checkpoint import (
 )
 from mistral_ms.checkpoint.files import PARAM_NAME_MAP
 from mistral_ms.checkpoint.merge_ranks import merged_ranks
-from mistral_ms.config import ModelConfig
+from mistral_ms.config import (
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    load_run_config,
+    spelled_out,
+)
 from mistral_ms.errors import CheckpointError, MistralMsError
+from mistral_ms.optimizers import with_settings
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.sharding.forms import GraphForm, graph_form
+from mistral_ms.training import RunFiles
+from mistral_ms.training.identity import Identity
 from mistral_ms.training.loss_scale import LossScale
+from mistral_ms.training.prepare import open_data
 from mistral_ms.training.state import FORMAT, OPTIMIZER, encode_state
 from mistral_ms.weights import specs
 
@@ -126,17 +138,79 @@ def from_mindformers(
     Raises:
         CheckpointError: no such file, missing tensors, wrong shapes, something at ``checkpoint``.
     """
+    held = _read(file, strategy, checkpoint)
+    _write(
+        held, file, checkpoint, _forms(architecture, strategy is not None), architecture, identity
+    )
+
+
+def begin_run(
+    file: Path,
+    directory: Path,
+    run: RunConfig,
+    *,
+    strategy: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Writes a training of MindFormers' trainer as a run of ours, with which ``train --resume``
+    goes on: with the run's data, in its order, from the step on that the training has reached.
+
+    Args:
+        file: see :func:`from_mindformers`.
+        directory: of the run; no run may be there.
+        run: the run.
+        strategy: see :func:`from_mindformers`.
+        say: told in a line each what is being done.
+
+    Raises:
+        MistralMsError: see :func:`from_mindformers`; data that cannot be read, or a run that is
+            there.
+    """
+    files = RunFiles(directory)
+    files.begin()
+    with files.claim():
+        held = _read(file, strategy, directory)
+        data, _ = open_data(run, files, ParallelContext(ParallelConfig()), say)
+        training = with_settings(run.training.with_max_steps(data.sequences))
+        run = run.model_copy(update={"training": training})
+        identity = Identity(run.model, run.routing, training, run.parallel, data.info.digest)
+        path = CheckpointSeries(files.checkpoints).path(_steps(held)[0])
+        path.parent.mkdir()
+        forms = _forms(run.model, strategy is not None)
+        _write(held, file, path, forms, run.model, identity.as_dict())
+        files.config.write_text(spelled_out(run), encoding="utf-8")
+        say(f"go on with   --resume {directory}")
+
+
+def _read(file: Path, strategy: Path | None, target: Path) -> dict[str, Any]:
+    """Everything that MindFormers has written."""
     if strategy is None:
         if not file.is_file():
             raise CheckpointError("no such file", where=file)
-        held = ms.load_checkpoint(str(file), format="safetensors")
-    else:
-        held = {}
-        with merged_ranks(file, strategy, checkpoint) as whole:
-            for part in sorted(whole.glob("*.safetensors")):
-                held |= ms.load_checkpoint(str(part), format="safetensors")
+        return ms.load_checkpoint(str(file), format="safetensors")
+    held: dict[str, Any] = {}
+    with merged_ranks(file, strategy, target) as whole:
+        for part in sorted(whole.glob("*.safetensors")):
+            held |= ms.load_checkpoint(str(part), format="safetensors")
+    return held
+
+
+def _steps(held: dict[str, Any]) -> tuple[int, int]:
+    """Steps, and updates of the weights, which fail where a gradient overflowed."""
+    updates = int(held["global_step"].asnumpy().reshape(-1)[0]) if "global_step" in held else 0
+    return int(held["step_num"].asnumpy()) if "step_num" in held else updates, updates
+
+
+def _write(
+    held: dict[str, Any],
+    file: Path,
+    checkpoint: Path,
+    forms: dict[str, GraphForm],
+    architecture: ModelConfig,
+    identity: dict[str, Any] | None,
+) -> None:
+    """Writes what was read as a checkpoint of ours."""
     shapes = our_shapes(architecture)
-    forms = _forms(architecture, strategy is not None)
 
     def named(theirs: str, ours: str) -> Iterator[tuple[str, tuple[int, ...], str, np.ndarray]]:
         for name, shape in shapes.items():
@@ -155,8 +229,7 @@ def from_mindformers(
     if not any(name.startswith("adam_m.") for name in held):
         save_native(checkpoint, config, named("", ""))
         return
-    updates = int(held["global_step"].asnumpy().reshape(-1)[0]) if "global_step" in held else 0
-    step = int(held["step_num"].asnumpy()) if "step_num" in held else updates
+    step, updates = _steps(held)
     scale = float(held["loss_scale"].asnumpy()) if "loss_scale" in held else 1.0
     state = {
         "format": FORMAT,
@@ -202,9 +275,11 @@ def main(words: Sequence[str] | None = None) -> int:
     here.add_argument(
         "file", type=Path, help="NAME.safetensors of MindFormers' trainer; or the parts of ranks"
     )
-    here.add_argument("checkpoint", type=Path, help="the new one")
+    here.add_argument("checkpoint", type=Path, help="the new one; with --run a run's directory")
     here.add_argument("--strategy", type=Path, help="strategy files of the parts of ranks")
-    here.add_argument("--like", type=Path, required=True, help="a checkpoint of the same model")
+    model = here.add_mutually_exclusive_group(required=True)
+    model.add_argument("--like", type=Path, help="a checkpoint of the same model")
+    model.add_argument("--run", type=Path, help="a run file: makes a run for train --resume")
     given = parser.parse_args(words)
     try:
         if given.command == "to-mindformers":
@@ -214,6 +289,9 @@ def main(words: Sequence[str] | None = None) -> int:
                 steps_per_epoch=given.steps_per_epoch,
                 graph=given.graph,
             )
+        elif given.run is not None:
+            run = load_run_config(given.run)
+            begin_run(given.file, given.checkpoint, run, strategy=given.strategy)
         else:
             with open_checkpoint(given.like, verify=False) as source:
                 architecture = source.config

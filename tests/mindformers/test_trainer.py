@@ -19,11 +19,13 @@ import mindspore as ms
 import numpy as np
 import pytest
 import torch
+import yaml
 from mindspore.mindrecord import FileWriter
 from support import mindformers_session as session
 from support.hf import Pair, make_pair
 from transformers import MixtralForCausalLM
 
+import mistral_ms
 from mistral_ms.checkpoint import convert, open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import (
@@ -32,12 +34,14 @@ from mistral_ms.config import (
     ParallelConfig,
     RoutingConfig,
     TrainingConfig,
+    load_run_config,
 )
 from mistral_ms.datasets.batches import Batch
 from mistral_ms.inference import Engine
 from mistral_ms.mindformers import training_files
 from mistral_ms.models import CausalLM
 from mistral_ms.tokenizer import copy_files, packaged_tokenizer
+from mistral_ms.training import RunFiles, TrainingRun
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.objective import make_objective
 from mistral_ms.training.state import restore, take_snapshot
@@ -226,6 +230,33 @@ def test_a_training_of_theirs_goes_on_here(found, prepared, tmp_path):
     result, expected = ours.step(batch(session.STEPS)), prepared.results[session.STEPS]
     assert result.loss == pytest.approx(expected.loss, abs=CLOSE)
     assert result.grad_norm == pytest.approx(expected.grad_norm, rel=CLOSE)
+
+
+def test_a_training_of_theirs_becomes_a_run_of_ours(found, prepared, tmp_path):
+    """Which ``train --resume`` takes for its own: it compares model, data, seed and optimizer."""
+    (file,) = (found[0] / "trained").rglob("*.safetensors")
+    ours = prepared.ours
+    values = {
+        "model": ours.architecture.model_dump(mode="json"),
+        "routing": ours.routing.model_dump(mode="json"),
+        "training": ours.config.model_dump(mode="json"),
+        "data": {
+            "inputs": [str(Path(mistral_ms.__file__).parent / "data" / "demo.txt")],
+            "tokenizer": "packaged-v1",
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    here = "from-mindformers", str(file), str(tmp_path / "run")
+    assert training_files.main([*here, "--run", str(tmp_path / "run.yaml")]) == 0
+    said: list[str] = []
+    run = load_run_config(RunFiles(tmp_path / "run").config)
+    resumed = TrainingRun(run, tmp_path / "run", resume=True, say=said.append)
+    assert said == [f"resuming from {tmp_path / 'run' / 'checkpoints' / 'step-00000020'}"]
+    assert resumed.update.progress.step == session.STEPS
+    held = ms.load_checkpoint(str(file), format="safetensors")
+    for name, weight in resumed.update.held().items():
+        assert np.array_equal(weight.asnumpy(), held[name].asnumpy())
+    assert training_files.main([*here, "--run", str(tmp_path / "run.yaml")]) == 2  # it is there
 
 
 def test_other_files_are_refused(prepared, tmp_path, capsys):
