@@ -59,6 +59,9 @@ FIXED: Mapping[str, Fixed] = {
     "recompute_config.parallel_optimizer_comm_recompute": Fixed(
         (False, None), "weights are gathered once a step"
     ),
+    "recompute_config.mp_comm_recompute": Fixed(
+        (True, None), "a block is computed again with what its tensor-parallel ranks exchange"
+    ),
     "recompute_config.recompute_slice_activation": Fixed(
         (False, None), "what is kept of a block is divided already"
     ),

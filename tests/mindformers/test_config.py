@@ -342,6 +342,7 @@ def test_a_configuration_of_ours_survives(mf, name):
         ({"mico_batch_interleave_num": 2}, "perhaps micro_batch_interleave_num"),
         ({"context.mode": 1}, "context.mode: 1"),
         ({"use_legacy": False}, "use_legacy: False"),
+        ({"recompute_config.mp_comm_recompute": False}, "mp_comm_recompute: False"),
         ({"context.device_target": "CPU"}, "sink_mode: True .*set sink_mode: False"),
         ({"use_parallel": True, "parallel.enable_alltoall": None}, "enable_alltoall: None"),
         ({"use_parallel": True, "do_eval": True}, "do_eval: True: the graph of several"),
