@@ -51,7 +51,9 @@ def test_rows_results_and_gradients_equal_those_of_one_process(report, case, run
 
 @every(ALL)
 def test_the_batches_are_the_ordinary_and_the_odd(case):
-    """Experts without tokens, ranks without tokens, and (capacity) choices without a slot."""
+    """Experts without tokens, ranks without tokens, choices that a gate left out, and (capacity)
+    choices without a slot.
+    """
     rows = [arrived_rows(case, "one_expert", rank) for rank in range(world(case))]
     assert any(not each.any() for each in rows) == (case.ep > 2)
     if case.policy == "dropless":
@@ -61,8 +63,10 @@ def test_the_batches_are_the_ordinary_and_the_odd(case):
         assert any(not each.any((1, 2)).all() for each in rows)
     if case.dp > 1:
         assert not slots(case, "padding_rank", 1).kept_TK.any()
-    valid = batch("random", 0).valid_T > 0
-    dropped = (slots(case, "random", 0).kept_TK[valid] == 0).any()
+    one = batch("random", 0)
+    chosen = (one.experts_TK < E) & (one.valid_T[:, None] > 0)
+    assert 0 < (one.experts_TK == E).sum() < K * len(one.x_TH)
+    dropped = (slots(case, "random", 0).kept_TK[chosen] == 0).any()
     dropped |= (slots(case, "one_expert", 0).kept_TK == 0).any()
     assert dropped == (case.policy != "dropless")
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from mindspore import Tensor, nn
+from support.gates import context
 from support.moe import CapacityBlock, ExpertChoiceBlock, hf_block, moe_config, moe_layer
 from support.routing import capacity_oracle, expert_choice_moe_oracle, moe_oracle
 
@@ -133,6 +134,25 @@ def test_experts_that_choose_look_at_later_tokens():
     x[15:] = np.random.default_rng(9).normal(0, 5, (6, 6))
     after = layer(Tensor(x), Tensor(valid))[0].numpy()
     assert (before[:15] != after[:15]).any()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("priority", ["token_major", "choice_major", "score", "random"])
+def test_which_orders_of_service_look_at_later_tokens(priority, k):
+    """Later tokens change who gets a slot among earlier ones, unless all choices of earlier tokens
+    come first: always in token-major order, in choice-major order with one choice a token.
+    """
+    routing = RoutingConfig(policy="capacity", capacity_factor=0.5, drop_priority=priority)
+    layer, _ = moe_layer(moe_config(K=k), routing)
+    x, _ = inputs()
+    x, valid = np.concatenate([x, x[:3]]), Tensor(np.ones(24, np.float32))
+    changed = False
+    for seed in range(4):
+        before = layer(Tensor(x), valid, context(24, seed=seed))[0].numpy()
+        x[15:] = np.random.default_rng(seed).normal(0, 3, (9, 6))
+        after = layer(Tensor(x), valid, context(24, seed=seed))[0].numpy()
+        changed |= bool((before[:15] != after[:15]).any())
+    assert changed == (priority in ("score", "random") or (priority == "choice_major" and k == 2))
 
 
 @pytest.mark.parametrize("name", [*ROUTINGS, "experts choose"])
