@@ -119,8 +119,7 @@ def _pictures(story: Story) -> list[Picture]:
     records, run = story.records, story.run
     moe = run.model.moe
     assert moe is not None
-    limited = run.routing.policy == "capacity"
-    factor = run.routing.capacity_factor if limited else None
+    factor = run.routing.relative_capacity(moe.num_experts_per_tok)
     epoch = _last_epoch(records)
     load = np.mean([record.expert_load for record in epoch], 0)
     dropped = float(np.mean([record.dropped_fraction for record in epoch]))

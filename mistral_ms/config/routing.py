@@ -33,9 +33,9 @@ class RoutingConfig(Frozen):
         drop_priority: who gets a slot when an expert is full. ``token_major``: earlier tokens
             first, with all their choices; ``choice_major``: all first choices before any second
             choice (GShard, algorithm 1), earlier tokens first; ``score``: likewise, but the tokens
-            with the largest scores first (batch prioritized routing, arXiv:2106.05974, section
-            3.4); ``random``: likewise, in an order that is drawn anew for each step and layer
-            (random token selection, arXiv:2109.10465; outside of training: earlier tokens first).
+            with the largest scores first (batch prioritized routing, arXiv:2106.05974);
+            ``random``: likewise, in an order that is drawn anew for each step and layer (random
+            token selection, arXiv:2109.10465; outside of training: earlier tokens first).
             All but ``token_major`` look at later tokens. Where experts choose there is no order.
         rescale_survivors: divide the weights of the experts that compute a token by their sum.
             Under ``dropless`` those are all that it chose. Off: a dropped choice contributes
@@ -86,6 +86,17 @@ class RoutingConfig(Frozen):
                 "Leave it out"
             )
         return self
+
+    def relative_capacity(self, top_k: int) -> float | None:
+        """Slots of an expert in multiples of an even share of all choices, before they are rounded;
+        None where choices do not compete for them.
+
+        Args:
+            top_k: K.
+        """
+        if self.policy != "capacity":
+            return None
+        return self.capacity_factor / (top_k if self.capacity_per == "token" else 1)
 
     @property
     def evaluation(self) -> RoutingConfig:

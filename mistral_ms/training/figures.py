@@ -39,10 +39,10 @@ def write_figures(directory: Path, records: Sequence[StepRecord], run: RunConfig
         return
     pictures = {"loss": loss_figure(records, run.model.vocab_size)}
     if run.model.sparse_layers:
-        policy = run.routing.policy
-        factor = run.routing.capacity_factor if policy == "capacity" else None
+        assert run.model.moe is not None
+        factor = run.routing.relative_capacity(run.model.moe.num_experts_per_tok)
         pictures["expert_load"] = expert_load_figure(records, factor)
-        if policy != "dropless":
+        if run.routing.policy != "dropless":
             pictures["dropped"] = dropped_figure(records)
         if records[-1].router_losses:
             pictures["router_losses"] = router_losses_figure(records)

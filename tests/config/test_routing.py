@@ -59,3 +59,12 @@ def test_evaluation_drops_nothing_unless_it_is_told():
         values = {"policy": policy, "eval_capacity_factor": 2}
         with pytest.raises(ConfigError, match=rf"eval_capacity_factor \(2\) needs.*not {policy}"):
             validate(RoutingConfig, values, "run.yaml")
+
+
+def test_slots_of_an_expert_relative_to_an_even_share():
+    per_choice = RoutingConfig(policy="capacity", capacity_factor=1.2)
+    assert per_choice.relative_capacity(2) == 1.2
+    per_token = per_choice.model_copy(update={"capacity_per": "token"})
+    assert per_token.relative_capacity(2) == 0.6
+    for policy in ("dropless", "experts_choose"):
+        assert RoutingConfig(policy=policy).relative_capacity(2) is None

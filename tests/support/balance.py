@@ -94,9 +94,9 @@ def balance(mechanism: str, seed: int, steps: int, rate: float) -> tuple[float, 
 
 
 def main() -> None:
-    """Three seeds, 300 steps."""
+    """Three seeds, 100 steps."""
     for mechanism in MECHANISMS:
-        found = np.array([balance(mechanism, seed, 300, 0.05) for seed in range(3)])
+        found = np.array([balance(mechanism, seed, 100, 0.1) for seed in range(3)])
         (first, last), spread = found.mean(0), found[:, 1].std()
         print(f"| {mechanism} | {first:.2f} | {last:.2f} ± {spread:.2f} |", flush=True)
 

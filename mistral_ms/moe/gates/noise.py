@@ -17,7 +17,7 @@ JITTER_DRAWS, GUMBEL_DRAWS, SECOND_DRAWS = 1, 2, 3
 def jittered(gate: Gate, x_TH: Tensor, noise: float, context: GateContext | None) -> Tensor:
     """The gate's input as float32, each element times a uniform number of 1 - noise to 1 + noise;
     as it is where there is no noise, and outside of training (Switch Transformer,
-    arXiv:2101.03961, section 2.4). Experts see the input without it.
+    arXiv:2101.03961). Experts see the input without it.
     """
     if noise == 0.0 or context is None:
         return x_TH
