@@ -6,7 +6,7 @@ from mindspore import Tensor, nn
 
 from mistral_ms.layers import AttentionContext
 from mistral_ms.models.layer_factory import LayerFactory
-from mistral_ms.moe import GateContext, RouterSums
+from mistral_ms.moe import GateContext, RouterSums, gate_class
 
 
 class DecoderBlock(nn.Cell):
@@ -24,6 +24,7 @@ class DecoderBlock(nn.Cell):
     def __init__(self, layer_factory: LayerFactory, layer: int) -> None:
         super().__init__()
         self.sparse = layer_factory.config.is_sparse(layer)
+        self.takes_ids = self.sparse and gate_class(layer_factory.config).takes_ids
         self.window = layer_factory.config.windows.index(layer_factory.config.window_of(layer))
         self.add = layer_factory.residual()
         self.input_layernorm = layer_factory.norm()
@@ -46,11 +47,15 @@ class DecoderBlock(nn.Cell):
         context: AttentionContext,
         valid_T: Tensor,
         gate_context: GateContext | None = None,
+        ids_T: Tensor | None = None,
     ) -> tuple[Tensor, RouterSums | None]:
         """[T, H] -> [T, H], and the router's sums (None when dense)."""
         x_TH = self.add(x_TH, self.attention(self.input_layernorm(x_TH), context))
         normed_TH = self.post_attention_layernorm(x_TH)
         if self.sparse:
-            y_TH, sums = self.moe(normed_TH, valid_T, gate_context)
+            if self.takes_ids:
+                y_TH, sums = self.moe(normed_TH, valid_T, gate_context, ids_T)
+            else:
+                y_TH, sums = self.moe(normed_TH, valid_T, gate_context)
             return self.add(x_TH, y_TH), sums
         return self.add(x_TH, self.feed_forward(normed_TH)), None

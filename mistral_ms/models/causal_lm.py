@@ -27,7 +27,7 @@ from mistral_ms.layers import (
 from mistral_ms.models.block import DecoderBlock
 from mistral_ms.models.layer_factory import LayerFactory
 from mistral_ms.models.model_chunk import ModelChunk
-from mistral_ms.moe import RouterSums, gate_context, stack_sums, update_gates
+from mistral_ms.moe import RouterSums, gate_class, gate_context, stack_sums, update_gates
 from mistral_ms.weights import Specs, by_name, check_parameters, specs
 
 _gather = ops.Gather()
@@ -52,7 +52,8 @@ class CausalLM(nn.Cell):
         specs: what is true of each of its parameters as wholes, by name.
 
     Raises:
-        ConfigError: experts that choose tokens in generation.
+        ConfigError: experts that choose tokens in generation; a gate that takes ids in a model
+            chunk that has none.
         WeightError: its pieces have other parameters than the specifications describe.
     """
 
@@ -97,6 +98,16 @@ class CausalLM(nn.Cell):
                 "there yet",
                 todo="generate dropless: tokens choose their experts by the same gate",
             )
+        self.takes_ids = config.moe is not None and gate_class(config).takes_ids
+        if self.takes_ids and not (self.model_chunk.embeds and self.predicts):
+            assert config.moe is not None
+            raise ConfigError(
+                "impossible pipeline",
+                where="model.moe.gate",
+                value=f"{config.moe.gate.name} with parallel.pp above 1",
+                rule="the gate routes by token ids, which only the first stage has",
+                todo="set parallel.pp=1",
+            )
         self.cached = cache is not None
         if cache is not None:
             self.key_positions = layer_factory.key_positions(cache)
@@ -129,7 +140,7 @@ class CausalLM(nn.Cell):
             The states, and the sums stacked over the sparse layers, [layers, E] and [layers];
             None for a dense model.
         """
-        return self.decode(self.embed(ids_BS), positions_BS, segments_BS, random_B3)
+        return self.decode(self.embed(ids_BS), positions_BS, segments_BS, random_B3, ids_BS)
 
     def embed(self, ids_BS: Tensor) -> Tensor:
         """[B * S, H] of int32 tokens."""
@@ -141,16 +152,19 @@ class CausalLM(nn.Cell):
         positions_BS: Tensor,
         segments_BS: Tensor | None = None,
         random_B3: Tensor | None = None,
+        ids_BS: Tensor | None = None,
     ) -> tuple[Tensor, RouterSums | None]:
         """From embedded tokens, or what the model chunk before gave, to the result of the last
         layer that is held, normalised where it is the model's last; and the router sums as above.
+        The ids are for gates that take them.
         """
         contexts = self.attention_contexts(positions_BS, segments_BS)
         valid_T = ops.cast(positions_BS.reshape(-1) >= 0, ms.float32)
         context = None if random_B3 is None else gate_context(random_B3, positions_BS.shape[1])
+        ids_T = ids_BS.reshape(-1) if self.takes_ids and ids_BS is not None else None
         found: tuple[RouterSums, ...] = ()
         for layer in self.layers:
-            x_TH, sums = layer(x_TH, contexts[layer.window], valid_T, context)
+            x_TH, sums = layer(x_TH, contexts[layer.window], valid_T, context, ids_T)
             if layer.sparse:
                 found = (*found, sums)
         if self.predicts:

@@ -230,7 +230,8 @@ class Objective(nn.Cell):
         segments_BS = None if segments_BS is None else self.rows(segments_BS, number)
         random_B3 = None if random_B3 is None else self.rows(random_B3, number)
         x_TH = self.model.embed(x) if self.embeds else x
-        hidden_TH, sums = self.model.decode(x_TH, positions_BS, segments_BS, random_B3)
+        ids_BS = x if self.embeds else None
+        hidden_TH, sums = self.model.decode(x_TH, positions_BS, segments_BS, random_B3, ids_BS)
         zero = ops.zeros((), ms.float32)
         lm = zero
         if self.predicts:

@@ -50,7 +50,11 @@ class MoELayer(nn.Cell):
             self.shared_expert_gate = SharedExpertGate(config, dtype)
 
     def construct(
-        self, x_TH: Tensor, valid_T: Tensor, context: GateContext | None = None
+        self,
+        x_TH: Tensor,
+        valid_T: Tensor,
+        context: GateContext | None = None,
+        ids_T: Tensor | None = None,
     ) -> tuple[Tensor, RouterSums]:
         """[T, H] -> [T, H] and the sums that losses and statistics are made of.
 
@@ -59,8 +63,9 @@ class MoELayer(nn.Cell):
             valid_T: float32, 0 for padding: neither routed nor counted; no expert but the shared
                 ones computes it.
             context: what the gate may know in training; None outside.
+            ids_T: int32, the tokens, for a gate that takes them.
         """
-        routing = self.router(x_TH, context)
+        routing = self.router(x_TH, context, ids_T)
         priority_TK = self.router.priority(routing, context)
         y_TH, kept_TK = self.experts(x_TH, routing, valid_T, priority_TK)
         if self.shares:

@@ -129,9 +129,10 @@ class TestBitForBit:
         assert np.isfinite(before[0].numpy()).all()  # also of the row that holds nothing
         real = (position_ids >= 0).ravel()
         np.testing.assert_array_equal(before[0].numpy()[real], after[0].numpy()[real])
-        *sums, terms = before[1]
+        *sums, terms, counted = before[1]
         assert terms == ()  # this gate has no losses of its own
-        for ours, theirs in zip(sums, after[1][:-1], strict=True):
+        np.testing.assert_array_equal(counted.numpy(), sums[1].numpy())
+        for ours, theirs in zip(sums, after[1][:-2], strict=True):
             np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
         _, routed, kept, _, tokens = (part.numpy() for part in sums)
         assert (tokens == 30).all()

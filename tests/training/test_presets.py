@@ -35,7 +35,7 @@ def test_trains_and_evaluates_causally(path, monkeypatch):
     update = TrainStep(make_objective(net, run.training, pooled_aux=pooled), run.training)
     data = InMemorySequences(np.random.default_rng(3).integers(3, 48, 80).tolist(), 16, 2, 0)
     gates = {name: p.asnumpy().copy() for name, p in net.weights().items() if "router" in name}
-    assert gates
+    assert gates or path.stem == "hash"
     for step in range(2):
         result = update(data.batch(step))
         assert np.isfinite([result.loss, result.grad_norm, *result.gradient_norms.values()]).all()

@@ -69,11 +69,14 @@ class Gate(nn.Cell):
             choose tokens by them and weight them with them (``routing.policy: experts_choose``).
         statistics: names of the terms that :meth:`route` gives beside scores and logits. Their sums
             over tokens reach ``losses``.
+        takes_ids: whether it routes by the ids of tokens, which :meth:`construct` then gets; it has
+            no :meth:`route`, and neither pipelines nor the auto-parallel graph can have it.
         losses: the gate's own losses by name, beside those of every gate; a run gives them
             coefficients in ``training.router_losses``.
     """
 
     experts_may_choose: ClassVar[bool] = False
+    takes_ids: ClassVar[bool] = False
     statistics: ClassVar[tuple[str, ...]] = ()
     losses: ClassVar[Mapping[str, LossTerm]] = {}
 
@@ -144,8 +147,16 @@ class Gate(nn.Cell):
         """
         return state
 
-    def construct(self, x_TH: Tensor, context: GateContext | None = None) -> Routing:
-        """The choice of every token under the gate's own parameters."""
+    def construct(
+        self, x_TH: Tensor, context: GateContext | None = None, ids_T: Tensor | None = None
+    ) -> Routing:
+        """The choice of every token under the gate's own parameters.
+
+        Args:
+            x_TH: token rows.
+            context: as in :meth:`route`.
+            ids_T: int32, the tokens; for gates that take them.
+        """
         weights, state = self.weights_and_state()
         return self.route(x_TH, weights, state, context)
 

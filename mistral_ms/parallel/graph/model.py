@@ -93,7 +93,9 @@ class GraphBlock(DecoderBlock):
             self.sparse and layer_factory.losses is not None and layer_factory.losses.pooled
         )
 
-    def construct(self, x_TH: Tensor, context: Any, valid_T: Any, gate_context: Any = None) -> Any:
+    def construct(
+        self, x_TH: Tensor, context: Any, valid_T: Any, gate_context: Any = None, ids_T: Any = None
+    ) -> Any:
         """[T, H] -> [T, H], and sums; contexts and mask are what the pieces of
         :class:`GraphLayerFactory` take.
         """

@@ -340,6 +340,14 @@ class GraphMoE(nn.Cell):
     ) -> None:
         super().__init__()
         self.router = make_gate(config, routing, layer)
+        if self.router.takes_ids:
+            raise ConfigError(
+                "impossible graph",
+                where="model.moe.gate",
+                value=f"{self.router.moe.gate.name} with parallel.execution graph",
+                rule="the gate routes by token ids, which a region of the graph does not get",
+                todo="use parallel.execution=explicit",
+            )
         self.spare_arguments = GATE_PARAMETERS - len(gate_parameters(self.router))
         for state in self.router.buffers().values():
             state.parallel_optimizer = False  # whole on every rank, which moves it on by itself

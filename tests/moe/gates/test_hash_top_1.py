@@ -1,0 +1,89 @@
+"""The gate that hashes tokens: against Threefry in NumPy's integers, and a loop over experts."""
+
+import numpy as np
+import pytest
+from mindspore import Tensor
+from support.configs import TINY
+from support.configs import model as small_model
+from support.gates import gated
+from support.moe import moe_layer
+from support.routing import silu
+
+from mistral_ms.config import DROPLESS, RunConfig, TrainingConfig
+from mistral_ms.errors import ConfigError
+from mistral_ms.models import CausalLM, ModelChunk
+from mistral_ms.moe import make_gate
+from mistral_ms.parallel.context import ParallelContext
+from mistral_ms.training.graph_step import GraphTrainStep
+
+H, E = 6, 7
+
+
+def threefry(key, counter):
+    """The first word of Threefry-2x32 with 20 rounds, in uint32 that wraps."""
+    keys = [np.uint32(k) for k in key]
+    keys.append(np.uint32(0x1BD11BDA) ^ keys[0] ^ keys[1])
+    x, y = counter.astype(np.uint32) + keys[0], np.zeros(len(counter), np.uint32) + keys[1]
+    for injection in range(5):
+        for bits in ((13, 15, 26, 6), (17, 29, 16, 24))[injection % 2]:
+            x = x + y
+            y = ((y << np.uint32(bits)) | (y >> np.uint32(32 - bits))) ^ x
+        x = x + keys[(injection + 1) % 3]
+        y = y + keys[(injection + 2) % 3] + np.uint32(injection + 1)
+    return x
+
+
+def experts_of(ids, seed=0, layer=0):
+    return ((threefry((seed, layer), ids) >> np.uint32(9)).astype(np.float64) + 0.5) * E // 2**23
+
+
+@pytest.mark.parametrize(("seed", "layer"), [(0, 0), (5, 0), (0, 3)])
+def test_the_expert_is_a_function_of_seed_layer_and_id(seed, layer):
+    gate = make_gate(gated({"name": "hash_top_1", "hash_seed": seed}, 1, False), DROPLESS, layer)
+    assert not list(gate.get_parameters())
+    ids = np.arange(32000, dtype=np.int32)
+    x = Tensor(np.zeros((32000, 1), np.float32))
+    weights, experts, scores, logits, _ = (
+        part.numpy() if isinstance(part, Tensor) else part for part in gate(x, None, Tensor(ids))
+    )
+    want = experts_of(ids, seed, layer)
+    np.testing.assert_array_equal(experts[:, 0], want)
+    assert (weights == 1).all()
+    assert not logits.any()
+    np.testing.assert_array_equal(scores, np.eye(E)[experts[:, 0]])
+    # chi-square with 6 degrees of freedom: 35 is passed once in 2e5 times; the control is the
+    # hash with one id in twenty sent to the first expert
+    for each, even in ((want, True), (np.where(ids % 20 == 0, 0, want), False)):
+        counts = np.bincount(each.astype(int), minlength=E)
+        assert (((counts - 32000 / E) ** 2).sum() * E / 32000 < 35) == even
+    if (seed, layer) != (0, 0):
+        same = (want == experts_of(ids)).mean()
+        assert abs(same - 1 / E) < 4 * np.sqrt(1 / E / 32000), "another map"
+
+
+def test_a_layer_equals_one_dense_expert_for_each_token():
+    layer, weights = moe_layer(gated("hash_top_1", 1, False))
+    rng = np.random.default_rng(1)
+    x, ids = rng.normal(size=(40, H)).astype(np.float32), rng.integers(0, 20, 40).astype(np.int32)
+    want = np.zeros((40, H))
+    for t, e in enumerate(experts_of(ids).astype(int)):
+        w1, w2, w3 = (weights[f"experts.w{i}"][e].astype(np.float64) for i in (1, 2, 3))
+        want[t] = w2 @ (silu(w1 @ x[t]) * (w3 @ x[t]))
+    got, sums = layer(Tensor(x), Tensor(np.ones(40, np.float32)), None, Tensor(ids))
+    # MindSpore's exponential is good to 6e-6
+    np.testing.assert_allclose(got.numpy(), want, atol=2e-5 * np.abs(want).max())
+    counts = np.bincount(experts_of(ids).astype(int), minlength=E)
+    np.testing.assert_array_equal(sums[1].numpy(), counts)
+
+
+def test_what_has_no_ids_is_refused():
+    with pytest.raises(ConfigError, match="hash_top_1 sends a token to one expert"):
+        make_gate(gated("hash_top_1", 2, True), DROPLESS)
+    moe = {"gate": "hash_top_1", "num_experts_per_tok": 1, "norm_topk_prob": False}
+    config = small_model(**TINY, moe=moe)
+    with pytest.raises(ConfigError, match=r"model\.moe\.gate: hash_top_1 with parallel\.pp above"):
+        CausalLM(config, model_chunk=ModelChunk(range(1), embeds=True, predicts=False))
+    training = TrainingConfig(max_steps=1, seq_length=8, global_batch_size=2)
+    run = RunConfig(model=config, training=training, parallel={"execution": "graph"})
+    with pytest.raises(ConfigError, match=r"hash_top_1 with parallel\.execution graph"):
+        GraphTrainStep(run, ParallelContext(run.parallel), segmented=False)
