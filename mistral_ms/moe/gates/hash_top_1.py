@@ -62,13 +62,7 @@ class HashTop1(Gate):
     def construct(
         self, x_TH: Tensor, context: GateContext | None = None, ids_T: Tensor | None = None
     ) -> Routing:
-        """See the contract; the ids alone decide.
-
-        Raises:
-            ConfigError: no ids.
-        """
-        if ids_T is None:
-            raise ConfigError("no token ids", where="model.moe.gate", rule="hash_top_1 needs them")
+        """See the contract; the ids, which must be there, alone decide."""
         settings = cast(HashTop1Settings, self.moe.gate)
         key = Tensor(settings.hash_seed, ms.int32), Tensor(self.layer, ms.int32)
         drawn_T = reference.uniforms(key, (ids_T, ops.zeros_like(ids_T)))

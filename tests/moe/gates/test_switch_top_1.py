@@ -74,7 +74,7 @@ def test_equals_hugging_face():
     np.testing.assert_allclose(float(router_z_loss(ours)), z, rtol=RELATIVE)
 
 
-def test_jitter_reaches_the_gate_and_not_the_experts():
+def test_jitter_reaches_the_gate_and_not_the_experts(mode):
     layer, weights = moe_layer(config({"name": "switch_top_1", "router_jitter_noise": 0.4}))
     x, given = tokens(), context(T)
     factors = 0.6 + 0.8 * layer.router.uniform(given, H, JITTER_DRAWS).numpy().astype(np.float64)
