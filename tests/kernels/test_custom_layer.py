@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 from support.configs import model as model_config
-from support.moe import moe_config, moe_layer
+from support.gates import gated
+from support.moe import moe_layer
 from support.training import run_steps
 
 from mistral_ms.config import OptimizerConfig, RoutingConfig, TrainingConfig
@@ -28,12 +29,16 @@ ROUTINGS = {
     "choice-major": dict(policy="capacity", capacity_factor=0.6, drop_priority="choice_major"),
     "rescaled": dict(policy="capacity", capacity_factor=0.6, rescale_survivors=True),
     "experts choose": dict(policy="experts_choose", capacity_factor=0.3),
+    "by score": dict(policy="capacity", capacity_factor=0.6, drop_priority="score"),
+    "a gate that leaves choices out": dict(policy="capacity", capacity_factor=0.6),
 }
+LEAVES_OUT = {"name": "gshard_top_2", "eval_second_policy": "threshold", "second_threshold": 0.2}
 
 
-def run(kernels, routing):
+def run(kernels, routing, gate):
     """Output, sums, and the gradients of input and weights of a loss that all losses are in."""
-    layer, _ = moe_layer(moe_config(H=H, I=10, E=8), RoutingConfig(kernels=kernels, **routing))
+    config = gated(gate, 2, True, H=H, I=10, E=8)
+    layer, _ = moe_layer(config, RoutingConfig(kernels=kernels, **routing))
     rng = np.random.default_rng(1)
     x = Tensor((rng.normal(size=(T, H)) + 1.5 * rng.normal(size=H)).astype(np.float32))
     valid = Tensor((np.arange(T) % 6 != 5).astype(np.float32))
@@ -53,19 +58,21 @@ def run(kernels, routing):
     return [part.asnumpy() for part in (*aux, dx, *dweights)]
 
 
-def check(routing):
-    want, got = run("reference", routing), run("custom", routing)
+def check(routing, gate="softmax_top_k"):
+    want, got = run("reference", routing, gate), run("custom", routing, gate)
     assert len(want) == 6 + 1 + 4
     for theirs, ours in zip(want, got, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=RELATIVE * np.abs(theirs).max())
     np.testing.assert_array_equal(got[2], want[2])  # routed
     np.testing.assert_array_equal(got[3], want[3])  # kept
     assert (want[3] < want[2]).any() == bool(routing)
+    if gate is LEAVES_OUT:
+        assert want[2].sum() < 2 * want[5], "fewer choices than two a token"
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_the_layer_with_gradients(name):
-    check(ROUTINGS[name])
+    check(ROUTINGS[name], LEAVES_OUT if "leaves" in name else "softmax_top_k")
 
 
 def test_the_layer_compiled(graph):
