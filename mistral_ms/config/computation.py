@@ -38,6 +38,8 @@ def computation(model: ModelConfig) -> dict[str, Any]:
                 del values["moe"][key]  # as where nothing was said of it
         if model.moe.gate.default:
             del values["moe"]["gate"]  # as where nothing was said of it
+    if model.qk_norm == "none":
+        del values["qk_norm"]  # likewise
     if model.layer_kinds.default:
         values["layer_kinds"] = None  # as where nothing was said of them
     return values
@@ -56,12 +58,12 @@ def check_same_model(model: ModelConfig, found: ModelConfig, checkpoint: str, to
         ConfigError: names the first key that differs.
     """
     ours, theirs = computation(model), computation(found)
-    for key, value in ours.items():
-        if value != theirs[key]:
+    for key in dict.fromkeys((*ours, *theirs)):
+        if ours.get(key) != theirs.get(key):
             raise ConfigError(
                 "checkpoint of another model",
                 where=f"model.{key}",
-                value=value,
-                rule=f"{checkpoint} has {theirs[key]}",
+                value=ours.get(key),
+                rule=f"{checkpoint} has {theirs.get(key)}",
                 todo=todo,
             )

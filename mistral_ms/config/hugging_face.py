@@ -235,6 +235,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     reason = None
     if not config.layer_kinds.default:
         reason = f"layers of kinds {config.layer_kinds}", "its classes have the layers of Mistral"
+    elif config.qk_norm != "none":
+        reason = f"qk_norm {config.qk_norm}", "Mistral's classes norm no queries and keys"
     elif config.moe is not None and not config.moe.gate.default:
         reason = f"gate {config.moe.gate.name}", "MixtralForCausalLM has the gate softmax_top_k"
     elif config.moe is not None and config.moe.added:
@@ -289,6 +291,8 @@ def to_native(config: ModelConfig, *, block: bool = True) -> dict[str, Any]:
         extra: dict[str, Any] = {"format": 1}
         if not config.layer_kinds.default:
             extra["layer_kinds"] = data["layer_kinds"]
+        if config.qk_norm != "none":
+            extra["qk_norm"] = config.qk_norm
         if moe is not None:
             extra["moe"] = {k: moe[k] for k in ("sparse_layers", "norm_topk_prob")}
             plain = MoEArchitecture.model_fields

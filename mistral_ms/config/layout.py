@@ -119,6 +119,8 @@ class Rules:
     def _matrices(self, sizes: Sizes) -> str | None:
         if self.model is None:
             return None
+        if self.model.qk_norm == "full" and sizes.mp > 1:
+            return f"mp ({sizes.mp}) must be 1 with qk_norm full: one mean square of all heads"
         for name, size in _divided(self.model, self.sharded_rows):
             if size % sizes.mp:
                 return f"mp ({sizes.mp}) must divide {name} ({size})"

@@ -230,6 +230,8 @@ def _not_expressible(config: ModelConfig) -> tuple[str, str] | None:
             "within the window nothing changes: set sliding_window to null and "
             f"max_position_embeddings to {config.sliding_window} in the configuration of a copy"
         )
+    if config.qk_norm != "none":
+        return f"qk_norm {config.qk_norm}", todo
     if config.rope_scaling is not None:
         return f"rope_scaling {config.rope_scaling.rope_type}", todo
     if config.head_size * config.num_attention_heads != config.hidden_size:

@@ -178,6 +178,8 @@ def to_mistral(config: ModelConfig) -> dict[str, Any]:
     reason = None
     if not config.layer_kinds.default:
         reason = f"layers of kinds {config.layer_kinds}"
+    elif config.qk_norm != "none":
+        reason = f"qk_norm {config.qk_norm}"
     elif config.tie_word_embeddings:
         reason = "tied head"
     elif config.rope_scaling is not None:

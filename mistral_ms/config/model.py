@@ -6,13 +6,14 @@ weights serve both. That lives in :mod:`mistral_ms.config.routing`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from mistral_ms.config.base import Frozen
 from mistral_ms.config.gates import GateSettings, SoftmaxTopKSettings, gate_settings
-from mistral_ms.config.placement import Placement
+from mistral_ms.config.placement import Placement, placement
 from mistral_ms.config.rope_scaling import RopeScaling
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -76,6 +77,11 @@ class MoEArchitecture(Frozen):
     @classmethod
     def _known_gate(cls, value: Any) -> GateSettings:
         return gate_settings(value)
+
+    @field_validator("sparse_layers", mode="before")
+    @classmethod
+    def _placement(cls, value: Any) -> Any:
+        return placement(value) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> MoEArchitecture:
@@ -154,6 +160,8 @@ class ModelConfig(Frozen):
         layer_types: which layers have the sliding window, where some have it and some have not;
             None: all have it (if there is one).
         tie_word_embeddings: the output head shares the embedding's weight.
+        qk_norm: RMSNorm of queries and keys before they are rotated. ``head``: of each head, all
+            heads with one weight (Qwen3, Dots1); ``full``: over all heads together (OLMoE).
         initializer_range: standard deviation of freshly drawn weights.
         torch_dtype: dtype the published weights are stored in (HF's key).
         moe: the sparse layers; None for a dense model.
@@ -174,6 +182,7 @@ class ModelConfig(Frozen):
     sliding_window: int | None = Field(default=None, ge=1, le=LONGEST_SEQUENCE)
     layer_types: tuple[LayerType, ...] | None = None
     tie_word_embeddings: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
     initializer_range: float = Field(default=0.02, ge=0, allow_inf_nan=False)
     torch_dtype: DType = "bfloat16"
     bos_token_id: int | None = 1

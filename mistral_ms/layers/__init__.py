@@ -6,8 +6,8 @@ from mistral_ms.layers.feed_forward import FeedForward, GatedLinear
 from mistral_ms.layers.kv_cache import CacheSpec, Columns, KeyPositions, KVCache, forget
 from mistral_ms.layers.linear import Linear, OutputLogits, output_logits
 from mistral_ms.layers.loss import HeadLoss, TokenNLL, token_nll
-from mistral_ms.layers.norm import RMSNorm
-from mistral_ms.layers.parameter import init_values, is_buffer
+from mistral_ms.layers.norm import PiecewiseNorm, RMSNorm
+from mistral_ms.layers.parameter import is_buffer
 from mistral_ms.layers.rope import RotaryTable, rope_angles
 from mistral_ms.layers.rope_scaling import inverse_frequencies
 from mistral_ms.layers.vocabulary_loss import VocabParallelCrossEntropy
@@ -26,13 +26,13 @@ __all__ = [
     "KeyPositions",
     "Linear",
     "OutputLogits",
+    "PiecewiseNorm",
     "RMSNorm",
     "RotaryTable",
     "TokenNLL",
     "VocabParallelCrossEntropy",
     "embedded",
     "forget",
-    "init_values",
     "inverse_frequencies",
     "is_buffer",
     "output_logits",

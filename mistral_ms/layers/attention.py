@@ -119,12 +119,20 @@ class Attention(nn.Cell):
         linears: by name: ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``.
         core: what stands between them, see :class:`AttentionCore`.
         cache: of keys and values; None attends within the given sequence.
+        norms: ``q_norm`` and ``k_norm``, of what the projections give; None: there are none.
     """
 
     def __init__(
-        self, linears: Mapping[str, nn.Cell], core: nn.Cell, cache: KVCache | None = None
+        self,
+        linears: Mapping[str, nn.Cell],
+        core: nn.Cell,
+        cache: KVCache | None = None,
+        norms: Mapping[str, nn.Cell] | None = None,
     ) -> None:
         super().__init__()
+        self.normed = norms is not None
+        if norms is not None:
+            self.q_norm, self.k_norm = norms["q_norm"], norms["k_norm"]
         self.q_proj, self.k_proj = linears["q_proj"], linears["k_proj"]
         self.v_proj, self.o_proj = linears["v_proj"], linears["o_proj"]
         self.core, self.cache = core, cache
@@ -137,6 +145,8 @@ class Attention(nn.Cell):
             context: what the core takes: an :data:`AttentionContext`.
         """
         q, k, v = self.q_proj(x_TH), self.k_proj(x_TH), self.v_proj(x_TH)
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.cache is None:
             return self.o_proj(self.core(q, k, v, context))
         return self.o_proj(self.core(q, k, v, context, (self.cache.keys, self.cache.values)))

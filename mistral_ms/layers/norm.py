@@ -31,3 +31,22 @@ class RMSNorm(nn.Cell):
         """[T, H] -> [T, H]."""
         y_TH = self.norm(x_TH, self.weight)
         return y_TH if self.copy is None else self.copy(y_TH)
+
+
+class PiecewiseNorm(nn.Cell):
+    """RMSNorm of equal pieces of each row, such as its heads, all with one weight.
+
+    Args:
+        size: of a piece.
+        eps: added to the mean square.
+        dtype: dtype of the weight.
+    """
+
+    def __init__(self, size: int, eps: float, dtype: str = "float32") -> None:
+        super().__init__()
+        self.norm, self.size = select.rms_norm(select.dense_kernels(), eps), size
+        self.weight = weight(size, dtype=dtype, init="ones")
+
+    def construct(self, x_TQ: Tensor) -> Tensor:
+        """[T, Q] -> [T, Q]; ``size`` divides Q."""
+        return self.norm(x_TQ.reshape(-1, self.size), self.weight).reshape(x_TQ.shape)

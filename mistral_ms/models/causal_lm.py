@@ -19,7 +19,6 @@ from mistral_ms.layers import (
     CacheSpec,
     OutputLogits,
     RotaryTable,
-    init_values,
     is_buffer,
     output_logits,
     visible_keys,
@@ -28,7 +27,7 @@ from mistral_ms.models.block import DecoderBlock
 from mistral_ms.models.layer_factory import LayerFactory
 from mistral_ms.models.model_chunk import ModelChunk
 from mistral_ms.moe import RouterSums, gate_class, gate_context, stack_sums, update_gates
-from mistral_ms.weights import Specs, by_name, check_parameters, specs
+from mistral_ms.weights import Specs, by_name, check_parameters, init_values, specs
 
 _gather = ops.Gather()
 _range = ops.Range()

@@ -17,13 +17,14 @@ from mistral_ms.layers import (
     KeyPositions,
     KVCache,
     Linear,
+    PiecewiseNorm,
     RMSNorm,
 )
 from mistral_ms.moe import MoELayer
 from mistral_ms.weights import (
     ParamSpec,
-    attention_specs,
     feed_forward_specs,
+    projection_specs,
     swiglu_specs,
     vocabulary_specs,
 )
@@ -93,8 +94,19 @@ class LayerFactory:
         Args:
             layer: index of the block, which may decide what the piece sees.
         """
-        linears = self.linears(attention_specs(self.config))
-        return Attention(linears, self.attention_core(layer), self.kv_cache())
+        linears = self.linears(projection_specs(self.config))
+        norms = None
+        if (kind := self.config.qk_norm) != "none":
+            D = self.config.head_size
+            pieces = {"q_norm": D, "k_norm": D}
+            if kind == "full":
+                pieces = {"q_norm": self.heads * D, "k_norm": self.kv_heads * D}
+            norms = {name: self.piecewise_norm(size) for name, size in pieces.items()}
+        return Attention(linears, self.attention_core(layer), self.kv_cache(), norms)
+
+    def piecewise_norm(self, size: int) -> nn.Cell:
+        """Of pieces of queries or keys: see :class:`~mistral_ms.layers.PiecewiseNorm`."""
+        return PiecewiseNorm(size, self.config.rms_norm_eps, self.dtype)
 
     def attention_core(self, layer: int) -> nn.Cell:
         """See :class:`~mistral_ms.layers.AttentionCore`."""

@@ -150,6 +150,11 @@ def layer_memory(
     if not fused:
         norms += 2 * states + (2 * T * H * FLOAT if itemsize != FLOAT else 0)
     attention = T * (2 * N + 2 * G) * D * itemsize
+    if model.qk_norm != "none":  # as of the norms: inputs, means, and unfused two copies more
+        pieces = N + G if model.qk_norm == "head" else 2
+        attention += T * (N + G) * D * itemsize + T * pieces * FLOAT
+        if not fused:
+            attention += T * (N + G) * D * (itemsize + (FLOAT if itemsize != FLOAT else 0))
     if fused:
         probabilities = 2 * T * N * FLOAT
     else:

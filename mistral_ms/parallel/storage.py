@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from mindspore import Parameter, Tensor
 
-from mistral_ms.layers import init_values
 from mistral_ms.parallel.topology import (
     Topology,
     weight_slice,
     writes_owned,
     written_parts,
 )
-from mistral_ms.weights import Specs
+from mistral_ms.weights import Specs, init_values
 
 Shape = tuple[int, ...]
 TensorSlice = tuple[slice, ...]

@@ -131,6 +131,8 @@ class Work:
         operations = 4 * T * seen * N * D
         peak = self._peak()
         rotated = 2 * T * (N + G) * D * self.item
+        if model.qk_norm != "none":
+            rotated *= 2  # read and written once more
         # the norm reads and writes, the residual reads two and writes one
         moved = 5 * self.rows * H * self.item + rotated
         core = operations / (peak * self.rates.attention_forward)

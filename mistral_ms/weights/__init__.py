@@ -1,6 +1,6 @@
 """What is true of each weight, said once, beside its layer. One file a kind of layer."""
 
-from mistral_ms.weights.attention import attention_specs
+from mistral_ms.weights.attention import attention_specs, projection_specs
 from mistral_ms.weights.embedding import EMBEDDING, HEAD, vocabulary_specs
 from mistral_ms.weights.feed_forward import feed_forward_specs, swiglu_specs
 from mistral_ms.weights.gates import (
@@ -10,6 +10,7 @@ from mistral_ms.weights.gates import (
     register_gate_specs,
     router_specs,
 )
+from mistral_ms.weights.initial import init_values
 from mistral_ms.weights.layers import LayerSpecs, layer_specs, register_layer
 from mistral_ms.weights.model import Specs, by_name, check_parameters, specs
 from mistral_ms.weights.moe import expert_specs, moe_specs, shared_gate_specs
@@ -32,12 +33,14 @@ __all__ = [
     "expert_specs",
     "feed_forward_specs",
     "gate_matrix",
+    "init_values",
     "inside",
     "layer_specs",
     "matrix",
     "moe_specs",
     "norm_specs",
     "num_experts",
+    "projection_specs",
     "register_gate_specs",
     "register_layer",
     "router_specs",

@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from mistral_ms.config import ModelConfig
 from mistral_ms.weights.layers import register_layer
-from mistral_ms.weights.spec import Cut, ParamSpec, matrix
+from mistral_ms.weights.spec import Cut, ParamSpec, matrix, scale
 
 
 @register_layer("attention")
 def attention_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
-    """Projections of N query and G key/value heads; a key/value head and its queries stay together.
+    """Projections, and norms of queries and keys where the model has them.
+
+    The norm of heads is one weight for all; tensor-parallel ranks have parts of its gradient, from
+    their own heads.
+    """
+    D, kind = config.head_size, config.qk_norm
+    if kind == "none":
+        return projection_specs(config)
+    shared = kind == "head"
+    norms = {
+        "q_norm.weight": ("ND", config.num_attention_heads),
+        "k_norm.weight": ("GD", config.num_key_value_heads),
+    }
+    return (
+        *projection_specs(config),
+        *(
+            scale(name, "D", D, partial_gradient=True) if shared else scale(name, axis, heads * D)
+            for name, (axis, heads) in norms.items()
+        ),
+    )
+
+
+def projection_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
+    """Matrices of N query and G key/value heads; a key/value head and its queries stay together.
 
     Rows of ``q_proj`` and ``k_proj`` are rotated.
     """

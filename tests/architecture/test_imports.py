@@ -59,7 +59,7 @@ TABLE = {
     "data": rule(),
     "staging": rule(),
     "config": rule(packages="pydantic yaml"),
-    "weights": rule("config"),
+    "weights": rule("config", "numpy"),  # initial values
     "ops": rule(packages="mindspore numpy"),
     "layers": rule("config weights ops", "mindspore numpy"),
     "moe": rule("config weights ops layers", "mindspore numpy pydantic"),  # gates have settings

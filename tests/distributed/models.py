@@ -12,12 +12,12 @@ from support.configs import model as small_model
 from support.models import next_labels, positions
 
 from mistral_ms.config import DROPLESS, ParallelConfig
-from mistral_ms.layers import VocabParallelCrossEntropy, init_values, output_logits
+from mistral_ms.layers import VocabParallelCrossEntropy, output_logits
 from mistral_ms.models import CausalLM
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.layer_factory import ParallelLayerFactory
 from mistral_ms.parallel.topology import GroupKind, Topology, weight_slice
-from mistral_ms.weights import by_name, specs
+from mistral_ms.weights import by_name, init_values, specs
 
 CONFIG = small_model(
     vocab_size=32,
@@ -26,6 +26,7 @@ CONFIG = small_model(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
+    qk_norm="head",
     moe={
         "sparse_layers": (1,),
         "moe_intermediate_size": 8,

@@ -16,10 +16,10 @@ from mindspore.communication import get_rank
 
 from mistral_ms.checkpoint.load import set_values
 from mistral_ms.config import PredictConfig, RunConfig
-from mistral_ms.layers import init_values
 from mistral_ms.parallel import graph
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.training.graph_step import GraphTrainStep
+from mistral_ms.weights import init_values
 
 SEED = 5
 

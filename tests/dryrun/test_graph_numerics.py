@@ -116,7 +116,8 @@ CASES = {
         },
         "num_hidden_layers": 1,
     },
-    "dropless, pooled aux, embedding and head tied": {
+    "dropless, pooled aux, embedding and head tied, norms of heads": {
+        "qk_norm": "head",
         "routing": {"policy": "dropless", "aux_loss": "pooled"},
         "tie_word_embeddings": True,
     },
@@ -135,7 +136,7 @@ CASES = {
             "original_max_position_embeddings": 16,
         },
     },
-    "dense": {"moe": None, "num_hidden_layers": 1},
+    "dense, norms over all heads": {"moe": None, "num_hidden_layers": 1, "qk_norm": "full"},
 }
 
 

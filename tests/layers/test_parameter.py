@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mistral_ms.layers import init_values
-from mistral_ms.weights import ParamSpec
+from mistral_ms.weights import ParamSpec, init_values
 
 
 def weight(name, *shape, std=1.0):

@@ -22,6 +22,14 @@ LAYOUTS = [
 ]
 
 
+FINE = {
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 2,
+    "shared_expert_gate": "sigmoid",
+    "sparse_layers": {"first_k_dense_replace": 1},
+}
+
+
 def counted(run, rank):
     """What the step of a rank that is alone keeps; nothing is compiled or sent."""
     context = ParallelContext(run.parallel, rank)
@@ -35,7 +43,11 @@ def counted(run, rank):
 
 @pytest.mark.parametrize(("parallel", "training"), LAYOUTS, ids=str)
 def test_the_fullest_card_of_each_stage(parallel, training):
-    run = RunConfig(**small_run(parallel, micro=2, **training))
+    values = small_run(parallel, micro=2, **training)
+    if "mp" in parallel:  # shared and fine-grained experts, a dense layer, norms of heads
+        values["model"] |= {"num_hidden_layers": 3, "layer_types": None, "qk_norm": "head"}
+        values["model"]["moe"] |= FINE
+    run = RunConfig(**values)
     stage_size = run.parallel.dp * run.parallel.mp
     layers, weights = layer_memories(run, fused=False), specs(run.model)
     for stage in stages_of(run.model, run.parallel.pp):

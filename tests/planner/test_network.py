@@ -146,6 +146,17 @@ def test_messages_of_tensor_parallel_ranks(shared):
     assert set(layer_messages(run, sparse=True, execution="explicit")) == experts | explicit
     assert set(layer_messages(run, sparse=True, execution="graph")) == experts | graph
     assert ParallelConfig(**parallel).world == 8
+    # compiled for Ascend, a dense layer and one with shared experts gather and scatter twice each
+    values = small_run(parallel)
+    values["model"]["moe"]["n_shared_experts"] = 1
+    beside = RunConfig(**values)
+    explicit = {Message("AllReduce", GroupKind.TENSOR, states, 2)}
+    graph = {
+        Message("AllGather", GroupKind.TENSOR, states / 2, 2),
+        Message("ReduceScatter", GroupKind.TENSOR, states, 2),
+    }
+    assert set(layer_messages(beside, sparse=True, execution="explicit")) == experts | explicit
+    assert set(layer_messages(beside, sparse=True, execution="graph")) == experts | graph
 
 
 @pytest.mark.parametrize(

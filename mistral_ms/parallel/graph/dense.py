@@ -58,6 +58,32 @@ class GraphNorm(Region):
         return self.compute(x_TH, weight_H)
 
 
+class GraphPiecewiseNorm(Region):
+    """:class:`~mistral_ms.layers.PiecewiseNorm` of this rank's rows and columns.
+
+    Args:
+        size: of a piece.
+        eps: added to the mean square.
+        sharding: the table; None on one device.
+    """
+
+    def __init__(self, size: int, eps: float, sharding: Sharding | None) -> None:
+        super().__init__(sharding, ("columns", "vector"), ("columns",), first_shape, (0,))
+        self.weight, self.size = weight(size, init="ones"), size
+        self.norm, self.cast = select.rms_norm(select.dense_kernels(), eps), ops.Cast()
+
+    def compute(self, x_TQ: Tensor, weight_D: Tensor) -> Tensor:
+        """[T, Q] -> [T, Q]."""
+        return self.norm(x_TQ.reshape(-1, self.size), weight_D).reshape(x_TQ.shape)
+
+    def construct(self, x_TQ: Tensor) -> Tensor:
+        """[T, Q] -> [T, Q]."""
+        weight_D = self.cast(self.weight, x_TQ.dtype)
+        if self.morph is not None:
+            return self.morph(x_TQ, weight_D)
+        return self.compute(x_TQ, weight_D)
+
+
 class GraphLinear(nn.Cell):
     """y = x W^T with W [output, input], divided by either axis.
 

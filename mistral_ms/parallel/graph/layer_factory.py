@@ -16,6 +16,7 @@ from mistral_ms.parallel.graph.dense import (
     GraphEmbedding,
     GraphLinear,
     GraphNorm,
+    GraphPiecewiseNorm,
     Weight,
 )
 from mistral_ms.parallel.graph.moe import GraphMoE, LossCoefficients
@@ -88,6 +89,10 @@ class GraphLayerFactory(LayerFactory):
         window = self.config.window_of(layer)
         causal = not self.segmented and (window is None or window >= self.sequence)
         return AttentionRegion(self.config, self.sequence, window, causal, self.sharding)
+
+    def piecewise_norm(self, size: int) -> nn.Cell:
+        """See the base."""
+        return GraphPiecewiseNorm(size, self.config.rms_norm_eps, self.sharding)
 
     def gated(self) -> nn.Cell:
         """See the base."""

@@ -1,0 +1,25 @@
+"""The initial values of weights, as their specifications say."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from mistral_ms.weights.spec import ParamSpec
+
+
+def init_values(spec: ParamSpec, seed: int) -> np.ndarray:
+    """Initial values of one whole parameter, float32.
+
+    Each weight has a random stream of its own, derived from the seed and its name: what a weight
+    starts with depends neither on the order of construction nor on which process holds it.
+
+    Args:
+        spec: of the parameter; its ``init`` says what is drawn.
+        seed: of the run.
+    """
+    if spec.init != "normal":
+        return np.full(spec.shape, float(spec.init == "ones"), np.float32)
+    stream = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
+    return stream.standard_normal(spec.shape, dtype=np.float32) * np.float32(spec.std)
