@@ -145,7 +145,10 @@ def _trace(model: Any, prompt: Sequence[int]) -> Trace:
 
     def keep_experts(layer: int, top_k: int) -> Any:
         def hook(module: Any, args: Any, output: Any) -> None:
-            chosen = torch.topk(output.float().softmax(-1), top_k, dim=-1).indices
+            if isinstance(output, tuple):  # the choice itself, not logits
+                chosen = output[0]
+            else:
+                chosen = torch.topk(output.float().softmax(-1), top_k, dim=-1).indices
             experts[layer] = np.sort(chosen.numpy(), -1)
 
         return hook
@@ -154,6 +157,8 @@ def _trace(model: Any, prompt: Sequence[int]) -> Trace:
     for number, layer in enumerate(model.model.layers):
         sparse = getattr(layer, "block_sparse_moe", None)
         block = layer.mlp if sparse is None else sparse
+        if sparse is None and hasattr(block, "experts"):
+            sparse = block
         handles += [
             layer.self_attn.register_forward_hook(keep(f"layer {number} attention")),
             block.register_forward_hook(keep(f"layer {number} feed-forward")),

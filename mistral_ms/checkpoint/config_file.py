@@ -55,6 +55,11 @@ def describes_itself(path: Path) -> bool:
     return is_file(path / CONFIG) or any(is_file(each) for each in path.glob("*.y*ml"))
 
 
+def model_type_of(path: Path, kind: str) -> object:
+    """The ``model_type`` of a checkpoint of Hugging Face's; None of any other."""
+    return read_json(path / CONFIG).get("model_type") if kind == "hf" else None
+
+
 def _read_params(path: Path) -> tuple[ModelConfig, tuple[str, ...]]:
     source = read_json(path)
     if source.get("quantization") is not None:

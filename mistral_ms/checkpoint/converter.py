@@ -31,7 +31,7 @@ from mistral_ms.checkpoint.writer import (
     write_ckpt,
     write_tensors,
 )
-from mistral_ms.config import encode_yaml
+from mistral_ms.config import ModelConfig, encode_yaml
 from mistral_ms.errors import CheckpointError
 
 
@@ -147,7 +147,12 @@ def convert(
             say(remark)
         target_kind = _target_kind(source.kind, to)
         form = _format(target_kind, layout, container)
-        entries, (name, values) = _entries(source, target_kind, form, dtype, layout)
+        config = source.config
+        if dtype in FROM_OPTION:
+            config = config.model_copy(update={"torch_dtype": TO_CONFIG[FROM_OPTION[dtype]]})
+        name, values = encode_config(config, target_kind, layout)
+        table = keys.hf_table(values["model_type"]) if target_kind == "hf" else form.table
+        entries = _entries(source, config, table, dtype)
         ours = target_kind == "mistral_ms"
         with TargetDirectory(dst, overwrite=overwrite, manifest=ours) as target:
             if name == MINDFORMERS_YAML:
@@ -214,20 +219,14 @@ def _format(kind: str, layout: MindFormersLayout | None, container: str | None) 
     return form if layout is None else replace(form, table=TABLES[layout])
 
 
-def _entries(
-    source: Source, kind: str, form: _Format, dtype: str, layout: str | None
-) -> tuple[list[Entry], tuple[str, dict[str, object]]]:
-    """The tensors to write, and the configuration file, both checked before the first byte."""
-    config = source.config
-    if dtype in FROM_OPTION:
-        config = config.model_copy(update={"torch_dtype": TO_CONFIG[FROM_OPTION[dtype]]})
-    plan = make_plan(source.layout, format_layout(config, form.table))
+def _entries(source: Source, config: ModelConfig, table: keys.KeyTable, dtype: str) -> list[Entry]:
+    """The tensors to write, checked before the first byte."""
     entries = []
-    for assembly in plan:
+    for assembly in make_plan(source.layout, format_layout(config, table)):
         stored = target_dtype(assembly, source.tensors, dtype)
         chunks = partial(stream, source.store, assembly, stored)
         entries.append(Entry(assembly.name, assembly.shape, stored, chunks))
-    return entries, encode_config(config, kind, layout)
+    return entries
 
 
 def peak_rss_bytes() -> int:

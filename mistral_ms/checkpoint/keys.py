@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mistral_ms.config.hugging_face_families import FAMILIES
+
 Layout = Literal["plain", "interleaved", "transposed"]
 
 
@@ -79,6 +81,40 @@ HF: KeyTable = {
     "layers.{layer}.moe.experts.w2": Stored(f"{_HF_EXPERT}.w2.weight"),
     "layers.{layer}.moe.experts.w3": Stored(f"{_HF_EXPERT}.w3.weight"),
 }
+
+# Qwen3-MoE, OLMoE and Dots1, transformers 4.x. What a model has not is not asked for.
+_HF_MLP = "model.layers.{layer}.mlp"
+HF_MLP: KeyTable = {
+    **_HF_COMMON,
+    "layers.{layer}.attention.q_norm.weight": Stored(
+        "model.layers.{layer}.self_attn.q_norm.weight"
+    ),
+    "layers.{layer}.attention.k_norm.weight": Stored(
+        "model.layers.{layer}.self_attn.k_norm.weight"
+    ),
+    "layers.{layer}.moe.router.weight": Stored(f"{_HF_MLP}.gate.weight"),
+    "layers.{layer}.moe.router.e_score_correction_bias": Stored(
+        f"{_HF_MLP}.gate.e_score_correction_bias"
+    ),
+    "layers.{layer}.moe.experts.w1": Stored(f"{_HF_MLP}.experts.{{expert}}.gate_proj.weight"),
+    "layers.{layer}.moe.experts.w2": Stored(f"{_HF_MLP}.experts.{{expert}}.down_proj.weight"),
+    "layers.{layer}.moe.experts.w3": Stored(f"{_HF_MLP}.experts.{{expert}}.up_proj.weight"),
+    "layers.{layer}.moe.shared_experts.w1.weight": Stored(
+        f"{_HF_MLP}.shared_experts.gate_proj.weight"
+    ),
+    "layers.{layer}.moe.shared_experts.w2.weight": Stored(
+        f"{_HF_MLP}.shared_experts.down_proj.weight"
+    ),
+    "layers.{layer}.moe.shared_experts.w3.weight": Stored(
+        f"{_HF_MLP}.shared_experts.up_proj.weight"
+    ),
+}
+
+
+def hf_table(model_type: object) -> KeyTable:
+    """The names in the files of a Hugging Face model_type, as transformers 4.x writes them."""
+    return HF_MLP if model_type in FAMILIES else HF
+
 
 # The names inside the classes of transformers 5.x: gate and up projection in one tensor.
 _HF_FUSED_EXPERTS = "model.layers.{layer}.mlp.experts"

@@ -13,7 +13,7 @@ import numpy as np
 from mistral_ms.checkpoint import keys
 from mistral_ms.checkpoint.boxes import Box
 from mistral_ms.checkpoint.buffers import check_buffers, skipped_text
-from mistral_ms.checkpoint.config_file import describes_itself, read_config
+from mistral_ms.checkpoint.config_file import describes_itself, model_type_of, read_config
 from mistral_ms.checkpoint.detect import choose_weights, layout_of
 from mistral_ms.checkpoint.dtypes import FROM_CONFIG, TO_CONFIG, WEIGHT_DTYPES, cast, itemsize
 from mistral_ms.checkpoint.files import (
@@ -297,7 +297,7 @@ def open_checkpoint(
         if weights.kind == "mindformers":
             table = find_table(store.tensors, config, layout_of(kind), path)
         else:
-            table = _table(weights.kind, store.tensors)
+            table = _table(weights.kind, store.tensors, model_type_of(path, weights.kind))
         layout = format_layout(config, table)
         copies = _tied_head(config, layout, store)
         checked = {n: i for n, i in store.tensors.items() if n not in copies and n not in skipped}
@@ -321,10 +321,11 @@ def open_checkpoint(
         raise
 
 
-def _table(kind: str, tensors: Mapping[str, TensorInfo]) -> keys.KeyTable:
+def _table(kind: str, tensors: Mapping[str, TensorInfo], model_type: object) -> keys.KeyTable:
     if kind == "hf":
-        fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in tensors)
-        return keys.HF_FUSED if fused else keys.HF
+        if any(name.endswith(".mlp.experts.gate_up_proj") for name in tensors):
+            return keys.HF_FUSED
+        return keys.hf_table(model_type)
     tables = {"mistral": keys.MISTRAL, "mistral-dump": keys.MISTRAL_DUMP, "mistral_ms": keys.OURS}
     return tables[kind]
 

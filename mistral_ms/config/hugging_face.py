@@ -5,10 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mistral_ms.config.base import validate
+from mistral_ms.config.computation import computation
+from mistral_ms.config.hugging_face_families import (
+    FAMILIES,
+    REFUSED,
+    family_keys,
+    take_sparse_layers,
+    take_window,
+)
 from mistral_ms.config.hugging_face_keys import (
     ARCHITECTURES,
     HF_CLASS_DEFAULTS,
@@ -45,19 +53,31 @@ def from_hf(
     """
     source = dict(source)
     kind = source.pop("model_type", None)
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in (*ARCHITECTURES, *FAMILIES):
         raise ConfigError(
             "unsupported architecture",
             where=f"{where}: model_type",
             value=repr(kind),
-            rule=f"supported: {', '.join(sorted(ARCHITECTURES))}",
+            rule="; ".join(
+                filter(
+                    None,
+                    [
+                        REFUSED.get(str(kind)),
+                        f"supported: {', '.join(sorted((*ARCHITECTURES, *FAMILIES)))}",
+                    ],
+                )
+            ),
         )
-    _check_code(source, kind, where)
+    family = FAMILIES.get(kind)
+    classes = ARCHITECTURES[kind] if family is None else family.architectures
+    _check_code(source, kind, classes, where)
     scaling, ignored = _take_rope(source, where)
     if "dtype" in source:  # transformers 5 renamed torch_dtype
         source["torch_dtype"] = source.pop("dtype")
     ours = source.pop("mistral_ms", None)
-    source = HF_CLASS_DEFAULTS[kind] | source
+    source = dict(HF_CLASS_DEFAULTS[kind] if family is None else family.defaults) | source
+    if family is not None:
+        take_window(source, family)
     values = pick(source, HF_KEYS, where)
     if values["torch_dtype"] is None:
         values["torch_dtype"] = "float32"
@@ -65,7 +85,10 @@ def from_hf(
         values["num_key_value_heads"] = values["num_attention_heads"]
     values["rope_scaling"] = scaling
     _take_layer_types(source, values, kind, where)
-    if kind == "mixtral":
+    if family is not None:
+        values |= family.model
+        values["moe"] = take_sparse_layers(source, family, where)
+    elif kind == "mixtral":
         values["moe"] = pick(source, HF_MOE_KEYS, where)
     else:
         _check_dense(source, where)
@@ -78,7 +101,7 @@ def from_hf(
     return validate(ModelConfig, values, where), tuple(sorted(ignored))
 
 
-def _check_code(source: dict[str, Any], kind: str, where: str) -> None:
+def _check_code(source: dict[str, Any], kind: str, supported: Sequence[str], where: str) -> None:
     """Takes out what says that other code, or other numbers, make the model."""
     if (quantization := source.pop("quantization_config", None)) is not None:
         quantization = mapping(quantization, f"{where}: quantization_config")
@@ -91,12 +114,12 @@ def _check_code(source: dict[str, Any], kind: str, where: str) -> None:
         )
     classes = source.pop("architectures", None)
     names = list(classes) if isinstance(classes, list | tuple) else [classes]
-    if classes and not set(map(str, names)) & set(ARCHITECTURES[kind]):
+    if classes and not set(map(str, names)) & set(supported):
         raise ConfigError(
             "unsupported architecture",
             where=f"{where}: architectures",
             value=repr(classes),
-            rule=f"of model_type {kind}: {', '.join(ARCHITECTURES[kind])}",
+            rule=f"of model_type {kind}: {', '.join(supported)}",
         )
     code = source.pop("auto_map", None)
     if code is None:
@@ -228,10 +251,51 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     """The ``config.json`` that transformers reads; the inverse of :func:`from_hf`.
 
     Raises:
-        ConfigError: a model that Hugging Face's classes cannot express (some layers dense, some
-            sparse; un-normalised top-k weights; another gate; a sparse model with a window in some
-            layers; layers of other kinds).
+        ConfigError: a model that none of Hugging Face's classes here can express.
     """
+    reason = _beyond_mixtral(config)
+    if reason is None:
+        return to_native(config, block=False)
+    if config.moe is not None:
+        for kind, family in FAMILIES.items():
+            keys = to_native(config, block=False) | {
+                "model_type": kind,
+                "architectures": [family.architectures[0]],
+            }
+            for key in HF_MOE_KEYS:
+                del keys[key]
+            keys |= family_keys(config, family)
+            if config.layer_types is not None:
+                keys["layer_types"] = list(config.layer_types)
+            if _means(keys, config):
+                return keys
+    raise ConfigError(
+        "not expressible in Hugging Face's format",
+        where="model",
+        value=reason[0],
+        rule=reason[1],
+        todo="keep the model in the mistral_ms format",
+    )
+
+
+def _means(keys: Mapping[str, Any], config: ModelConfig) -> bool:
+    """Whether a configuration is read as this model."""
+    try:
+        found, _ = from_hf(keys)
+    except ConfigError:
+        return False
+    return _computed(found) == _computed(config)
+
+
+def _computed(config: ModelConfig) -> dict[str, Any]:
+    """What a model computes; how fast training moves a gate's state is no part of it."""
+    values = computation(config)
+    values["moe"].get("gate", {}).pop("bias_update_rate", None)
+    return values
+
+
+def _beyond_mixtral(config: ModelConfig) -> tuple[str, str] | None:
+    """What of a model Mistral's and Mixtral's classes have not, and what they have."""
     reason = None
     if not config.layer_kinds.default:
         reason = f"layers of kinds {config.layer_kinds}", "its classes have the layers of Mistral"
@@ -254,15 +318,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
             f"layer_types {list(config.layer_types)}",
             "MixtralForCausalLM has one sliding window for all layers",
         )
-    if reason is not None:
-        raise ConfigError(
-            "not expressible in Hugging Face's format",
-            where="model",
-            value=reason[0],
-            rule=reason[1],
-            todo="keep the model in the mistral_ms format",
-        )
-    return to_native(config, block=False)
+    return reason
 
 
 def to_native(config: ModelConfig, *, block: bool = True) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from support.hf import KINDS, make_pair
 from support.links import link_files
 from transformers import MixtralConfig
@@ -63,6 +64,28 @@ def test_every_kind_is_aligned(tmp_path, kind, table):
     assert result.greedy_tokens == 4 * 64
     assert result.tokens == 5 + 29 + 13 + 12
     assert result.max_abs_diff > 0, "two implementations that agree to the bit are one"
+
+
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        ("Qwen3Moe", dict(num_experts=6, moe_intermediate_size=10, mlp_only_layers=[0])),
+        ("Dots1", dict(n_routed_experts=6, n_shared_experts=1, first_k_dense_replace=1)),
+    ],
+)
+def test_choices_of_other_families_are_recorded_where_their_layers_are_sparse(
+    tmp_path, family, values
+):
+    """Of Qwen3-MoE from the gate's logits, of Dots1 as the gate says."""
+    sizes = dict(
+        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=3, head_dim=8,
+    )  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**sizes | values)
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path)
+    side = run_hugging_face(tmp_path, [[3, 4, 5, 6]], 0)
+    assert set(side.traces[0].experts) == {1}
+    assert side.traces[0].experts[1].shape == (4, 3)
 
 
 def test_settings_of_generation_do_not_change_the_oracles_text(tmp_path):

@@ -217,7 +217,7 @@ def test_unsupported_architecture_says_which_are_supported(source, change):
     edit_json(source / "config.json", **change)
     refuse(
         source,
-        r"unsupported architecture: .*config\.json: .*supported: ministral, mistral, mixtral",
+        r"unsupported architecture: .*config\.json: .*supported: .*ministral, mistral, mixtral",
     )
 
 
