@@ -24,6 +24,7 @@ from mistral_ms.checkpoint.plan import make_plan, target_dtype
 from mistral_ms.checkpoint.source import Source, open_checkpoint
 from mistral_ms.checkpoint.stream import stream
 from mistral_ms.checkpoint.target import TargetDirectory, check_target
+from mistral_ms.checkpoint.upcycle import upcycled_config, upcycled_entries
 from mistral_ms.checkpoint.writer import (
     MAX_SHARD_BYTES,
     Entry,
@@ -31,7 +32,7 @@ from mistral_ms.checkpoint.writer import (
     write_ckpt,
     write_tensors,
 )
-from mistral_ms.config import ModelConfig, encode_yaml
+from mistral_ms.config import ModelConfig, MoEArchitecture, encode_yaml
 from mistral_ms.errors import CheckpointError
 
 
@@ -97,6 +98,8 @@ def convert(
     strategy: Path | None = None,
     verify: bool = True,
     follow_links: bool = False,
+    upcycle: MoEArchitecture | None = None,
+    seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -119,6 +122,9 @@ def convert(
             :func:`~mistral_ms.checkpoint.merge_ranks.merged_ranks`.
         verify: compare a source of ours with its digests while it is read.
         follow_links: links may lead out of the source; see :func:`open_checkpoint`.
+        upcycle: sparse layers that a dense model gets, computing the same: see
+            :mod:`mistral_ms.checkpoint.upcycle`.
+        seed: of what is drawn for them.
         max_shard_bytes: how large a file of weights may grow (mistral and ckpt are always one).
         progress: called with the bytes written and their total.
         say: told what of the source's configuration is not carried over.
@@ -130,7 +136,8 @@ def convert(
         CheckpointError: a bad source or target, a full disk, or values that ``dtype`` cannot hold.
             Nothing is left of the target then, and an old one is as it was; if the very last
             step (sync or rename) made that impossible, the message says what stands.
-        ConfigError: the target's format cannot express the model.
+        ConfigError: the target's format cannot express the model; or ``upcycle`` on a sparse one,
+            or with layers that would not compute the same.
     """
     start = time.perf_counter()
     src, dst = Path(src), Path(dst)
@@ -148,11 +155,16 @@ def convert(
         target_kind = _target_kind(source.kind, to)
         form = _format(target_kind, layout, container)
         config = source.config
+        if upcycle is not None:
+            config = upcycled_config(config, upcycle)
         if dtype in FROM_OPTION:
             config = config.model_copy(update={"torch_dtype": TO_CONFIG[FROM_OPTION[dtype]]})
         name, values = encode_config(config, target_kind, layout)
         table = keys.hf_table(values["model_type"]) if target_kind == "hf" else form.table
-        entries = _entries(source, config, table, dtype)
+        if upcycle is None:
+            entries = _entries(source, config, table, dtype)
+        else:
+            entries = upcycled_entries(source, config, table, dtype, seed)
         ours = target_kind == "mistral_ms"
         with TargetDirectory(dst, overwrite=overwrite, manifest=ours) as target:
             if name == MINDFORMERS_YAML:

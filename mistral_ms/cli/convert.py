@@ -13,6 +13,7 @@ from mistral_ms.cli.opening import FollowLinks, NoVerify, SourceFormat
 
 if TYPE_CHECKING:
     from mistral_ms.checkpoint import ConvertResult
+    from mistral_ms.config import MoEArchitecture
 
 
 class TargetFormat(StrEnum):
@@ -82,6 +83,16 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DST.")
     ] = False,
+    upcycle_experts: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Make a dense model sparse: so many copies of each feed-forward as experts."
+        ),
+    ] = None,
+    upcycle_top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --upcycle-experts: experts of each token. Default: 2."),
+    ] = None,
     no_verify: NoVerify = False,
     follow_links: FollowLinks = False,
     run: Annotated[
@@ -105,6 +116,7 @@ def convert(
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    moe = _upcycling(upcycle_experts, upcycle_top_k, run)
     if run is not None:
         _no_choice(layout, container, strategy)
         opening = {"kind": source, "verify": not no_verify, "follow_links": follow_links}
@@ -121,6 +133,7 @@ def convert(
                 layout=None if layout is None else layout.value,
                 container=None if container is None else container.value,
                 strategy=strategy,
+                upcycle=moe,
                 verify=not no_verify,
                 follow_links=follow_links,
                 progress=progress,
@@ -140,6 +153,34 @@ def convert(
     )
     if json is not None:
         write_json(json, asdict(result))
+
+
+def _upcycling(experts: int | None, top_k: int | None, run: Path | None) -> MoEArchitecture | None:
+    """The sparse layers that a dense model shall get.
+
+    Raises:
+        ConfigError: more experts for each token than there are, or options that exclude each other.
+    """
+    from mistral_ms.config import MoEArchitecture
+    from mistral_ms.config.base import validate
+    from mistral_ms.errors import ConfigError
+
+    if experts is None:
+        if top_k is not None:
+            rule = "it says how many of the experts of --upcycle-experts each token visits"
+            raise ConfigError("option alone", where="--upcycle-top-k", value=top_k, rule=rule)
+        return None
+    if run is not None:
+        raise ConfigError(
+            "two options that exclude each other",
+            where="--upcycle-experts",
+            value=experts,
+            rule="--run cuts a checkpoint up as it is",
+            todo="convert with --upcycle-experts first, then with --run",
+        )
+    chosen = min(2, experts) if top_k is None else top_k
+    values = {"num_local_experts": experts, "num_experts_per_tok": chosen}
+    return validate(MoEArchitecture, values, "--upcycle-experts")
 
 
 def _no_choice(layout: Layout | None, container: Container | None, strategy: Path | None) -> None:

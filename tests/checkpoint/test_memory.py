@@ -30,6 +30,7 @@ ALLOWED = 100_000_000
 SCRIPT = """
 import json, sys, threading, time
 from mistral_ms.checkpoint import convert
+from mistral_ms.config import MoEArchitecture
 for module in sys.argv[2].split():
     __import__(module)
 
@@ -49,8 +50,9 @@ def sample():
 thread = threading.Thread(target=sample)
 thread.start()
 seconds = []
-for src, dst, to, dtype in json.loads(sys.argv[1]):
-    seconds.append(convert(src, dst, to, dtype).seconds)
+for src, dst, to, dtype, *experts in json.loads(sys.argv[1]):
+    moe = MoEArchitecture(num_local_experts=int(experts[0])) if experts else None
+    seconds.append(convert(src, dst, to, dtype, upcycle=moe).seconds)
 done.set()
 thread.join()
 print(json.dumps({"grown": peak - before, "seconds": seconds}))
@@ -78,11 +80,9 @@ def config(layers, experts, **changes):
     )
 
 
-@pytest.mark.slow
-def test_a_gigabyte_in_constant_memory_in_both_directions(tmp_path, record_property):
-    model = config(layers=2, experts=8, torch_dtype="float32")
+def zeros(hf, model):
+    """A directory of Hugging Face's in float32; how many bytes its tensors would take."""
     shapes = format_layout(model, HF).shapes
-    hf = tmp_path / "hf"
     hf.mkdir()
     header = encode_header([(name, "F32", shape) for name, shape in shapes.items()], {})
     nbytes = len(header) + 4 * sum(shape[0] * (*shape, 1)[1] for shape in shapes.values())
@@ -90,6 +90,14 @@ def test_a_gigabyte_in_constant_memory_in_both_directions(tmp_path, record_prope
         file.write(header)
         file.truncate(nbytes)  # zeros that take no room on the disk
     (hf / "config.json").write_text(json.dumps(encode_config(model, "hf")[1]))
+    return nbytes
+
+
+@pytest.mark.slow
+def test_a_gigabyte_in_constant_memory_in_both_directions(tmp_path, record_property):
+    model = config(layers=2, experts=8, torch_dtype="float32")
+    hf = tmp_path / "hf"
+    nbytes = zeros(hf, model)
     assert nbytes > 950_000_000  # the sizes above give 0.99 GB: the test is about a large model
 
     ours, mistral = tmp_path / "ours", tmp_path / "mistral"
@@ -106,6 +114,17 @@ def test_a_gigabyte_in_constant_memory_in_both_directions(tmp_path, record_prope
     numbers["speed_over_cp"] = [copy / seconds for seconds in found["seconds"]]
     record_property("conversion", numbers)
     print(numbers)
+
+
+def test_upcycling_in_constant_memory(tmp_path, record_property):
+    """Experts are as many readings of the same bytes."""
+    dense = config(layers=1, experts=8, torch_dtype="float32").model_copy(update={"moe": None})
+    zeros(tmp_path / "dense", dense)
+    found = run([(tmp_path / "dense", tmp_path / "ours", "mistral_ms", "bf16", 8)])
+    written = sum(path.stat().st_size for path in (tmp_path / "ours").iterdir())
+    assert written > PROMISED
+    assert found["grown"] < ALLOWED < PROMISED
+    record_property("grown_mb", found["grown"] / 1e6)
 
 
 def test_the_first_dump_in_constant_memory(tmp_path, record_property):

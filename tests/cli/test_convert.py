@@ -194,3 +194,32 @@ def test_sizes(nbytes, text):
 def test_a_json_file_that_cannot_be_written_is_exit_code_2(ours, run, tmp_path):
     code, _, err = run("convert", ours, tmp_path / "x", "--json", tmp_path / "no" / "file")
     assert (code, "error: cannot write: --json " in err) == (2, True)
+
+
+def test_upcycling(run, tmp_path):
+    config = ModelConfig(
+        vocab_size=11,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    rng = np.random.default_rng(0)
+    tensors = [
+        (name, shape, "float32", rng.standard_normal(shape).astype(np.float32))
+        for name, shape in our_shapes(config).items()
+    ]
+    save_native(tmp_path / "dense", config, tensors)
+    dense, sparse = tmp_path / "dense", tmp_path / "sparse"
+    code, _, _ = run("convert", dense, sparse, "--to", "mindspore", "--upcycle-experts", "3")
+    found = inspect(sparse).config.moe
+    assert (code, found.num_local_experts, found.num_experts_per_tok) == (0, 3, 2)
+    for options, message in (
+        (("--upcycle-experts", "2", "--upcycle-top-k", "3"), "must not exceed"),
+        (("--upcycle-top-k", "3"), "option alone: --upcycle-top-k"),
+        (("--upcycle-experts", "2", "--run", "x.yaml"), "two options that exclude each other"),
+    ):
+        code, _, err = run("convert", dense, tmp_path / "no", *options)
+        assert code == 2
+        assert message in err
