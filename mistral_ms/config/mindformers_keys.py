@@ -279,6 +279,18 @@ MOE_WITHOUT_EFFECT: Mapping[str, str] = {
     "topk_bias_update_rate": "of balance_via_topk_bias",
 }
 
+RECOMPUTE_FIXED: Mapping[str, Fixed] = {
+    "parallel_optimizer_comm_recompute": Fixed(_OFF, "weights are gathered once a step"),
+    "mp_comm_recompute": Fixed(
+        (True, None), "a block is computed again with what its tensor-parallel ranks exchange"
+    ),
+    "recompute_slice_activation": Fixed(_OFF, "what is kept of a block is divided already"),
+    "select_comm_recompute": Fixed(_OFF, "a block's exchanges are computed again with it"),
+    "select_recompute_exclude": Fixed(_OFF, "operators are not named one by one"),
+    "select_comm_recompute_exclude": Fixed(_OFF, "operators are not named one by one"),
+}
+"""Keys of ``recompute_config`` beside ``recompute`` and ``select_recompute``."""
+
 OF_OTHER_FILES = frozenset({
     "model_type", "model_name", "architectures", "auto_register", "auto_map", "max_new_tokens",
     "max_length", "min_length", "num_beams", "is_encoder_decoder", "tokenizer_class",

@@ -36,6 +36,7 @@ from mistral_ms.config.mindformers_keys import (
     MOE_READ,
     MOE_WITHOUT_EFFECT,
     OURS,
+    RECOMPUTE_FIXED,
     RENAMED,
     THEIRS,
     WITHOUT_EFFECT,
@@ -161,21 +162,26 @@ class MistralConfig(PretrainedConfig):
         """What the backward pass computes again, of ``recompute_config``.
 
         Raises:
-            ConfigError: a number of layers instead of yes or no.
+            ConfigError: numbers of layers, or names of operators, instead of yes or no; a value
+                that is not supported, named with the reason.
         """
         settings = self.parallel_config.recompute
-        whole = settings if isinstance(settings, bool) else settings.recompute
-        if not isinstance(whole, bool):
-            raise ConfigError(
-                "unsupported value",
-                where="recompute_config.recompute",
-                value=repr(whole),
-                rule="all blocks are computed again, or none",
-                todo="set True, or select_recompute: True",
-            )
-        if whole:
+        if isinstance(settings, bool):
+            return "full" if settings else "none"
+        for key, fixed in RECOMPUTE_FIXED.items():
+            check_fixed(f"recompute_config.{key}", getattr(settings, key, ...), fixed)
+        for key in ("recompute", "select_recompute"):
+            if not isinstance(value := getattr(settings, key), bool):
+                raise ConfigError(
+                    "unsupported value",
+                    where=f"recompute_config.{key}",
+                    value=repr(value),
+                    rule="of all blocks the same is computed again",
+                    todo="set recompute: True, or select_recompute: True",
+                )
+        if settings.recompute:
             return "full"
-        return "selective" if getattr(settings, "select_recompute", False) else "none"
+        return "selective" if settings.select_recompute else "none"
 
     def _experts(self) -> dict[str, Any]:
         """Hugging Face's keys of the experts."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mistral_ms.config.mindformers_keys import Fixed, check_fixed
+from mistral_ms.config.mindformers_keys import RECOMPUTE_FIXED, Fixed, check_fixed
 from mistral_ms.config.names import perhaps
 from mistral_ms.errors import ConfigError
 
@@ -56,15 +56,7 @@ FIXED: Mapping[str, Fixed] = {
     "layer_scale": Fixed((False, None), "one learning rate for all layers"),
     "parallel_config.context_parallel": Fixed((1, None), "there is no context parallelism"),
     "parallel_config.seq_split_num": Fixed((1, None), "there is no context parallelism"),
-    "recompute_config.parallel_optimizer_comm_recompute": Fixed(
-        (False, None), "weights are gathered once a step"
-    ),
-    "recompute_config.mp_comm_recompute": Fixed(
-        (True, None), "a block is computed again with what its tensor-parallel ranks exchange"
-    ),
-    "recompute_config.recompute_slice_activation": Fixed(
-        (False, None), "what is kept of a block is divided already"
-    ),
+    **{f"recompute_config.{key}": fixed for key, fixed in RECOMPUTE_FIXED.items()},
     "calculate_per_token_loss": Fixed((False, None), "the loss is a mean over the counted tokens"),
 }
 

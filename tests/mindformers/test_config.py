@@ -304,6 +304,30 @@ def test_values_that_change_what_is_computed_are_refused(mf, key):
 
 
 @pytest.mark.parametrize(
+    "settings, found",
+    [
+        ({}, "none"),
+        ({"recompute": True}, "full"),
+        ({"select_recompute": True}, "selective"),
+        ({"recompute": [2, 1]}, "recompute: .2, 1.: of all blocks the same"),
+        (
+            {"select_recompute": {"feed_forward": True}},
+            "select_recompute: .*of all blocks the same",
+        ),
+        ({"mp_comm_recompute": False}, "mp_comm_recompute: False: .*exchange"),
+        ({"select_comm_recompute": True}, "select_comm_recompute: True"),
+    ],
+)
+def test_what_is_computed_again(mf, settings, found):
+    config = mf.MixtralConfig(parallel_config={"recompute": settings})
+    if found in ("none", "full", "selective"):
+        assert config.recompute == found
+        return
+    with pytest.raises(ConfigError, match=found):
+        _ = config.recompute
+
+
+@pytest.mark.parametrize(
     "changes, message",
     [
         (dict(routing_policy="TopkRouterV1"), "routing_policy.*TopkRouterV1.*set 'TopkRouterV2'"),
