@@ -105,6 +105,7 @@ OURS_OF_RUN: Mapping[str, Any] = {
     "seed": 0,
     "router_z_loss_coef": 0.0,
     "weights_from": None,
+    "capacity_multiple_of": 1,
 }
 OURS: Mapping[str, Any] = {
     **OURS_OF_RUN,

@@ -221,6 +221,7 @@ class MixtralConfig(MistralConfig):
                 "policy": "capacity",
                 "capacity_factor": moe.capacity_factor,
                 "drop_priority": "token_major" if moe.enable_sdrop else "choice_major",
+                "capacity_multiple_of": self.capacity_multiple_of,
             }
         return validate(RoutingConfig, values, "moe_config")
 

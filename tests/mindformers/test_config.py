@@ -17,6 +17,7 @@ from mistral_ms import mindformers
 from mistral_ms.checkpoint.keys import HF, HF_FUSED
 from mistral_ms.checkpoint.layout import format_layout, our_shapes
 from mistral_ms.config import from_hf
+from mistral_ms.config.capacity import expert_capacity
 from mistral_ms.config.mindformers_keys import FIXED, MOE_FIXED, MOE_READ, MOE_WITHOUT_EFFECT
 from mistral_ms.errors import CheckpointError, ConfigError, MissingExtraError
 from mistral_ms.mindformers import run, run_file
@@ -263,6 +264,20 @@ def test_attributes_that_are_set_later_count(mf):
     assert config.routing(training=True).drop_priority == "choice_major"
     config.moe_config.capacity_factor = -1
     assert config.routing(training=True).policy == "dropless"
+
+
+@pytest.mark.parametrize("tokens", [7, 24, 100, 4096])
+@pytest.mark.parametrize("mp", [1, 2, 4])
+def test_the_old_rounding_of_the_capacity(mf, tokens, mp):
+    """Against MindFormers' own function; theirs may exceed the tokens, of which a slot is empty."""
+    from mindformers.modules.transformer.moe import calculate_expert_capacity_v2
+
+    config = mf.MixtralConfig(
+        moe_config={**EXPERTS, "capacity_factor": 1.1}, capacity_multiple_of=mp
+    )
+    routing = config.routing(training=True)
+    found = expert_capacity(tokens, 8, 2, routing)
+    assert found == min(tokens, calculate_expert_capacity_v2(2, tokens, 1.1, 8, mp))
 
 
 def test_every_key_of_their_classes_is_known(mf):
