@@ -137,6 +137,18 @@ class RunConfig(Frozen):
             )
         if (
             moe is not None
+            and self.routing.policy == "capacity"
+            and self.routing.rescale_survivors
+            and not moe.norm_topk_prob
+        ):
+            raise ValueError(
+                "routing.rescale_survivors (True) divides a token's weights by the sum of those "
+                "that got a slot, model.moe.norm_topk_prob (False) leaves them as they are where "
+                "nothing is dropped, as in generation. Set model.moe.norm_topk_prob=true: it "
+                "changes nothing in training, and generation divides by the same sum"
+            )
+        if (
+            moe is not None
             and not chosen_by_experts
             and moe.num_experts_per_tok == 1 < moe.num_local_experts
             and moe.norm_topk_prob

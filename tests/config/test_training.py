@@ -155,6 +155,18 @@ class TestRunFile:
         load_run_config(run_file, [*chosen, "model.moe.num_experts_per_tok=1",
                                    "routing.rescale_survivors=true"])  # fmt: skip
 
+    def test_weights_of_survivors_are_divided_in_generation_too(self, run_file):
+        values = [
+            "model.moe.num_local_experts=4",
+            "routing.policy=capacity",
+            "routing.rescale_survivors=true",
+        ]
+        assert load_run_config(run_file, values).routing.policy == "capacity"
+        with pytest.raises(
+            ConfigError, match=r"rescale_survivors \(True\).*norm_topk_prob \(False"
+        ):
+            load_run_config(run_file, [*values, "model.moe.norm_topk_prob=false"])
+
     def test_a_missing_model_file_is_named(self, run_file):
         with pytest.raises(ConfigError, match=r"cannot read: .*none\.yaml: No such file"):
             load_run_config(run_file, ["model=none.yaml"])

@@ -1,4 +1,4 @@
-"""Forty defects that someone could make, each with the fast tests that must notice it.
+"""Defects that someone could make, each with the fast tests that must notice it.
 
 A mutant is one replacement in one file of the package. ``tests`` are files of the fast part
 (``make fast``); at least one of their tests must fail.
@@ -92,6 +92,54 @@ MUTANTS = [
         capacity_is_rounded_down=("math.ceil(exact)", "math.floor(exact)"),
         capacity_for_one_choice=("top_k * tokens", "tokens"),
         an_expert_may_have_no_place=("max(1, min(", "max(0, min("),
+        capacity_per_token_counts_choices=('routing.capacity_per == "token"', "False"),
+        capacity_is_no_multiple=("+ multiple - 1) // multiple * multiple", ")"),
+        halves_are_rounded_up=("slots = round(exact)", "slots = math.floor(exact + 0.5)"),
+    ),
+    *of(
+        "moe/gates/gshard_top_2.py",
+        "moe/gates/test_gshard_top_2.py",
+        second_expert_is_kept_by_another_rule=(
+            "share_T1 > self.threshold * drawn_T1",
+            "share_T1 > drawn_T1",
+        ),
+        second_expert_left_out_keeps_its_weight=(
+            "return weights_TK * taken_TK, experts_TK",
+            "return weights_TK, experts_TK",
+        ),
+        second_expert_left_out_is_dispatched=(
+            "experts_TK = ops.select(taken_TK > 0.0, experts_TK, nobody_TK)",
+            "nobody_TK = nobody_TK",
+        ),
+        second_expert_sampled_may_be_the_first=(
+            "others_TE = ops.select(is_first_TE > 0.0, ops.full_like(noisy_TE, -np.inf), noisy_TE)",
+            "others_TE = noisy_TE",
+        ),
+        second_expert_is_judged_before_the_sum=(
+            "self.taken(ops.stop_gradient(shares_TK[:, 1:])",
+            "self.taken(ops.stop_gradient(probs_TE[:, 1:2])",
+        ),
+    ),
+    *of(
+        "moe/gates/switch_top_1.py",
+        "moe/gates/test_switch_top_1.py",
+        sampled_expert_is_weighted_with_noise=(
+            "probs_TE = _softmax(logits_TE)",
+            "probs_TE = _softmax(noisy_TE)",
+        ),
+        evaluation_samples_no_expert_in_training=("or context is None", "or True"),
+    ),
+    *of(
+        "moe/gates/noise.py",
+        "moe/gates/test_noise.py",
+        jitter_is_half=("2.0 * noise * drawn_TH", "noise * drawn_TH"),
+        gumbel_is_upside_down=("return -ops.log(-ops.log(", "return ops.log(-ops.log("),
+    ),
+    *of(
+        "moe/gates/base.py",
+        "moe/gates/test_noise.py",
+        second_choices_come_first=("_range(K - 1, -1, -1)", "_range(0, K, 1)"),
+        draws_of_all_purposes_are_one=("Tensor(-1 - draws, ms.int32)", "Tensor(-1, ms.int32)"),
     ),
     *of(
         "moe/losses.py",
@@ -104,6 +152,11 @@ MUTANTS = [
             "_sum(scores_TE * valid_T.reshape(-1, 1), 0)",
             "_sum(scores_TE, 0)",
         ),
+        first_choices_are_all_choices=(
+            "experts_TK[:, :1], valid_T, kept_TK[:, :1], E",
+            "experts_TK, valid_T, kept_TK, E",
+        ),
+        shares_are_not_divided=("counted_E = routed_E / K", "counted_E = routed_E"),
         padding_counts_in_the_z_loss=("log_z_T * log_z_T * valid_T", "log_z_T * log_z_T"),
         z_loss_without_a_square=("_sum(log_z_T * log_z_T", "_sum(log_z_T"),
         layers_are_added_not_averaged=(
