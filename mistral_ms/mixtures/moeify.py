@@ -17,10 +17,9 @@ from mistral_ms.config import DROPLESS, ModelConfig, RoutingConfig
 from mistral_ms.config.base import validate
 from mistral_ms.config.model import MoEArchitecture
 from mistral_ms.errors import ConfigError
-from mistral_ms.layers import init_values
 from mistral_ms.mixtures.routed import AnyGate, RoutedFeedForward
 from mistral_ms.moe import Gate, make_gate
-from mistral_ms.weights import router_specs
+from mistral_ms.weights import init_values, router_specs
 
 Layers: TypeAlias = str | type[nn.Cell] | Callable[[str, nn.Cell], bool]
 """Which Cells: names with wildcards, divided by ``|``; a class; or a function of name and Cell."""
