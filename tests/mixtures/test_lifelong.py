@@ -11,7 +11,6 @@ from support.models import fill, next_labels
 from mistral_ms.checkpoint import open_checkpoint, save_native
 from mistral_ms.config import DROPLESS, RoutingConfig
 from mistral_ms.errors import CheckpointError, ConfigError
-from mistral_ms.layers import init_values
 from mistral_ms.mixtures.expand import add_experts, export_expert, import_expert, remove_experts
 from mistral_ms.mixtures.lifelong import (
     CLOSED,
@@ -22,7 +21,7 @@ from mistral_ms.mixtures.lifelong import (
 )
 from mistral_ms.models import CausalLM
 from mistral_ms.moe import update_gates
-from mistral_ms.weights import specs
+from mistral_ms.weights import init_values, specs
 
 CONFIG = model(**TINY, moe={"num_local_experts": 4}, torch_dtype="float32")
 E, NEW = 4, 3
