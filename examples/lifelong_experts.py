@@ -210,7 +210,7 @@ def main(output: Path, short: bool = False) -> Numbers:
     seeds, steps = (1, 1) if short else (3, 150)
     runs = [one_seed(seed, steps) for seed in range(seeds)]
     numbers: Numbers = {"seeds": seeds, "steps of a stage": steps}
-    drawn, axes = figure(1, len(ARMS), figsize=(3.3 * len(ARMS), 3.6))
+    drawn, axes = figure(1, len(ARMS), figsize=(3.3 * len(ARMS), 4.6))
     stages = [f"after {t}" for t in range(DOMAINS)]
     columns = [str(i) for i in range(DOMAINS)]
     for axis, arm in zip(axes, ARMS, strict=True):

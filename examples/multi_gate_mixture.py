@@ -85,7 +85,7 @@ def main(output: Path, short: bool = False) -> Numbers:
     seeds, steps, relations = (2, 3, (0.5,)) if short else (5, 1000, (0.0, 0.5, 1.0))
     sizes = {name: sum(p.size for p in m.get_parameters()) for name, m in models(0).items()}
     numbers: Numbers = {"parameters": sizes, "seeds": seeds, "steps": steps, "errors": {}}
-    drawn, axes = figure(1, len(relations), figsize=(4.2 * len(relations), 4), sharey=True)
+    drawn, axes = figure(1, len(relations), figsize=(max(6, 4.2 * len(relations)), 4), sharey=True)
     for axis, relation in zip(np.atleast_1d(axes), relations, strict=True):
         labels = RelatedTasks(relation, INPUTS).sample(4000, 1)[1]
         correlation = float(np.corrcoef(labels.T)[0, 1])
