@@ -93,6 +93,7 @@ class RoutedFeedForward(nn.Cell):
                 rule="a capacity gives every expert as many rows",
                 todo="set packed=False",
             )
+        self.routing = routing
         self.experts, self.packed = nn.CellList(list(experts)), packed
         self.gate: Any = gate
         self.has_context = isinstance(gate, Gate)
@@ -111,34 +112,39 @@ class RoutedFeedForward(nn.Cell):
         x_TH = x.reshape(-1, x.shape[-1])
         T = x_TH.shape[0]
         valid_T = ops.ones((T,), ms.float32)
-        routing = self.route(x_TH)
+        routing, priority_TK = self.route(x_TH)
         dispatcher = self.dispatcher if self.training else self.eval_dispatcher
-        plan = dispatcher.plan(routing, valid_T)
+        plan = dispatcher.plan(routing, valid_T, priority_TK)
         rows, group_sizes_E = dispatcher.dispatch(x_TH, plan)
         y = self.packed_rows(rows, group_sizes_E) if self.packed else self.padded_rows(rows)
         y_TO = dispatcher.combine(y, plan)
         if self.training and len(routing) == 5:
-            sums = router_sums(routing, kept_choices(plan), valid_T)
+            sums = router_sums(routing, kept_choices(plan), valid_T, self.routing)
             y_TO = ops.depend(y_TO, ops.assign_add(self.routed_E, sums[1]))
             for i in range(len(self.terms)):
                 loss = self.terms[i](stack_sums((sums,)), False)
                 y_TO = self.inject(y_TO, loss * self.coefficients[i])
         return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
-    def route(self, x_TH: Tensor) -> Routing:
-        """What the gate says; weights and experts alone where it says no more."""
+    def route(self, x_TH: Tensor) -> tuple[Routing, Tensor | None]:
+        """What the gate says, weights and experts alone where it says no more; and which choices
+        get a slot first, see :meth:`~mistral_ms.moe.Gate.priority`.
+        """
         if not self.has_context:
             found = self.gate(x_TH)
             if len(found) == 2:
-                return self.without_scores(found[0], found[1])
-            return found
+                return self.without_scores(found[0], found[1]), None
+            return found, None
         if not self.training:
-            return self.gate(x_TH, None)
+            routing = self.gate(x_TH, None)
+            return routing, self.gate.priority(routing, None)
         index_T = _cast(_range(0, x_TH.shape[0], 1), ms.int32)
         step = self.step + 0  # read before the count below
-        routing = self.gate(x_TH, (self.seed, step, index_T))
+        context = self.seed, step, index_T
+        routing = self.gate(x_TH, context)
+        priority_TK = self.gate.priority(routing, context)
         counted = ops.assign_add(self.step, Tensor(1, ms.int32))
-        return (ops.depend(routing[0], counted), *routing[1:])
+        return (ops.depend(routing[0], counted), *routing[1:]), priority_TK
 
     def without_scores(self, weights_TK: Tensor, experts_TK: Tensor) -> Routing:
         """A routing whose scores and logits nobody reads."""

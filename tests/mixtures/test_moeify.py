@@ -273,19 +273,29 @@ def test_state_of_gates_moves_by_what_was_routed(x):
     assert not update_gates(layers)["blocks.0.mlp"].any()
 
 
-def test_a_capacity_drops_choices(x):
-    """Four copies, factor 0.5: those that are left weigh less than 1."""
+@pytest.mark.parametrize("priority", ["token_major", "choice_major", "score"])
+def test_a_capacity_drops_choices(x, priority):
+    """Four copies, factor 0.5: a row weighs as much as its choices that found a slot."""
     stranger = filled(Stranger())
     before = stranger.blocks[0].mlp(Tensor(x)).asnumpy()
-    routing = RoutingConfig(policy="capacity", capacity_factor=0.5)
+    routing = RoutingConfig(policy="capacity", capacity_factor=0.5, drop_priority=priority)
     layer = moeify(stranger, 4, routing=routing)["blocks.0.mlp"]
-    ratio = layer(Tensor(x)).asnumpy() / before
+    ratio = (layer(Tensor(x)).asnumpy() / before).reshape(T, -1)
     np.testing.assert_allclose(ratio.std(-1), 0, atol=1e-4)  # each row is a multiple of its own
-    weight = ratio.mean(-1)
-    # C = ceil(0.5 * 2 * 14 / 4) = 4 of 14 choices each on average 7
-    assert ((weight > -1e-6) & (weight < 1 + 1e-5)).all()
-    assert (weight < 1e-6).any()
-    assert (weight > 0.1).any()
+    rows = Tensor(x.reshape(T, -1))
+    weights, experts, scores = (each.asnumpy() for each in layer.gate(rows, None)[:3])
+    tokens, choices = range(T), range(2)
+    order = [(t, k) for t in tokens for k in choices]
+    if priority != "token_major":
+        best_first = np.argsort(-scores.max(-1), kind="stable") if priority == "score" else tokens
+        order = [(t, k) for k in choices for t in best_first]
+    left, wanted = np.full(4, 4), np.zeros(T)  # ceil(0.5 * 2 * 14 / 4) slots of each
+    for t, k in order:
+        if left[experts[t, k]] > 0:
+            left[experts[t, k]] -= 1
+            wanted[t] += weights[t, k]
+    assert (wanted < 0.1).any() and (wanted > 0.9).any()
+    np.testing.assert_allclose(ratio.mean(-1), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize(
