@@ -48,7 +48,7 @@ class TestRefusals:
         monkeypatch.setattr(command, "RUN_FILE", tmp_path / "configs" / "demo.yaml")
         code, _, err = run("--output", tmp_path / "out")
         assert code == 2
-        assert "no such file" in err
+        assert "demo.yaml: No such file" in err
         assert not (tmp_path / "out").exists()
 
     def test_too_few_steps(self, run, tmp_path):

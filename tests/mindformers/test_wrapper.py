@@ -42,7 +42,7 @@ def trained(mf, step_class):
     for batch in ids:
         loss, overflow, _, _, norm = step(Tensor(batch))
         assert not overflow.asnumpy()
-        found += [float(loss.asnumpy()), float(norm.asnumpy()[0])]
+        found += [loss.asnumpy().item(), norm.asnumpy().item()]
     return found, [each.asnumpy() for each in model.trainable_params()], step
 
 
