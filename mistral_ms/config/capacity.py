@@ -28,4 +28,4 @@ def expert_capacity(tokens: int, experts: int, top_k: int, routing: RoutingConfi
         slots = round(exact)
     multiple = routing.capacity_multiple_of
     slots = (max(slots, routing.min_capacity) + multiple - 1) // multiple * multiple
-    return max(1, min(tokens, slots))
+    return min(tokens, slots)

@@ -91,7 +91,7 @@ MUTANTS = [
         "moe/test_capacity.py",
         capacity_is_rounded_down=("math.ceil(exact)", "math.floor(exact)"),
         capacity_for_one_choice=("top_k * tokens", "tokens"),
-        an_expert_may_have_no_place=("max(1, min(", "max(0, min("),
+        an_expert_may_have_no_place=("max(slots, routing.min_capacity)", "slots"),
         capacity_per_token_counts_choices=('routing.capacity_per == "token"', "False"),
         capacity_is_no_multiple=("+ multiple - 1) // multiple * multiple", ")"),
         halves_are_rounded_up=("slots = round(exact)", "slots = math.floor(exact + 0.5)"),
