@@ -12,6 +12,10 @@ from mistral_ms.auto.modeling import (
 )
 from mistral_ms.auto.tokenization import AutoTokenizer, BatchEncoding
 from mistral_ms.auto.trainer import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from mistral_ms.config import when_unknown
+from mistral_ms.shipped import import_shipped
+
+when_unknown(import_shipped)  # checkpoints may name any gate of the package
 
 __all__ = [
     "AutoConfig",

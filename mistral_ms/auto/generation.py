@@ -94,7 +94,11 @@ class GenerationMixin:
         """
         given = inputs if inputs is not None else input_ids
         if given is None or (inputs is not None and input_ids is not None):
-            raise GenerationError("no prompt", where="inputs", rule="give inputs or input_ids")
+            raise GenerationError(
+                "no prompt" if given is None else "two prompts",
+                where="inputs",
+                rule="give inputs or input_ids",
+            )
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         request = validate(
             GenerationConfig,
@@ -192,9 +196,10 @@ class GenerationMixin:
             engine is None
             or self._engine_compiled != compiled
             or engine.max_length < length
-            or engine.batch != len(prompts)
+            or engine.batch < len(prompts)
             or engine.tokenizer is not inner
         ):
+            self._engine = engine = None  # its cache goes before another one comes
             longest = self.config.longest_sequence
             # room for a longer prompt the next time
             length = min(longest, max(CHUNK, 1 << (length - 1).bit_length()))
@@ -208,6 +213,7 @@ class GenerationMixin:
                 eos_ids=self.eos_ids,
             )
             self._engine, self._engine_compiled = engine, compiled
+        engine.eos_ids = self.eos_ids
         return engine
 
     def _prompts(self, given: Any, attention_mask: Any) -> list[list[int]]:

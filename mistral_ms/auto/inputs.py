@@ -121,6 +121,23 @@ def positions_of(mask_BS: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarr
     return np.where(present, np.cumsum(present, 1) - 1, -1).astype(np.int32)
 
 
+def check_labels(labels_BS: np.ndarray, vocab_size: int) -> None:
+    """Raises where a label is no token.
+
+    Raises:
+        GenerationError: names it.
+    """
+    counted = labels_BS[labels_BS != IGNORE_INDEX]
+    wrong = counted[(counted < 0) | (counted >= vocab_size)]
+    if wrong.size:
+        raise GenerationError(
+            "impossible label",
+            where="labels",
+            value=int(wrong[0]),
+            rule=f"ids from 0 to {vocab_size - 1}, or {IGNORE_INDEX} where nothing is predicted",
+        )
+
+
 def next_labels(labels_BS: np.ndarray, positions_BS: np.ndarray) -> np.ndarray:
     """Labels of the tokens after each one; IGNORE_INDEX beside padding and at the end."""
     following = np.full_like(labels_BS, IGNORE_INDEX)

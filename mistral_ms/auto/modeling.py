@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mistral_ms.auto.generation import GenerationMixin
-from mistral_ms.auto.inputs import beside, next_labels, positions_of, token_ids
+from mistral_ms.auto.inputs import beside, check_labels, next_labels, positions_of, token_ids
 from mistral_ms.auto.tokenization import PreTrainedTokenizer
 from mistral_ms.checkpoint import open_checkpoint, tokenizer_files
 from mistral_ms.checkpoint.load import load_weights
@@ -25,6 +25,7 @@ from mistral_ms.config import (
 )
 from mistral_ms.errors import CheckpointError, ConfigError
 from mistral_ms.inference.engine import check_dtype
+from mistral_ms.inference.lengths import check_length
 from mistral_ms.inference.settings import read_checkpoint_settings
 from mistral_ms.layers import output_logits, token_nll
 from mistral_ms.models import CausalLM
@@ -155,11 +156,19 @@ class PreTrainedModel(GenerationMixin):
         cls, config: ModelConfig, *, dtype: DType = "float32", seed: int = 0
     ) -> PreTrainedModel:
         """A model with fresh weights, a function of the seed; see the class."""
+        PreTrainedModel._check_kind(config, "config")
         kind = _class_of(config) if cls is PreTrainedModel else cls
         return kind(config, dtype=dtype, seed=seed)
 
     @classmethod
     def _check_kind(cls, config: ModelConfig, where: str) -> None:
+        if not isinstance(config, ModelConfig):
+            raise ConfigError(
+                "no configuration",
+                where=where,
+                value=type(config).__name__,
+                rule="AutoConfig.from_pretrained(path) and AutoConfig.for_model(**keys) make one",
+            )
         kind = _class_of(config)
         if not issubclass(kind, cls):
             raise ConfigError(
@@ -194,6 +203,7 @@ class PreTrainedModel(GenerationMixin):
             GenerationError: shapes that differ, or ids outside of the vocabulary.
         """
         ids_BS = token_ids(input_ids, self.config.vocab_size)
+        check_length(self.config, ids_BS.shape[1], "input_ids")
         positions_BS = positions_of(beside(attention_mask, ids_BS, "attention_mask"), ids_BS.shape)
         ids = Tensor(np.where(positions_BS >= 0, ids_BS, 0).astype(np.int32))
         with _eagerly(), self._router_logits(output_router_logits) as routers:
@@ -206,6 +216,7 @@ class PreTrainedModel(GenerationMixin):
             if labels is not None:
                 given_BS = beside(labels, ids_BS, "labels")
                 assert given_BS is not None
+                check_labels(given_BS, self.config.vocab_size)
                 targets = next_labels(given_BS, positions_BS)
                 loss = _mean_nll(logits_TV, Tensor(targets.reshape(-1)))
                 if aux is not None and self.config.moe is not None:
@@ -228,7 +239,10 @@ class PreTrainedModel(GenerationMixin):
         Raises:
             CheckpointError: an unknown format, something at ``path``, a full disk.
         """
-        save_model(Path(path), self.config, self.model.weights(), format, self._files)
+        files = self._files
+        if not files and self.tokenizer is not None:
+            files = dict(self.tokenizer.tokenizer.files)
+        save_model(Path(path), self.config, self.model.weights(), format, files)
 
     def parameters(self) -> list[Parameter]:
         """The weights that are trained."""

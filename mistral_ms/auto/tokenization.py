@@ -108,7 +108,16 @@ class PreTrainedTokenizer:
                 value=f"{truncation}, max_length {max_length}",
                 rule="a length alone would cut nothing off",
             )
+        if not isinstance(padding, bool) or return_tensors not in (None, "np", "ms"):
+            raise TokenizerError(
+                "unknown choice",
+                where="padding, return_tensors",
+                value=f"{padding!r}, {return_tensors!r}",
+                rule='padding is True (up to the longest) or False; return_tensors "np" or "ms"',
+            )
         texts = [text] if isinstance(text, str) else list(text)
+        if not all(isinstance(each, str) for each in texts):
+            raise TokenizerError("no text", where="text", rule="a string, or a list of strings")
         rows = [self._ids(each, add_special_tokens, special_tokens)[:max_length] for each in texts]
         if not padding and return_tensors is None:
             mask = [[1] * len(row) for row in rows]

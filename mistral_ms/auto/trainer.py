@@ -10,13 +10,14 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from mistral_ms.auto.modeling import PreTrainedModel
-from mistral_ms.checkpoint import open_checkpoint
+from mistral_ms.checkpoint import CheckpointSeries, open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import Recompute, RunConfig
 from mistral_ms.config.base import Frozen, in_our_words, validate
 from mistral_ms.datasets import MindRecordSequences, RowSequences
 from mistral_ms.errors import ConfigError, TrainingError
 from mistral_ms.models import share_parameters
+from mistral_ms.optimizers import find as find_optimizer
 from mistral_ms.training import RunFiles, RunResult, StepRecord, TrainingRun
 from mistral_ms.training.evaluate import Evaluation, Evaluator
 from mistral_ms.training.held_out import EvaluationRecord
@@ -35,7 +36,8 @@ class TrainingArguments(Frozen):
         gradient_accumulation_steps: micro-batches of an update.
         max_seq_length: longer rows are cut off; None: the longest row.
         learning_rate: the peak.
-        lr_scheduler_type: ``linear`` and ``cosine`` fall to ``min_lr_ratio`` of the peak.
+        lr_scheduler_type: ``linear`` and ``cosine`` fall to ``min_lr_ratio`` of the peak, which the
+            last step reaches (in transformers the step after it would).
         warmup_steps: steps that rise linearly to the peak.
         min_lr_ratio: see there.
         optim: ``adamw``, ``sgd``, ``muon``, or another that is registered.
@@ -166,11 +168,20 @@ class Trainer:
         callbacks: Sequence[TrainerCallback] = (),
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        if eval_dataset is None and (args.eval_steps or args.load_best_model_at_end):
+        asked = args.eval_steps or args.load_best_model_at_end or args.early_stopping_patience
+        if eval_dataset is None and asked:
             raise ConfigError(
                 "nothing to evaluate on",
                 where="TrainingArguments.eval_steps",
                 rule="evaluation needs an eval_dataset",
+            )
+        if args.early_stopping_patience is not None and args.eval_steps is None:
+            raise ConfigError(
+                "no evaluation before the end",
+                where="TrainingArguments.early_stopping_patience",
+                value=args.early_stopping_patience,
+                rule="it counts evaluations while the training goes on",
+                todo="set eval_steps",
             )
         self.model, self.args, self.callbacks, self._say = model, args, tuple(callbacks), say
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -194,6 +205,14 @@ class Trainer:
             TrainingError: a training in ``output_dir`` that is not to be resumed, or another one.
             NotFiniteError: a loss that is not finite; a checkpoint from before was written.
         """
+        if not isinstance(resume_from_checkpoint, bool):
+            raise ConfigError(
+                "no path here",
+                where="train: resume_from_checkpoint",
+                value=resume_from_checkpoint,
+                rule="True goes on from the newest checkpoint in output_dir",
+                todo="for another one make a model of it by from_pretrained",
+            )
         state = self.state = TrainerState(self.run_config.training.last_step)
         # capacity is of training alone: the model itself stays dropless
         trained = share_parameters(
@@ -211,6 +230,8 @@ class Trainer:
             held_out=self.eval_dataset,
             model=trained,
         )
+        if run.held_out is not None:
+            state.evaluations += run.held_out.records
         self._tell("on_train_begin")
 
         def stepped(record: StepRecord) -> None:
@@ -232,9 +253,9 @@ class Trainer:
             on_evaluation=[evaluated],
             stop=lambda: state.should_training_stop,
         )
-        best = RunFiles(self.args.output_dir).best
-        if self.args.load_best_model_at_end and best.exists():
-            with open_checkpoint(best) as source:
+        best = CheckpointSeries(RunFiles(self.args.output_dir).best).newest()
+        if self.args.load_best_model_at_end and best is not None:
+            with open_checkpoint(best.path) as source:
                 load_weights(source, self.model.model.weights())
         self._tell("on_train_end")
         return result
@@ -286,7 +307,8 @@ class Trainer:
 
     def _run_config(self, batch: int) -> RunConfig:
         args, moe = self.args, self.model.config.moe
-        adam = {"adam_beta1", "adam_beta2", "adam_epsilon"} if args.optim != "sgd" else set()
+        known = find_optimizer(args.optim, "TrainingArguments.optim").settings.model_fields
+        adam = {"adam_beta1", "adam_beta2", "adam_epsilon"} & set(known)
         optimizer = {
             "name": args.optim,
             "learning_rate": args.learning_rate,

@@ -34,6 +34,7 @@ from mistral_ms.checkpoint.writer import (
 )
 from mistral_ms.config import ModelConfig, MoEArchitecture, encode_yaml
 from mistral_ms.errors import CheckpointError
+from mistral_ms.weights import specs
 
 
 @dataclass(frozen=True)
@@ -234,8 +235,11 @@ def _format(kind: str, layout: MindFormersLayout | None, container: str | None) 
 def _entries(source: Source, config: ModelConfig, table: keys.KeyTable, dtype: str) -> list[Entry]:
     """The tensors to write, checked before the first byte."""
     entries = []
+    buffers = {spec.name for spec in specs(config) if spec.kind == "buffer"}
     for assembly in make_plan(source.layout, format_layout(config, table)):
-        stored = target_dtype(assembly, source.tensors, dtype)
+        # the state of gates (a bias, a table of numbers) keeps its bits, as weights need not
+        option = "keep" if assembly.pieces[0].block.name in buffers else dtype
+        stored = target_dtype(assembly, source.tensors, option)
         chunks = partial(stream, source.store, assembly, stored)
         entries.append(Entry(assembly.name, assembly.shape, stored, chunks))
     return entries

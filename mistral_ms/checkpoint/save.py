@@ -45,7 +45,9 @@ def save_model(
 
     def tensors() -> Iterator[Any]:
         for name, each in weights.items():
-            yield name, tuple(each.shape), dtype, lambda each=each: to_numpy(each)[0]
+            # buffers of gates are float32 whatever the weights are
+            own = dtype_name(each.dtype)
+            yield name, tuple(each.shape), own, lambda each=each: to_numpy(each)[0]
 
     if to == OURS:
         save_native(path, config, tensors(), extra_files, overwrite=overwrite)

@@ -46,7 +46,14 @@ def upcycled_config(dense: ModelConfig, moe: MoEArchitecture) -> ModelConfig:
     values = dense.model_dump() | {"moe": moe}
     config = validate(ModelConfig, values, "upcycling")
     factor = getattr(moe.gate, "routed_scaling_factor", 1.0)
+    second = getattr(moe.gate, "eval_second_policy", "all")
     rules = (
+        (
+            second != "all",
+            "gate.eval_second_policy",
+            second,
+            "a token without its second expert has weights that add up to less than 1",
+        ),
         (
             not moe.norm_topk_prob,
             "norm_topk_prob",
@@ -119,7 +126,7 @@ def upcycled_entries(
     for name, shape in target.shapes.items():
         if name in drawn:
             kept = FROM_OPTION.get(dtype, source.tensors[embedding].dtype)
-            stored = "F32" if drawn[name].kind == "buffer" and dtype == "keep" else kept
+            stored = "F32" if drawn[name].kind == "buffer" else kept
             entries.append(Entry(name, shape, stored, partial(_values, drawn[name], stored, seed)))
             continue
         in_order = sorted(pieces[name], key=lambda piece: piece.target_start)

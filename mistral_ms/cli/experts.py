@@ -11,6 +11,9 @@ import typer
 
 from mistral_ms.cli.opening import FollowLinks, NoVerify
 
+OPENING = 50
+"""Updates until tokens may choose new experts."""
+
 
 class Start(StrEnum):
     """What new experts begin as."""
@@ -40,7 +43,7 @@ def experts(
     ] = False,
     opening_updates: Annotated[
         int, typer.Option(help="With --add: updates until tokens may choose the new ones.")
-    ] = 50,
+    ] = OPENING,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DST.")
     ] = False,
@@ -57,10 +60,18 @@ def experts(
 
     from mistral_ms.checkpoint import open_checkpoint
     from mistral_ms.cli.output import byte_progress, size_text, write_json
+    from mistral_ms.errors import ConfigError
     from mistral_ms.mixtures import expand
 
     asked = {"--add": add, "--remove": remove, "--export": export, "--import": import_}
     _check_one([name for name, value in asked.items() if value is not None])
+    if add is None and (train_old or start is not Start.COPY or opening_updates != OPENING):
+        rule = "--start, --train-old and --opening-updates go with --add"
+        raise ConfigError("options of another action", where="experts", rule=rule)
+    if export is not None and dst.exists() and not overwrite:
+        raise ConfigError(
+            "something is there", where=dst, rule="a file is replaced with --overwrite alone"
+        )
     console = Console()
     with (
         byte_progress(console, "writing") as progress,

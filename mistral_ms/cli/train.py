@@ -181,7 +181,7 @@ def report(console: Console, result: RunResult) -> None:
         console.print(f"{summary.skipped} steps without an update: float16 overflowed")
     for what, path in (
         ("checkpoint", result.checkpoint),
-        ("best", files.best),
+        ("best", next(iter(sorted(files.best.glob("step-*"))), files.best)),
         ("evaluations", files.evaluations),
         ("metrics", files.metrics),
         ("pictures", files.figures),

@@ -7,7 +7,7 @@ A gate declares its settings beside its mathematics, in ``mistral_ms.moe.gates``
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
@@ -21,8 +21,11 @@ class GateSettings(Frozen):
 
     Attributes:
         name: of the gate.
+        takes_ids: whether it routes by the ids of tokens, which its ``construct`` then gets; it has
+            no ``route``, and neither pipelines nor the auto-parallel graph can have it.
     """
 
+    takes_ids: ClassVar[bool] = False
     name: str
 
     @property

@@ -64,6 +64,13 @@ class RowSequences:
                     value=f"{kept} tokens",
                     rule="a label after the first token is not -100",
                 )
+        self._largest = max(int(ids.max()) for ids, _ in read if ids.size)
+        self._smallest = min(int(ids.min()) for ids, _ in read if ids.size)
+        for _, labels in read:
+            counted = labels[labels != IGNORE_INDEX]
+            if counted.size:
+                self._largest = max(self._largest, int(counted.max()))
+                self._smallest = min(self._smallest, int(counted.min()))
         self._order = SequenceOrder(len(read), batch_size, seed)
 
     @property
@@ -85,14 +92,12 @@ class RowSequences:
         Raises:
             DataError: it has not.
         """
-        largest = int(max(self._ids.max(), self._labels.max()))
-        if largest >= model.vocab_size or self._ids.min() < 0:
-            value = largest if largest >= model.vocab_size else int(self._ids.min())
+        if self._largest >= model.vocab_size or self._smallest < 0:
             raise DataError(
                 "impossible token",
                 where="input_ids or labels",
-                value=value,
-                rule=f"ids from 0 to {model.vocab_size - 1}",
+                value=self._largest if self._largest >= model.vocab_size else self._smallest,
+                rule=f"ids from 0 to {model.vocab_size - 1}; of labels -100, too",
             )
         if self.seq_length > model.longest_sequence:
             raise DataError(

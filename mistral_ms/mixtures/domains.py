@@ -231,6 +231,13 @@ def extract_domain(source: Source, dst: Path, domain: int, **options: Any) -> Ex
         raise ConfigError("no such domain", where="domain", value=domain, rule=rule)
     group = old.moe.num_local_experts // D
     first = domain * group
+    if group == 1 and old.shared_expert_size:
+        raise ConfigError(
+            "no dense model",
+            where="model.moe.n_shared_experts",
+            value=old.moe.n_shared_experts,
+            rule="a domain of one expert becomes a dense model, which has no shared experts",
+        )
     if group == 1:
         config = old.model_copy(update={"moe": None})
         experts = 0

@@ -31,6 +31,9 @@ Init = Literal["copy", "fresh"]
 MakePart = Callable[[ParamSpec, int], Part]
 """The rows of the n-th new expert in a parameter."""
 
+BY_NUMBER = ("hash_top_1", "random_routed")
+"""Gates that map tokens to numbers of experts."""
+
 
 @dataclass(frozen=True)
 class ExpertsResult:
@@ -169,6 +172,14 @@ def remove_experts(
             rule=f"there are 0 to {E - 1}",
         )
     kept = [e for e in range(E) if e not in gone]
+    if moe.gate.name in BY_NUMBER or getattr(moe.gate, "n_group", 1) > 1:
+        raise ConfigError(
+            "experts with numbers",
+            where="model.moe.gate",
+            value=moe.gate.name,
+            rule="the gate finds experts by their numbers or in groups of neighbours, which would "
+            "be others then",
+        )
     changes: dict[str, Any] = {"num_local_experts": len(kept)}
     frozen = 0
     if isinstance(moe.gate, StagedTopKSettings):

@@ -218,6 +218,13 @@ def registered_gate(
         "gate": gate,
     }
     moe = validate(MoEArchitecture, values, "moeify")
+    if moe.gate.takes_ids:
+        raise ConfigError(
+            "gate of token ids",
+            where="gate",
+            value=moe.gate.name,
+            rule="a layer in the place of a feed-forward gets states, not ids",
+        )
     config = ModelConfig(
         vocab_size=1,
         hidden_size=H,

@@ -85,6 +85,13 @@ class RoutedFeedForward(nn.Cell):
                 value="experts_choose",
                 rule="tokens choose their experts here: dropless or capacity",
             )
+        if policies == ("capacity", "capacity") and outside.drop_priority != routing.drop_priority:
+            raise ConfigError(
+                "two orders",
+                where="eval_routing.drop_priority",
+                value=outside.drop_priority,
+                rule=f"a gate has one order of its choices; in training {routing.drop_priority}",
+            )
         if packed and "capacity" in policies:
             raise ConfigError(
                 "impossible routing",

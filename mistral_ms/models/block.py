@@ -6,7 +6,7 @@ from mindspore import Tensor, nn
 
 from mistral_ms.layers import AttentionContext
 from mistral_ms.models.layer_factory import LayerFactory
-from mistral_ms.moe import GateContext, RouterSums, gate_class
+from mistral_ms.moe import GateContext, RouterSums
 
 
 class DecoderBlock(nn.Cell):
@@ -24,7 +24,8 @@ class DecoderBlock(nn.Cell):
     def __init__(self, layer_factory: LayerFactory, layer: int) -> None:
         super().__init__()
         self.sparse = layer_factory.config.is_sparse(layer)
-        self.takes_ids = self.sparse and gate_class(layer_factory.config).takes_ids
+        moe = layer_factory.config.moe
+        self.takes_ids = self.sparse and moe is not None and moe.gate.takes_ids
         self.window = layer_factory.config.windows.index(layer_factory.config.window_of(layer))
         self.add = layer_factory.residual()
         self.input_layernorm = layer_factory.norm()

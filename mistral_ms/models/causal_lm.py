@@ -26,7 +26,7 @@ from mistral_ms.layers import (
 from mistral_ms.models.block import DecoderBlock
 from mistral_ms.models.layer_factory import LayerFactory
 from mistral_ms.models.model_chunk import ModelChunk
-from mistral_ms.moe import RouterSums, gate_class, gate_context, stack_sums, update_gates
+from mistral_ms.moe import RouterSums, gate_context, stack_sums, update_gates
 from mistral_ms.weights import Specs, by_name, check_parameters, init_values, specs
 
 _gather = ops.Gather()
@@ -97,7 +97,7 @@ class CausalLM(nn.Cell):
                 "there yet",
                 todo="generate dropless: tokens choose their experts by the same gate",
             )
-        self.takes_ids = config.moe is not None and gate_class(config).takes_ids
+        self.takes_ids = config.moe is not None and config.moe.gate.takes_ids
         if self.takes_ids and not (self.model_chunk.embeds and self.predicts):
             assert config.moe is not None
             raise ConfigError(

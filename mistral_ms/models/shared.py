@@ -32,7 +32,7 @@ def share_parameters(
         dtype: that of ``model``.
 
     Raises:
-        WeightError: a model chunk.
+        WeightError: a model chunk, or a model whose layers were replaced.
     """
     if model.model_chunk != ModelChunk.whole(model.config):
         raise WeightError("part of a model", rule="whole models share their parameters")
@@ -41,8 +41,15 @@ def share_parameters(
     held = {path: cell for path, cell in model.cells_and_names()}
     for path, cell in other.cells_and_names():
         for name, parameter in list(cell._params.items()):
-            if not is_buffer(parameter):
-                setattr(cell, name, getattr(held[path], name))
+            if is_buffer(parameter):
+                continue
+            if not hasattr(held.get(path), name):
+                raise WeightError(
+                    "another model than its configuration",
+                    where=f"{path}.{name}",
+                    rule="layers that were replaced have no counterpart to share with",
+                )
+            setattr(cell, name, getattr(held[path], name))
     other.init_parameters_data()
     other.set_train(False)
     return other

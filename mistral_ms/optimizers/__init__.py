@@ -11,7 +11,7 @@ from mistral_ms.optimizers.adamw import AdamWConfig
 from mistral_ms.optimizers.layouts import check_layout
 from mistral_ms.optimizers.muon import MuonConfig
 from mistral_ms.optimizers.plan import ParamGroup, Plan, make_plan
-from mistral_ms.optimizers.registry import register, settings_of, with_settings
+from mistral_ms.optimizers.registry import find, register, settings_of, with_settings
 from mistral_ms.optimizers.rule import Rule
 from mistral_ms.optimizers.sgd import SGDConfig
 from mistral_ms.optimizers.weight_update import StoredMatrices, WeightUpdate
@@ -28,6 +28,7 @@ __all__ = [
     "StoredMatrices",
     "WeightUpdate",
     "check_layout",
+    "find",
     "make_plan",
     "register",
     "settings_of",

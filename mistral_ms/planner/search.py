@@ -58,6 +58,14 @@ def plan(run: RunConfig, cluster: Cluster, *, loads: Sequence[Loads] = ()) -> tu
     Raises:
         ConfigError: no layout divides the model and the batch among the cards.
     """
+    if run.evaluation is not None and cluster.cards > 1:
+        raise ConfigError(
+            "impossible evaluation",
+            where="evaluation",
+            value=f"{cluster.cards} cards",
+            rule="a training is judged while it goes on in one process alone",
+            todo="set evaluation=null, and run the evaluate command on its checkpoints",
+        )
     found = list(_Search(run, cluster, loads).options())
     if not found:
         raise ConfigError(
@@ -125,6 +133,8 @@ class _Search:
         self.hardware = cluster.hardware
         self.execution: Execution = run.parallel.execution_on(self.hardware.device)
         self.fused = self.hardware.device != "CPU"
+        moe = run.model.moe
+        self.takes_ids = moe is not None and moe.gate.takes_ids
         self.weights = specs(run.model)
         limit = run.parallel.max_device_memory
         self.usable_gib = min(self.hardware.usable_gib, math.inf if limit is None else limit)
@@ -147,6 +157,8 @@ class _Search:
         coupled = run.routing.aux_loss == "pooled" and run.training.router_aux_loss_coef > 0
         if sizes.pp > 1 and coupled and run.model.sparse_layers:
             return False
+        if self.takes_ids and (sizes.pp > 1 or self.execution == "graph"):
+            return False  # neither hands the ids of tokens on to gates
         plain = run.parallel.model_copy(update={"devices_per_node": devices, **_PLAIN})
         return plain.rules(self.cluster.cards, run.model).broken_by(sizes) is None
 

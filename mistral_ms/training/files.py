@@ -46,7 +46,7 @@ class RunFiles:
 
     @property
     def best(self) -> Path:
-        """The weights of the lowest loss on held-out data."""
+        """The weights of the lowest loss on held-out data, in a directory of their step."""
         return self.root / "best"
 
     @property

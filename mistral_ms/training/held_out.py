@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mistral_ms.checkpoint import CheckpointSeries
 from mistral_ms.checkpoint.save import save_model
 from mistral_ms.config import EvaluationConfig, RoutingConfig
 from mistral_ms.datasets import SequenceSource
-from mistral_ms.errors import ConfigError, DataError
+from mistral_ms.errors import ConfigError, DataError, TrainingError
 from mistral_ms.models import CausalLM, share_parameters
 from mistral_ms.training.evaluate import Evaluator
 from mistral_ms.training.metrics import StepRecord
@@ -30,6 +32,7 @@ class EvaluationRecord:
         tokens: predicted tokens.
         seconds: that it took.
         best: whether the loss is below all before it.
+        data: digest of the held-out sequences.
     """
 
     step: int
@@ -40,6 +43,7 @@ class EvaluationRecord:
     tokens: int
     seconds: float
     best: bool
+    data: str
 
 
 OnEvaluation = Callable[[EvaluationRecord], None]
@@ -57,11 +61,14 @@ class HeldOut:
         last_step: is always followed by an evaluation.
         path: the file of records; those of later steps than ``step`` are dropped.
         step: of the training so far, which may be resumed.
-        best: directory of the best weights.
+        best: directory of the best weights, in a directory of their step.
         extra_files: go there, too (tokenizers).
 
     Attributes:
         records: all so far.
+
+    Raises:
+        TrainingError: the records are of other held-out data.
     """
 
     def __init__(
@@ -81,8 +88,20 @@ class HeldOut:
         self.config, self._model, self._last_step = config, model, last_step
         shared = share_parameters(model, routing, positions=data.seq_length, dtype=dtype)
         self._evaluate = Evaluator(shared, data, config.batch_size)
-        self._path, self._best, self._files = path, best, extra_files
+        self._path, self._best, self._files = path, CheckpointSeries(best, 1), extra_files
         self.records = [each for each in read_evaluations(path) if each.step <= step]
+        self._digest = data.digest
+        if self.records and self.records[-1].data != self._digest:
+            raise TrainingError(
+                "resume with other held-out data",
+                where="evaluation",
+                value=f"now {self._digest[:12]}, in {path} {self.records[-1].data[:12]}",
+                rule="losses on different data cannot be compared",
+                todo=f"move {path} and {best} away to begin anew",
+            )
+        for later in self._best.steps():
+            if later > step:  # of a training that went on beyond the checkpoint
+                shutil.rmtree(self._best.path(later))
 
     def __call__(self, record: StepRecord, told: Sequence[OnEvaluation] = ()) -> None:
         """Evaluates after this step, if it is its turn.
@@ -94,7 +113,8 @@ class HeldOut:
         if record.step % self.config.eval_steps and record.step != self._last_step:
             return
         found = self._evaluate()
-        lowest = min((each.loss for each in self.records), default=math.inf)
+        before = [each.loss for each in self.records if math.isfinite(each.loss)]
+        lowest = min(before, default=math.inf)
         made = EvaluationRecord(
             step=record.step,
             epoch=record.epoch,
@@ -104,19 +124,21 @@ class HeldOut:
             tokens=found.tokens,
             seconds=found.seconds,
             best=bool(found.loss < lowest),
+            data=self._digest,
         )
+        if made.best and self.config.keep_best:  # first: what is recorded as the best is there
+            self._best.save(made.step, self._write)
         self.records.append(made)
         lines = "".join(json.dumps(asdict(each)) + "\n" for each in self.records)
         fresh = self._path.with_name(f".{self._path.name}.new")
         fresh.write_text(lines, encoding="utf-8")
         fresh.replace(self._path)
-        if made.best and self.config.keep_best:
-            weights = self._model.weights()
-            save_model(
-                self._best, self._model.config, weights, extra_files=self._files, overwrite=True
-            )
         for tell in told:
             tell(made)
+
+    def _write(self, path: Path) -> None:
+        model = self._model
+        save_model(path, model.config, model.weights(), extra_files=self._files, overwrite=True)
 
     @property
     def ends_training(self) -> bool:

@@ -135,6 +135,9 @@ class TrainingRun:
         """Everything that comes before the first step."""
         say = self._say
         _check_model(run)  # before texts are packed, which may take long
+        if run.evaluation is not None:
+            way = run.parallel.execution_on(ms.get_context("device_target"))
+            check_evaluation(self.parallel_context.world, way)
         given, held_out, _ = self._given
         tokenizer: Tokenizer | None = None
         if given is None:
@@ -144,11 +147,8 @@ class TrainingRun:
             )
         else:
             self.data = given
-        if run.evaluation is not None:
-            way = run.parallel.execution_on(ms.get_context("device_target"))
-            check_evaluation(self.parallel_context.world, way)
-            if held_out is None:
-                held_out = open_held_out(run, self.files, tokenizer, self.parallel_context, say)
+        if run.evaluation is not None and held_out is None:
+            held_out = open_held_out(run, self.files, tokenizer, self.parallel_context, say)
         if run.routing.policy == "experts_choose" and run.model.sparse_layers:
             say(LOOKS_AHEAD)
         training = with_settings(run.training.with_max_steps(self.data.sequences))
@@ -305,9 +305,9 @@ class TrainingRun:
                 board = stack.enter_context(TensorBoardWriter(files.tensorboard, first))
                 own.append(board)
                 on_evaluation = (board.evaluated, *on_evaluation)
-            own.append(self._saver(writer))
-            if self.held_out is not None:
+            if self.held_out is not None:  # before it is saved: a resume makes up for no evaluation
                 own.append(self._judge(self.held_out, on_evaluation))
+            own.append(self._saver(writer))
             try:
                 summary = train(
                     update,

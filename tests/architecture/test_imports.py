@@ -89,7 +89,7 @@ TABLE = {
     ),
     "training": rule(BELOW_TRAINING, "mindspore numpy rich matplotlib tensorboardX yaml"),
     "inference": rule(BELOW_TRAINING, "mindspore numpy"),
-    "auto": rule(f"{BELOW_TRAINING} training inference", "mindspore numpy pydantic"),
+    "auto": rule(f"{BELOW_TRAINING} training inference shipped", "mindspore numpy pydantic"),
     "mixtures": rule(f"{MODEL_PACKAGES} checkpoint", "mindspore numpy pydantic"),
     "alignment": rule(f"{BELOW_TRAINING} inference", "mindspore numpy torch transformers"),
     "shipped": rule("moe mixtures parallel"),

@@ -16,9 +16,20 @@ from mistral_ms import (
     MistralForCausalLM,
     MixtralForCausalLM,
 )
-from mistral_ms.errors import CheckpointError, ConfigError, GenerationError, TokenizerError
+from mistral_ms.errors import (
+    CheckpointError,
+    ConfigError,
+    GenerationError,
+    TokenizerError,
+    WeightError,
+)
+from mistral_ms.mixtures.moeify import moeify
 
 TOLERANCE = 2e-5  # float32 logits of magnitude 1 to 10 after two layers, summed in another order
+DENSE = AutoConfig.for_model(
+    vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=1,
+)  # fmt: skip
 TEXTS = ["The sparse layer", "One", "Experts are chosen by a gate"]
 
 
@@ -188,6 +199,8 @@ def test_the_tokenizer_is_theirs(checkpoint, tokenizer, tmp_path):
     assert cut.attention_mask[1] == [1, 1, 0]
     with pytest.raises(TokenizerError, match="padding=True"):
         tokenizer(TEXTS, return_tensors="np")
+    with pytest.raises(TokenizerError, match="'max_length', 'pt'"):
+        tokenizer(TEXTS, padding="max_length", return_tensors="pt")
     with pytest.raises(TokenizerError, match="truncation"):
         tokenizer(TEXTS, max_length=3)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -199,17 +212,19 @@ def test_the_tokenizer_is_theirs(checkpoint, tokenizer, tmp_path):
     assert tokenizer("a</s>", special_tokens=True).input_ids[-1] == 2
 
 
-def test_configurations_and_fresh_models():
-    config = AutoConfig.for_model(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1,
-    )  # fmt: skip
+def test_configurations_and_fresh_models(tmp_path):
+    config = DENSE
     a, b = (AutoModelForCausalLM.from_config(config, seed=seed) for seed in (3, 3))
     assert isinstance(a, MistralForCausalLM) and not isinstance(a, MixtralForCausalLM)
     np.testing.assert_array_equal(a([[1, 2]]).logits.asnumpy(), b([[1, 2]]).logits.asnumpy())
     assert a.num_parameters() == sum(p.size for p in a.parameters())
     with pytest.raises(ConfigError, match="perhaps hidden_size"):
         AutoConfig.for_model(**config.model_dump(), hiden_size=2)
+    with pytest.raises(ConfigError, match="no configuration: config: dict: AutoConfig"):
+        AutoModelForCausalLM.from_config({})
+    a.tokenizer = AutoTokenizer.from_pretrained("packaged-v1")
+    a.save_pretrained(tmp_path / "drawn")
+    assert (tmp_path / "drawn" / "tokenizer.model").exists()
     with pytest.raises(ConfigError, match="use MistralForCausalLM or AutoModelForCausalLM"):
         MixtralForCausalLM(config)
 
@@ -235,6 +250,9 @@ CALLS = {
     "ragged": (lambda m: m([[1, 2], [3]]), GenerationError, "input_ids.*equal length"),
     "mask": (lambda m: m([[1, 2]], [[1]]), GenerationError, r"attention_mask: \[1, 1\]"),
     "labels": (lambda m: m([[1, 2]], labels=[[1]]), GenerationError, r"labels: \[1, 1\]"),
+    "no label": (lambda m: m([[1, 2]], labels=[[1, -5]]), GenerationError, "labels: -5"),
+    "too long": (lambda m: m([[1] * 257]), GenerationError, "longer than the model"),
+    "two": (lambda m: m.generate("a", input_ids=[1]), GenerationError, "two prompts"),
     "empty row": (lambda m: m([[1, 2]], [[0, 0]]), GenerationError, "attention_mask, row 0"),
     "none": (lambda m: m.generate(), GenerationError, "give inputs or input_ids"),
     "greedy": (lambda m: m.generate("a", do_sample=False, temperature=1.0), ConfigError, "greedy"),
@@ -272,3 +290,39 @@ def test_compiled_steps_give_the_same_tokens(model):
     again = model.generate([[1, 5, 9]], max_new_tokens=4, return_dict_in_generate=True)
     assert list(again.completions[0].token_ids) == eager[0][3:]
     assert again.compile_seconds < 0.1
+
+
+def test_a_gates_state_is_saved_as_it_is(tmp_path):
+    """Float32 beside weights in 16 bits."""
+    config = AutoConfig.for_model(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+        moe={"num_local_experts": 4, "gate": "sigmoid_top_k"},
+    )  # fmt: skip
+    own = AutoModelForCausalLM.from_config(config, dtype="float16")
+    bias = own.model.weights()["layers.0.moe.router.e_score_correction_bias"]
+    bias.set_data(Tensor(np.float32([0.1001, 0.1002, 0.10021, -0.3001])))
+    own.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="float16")
+    found = again.model.weights()["layers.0.moe.router.e_score_correction_bias"]
+    np.testing.assert_array_equal(found.asnumpy(), bias.asnumpy())
+
+
+def test_an_engine_serves_smaller_batches_and_other_ends(model):
+    two = model.generate([[1, 5], [1, 9, 4]], max_new_tokens=3, compiled=False)
+    engine = model._engine
+    one = model.generate([[1, 5]], max_new_tokens=3, compiled=False)
+    assert model._engine is engine
+    assert one[0] == two[0]
+    before, model.eos_ids = model.eos_ids, (two[0][2],)
+    try:
+        assert model.generate([[1, 5]], max_new_tokens=3, compiled=False)[0] == two[0][:3]
+    finally:
+        model.eos_ids = before
+
+
+def test_a_model_whose_layers_were_replaced_does_not_generate():
+    own = AutoModelForCausalLM.from_config(DENSE)
+    moeify(own.model, 2)
+    with pytest.raises(WeightError, match="another model than its configuration"):
+        own.generate([[1, 2]], max_new_tokens=1, compiled=False)

@@ -124,7 +124,7 @@ def test_steps_are_those_of_torch(pair, saved, tmp_path):
     assert result.summary.finished and result.summary.steps == STEPS
 
     assert note.events == [
-        "begin", ("evaluate", 2), ("save", 4), ("evaluate", 4), ("evaluate", 6), ("save", 6), "end",
+        "begin", ("evaluate", 2), ("evaluate", 4), ("save", 4), ("evaluate", 6), ("save", 6), "end",
     ]  # fmt: skip
     records = read_evaluations(tmp_path / "run" / "evaluation.jsonl")
     assert records == trainer.state.evaluations
@@ -177,6 +177,8 @@ BAD_ROWS = {
     "silent": ([{"input_ids": [1, 2], "labels": [1, -100]}], "row 0: 2 tokens"),
     "floats": ([{"input_ids": [1.5, 2]}], "row 0: input_ids"),
     "vocabulary": ([{"input_ids": [1, 64]}], "64: ids from 0 to 63"),
+    "int32": ([{"input_ids": [1, 2**32 + 2]}], "4294967298: ids from 0"),
+    "label": ([{"input_ids": [1, 2], "labels": [1, -5]}], "-5: ids from 0"),
     "long": ([{"input_ids": [1] * 300}], "max_position_embeddings"),
 }
 
@@ -201,6 +203,11 @@ def test_labels_are_shifted_and_padding_is_left_out(tiny, tmp_path):
 def test_arguments(tiny, tmp_path):
     with pytest.raises(ConfigError, match="perhaps learning_rate"):
         TrainingArguments(tmp_path, lr=1e-3)
+    with pytest.raises(ConfigError, match=r"no path here.*newest checkpoint in output_dir"):
+        Trainer(tiny, TrainingArguments(tmp_path), rows(4)).train(resume_from_checkpoint="x")
+    with pytest.raises(ConfigError, match=r"early_stopping_patience: 2: .*set eval_steps"):
+        patient = TrainingArguments(tmp_path, early_stopping_patience=2)
+        Trainer(tiny, patient, rows(4), rows(2))
     with pytest.raises(ConfigError, match="evaluation needs an eval_dataset"):
         Trainer(tiny, TrainingArguments(tmp_path, eval_steps=5), rows(4))
     args = TrainingArguments(tmp_path, num_train_epochs=2, gradient_accumulation_steps=2,

@@ -102,11 +102,15 @@ def test_a_checkpoint_of_ours_in_half_precision_and_another_seed(dense, tmp_path
             {"gate": {"name": "sigmoid_top_k", "routed_scaling_factor": 2.5}},
             r"routed_scaling_factor: 2\.5: .* must add up to 1",
         ),
+        (
+            {"gate": {"name": "gshard_top_2", "eval_second_policy": "none"}},
+            r"eval_second_policy: none: .* less than 1",
+        ),
         ({"moe_intermediate_size": 12}, r"moe_intermediate_size: 12: .* of width 24"),
         ({"n_shared_experts": 1}, r"shared_expert_gate: none: the shares of chosen and shared"),
         ({"n_shared_experts": 2, "shared_expert_gate": "softmax_pair"}, r"48: .* of width 24"),
     ],
-    ids=["raw", "scaled", "fine-grained", "added", "wide"],
+    ids=["raw", "scaled", "alone", "fine-grained", "added", "wide"],
 )
 def test_what_would_be_another_model_is_refused(dense, tmp_path, moe, message):
     with pytest.raises(ConfigError, match=f"another model than the dense one: .*{message}"):

@@ -7,10 +7,11 @@ from support.configs import TINY, model
 from support.models import fill
 from support.routing import silu
 
-from mistral_ms.checkpoint import open_checkpoint, save_native
+from mistral_ms.checkpoint import convert, open_checkpoint, save_native
 from mistral_ms.config import RoutingConfig
 from mistral_ms.errors import ConfigError
 from mistral_ms.mixtures.domains import DomainLM, extract_domain, token_map
+from mistral_ms.mixtures.expand import remove_experts
 from mistral_ms.models import CausalLM
 
 V = 48
@@ -172,3 +173,31 @@ def test_what_is_refused(batch, tmp_path):
         pytest.raises(ConfigError, match="no such domain: domain: 3: there are 0 to 2"),
     ):
         extract_domain(source, tmp_path / "one", 3)
+
+
+def test_a_domain_of_one_expert_beside_shared_ones_is_no_dense_model(tmp_path):
+    plain = config(experts=3)
+    moe = plain.moe.model_copy(update={"n_shared_experts": 1})
+    made = DomainLM(plain.model_copy(update={"moe": moe}))
+    made.initialize(0)
+    saved(tmp_path / "whole", made)
+    with (
+        open_checkpoint(tmp_path / "whole") as source,
+        pytest.raises(ConfigError, match=r"no dense model: model.moe.n_shared_experts: 1"),
+    ):
+        extract_domain(source, tmp_path / "one", 0)
+    assert not (tmp_path / "one").exists()
+
+
+def test_a_table_of_numbers_survives_a_smaller_dtype(tmp_path):
+    """Experts beyond 256 are no bfloat16; and none is removed from under the table."""
+    made = DomainLM(config(experts=900, domains=1))
+    made.initialize(0)
+    values = saved(tmp_path / "whole", made)
+    convert(tmp_path / "whole", tmp_path / "half", "mindspore", "bf16")
+    name = "layers.1.moe.router.expert_of_token"
+    with open_checkpoint(tmp_path / "half") as source:
+        np.testing.assert_array_equal(source.read(name, "float32"), values[name])
+        assert source.dtype("layers.1.moe.experts.w1") == "bfloat16"
+        with pytest.raises(ConfigError, match=r"experts with numbers: .*random_routed"):
+            remove_experts(source, tmp_path / "less", [1])

@@ -304,6 +304,14 @@ def test_a_capacity_drops_choices(x, priority):
         ({"layers": "nothing"}, "no feed-forward: layers: nothing: must match a Cell inside Stra"),
         ({"norm_topk_prob": False}, "copies would not compute what they replace: blocks.0.mlp"),
         ({"gate": "nobody"}, "unknown gate 'nobody'"),
+        ({"gate": "hash_top_1", "top_k": 1}, "gate of token ids: gate: hash_top_1"),
+        (
+            {
+                "routing": RoutingConfig(policy="capacity", drop_priority="score"),
+                "eval_routing": RoutingConfig(policy="capacity"),
+            },
+            "two orders: eval_routing.drop_priority: token_major",
+        ),
         ({"experts": Mlp}, "two kinds of experts: experts: init=.copy. makes them"),
         ({"init": "fresh", "experts": [Mlp]}, "other experts: experts: 1 functions: one for each"),
         ({"init": "warm"}, "unknown start: init: warm: copy or fresh"),

@@ -7,7 +7,7 @@ import pytest
 
 from mistral_ms.config import DROPLESS, EvaluationConfig
 from mistral_ms.datasets import InMemorySequences
-from mistral_ms.errors import DataError
+from mistral_ms.errors import DataError, TrainingError
 from mistral_ms.training import held_out
 from mistral_ms.training.held_out import HeldOut, read_evaluations
 
@@ -16,7 +16,7 @@ from mistral_ms.training.held_out import HeldOut, read_evaluations
 def judge(tmp_path, monkeypatch, dense, make_model, text):
     """A judge whose evaluations give these losses."""
 
-    def make(losses, step=0, last_step=7, **config):
+    def make(losses, step=0, last_step=7, digest="abc", **config):
         given = iter(losses)
 
         def evaluate():
@@ -26,7 +26,7 @@ def judge(tmp_path, monkeypatch, dense, make_model, text):
 
         monkeypatch.setattr(held_out, "Evaluator", lambda *arguments: evaluate)
         data = InMemorySequences(text, 8, 1, 0)
-        data.seq_length = 8
+        data.seq_length, data.digest = 8, digest
         return HeldOut(
             EvaluationConfig(eval_steps=2, **config),
             make_model(dense, DROPLESS),
@@ -86,6 +86,17 @@ def test_a_resumed_training_remembers_what_came_before_it(judge, tmp_path):
     after(SimpleNamespace(step=6, epoch=1.0))
     assert [each.best for each in after.records] == [True, True, False]
     assert after.ends_training
+    with pytest.raises(TrainingError, match="resume with other held-out data: evaluation: now xyz"):
+        judge([1.0], step=5, digest="xyz")
+
+
+def test_the_best_weights_are_there_before_the_record_and_go_with_it(judge, tmp_path):
+    made = judge([3.0, 2.0, 2.5, 1.0], keep_best=True)
+    for record in steps(1, 7):
+        made(record)
+    assert [path.name for path in (tmp_path / "best").glob("step-*")] == ["step-00000007"]
+    judge([2.5], step=5, keep_best=True)  # a training that goes on from step 5
+    assert not list((tmp_path / "best").glob("step-*"))
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -85,9 +85,9 @@ def test_held_out_data_judges_a_run(finished):
     # the same sums in float32, by another graph
     assert records[-1].loss == pytest.approx(last.loss, rel=1e-6)
     assert records[-1].tokens == last.tokens
-    with open_checkpoint(files.best) as source:
-        load_weights(source, model.weights())
     lowest = min(records, key=lambda record: record.loss)
+    with open_checkpoint(CheckpointSeries(files.best).path(lowest.step)) as source:
+        load_weights(source, model.weights())
     assert lowest.best and evaluate().loss == pytest.approx(lowest.loss, rel=1e-6)
 
 

@@ -69,14 +69,11 @@ class Gate(nn.Cell):
             choose tokens by them and weight them with them (``routing.policy: experts_choose``).
         statistics: names of the terms that :meth:`route` gives beside scores and logits. Their sums
             over tokens reach ``losses``.
-        takes_ids: whether it routes by the ids of tokens, which :meth:`construct` then gets; it has
-            no :meth:`route`, and neither pipelines nor the auto-parallel graph can have it.
         losses: the gate's own losses by name, beside those of every gate; a run gives them
             coefficients in ``training.router_losses``.
     """
 
     experts_may_choose: ClassVar[bool] = False
-    takes_ids: ClassVar[bool] = False
     statistics: ClassVar[tuple[str, ...]] = ()
     losses: ClassVar[Mapping[str, LossTerm]] = {}
 
@@ -97,6 +94,7 @@ class Gate(nn.Cell):
         self.moe: MoEArchitecture = config.moe
         self.top_k, self.num_experts = config.moe.num_experts_per_tok, config.moe.num_local_experts
         self.layer = layer
+        self.takes_ids = config.moe.gate.takes_ids
         self.drop_priority = routing.drop_priority
         self.compute_dtype = getattr(ms, routing.router_dtype)
         names: dict[bool, list[str]] = {True: [], False: []}

@@ -25,6 +25,7 @@ class HashTop1Settings(GateSettings):
         hash_seed: of the map from tokens to experts; the layer is part of it, too.
     """
 
+    takes_ids: ClassVar[bool] = True
     name: str = "hash_top_1"
     hash_seed: int = Field(default=0, ge=0, lt=1 << 31)
 
@@ -38,8 +39,6 @@ class HashTop1(Gate):
     layer): even over ids, not over texts, where some ids are frequent. It has no parameters; the
     scores are 1 for the expert and 0 for others, so the router's losses have no gradient.
     """
-
-    takes_ids: ClassVar[bool] = True
 
     @classmethod
     def specs(cls, config: ModelConfig) -> tuple[ParamSpec, ...]:
