@@ -32,7 +32,7 @@ test: lint
 fast: install
 	$(BIN)/python -m pytest -n 2 --fast
 
-# Plants forty defects, one after the other; each must be noticed by the fast tests.
+# Plants defects, one after the other; each must be noticed by the fast tests.
 mutants: install
 	$(BIN)/python tests/mutants/run.py
 

@@ -105,10 +105,10 @@ class Job:
 def run_job(workers: int, directory: Path, name: str, *command: str, timeout: int) -> Job:
     """Runs msrun to its end; it and all ranks are forks, see :mod:`distributed.forked`.
 
-    Once in a hundred jobs a fork was seen to stand still before it joined the others, which then
-    wait in vain; no line of a job's script has run then. Such a job is started once more, with
-    interpreters of its own: forks of the same process stood still a second time. A warning says
-    where each process was.
+    Once in a hundred jobs the ranks do not come together: all of them and the scheduler, forks of
+    one process, are in MindSpore's ``init`` then, and wait for each other in vain. Such a job is
+    started once more, with interpreters of its own: forks of the same process waited in vain a
+    second time. A warning says where each process was.
 
     Args:
         workers: number of ranks.
