@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import warnings
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distributed.forked import SOCKET, STACKS, start_server
+from support.ports import free_port
 
 HERE = Path(__file__).parent
 TAIL = 40
@@ -192,9 +192,3 @@ def environment(directory: Path) -> dict[str, str]:
         MARK: str(directory),
         "GLOG_v": "3",
     }
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.harness import free_port, run_job
+from distributed.harness import run_job
 from support.hf import save_with_tokenizer
+from support.ports import free_port
 
 from mistral_ms.tokenizer import packaged_tokenizer
 

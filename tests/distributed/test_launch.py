@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from distributed.test_train_command import RUN
-from launch.jobs import TIMEOUT, finish, free_port, left_behind, start
+from launch.jobs import TIMEOUT, finish, left_behind, start
+from support.ports import free_port
 
 from mistral_ms.checkpoint import CheckpointSeries
 from mistral_ms.data import demo_text
@@ -29,7 +30,7 @@ def killed(tmp_path_factory):
     training = {**RUN["training"], "max_steps": 100_000}
     run = {**RUN, "model": model, "training": training, "checkpoint": {"save_steps": 2}}
     (root / "run.yaml").write_text(yaml.safe_dump({**run, "output": str(root / "out")}))
-    flags = ["--workers", "1", "--nodes", "2", "--master", "127.0.0.1", "--port", free_port()]
+    flags = ["--workers", "1", "--nodes", "2", "--master", "127.0.0.1", "--port", str(free_port())]
     layout = ["parallel.dp=2", "parallel.ep=2", "parallel.devices_per_node=1"]
     nodes = [
         start(root, *flags, "--node-rank", str(n), "--log-dir", "logs", overrides=layout)
@@ -81,7 +82,7 @@ def test_the_training_goes_on_in_another_layout_and_ends_politely(killed):
     series, before = CheckpointSeries(killed.root / "out" / "checkpoints"), 2
     assert series.newest().step >= before
     process = start(
-        killed.root, "--workers", "2", "--port", free_port(), "--log-dir", "again",
+        killed.root, "--workers", "2", "--port", str(free_port()), "--log-dir", "again",
         overrides=["parallel.dp=2", "--resume", "out", "checkpoint.save_steps=100000"],
     )  # fmt: skip
     first = series.newest().step

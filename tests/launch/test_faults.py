@@ -7,7 +7,8 @@ import time
 
 import pytest
 import yaml
-from launch.jobs import finish, free_port, left_behind, start
+from launch.jobs import finish, left_behind, start
+from support.ports import free_port
 
 from mistral_ms.launch.heartbeat import read_beat
 
@@ -27,7 +28,7 @@ def root(tmp_path):
 
 def launch(root, workers, *flags, log_dir="logs", nodes=1, **variables):
     """One launcher for each machine, all of them on this one."""
-    common = ["--workers", str(workers), "--log-dir", log_dir, "--port", free_port(), *flags]
+    common = ["--workers", str(workers), "--log-dir", log_dir, "--port", str(free_port()), *flags]
     layout = [f"parallel.dp={workers * nodes}"]
     if nodes > 1:
         common += ["--nodes", str(nodes), "--master", "127.0.0.1"]
