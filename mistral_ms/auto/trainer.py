@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from mistral_ms.auto.modeling import PreTrainedModel
 from mistral_ms.checkpoint import CheckpointSeries, open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
-from mistral_ms.config import Recompute, RunConfig
+from mistral_ms.config import EvaluationConfig, Recompute, RunConfig
 from mistral_ms.config.base import Frozen, in_our_words, validate
 from mistral_ms.datasets import MindRecordSequences, RowSequences
 from mistral_ms.errors import ConfigError, TrainingError
@@ -253,10 +253,11 @@ class Trainer:
             on_evaluation=[evaluated],
             stop=lambda: state.should_training_stop,
         )
-        best = CheckpointSeries(RunFiles(self.args.output_dir).best).newest()
-        if self.args.load_best_model_at_end and best is not None:
-            with open_checkpoint(best.path) as source:
-                load_weights(source, self.model.model.weights())
+        if self.args.load_best_model_at_end:
+            best = CheckpointSeries(RunFiles(self.args.output_dir).best).newest()
+            if best is not None:
+                with open_checkpoint(best.path) as source:
+                    load_weights(source, self.model.model.weights())
         self._tell("on_train_end")
         return result
 
@@ -341,14 +342,6 @@ class Trainer:
         routing: dict[str, Any] = {"policy": "dropless"}
         if args.capacity_factor is not None:
             routing = {"policy": "capacity", "capacity_factor": args.capacity_factor}
-        evaluation = None
-        if self.eval_dataset is not None:
-            evaluation = {
-                "eval_steps": args.eval_steps or 1 << 30,  # the last step is always followed by one
-                "batch_size": args.per_device_eval_batch_size,
-                "keep_best": args.load_best_model_at_end,
-                "early_stopping_patience": args.early_stopping_patience,
-            }
         values = {
             "model": self.model.config,
             "routing": routing,
@@ -358,8 +351,15 @@ class Trainer:
                 "save_steps": args.save_steps,
                 "save_total_limit": args.save_total_limit,
             },
-            "evaluation": evaluation,
         }
         run = validate(RunConfig, values, "TrainingArguments")
         counted = run.training.with_max_steps(self.train_dataset.sequences)
-        return run.model_copy(update={"training": counted})
+        evaluation = None
+        if self.eval_dataset is not None:
+            evaluation = EvaluationConfig(
+                eval_steps=args.eval_steps or counted.last_step,
+                batch_size=args.per_device_eval_batch_size,
+                keep_best=args.load_best_model_at_end,
+                early_stopping_patience=args.early_stopping_patience,
+            )
+        return run.model_copy(update={"training": counted, "evaluation": evaluation})

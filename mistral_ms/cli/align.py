@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mistral_ms.cli.opening import FollowLinks, NoVerify, SourceFormat
+from mistral_ms.cli.opening import FollowLinks, JsonResult, NoVerify, SourceFormat
 from mistral_ms.cli.processes import DataRanks, Execution, ExpertRanks, Stages, TensorRanks, Way
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ def align(
     pp: Stages = 1,
     ep: ExpertRanks = 1,
     execution: Way = Execution.AUTO,
-    json: Annotated[
-        Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
-    ] = None,
+    json: JsonResult = None,
 ) -> None:
     """Run the same prompts through Hugging Face (torch) and here; exit 1 when they part."""
     import mindspore as ms

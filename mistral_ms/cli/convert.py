@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mistral_ms.cli.opening import FollowLinks, NoVerify, SourceFormat
+from mistral_ms.cli.opening import FollowLinks, JsonResult, NoVerify, Overwrite, SourceFormat
 
 if TYPE_CHECKING:
     from mistral_ms.checkpoint import ConvertResult
@@ -80,9 +80,7 @@ def convert(
     dtype: Annotated[
         DType, typer.Option(help="Store weights in this; keep leaves every bit.")
     ] = DType.KEEP,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DST.")
-    ] = False,
+    overwrite: Overwrite = False,
     upcycle_experts: Annotated[
         int | None,
         typer.Option(
@@ -99,9 +97,7 @@ def convert(
         Path | None,
         typer.Option(help="Write a file for every rank of this run file's layout (mindspore)."),
     ] = None,
-    json: Annotated[
-        Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
-    ] = None,
+    json: JsonResult = None,
 ) -> None:
     """Convert between Hugging Face, Mistral, MindFormers and mistral_ms, in constant memory."""
     from dataclasses import asdict

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mistral_ms.cli.opening import FollowLinks, NoVerify, SourceFormat
+from mistral_ms.cli.opening import FollowLinks, JsonResult, NoVerify, SourceFormat
 
 
 def evaluate(
@@ -21,9 +21,7 @@ def evaluate(
     ] = None,
     no_verify: NoVerify = False,
     follow_links: FollowLinks = False,
-    json: Annotated[
-        Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
-    ] = None,
+    json: JsonResult = None,
 ) -> None:
     """Measure perplexity and accuracy of a checkpoint on a dataset.
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mistral_ms.cli.opening import FollowLinks, NoVerify
+from mistral_ms.cli.opening import FollowLinks, JsonResult, NoVerify, Overwrite
 
 OPENING = 50
 """Updates until tokens may choose new experts."""
@@ -44,14 +44,10 @@ def experts(
     opening_updates: Annotated[
         int, typer.Option(help="With --add: updates until tokens may choose the new ones.")
     ] = OPENING,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DST.")
-    ] = False,
+    overwrite: Overwrite = False,
     no_verify: NoVerify = False,
     follow_links: FollowLinks = False,
-    json: Annotated[
-        Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
-    ] = None,
+    json: JsonResult = None,
 ) -> None:
     """Add experts to every sparse layer of a checkpoint, or remove, export, import one."""
     from dataclasses import asdict

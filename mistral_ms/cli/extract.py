@@ -7,21 +7,17 @@ from typing import Annotated
 
 import typer
 
-from mistral_ms.cli.opening import FollowLinks, NoVerify
+from mistral_ms.cli.opening import FollowLinks, JsonResult, NoVerify, Overwrite
 
 
 def extract(
     src: Annotated[Path, typer.Argument(help="Checkpoint whose model.moe.gate is random_routed.")],
     dst: Annotated[Path, typer.Argument(help="Directory to write; appears when it is whole.")],
     domain: Annotated[int, typer.Option(help="Which domain, from 0 on.")],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DST.")
-    ] = False,
+    overwrite: Overwrite = False,
     no_verify: NoVerify = False,
     follow_links: FollowLinks = False,
-    json: Annotated[
-        Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
-    ] = None,
+    json: JsonResult = None,
 ) -> None:
     """Extract the model of one domain; on that domain it computes what the whole one does."""
     from dataclasses import asdict

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mistral_ms.cli.opening import FollowLinks, NoVerify, SourceFormat, of_checkpoint
+from mistral_ms.cli.opening import FollowLinks, JsonResult, NoVerify, SourceFormat, of_checkpoint
 from mistral_ms.cli.processes import DataRanks, Execution, ExpertRanks, Stages, TensorRanks, Way
 
 if TYPE_CHECKING:
@@ -113,9 +113,7 @@ def generate(
     pp: Stages = 1,
     ep: ExpertRanks = 1,
     execution: Way = Execution.AUTO,
-    json: Annotated[
-        Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
-    ] = None,
+    json: JsonResult = None,
 ) -> None:
     """Generate text, streamed as it becomes certain."""
     from mistral_ms.cli.processes import heartbeat_of, join_processes

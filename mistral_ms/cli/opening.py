@@ -1,9 +1,10 @@
-"""Options of all commands that open a checkpoint."""
+"""Options of all commands that open a checkpoint, or write one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,12 @@ NoVerify = Annotated[
 ]
 FollowLinks = Annotated[
     bool, typer.Option("--follow-links", help="Follow links that lead out of the checkpoint.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DST.")
+]
+JsonResult = Annotated[
+    Path | None, typer.Option("--json", help="Write the result to this file as JSON.")
 ]
 
 

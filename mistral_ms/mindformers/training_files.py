@@ -46,6 +46,7 @@ from mistral_ms.errors import CheckpointError, MistralMsError
 from mistral_ms.optimizers import with_settings
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.sharding.forms import GraphForm, graph_form
+from mistral_ms.staging import StagedDirectory
 from mistral_ms.training import RunFiles
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.loss_scale import LossScale
@@ -69,7 +70,8 @@ def to_mindformers(
         graph: several processes go on with it, with ``auto_trans_ckpt: True``.
 
     Raises:
-        CheckpointError: a checkpoint without a training, or of one that cannot go on there.
+        CheckpointError: a checkpoint without a training, or of one that cannot go on there;
+            something at ``directory``.
     """
     state = read_state(checkpoint)
     step, updates, scale = state["step"], state["updates"], state["loss_scale"]["value"]
@@ -99,12 +101,21 @@ def to_mindformers(
     batch = state.get("training", {}).get("global_batch_size")
     if batch is not None:
         counters["global_batch_size"] = np.array(batch, np.int32)
-    directory.mkdir(parents=True)
-    for file, held in (("training", tensors), ("hyper_param", counters)):
-        named = [{"name": name, "data": Tensor(each)} for name, each in held.items()]
-        ms.save_checkpoint(named, str(directory / f"{file}.safetensors"), format="safetensors")
     index = {"weight_map": dict.fromkeys(tensors, "training.safetensors")}  # MindSpore asks for it
-    (directory / PARAM_NAME_MAP).write_text(json.dumps(index), encoding="utf-8")
+    if directory.exists():
+        raise CheckpointError(
+            "something is there", where=directory, rule="the directory must be a new one"
+        )
+    staged = StagedDirectory(directory)
+    try:
+        path = staged.open()
+        for file, held in (("training", tensors), ("hyper_param", counters)):
+            named = [{"name": name, "data": Tensor(each)} for name, each in held.items()]
+            ms.save_checkpoint(named, str(path / f"{file}.safetensors"), format="safetensors")
+        (path / PARAM_NAME_MAP).write_text(json.dumps(index), encoding="utf-8")
+        staged.install()
+    finally:
+        staged.close()
 
 
 def _forms(architecture: ModelConfig, graph: bool) -> dict[str, GraphForm]:
