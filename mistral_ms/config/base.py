@@ -76,6 +76,25 @@ def in_our_words(model: type[Frozen], error: ValidationError, where: str) -> Con
     )
 
 
+def nested(model: type[Model], values: Mapping[str, Any]) -> Model:
+    """The same for a group that another one's validator makes, which says where it lies.
+
+    Raises:
+        ValueError: names the key.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            known = f"known: {', '.join(sorted(model.model_fields))}"
+            near = perhaps(key, model.model_fields)
+            message = f"unknown key: {'; '.join(filter(None, [near, known]))}"
+        raise ValueError(f"{key}: {message}" if key else message) from None
+
+
 def _takes_bool(annotation: Any) -> bool:
     """Whether true and false are values of a type."""
     inner = get_args(annotation)

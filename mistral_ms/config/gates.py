@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import ValidationError
-
-from mistral_ms.config.base import Frozen
+from mistral_ms.config.base import Frozen, nested
 from mistral_ms.config.extensions import import_extensions
 from mistral_ms.config.names import perhaps
 
@@ -78,14 +76,4 @@ def gate_settings(value: Any) -> GateSettings:
         known = f"known: {', '.join(sorted(_SETTINGS))}"
         advice = "; ".join(filter(None, [perhaps(name, _SETTINGS), known]))
         raise ValueError(f"unknown gate {name!r}: {advice}")
-    try:
-        return _SETTINGS[name].model_validate(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            known = f"known: {', '.join(sorted(_SETTINGS[name].model_fields))}"
-            near = perhaps(key, _SETTINGS[name].model_fields)
-            message = f"unknown key: {'; '.join(filter(None, [near, known]))}"
-        raise ValueError(f"{key}: {message}" if key else message) from None
+    return nested(_SETTINGS[name], values)

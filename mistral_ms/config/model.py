@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from mistral_ms.config.base import Frozen
+from mistral_ms.config.base import Frozen, nested
 from mistral_ms.config.gates import GateSettings, SoftmaxTopKSettings, gate_settings
-from mistral_ms.config.placement import Placement, placement
+from mistral_ms.config.placement import Placement
 from mistral_ms.config.rope_scaling import RopeScaling
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -81,7 +81,7 @@ class MoEArchitecture(Frozen):
     @field_validator("sparse_layers", mode="before")
     @classmethod
     def _placement(cls, value: Any) -> Any:
-        return placement(value) if isinstance(value, Mapping) else value
+        return nested(Placement, value) if isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> MoEArchitecture:

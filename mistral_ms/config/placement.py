@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from mistral_ms.config.base import Frozen
 
@@ -45,20 +42,3 @@ class Placement(Frozen):
             and (layer + 1) % self.decoder_sparse_step == 0
             and layer not in self.mlp_only_layers
         )
-
-
-def placement(values: Mapping[str, Any]) -> Placement:
-    """A rule from what a configuration says.
-
-    Raises:
-        ValueError: an unknown key, or a value that breaks a rule.
-    """
-    try:
-        return Placement.model_validate(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = f"unknown key: known: {', '.join(sorted(Placement.model_fields))}"
-        raise ValueError(f"{key}: {message}" if key else message) from None
