@@ -26,8 +26,8 @@ from pathlib import Path
 SOCKET = "MISTRAL_MS_TEST_SOCKET"
 """Variable of the environment: where the server listens."""
 STACKS = "MISTRAL_MS_TEST_STACKS"
-"""Variable of the environment: the directory in which a process writes where it is if it has not
-ended after STANDS_STILL seconds, less than what ranks wait for each other.
+"""Variable of the environment: the directory in which a process writes where it is if it crashes,
+or has not ended after STANDS_STILL seconds, less than what ranks wait for each other.
 """
 STANDS_STILL = 45
 
@@ -135,6 +135,7 @@ def _write_stack_later(name: str) -> None:
     if STACKS in os.environ:
         who = f"{name} {os.environ.get('MS_ROLE')} {os.environ.get('RANK_ID')} {os.getpid()}"
         file = (Path(os.environ[STACKS]) / who.replace(" ", "-")).open("w")
+        faulthandler.enable(file)
         faulthandler.dump_traceback_later(STANDS_STILL, file=file)
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,8 @@ TAIL = 40
 MARK = "MISTRAL_MS_TEST_RUN"
 """Variable of the environment that all processes of a run have."""
 NOT_TOGETHER = "Failed to initialize distributed job cluster"
+CRASHES = {-getattr(signal, name) for name in ("SIGILL", "SIGABRT", "SIGBUS", "SIGFPE", "SIGSEGV")}
+"""Exit codes of a process that crashed below Python."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,12 @@ def run(script: str, workers: int, directory: Path, timeout: int) -> Report:
         directory: empty; takes logs and results.
         timeout: seconds until all processes are ended.
     """
-    job = run_job(workers, directory, "job", str(HERE / script), str(directory), timeout=timeout)
-    code = 0 if job.crashed_at_exit else job.code  # whether all have saved is looked at below
     results = [directory / f"rank_{rank}.npz" for rank in range(workers)]
+    job = run_job(
+        workers, directory, "job", str(HERE / script), str(directory), timeout=timeout,
+        has_finished=lambda _: all(path.exists() for path in results),
+    )  # fmt: skip
+    code = 0 if job.crashed else job.code  # whether all have saved is looked at below
     missing = [path.stem for path in results if not path.exists()]
     if code or missing:
         pytest.fail(
@@ -82,33 +89,45 @@ class Job:
     logs: Path
 
     @property
-    def crashed_at_exit(self) -> bool:
-        """Whether all that msrun complains of is a segmentation fault, or what followed from it.
+    def crashed(self) -> bool:
+        """Whether all that msrun complains of is a crash below Python, or what followed from it.
 
         On a crowded machine a MindSpore process was seen to crash while it ended, all its work done
         and saved. Callers look at the work.
         """
-        return set(re.findall(r"exit with exception\. Error code: (-?\d+)", self.said)) == {"-11"}
+        codes = re.findall(r"exit with exception\. Error code: (-?\d+)", self.said)
+        return bool(codes) and set(map(int, codes)) <= CRASHES
 
     def tails(self) -> str:
-        """The end of every worker's log, those with a Python error first and at length."""
+        """How ranks ended, and the end of every rank's log, those with an error of Python first and
+        at length.
+        """
         paths = self.logs.glob("worker_*.log")
         texts = {path.name: path.read_text(errors="replace") for path in paths}
         failed = sorted(texts, key=lambda name: ("Traceback" not in texts[name], name))
-        parts = []
+        parts = [line for line in self.said.splitlines() if "exit with exception" in line]
         for number, name in enumerate(failed):
             lines = texts[name].splitlines()[-(TAIL if number == 0 else 5) :]
             parts.append("\n".join([f"--- {name}", *lines]))
         return "\n".join(parts)
 
 
-def run_job(workers: int, directory: Path, name: str, *command: str, timeout: int) -> Job:
+def run_job(
+    workers: int,
+    directory: Path,
+    name: str,
+    *command: str,
+    timeout: int,
+    has_finished: Callable[[Job], bool] = lambda job: False,
+    writes: str | None = None,
+) -> Job:
     """Runs msrun to its end; it and all ranks are forks, see :mod:`distributed.forked`.
 
     Once in a hundred jobs the ranks do not come together: all of them and the scheduler, forks of
-    one process, are in MindSpore's ``init`` then, and wait for each other in vain. Such a job is
-    started once more, with interpreters of its own: forks of the same process waited in vain a
-    second time. A warning says where each process was.
+    one process, are in MindSpore's ``init`` then, and wait for each other in vain. Once in a
+    thousand a rank crashes below Python. Such a job is started once more, with interpreters of its
+    own, as users have them: forks of the same process waited in vain a second time. A warning says
+    where each process was.
 
     Args:
         workers: number of ranks.
@@ -116,12 +135,18 @@ def run_job(workers: int, directory: Path, name: str, *command: str, timeout: in
         name: of the job: what logs are called.
         command: a script and its arguments.
         timeout: seconds until all processes are ended.
+        has_finished: whether the work of a job was done, though a rank crashed later.
+        writes: the directory that the job makes; removed before a second try.
     """
     job = _run_once(workers, directory, name, *command, timeout=timeout)
-    if NOT_TOGETHER in job.said:
-        job.logs.rename(directory / f"{name}_logs_of_first_try")
+    apart = NOT_TOGETHER in job.said
+    if apart or (job.crashed and not has_finished(job)):
         stacks = (f"--- {path.name}\n{path.read_text()}" for path in _stacks(directory).iterdir())
-        warnings.warn("ranks did not come together:\n" + "\n".join(stacks), stacklevel=2)
+        what = "ranks did not come together" if apart else f"a rank crashed: {job.tails()}"
+        warnings.warn(f"{what}\n" + "\n".join(stacks), stacklevel=2)
+        job.logs.rename(directory / f"{name}_logs_of_first_try")
+        if writes:
+            shutil.rmtree(directory / writes, ignore_errors=True)
         job = _run_once(workers, directory, name, *command, timeout=timeout, forks=False)
     return job
 

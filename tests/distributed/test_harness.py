@@ -7,7 +7,7 @@ import time
 import pytest
 from distributed import harness
 from distributed.forked import SOCKET, STACKS, start_server
-from distributed.harness import HERE, NOT_TOGETHER, Job, end, environment, run_job
+from distributed.harness import CRASHES, HERE, NOT_TOGETHER, Job, end, environment, run_job
 
 
 def test_workers_in_sessions_of_their_own_are_ended(tmp_path):
@@ -58,7 +58,24 @@ def test_a_fork_is_where_its_client_is_and_ends_as_it_does(tmp_path):
     assert client.returncode == 3
 
 
-def test_ranks_that_do_not_come_together_are_started_once_more_without_forks(tmp_path, monkeypatch):
+CRASH = "Worker process 7 exit with exception. Error code: -11."
+REFUSAL = "Worker process 7 exit with exception. Error code: 1."
+
+
+@pytest.mark.parametrize(
+    ("said", "finished", "tries"),
+    [
+        (NOT_TOGETHER, False, [True, False]),
+        (CRASH, False, [True, False]),
+        (CRASH, True, [True]),
+        (REFUSAL, False, [True]),
+        (f"{REFUSAL}\n{CRASH}", False, [True]),
+    ],
+)
+def test_what_forks_may_be_to_blame_for_is_tried_without_them(
+    tmp_path, monkeypatch, recwarn, said, finished, tries
+):
+    """And nothing else: an error of the program itself counts at once."""
     tried = []
 
     def run_once(workers, directory, name, *command, timeout, forks=True):
@@ -66,12 +83,16 @@ def test_ranks_that_do_not_come_together_are_started_once_more_without_forks(tmp
         (directory / f"{name}_logs").mkdir()
         (directory / "stacks").mkdir(exist_ok=True)
         (directory / "stacks" / "fork-0").write_text("in _become")
-        return Job(1, "exit code 1", NOT_TOGETHER, directory / f"{name}_logs")
+        (directory / "made").mkdir()
+        return Job(1, "exit code 1", said, directory / f"{name}_logs")
 
     monkeypatch.setattr(harness, "_run_once", run_once)
-    with pytest.warns(UserWarning, match="fork-0\nin _become"):
-        run_job(2, tmp_path, "job", "script.py", timeout=1)
-    assert tried == [True, False]
+    options = dict(timeout=1, has_finished=lambda job: finished, writes="made")
+    job = run_job(2, tmp_path, "job", "script.py", **options)
+    assert tried == tries
+    warned = [str(w.message) for w in recwarn if "fork-0\nin _become" in str(w.message)]
+    assert len(warned) == len(tries) - 1
+    assert job.crashed == (said == CRASH)
 
 
 def test_a_fork_that_stands_still_says_where(tmp_path, monkeypatch):
@@ -83,6 +104,16 @@ def test_a_fork_that_stands_still_says_where(tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-c", code], env=environment(tmp_path), check=True)
     [stack] = tmp_path.glob("x-*")
     assert "in waits" in stack.read_text()
+
+
+def test_a_process_that_crashes_says_where(tmp_path, monkeypatch):
+    monkeypatch.setenv(STACKS, str(tmp_path))
+    code = "import ctypes; from distributed import forked; forked._write_stack_later('x')\n"
+    code += "def reads():\n    ctypes.string_at(0)\nreads()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path))
+    assert done.returncode in CRASHES
+    [stack] = tmp_path.glob("x-*")
+    assert "in reads" in stack.read_text()
 
 
 def test_a_job_without_forks_runs_the_command(tmp_path):

@@ -47,12 +47,17 @@ def alone(root, *arguments):
     return commands.run("train", "--config", "run.yaml", *arguments, cwd=root, timeout=300)
 
 
-def together(root, workers, name, *arguments):
+def has_finished(job):
+    return "\nsummary " in job.said
+
+
+def together(root, workers, name, *arguments, writes=None):
     """A job of so many processes; what it said."""
     command = (str(ROOT / "run_mixtral.py"), "train", "--config", "run.yaml", *arguments)
-    job = run_job(workers, root, name, *command, timeout=TIMEOUT)
-    finished = job.crashed_at_exit and "\nsummary " in job.said
-    assert job.code == 0 or finished, job.tails() + job.said[-2000:]
+    job = run_job(
+        workers, root, name, *command, timeout=TIMEOUT, has_finished=has_finished, writes=writes
+    )
+    assert job.code == 0 or (job.crashed and has_finished(job)), job.tails() + job.said[-2000:]
     return job.said
 
 
@@ -64,7 +69,7 @@ def trained(tmp_path_factory):
     (root / "run.yaml").write_text(yaml.safe_dump(RUN))
     one = alone(root, GROUPS, "output=one")
     assert one.returncode == 0, one.stdout + one.stderr
-    together(root, 4, "first", *FIRST, "training.max_steps=3", "output=many")
+    together(root, 4, "first", *FIRST, "training.max_steps=3", "output=many", writes="many")
     said = together(root, 2, "then", *THEN, "--resume", "many", "--json", "many.json")
     return SimpleNamespace(root=root, said=said)
 
