@@ -11,7 +11,7 @@ PIP_ARGS ?=
 
 export GLOG_v ?= 3
 
-.PHONY: install demo test fast mutants fuzz lint format clean
+.PHONY: install demo test fast mutants fuzz docs lint format clean
 
 install: $(STAMP)
 
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 		{ echo "Python 3.11 is needed: make install PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) "$(TORCH)" -e ".[align,mindformers,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) "$(TORCH)" -e ".[align,docs,mindformers,test]"
 	touch $(STAMP)
 
 demo: install
@@ -40,6 +40,11 @@ mutants: install
 CASES ?= 10000
 fuzz: install
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz --cases $(CASES) $(if $(SEED),--seed $(SEED))
+
+# The documentation as a site, in site/; broken links end it.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "site/index.html"
 
 lint: install
 	$(BIN)/ruff format --check

@@ -1,0 +1,23 @@
+"""MkDocs: a link to a file outside of docs/ becomes the file's path; a broken one ends the build."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+_OUTSIDE = re.compile(r"\[([^\]]*)\]\((\.\./[^)#]*)(#[^)]*)?\)")
+_DOCS = Path(__file__).parent
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replaces such links: the site has the pages only, a reader of the source has the files."""
+
+    def path(match: re.Match[str]) -> str:
+        text, target = match[1], (_DOCS / match[2]).resolve()
+        if not target.exists():
+            raise FileNotFoundError(f"link to {match[2]}, which does not exist")
+        shown = f"`{target.relative_to(_DOCS.parent)}`"
+        return shown if text.strip("`") in shown else f"{text} ({shown})"
+
+    return _OUTSIDE.sub(path, markdown)
