@@ -21,3 +21,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         return shown if text.strip("`") in shown else f"{text} ({shown})"
 
     return _OUTSIDE.sub(path, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings name what they speak of in Sphinx's way, of which the site keeps the name."""
+    return re.sub(
+        r":(?:attr|class|data|func|meth|mod):<code>~?([^<]*)</code>", r"<code>\1</code>", html
+    )
