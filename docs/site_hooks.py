@@ -1,4 +1,4 @@
-"""MkDocs: a link to a file outside of docs/ becomes the file's path; a broken one ends the build."""
+"""MkDocs: a link to a file outside of docs/ becomes its path; a broken one ends the build."""
 
 from __future__ import annotations
 
