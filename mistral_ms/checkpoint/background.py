@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -64,4 +65,8 @@ class BackgroundWriter:
         if error is None:
             self.wait()
         elif self._running is not None and (failure := self._running.exception()) is not None:
-            error.add_note(f"and the checkpoint that was being written failed: {failure}")
+            note = f"and the checkpoint that was being written failed: {failure}"
+            if sys.version_info >= (3, 11):
+                error.add_note(note)
+            else:
+                print(note, file=sys.stderr)

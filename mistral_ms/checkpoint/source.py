@@ -173,7 +173,8 @@ class Source:
         assembly, box = self._assembly(name), Box.of(tensor_slice)
         if self.kind != "mistral_ms":
             rows = self.read(name, dtype, (box.start[0], box.stop[0]))
-            return np.ascontiguousarray(rows[(slice(None), *tensor_slice[1:])])
+            rest = (slice(None), *tensor_slice[1:])
+            return np.ascontiguousarray(rows[rest])
         values = read_box(self.store, name, box)
         stored = self._stored(assembly, dtype)
         have = self.tensors[name].dtype

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mistral_ms.cli.opening import FollowLinks, JsonResult, NoVerify, Overwrite, SourceFormat
+from mistral_ms.enums import StrEnum
 
 if TYPE_CHECKING:
     from mistral_ms.checkpoint import ConvertResult

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mistral_ms.enums import StrEnum
 
 
 class Shape(StrEnum):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mistral_ms.cli.opening import FollowLinks, JsonResult, NoVerify, Overwrite
+from mistral_ms.enums import StrEnum
 
 OPENING = 50
 """Updates until tokens may choose new experts."""

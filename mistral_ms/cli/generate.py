@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +12,7 @@ import typer
 
 from mistral_ms.cli.opening import FollowLinks, JsonResult, NoVerify, SourceFormat, of_checkpoint
 from mistral_ms.cli.processes import DataRanks, Execution, ExpertRanks, Stages, TensorRanks, Way
+from mistral_ms.enums import StrEnum
 
 if TYPE_CHECKING:
     from mistral_ms.checkpoint import Source

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from mistral_ms.enums import StrEnum
 
 if TYPE_CHECKING:
     from mistral_ms.config import ParallelConfig

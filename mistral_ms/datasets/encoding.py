@@ -117,6 +117,6 @@ def vocabulary_digest(tokenizer: Tokenizer) -> str:
     for token_id in range(tokenizer.vocab_size):
         piece = tokenizer.piece(token_id)
         # a fallback byte as its number; longer rows of bytes, of byte-level vocabularies, in hex
-        data = piece.data.hex() if len(piece.data) > 1 else int.from_bytes(piece.data)
+        data = piece.data.hex() if len(piece.data) > 1 else int.from_bytes(piece.data, "big")
         digest.update(f"{token_id} {piece.kind.name} {data} {piece.text!r}\n".encode())
     return _digests.setdefault(tokenizer, digest.hexdigest())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict
 
 import mindspore as ms
 
@@ -17,6 +17,9 @@ from mistral_ms.inference.engine import Engine, check_dtype
 from mistral_ms.inference.graph_engine import load_graph_engine
 from mistral_ms.inference.lengths import check_length
 from mistral_ms.parallel.context import ParallelContext
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # of Python 3.11
 
 
 class Opening(TypedDict, total=False):

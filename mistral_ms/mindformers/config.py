@@ -8,7 +8,7 @@ a model is built: :meth:`MistralConfig.architecture` and its siblings read what 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mindformers.models.configuration_utils import PretrainedConfig
 from mindformers.modules.transformer.moe import MoEConfig
@@ -44,6 +44,9 @@ from mistral_ms.config.mindformers_keys import (
 )
 from mistral_ms.config.names import perhaps
 from mistral_ms.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of Python 3.11
 
 WHERE = "model_config"
 

@@ -52,6 +52,7 @@ BELOW_TRAINING = f"{MODEL_PACKAGES} optimizers staging parallel tokenizer checkp
 TABLE = {
     "errors": rule(),
     "cache": rule(),
+    "enums": rule(),
     "reading": rule(),
     "recognition": rule(),
     "signals": rule(),
@@ -106,7 +107,7 @@ TABLE = {
 }
 IMPORTS_ALL = {"mistral_ms.config.extensions"}
 """Imports every file of the package that asks, so that one more file is all that is added."""
-COMMON = {"errors", "cache", "reading", "recognition", "signals", "__version__"}
+COMMON = {"errors", "cache", "enums", "reading", "recognition", "signals", "__version__"}
 """Every package may import them: what users meet, where compiled files are kept, how files of
 others are read and recognised, how to be ended."""
 

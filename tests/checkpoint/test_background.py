@@ -76,8 +76,9 @@ def test_on_the_way_out_of_an_error_the_save_is_finished_and_the_error_stays():
     assert done
 
 
-def test_an_error_of_the_save_is_told_with_the_one_that_ended_the_training():
+def test_an_error_of_the_save_is_told_with_the_one_that_ended_the_training(capsys):
     with pytest.raises(KeyboardInterrupt) as caught, BackgroundWriter() as writer:
         writer.submit(failing)
         raise KeyboardInterrupt
-    assert "disk full: somewhere" in caught.value.__notes__[0]
+    notes = getattr(caught.value, "__notes__", [capsys.readouterr().err])  # of Python 3.11
+    assert "disk full: somewhere" in notes[0]

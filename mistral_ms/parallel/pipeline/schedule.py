@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal
 
+from mistral_ms.enums import StrEnum
 from mistral_ms.errors import ConfigError
 
 

@@ -146,7 +146,7 @@ def test_the_picture_is_a_png():
     schedule = make_schedule("1f1b", 4, 8, 1, 2)
     png = schedule_png(schedule)
     assert png.startswith(b"\x89PNG")
-    width, height = int.from_bytes(png[16:20]), int.from_bytes(png[20:24])
+    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
     assert 600 < width < 3000
     assert 200 < height < 800
 
