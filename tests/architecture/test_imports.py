@@ -179,7 +179,10 @@ def _problem(imported: Import, module: str, where: str) -> str | None:
         if any(f"{inner}.".startswith(f"{allowed}.") for allowed in rule.ours):
             return None
         return f"{where} may not import {imported.name}"
-    if top in sys.stdlib_module_names or (top == "?" and module in IMPORTS_ALL):
+    # typing_extensions: the typing of later versions of Python, for type checkers
+    if top in {*sys.stdlib_module_names, "typing_extensions"} or (
+        top == "?" and module in IMPORTS_ALL
+    ):
         return None
     if top not in rule.packages:
         return f"{where} may not import {imported.name}"
