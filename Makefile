@@ -1,6 +1,8 @@
-# make demo: the main job. make test: everything that must hold. Both need Python 3.11 and pip only
+# make demo: the main job. make test: everything that must hold. Both need Python 3.10 to 3.12 and pip only
 # (g++ lets the tests run the AscendC operators on their CPU twin).
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The version that everything was measured with; the README says which others were tried.
+MINDSPORE ?= 2.9.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -16,10 +18,10 @@ export GLOG_v ?= 3
 install: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-		{ echo "Python 3.11 is needed: make install PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo "Python 3.10 to 3.12 is needed: make install PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) "$(TORCH)" -e ".[align,docs,mindformers,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) "mindspore==$(MINDSPORE)" "$(TORCH)" -e ".[align,docs,mindformers,test]"
 	touch $(STAMP)
 
 demo: install

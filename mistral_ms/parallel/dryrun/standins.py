@@ -21,7 +21,7 @@ from mistral_ms.cache import CACHE_VARIABLE, cache_directory
 from mistral_ms.errors import DryrunError
 from mistral_ms.parallel.dryrun.symbols import defined_in, lack_of
 
-TESTED_VERSION = "2.9.0"
+TESTED_VERSIONS = ("2.9.0", "2.10.0")
 CANN_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
 SYMBOL_LIBRARY = "libmistral_ms_standin.so"
 
@@ -96,8 +96,8 @@ def why_impossible() -> str | None:
     missing = sorted({package for tool, package in _TOOLS.items() if shutil.which(tool) is None})
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         return f"stand-ins for CANN exist for Linux on x86_64, not {platform.machine()}"
-    if version != TESTED_VERSION:
-        return f"stand-ins for CANN fit MindSpore {TESTED_VERSION}, not {version}"
+    if version not in TESTED_VERSIONS:
+        return f"stand-ins for CANN fit MindSpore {' and '.join(TESTED_VERSIONS)}, not {version}"
     if missing:
         return f"stand-ins for CANN are built with {' and '.join(missing)}, not installed here"
     return None
@@ -119,7 +119,7 @@ def standins(cache: Path, mindspore: Path | None = None) -> Path:
             rule=reason,
             todo=f"use such a machine, or one with CANN and {CANN_VARIABLES[0]} set",
         )
-    name = f"cann-standins-mindspore-{TESTED_VERSION}-{_RECIPE}"
+    name = f"cann-standins-mindspore-{importlib.metadata.version('mindspore')}-{_RECIPE}"
     # MindSpore looks for .../latest/... in the path of the library that has the symbols of acl
     place = cache / name / "latest" / "lib64"
     if place.is_dir():
