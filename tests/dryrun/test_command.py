@@ -135,7 +135,10 @@ def test_a_death_and_a_delay(compiler, tmp_path):
     ("change", "reason"),
     [
         (("platform.machine", lambda: "aarch64"), "Linux on x86_64, not aarch64"),
-        (("importlib.metadata.version", lambda _: "2.10.0"), "fit MindSpore 2.9.0, not 2.10.0"),
+        (
+            ("importlib.metadata.version", lambda _: "2.8.0"),
+            "fit MindSpore 2.9.0 and 2.10.0, not 2.8.0",
+        ),
         (("shutil.which", lambda _: None), "built with binutils and g\\+\\+ and gcc, not inst"),
     ],
 )
