@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
     from mistral_ms.cli.extract import extract
     from mistral_ms.cli.generate import generate
     from mistral_ms.cli.inspect import inspect
+    from mistral_ms.cli.moe_lab import moe_lab
     from mistral_ms.cli.plan import plan
     from mistral_ms.cli.train import train
 
@@ -30,5 +31,6 @@ def register(app: typer.Typer) -> None:
     app.command("evaluate")(evaluate)
     app.command("experts")(experts)
     app.command("extract")(extract)
+    app.command("moe-lab")(moe_lab)
     app.command("dryrun")(dryrun)
     app.command("plan")(plan)

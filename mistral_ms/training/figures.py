@@ -60,7 +60,7 @@ def loss_figure(records: Sequence[StepRecord], vocab_size: int | None = None) ->
         records: of one training, in order.
         vocab_size: marks ln V, the loss of a guess among all tokens.
     """
-    figure = _figure(4.8)
+    figure = new_figure(4.8)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     steps = [r.step for r in records]
     lm = [r.lm_loss for r in records]
@@ -97,7 +97,7 @@ def loss_figure(records: Sequence[StepRecord], vocab_size: int | None = None) ->
     bottom.set_xlabel("step")
     bottom.set_xlim(0, last.step)
     _epoch_axis(top, records)
-    return _png(figure)
+    return png_of(figure)
 
 
 def expert_load_figure(
@@ -119,12 +119,12 @@ def expert_load_figure(
 
     _, layers, experts = load.shape
     balanced = 100.0 / experts
-    figure = _figure(1.2 + layers * max(1.6, 0.2 * experts))
+    figure = new_figure(1.2 + layers * max(1.6, 0.2 * experts))
     panels = figure.subplots(layers, 1, sharex=True, squeeze=False)[:, 0]
     norm = TwoSlopeNorm(balanced, vmin=0.0, vmax=2 * balanced)
     for layer, panel in enumerate(panels):
         image = panel.imshow(
-            100.0 * _column_means(load[:, layer]).T,
+            100.0 * column_means(load[:, layer]).T,
             aspect="auto",
             interpolation="nearest",
             cmap="PuOr_r",
@@ -147,20 +147,20 @@ def expert_load_figure(
     bar.set_ticks(list(ticks), labels=list(ticks.values()))
     bar.ax.axhline(balanced, color="black", lw=1)
     _epoch_axis(panels[0], records)
-    return _png(figure)
+    return png_of(figure)
 
 
 def dropped_figure(records: Sequence[StepRecord]) -> bytes:
     """The share of choices that found their expert full, or of tokens that no expert took, over
     the steps.
     """
-    figure = _figure(2.6)
+    figure = new_figure(2.6)
     axes = figure.subplots()
     steps = [r.step for r in records]
     dropped = 100.0 * np.array([r.dropped_fraction for r in records])
     axes.plot(steps, dropped, color=BLUE, alpha=0.4, lw=0.8, label="each step")
     axes.plot(
-        steps, _smooth(dropped, _per_epoch(records)), color=BLUE, lw=1.8, label="mean over an epoch"
+        steps, smooth(dropped, _per_epoch(records)), color=BLUE, lw=1.8, label="mean over an epoch"
     )
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:g} %")
@@ -169,7 +169,7 @@ def dropped_figure(records: Sequence[StepRecord]) -> bytes:
     axes.set_xlim(0, steps[-1])
     axes.legend(loc="best", frameon=False)
     _epoch_axis(axes, records)
-    return _png(figure)
+    return png_of(figure)
 
 
 def router_losses_figure(records: Sequence[StepRecord]) -> bytes:
@@ -183,7 +183,7 @@ def router_losses_figure(records: Sequence[StepRecord]) -> bytes:
     for name in records[-1].router_losses:
         # a resumed training may have begun without it
         losses[name] = [r.router_losses.get(name, math.nan) for r in records]
-    figure = _figure(0.8 + 1.5 * len(losses))
+    figure = new_figure(0.8 + 1.5 * len(losses))
     panels = figure.subplots(len(losses), 1, sharex=True, squeeze=False)[:, 0]
     for panel, (name, values) in zip(panels, losses.items(), strict=True):
         panel.plot(steps, values, color=BLUE, lw=1.4)
@@ -191,16 +191,18 @@ def router_losses_figure(records: Sequence[StepRecord]) -> bytes:
         panel.set_ylim(bottom=0)
     panels[-1].set_xlabel("step")
     _epoch_axis(panels[0], records)
-    return _png(figure)
+    return png_of(figure)
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
+    """An empty figure of the common width; ``height`` in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
 
 
-def _png(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> bytes:
+    """The figure as a file."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
@@ -221,7 +223,7 @@ def _per_epoch(records: Sequence[StepRecord]) -> int:
     return max(1, round(records[-1].step / max(records[-1].epoch, 1e-9)))
 
 
-def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Mean over ``window`` neighbouring values, centred; over fewer at both ends."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     middle = np.arange(len(values))
@@ -230,6 +232,6 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _column_means(load: np.ndarray) -> np.ndarray:
+def column_means(load: np.ndarray) -> np.ndarray:
     """[steps, experts] -> at most HEAT_COLUMNS rows, each the mean of neighbouring steps."""
     return np.stack([part.mean(0) for part in np.array_split(load, min(len(load), HEAT_COLUMNS))])

@@ -19,6 +19,7 @@ table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0;
          border-bottom: 1px solid #eceef1; }
 th { font-weight: 600; width: 17rem; }
+table.compared th { width: auto; }
 td { font-variant-numeric: tabular-nums; }
 figure { margin: 1.4rem 0 2rem; }
 figure img { width: 100%; height: auto; }
@@ -66,6 +67,15 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """A table with a heading for each column and a name for each row, the first cell."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What the page says, in the order in which it says it.
 
@@ -73,6 +83,7 @@ class Report:
         title: the heading.
         lead: what happened, in a sentence or two.
         facts: rows of a table, name and value.
+        comparison: a table of several runs.
         pictures: figures.
         passages: generated text.
         checks: what was verified.
@@ -83,6 +94,7 @@ class Report:
     title: str
     lead: str
     facts: Sequence[tuple[str, str]]
+    comparison: Comparison | None = None
     pictures: Sequence[Picture] = ()
     passages: Sequence[Passage] = ()
     checks: Sequence[Check] = ()
@@ -92,8 +104,10 @@ class Report:
 
 def render_html(report: Report) -> str:
     """One HTML document that needs no other file."""
+    compared = report.comparison
     sections = [
         ("Checks", _checks(report.checks)),
+        *([(compared.title, _comparison(compared))] if compared else ()),
         ("The run", _table(report.facts)),
         *((picture.title, _picture(picture)) for picture in report.pictures),
         ("What it writes", "".join(_passage(p) for p in report.passages)),
@@ -119,6 +133,21 @@ def _table(rows: Sequence[tuple[str, str]], code: bool = False) -> str:
     else:
         cells = [f'<th scope="row">{escape(a)}</th><td>{escape(b)}</td>' for a, b in rows]
     return "<table>\n" + "\n".join(f"<tr>{cell}</tr>" for cell in cells) + "\n</table>"
+
+
+def _comparison(table: Comparison) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.head)
+    rows = [
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for name, *cells in table.rows
+    ]
+    return (
+        f'<table class="compared">\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
+        + "\n".join(rows)
+        + "\n</tbody>\n</table>"
+    )
 
 
 def _picture(picture: Picture) -> str:

@@ -35,8 +35,8 @@ def records(steps=60, layers=2, experts=8, loss=lambda t: 10 * 0.9**t):
 def drawn(monkeypatch):
     """The figures themselves, not only their files."""
     kept = []
-    original = module._png
-    monkeypatch.setattr(module, "_png", lambda figure: kept.append(figure) or original(figure))
+    original = module.png_of
+    monkeypatch.setattr(module, "png_of", lambda figure: kept.append(figure) or original(figure))
     return kept
 
 
@@ -130,7 +130,7 @@ def test_dropped_shows_percent_and_a_centred_mean(drawn):
     ("sequence", "want"), [(1, [0, 3, 6, 9]), (3, [1.5, 3, 6, 7.5]), (9, [4.5] * 4)]
 )
 def test_smoothing_by_hand(sequence, want):
-    assert module._smooth(np.array([0.0, 3, 6, 9]), sequence) == pytest.approx(want)
+    assert module.smooth(np.array([0.0, 3, 6, 9]), sequence) == pytest.approx(want)
 
 
 def test_router_losses_have_a_panel_each_by_their_names(drawn):
