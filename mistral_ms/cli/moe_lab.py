@@ -133,6 +133,8 @@ def load_lab(names: Sequence[str], overrides: Sequence[str], steps: int) -> Lab:
             raise ConfigError(
                 "no experts", where=path, rule="mixtures are compared, and this model is dense"
             )
+        if run.data is None:
+            raise ConfigError("nothing to learn", where=f"{path}: data", rule="name data.inputs")
         _check_alike(paths[0], runs[0], path, run)
     return Lab(dict(zip(stems, runs, strict=True)), steps)
 
@@ -164,9 +166,15 @@ def _check_alike(first: Path, one: RunConfig, path: Path, other: RunConfig) -> N
     from mistral_ms.errors import ConfigError
 
     def shared(run: RunConfig) -> dict[str, Any]:
+        assert run.data is not None
+        data = run.data.model_dump()
+        data["inputs"] = [str(path.resolve()) for path in run.data.inputs]
         training = run.training.model_dump(exclude=set(OF_THE_ROUTER))
-        kept = {f"training.{key}": value for key, value in training.items()}
-        return {"data": run.data, "model.vocab_size": run.model.vocab_size, **kept}
+        return {
+            **{f"data.{key}": value for key, value in data.items()},
+            "model.vocab_size": run.model.vocab_size,
+            **{f"training.{key}": value for key, value in training.items()},
+        }
 
     wanted, found = shared(one), shared(other)
     for key in wanted:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mistral_ms.errors import DataError
-from mistral_ms.training.figures import column_means, new_figure, png_of, smooth
+from mistral_ms.training.figures import column_means, logarithmic, new_figure, png_of, smooth
 from mistral_ms.training.metrics import StepRecord
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ LAST = 4
 SMOOTHED = 20
 """Curves are means over this part of the steps."""
 MAPS_IN_A_ROW = 4
+"""At most."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,23 @@ class Trained:
 
 
 def loss_curves(runs: Sequence[Trained]) -> bytes:
-    """The language model losses of all trainings over the steps; faint: of each batch."""
+    """The language model losses of all trainings over the steps; faint: of each batch. The axis is
+    logarithmic when one falls to less than a tenth.
+    """
     figure = new_figure(4.6)
     axes = figure.subplots()
+    falls = False
     for run, colour, stroke in _styles(runs):
         steps = [record.step for record in run.records]
         loss = np.array([record.lm_loss for record in run.records])
         axes.plot(steps, loss, color=colour, alpha=0.2, lw=0.8)
         axes.plot(steps, _curve(loss), color=colour, ls=stroke, lw=1.8, label=run.name)
+        falls = falls or bool(loss.max() > 10 * loss.min() > 0)
     axes.set_ylabel("language model loss (nats per token)")
-    axes.set_ylim(bottom=0)
+    if falls:
+        logarithmic(axes)
+    else:
+        axes.set_ylim(bottom=0)
     _legend(axes, len(runs))
     _steps(axes, runs)
     return png_of(figure)
@@ -124,8 +132,8 @@ def load_maps(runs: Sequence[Trained]) -> bytes:
     """
     from matplotlib.colors import TwoSlopeNorm
 
-    columns = min(MAPS_IN_A_ROW, len(runs))
-    rows = -(-len(runs) // columns)
+    rows = -(-len(runs) // MAPS_IN_A_ROW)
+    columns = -(-len(runs) // rows)
     figure = new_figure(0.6 + 2.9 * rows)
     panels = figure.subplots(rows, columns, sharex=True, squeeze=False)
     norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=2.0)

@@ -67,12 +67,7 @@ def loss_figure(records: Sequence[StepRecord], vocab_size: int | None = None) ->
     top.plot(steps, [r.loss for r in records], color=ORANGE, alpha=0.4, lw=4, label="total loss")
     top.plot(steps, lm, color=BLUE, lw=1.4, label="language model loss")
     if np.nanmax(lm) > 10 * np.nanmin(lm) > 0:
-        from matplotlib.ticker import LogLocator, NullFormatter
-
-        top.set_yscale("log")
-        top.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        top.yaxis.set_major_formatter("{x:g}")
-        top.yaxis.set_minor_formatter(NullFormatter())
+        logarithmic(top)
     else:
         top.set_ylim(bottom=0)
     top.set_ylabel("loss (nats per token)")
@@ -199,6 +194,16 @@ def new_figure(height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+
+
+def logarithmic(axes: Axes) -> None:
+    """Makes the axis of a loss logarithmic, with plain numbers beside it."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def png_of(figure: Figure) -> bytes:
