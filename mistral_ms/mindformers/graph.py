@@ -18,6 +18,7 @@ from mindspore.common.initializer import Normal, initializer
 
 from mistral_ms.config import IGNORE_INDEX, RunConfig
 from mistral_ms.config.base import validate
+from mistral_ms.errors import ConfigError
 from mistral_ms.mindformers.config import MistralConfig, dtype_name
 from mistral_ms.parallel.graph import build_model, share_of_square
 from mistral_ms.parallel.graph.model import GraphModel
@@ -83,10 +84,19 @@ def build_graph(config: MistralConfig) -> tuple[GraphModel, Sharding | None, Run
     """The net of a configuration; its weights are drawn when MindSpore has divided them.
 
     Raises:
-        ConfigError: see :func:`run_of` and :func:`~mistral_ms.parallel.graph.build`.
+        ConfigError: see :func:`run_of` and :func:`~mistral_ms.parallel.graph.build`; several
+            processes that are not on Ascend.
         TopologyError: more or fewer processes than the layout has.
     """
     run = run_of(config)
+    if run.parallel.world > 1 and ms.get_context("device_target") != "Ascend":
+        raise ConfigError(
+            "unsupported value",
+            where="parallel.parallel_mode",
+            value=f"semi_auto_parallel on {ms.get_context('device_target')}",
+            rule="MindSpore divides graphs for Ascend alone",
+            todo="set parallel_mode: 0, which gives every process the whole model",
+        )
     # every weight is divided, as the norm of the gradients counts them
     ms.set_auto_parallel_context(parallel_optimizer_config={"parallel_optimizer_threshold": 0})
     model, sharding, _ = build_model(run, segmented=False)

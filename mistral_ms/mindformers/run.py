@@ -175,17 +175,18 @@ def run(config: dict[str, Any]) -> Any:
 
 
 def take_weights(config: dict[str, Any]) -> None:
-    """Has the model of one process read ``load_checkpoint`` itself, expert by expert, in whatever
-    known format it is; MindFormers would make a second copy of all weights, and only log what is
-    missing. The checkpoint is compared with the model before anything is built. What MindFormers
-    resumes is left to it, and what several processes load: they cut it by names and layouts.
+    """Has a whole model read ``load_checkpoint`` itself, expert by expert, in whatever known format
+    it is; MindFormers would make a second copy of all weights, and only log what is missing. The
+    checkpoint is compared with the model before anything is built. What MindFormers resumes is left
+    to it, and what processes load that divide a model: they cut it by names and layouts.
 
     Raises:
         CheckpointError: see :func:`~mistral_ms.checkpoint.open_checkpoint`.
         ConfigError: it is of another model.
     """
     path = config.get("load_checkpoint")
-    if not path or (config.get("resume_training") and not config.get("use_parallel")):
+    divided = run_file.is_divided(config)
+    if not path or (config.get("resume_training") and not divided):
         return
     from mistral_ms.mindformers import registration
     from mistral_ms.mindformers.weights import check_for_ranks, open_same
@@ -194,7 +195,7 @@ def take_weights(config: dict[str, Any]) -> None:
     made = getattr(registration, keys.pop("type"))
     keys.pop("auto_register", None)
     model = made(moe_config=config.get("moe_config"), **keys).architecture()
-    if config.get("use_parallel"):
+    if divided:
         check_for_ranks(config, Path(path), model)
         return
     open_same(Path(path), model, verify=False).close()

@@ -7,6 +7,7 @@ where it is read: by MindFormers, and by :mod:`mistral_ms.mindformers.config`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,20 +61,38 @@ FIXED: Mapping[str, Fixed] = {
     "calculate_per_token_loss": Fixed((False, None), "the loss is a mean over the counted tokens"),
 }
 
+REPLICATED = (0, "DATA_PARALLEL", None)
+"""Values of ``parallel.parallel_mode``: every process has the whole model."""
+DIVIDED = (1, "SEMI_AUTO_PARALLEL")
+"""The same of a graph that MindSpore divides among processes."""
 PARALLEL: Mapping[str, Fixed] = {
     "run_mode": Fixed(("train", "finetune"), "several processes train; one evaluates or predicts"),
-    "do_eval": Fixed((False, None), "the graph of several processes has no evaluation"),
-    "parallel.enable_alltoall": Fixed((True,), "else a change of layout is an AllGather and a cut"),
-    "parallel.gradients_mean": Fixed((False, None), "the loss is a sum of shares already"),
-    "parallel.full_batch": Fixed((True, None), "every process counts the whole batch"),
-    "parallel.parallel_mode": Fixed((1, "semi_auto_parallel", None), "layouts are given"),
-    "runner_config.gradient_accumulation_steps": Fixed(
-        (1, None), "of several processes a pipeline's micro-batches alone add up gradients"
+    "do_eval": Fixed((False, None), "several processes train; one evaluates"),
+    "parallel.parallel_mode": Fixed(
+        DIVIDED + REPLICATED, "layouts are given, or every process has the whole model"
     ),
+    "parallel.gradients_mean": Fixed((False, None), "the loss is a sum of shares already"),
     "runner_wrapper.use_skip_data_by_global_norm": Fixed((False, None), "no step is left out"),
     "runner_wrapper.local_norm": Fixed((False, None), "norms are of all processes"),
 }
 """What must stand in a file with ``use_parallel``; None: nothing."""
+OF_DIVIDED: Mapping[str, Fixed] = {
+    "parallel.enable_alltoall": Fixed((True,), "else a change of layout is an AllGather and a cut"),
+    "parallel.full_batch": Fixed((True, None), "every process counts the whole batch"),
+    "runner_config.gradient_accumulation_steps": Fixed(
+        (1, None), "of a divided graph a pipeline's micro-batches alone add up gradients"
+    ),
+}
+"""The same of a divided graph."""
+_WHOLE = "parallel_mode 0 gives every process the whole model (1 divides it, on Ascend)"
+OF_REPLICATED: Mapping[str, Fixed] = {
+    "parallel.enable_parallel_optimizer": Fixed((False, None), _WHOLE),
+    **{
+        f"parallel_config.{key}": Fixed((1, None), _WHOLE)
+        for key in ("model_parallel", "expert_parallel", "pipeline_stage", "micro_batch_num")
+    },
+}
+"""The same where every process has the whole model."""
 
 MODELS = {
     "mixtral": ("MixtralConfig", "MixtralForCausalLM"),
@@ -179,17 +198,7 @@ def check(config: Mapping[str, Any], where: Path) -> None:
             todo="set sink_mode: False",
         )
     if config.get("use_parallel"):
-        for key, fixed in PARALLEL.items():
-            check_fixed(f"{where}: {key}", get(config, key), fixed)
-        for number, callback in enumerate(config.get("callbacks") or ()):
-            if callback.get("type") == "RouterMonitor":
-                raise ConfigError(
-                    "unsupported value",
-                    where=f"{where}: callbacks.{number}",
-                    value="RouterMonitor",
-                    rule="the step of several processes does not record the router's losses",
-                    todo="leave it out, or train with python run_mixtral.py train",
-                )
+        _check_parallel(config, where)
     types = get(config, "model.model_config.type"), get(config, "model.arch.type")
     if types not in MODELS.values():
         raise ConfigError(
@@ -201,16 +210,45 @@ def check(config: Mapping[str, Any], where: Path) -> None:
         )
 
 
+def is_divided(config: Mapping[str, Any]) -> bool:
+    """Whether MindSpore divides the model among processes."""
+    mode = get(config, "parallel.parallel_mode")
+    return bool(config.get("use_parallel")) and mode in DIVIDED
+
+
+def _check_parallel(config: Mapping[str, Any], where: Path) -> None:
+    """Checks a file of several processes."""
+    divided = is_divided(config)
+    for key, fixed in {**PARALLEL, **(OF_DIVIDED if divided else OF_REPLICATED)}.items():
+        check_fixed(f"{where}: {key}", get(config, key), fixed)
+    if divided and get(config, "context.device_target") == "CPU":
+        raise ConfigError(
+            "unsupported value",
+            where=f"{where}: parallel.parallel_mode",
+            value=f"{get(config, 'parallel.parallel_mode')} on a CPU",
+            rule="MindSpore divides graphs for Ascend alone",
+            todo="set parallel_mode: 0, which gives every process the whole model",
+        )
+    processes = os.environ.get("MS_WORKER_NUM")
+    if divided or processes is None:
+        return
+    check_fixed(
+        f"{where}: parallel_config.data_parallel",
+        get(config, "parallel_config.data_parallel"),
+        Fixed((int(processes), 1, None), f"{processes} processes have the whole model each"),
+    )
+
+
 def accumulate(config: dict[str, Any]) -> None:
-    """Has the training step of one process accumulate gradients, which MindFormers resets to 1:
-    ``runner_config.batch_size`` becomes the rows of an update.
+    """Has the training step of a whole model accumulate gradients, which MindFormers resets to 1:
+    ``runner_config.batch_size`` becomes the rows of an update, those of one process.
 
     Raises:
         ConfigError: no whole number of micro-batches.
     """
     key = "runner_config.gradient_accumulation_steps"
     steps = get(config, key) or 1
-    if config.get("use_parallel") or steps == 1:
+    if is_divided(config) or steps == 1:
         return
     if not isinstance(steps, int) or steps < 1:
         raise ConfigError("invalid value", where=key, value=repr(steps), rule="a whole number")

@@ -9,6 +9,7 @@ import numpy as np
 from mindformers.wrapper import MFPipelineWithLossScaleCell, MFTrainOneStepCell
 from mindformers.wrapper.wrapper import DataOrderWrapperCell, get_real_models
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.communication import GlobalComm, get_group_size
 
 from mistral_ms.config import IGNORE_INDEX
 from mistral_ms.errors import ConfigError
@@ -125,7 +126,8 @@ class _GraphGradients(nn.Cell):
 class MoETrainOneStepCell(_GraphGradients, MFTrainOneStepCell):
     """MindFormers' step, which also keeps what the loss consists of, adds up micro-batches, finds
     overflows on devices without a status register, and scales the router's losses in the
-    auto-parallel graph.
+    auto-parallel graph. In data parallel mode the rows of all processes are one batch, and those of
+    each a dispatch group.
 
     For models that are not ours it is MindFormers' own step.
 
@@ -137,7 +139,11 @@ class MoETrainOneStepCell(_GraphGradients, MFTrainOneStepCell):
         kwargs: see MindFormers.
 
     Attributes:
-        report: float32, what the last step's loss consists of: see :meth:`losses`. Not trained.
+        report: float32, the last step's loss and what it consists of: see :meth:`losses`. Not
+            trained.
+
+    Raises:
+        ConfigError: processes that do not train one model together, or a mean of their gradients.
     """
 
     def __init__(
@@ -154,6 +160,8 @@ class MoETrainOneStepCell(_GraphGradients, MFTrainOneStepCell):
         if not self.ours:
             return
         self.columns, self.model = columns_of(network), real
+        self.replicated = is_replicated()
+        self.all_reduce = ops.AllReduce() if self.replicated else nn.Identity()
         # called by MindFormers' trainer on the network when a checkpoint was loaded
         network.init_parameters_data = real.init_parameters_data
         self.value_and_grad = ms.value_and_grad(
@@ -164,7 +172,7 @@ class MoETrainOneStepCell(_GraphGradients, MFTrainOneStepCell):
         experts = 0 if config.moe is None else config.moe.num_local_experts
         self.sizes = layers, experts
         self.report = Parameter(
-            Tensor(np.zeros(3 + 2 * layers * experts, np.float32)),
+            Tensor(np.zeros(4 + 2 * layers * experts, np.float32)),
             name="router_report",
             requires_grad=False,
         )
@@ -177,6 +185,7 @@ class MoETrainOneStepCell(_GraphGradients, MFTrainOneStepCell):
             return super().grads_for_legacy(scaling_sens, *inputs)
         tokens, labels, positions = self.model.next_tokens(*in_order(self.columns, inputs))
         counted = ops.stack((_count(labels != IGNORE_INDEX), _count(positions >= 0)))
+        counted = self.all_reduce(counted)  # MindFormers adds up the gradients
         inv_counts = 1.0 / ops.maximum(counted, ops.ones_like(counted))
         scale = ops.cast(scaling_sens, ms.float32).reshape(())
         rows = tokens.shape[0] // self.micro_batches
@@ -196,10 +205,11 @@ class MoETrainOneStepCell(_GraphGradients, MFTrainOneStepCell):
             for i in range(len(grads)):
                 summed = (*summed, grads[i] + more[i])
             grads = summed
-        seen = ops.stack(parts[1:4])
+        seen = ops.stack(parts[:4])
         if self.sizes[0] > 0:
             seen = ops.cat((seen, parts[4].reshape(-1), parts[5].reshape(-1)))
-        loss = ops.depend(parts[0], ops.assign(self.report, seen))
+        seen = self.all_reduce(seen)
+        loss = ops.depend(seen[0], ops.assign(self.report, seen))
         return loss, grads, self.grad_scale_factor
 
     def start_overflow_check(self, pre_cond: Any, compute_input: Any) -> tuple[Any, Any]:
@@ -222,8 +232,8 @@ class MoETrainOneStepCell(_GraphGradients, MFTrainOneStepCell):
         if not self.ours:
             return None
         values = self.report.asnumpy()
-        routed, kept = np.split(values[3:], 2)
-        lm, aux, z = map(float, values[:3])
+        routed, kept = np.split(values[4:], 2)
+        lm, aux, z = map(float, values[1:4])
         return StepLosses(lm, aux, z, routed.reshape(self.sizes), kept.reshape(self.sizes))
 
 
@@ -250,6 +260,34 @@ class MoEPipelineTrainOneStepCell(_GraphGradients, MFPipelineWithLossScaleCell):
             return super().grads_for_legacy(scaling_sens, *inputs)
         loss, gradients = self.graph_gradients(scaling_sens, *inputs)
         return loss * self.micro_size, gradients, self.grad_scale_factor
+
+
+def is_replicated() -> bool:
+    """Whether several processes have the same model, and rows of their own.
+
+    Raises:
+        ConfigError: a mode in which each trains alone, or a mean of gradients that add up.
+    """
+    mode = ms.get_auto_parallel_context("parallel_mode")
+    if not GlobalComm.INITED or get_group_size() == 1:
+        return False
+    if mode != "data_parallel":
+        raise ConfigError(
+            "unsupported value",
+            where="parallel.parallel_mode",
+            value=mode,
+            rule="processes that share a training divide its rows, or its graph",
+            todo="set 0 (data_parallel), or on Ascend 1 (semi_auto_parallel)",
+        )
+    if ms.get_auto_parallel_context("gradients_mean"):
+        raise ConfigError(
+            "unsupported value",
+            where="parallel.gradients_mean",
+            value=True,
+            rule="the losses of processes are shares of a mean already",
+            todo="set False",
+        )
+    return True
 
 
 def _count(condition: Tensor) -> Tensor:

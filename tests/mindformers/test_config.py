@@ -374,6 +374,14 @@ def test_a_configuration_of_ours_survives(mf, name):
     assert kind.of(architecture).architecture() == architecture
 
 
+REPLICATED = {
+    "use_parallel": True,
+    "parallel.parallel_mode": 0,
+    "parallel.enable_parallel_optimizer": False,
+    "parallel_config": {},
+}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -384,24 +392,62 @@ def test_a_configuration_of_ours_survives(mf, name):
         ({"recompute_config.mp_comm_recompute": False}, "mp_comm_recompute: False"),
         ({"context.device_target": "CPU"}, "sink_mode: True .*set sink_mode: False"),
         ({"use_parallel": True, "parallel.enable_alltoall": None}, "enable_alltoall: None"),
-        ({"use_parallel": True, "do_eval": True}, "do_eval: True: the graph of several"),
+        ({"use_parallel": True, "do_eval": True}, "do_eval: True: several processes train"),
+        ({"use_parallel": True, "parallel.parallel_mode": 3}, "parallel_mode: 3: layouts are"),
         (
-            {"use_parallel": True, "callbacks": [{"type": "RouterMonitor"}]},
-            "callbacks.0: RouterMonitor: the step of several processes does not",
+            {
+                "use_parallel": True,
+                "context.device_target": "CPU",
+                "runner_config.sink_mode": False,
+            },
+            "parallel_mode: 1 on a CPU: MindSpore divides graphs for Ascend alone: set .* 0",
         ),
+        (
+            {"use_parallel": True, "parallel.parallel_mode": 0},
+            "parallel.enable_parallel_optimizer: True: .*whole model",
+        ),
+        (
+            {**REPLICATED, "parallel_config.model_parallel": 2},
+            "parallel_config.model_parallel: 2: .*whole model",
+        ),
+        ({**REPLICATED, "parallel_config.data_parallel": 4}, "data_parallel: 4: 2 processes have"),
         ({"use_parallel": True, "run_mode": "eval"}, "one evaluates or predicts"),
         ({"run_mode": "predict"}, "no prompts: input_data: --predict_data"),
         ({"run_mode": "training"}, "must be one of train, finetune, eval, predict"),
     ],
 )
-def test_files_that_mean_something_else_are_refused(tmp_path, changes, message):
+def test_files_that_mean_something_else_are_refused(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setenv("MS_WORKER_NUM", "2")
     config = version_1_7("MixtralConfig", "MixtralForCausalLM")
     for key, value in changes.items():
-        run_file.put(config, key, value)
+        run_file.put(config, key, copy.deepcopy(value))
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     with pytest.raises(ConfigError, match=message):
         read(path)
+
+
+def test_processes_that_cannot_train_together_are_refused(mf, monkeypatch):
+    """Whoever launches them: a divided graph on a CPU, each for itself, a mean of gradients."""
+    from mistral_ms.mindformers import modeling, wrapper
+
+    monkeypatch.setattr(modeling, "is_divided", lambda: True)
+    config = mf.MixtralConfig(
+        hidden_size=32, num_heads=2, n_kv_heads=2, num_layers=1, seq_length=8,
+        parallel_config={"data_parallel": 2},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="semi_auto_parallel on CPU: MindSpore divides graphs"):
+        mf.MixtralForCausalLM(config)
+    monkeypatch.setattr(wrapper.GlobalComm, "INITED", True)
+    monkeypatch.setattr(wrapper, "get_group_size", lambda: 2)
+    with pytest.raises(ConfigError, match="parallel_mode: stand_alone: processes that share"):
+        wrapper.is_replicated()
+    said = {"parallel_mode": "data_parallel", "gradients_mean": False}
+    monkeypatch.setattr(wrapper.ms, "get_auto_parallel_context", said.get)
+    assert wrapper.is_replicated()
+    said["gradients_mean"] = True
+    with pytest.raises(ConfigError, match="gradients_mean: True: the losses of processes"):
+        wrapper.is_replicated()
 
 
 def test_flags_are_those_of_their_launcher(tmp_path):

@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from distributed.harness import run_job
 from mindspore.mindrecord import FileWriter
+from support import mindformers_ranks as ranks
 from support import mindformers_session as session
 from support.hf import Pair, make_pair
 from transformers import MixtralForCausalLM
@@ -74,12 +76,13 @@ def labels_of(ids: np.ndarray) -> np.ndarray:
     return labels
 
 
-def write_records(path: Path, ids: np.ndarray) -> None:
+def write_records(path: Path, ids: np.ndarray, labels: np.ndarray) -> None:
+    """A sequence in each row of the last dimension."""
     writer = FileWriter(str(path), 1)
     column = {"type": "int32", "shape": [-1]}
     writer.add_schema({"input_ids": column, "labels": column}, "ids")
-    pairs = zip(ids, labels_of(ids), strict=True)
-    writer.write_raw_data([{"input_ids": row, "labels": labels} for row, labels in pairs])
+    pairs = zip(ids.reshape(-1, ids.shape[-1]), labels.reshape(-1, ids.shape[-1]), strict=True)
+    writer.write_raw_data([{"input_ids": row, "labels": label} for row, label in pairs])
     writer.commit()
 
 
@@ -145,9 +148,10 @@ def prepared(tmp_path_factory):
     convert(place / "base", place / "gmm", "mindformers", layout="gmm")
     convert(place / "base", place / "fused", "mindformers", container="ckpt")
     (place / "fused" / "mindspore_model.yaml").unlink()  # the run's file says what it is
-    data = rows()
-    write_records(place / "train.mindrecord", data)
-    write_records(place / "eval.mindrecord", data[: session.ROWS, :-1])
+    data, labels = rows(), labels_of(rows())
+    write_records(place / "train.mindrecord", data, labels)
+    few = slice(session.ROWS), slice(-1)
+    write_records(place / "eval.mindrecord", data[few], labels[few])
     np.save(place / "ids.npy", data[:3, :-1])
     patch = pytest.MonkeyPatch()
     ours, results = Ours(place / "base", patch), []
@@ -194,20 +198,51 @@ def found(request, prepared):
     return place, results
 
 
+def check_step(theirs: dict, ours) -> None:
+    """What MindFormers and our callback log of a step is what our own training reports of it."""
+    assert theirs["rate"] == pytest.approx(ours.learning_rate, rel=1e-5)
+    assert theirs["loss"] == pytest.approx(ours.loss, abs=CLOSE)
+    assert theirs["norm"] == pytest.approx(ours.grad_norm, rel=CLOSE)
+    assert theirs["lm"] == pytest.approx(ours.lm_loss, abs=CLOSE)
+    assert theirs["aux"] == pytest.approx(ours.aux_loss, abs=CLOSE)
+    assert theirs["z"] == pytest.approx(ours.z_loss, abs=CLOSE)
+    assert np.array_equal(theirs["routed"], ours.routed_LE)
+    assert np.array_equal(theirs["kept"], ours.kept_LE)
+
+
 def test_training_is_ours_step_by_step(found, prepared):
     trained = found[1]["trained"]
     assert len(trained) == session.STEPS == 20
     assert sum(each["norm"] > 1 for each in trained) >= 4  # clipping changed something
     for theirs, ours in zip(trained, prepared.results, strict=False):
-        assert theirs["rate"] == pytest.approx(ours.learning_rate, rel=1e-5)
-        assert theirs["loss"] == pytest.approx(ours.loss, abs=CLOSE)
-        assert theirs["norm"] == pytest.approx(ours.grad_norm, rel=CLOSE)
-        assert theirs["lm"] == pytest.approx(ours.lm_loss, abs=CLOSE)
-        assert theirs["aux"] == pytest.approx(ours.aux_loss, abs=CLOSE)
-        assert theirs["z"] == pytest.approx(ours.z_loss, abs=CLOSE)
-        assert np.array_equal(theirs["routed"], ours.routed_LE)
-        assert np.array_equal(theirs["kept"], ours.kept_LE)
+        check_step(theirs, ours)
         assert np.sum(theirs["kept"]) < np.sum(theirs["routed"])  # the capacity dropped something
+
+
+def test_processes_with_rows_of_their_own_train_as_one(prepared):
+    """Data parallel: rows and micro-batches of one process are those of two, and so is all that
+    MindFormers and RouterMonitor log.
+    """
+    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    place, rows_of_all = prepared.place, rows()[: ranks.STEPS * session.ROWS]
+    # MindDataset deals rows out in turn; the first process is to have the first micro-batch
+    turns = rows_of_all.reshape(ranks.STEPS, ranks.PROCESSES, -1, session.LENGTH + 1)
+    labels = labels_of(rows_of_all).reshape(turns.shape)
+    write_records(place / "shared.mindrecord", *(a.swapaxes(1, 2) for a in (turns, labels)))
+    job = run_job(ranks.PROCESSES, place, "shared", ranks.__file__, str(place), timeout=600)
+    assert job.code == 0 or job.crashed_at_exit, job.tails()
+    seen = [
+        json.loads((place / f"rank_{rank}.json").read_text()) for rank in range(ranks.PROCESSES)
+    ]
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == ranks.STEPS
+    for theirs, ours in zip(seen[0], prepared.results, strict=False):
+        check_step(theirs, ours)
+    one, two = (
+        ms.load_checkpoint(str(file), format="safetensors")
+        for file in sorted((place / "shared").rglob("*.safetensors"))
+    )
+    assert all(np.array_equal(one[name].asnumpy(), two[name].asnumpy()) for name in one)
 
 
 def test_a_training_of_ours_goes_on_there(found, prepared):

@@ -11,6 +11,7 @@ ALL = ("mindspore", "numpy", "pydantic", "rich.console", "tokenizers", "typer")
 OF_COMMANDS = {
     "align": ("torch", "transformers", "mistral_ms.alignment"),
     "generate": ("mistral_ms.inference",),
+    "mindformers_ranks": ("mindformers.trainer",),
     "train": ("mistral_ms.training.run", "matplotlib.pyplot", "mistral_ms.inference"),
     **{f"world_{size}": ("mistral_ms.training", "mistral_ms.inference") for size in (2, 4, 8)},
 }
