@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
@@ -17,6 +16,7 @@ from mistral_ms.config import DROPLESS, GenerationConfig, ModelConfig, ParallelC
 from mistral_ms.inference import load_engine
 from mistral_ms.layers import RotaryTable
 from mistral_ms.models import CausalLM
+from mistral_ms.ops.modes import pynative_mode
 from mistral_ms.parallel.context import ParallelContext
 
 
@@ -122,12 +122,10 @@ def _trace(
     S = len(prompt)
     columns = np.arange(S, dtype=np.int32)
     ids = np.asarray(prompt, np.int32)[None]
-    mode = ms.get_context("mode")
-    ms.set_context(mode=ms.PYNATIVE_MODE)
     try:
-        found = logits(Tensor(ids), Tensor(columns[None]), Tensor(columns)).asnumpy()
+        with pynative_mode():
+            found = logits(Tensor(ids), Tensor(columns[None]), Tensor(columns)).asnumpy()
     finally:
-        ms.set_context(mode=mode)
         for handle in handles:
             handle.remove()
     config = model.config

@@ -30,6 +30,7 @@ from mistral_ms.inference.settings import read_checkpoint_settings
 from mistral_ms.layers import output_logits, token_nll
 from mistral_ms.models import CausalLM
 from mistral_ms.moe import load_balancing_loss
+from mistral_ms.ops.modes import pynative_mode
 from mistral_ms.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
 
 _sum = ops.ReduceSum()
@@ -206,7 +207,7 @@ class PreTrainedModel(GenerationMixin):
         check_length(self.config, ids_BS.shape[1], "input_ids")
         positions_BS = positions_of(beside(attention_mask, ids_BS, "attention_mask"), ids_BS.shape)
         ids = Tensor(np.where(positions_BS >= 0, ids_BS, 0).astype(np.int32))
-        with _eagerly(), self._router_logits(output_router_logits) as routers:
+        with pynative_mode(), self._router_logits(output_router_logits) as routers:
             hidden_TH, sums = self.model.hidden_states(ids, Tensor(positions_BS))
             logits_TV = output_logits(hidden_TH, self.model.head_weight())
             aux = None
@@ -286,17 +287,6 @@ class AutoModelForCausalLM:
 
 def _class_of(config: ModelConfig) -> type[PreTrainedModel]:
     return MixtralForCausalLM if config.sparse_layers else MistralForCausalLM
-
-
-@contextmanager
-def _eagerly() -> Iterator[None]:
-    """Operator by operator; the mode that was set before comes back."""
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-    try:
-        yield
-    finally:
-        ms.set_context(mode=before)
 
 
 def _mean_nll(logits_TV: Tensor, labels_T: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from mistral_ms.inference.sequence import RunningSequence
 from mistral_ms.inference.settings import read_checkpoint_settings
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM, NextTokenLogits
+from mistral_ms.moe import try_gates
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -80,6 +81,7 @@ class Engine:
 
     Raises:
         GenerationError: the model's cache is too short for these settings.
+        ConfigError: a gate that breaks its contract.
     """
 
     def __init__(
@@ -99,6 +101,8 @@ class Engine:
         if step is None:
             assert isinstance(model, CausalLM)
             step = NextTokenLogits(model)
+        if isinstance(model, CausalLM):
+            try_gates(model, model.config, training=False)
         spec = model.key_positions.spec
         needed = CacheSpec.for_model(self.config, spec.batch, max_length, chunk).length
         if spec.length < needed:

@@ -18,7 +18,7 @@ from mistral_ms.config.base import validate
 from mistral_ms.config.model import MoEArchitecture
 from mistral_ms.errors import ConfigError
 from mistral_ms.mixtures.routed import AnyGate, RoutedFeedForward
-from mistral_ms.moe import Gate, make_gate
+from mistral_ms.moe import Gate, make_gate, try_gates
 from mistral_ms.weights import init_values, router_specs
 
 Layers: TypeAlias = str | type[nn.Cell] | Callable[[str, nn.Cell], bool]
@@ -208,7 +208,7 @@ def registered_gate(
         layer: layers of other numbers draw other parameters, and other noise.
 
     Raises:
-        ConfigError: an unknown gate, or settings that it cannot have.
+        ConfigError: an unknown gate, settings that it cannot have, or one that breaks its contract.
     """
     H, E, K = hidden_size, num_experts, top_k
     values = {
@@ -241,6 +241,7 @@ def registered_gate(
         getattr(made, spec.name).set_data(Tensor(drawn))
         if spec.kind == "buffer":
             getattr(made, spec.name).requires_grad = False
+    try_gates(made, config, training=True)
     return made
 
 

@@ -18,6 +18,7 @@ from mistral_ms.moe.gates import (
     register_gate,
     router_loss_terms,
     settings_of,
+    try_gates,
     update_gates,
 )
 from mistral_ms.moe.layer import MoELayer
@@ -66,5 +67,6 @@ __all__ = [
     "router_z_loss",
     "settings_of",
     "stack_sums",
+    "try_gates",
     "update_gates",
 ]

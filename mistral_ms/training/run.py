@@ -17,7 +17,7 @@ from mistral_ms.config import RunConfig, spelled_out
 from mistral_ms.datasets import SequenceSource
 from mistral_ms.errors import CheckpointError, TrainingError
 from mistral_ms.models import CausalLM
-from mistral_ms.moe import make_gate, router_loss_terms
+from mistral_ms.moe import make_gate, router_loss_terms, try_gates
 from mistral_ms.optimizers import with_settings
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.memory import too_large
@@ -384,9 +384,9 @@ def _check_model(run: RunConfig) -> None:
 
     Raises:
         ConfigError: losses that the layout cannot form or the gate does not have; a gate with
-            impossible settings.
+            impossible settings, or one that breaks its contract.
     """
     check_objective(run.model, run.routing, run.parallel, run.training.router_aux_loss_coef)
     router_loss_terms(run.model, tuple(run.training.router_losses))
     if run.model.sparse_layers:
-        make_gate(run.model, run.routing)
+        try_gates(make_gate(run.model, run.routing), run.model, training=True)

@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import Parameter, nn
 
 from mistral_ms.datasets.batches import Batch
+from mistral_ms.ops.modes import pynative_mode
 
 
 def weight_statistics(
@@ -52,13 +53,11 @@ def layer_statistics(
     handles = [model.embed_tokens.register_forward_hook(keep("embedding"))]
     for number, layer in enumerate(model.layers):
         handles.append(layer.register_forward_hook(keep(f"layer {number}")))
-    mode = ms.get_context("mode")
-    ms.set_context(mode=ms.PYNATIVE_MODE)
     try:
-        for part in groups:
-            forward(part)
+        with pynative_mode():
+            for part in groups:
+                forward(part)
     finally:
-        ms.set_context(mode=mode)
         for handle in handles:
             handle.remove()
     return list(found.values())

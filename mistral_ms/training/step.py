@@ -11,6 +11,7 @@ from mindspore import Parameter, Tensor, nn
 from mistral_ms.config import ModelConfig, TrainingConfig
 from mistral_ms.datasets.batches import Batch
 from mistral_ms.models import CausalLM, LossReport, Objective, recompute
+from mistral_ms.moe import try_gates
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.optimizers import Plan, check_layout, make_plan, with_settings
 from mistral_ms.parallel.context import ParallelContext
@@ -132,7 +133,7 @@ class TrainStep:
 
     Raises:
         ConfigError: the optimizer, its settings or its parameter groups are not possible for this
-            model and layout.
+            model and layout; a gate that breaks its contract.
 
     Attributes:
         weights: the parameters that are trained, by name.
@@ -148,6 +149,7 @@ class TrainStep:
         parallel_context: ParallelContext | None = None,
     ) -> None:
         config, model = with_settings(config), objective.model
+        try_gates(model, model.config, training=True)
         self.model, self.config = model, config
         self._parallel_context = parallel_context
         self._plan = _plan_of(model, config, parallel_context)

@@ -12,6 +12,7 @@ from mistral_ms.moe.gates.base import (
     settings_of,
     update_gates,
 )
+from mistral_ms.moe.gates.contract import try_gates
 
 import_all(__name__, __path__)
 
@@ -22,5 +23,6 @@ __all__ = [
     "register_gate",
     "router_loss_terms",
     "settings_of",
+    "try_gates",
     "update_gates",
 ]
