@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from rich.console import Console
 
@@ -17,8 +18,22 @@ if TYPE_CHECKING:
     from mistral_ms.planner.sensitivity import Effect
 
 
+class Name(StrEnum):
+    """The studies."""
+
+    PUBLISHED = "published"
+    CARDS = "cards"
+    ROUTES = "routes"
+    OFFLOAD = "offload"
+    MODELS = "models"
+    SEQUENCE = "sequence"
+    COST = "cost"
+
+
 def plan(
-    config: Annotated[Path, typer.Option(help="A run file of a training.")],
+    config: Annotated[
+        Path | None, typer.Option(help="A run file of a training.", show_default=False)
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the run file."),
@@ -37,6 +52,15 @@ def plan(
             metavar="FILE|zipf:S",
             help="How uneven the experts' loads are: metrics.jsonl of a training, or the n-th "
             "expert has a share of 1 / n ** S.",
+        ),
+    ] = None,
+    study: Annotated[
+        Name | None,
+        typer.Option(
+            help="Instead of a plan: published results against predictions, 8 to 4096 cards, flat "
+            "against hierarchical all-to-all, what offload costs, other models, long sequences, "
+            "or the cost of a token. Takes --figure and --json alone.",
+            show_default=False,
         ),
     ] = None,
     sensitive: Annotated[
@@ -58,6 +82,7 @@ def plan(
 
     from mistral_ms.cli.output import write_file, write_json
     from mistral_ms.config import load_run_config
+    from mistral_ms.errors import ConfigError
     from mistral_ms.planner import Cluster, explain, load_hardware
     from mistral_ms.planner import plan as search
     from mistral_ms.planner.sensitivity import sensitivity, weak_numbers
@@ -65,6 +90,17 @@ def plan(
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 120  # a table in a file need not fit a screen
+    if study is not None:
+        others = {"--config": config, "KEY.PATH=VALUE": overrides, "--nodes": nodes,
+                  "--expert-load": expert_load, "--output": output}  # fmt: skip
+        if given := [name for name, value in others.items() if value]:
+            rule = "a study has a training and clusters of its own"
+            raise ConfigError("no such study", where="--study", value=given[0], rule=rule)
+        _study(console, study, figure, json)
+        return
+    if config is None:
+        rule = "a run file, or --study NAME"
+        raise ConfigError("nothing to plan", where="--config", rule=rule)
     run, kind = load_run_config(config, tuple(overrides or ())), load_hardware(hardware)
     cards = run.parallel.world if nodes is None else nodes * kind.devices_per_node
     cluster = Cluster.of(kind, cards)
@@ -93,6 +129,41 @@ def plan(
         write_file("--figure", figure, plan_png(fitting))
     if not fitting:
         raise typer.Exit(1)
+
+
+def _study(console: Console, name: Name, figure: Path | None, json: Path | None) -> None:
+    """Prints a study, and writes what is asked for."""
+    from mistral_ms.cli.output import write_file, write_json
+    from mistral_ms.planner.studies import STUDIES
+
+    found = STUDIES[name]()
+    console.print(found.question, markup=False)
+    for table in found.tables:
+        console.print(f"\n{table.title}", markup=False)
+        _print(console, table.columns, table.rows)
+    for sentence in found.notes:
+        console.print(sentence, markup=False)
+    console.print("All times are predictions (docs/planner.md)")
+    if json is not None:
+        write_json(json, found.values())
+    if figure is not None:
+        from mistral_ms.planner.study_picture import study_png
+
+        write_file("--figure", figure, study_png(found))
+
+
+def _print(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table; columns of numbers end on the right."""
+    from rich.table import Table
+
+    cells = list(rows)
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(columns):
+        is_text = any(row[number][:1].isalpha() for row in cells)
+        table.add_column(name, justify="left" if is_text else "right")
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _loads(text: str | None, model: ModelConfig) -> tuple[tuple[float, ...], ...]:
@@ -145,16 +216,9 @@ def _show(console: Console, candidates: Sequence[Candidate]) -> None:
 
 
 def _show_sensitivity(console: Console, effects: Sequence[Effect]) -> None:
-    from rich.table import Table
-
     from mistral_ms.planner.sensitivity import rows
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("number", "divided by 1.5", "times 1.5", "another layout wins"):
-        table.add_column(name, justify="left" if name == "number" else "right")
-    for row in rows(effects):
-        table.add_row(*row)
-    console.print(table)
+    _print(console, ("number", "divided by 1.5", "times 1.5", "another layout wins"), rows(effects))
 
 
 def _run_file(best: Candidate, source: Path) -> str:

@@ -46,14 +46,14 @@ def plan_png(candidates: Sequence[Candidate]) -> bytes:
     if timeline is not None:
         _pipeline(axes[0], timeline, _label(first))
     labels = [_label(each) for each in shown]
-    _bars(
+    bars(
         axes[-2],
         labels,
         [{NAMES[name]: part for name, part in each.breakdown.items()} for each in shown],
         "seconds of a step, on the stage that has most to do",
         [f"{each.tokens_per_s_per_card:.0f} tokens/s per card" for each in shown],
     )
-    _bars(
+    bars(
         axes[-1],
         labels,
         [
@@ -94,17 +94,27 @@ def _pipeline(axes: Axes, timeline: Timeline, label: str) -> None:
     axes.set_xlim(0, timeline.length)
     axes.set_xlabel("seconds: forward blue, backward orange, waiting grey", fontsize=8)
     axes.set_title(label.replace("\n", ", "), fontsize=10, loc="left")
-    _plain(axes)
+    plain(axes)
 
 
-def _bars(
+def bars(
     axes: Axes,
     labels: Sequence[str],
     parts: Sequence[Mapping[str, float]],
     title: str,
     ends: Sequence[str],
+    room: float = 1.16,
 ) -> None:
-    """Stacked bars, one for each layout; what is nowhere more than 1 % is left out."""
+    """Stacked bars, one for each layout; what is nowhere more than 1 % is left out.
+
+    Args:
+        axes: where they are drawn.
+        labels: of the bars.
+        parts: of each bar, by name.
+        title: of the picture.
+        ends: a text beside the end of each bar.
+        room: for these texts, in multiples of the longest bar.
+    """
     longest = max(sum(each.values()) for each in parts)
     names = [
         name for name in parts[0] if max(each.get(name, 0.0) for each in parts) > longest / 100
@@ -121,14 +131,15 @@ def _bars(
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(labelsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, longest * 1.16)
+    axes.set_xlim(0, longest * room)
     axes.set_title(title, fontsize=10, loc="left")
     axes.legend(
         loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False, borderaxespad=0
     )
-    _plain(axes)
+    plain(axes)
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Takes the frame away."""
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

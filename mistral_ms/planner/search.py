@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
-from mistral_ms.config import ParallelConfig, Recompute, RunConfig
+from mistral_ms.config import ModelConfig, ParallelConfig, Recompute, RunConfig
 from mistral_ms.config.base import validate
 from mistral_ms.config.layout import Sizes, divisors, factorisations
 from mistral_ms.errors import ConfigError
@@ -30,17 +30,25 @@ from mistral_ms.planner.memory import (
     layer_memories,
     parameters,
 )
-from mistral_ms.planner.step import Elements, StepModel, StepSeconds, elements
+from mistral_ms.planner.program import OURS, Program
+from mistral_ms.planner.step import SLOWDOWN, Elements, StepModel, StepSeconds, elements
 from mistral_ms.planner.traffic import tokens_of
-from mistral_ms.weights import specs
+from mistral_ms.weights import ParamSpec, specs
 
 SIMULATED = 24
 """Layouts whose pipelines are simulated, of those that are estimated to be the fastest."""
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
-OFFLOAD: tuple[Literal["none", "host"], ...] = ("none", "host")
+Offload = Literal["none", "host"]
+OFFLOAD: tuple[Offload, ...] = ("none", "host")
 
 
-def plan(run: RunConfig, cluster: Cluster, *, loads: Sequence[Loads] = ()) -> tuple[Candidate, ...]:
+def plan(
+    run: RunConfig,
+    cluster: Cluster,
+    *,
+    loads: Sequence[Loads] = (),
+    offload: Sequence[Offload] = OFFLOAD,
+) -> tuple[Candidate, ...]:
     """The layouts of a training on a cluster, each with its best settings.
 
     Model, routing, batch, sequence and optimizer stay as they are; ``parallel.max_device_memory``
@@ -51,6 +59,7 @@ def plan(run: RunConfig, cluster: Cluster, *, loads: Sequence[Loads] = ()) -> tu
         run: the training.
         cluster: where it shall run.
         loads: of the experts of each sparse layer; none: even.
+        offload: where the optimizer's state may lie, what is slower last.
 
     Returns:
         What fits, the fastest first, then what does not, the smallest first.
@@ -66,7 +75,7 @@ def plan(run: RunConfig, cluster: Cluster, *, loads: Sequence[Loads] = ()) -> tu
             rule="a training is judged while it goes on in one process alone",
             todo="set evaluation=null, and run the evaluate command on its checkpoints",
         )
-    found = list(_Search(run, cluster, loads).options())
+    found = list(_Search(run, cluster, loads, offload).options())
     if not found:
         raise ConfigError(
             "no layout",
@@ -91,6 +100,8 @@ def judge(
     *,
     loads: Sequence[Loads] = (),
     chunks: int = 1,
+    program: Program = OURS,
+    slowdown: float = SLOWDOWN,
 ) -> Candidate:
     """A training in the layout that it has.
 
@@ -100,11 +111,13 @@ def judge(
         loads: see :func:`plan`.
         chunks: of layers on each stage: the interleaved schedule, for comparison with others; ours
             have one. Memory is that of one.
+        program: whose sparse layers they are, likewise. Memory is that of ours.
+        slowdown: see :data:`mistral_ms.planner.step.SLOWDOWN`.
     """
     search = _Search(run, cluster, loads)
     division = _Division(search, run)
     memory = division.memory(run, division.layers(run))
-    model = division.step_model(run)
+    model = division.step_model(run, program, slowdown)
     scheduler = "interleaved_1f1b" if chunks > 1 else run.parallel.pipeline_scheduler
     step = model.step(division.owned, scheduler, chunks=chunks)
     fits = search.fits(memory, run.parallel.world)
@@ -128,14 +141,20 @@ class _Option:
 class _Search:
     """What all layouts of a training share."""
 
-    def __init__(self, run: RunConfig, cluster: Cluster, loads: Sequence[Loads]) -> None:
-        self.run, self.cluster, self.loads = run, cluster, loads
+    def __init__(
+        self,
+        run: RunConfig,
+        cluster: Cluster,
+        loads: Sequence[Loads],
+        offload: Sequence[Offload] = OFFLOAD,
+    ) -> None:
+        self.run, self.cluster, self.loads, self.offload = run, cluster, loads, offload
         self.hardware = cluster.hardware
         self.execution: Execution = run.parallel.execution_on(self.hardware.device)
         self.fused = self.hardware.device != "CPU"
         moe = run.model.moe
         self.takes_ids = moe is not None and moe.gate.takes_ids
-        self.weights = specs(run.model)
+        self.weights = _weights(run.model)
         limit = run.parallel.max_device_memory
         self.usable_gib = min(self.hardware.usable_gib, math.inf if limit is None else limit)
 
@@ -193,12 +212,12 @@ class _Search:
         self, division: _Division, run: RunConfig, layers: tuple[LayerMemory, ...]
     ) -> Iterator[tuple[RunConfig, CardMemory, bool]]:
         """What fits with the least work: of each place of the optimizer the first recompute."""
-        for offload in OFFLOAD:
+        for offload in self.offload:
             for recompute in RECOMPUTE:
                 changed = _changed(run, offload_optimizer=offload, recompute=recompute)
                 memory = division.memory(changed, layers)
                 fits = self.fits(memory, run.parallel.world)
-                if fits or (offload, recompute) == (OFFLOAD[-1], RECOMPUTE[-1]):
+                if fits or (offload, recompute) == (self.offload[-1], RECOMPUTE[-1]):
                     yield changed, memory, fits
                 if fits and recompute == RECOMPUTE[0]:
                     return  # nothing is computed again: the host cannot help
@@ -313,7 +332,9 @@ class _Division:
         ]
         return max(found, key=lambda memory: memory.total)
 
-    def step_model(self, run: RunConfig) -> StepModel:
+    def step_model(
+        self, run: RunConfig, program: Program = OURS, slowdown: float = SLOWDOWN
+    ) -> StepModel:
         return StepModel(
             run,
             self.search.hardware,
@@ -321,7 +342,15 @@ class _Division:
             self.stages,
             self.held,
             self.search.balance(run),
+            program,
+            slowdown,
         )
+
+
+@lru_cache(maxsize=8)
+def _weights(model: ModelConfig) -> tuple[ParamSpec, ...]:
+    """Of a model, whose layouts are often judged one after the other."""
+    return specs(model)
 
 
 _PLAIN: dict[str, object] = {

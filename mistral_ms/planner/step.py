@@ -20,6 +20,7 @@ from mistral_ms.planner.hardware import GIGA, Hardware
 from mistral_ms.planner.load import EVEN, Balance
 from mistral_ms.planner.memory import Execution
 from mistral_ms.planner.network import seconds, transfer_seconds
+from mistral_ms.planner.program import OURS, Program, gathered
 from mistral_ms.planner.simulation import Scheduler, Timeline, simulate
 from mistral_ms.planner.traffic import (
     Message,
@@ -31,7 +32,7 @@ from mistral_ms.planner.traffic import (
 from mistral_ms.planner.work import Pass, Work, update_seconds
 from mistral_ms.weights import ParamSpec
 
-SLOWDOWN = 1.26
+SLOWDOWN = 1.236
 """What a training step's operators take in multiples of what they take alone. Fitted on one
 published point, see :mod:`mistral_ms.planner.published`; the only fitted number."""
 
@@ -43,7 +44,8 @@ class Part:
     Attributes:
         compute: forward, gradient, and what selective recompute does again.
         all_to_all: of the forward pass; the gradient's is as long.
-        tensor: collectives of tensor parallelism, likewise.
+        tensor: collectives of tensor parallelism, of the forward pass.
+        tensor_gradient: likewise, of the gradient.
         accumulate: adding the gradients of weights up over micro-batches.
         dense: elements of weights that data-parallel ranks have alike.
         experts: elements of experts.
@@ -53,6 +55,7 @@ class Part:
     compute: Pass
     all_to_all: float = 0.0
     tensor: float = 0.0
+    tensor_gradient: float = 0.0
     accumulate: float = 0.0
     dense: int = 0
     experts: int = 0
@@ -167,6 +170,8 @@ class StepModel:
         stages: of the pipeline.
         held: what a card holds of each module, see :func:`elements`.
         balance: of the experts.
+        program: whose sparse layers they are.
+        slowdown: see :data:`SLOWDOWN`.
     """
 
     def __init__(
@@ -177,11 +182,13 @@ class StepModel:
         stages: Sequence[Stage],
         held: Elements,
         balance: Balance = EVEN,
+        program: Program = OURS,
+        slowdown: float = SLOWDOWN,
     ) -> None:
         self.run, self.hardware, self.execution = run, hardware, execution
         self.sizes = run.parallel.sizes
-        self.work = Work(run, hardware, execution, balance)
-        self.balance = balance
+        self.work = Work(run, hardware, execution, balance, program)
+        self.balance, self.program, self.slowdown = balance, program, slowdown
         self.held = held
         sparse = set(run.model.sparse_layers)
         self.sparse = [layer in sparse for layer in range(run.model.num_hidden_layers)]
@@ -228,7 +235,7 @@ class StepModel:
         after = [self._reduced(s, end) for s, end in zip(stages, ends, strict=True)]
         # clipping needs the norm of all gradients: no stage updates before the last one is done
         done = max(after)
-        updates = [update_seconds(own, self.run, self.hardware) * SLOWDOWN for own in owned]
+        updates = [update_seconds(own, self.run, self.hardware) * self.slowdown for own in owned]
         norm = seconds(Message("AllReduce", GroupKind.WORLD, FLOAT), self.sizes, self.hardware)
         gather = max(s.gather for s in stages)
         total = gather + done + norm + max(updates)
@@ -247,7 +254,7 @@ class StepModel:
         layers = [self._layer(layer) for layer in stage.layers]
         first = [self._end(self.work.embedding(), ("embedding", "tied"))] if stage.embedding else []
         last = [self._end(self.work.head(), ("head",))] if stage.head else []
-        spent = _Spent()
+        spent = _Spent(self.slowdown)
         for part in (*first, *layers, *last):
             if explicit_pipeline:  # keeps the inputs of its stages alone and goes forward again
                 again = not stage.head
@@ -277,14 +284,20 @@ class StepModel:
         key = self.sparse[layer], self.windows[layer]
         if key not in self._parts:
             sparse = self.sparse[layer]
-            messages = layer_messages(self.run, sparse=sparse, execution=self.execution)
+            ahead = back = layer_messages(self.run, sparse=sparse, execution=self.execution)
+            if sparse and self.program.gathers_for_each_matrix and self.sizes.mp > 1:
+                ahead, back = (gathered(self.run, backward=b) for b in (False, True))
             dense, experts = self.held[layer]
-            exchange = sum(map(self._seconds, (m for m in messages if m.operator == "AlltoAll")))
-            tensor = sum(map(self._seconds, (m for m in messages if m.operator != "AlltoAll")))
+            exchange = sum(map(self._seconds, (m for m in ahead if m.operator == "AlltoAll")))
+            tensor, gradient = (
+                sum(map(self._seconds, (m for m in messages if m.operator != "AlltoAll")))
+                for messages in (ahead, back)
+            )
             self._parts[key] = Part(
                 self.work.layer(layer),
                 all_to_all=exchange * self.balance.slowest,
                 tensor=tensor,
+                tensor_gradient=gradient,
                 accumulate=self._accumulated(dense + experts),
                 dense=dense,
                 experts=experts,
@@ -338,7 +351,8 @@ class StepModel:
 class _Spent:
     """Adds up what the parts of a stage take."""
 
-    def __init__(self) -> None:
+    def __init__(self, slowdown: float) -> None:
+        self.slowdown = slowdown
         self.forward = self.backward = 0.0
         names = ("matmul", "attention", "memory_bound", "recompute", "all_to_all")
         self.parts = dict.fromkeys((*names, "tensor_parallel", "accumulation"), 0.0)
@@ -352,24 +366,25 @@ class _Spent:
             selective: its core of attention and norms are.
             overlapped: two halves of it hide half of the shorter one of computation and exchange.
         """
+        slower = self.slowdown
         ahead, back = part.compute.forward, part.compute.backward
-        once = part.compute.selective.total * SLOWDOWN if selective else 0.0
-        forward = ahead.total * SLOWDOWN
-        backward = back.total * SLOWDOWN + once + part.accumulate
-        self.parts["matmul"] += (ahead.matmul + back.matmul) * SLOWDOWN
-        self.parts["attention"] += (ahead.attention + back.attention) * SLOWDOWN
-        self.parts["memory_bound"] += (ahead.memory_bound + back.memory_bound) * SLOWDOWN
+        once = part.compute.selective.total * slower if selective else 0.0
+        forward = ahead.total * slower
+        backward = back.total * slower + once + part.accumulate
+        self.parts["matmul"] += (ahead.matmul + back.matmul) * slower
+        self.parts["attention"] += (ahead.attention + back.attention) * slower
+        self.parts["memory_bound"] += (ahead.memory_bound + back.memory_bound) * slower
         self.parts["recompute"] += once
         self.parts["accumulation"] += part.accumulate
         exposed = part.all_to_all
         if overlapped:
             exposed -= min(part.all_to_all, forward + part.tensor) / 2
-        passes = 2
+        passes = 1
         if again:
-            passes = 3
+            passes = 2
             self.parts["recompute"] += forward
             backward += forward + part.tensor + exposed
-        self.parts["all_to_all"] += passes * exposed
-        self.parts["tensor_parallel"] += passes * part.tensor
+        self.parts["all_to_all"] += (passes + 1) * exposed
+        self.parts["tensor_parallel"] += passes * part.tensor + part.tensor_gradient
         self.forward += forward + part.tensor + exposed
-        self.backward += backward + part.tensor + exposed
+        self.backward += backward + part.tensor_gradient + exposed

@@ -16,6 +16,7 @@ from mistral_ms.parallel.pipeline.costs import shared_logits
 from mistral_ms.planner.hardware import GIGA, TERA, Hardware
 from mistral_ms.planner.load import Balance
 from mistral_ms.planner.memory import Execution
+from mistral_ms.planner.program import MASKS_BACKWARD, MASKS_FORWARD, OURS, Program
 from mistral_ms.planner.traffic import exchanged_rows, tokens_of
 
 ATTENTION_GRADIENT = 2.5
@@ -90,13 +91,19 @@ class Work:
         hardware: the cluster.
         execution: in the graph tensor-parallel ranks hold a part of the rows between the matrices.
         balance: of the experts.
+        program: whose sparse layers they are.
     """
 
     def __init__(
-        self, run: RunConfig, hardware: Hardware, execution: Execution, balance: Balance
+        self,
+        run: RunConfig,
+        hardware: Hardware,
+        execution: Execution,
+        balance: Balance,
+        program: Program = OURS,
     ) -> None:
         self.run, self.model, self.rates = run, run.model, hardware.compute
-        self.balance = balance
+        self.balance, self.program = balance, program
         self.item, self.T = ITEMSIZE[run.training.dtype], float(tokens_of(run))
         self.mp = run.parallel.mp
         self.rows = self.T / (self.mp if execution == "graph" else 1)
@@ -170,8 +177,9 @@ class Work:
         norm = 2 * self.rows * H * self.item
         moved = norm + 3 * self.rows * H * self.item
         moved += T * H * FLOAT  # the router's states
-        moved += (T * H + R * H) * self.item  # dispatch reads tokens and writes rows
-        moved += (R * H + T * H) * self.item  # combine
+        if not self.program.one_hot_dispatch:
+            moved += (T * H + R * H) * self.item  # dispatch reads tokens and writes rows
+            moved += (R * H + T * H) * self.item  # combine
         moved += 3 * computed * I * self.item  # SwiGLU
         if shared := model.shared_expert_size / self.mp:
             products += [Product(T, H, shared, 2), Product(T, shared, H)]
@@ -182,7 +190,24 @@ class Work:
         if parallel.ep > 1 and local > 1:
             moved += 4 * computed * H * self.item  # from ranks' order to experts', and back
         found = self._of(products, moved)
+        if self.program.one_hot_dispatch:
+            found += self._one_hot(R / self.mp)
         return Pass(found.forward, found.backward, Seconds(memory_bound=self._streamed(norm)))
+
+    def _one_hot(self, places: float) -> Pass:
+        """Products of [T, E * C] with tokens, and of its weighted form with rows; the first has no
+        gradient of the mask.
+        """
+        H, T = self.model.hidden_size, self.rows
+        dispatch, combine = Product(places, T, H), Product(T, places, H)
+        forward = self._product(dispatch) + self._product(combine)
+        backward = self._product(Product(T, places, H))
+        backward += sum(map(self._product, _gradients([combine])))
+        mask = T * places * FLOAT
+        return Pass(
+            Seconds(matmul=forward, memory_bound=self._streamed(MASKS_FORWARD * mask)),
+            Seconds(matmul=backward, memory_bound=self._streamed(MASKS_BACKWARD * mask)),
+        )
 
     def _of(self, products: list[Product], moved: float) -> Pass:
         forward = sum(self._product(each) for each in products)

@@ -7,9 +7,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from mistral_ms.cli.plan import plan
+from mistral_ms.cli.plan import Name, plan
 from mistral_ms.config import load_run_config
 from mistral_ms.errors import ConfigError
+from mistral_ms.planner.studies import STUDIES
 
 RUNS = Path(__file__).parents[2] / "configs" / "run"
 RUN = str(RUNS / "pretrain_mixtral_8x7b_32card.yaml")
@@ -49,6 +50,32 @@ def test_nothing_fits(tmp_path):
     assert done.exit_code == 1
     assert "No layout fits" in done.output
     assert not (tmp_path / "none.yaml").exists()
+
+
+def test_a_study(tmp_path):
+    assert list(Name) == list(STUDIES)
+    report, figure = tmp_path / "study.json", tmp_path / "study.png"
+    done = call("--study", "routes", "--json", report, "--figure", figure)
+    assert done.exit_code == 0, done.output
+    assert "Where does flat lose" in done.output
+    assert "All times are predictions" in done.output
+    values = json.loads(report.read_text())
+    assert values["study"] == "routes"
+    assert values["tables"][0]["rows"][0]["cards of an expert group"] == "16"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "nothing to plan: --config"),
+        (("--study", "routes", "--nodes", "2"), "no such study: --study: --nodes"),
+        (("--study", "routes", "--config", RUN), "no such study: --study: --config"),
+    ],
+)
+def test_a_plan_or_a_study(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

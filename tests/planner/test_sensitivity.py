@@ -13,7 +13,7 @@ A2 = load_hardware("atlas_800t_a2")
 def test_one_number_changes():
     assert scaled(A2, "host.gb_per_s", 2).host.gb_per_s == 40
     assert scaled(A2, "between.efficiency", 2).between.efficiency == 1
-    assert scaled(A2, "compute.attention_forward", 0.5).compute.attention_forward == 0.275
+    assert scaled(A2, "compute.attention_forward", 0.5).compute.attention_forward == 0.215
     assert scaled(A2, "compute.efficiency", 2).compute.efficiency[0] == (64, 0.4)
     assert scaled(A2, "compute.peak_tflops", 2).compute.peak_tflops.float32 == 177
     assert scaled(A2, "reserved_gib", 2).reserved_gib == 8
