@@ -1,6 +1,6 @@
 """Frozen, typed configuration: read once at the edge, passed down as plain data."""
 
-from mistral_ms.config.capacity import expert_capacity
+from mistral_ms.config.capacity import expert_capacity, local_groups
 from mistral_ms.config.conventions import IGNORE_INDEX, PACKAGED_TOKENIZER
 from mistral_ms.config.data import DataConfig, DataSourceConfig, PackingConfig
 from mistral_ms.config.evaluation import EvaluationConfig
@@ -88,6 +88,7 @@ __all__ = [
     "load_any_config",
     "load_model_config",
     "load_run_config",
+    "local_groups",
     "read_end_tokens",
     "read_generation_file",
     "read_mindformers",

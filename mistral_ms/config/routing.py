@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
 from mistral_ms.config.base import Frozen
 from mistral_ms.config.model import DType
+
+LocalGroup: TypeAlias = Literal["batch", "sequence"] | Annotated[int, Field(ge=1)]
+"""The tokens of a local group: all of a dispatch group, those of a sequence, or so many."""
 
 
 class RoutingConfig(Frozen):
@@ -37,6 +40,9 @@ class RoutingConfig(Frozen):
             ``random``: likewise, in an order that is drawn anew for each step and layer (random
             token selection, arXiv:2109.10465; outside of training: earlier tokens first).
             All but ``token_major`` look at later tokens. Where experts choose there is no order.
+        capacity_group: the tokens among which slots are shared out, each such local group having
+            slots of its own (GShard, section 2.2): ``batch``: a whole dispatch group; ``sequence``:
+            each of its rows, which then loses no slot to another one; or so many tokens.
         rescale_survivors: divide the weights of the experts that compute a token by their sum.
             Under ``dropless`` those are all that it chose. Off: a dropped choice contributes
             nothing and the residual carries the token.
@@ -44,9 +50,15 @@ class RoutingConfig(Frozen):
         aux_loss: ``pooled`` averages over all layers' tokens before multiplying (HF);
             ``per_layer`` multiplies per layer and averages the products.
         aux_choices: which choices the load-balancing loss counts: ``all`` (HF), or the ``first``
-            of each token (GShard, Switch), whose balanced value is 1 whatever K.
+            of each token (GShard, Switch), whose balanced value is 1 whatever K; or the
+            ``top_scores``: the K largest scores, whatever a bias or groups of experts make of them
+            (DeepSeek-V3, arXiv:2412.19437, equation 18).
         aux_normalize: divide by the number of choices that are counted for each token, so that a
             balanced router scores 1, not K.
+        aux_scope: the tokens over which the load-balancing loss takes means before it multiplies
+            them: ``batch``: all of a dispatch group; ``sequence``: those of each row (DeepSeek-V3,
+            equations 17 to 20); or so many tokens (GShard's groups). Its value is the mean over
+            these groups, weighted by their tokens.
         kernels: which implementation of gating, slots, dispatch and combine runs. ``reference``:
             plain MindSpore. ``custom``: the operators of ``ascend_kernels``, which must be built.
             ``cann``: CANN's own where MindSpore has one that matches (Ascend only).
@@ -60,11 +72,13 @@ class RoutingConfig(Frozen):
     capacity_multiple_of: int = Field(default=1, ge=1)
     eval_capacity_factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     drop_priority: Literal["token_major", "choice_major", "score", "random"] = "token_major"
+    capacity_group: LocalGroup = "batch"
     rescale_survivors: bool = False
     router_dtype: DType = "float32"
     aux_loss: Literal["pooled", "per_layer"] = "pooled"
-    aux_choices: Literal["all", "first"] = "all"
+    aux_choices: Literal["all", "first", "top_scores"] = "all"
     aux_normalize: bool = False
+    aux_scope: LocalGroup = "batch"
     kernels: Literal["reference", "custom", "cann"] = "reference"
 
     @model_validator(mode="after")
@@ -86,6 +100,51 @@ class RoutingConfig(Frozen):
                 "Leave it out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _local_groups(self) -> RoutingConfig:
+        if self.capacity_group != "batch" and self.policy == "dropless":
+            raise ValueError(
+                f"capacity_group ({self.capacity_group}) shares out slots, which policy dropless "
+                "has not: set policy=capacity, or leave it out"
+            )
+        if self.capacity_group != "batch" and self.kernels != "reference":
+            raise ValueError(
+                f"capacity_group ({self.capacity_group}) needs kernels reference, not "
+                f"{self.kernels}: the operators count slots over a whole dispatch group"
+            )
+        if self.aux_scope != "batch" and self.aux_loss == "pooled":
+            raise ValueError(
+                f"aux_scope ({self.aux_scope}) multiplies means of each local group, aux_loss "
+                "pooled those of all layers: set aux_loss=per_layer"
+            )
+        if self.aux_scope != "batch" and self.policy == "experts_choose":
+            raise ValueError(
+                f"aux_scope ({self.aux_scope}) is about choices of tokens: under policy "
+                "experts_choose the load-balancing loss is that of the batch. Leave it out"
+            )
+        return self
+
+    def broken_groups(self, rows: int, columns: int) -> str | None:
+        """The rule that is broken where a dispatch group is not made of whole local groups.
+
+        Args:
+            rows: sequences of a dispatch group.
+            columns: tokens of each.
+        """
+        for key in ("capacity_group", "aux_scope"):
+            size = getattr(self, key)
+            if isinstance(size, int) and rows * columns % size:
+                return (
+                    f"routing.{key} ({size}) must divide the tokens of a dispatch group: {rows} "
+                    f"sequences of {columns} tokens"
+                )
+        return None
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether a layer must know how long the sequences are."""
+        return "sequence" in (self.capacity_group, self.aux_scope)
 
     def relative_capacity(self, top_k: int) -> float | None:
         """Slots of an expert in multiples of an even share of all choices, before they are rounded;

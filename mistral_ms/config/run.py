@@ -120,6 +120,11 @@ class RunConfig(Frozen):
                     f"{values} * {copies}",
                 )
             raise ValueError(f"{names} ({values}) must divide training.global_batch_size ({batch})")
+        if self.model.moe is not None:
+            rows = batch // (self.parallel.dp * groups * copies)
+            rule = self.routing.broken_groups(rows, length)
+            if rule is not None:
+                raise ValueError(rule)
         self.parallel.check(self.model)
         moe = self.model.moe
         chosen_by_experts = self.routing.policy == "experts_choose"

@@ -32,10 +32,11 @@ class SwitchedExperts(RoutedExperts):
         routing: Routing,
         valid_T: Tensor,
         priority_TK: Tensor | None = None,
+        columns: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """See the base."""
         if self.training:
-            return super().construct(x_TH, routing, valid_T, priority_TK)
+            return super().construct(x_TH, routing, valid_T, priority_TK, columns)
         plan = self.every_choice.plan(routing, valid_T)
         rows, sizes_E = self.every_choice.dispatch(x_TH, plan)
         gate = self.grouped_linear(rows, self.w1, sizes_E)

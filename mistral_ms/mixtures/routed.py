@@ -117,16 +117,16 @@ class RoutedFeedForward(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., O]."""
         x_TH = x.reshape(-1, x.shape[-1])
-        T = x_TH.shape[0]
+        T, columns = x_TH.shape[0], x.shape[-2]
         valid_T = ops.ones((T,), ms.float32)
         routing, priority_TK = self.route(x_TH)
         dispatcher = self.dispatcher if self.training else self.eval_dispatcher
-        plan = dispatcher.plan(routing, valid_T, priority_TK)
+        plan = dispatcher.plan(routing, valid_T, priority_TK, columns)
         rows, group_sizes_E = dispatcher.dispatch(x_TH, plan)
         y = self.packed_rows(rows, group_sizes_E) if self.packed else self.padded_rows(rows)
         y_TO = dispatcher.combine(y, plan)
         if self.training and len(routing) == 5:
-            sums = router_sums(routing, kept_choices(plan), valid_T, self.routing)
+            sums = router_sums(routing, kept_choices(plan), valid_T, self.routing, columns)
             y_TO = ops.depend(y_TO, ops.assign_add(self.routed_E, sums[1]))
             for i in range(len(self.terms)):
                 loss = self.terms[i](stack_sums((sums,)), False)

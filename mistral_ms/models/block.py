@@ -25,7 +25,8 @@ class DecoderBlock(nn.Cell):
         super().__init__()
         self.sparse = layer_factory.config.is_sparse(layer)
         moe = layer_factory.config.moe
-        self.takes_ids = self.sparse and moe is not None and moe.gate.takes_ids
+        takes_ids = moe is not None and moe.gate.takes_ids
+        self.takes_more = takes_ids or layer_factory.routing.by_sequence
         self.window = layer_factory.config.windows.index(layer_factory.config.window_of(layer))
         self.add = layer_factory.residual()
         self.input_layernorm = layer_factory.norm()
@@ -49,13 +50,14 @@ class DecoderBlock(nn.Cell):
         valid_T: Tensor,
         gate_context: GateContext | None = None,
         ids_T: Tensor | None = None,
+        columns: int = 1,
     ) -> tuple[Tensor, RouterSums | None]:
         """[T, H] -> [T, H], and the router's sums (None when dense)."""
         x_TH = self.add(x_TH, self.attention(self.input_layernorm(x_TH), context))
         normed_TH = self.post_attention_layernorm(x_TH)
         if self.sparse:
-            if self.takes_ids:
-                y_TH, sums = self.moe(normed_TH, valid_T, gate_context, ids_T)
+            if self.takes_more:
+                y_TH, sums = self.moe(normed_TH, valid_T, gate_context, ids_T, columns)
             else:
                 y_TH, sums = self.moe(normed_TH, valid_T, gate_context)
             return self.add(x_TH, y_TH), sums

@@ -68,7 +68,7 @@ class CausalLM(nn.Cell):
         model_chunk: ModelChunk | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.routing = config, routing
         self.model_chunk = ModelChunk.whole(config) if model_chunk is None else model_chunk
         layer_factory = (
             LayerFactory(config, routing, cache, dtype) if layer_factory is None else layer_factory
@@ -159,11 +159,12 @@ class CausalLM(nn.Cell):
         """
         contexts = self.attention_contexts(positions_BS, segments_BS)
         valid_T = ops.cast(positions_BS.reshape(-1) >= 0, ms.float32)
-        context = None if random_B3 is None else gate_context(random_B3, positions_BS.shape[1])
+        columns = positions_BS.shape[1]
+        context = None if random_B3 is None else gate_context(random_B3, columns)
         ids_T = ids_BS.reshape(-1) if self.takes_ids and ids_BS is not None else None
         found: tuple[RouterSums, ...] = ()
         for layer in self.layers:
-            x_TH, sums = layer(x_TH, contexts[layer.window], valid_T, context, ids_T)
+            x_TH, sums = layer(x_TH, contexts[layer.window], valid_T, context, ids_T, columns)
             if layer.sparse:
                 found = (*found, sums)
         if self.predicts:

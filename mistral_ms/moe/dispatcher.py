@@ -3,7 +3,7 @@
 A dispatcher brings token rows to the experts and their results back. The local ones only permute;
 those that communicate live in ``mistral_ms.parallel`` and are injected from there::
 
-    plan = dispatcher.plan(chosen, valid_T, priority_TK)
+    plan = dispatcher.plan(chosen, valid_T, priority_TK, columns)
     rows, group_sizes_L = dispatcher.dispatch(x_TH, plan)
     y_TH = dispatcher.combine(experts(rows, group_sizes_L), plan)
 
@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 from mindspore import Tensor, nn, ops
 
-from mistral_ms.config import RoutingConfig, expert_capacity
+from mistral_ms.config import RoutingConfig, expert_capacity, local_groups
 from mistral_ms.errors import ConfigError
 from mistral_ms.moe.routing import Routing
 from mistral_ms.ops import select
@@ -63,7 +63,11 @@ class Dispatcher(nn.Cell):
         self.num_experts, self.routing = num_experts, routing
 
     def plan(
-        self, chosen: Routing, valid_T: Tensor, priority_TK: Tensor | None = None
+        self,
+        chosen: Routing,
+        valid_T: Tensor,
+        priority_TK: Tensor | None = None,
+        columns: int = 1,
     ) -> DispatchPlan:
         """Decides where rows go.
 
@@ -72,6 +76,7 @@ class Dispatcher(nn.Cell):
             valid_T: float32, 0 for padding, which goes nowhere.
             priority_TK: float32, which choices get a slot first, see
                 :meth:`mistral_ms.moe.Gate.priority`; None: those that the routing's order says.
+            columns: tokens of each sequence, where ``routing.capacity_group`` is that.
         """
         raise NotImplementedError
 
@@ -137,16 +142,23 @@ class PaddedDispatcher(_LocalDispatcher):
             self.by_priority = select.assign_slots_by_priority(routing.kernels, num_experts)
 
     def plan(
-        self, chosen: Routing, valid_T: Tensor, priority_TK: Tensor | None = None
+        self,
+        chosen: Routing,
+        valid_T: Tensor,
+        priority_TK: Tensor | None = None,
+        columns: int = 1,
     ) -> DispatchPlan:
         """See the contract."""
         weights_TK, experts_TK, _, _, _ = chosen
         T, K = experts_TK.shape
-        capacity = expert_capacity(T, self.num_experts, K, self.routing)
-        if priority_TK is None:
-            slots = self.assign_slots(experts_TK, valid_T, capacity)
+        capacity = expert_capacity(T, self.num_experts, K, self.routing, columns)
+        groups = local_groups(T, columns, self.routing.capacity_group)
+        if priority_TK is not None:
+            slots = self.by_priority(experts_TK, valid_T, priority_TK, capacity, groups)
+        elif groups > 1:
+            slots = self.assign_slots(experts_TK, valid_T, capacity, groups)
         else:
-            slots = self.by_priority(experts_TK, valid_T, priority_TK, capacity)
+            slots = self.assign_slots(experts_TK, valid_T, capacity)
         return slots, self.weights(weights_TK, slots), None, ()
 
 
@@ -174,13 +186,18 @@ class ExpertChoiceDispatcher(_LocalDispatcher):
         self.choose_tokens = select.choose_tokens(routing.kernels)
 
     def plan(
-        self, chosen: Routing, valid_T: Tensor, priority_TK: Tensor | None = None
+        self,
+        chosen: Routing,
+        valid_T: Tensor,
+        priority_TK: Tensor | None = None,
+        columns: int = 1,
     ) -> DispatchPlan:
         """See the contract; the tokens' own choices say no more than how many slots there are."""
         _, experts_TK, scores_TE, _, _ = chosen
         T, K = experts_TK.shape
-        capacity = expert_capacity(T, self.num_experts, K, self.routing)
-        slots = self.choose_tokens(scores_TE, valid_T, capacity)
+        capacity = expert_capacity(T, self.num_experts, K, self.routing, columns)
+        groups = local_groups(T, columns, self.routing.capacity_group)
+        slots = self.choose_tokens(scores_TE, valid_T, capacity, groups)
         return slots, self.weights(scores_TE, slots), None, ()
 
 
@@ -194,7 +211,11 @@ class PackedDispatcher(_LocalDispatcher):
         self.pack_choices = select.pack_choices(routing.kernels, num_experts)
 
     def plan(
-        self, chosen: Routing, valid_T: Tensor, priority_TK: Tensor | None = None
+        self,
+        chosen: Routing,
+        valid_T: Tensor,
+        priority_TK: Tensor | None = None,
+        columns: int = 1,
     ) -> DispatchPlan:
         """See the contract."""
         weights_TK, experts_TK, _, _, _ = chosen

@@ -127,10 +127,11 @@ class RoutedExperts(Experts):
         routing: Routing,
         valid_T: Tensor,
         priority_TK: Tensor | None = None,
+        columns: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """[T, H] -> [T, H], and which choices were computed, see
         :func:`~mistral_ms.moe.kept_choices`; a token whose every choice is dropped gets zero.
-        ``priority_TK`` as in :meth:`~mistral_ms.moe.Dispatcher.plan`.
+        ``priority_TK`` and ``columns`` as in :meth:`~mistral_ms.moe.Dispatcher.plan`.
         """
         weights_TK, experts_TK, _, _, _ = routing
         T, K = experts_TK.shape
@@ -138,7 +139,7 @@ class RoutedExperts(Experts):
             y_TH = self.fused(x_TH, experts_TK, weights_TK, valid_T, self.w1, self.w3, self.w2)
             chosen_TK = ops.cast(experts_TK < self.dispatcher.num_experts, valid_T.dtype)
             return y_TH, chosen_TK * valid_T.reshape(T, 1)
-        plan = self.dispatcher.plan(routing, valid_T, priority_TK)
+        plan = self.dispatcher.plan(routing, valid_T, priority_TK, columns)
         rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
         y = self.compute(rows, group_sizes_L)
         return self.dispatcher.combine(y, plan), kept_choices(plan)

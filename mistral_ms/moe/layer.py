@@ -55,6 +55,7 @@ class MoELayer(nn.Cell):
         valid_T: Tensor,
         context: GateContext | None = None,
         ids_T: Tensor | None = None,
+        columns: int = 1,
     ) -> tuple[Tensor, RouterSums]:
         """[T, H] -> [T, H] and the sums that losses and statistics are made of.
 
@@ -64,10 +65,11 @@ class MoELayer(nn.Cell):
                 ones computes it.
             context: what the gate may know in training; None outside.
             ids_T: int32, the tokens, for a gate that takes them.
+            columns: tokens of each sequence, for a routing that goes by sequences.
         """
         routing = self.router(x_TH, context, ids_T)
         priority_TK = self.router.priority(routing, context)
-        y_TH, kept_TK = self.experts(x_TH, routing, valid_T, priority_TK)
+        y_TH, kept_TK = self.experts(x_TH, routing, valid_T, priority_TK, columns)
         if self.shares:
             y_TH = self.shared_expert_gate(x_TH, y_TH, self.shared_experts(x_TH))
-        return y_TH, router_sums(routing, kept_TK, valid_T, self.routing)
+        return y_TH, router_sums(routing, kept_TK, valid_T, self.routing, columns)

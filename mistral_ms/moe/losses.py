@@ -12,7 +12,7 @@ from typing import TypeAlias, TypeVar
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from mistral_ms.config import DROPLESS, RoutingConfig
+from mistral_ms.config import DROPLESS, RoutingConfig, local_groups
 from mistral_ms.config.names import perhaps
 from mistral_ms.errors import ConfigError
 from mistral_ms.moe.routing import Routing
@@ -20,6 +20,7 @@ from mistral_ms.ops import reference
 
 _sum = ops.ReduceSum()
 _max = ops.ReduceMax()
+_top_k = ops.TopK(sorted=True)
 
 
 RouterSums: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor]
@@ -35,6 +36,8 @@ RouterSums: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tens
 * terms: [E] each, what the gate gives beside (``Gate.statistics`` names them);
 * counted_E: what the load-balancing loss counts of the choices before the capacity (no gradient),
   see ``routing.aux_choices`` and ``routing.aux_normalize``; routed_E where they say nothing else.
+  Where ``routing.aux_scope`` names local groups, a scalar in its place: the load-balancing loss of
+  each of them times its tokens, added up (carries the gradient).
 
 Stacked over the sparse layers of a model they are [layers, E] and [layers].
 """
@@ -113,7 +116,11 @@ def loss_terms(names: Sequence[str], own: Mapping[str, LossTerm]) -> tuple[LossT
 
 
 def router_sums(
-    chosen: Routing, kept_TK: Tensor, valid_T: Tensor, routing: RoutingConfig = DROPLESS
+    chosen: Routing,
+    kept_TK: Tensor,
+    valid_T: Tensor,
+    routing: RoutingConfig = DROPLESS,
+    columns: int = 1,
 ) -> RouterSums:
     """The sums of one layer's pass.
 
@@ -123,9 +130,10 @@ def router_sums(
             that each takes.
         valid_T: float32, 0 for padding.
         routing: the policy, and what the load-balancing loss counts.
+        columns: tokens of each sequence, where the loss is of each.
     """
     _, experts_TK, scores_TE, logits_TE, terms = chosen
-    E, K = scores_TE.shape[-1], experts_TK.shape[-1]
+    T, E = scores_TE.shape
     if routing.policy == "experts_choose":
         left_T = valid_T * (1.0 - _max(kept_TK, -1))
         left_E, _ = reference.count_choices(experts_TK[:, :1], left_T, left_T, E)
@@ -133,11 +141,14 @@ def router_sums(
         routed_E = kept_E + left_E
     else:
         routed_E, kept_E = reference.count_choices(experts_TK, valid_T, kept_TK, E)
-    counted_E = routed_E
-    if routing.aux_choices == "first":
-        counted_E, _ = reference.count_choices(experts_TK[:, :1], valid_T, kept_TK[:, :1], E)
-    elif routing.aux_normalize:
-        counted_E = routed_E / K
+    groups = local_groups(T, columns, routing.aux_scope)
+    if routing.aux_scope != "batch":
+        counted_TE = _counted(chosen, valid_T, routing)
+        counted = _loss_of_groups(scores_TE, counted_TE, valid_T, groups)
+    elif routing.aux_choices == "all":
+        counted = routed_E / experts_TK.shape[-1] if routing.aux_normalize else routed_E
+    else:
+        counted = _sum(_counted(chosen, valid_T, routing), 0)
     log_z_T = ops.logsumexp(logits_TE, -1)
     summed: tuple[Tensor, ...] = ()
     for term_TE in terms:
@@ -149,8 +160,30 @@ def router_sums(
         _sum(log_z_T * log_z_T * valid_T),
         _sum(valid_T),
         summed,
-        counted_E,
+        counted,
     )
+
+
+def _counted(chosen: Routing, valid_T: Tensor, routing: RoutingConfig) -> Tensor:
+    """[T, E]: what the load-balancing loss counts of each token; no gradient."""
+    _, experts_TK, scores_TE, _, _ = chosen
+    E, K = scores_TE.shape[-1], experts_TK.shape[-1]
+    if routing.aux_choices == "first":
+        experts_TK, K = experts_TK[:, :1], 1
+    elif routing.aux_choices == "top_scores":
+        _, experts_TK = _top_k(ops.stop_gradient(scores_TE), K)
+    counted_TE = _sum(reference.expert_one_hot(experts_TK, valid_T, E), 1)
+    return ops.stop_gradient(counted_TE / K if routing.aux_normalize else counted_TE)
+
+
+def _loss_of_groups(scores_TE: Tensor, counted_TE: Tensor, valid_T: Tensor, groups: int) -> Tensor:
+    """The load-balancing loss of each local group times its tokens, added up: a scalar."""
+    T, E = scores_TE.shape
+    scores_GE = _sum((scores_TE * valid_T.reshape(T, 1)).reshape(groups, T // groups, E), 1)
+    counted_GE = _sum(counted_TE.reshape(groups, T // groups, E), 1)
+    tokens_G = _sum(valid_T.reshape(groups, T // groups), 1)
+    tokens_G1 = ops.maximum(tokens_G, ops.ones_like(tokens_G)).reshape(groups, 1)
+    return E * _sum(scores_GE * counted_GE / tokens_G1)
 
 
 def stack_sums(layers: tuple[RouterSums, ...]) -> RouterSums:
@@ -189,7 +222,9 @@ def load_balancing_loss(sums: RouterSums, pooled: bool) -> Tensor:
     Transformer, arXiv:2101.03961, equations 4 to 6, extended to K choices). A balanced router
     scores K (2.0 for Top-2), not 1.0. With ``routing.aux_choices: first`` f_e counts first choices
     (GShard, arXiv:2006.16668, algorithm 1, times E^2), with ``routing.aux_normalize`` it is
-    divided by K: then it scores 1.
+    divided by K: then it scores 1. With ``routing.aux_scope`` the products are those of local
+    groups: of sequences, with the top scores counted, DeepSeek-V3's (arXiv:2412.19437, equations
+    17 to 20).
 
     Args:
         sums: stacked over layers.
@@ -201,6 +236,8 @@ def load_balancing_loss(sums: RouterSums, pooled: bool) -> Tensor:
     """
     scores_LE, _, _, _, tokens_L, _, counted_LE = sums
     layers, num_experts = scores_LE.shape
+    if len(counted_LE.shape) == 1:  # the losses of local groups
+        return _sum(counted_LE / ops.maximum(tokens_L, ops.ones_like(tokens_L))) / layers
     if pooled:
         tokens = ops.maximum(_sum(tokens_L), ops.ones((), ms.float32))
         return num_experts * _sum((_sum(scores_LE, 0) / tokens) * (_sum(counted_LE, 0) / tokens))

@@ -105,10 +105,12 @@ class ReferenceSlots(nn.Cell):
         self.num_experts = num_experts
         self.choice_major = choice_major
 
-    def construct(self, experts_TK: Tensor, valid_T: Tensor, capacity: int) -> RowIdMap:
+    def construct(
+        self, experts_TK: Tensor, valid_T: Tensor, capacity: int, groups: int = 1
+    ) -> RowIdMap:
         """The row id map."""
         return reference.assign_slots(
-            experts_TK, valid_T, self.num_experts, capacity, self.choice_major
+            experts_TK, valid_T, self.num_experts, capacity, self.choice_major, groups
         )
 
 
@@ -120,20 +122,27 @@ class ReferencePrioritySlots(nn.Cell):
         self.num_experts = num_experts
 
     def construct(
-        self, experts_TK: Tensor, valid_T: Tensor, priority_TK: Tensor, capacity: int
+        self,
+        experts_TK: Tensor,
+        valid_T: Tensor,
+        priority_TK: Tensor,
+        capacity: int,
+        groups: int = 1,
     ) -> RowIdMap:
         """The row id map."""
         return reference.assign_slots_by_priority(
-            experts_TK, valid_T, priority_TK, self.num_experts, capacity
+            experts_TK, valid_T, priority_TK, self.num_experts, capacity, groups
         )
 
 
 class ReferenceExpertChoice(nn.Cell):
     """``reference.choose_tokens``."""
 
-    def construct(self, scores_TE: Tensor, valid_T: Tensor, capacity: int) -> RowIdMap:
+    def construct(
+        self, scores_TE: Tensor, valid_T: Tensor, capacity: int, groups: int = 1
+    ) -> RowIdMap:
         """The row id map."""
-        return reference.choose_tokens(scores_TE, valid_T, capacity)
+        return reference.choose_tokens(scores_TE, valid_T, capacity, groups)
 
 
 class ReferencePacking(nn.Cell):

@@ -167,7 +167,7 @@ def layer_memory(
         )
     assert model.moe is not None
     norms += 2 * T * model.moe.num_local_experts * FLOAT
-    R = expert_rows(model, routing, parallel, T)
+    R = expert_rows(model, routing, parallel, T, seq_length)
     I = model.expert_size // parallel.mp  # noqa: E741
     shared = 0
     if model.shared_expert_size:  # its own activations, its result and that of the chosen ones
@@ -183,7 +183,11 @@ def layer_memory(
 
 
 def expert_rows(
-    model: ModelConfig, routing: RoutingConfig, parallel: ParallelConfig, tokens: int
+    model: ModelConfig,
+    routing: RoutingConfig,
+    parallel: ParallelConfig,
+    tokens: int,
+    seq_length: int = 1,
 ) -> int:
     """R: rows of the buffers that a rank's experts compute from.
 
@@ -192,6 +196,7 @@ def expert_rows(
         routing: the policy.
         parallel: the layout.
         tokens: T of this rank.
+        seq_length: tokens of each sequence, for a capacity that goes by sequences.
     """
     assert model.moe is not None
     E, K = model.moe.num_local_experts, model.moe.num_experts_per_tok
@@ -199,7 +204,7 @@ def expert_rows(
         if parallel.ep == 1:
             return tokens * K
         return parallel.ep * tokens * min(K, E // parallel.ep)  # room for the worst case
-    return E * expert_capacity(tokens, E, K, routing)
+    return E * expert_capacity(tokens, E, K, routing, seq_length)
 
 
 def activation_memory(

@@ -52,7 +52,12 @@ def zipf(experts: int, exponent: float) -> Loads:
 
 
 def balance(
-    model: ModelConfig, routing: RoutingConfig, ep: int, tokens: int, loads: Sequence[Loads]
+    model: ModelConfig,
+    routing: RoutingConfig,
+    ep: int,
+    tokens: int,
+    loads: Sequence[Loads],
+    seq_length: int = 1,
 ) -> Balance:
     """What loads cost in a layout.
 
@@ -62,6 +67,8 @@ def balance(
         ep: ranks that share the experts, each as many, in their order.
         tokens: T of a rank's micro-batch; every rank's choices have the same shares.
         loads: of each sparse layer; the mean over layers is taken. None: even.
+        seq_length: tokens of each sequence, for a capacity that goes by sequences; local groups
+            have the same shares, too.
     """
     if model.moe is None or not loads:
         return EVEN
@@ -75,7 +82,7 @@ def balance(
         return Balance(slowest=sum(fullest) / len(fullest))
     if routing.policy == "experts_choose":
         return EVEN
-    capacity = expert_capacity(tokens, E, K, routing)
+    capacity = expert_capacity(tokens, E, K, routing, seq_length)
     kept = [sum(min(share * K * tokens, capacity) for share in layer) for layer in loads]
     return Balance(dropped=1 - sum(kept) / len(kept) / (K * tokens))
 

@@ -17,7 +17,7 @@ from mistral_ms.config import ModelConfig, ParallelConfig, Recompute, RunConfig
 from mistral_ms.config.base import validate
 from mistral_ms.config.layout import Sizes, divisors, factorisations
 from mistral_ms.errors import ConfigError
-from mistral_ms.parallel.memory import GIB, LayerMemory
+from mistral_ms.parallel.memory import GIB, LayerMemory, rows_of
 from mistral_ms.parallel.pipeline import Stage, held_specs, stages_of
 from mistral_ms.planner.candidate import Candidate
 from mistral_ms.planner.hardware import Cluster
@@ -190,6 +190,9 @@ class _Search:
             with_batches = _changed(division.run, gradient_accumulation_steps=micro_batches)
             if self.execution == "graph" and tokens_of(with_batches) % sizes.mp:
                 continue
+            rows = rows_of(with_batches.training, with_batches.parallel)
+            if self.run.routing.broken_groups(rows, with_batches.training.seq_length):
+                continue
             layers = division.layers(with_batches)
             for run, memory, fits in self._settings(division, with_batches, layers):
                 if not fits:
@@ -287,7 +290,8 @@ class _Search:
     def balance(self, run: RunConfig) -> Balance:
         """Of the experts, in a layout."""
         tokens = tokens_of(run)
-        return balance(run.model, run.routing, run.parallel.ep, tokens, self.loads)
+        length = run.training.seq_length
+        return balance(run.model, run.routing, run.parallel.ep, tokens, self.loads, length)
 
 
 class _Division:

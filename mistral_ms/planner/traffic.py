@@ -88,7 +88,7 @@ def exchanged_rows(run: RunConfig) -> float:
     T, E, K = tokens_of(run), moe.num_local_experts, moe.num_experts_per_tok
     if run.routing.policy == "dropless":
         return float(T * K)
-    return float(E * expert_capacity(T, E, K, run.routing))
+    return float(E * expert_capacity(T, E, K, run.routing, run.training.seq_length))
 
 
 def layer_messages(run: RunConfig, *, sparse: bool, execution: Execution) -> tuple[Message, ...]:

@@ -17,7 +17,7 @@ from mistral_ms.checkpoint.tensor_set import STATE, read_state
 from mistral_ms.config import DROPLESS, IGNORE_INDEX, RoutingConfig
 from mistral_ms.config.base import validate
 from mistral_ms.datasets import Batch, MindRecordSequences, SequenceSource
-from mistral_ms.errors import TokenizerError
+from mistral_ms.errors import ConfigError, TokenizerError
 from mistral_ms.models import CausalLM, Scores
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.reading import is_file
@@ -54,11 +54,17 @@ class Evaluator:
         model: with its weights, and the routing it shall be judged with (dropless, usually).
         data: the sequences; their order does not matter.
         batch_size: sequences at a time.
+
+    Raises:
+        ConfigError: the routing's local groups do not divide such a batch.
     """
 
     def __init__(self, model: CausalLM, data: SequenceSource, batch_size: int = 8) -> None:
         model.set_train(False)
         self.data, self.batch_size = data, min(batch_size, data.sequences)
+        rule = model.routing.broken_groups(self.batch_size, data.seq_length)
+        if rule is not None:
+            raise ConfigError("impossible evaluation", where="batch_size", rule=rule)
         self._scores = Scores(model)
 
     def __call__(self, progress: Callable[[int, int], None] | None = None) -> Evaluation:

@@ -138,6 +138,8 @@ def routing(variant: str) -> RoutingConfig:
     policy = "dropless" if "dropless" in variant else "capacity"
     # what is drawn, in gates and in the order of service, is drawn alike in all layouts
     more = {"drop_priority": "random", "aux_choices": "first"} if variant == "plain" else {}
+    if variant == "float16":  # where experts are divided, too, every sequence has slots of its own
+        more = {"capacity_group": "sequence", "aux_scope": "sequence"}
     return RoutingConfig(policy=policy, capacity_factor=1.1, aux_loss="per_layer", **more)
 
 

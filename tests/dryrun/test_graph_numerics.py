@@ -104,9 +104,15 @@ def both_gradients(config, scale=1.0):
 
 
 CASES = {
-    "choice-major, rescaled, a dense expert beside": {
+    "choice-major by sequences, rescaled, a dense expert beside": {
         "moe": {"n_shared_experts": 1, "shared_expert_gate": "softmax_pair"},
-        "routing": {"drop_priority": "choice_major", "rescale_survivors": True},
+        "routing": {
+            "drop_priority": "choice_major",
+            "rescale_survivors": True,
+            "capacity_group": "sequence",
+            "aux_scope": 8,
+            "aux_choices": "top_scores",
+        },
     },
     "experts choose": {
         "routing": {

@@ -36,6 +36,7 @@ from mistral_ms.ops.reference.routing import (
     assign_slots_by_priority,
     choose_tokens,
     count_choices,
+    expert_one_hot,
     gating_top_k,
     pack_choices,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "batched_matmul",
     "choose_tokens",
     "count_choices",
+    "expert_one_hot",
     "gating_top_k",
     "grouped_linear",
     "linear",

@@ -70,7 +70,12 @@ def count_choices(
 
 
 def assign_slots(
-    experts_TK: Tensor, valid_T: Tensor, num_experts: int, capacity: int, choice_major: bool
+    experts_TK: Tensor,
+    valid_T: Tensor,
+    num_experts: int,
+    capacity: int,
+    choice_major: bool,
+    groups: int = 1,
 ) -> RowIdMap:
     """Gives each choice the next free slot of its expert until the expert is full.
 
@@ -81,26 +86,30 @@ def assign_slots(
         experts_TK: int32, chosen experts; E where there is none.
         valid_T: float32, 0 for padding, which gets no slot.
         num_experts: E.
-        capacity: C, slots per expert.
+        capacity: C, slots per expert; those of all local groups, each of which has C / G.
         choice_major: the order in which slots are given.
+        groups: G, local groups of T / G tokens; an expert's slots lie group by group.
 
     Returns:
         The row id map; nothing in it carries a gradient.
     """
     T, K = experts_TK.shape
-    E, C = num_experts, capacity
+    G, E, C = groups, num_experts, capacity
+    S = T // G
     chosen_TKE = expert_one_hot(experts_TK, valid_T, E)
     if choice_major:
-        queue_QE = chosen_TKE.transpose(1, 0, 2).reshape(K * T, E)
+        queue_GQE = chosen_TKE.reshape(G, S, K, E).transpose(0, 2, 1, 3).reshape(G, K * S, E)
     else:
-        queue_QE = chosen_TKE.reshape(T * K, E)
+        queue_GQE = chosen_TKE.reshape(G, S * K, E)
     # float32 counts are exact below 2^24 choices
-    position_Q = _sum(_cumsum(queue_QE, 0) * queue_QE, -1) - 1.0
-    position_TK = (
-        position_Q.reshape(K, T).transpose(1, 0) if choice_major else position_Q.reshape(T, K)
-    )
-    kept_TK = ops.logical_and(position_TK >= 0.0, position_TK < float(C))
+    position_GQ = _sum(_cumsum(queue_GQE, 1) * queue_GQE, -1) - 1.0
+    if choice_major:
+        position_GQ = position_GQ.reshape(G, K, S).transpose(0, 2, 1)
+    position_TK = position_GQ.reshape(T, K)
+    kept_TK = ops.logical_and(position_TK >= 0.0, position_TK < float(C // G))
     slot_TK = experts_TK * C + ops.cast(position_TK, ms.int32)
+    if G > 1:
+        slot_TK = slot_TK + _first_slots(T, G, C)
 
     source_EC, filled_EC = _what_fills(slot_TK, kept_TK, E * C)
     return (
@@ -111,7 +120,7 @@ def assign_slots(
     )
 
 
-def choose_tokens(scores_TE: Tensor, valid_T: Tensor, capacity: int) -> RowIdMap:
+def choose_tokens(scores_TE: Tensor, valid_T: Tensor, capacity: int, groups: int = 1) -> RowIdMap:
     """Gives the slots of each expert to the tokens that score highest with it; of tokens with
     equal scores the earlier ones come first.
 
@@ -121,7 +130,8 @@ def choose_tokens(scores_TE: Tensor, valid_T: Tensor, capacity: int) -> RowIdMap
     Args:
         scores_TE: float32, 0 or more.
         valid_T: float32, 0 for padding, which no expert takes.
-        capacity: C, slots per expert, at most T.
+        capacity: C, slots per expert, at most T; those of all local groups.
+        groups: G, local groups of T / G tokens, of which an expert takes C / G each.
 
     Returns:
         The row id map with K = E: the choice t * E + e is token t by expert e. Nothing in it
@@ -129,7 +139,9 @@ def choose_tokens(scores_TE: Tensor, valid_T: Tensor, capacity: int) -> RowIdMap
     """
     T, E = scores_TE.shape
     valid_TE = ops.broadcast_to(valid_T.reshape(T, 1), (T, E))
-    kept_TE, position_TE = _best_of_each_expert(ops.stop_gradient(scores_TE), valid_TE, capacity)
+    kept_TE, position_TE = _best_of_each_group(
+        ops.stop_gradient(scores_TE), valid_TE, capacity, groups
+    )
     first_slot_E = ops.cast(_range(0, E * capacity, capacity), ms.int32)
     slot_TE = first_slot_E.reshape(1, E) + ops.cast(position_TE, ms.int32)
     kept = kept_TE > 0.0
@@ -143,7 +155,12 @@ def choose_tokens(scores_TE: Tensor, valid_T: Tensor, capacity: int) -> RowIdMap
 
 
 def assign_slots_by_priority(
-    experts_TK: Tensor, valid_T: Tensor, priority_TK: Tensor, num_experts: int, capacity: int
+    experts_TK: Tensor,
+    valid_T: Tensor,
+    priority_TK: Tensor,
+    num_experts: int,
+    capacity: int,
+    groups: int = 1,
 ) -> RowIdMap:
     """Gives the slots of each expert to the choices with the highest priority; of equal ones the
     earlier tokens come first.
@@ -153,7 +170,9 @@ def assign_slots_by_priority(
         valid_T: float32, 0 for padding, which gets no slot.
         priority_TK: float32, 0 or more.
         num_experts: E.
-        capacity: C, slots per expert, at most T; filled in the order of the tokens.
+        capacity: C, slots per expert, at most T; filled in the order of the tokens; those of all
+            local groups.
+        groups: G, local groups of T / G tokens, each of which has C / G slots.
 
     Returns:
         The row id map; nothing in it carries a gradient.
@@ -161,7 +180,7 @@ def assign_slots_by_priority(
     T, K = experts_TK.shape
     chosen_TKE = expert_one_hot(experts_TK, valid_T, num_experts)
     priority_TE = _sum(chosen_TKE * ops.stop_gradient(priority_TK).reshape(T, K, 1), 1)
-    kept_TE, position_TE = _best_of_each_expert(priority_TE, _sum(chosen_TKE, 1), capacity)
+    kept_TE, position_TE = _best_of_each_group(priority_TE, _sum(chosen_TKE, 1), capacity, groups)
     kept_TK = _sum(chosen_TKE * kept_TE.reshape(T, 1, num_experts), -1)
     position_TK = _sum(chosen_TKE * position_TE.reshape(T, 1, num_experts), -1)
     slot_TK = experts_TK * capacity + ops.cast(position_TK, ms.int32)
@@ -173,6 +192,31 @@ def assign_slots_by_priority(
         source_EC,
         filled_EC,
     )
+
+
+def _first_slots(tokens: int, groups: int, capacity: int) -> Tensor:
+    """int32 [T, 1]: the first slot, among an expert's, of each token's local group."""
+    token_T = ops.cast(_range(0, tokens, 1), ms.int32)
+    return (token_T // (tokens // groups) * (capacity // groups)).reshape(tokens, 1)
+
+
+def _best_of_each_group(
+    scores_TE: Tensor, valid_TE: Tensor, capacity: int, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Of each expert's candidates (``valid_TE``) in each local group the best: 1 where one is
+    taken, and which of the expert's slots it gets, float32 [T, E] both. Scores are 0 or more.
+    """
+    if groups == 1:
+        return _best_of_each_expert(scores_TE, valid_TE, capacity)
+    T, E = scores_TE.shape
+    S = T // groups
+    # an expert has as many columns as there are groups
+    kept_SX, position_SX = _best_of_each_expert(
+        _side_by_side(scores_TE, groups), _side_by_side(valid_TE, groups), capacity // groups
+    )
+    kept_TE = kept_SX.reshape(S, groups, E).transpose(1, 0, 2).reshape(T, E)
+    position_TE = position_SX.reshape(S, groups, E).transpose(1, 0, 2).reshape(T, E)
+    return kept_TE, position_TE + ops.cast(_first_slots(T, groups, capacity), ms.float32)
 
 
 def _best_of_each_expert(
@@ -194,6 +238,12 @@ def _best_of_each_expert(
     first_TE = ops.cast(_cumsum(equal_TE, 0) <= left_1E, ms.float32)
     kept_TE = above_TE + equal_TE * first_TE
     return kept_TE, _cumsum(kept_TE, 0) - 1.0
+
+
+def _side_by_side(values_TE: Tensor, groups: int) -> Tensor:
+    """[T, E] -> [T / G, G * E]: the columns of local group g are g * E to (g + 1) * E."""
+    T, E = values_TE.shape
+    return values_TE.reshape(groups, T // groups, E).transpose(1, 0, 2).reshape(-1, groups * E)
 
 
 def pack_choices(experts_TK: Tensor, valid_T: Tensor, num_experts: int) -> tuple[RowIdMap, Tensor]:

@@ -36,10 +36,14 @@ class CapacityDispatcher(Dispatcher):
         self.route, self.tensor_rows = route, tensor_rows
 
     def plan(
-        self, chosen: Routing, valid_T: Tensor, priority_TK: Tensor | None = None
+        self,
+        chosen: Routing,
+        valid_T: Tensor,
+        priority_TK: Tensor | None = None,
+        columns: int = 1,
     ) -> DispatchPlan:
         """See the contract: that of the local dispatcher."""
-        return self.local.plan(chosen, valid_T, priority_TK)
+        return self.local.plan(chosen, valid_T, priority_TK, columns)
 
     def dispatch(self, x_TH: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor | None]:
         """See the contract: [L, P * C, H]."""
@@ -72,7 +76,9 @@ class CapacityDispatcher(Dispatcher):
         P = self.route.members
         return rows_LMH.reshape(L, P, M // P, H).transpose(1, 0, 2, 3)
 
-    def traffic(self, tokens: int, top_k: int, hidden_size: int, itemsize: int = 4) -> Traffic:
+    def traffic(
+        self, tokens: int, top_k: int, hidden_size: int, itemsize: int = 4, columns: int = 1
+    ) -> Traffic:
         """What this rank sends in one dispatch and combine, forward; the backward pass sends as
         much between expert ranks.
 
@@ -81,9 +87,10 @@ class CapacityDispatcher(Dispatcher):
             top_k: K.
             hidden_size: H.
             itemsize: bytes per element of a row.
+            columns: tokens of each sequence.
         """
         E, P, L = self.num_experts, self.route.members, self.local_experts
-        C = expert_capacity(tokens, E, top_k, self.routing)
+        C = expert_capacity(tokens, E, top_k, self.routing, columns)
         to_experts = (P, L, C, self.tensor_rows.width(hidden_size))
         in_group = self.tensor_rows.traffic((E, C, hidden_size), (L, P * C, hidden_size), itemsize)
         return self.route.traffic(to_experts, itemsize) * 2 + in_group

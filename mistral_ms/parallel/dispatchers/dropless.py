@@ -57,7 +57,11 @@ class DroplessDispatcher(Dispatcher):
         return self.route.members * tokens * min(top_k, self.local_experts)
 
     def plan(
-        self, chosen: Routing, valid_T: Tensor, priority_TK: Tensor | None = None
+        self,
+        chosen: Routing,
+        valid_T: Tensor,
+        priority_TK: Tensor | None = None,
+        columns: int = 1,
     ) -> DispatchPlan:
         """See the contract; exchanges the counts."""
         weights_TK, experts_TK, _, _, _ = chosen

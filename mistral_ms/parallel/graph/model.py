@@ -89,12 +89,19 @@ class GraphBlock(DecoderBlock):
 
     def __init__(self, layer_factory: GraphLayerFactory, layer: int) -> None:
         super().__init__(layer_factory, layer)
+        self.takes_more = False  # the region has positions, and gates that take ids are refused
         self.pooled = (
             self.sparse and layer_factory.losses is not None and layer_factory.losses.pooled
         )
 
     def construct(
-        self, x_TH: Tensor, context: Any, valid_T: Any, gate_context: Any = None, ids_T: Any = None
+        self,
+        x_TH: Tensor,
+        context: Any,
+        valid_T: Any,
+        gate_context: Any = None,
+        ids_T: Any = None,
+        columns: int = 1,
     ) -> Any:
         """[T, H] -> [T, H], and sums; contexts and mask are what the pieces of
         :class:`GraphLayerFactory` take.

@@ -174,7 +174,8 @@ class SparseRegion(SparsePieces):
         """[T, H] -> [T, H]."""
         chosen = self.chosen(x_TH, (gate_0, gate_1, gate_2, gate_3), None)
         priority_TK = self.router.priority(chosen, None)
-        plan = self.dispatcher.plan(chosen, self.valid(positions_BS), priority_TK)
+        columns = positions_BS.shape[1]
+        plan = self.dispatcher.plan(chosen, self.valid(positions_BS), priority_TK, columns)
         rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
         matrices = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
         return self.results(rows, group_sizes_L, plan, *matrices)
@@ -258,7 +259,7 @@ class TrainedSparseRegion(SparsePieces):
             context = gate_context(random_B3[i * samples : (i + 1) * samples], columns)
             chosen = self.chosen(x, (gate_0, gate_1, gate_2, gate_3), context)
             priority_TK = self.router.priority(chosen, context)
-            plan = self.dispatcher.plan(chosen, valid, priority_TK)
+            plan = self.dispatcher.plan(chosen, valid, priority_TK, columns)
             rows, group_sizes_L = self.dispatcher.dispatch(x, plan)
             sent = (*sent, (chosen, rows, group_sizes_L, plan, valid))
         # share of the batch in its tokens, times the loss scale
@@ -268,7 +269,7 @@ class TrainedSparseRegion(SparsePieces):
         for i in range(self.groups):
             chosen, rows, group_sizes_L, plan, valid = sent[i]
             y_TH = self.results(rows, group_sizes_L, plan, w1, w3, w2)
-            sums = router_sums(chosen, kept_choices(plan), valid, self.dispatcher.routing)
+            sums = router_sums(chosen, kept_choices(plan), valid, self.dispatcher.routing, columns)
             scores_E, routed_E, kept_E, _, tokens, _, counted_E = sums
             losses = self.losses_of(sums)
             if self.pooled:
