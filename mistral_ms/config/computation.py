@@ -7,7 +7,14 @@ from typing import Any
 from mistral_ms.config.model import ModelConfig
 from mistral_ms.errors import ConfigError
 
-_BESIDES = ("torch_dtype", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
+_BESIDES = (
+    "torch_dtype",
+    "initializer_range",
+    "initializer_scale",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 """Says how a model is stored, drawn or ended, not what it computes."""
 
 
@@ -18,6 +25,9 @@ def _plain_experts(model: ModelConfig) -> dict[str, Any]:
         "n_shared_experts": 0,
         "shared_expert_intermediate_size": 0,
         "shared_expert_gate": "none",
+        "cmr_gate_drop": 0.0,
+        "cmr_gate_loss_p": 1.0,
+        "moe_token_dropout": 0.0,
     }
 
 

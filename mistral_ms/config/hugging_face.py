@@ -349,6 +349,8 @@ def to_native(config: ModelConfig, *, block: bool = True) -> dict[str, Any]:
             extra["layer_kinds"] = data["layer_kinds"]
         if config.qk_norm != "none":
             extra["qk_norm"] = config.qk_norm
+        if config.initializer_scale is not None:
+            extra["initializer_scale"] = config.initializer_scale
         if moe is not None:
             extra["moe"] = {k: moe[k] for k in ("sparse_layers", "norm_topk_prob")}
             plain = MoEArchitecture.model_fields

@@ -33,6 +33,9 @@ SHAPE_KEYS = (
     "n_shared_experts",
     "shared_expert_intermediate_size",
     "shared_expert_gate",
+    "cmr_gate_drop",
+    "cmr_gate_loss_p",
+    "moe_token_dropout",
 )
 """Keys of :class:`MoEArchitecture` that Mixtral's configuration has not."""
 
@@ -55,7 +58,16 @@ class MoEArchitecture(Frozen):
         shared_expert_gate: how its result joins that of the chosen experts. ``none``: added
             (DeepSeek). ``sigmoid``: times the sigmoid of a learned product with the token, added
             (Qwen2-MoE). ``softmax_pair``: both are weighted by a softmax over two learned logits
-            (the residual mixture of DeepSpeed-MoE, arXiv:2201.05596, section 4.1).
+            (the residual mixture of DeepSpeed-MoE, arXiv:2201.05596, section 4.1). ``cmr``: the
+            chosen experts have the share g, the shared ones 1 - g, with g the sigmoid of a learned
+            product plus a bias (conditional routing, NLLB-MoE, arXiv:2207.04672).
+        cmr_gate_drop: in training g is zero with this probability, and divided by 1 minus it
+            otherwise, for each token (fairseq's key and dropout).
+        cmr_gate_loss_p: the mean share of the chosen experts that the router loss ``cmr`` wants
+            (fairseq's key).
+        moe_token_dropout: in training each result of a chosen expert is left out with this
+            probability, for each token and expert, the rest as it is; otherwise it is multiplied
+            by 1 minus it (expert output masking, NLLB-MoE; HF's key).
         norm_topk_prob: divide the K chosen probabilities by their sum (Mixtral does).
         gate: which gate routes the tokens, by its name or with its settings; see
             ``mistral_ms.moe.gates``.
@@ -68,7 +80,10 @@ class MoEArchitecture(Frozen):
     moe_intermediate_size: int | None = Field(default=None, ge=1, le=MOST_ROWS)
     n_shared_experts: int = Field(default=0, ge=0, le=MOST_EXPERTS)
     shared_expert_intermediate_size: int | None = Field(default=None, ge=1, le=MOST_ROWS)
-    shared_expert_gate: Literal["none", "sigmoid", "softmax_pair"] = "none"
+    shared_expert_gate: Literal["none", "sigmoid", "softmax_pair", "cmr"] = "none"
+    cmr_gate_drop: float = Field(default=0.0, ge=0, lt=1)
+    cmr_gate_loss_p: float = Field(default=1.0, ge=0, le=1)
+    moe_token_dropout: float = Field(default=0.0, ge=0, lt=1)
     norm_topk_prob: bool = True
     gate: SerializeAsAny[GateSettings] = SoftmaxTopKSettings()
     router_aux_loss_coef: float = Field(default=0.001, ge=0, allow_inf_nan=False)
@@ -94,6 +109,12 @@ class MoEArchitecture(Frozen):
 
     @model_validator(mode="after")
     def _shared_expert_is_there(self) -> MoEArchitecture:
+        for key, plain in (("cmr_gate_drop", 0.0), ("cmr_gate_loss_p", 1.0)):
+            if getattr(self, key) != plain and self.shared_expert_gate != "cmr":
+                raise ValueError(
+                    f"{key} ({getattr(self, key):g}) needs shared_expert_gate cmr, not "
+                    f"{self.shared_expert_gate}"
+                )
         if self.n_shared_experts:
             return self
         for key in ("shared_expert_intermediate_size", "shared_expert_gate"):
@@ -163,6 +184,9 @@ class ModelConfig(Frozen):
         qk_norm: RMSNorm of queries and keys before they are rotated. ``head``: of each head, all
             heads with one weight (Qwen3, Dots1); ``full``: over all heads together (OLMoE).
         initializer_range: standard deviation of freshly drawn weights.
+        initializer_scale: where it is given, matrices but the embedding are drawn from a normal
+            distribution that is cut off at two deviations of sqrt(initializer_scale / inputs): 1.0
+            is usual, 0.1 the Switch Transformer's (arXiv:2101.03961, section 2.4).
         torch_dtype: dtype the published weights are stored in (HF's key).
         moe: the sparse layers; None for a dense model.
         layer_kinds: which kinds of layers the blocks hold.
@@ -184,6 +208,7 @@ class ModelConfig(Frozen):
     tie_word_embeddings: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
     initializer_range: float = Field(default=0.02, ge=0, allow_inf_nan=False)
+    initializer_scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     torch_dtype: DType = "bfloat16"
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2

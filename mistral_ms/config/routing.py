@@ -43,6 +43,10 @@ class RoutingConfig(Frozen):
         capacity_group: the tokens among which slots are shared out, each such local group having
             slots of its own (GShard, section 2.2): ``batch``: a whole dispatch group; ``sequence``:
             each of its rows, which then loses no slot to another one; or so many tokens.
+        reroute_rounds: a token whose expert is full tries its next best one, and the next, so many
+            times, weighted by the score with the expert that takes it ("no token left behind",
+            Switch Transformer, arXiv:2101.03961, appendix B). For one expert a token; later tokens'
+            first choices come before that, so it looks ahead.
         rescale_survivors: divide the weights of the experts that compute a token by their sum.
             Under ``dropless`` those are all that it chose. Off: a dropped choice contributes
             nothing and the residual carries the token.
@@ -73,6 +77,7 @@ class RoutingConfig(Frozen):
     eval_capacity_factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     drop_priority: Literal["token_major", "choice_major", "score", "random"] = "token_major"
     capacity_group: LocalGroup = "batch"
+    reroute_rounds: int = Field(default=0, ge=0)
     rescale_survivors: bool = False
     router_dtype: DType = "float32"
     aux_loss: Literal["pooled", "per_layer"] = "pooled"
@@ -123,6 +128,22 @@ class RoutingConfig(Frozen):
                 f"aux_scope ({self.aux_scope}) is about choices of tokens: under policy "
                 "experts_choose the load-balancing loss is that of the batch. Leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rerouting(self) -> RoutingConfig:
+        if not self.reroute_rounds:
+            return self
+        given = f"reroute_rounds ({self.reroute_rounds})"
+        if self.policy != "capacity":
+            raise ValueError(f"{given} needs policy capacity, not {self.policy}: no expert is full")
+        if self.drop_priority in ("score", "random"):
+            raise ValueError(
+                f"{given} serves earlier tokens first, drop_priority ({self.drop_priority}) does "
+                "not: set drop_priority=token_major"
+            )
+        if self.kernels != "reference":
+            raise ValueError(f"{given} needs kernels reference, not {self.kernels}")
         return self
 
     def broken_groups(self, rows: int, columns: int) -> str | None:

@@ -6,7 +6,14 @@ from mindspore import Tensor, nn
 
 from mistral_ms.config import DROPLESS, ModelConfig, RoutingConfig
 from mistral_ms.models import LayerFactory
-from mistral_ms.moe import MoELayer, RoutedExperts, Routing, kept_choices, local_dispatcher
+from mistral_ms.moe import (
+    MoELayer,
+    RoutedExperts,
+    Routing,
+    kept_choices,
+    local_dispatcher,
+    masked,
+)
 from mistral_ms.ops import select
 
 
@@ -33,11 +40,14 @@ class SwitchedExperts(RoutedExperts):
         valid_T: Tensor,
         priority_TK: Tensor | None = None,
         columns: int = 1,
+        mask_TK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See the base."""
         if self.training:
-            return super().construct(x_TH, routing, valid_T, priority_TK, columns)
+            return super().construct(x_TH, routing, valid_T, priority_TK, columns, mask_TK)
         plan = self.every_choice.plan(routing, valid_T)
+        if mask_TK is not None:
+            plan = masked(plan, mask_TK)
         rows, sizes_E = self.every_choice.dispatch(x_TH, plan)
         gate = self.grouped_linear(rows, self.w1, sizes_E)
         up = self.grouped_linear(rows, self.w3, sizes_E)

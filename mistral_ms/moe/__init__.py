@@ -8,6 +8,7 @@ from mistral_ms.moe.dispatcher import (
     PaddedDispatcher,
     kept_choices,
     local_dispatcher,
+    masked,
     padded_dispatcher,
 )
 from mistral_ms.moe.experts import Experts, RoutedExperts, TransposedExperts
@@ -59,6 +60,7 @@ __all__ = [
     "local_dispatcher",
     "loss_terms",
     "make_gate",
+    "masked",
     "padded_dispatcher",
     "register_gate",
     "register_loss",

@@ -11,8 +11,9 @@ Rows lie before the experts in one of two ways. *Packed*: [R, H], sorted by expe
 rows that were chosen, and the sizes of the groups. *Padded*: [L, C, H], as many for every expert,
 zero where a slot is empty.
 
-Where experts choose their tokens, every expert is a choice of every token: K = E in a plan, and a
-choice that its expert does not take is like one that is dropped.
+Where experts choose their tokens, or tokens go on to other experts, every expert is a choice of
+every token: K = E in a plan, and a choice that its expert does not take is like one that is
+dropped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mindspore import Tensor, nn, ops
 from mistral_ms.config import RoutingConfig, expert_capacity, local_groups
 from mistral_ms.errors import ConfigError
 from mistral_ms.moe.routing import Routing
-from mistral_ms.ops import select
+from mistral_ms.ops import reference, select
 from mistral_ms.ops.reference import RowIdMap
 
 _sum_keep = ops.ReduceSum(keep_dims=True)
@@ -201,6 +202,31 @@ class ExpertChoiceDispatcher(_LocalDispatcher):
         return slots, self.weights(scores_TE, slots), None, ()
 
 
+class RerouteDispatcher(_LocalDispatcher):
+    """C slots for each expert; tokens that find theirs full go to their next best one, see
+    :func:`mistral_ms.ops.reference.reroute_tokens`. The weights are the scores.
+    """
+
+    packed = False
+
+    def plan(
+        self,
+        chosen: Routing,
+        valid_T: Tensor,
+        priority_TK: Tensor | None = None,
+        columns: int = 1,
+    ) -> DispatchPlan:
+        """See the contract."""
+        _, experts_T1, scores_TE, _, _ = chosen
+        T, K = experts_T1.shape
+        capacity = expert_capacity(T, self.num_experts, K, self.routing, columns)
+        groups = local_groups(T, columns, self.routing.capacity_group)
+        slots = reference.reroute_tokens(
+            scores_TE, experts_T1, valid_T, capacity, self.routing.reroute_rounds, groups
+        )
+        return slots, self.weights(scores_TE, slots), None, ()
+
+
 class PackedDispatcher(_LocalDispatcher):
     """For each expert exactly the rows that chose it: R = T * K."""
 
@@ -234,16 +260,26 @@ def padded_dispatcher(num_experts: int, routing: RoutingConfig) -> Dispatcher:
     """The dispatcher of a policy on a single device whose rows lie padded."""
     if routing.policy == "experts_choose":
         return ExpertChoiceDispatcher(num_experts, routing)
+    if routing.reroute_rounds:
+        return RerouteDispatcher(num_experts, routing)
     return PaddedDispatcher(num_experts, routing)
 
 
 def kept_choices(plan: DispatchPlan) -> Tensor:
     """float32 [T, K]: 1 where a choice of this process's tokens goes to its expert, else 0; where
-    experts choose [T, E].
+    experts choose, or tokens are rerouted, [T, E].
     """
     slots, _, _, _ = plan
     _, kept_TK, _, _ = slots
     return kept_TK
+
+
+def masked(plan: DispatchPlan, mask_TK: Tensor) -> DispatchPlan:
+    """A plan under which results count as often as a mask says, see
+    :meth:`mistral_ms.moe.Gate.output_mask`; they are computed, and kept, all the same.
+    """
+    slots, weights_TK, group_sizes_L, route_state = plan
+    return slots, weights_TK * mask_TK, group_sizes_L, route_state
 
 
 def surviving_weights(weights_TK: Tensor, kept_TK: Tensor) -> Tensor:

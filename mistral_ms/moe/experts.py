@@ -6,7 +6,7 @@ from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import ModelConfig
 from mistral_ms.layers.parameter import weight
-from mistral_ms.moe.dispatcher import Dispatcher, PackedDispatcher, kept_choices
+from mistral_ms.moe.dispatcher import Dispatcher, PackedDispatcher, kept_choices, masked
 from mistral_ms.moe.routing import Routing
 from mistral_ms.ops import cpu, reference, select, select_cpu
 
@@ -128,18 +128,24 @@ class RoutedExperts(Experts):
         valid_T: Tensor,
         priority_TK: Tensor | None = None,
         columns: int = 1,
+        mask_TK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """[T, H] -> [T, H], and which choices were computed, see
         :func:`~mistral_ms.moe.kept_choices`; a token whose every choice is dropped gets zero.
-        ``priority_TK`` and ``columns`` as in :meth:`~mistral_ms.moe.Dispatcher.plan`.
+        ``priority_TK`` and ``columns`` as in :meth:`~mistral_ms.moe.Dispatcher.plan`, ``mask_TK``
+        as in :meth:`~mistral_ms.moe.Gate.output_mask`.
         """
         weights_TK, experts_TK, _, _, _ = routing
         T, K = experts_TK.shape
         if self.fused is not None and T * K <= cpu.FEW_CHOICES:
+            if mask_TK is not None:
+                weights_TK = weights_TK * mask_TK
             y_TH = self.fused(x_TH, experts_TK, weights_TK, valid_T, self.w1, self.w3, self.w2)
             chosen_TK = ops.cast(experts_TK < self.dispatcher.num_experts, valid_T.dtype)
             return y_TH, chosen_TK * valid_T.reshape(T, 1)
         plan = self.dispatcher.plan(routing, valid_T, priority_TK, columns)
+        if mask_TK is not None:
+            plan = masked(plan, mask_TK)
         rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
         y = self.compute(rows, group_sizes_L)
         return self.dispatcher.combine(y, plan), kept_choices(plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import ModelConfig, RoutingConfig
 from mistral_ms.moe.dispatcher import local_dispatcher
@@ -10,7 +10,7 @@ from mistral_ms.moe.experts import RoutedExperts
 from mistral_ms.moe.gates import make_gate
 from mistral_ms.moe.losses import RouterSums, router_sums
 from mistral_ms.moe.routing import GateContext
-from mistral_ms.moe.shared import SharedExpertGate, local_shared_experts
+from mistral_ms.moe.shared import SharedExpertGate, cmr_share, local_shared_experts
 
 
 class MoELayer(nn.Cell):
@@ -45,6 +45,8 @@ class MoELayer(nn.Cell):
         self.experts = experts
         self.routing = routing
         self.shares = config.shared_expert_size > 0
+        self.conditional = config.moe.shared_expert_gate == "cmr"
+        self.budget = config.moe.cmr_gate_loss_p
         if self.shares:
             self.shared_experts = local_shared_experts(config, dtype) if shared is None else shared
             self.shared_expert_gate = SharedExpertGate(config, dtype)
@@ -69,7 +71,14 @@ class MoELayer(nn.Cell):
         """
         routing = self.router(x_TH, context, ids_T)
         priority_TK = self.router.priority(routing, context)
-        y_TH, kept_TK = self.experts(x_TH, routing, valid_T, priority_TK, columns)
-        if self.shares:
+        mask_TK = self.router.output_mask(routing, context)
+        y_TH, kept_TK = self.experts(x_TH, routing, valid_T, priority_TK, columns, mask_TK)
+        if self.conditional:
+            share_T1 = cmr_share(x_TH, self.shared_expert_gate.held())
+            share_T1 = self.router.share_after_dropout(share_T1, context)
+            y_TH = self.shared_expert_gate(x_TH, y_TH, self.shared_experts(x_TH), share_T1)
+            over_TE = ops.broadcast_to(share_T1 - self.budget, routing[2].shape)
+            routing = (*routing[:4], (*routing[4], over_TE))
+        elif self.shares:
             y_TH = self.shared_expert_gate(x_TH, y_TH, self.shared_experts(x_TH))
         return y_TH, router_sums(routing, kept_TK, valid_T, self.routing, columns)

@@ -30,7 +30,8 @@ RouterSums: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tens
 * routed_E: choices per expert, before the capacity (no gradient); where experts choose, the tokens
   that each takes, and of the tokens that nobody takes those whose first choice it is: so what is
   not kept is a token without an expert;
-* kept_E: choices per expert that got a slot (no gradient);
+* kept_E: choices per expert that got a slot (no gradient); of rerouted tokens those that each
+  expert takes in the end;
 * z: squares of logsumexp(logits), a scalar (carries the gradient);
 * tokens: how many tokens, a scalar;
 * terms: [E] each, what the gate gives beside (``Gate.statistics`` names them);
@@ -126,8 +127,8 @@ def router_sums(
 
     Args:
         chosen: of every token.
-        kept_TK: float32, 1 where a choice was computed; where experts choose [T, E], the tokens
-            that each takes.
+        kept_TK: float32, 1 where a choice was computed; where experts choose, or tokens are
+            rerouted, [T, E], the tokens that each takes.
         valid_T: float32, 0 for padding.
         routing: the policy, and what the load-balancing loss counts.
         columns: tokens of each sequence, where the loss is of each.
@@ -139,6 +140,9 @@ def router_sums(
         left_E, _ = reference.count_choices(experts_TK[:, :1], left_T, left_T, E)
         kept_E = ops.stop_gradient(_sum(kept_TK, 0))
         routed_E = kept_E + left_E
+    elif routing.reroute_rounds:
+        routed_E, _ = reference.count_choices(experts_TK, valid_T, valid_T, E)
+        kept_E = ops.stop_gradient(_sum(kept_TK, 0))
     else:
         routed_E, kept_E = reference.count_choices(experts_TK, valid_T, kept_TK, E)
     groups = local_groups(T, columns, routing.aux_scope)

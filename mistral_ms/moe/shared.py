@@ -9,13 +9,16 @@ from mindspore import Tensor, nn, ops
 from mistral_ms.config import ModelConfig
 from mistral_ms.layers import FeedForward, GatedLinear, Linear
 from mistral_ms.layers.parameter import weight
+from mistral_ms.moe.losses import RouterSums
 from mistral_ms.ops import reference
 from mistral_ms.weights import shared_gate_specs, swiglu_specs
 
-SharedGate = Literal["none", "sigmoid", "softmax_pair"]
+SharedGate = Literal["none", "sigmoid", "softmax_pair", "cmr"]
 
 _sigmoid = ops.Sigmoid()
 _softmax = ops.Softmax(-1)
+_abs = ops.Abs()
+_sum = ops.ReduceSum()
 
 
 def joined(
@@ -30,7 +33,8 @@ def joined(
     Args:
         kind: ``moe.shared_expert_gate``. ``none``: the sum (DeepSeekMoE, arXiv:2401.06066,
             equation 9). ``sigmoid``: routed + sigmoid(w x) * shared (Qwen2-MoE). ``softmax_pair``:
-            c = softmax(W x + b), c_0 * routed + c_1 * shared (DeepSpeed-MoE).
+            c = softmax(W x + b), c_0 * routed + c_1 * shared (DeepSpeed-MoE). Not ``cmr``, which
+            has :func:`cmr_share`.
         x_TH: the layer's input.
         routed_TH: of the chosen experts.
         shared_TH: of the shared ones.
@@ -69,9 +73,41 @@ class SharedExpertGate(nn.Cell):
             found = (*found, getattr(self, name))
         return found
 
-    def construct(self, x_TH: Tensor, routed_TH: Tensor, shared_TH: Tensor) -> Tensor:
-        """Three times [T, H] -> [T, H]."""
+    def construct(
+        self,
+        x_TH: Tensor,
+        routed_TH: Tensor,
+        shared_TH: Tensor,
+        share_T1: Tensor | None = None,
+    ) -> Tensor:
+        """Three times [T, H] -> [T, H].
+
+        Args:
+            x_TH: the layer's input.
+            routed_TH: of the chosen experts.
+            shared_TH: of the shared ones.
+            share_T1: of the chosen experts, where the kind is ``cmr``.
+        """
+        if share_T1 is not None:
+            return share_T1 * routed_TH + (1.0 - share_T1) * shared_TH
         return joined(self.kind, x_TH, routed_TH, shared_TH, self.held())
+
+
+def cmr_share(x_TH: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+    """[T, 1]: sigmoid(w x + b), the share of the chosen experts in conditional routing (NLLB-MoE,
+    arXiv:2207.04672, section 6.2.2).
+    """
+    weight_1H, bias_1 = weights
+    return _sigmoid(reference.linear(x_TH, weight_1H) + bias_1)
+
+
+def cmr_loss(sums: RouterSums, pooled: bool) -> Tensor:
+    """|mean share - budget|, the mean over layers; the last term holds the shares less the budget.
+    fairseq divides once by the tokens of all layers; ``pooled`` changes nothing.
+    """
+    over_LE, tokens_L = sums[5][-1], sums[4]
+    mean_L = over_LE[:, 0] / ops.maximum(tokens_L, ops.ones_like(tokens_L))
+    return _sum(_abs(mean_L)) / mean_L.shape[0]
 
 
 def local_shared_experts(config: ModelConfig, dtype: str) -> FeedForward:

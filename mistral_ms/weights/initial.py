@@ -19,7 +19,11 @@ def init_values(spec: ParamSpec, seed: int) -> np.ndarray:
         spec: of the parameter; its ``init`` says what is drawn.
         seed: of the run.
     """
-    if spec.init != "normal":
+    if spec.init in ("ones", "zeros"):
         return np.full(spec.shape, float(spec.init == "ones"), np.float32)
     stream = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
-    return stream.standard_normal(spec.shape, dtype=np.float32) * np.float32(spec.std)
+    drawn = stream.standard_normal(spec.shape, dtype=np.float32)
+    if spec.init == "truncated_normal":
+        while (outside := np.abs(drawn) > 2.0).any():
+            drawn[outside] = stream.standard_normal(int(outside.sum()), dtype=np.float32)
+    return drawn * np.float32(spec.std)

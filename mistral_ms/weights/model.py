@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -25,7 +26,7 @@ def specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
     Raises:
         WeightError: an unknown kind of layer, or a name given twice.
     """
-    found = tuple(_specs(config))
+    found = tuple(_scaled(config, spec) for spec in _specs(config))
     names = set()
     for spec in found:
         if spec.name in names:
@@ -65,6 +66,14 @@ def check_parameters(
                 value=list(held[name]),
                 rule=f"its specification says {list(shape)}",
             )
+
+
+def _scaled(config: ModelConfig, spec: ParamSpec) -> ParamSpec:
+    """A matrix, drawn as ``initializer_scale`` says: its last axis are its inputs."""
+    scale, drawn = config.initializer_scale, spec.init == "normal" and len(spec.shape) > 1
+    if scale is None or not drawn or spec.name == EMBEDDING:
+        return spec
+    return replace(spec, init="truncated_normal", std=math.sqrt(scale / spec.shape[-1]))
 
 
 def _specs(config: ModelConfig) -> Iterator[ParamSpec]:

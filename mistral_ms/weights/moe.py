@@ -26,15 +26,19 @@ def moe_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
 def shared_gate_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
     """What weighs the shared experts' result, whole on every rank.
 
-    A matrix [1, H] of the sigmoid gate; a matrix [2, H] and a bias of the softmax pair, whose rows
-    belong to the chosen experts and to the shared ones (DeepSpeed's ``coefficient``).
+    A matrix [1, H] of the sigmoid gate, and a bias of that of conditional routing; a matrix [2, H]
+    and a bias of the softmax pair, whose rows belong to the chosen experts and to the shared ones
+    (DeepSpeed's ``coefficient``).
     """
     assert config.moe is not None
     H, std = config.hidden_size, config.initializer_range
     if config.moe.shared_expert_gate == "none":
         return ()
-    if config.moe.shared_expert_gate == "sigmoid":
-        return (matrix("weight", ("one", "H"), (1, H), std),)
+    if config.moe.shared_expert_gate in ("sigmoid", "cmr"):
+        found = (matrix("weight", ("one", "H"), (1, H), std),)
+        if config.moe.shared_expert_gate == "sigmoid":
+            return found
+        return (*found, ParamSpec("bias", ("one",), (1,), decay=False, init="zeros"))
     return (
         matrix("weight", ("two", "H"), (2, H), std),
         ParamSpec("bias", ("two",), (2,), decay=False, init="zeros"),

@@ -13,7 +13,7 @@ from typing import Literal
 from mistral_ms.errors import WeightError
 
 By = Literal["mp", "ep"]
-Init = Literal["normal", "ones", "zeros"]
+Init = Literal["normal", "truncated_normal", "ones", "zeros"]
 Kind = Literal["trained", "frozen", "buffer"]
 Module = int | Literal["embedding", "head", "tied"]
 
@@ -46,8 +46,9 @@ class ParamSpec:
         divide: how tensor and expert parallelism divide it, at most one entry each. What expert
             parallelism divides is stacked: its first axis is the experts.
         decay: whether weight decay applies.
-        init: initial values: normal with mean 0 and ``std``, ones or zeros.
-        std: standard deviation of ``normal``.
+        init: initial values: normal with mean 0 and ``std``, the same cut off at twice ``std``,
+            ones or zeros.
+        std: standard deviation of ``normal``; of ``truncated_normal`` before it is cut off.
         kind: ``trained``; ``frozen``, a weight without a gradient; ``buffer``, state without a
             gradient that the layer itself changes. All are in checkpoints.
         partial_gradient: tensor-parallel ranks hold all of the parameter and each has a part of its

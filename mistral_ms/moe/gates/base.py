@@ -30,6 +30,7 @@ from mistral_ms.errors import ConfigError, WeightError
 from mistral_ms.layers.parameter import weight
 from mistral_ms.moe.losses import LossTerm, check_own_names, loss_terms
 from mistral_ms.moe.routing import GateContext, Routing
+from mistral_ms.moe.shared import cmr_loss
 from mistral_ms.ops import reference
 from mistral_ms.weights import (
     ParamSpec,
@@ -43,8 +44,11 @@ _cast = ops.Cast()
 _range = ops.Range()
 _max_keep = ops.ReduceMax(keep_dims=True)
 
-PRIORITY_DRAWS = 0
-"""The number of the draws of :meth:`Gate.uniform` that :meth:`Gate.priority` takes."""
+PRIORITY_DRAWS, MASK_DRAWS, CMR_DRAWS = 0, 4, 5
+"""The numbers of the draws of :meth:`Gate.uniform` that :meth:`Gate.priority`,
+:meth:`Gate.output_mask` and :meth:`Gate.share_after_dropout` take; those between are of
+``noise.py``.
+"""
 
 State = dict[str, np.ndarray]
 """Buffers of a gate by their names within it."""
@@ -65,6 +69,8 @@ class Gate(nn.Cell):
         ConfigError: experts shall choose by a gate that cannot have that.
 
     Attributes:
+        scores_are_weights: whether an expert's weight, not divided, is its score, so that a token
+            may go on to another one (``routing.reroute_rounds``).
         experts_may_choose: whether its scores say all that it has to say, so that experts may
             choose tokens by them and weight them with them (``routing.policy: experts_choose``).
         statistics: names of the terms that :meth:`route` gives beside scores and logits. Their sums
@@ -73,6 +79,7 @@ class Gate(nn.Cell):
             coefficients in ``training.router_losses``.
     """
 
+    scores_are_weights: ClassVar[bool] = False
     experts_may_choose: ClassVar[bool] = False
     statistics: ClassVar[tuple[str, ...]] = ()
     losses: ClassVar[Mapping[str, LossTerm]] = {}
@@ -91,11 +98,22 @@ class Gate(nn.Cell):
                 "a bias, a factor), which would be left out",
                 todo="use model.moe.gate=softmax_top_k",
             )
+        K, normalize = config.moe.num_experts_per_tok, config.moe.norm_topk_prob
+        if routing.reroute_rounds and (not self.scores_are_weights or K > 1 or normalize):
+            raise ConfigError(
+                "impossible routing",
+                where="routing.reroute_rounds",
+                value=f"{routing.reroute_rounds} with the gate {config.moe.gate.name}, "
+                f"num_experts_per_tok {K}, norm_topk_prob {normalize}",
+                rule="a token goes on to another expert by its scores, and is weighted by them",
+                todo="use model.moe.gate=switch_top_1",
+            )
         self.moe: MoEArchitecture = config.moe
         self.top_k, self.num_experts = config.moe.num_experts_per_tok, config.moe.num_local_experts
         self.layer = layer
         self.takes_ids = config.moe.gate.takes_ids
         self.drop_priority = routing.drop_priority
+        self.every_expert = routing.policy == "experts_choose" or routing.reroute_rounds > 0
         self.compute_dtype = getattr(ms, routing.router_dtype)
         names: dict[bool, list[str]] = {True: [], False: []}
         for spec in router_specs(config):
@@ -189,7 +207,7 @@ class Gate(nn.Cell):
     def uniform(self, context: GateContext, columns: int, draws: int) -> Tensor:
         """Uniform float32 [T, columns] in (0, 1), a function of seed, step, layer, index of the
         token in the global batch, column, and ``draws``: a small number, another one for each
-        independent draw of a gate; 0 is taken.
+        independent draw of a gate; 0 to 5 are taken.
         """
         seed, step, token_index_T = context
         # no token has a negative index: these counters are not among those of the normal numbers
@@ -220,6 +238,39 @@ class Gate(nn.Cell):
             return None
         K = experts_TK.shape[-1]
         return first_T1 + _cast(_range(K - 1, -1, -1), ms.float32).reshape(1, K)
+
+    def output_mask(self, chosen: Routing, context: GateContext | None) -> Tensor | None:
+        """What the results of the chosen experts are multiplied by: float32 [T, K], where plans
+        have every expert [T, E]; None where ``moe.moe_token_dropout`` is 0.
+
+        In training 0 with that probability, else 1; outside of it 1 minus the probability (expert
+        output masking, NLLB-MoE, arXiv:2207.04672; fairseq).
+
+        Args:
+            chosen: of every token.
+            context: None outside of training.
+        """
+        probability = self.moe.moe_token_dropout
+        if probability == 0.0:
+            return None
+        weights_TK = chosen[2] if self.every_expert else chosen[0]
+        if context is None:
+            return ops.full_like(weights_TK, 1.0 - probability)
+        drawn_TK = self.uniform(context, weights_TK.shape[-1], MASK_DRAWS)
+        return _cast(drawn_TK >= probability, ms.float32)
+
+    def share_after_dropout(self, share_T1: Tensor, context: GateContext | None) -> Tensor:
+        """The share of the chosen experts in conditional routing, after dropout in training.
+
+        Args:
+            share_T1: of every token.
+            context: None outside of training.
+        """
+        probability = self.moe.cmr_gate_drop
+        if probability == 0.0 or context is None:
+            return share_T1
+        kept_T1 = _cast(self.uniform(context, 1, CMR_DRAWS) >= probability, ms.float32)
+        return share_T1 * kept_T1 / (1.0 - probability)
 
     def update(self, routed_E: np.ndarray) -> None:
         """Puts :meth:`next_state` in the place of the state."""
@@ -310,7 +361,10 @@ def router_loss_terms(config: ModelConfig, further: Sequence[str]) -> tuple[Loss
         ConfigError: a further loss of a dense model, or one that is not there with its gate.
     """
     if config.moe is not None:
-        return loss_terms(("aux", "z", *further), gate_class(config).losses)
+        own = dict(gate_class(config).losses)
+        if config.moe.shared_expert_gate == "cmr":
+            own["cmr"] = cmr_loss
+        return loss_terms(("aux", "z", *further), own)
     if further:
         raise ConfigError(
             "impossible objective",

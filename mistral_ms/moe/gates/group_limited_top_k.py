@@ -54,7 +54,7 @@ def communication_loss(sums: RouterSums, pooled: bool) -> Tensor:
     to group d of D, M being ``topk_group``; P'' as P' above (DeepSeek-V2, arXiv:2405.04434, section
     2.2.3). A balanced router scores 1; ``pooled`` changes nothing.
     """
-    scores_LE, sent_LE = sums[5]
+    scores_LE, sent_LE = sums[5][0], sums[5][1]
     tokens_L1 = ops.maximum(sums[4], ops.ones_like(sums[4])).reshape(-1, 1)
     return _sum(sent_LE / tokens_L1 * scores_LE / tokens_L1) / sent_LE.shape[0]
 

@@ -37,14 +37,12 @@ def importance_loss(sums: RouterSums, pooled: bool) -> Tensor:
     """Squared coefficient of variation of the experts' summed weights, the mean over the layers
     (arXiv:1701.06538, equations 6 and 7); ``pooled`` changes nothing.
     """
-    _, _, _, _, _, (importance_LE, _), _ = sums
-    return _variation(importance_LE)
+    return _variation(sums[5][0])
 
 
 def load_loss(sums: RouterSums, pooled: bool) -> Tensor:
     """The same of the experts' expected numbers of tokens (appendix A, equations 8 to 11)."""
-    _, _, _, _, _, (_, load_LE), _ = sums
-    return _variation(load_LE)
+    return _variation(sums[5][1])
 
 
 @register_gate(NoisyTopKSettings)

@@ -15,6 +15,7 @@ class SoftmaxTopK(Gate):
     """Softmax over all experts, Top-K, renormalised (Mixtral, arXiv:2401.04088, section 2.1)."""
 
     experts_may_choose = True
+    scores_are_weights = True
 
     def __init__(
         self, config: ModelConfig, routing: RoutingConfig, layer: int = 0, dtype: str = "float32"

@@ -44,6 +44,8 @@ class SwitchTop1(Gate):
     expert.
     """
 
+    scores_are_weights = True
+
     def __init__(
         self, config: ModelConfig, routing: RoutingConfig, layer: int = 0, dtype: str = "float32"
     ) -> None:

@@ -39,6 +39,7 @@ from mistral_ms.ops.reference.routing import (
     expert_one_hot,
     gating_top_k,
     pack_choices,
+    reroute_tokens,
 )
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "linear_primitive",
     "normal",
     "pack_choices",
+    "reroute_tokens",
     "rms_norm",
     "rotate",
     "rows_of_groups",

@@ -154,6 +154,63 @@ def choose_tokens(scores_TE: Tensor, valid_T: Tensor, capacity: int, groups: int
     )
 
 
+def reroute_tokens(
+    scores_TE: Tensor,
+    experts_T1: Tensor,
+    valid_T: Tensor,
+    capacity: int,
+    rounds: int,
+    groups: int = 1,
+) -> RowIdMap:
+    """Gives each token a slot of its expert, earlier tokens first; those whose expert is full try
+    the best of the experts that they have not tried, in the same order, and so on.
+
+    "No token left behind" (Switch Transformer, arXiv:2101.03961, appendix B).
+
+    Args:
+        scores_TE: float32, 0 or more.
+        experts_T1: int32, each token's first choice; E where there is none.
+        valid_T: float32, 0 for padding, which gets no slot.
+        capacity: C, slots per expert; those of all local groups.
+        rounds: how often a token tries another expert.
+        groups: G, local groups of T / G tokens, each of which has C / G slots.
+
+    Returns:
+        The row id map with K = E: the choice t * E + e is token t by expert e. Nothing in it
+        carries a gradient.
+    """
+    T, E = scores_TE.shape
+    G, S = groups, T // groups
+    wants_TE = _sum(expert_one_hot(experts_T1, valid_T, E), 1)
+    waits_T1 = _sum_keep(wants_TE, -1)
+    open_TE = ops.stop_gradient(scores_TE) + 1.0  # 0 once it was tried
+    kept_TE, position_TE = ops.zeros_like(open_TE), ops.zeros_like(open_TE)
+    used_G1E = ops.zeros((G, 1, E), ms.float32)
+    for number in range(rounds + 1):
+        if number > 0:
+            _, best_T1 = _top_k(open_TE, 1)
+            wants_TE = _one_hot(best_T1[:, 0], E, _ON, _OFF) * waits_T1
+        # float32 counts are exact below 2^24 tokens
+        place_TE = (_cumsum(wants_TE.reshape(G, S, E), 1) + (used_G1E - 1.0)).reshape(T, E)
+        got_TE = wants_TE * ops.cast(place_TE < float(capacity // G), ms.float32)
+        kept_TE, position_TE = kept_TE + got_TE, position_TE + got_TE * place_TE
+        used_G1E = used_G1E + _sum_keep(got_TE.reshape(G, S, E), 1)
+        open_TE = open_TE * (1.0 - wants_TE)
+        waits_T1 = waits_T1 * (1.0 - _sum_keep(got_TE, -1))
+    first_slot_E = ops.cast(_range(0, E * capacity, capacity), ms.int32)
+    slot_TE = first_slot_E.reshape(1, E) + ops.cast(position_TE, ms.int32)
+    if G > 1:
+        slot_TE = slot_TE + _first_slots(T, G, capacity)
+    kept = kept_TE > 0.0
+    source_EC, filled_EC = _what_fills(slot_TE, kept, E * capacity)
+    return (
+        ops.select(kept, slot_TE, ops.zeros_like(slot_TE)),
+        ops.stop_gradient(kept_TE),
+        source_EC,
+        filled_EC,
+    )
+
+
 def assign_slots_by_priority(
     experts_TK: Tensor,
     valid_T: Tensor,

@@ -36,6 +36,7 @@ from mistral_ms.moe import (
     gate_context,
     kept_choices,
     make_gate,
+    masked,
     router_loss_terms,
     router_sums,
     stack_sums,
@@ -176,6 +177,9 @@ class SparseRegion(SparsePieces):
         priority_TK = self.router.priority(chosen, None)
         columns = positions_BS.shape[1]
         plan = self.dispatcher.plan(chosen, self.valid(positions_BS), priority_TK, columns)
+        mask_TK = self.router.output_mask(chosen, None)
+        if mask_TK is not None:
+            plan = masked(plan, mask_TK)
         rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
         matrices = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
         return self.results(rows, group_sizes_L, plan, *matrices)
@@ -260,6 +264,9 @@ class TrainedSparseRegion(SparsePieces):
             chosen = self.chosen(x, (gate_0, gate_1, gate_2, gate_3), context)
             priority_TK = self.router.priority(chosen, context)
             plan = self.dispatcher.plan(chosen, valid, priority_TK, columns)
+            mask_TK = self.router.output_mask(chosen, context)
+            if mask_TK is not None:
+                plan = masked(plan, mask_TK)
             rows, group_sizes_L = self.dispatcher.dispatch(x, plan)
             sent = (*sent, (chosen, rows, group_sizes_L, plan, valid))
         # share of the batch in its tokens, times the loss scale
@@ -347,6 +354,14 @@ class GraphMoE(nn.Cell):
                 where="model.moe.gate",
                 value=f"{self.router.moe.gate.name} with parallel.execution graph",
                 rule="the gate routes by token ids, which a region of the graph does not get",
+                todo="use parallel.execution=explicit",
+            )
+        if self.router.moe.shared_expert_gate == "cmr":
+            raise ConfigError(
+                "impossible graph",
+                where="model.moe.shared_expert_gate",
+                value="cmr with parallel.execution graph",
+                rule="the budget's loss takes shares from outside of the sparse layer's region",
                 todo="use parallel.execution=explicit",
             )
         self.spare_arguments = GATE_PARAMETERS - len(gate_parameters(self.router))

@@ -68,8 +68,14 @@ class GraphSharedGate(SharedExpertGate):
         elif sharding is not None:
             self.add.shard(in_strategy=(sharding("rows"), sharding("rows")))
 
-    def construct(self, x_TH: Tensor, routed_TH: Tensor, shared_TH: Tensor) -> Tensor:
-        """Three times [T, H] -> [T, H]."""
+    def construct(
+        self,
+        x_TH: Tensor,
+        routed_TH: Tensor,
+        shared_TH: Tensor,
+        share_T1: Tensor | None = None,
+    ) -> Tensor:
+        """Three times [T, H] -> [T, H]; conditional routing is refused before."""
         if self.kind == "none":
             return self.add(routed_TH, shared_TH)
         weight = self.cast(self.weight, self.dtype)

@@ -24,7 +24,7 @@ class LayerCosts:
 
 def shared_logits(model: ModelConfig) -> int:
     """Rows of what weighs the shared experts of a sparse layer."""
-    return {"none": 0, "sigmoid": 1, "softmax_pair": 2}[
+    return {"none": 0, "sigmoid": 1, "cmr": 1, "softmax_pair": 2}[
         "none" if model.moe is None else model.moe.shared_expert_gate
     ]
 
