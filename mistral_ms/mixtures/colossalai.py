@@ -5,11 +5,12 @@ A thin adapter for code that is moved here; what differs is in ``docs/moe_cells.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from mindspore import Tensor, nn
 
 from mistral_ms.config import RoutingConfig
+from mistral_ms.config.base import validate
 from mistral_ms.errors import ConfigError
 from mistral_ms.mixtures.experts import check_sizes
 from mistral_ms.mixtures.moeify import registered_gate
@@ -59,8 +60,11 @@ class SparseMLP(RoutedFeedForward):
         router_top_k: K.
         router_capacity_factor_train: multiple of K T / E in training.
         router_capacity_factor_eval: outside of it.
+        router_min_capacity: an expert has at least so many slots; their number is even.
+        router_noisy_policy: ``Jitter``: in training the gate's input is multiplied by numbers of
+            0.99 to 1.01; theirs multiplies the logits. None: no noise.
         router_drop_tks: False: outside of training nothing is dropped; training always drops.
-        router_norm: the K weights are divided by their sum.
+        router_norm: both weights of Top-2 are divided by their sum.
         router_loss: coefficient of the load-balancing loss, which is added in the backward pass;
             theirs is collected by a global manager.
         mlp_activation: gelu, relu or silu.
@@ -68,7 +72,8 @@ class SparseMLP(RoutedFeedForward):
         seed: of the gate; experts are as ``nn.Dense`` draws them.
 
     Raises:
-        ConfigError: a size below 1, or an unknown activation.
+        ConfigError: a size below 1, an unknown activation or noise, or ``router_norm`` of Top-1,
+            whose weight would be 1 whatever the gate says.
     """
 
     def __init__(
@@ -79,6 +84,8 @@ class SparseMLP(RoutedFeedForward):
         router_top_k: Literal[1, 2] = 1,
         router_capacity_factor_train: float = 1.25,
         router_capacity_factor_eval: float = 2.0,
+        router_min_capacity: int = 4,
+        router_noisy_policy: Literal["Jitter"] | None = None,
         router_drop_tks: bool = True,
         router_norm: bool = False,
         router_loss: float = 0.01,
@@ -94,14 +101,32 @@ class SparseMLP(RoutedFeedForward):
                 value=mlp_activation,
                 rule=", ".join(_ACTIVATIONS),
             )
+        if router_noisy_policy not in (None, "Jitter"):
+            raise ConfigError(
+                "unknown noise",
+                where="router_noisy_policy",
+                value=router_noisy_policy,
+                rule="None or Jitter; Gaussian noise is not here",
+            )
         H, E, K = hidden_size, num_experts, router_top_k
+        slots = {
+            "policy": "capacity",
+            "capacity_rounding": "floor",
+            "capacity_multiple_of": 2,
+            "min_capacity": router_min_capacity,
+            "drop_priority": "choice_major",
+        }
         train, outside = (
-            RoutingConfig(policy="capacity", capacity_factor=f, drop_priority="choice_major")
+            validate(RoutingConfig, {**slots, "capacity_factor": f}, "SparseMLP")
             for f in (router_capacity_factor_train, router_capacity_factor_eval)
         )
+        noise = {"router_jitter_noise": 0.0 if router_noisy_policy is None else 0.01}
+        gate: dict[str, Any] = {"name": "switch_top_1", **noise}
+        if K == 2:
+            gate = {"name": "gshard_top_2", "second_policy": "all", **noise}
         super().__init__(
             [MLPExpert(H, intermediate_size, mlp_activation, mlp_gated) for _ in range(E)],
-            registered_gate("softmax_top_k", H, E, K, router_norm, train, seed),
+            registered_gate(gate, H, E, K, router_norm, train, seed),
             train,
             packed=False,
             losses={"aux": router_loss} if router_loss else {},

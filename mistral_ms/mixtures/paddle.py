@@ -16,6 +16,9 @@ from mistral_ms.mixtures.fastmoe import NaiveGate
 from mistral_ms.mixtures.moeify import registered_gate
 from mistral_ms.mixtures.routed import AnyGate, RoutedFeedForward
 
+SWITCH_NOISE = 0.1
+"""Of the switch gate (their ``switch_eps``)."""
+
 
 class MoELayer(RoutedFeedForward):
     """Experts and a gate by their names for it.
@@ -88,5 +91,9 @@ def _gate(settings: dict[str, Any], H: int, E: int, seed: int) -> tuple[AnyGate,
         )
     if kind == "naive":
         return NaiveGate(H, E, K, seed), {}
-    gate = registered_gate("softmax_top_k", H, E, K, kind == "gshard", RoutingConfig(), seed)
+    name = {
+        "gshard": {"name": "gshard_top_2", "second_policy": "random", "second_threshold": 0.5},
+        "switch": {"name": "switch_top_1", "router_jitter_noise": SWITCH_NOISE},
+    }[kind]
+    gate = registered_gate(name, H, E, K, kind == "gshard", RoutingConfig(), seed)
     return gate, {"aux": 1.0}

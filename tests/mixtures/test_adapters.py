@@ -5,10 +5,14 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
+from mistral_ms.config import expert_capacity
 from mistral_ms.errors import ConfigError
 from mistral_ms.mixtures.colossalai import SparseMLP
 from mistral_ms.mixtures.naive import NaiveMoELayer
 from mistral_ms.mixtures.paddle import MoELayer
+from mistral_ms.moe import gate_context
+from mistral_ms.moe.gates.noise import SECOND_DRAWS
+from mistral_ms.moe.gates.switch_top_1 import SwitchTop1Settings
 
 H, T = 6, 12
 
@@ -63,6 +67,23 @@ def test_paddles_switch_weighs_by_the_probability(x):
     )
 
 
+def test_paddles_gates_draw_in_training_what_theirs_draw(x):
+    """gshard leaves second experts out where 2 g_2 is below a uniform number; switch jitters."""
+    layer = MoELayer(H, experts(), {"type": "gshard"}, seed=3)
+    outside = layer.gate(Tensor(x.reshape(-1, H)))
+    layer.set_train()
+    layer(Tensor(x))
+    routed = layer.update_gate()
+    drawn = layer.gate.uniform(gate_context(Tensor([[3, 0, 0]], ms.int32), T), 1, SECOND_DRAWS)
+    taken = 2 * outside[0].asnumpy()[:, 1] > drawn.asnumpy()[:, 0]
+    assert 0 < taken.sum() < T
+    chosen = outside[1].asnumpy()
+    want = np.bincount(np.concatenate([chosen[:, 0], chosen[taken, 1]]), minlength=4)
+    np.testing.assert_array_equal(routed, want)
+    switch = MoELayer(H, experts(), {"type": "switch"}).gate
+    assert switch.moe.gate == SwitchTop1Settings(router_jitter_noise=0.1)
+
+
 def test_recomputing_changes_nothing(x):
     """Values and gradients, with the same weights."""
     plain, again = (MoELayer(H, experts(), {"type": "naive"}, recompute_interval=n) for n in (0, 1))
@@ -97,8 +118,17 @@ def test_colossals_layer_drops_in_training_only_if_told(gated, x):
     np.testing.assert_allclose(outside, want, rtol=1e-4, atol=1e-5)
     layer.set_train()
     found = layer(rows).asnumpy().reshape(T, H)
-    np.testing.assert_allclose(found[:4], want[:4], rtol=1e-4, atol=1e-5)  # ceil(1.25 * 12 / 4)
+    # floor(1.25 * 12 / 4) = 3, at least 4 and even
+    np.testing.assert_allclose(found[:4], want[:4], rtol=1e-4, atol=1e-5)
     assert not found[4:].any()
+
+
+@pytest.mark.parametrize(("k", "factor", "slots"), [(1, 1.25, 4), (1, 1.7, 6), (2, 1.25, 8)])
+def test_colossals_slots_are_even_and_at_least_four(k, factor, slots):
+    """floor(K f T / E), one more where that is odd; here T = 12, E = 4."""
+    layer = SparseMLP(4, H, 8, k, factor)
+    assert expert_capacity(T, 4, k, layer.routing) == slots
+    assert layer.gate.moe.gate.name == ("switch_top_1", "gshard_top_2")[k - 1]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +139,8 @@ def test_colossals_layer_drops_in_training_only_if_told(gated, x):
         (lambda: MoELayer(H, experts(), {"type": "gshard", "top_k": 3}), "gshard has 2"),
         (lambda: MoELayer(H, experts(), moe_group="world"), "no groups here: moe_group: world"),
         (lambda: SparseMLP(4, H, 8, mlp_activation="tanh"), "unknown activation: mlp_activation"),
+        (lambda: SparseMLP(4, H, 8, router_noisy_policy="Gaussian"), "Gaussian noise is not here"),
+        (lambda: SparseMLP(4, H, 8, router_norm=True), "weights it by its probability"),
         (lambda: SparseMLP(0, H, 8), "impossible size: num_experts: 0"),
     ],
 )
