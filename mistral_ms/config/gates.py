@@ -21,9 +21,14 @@ class GateSettings(Frozen):
         name: of the gate.
         takes_ids: whether it routes by the ids of tokens, which its ``construct`` then gets; it has
             no ``route``, and neither pipelines nor the auto-parallel graph can have it.
+        looks_ahead: whether in training a token's experts depend on later tokens, which
+            ``routing.allow_future`` must say.
+        explicit_only: whether the auto-parallel graph cannot have it.
     """
 
     takes_ids: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
+    explicit_only: ClassVar[bool] = False
     name: str
 
     @property

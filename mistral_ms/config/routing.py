@@ -23,6 +23,9 @@ class RoutingConfig(Frozen):
             take as many tokens, those that score highest with it (training; Zhou 2022,
             arXiv:2202.09368, section 3.2). That looks at later tokens, too: a decoder cannot
             generate by it. Under ``dropless`` the keys about slots say nothing.
+        allow_future: train a decoder whose tokens have experts that later tokens decide about:
+            where experts choose, and with gates that balance a whole dispatch group. Its losses
+            are then not those of a causal model; evaluation and generation let each token choose.
         capacity_factor: slots of an expert, in multiples of K * T / E. Where experts choose, a
             token has capacity_factor * K experts on average.
         capacity_per: ``choice``: that multiple is of K * T / E; ``token``: of T / E, whatever K.
@@ -69,6 +72,7 @@ class RoutingConfig(Frozen):
     """
 
     policy: Literal["dropless", "capacity", "experts_choose"] = "dropless"
+    allow_future: bool = False
     capacity_factor: float = Field(default=1.1, gt=0, allow_inf_nan=False)
     capacity_per: Literal["choice", "token"] = "choice"
     capacity_rounding: Literal["ceil", "floor", "round"] = "ceil"

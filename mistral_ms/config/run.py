@@ -94,6 +94,12 @@ class RunConfig(Frozen):
     evaluation: EvaluationConfig | None = None
     output: Path | None = None
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether in training later tokens decide which experts a token has."""
+        moe = self.model.moe
+        return moe is not None and (self.routing.policy == "experts_choose" or moe.gate.looks_ahead)
+
     @field_validator("init_from", mode="before")
     @classmethod
     def _bare_path(cls, value: Any) -> Any:
@@ -128,6 +134,16 @@ class RunConfig(Frozen):
         self.parallel.check(self.model)
         moe = self.model.moe
         chosen_by_experts = self.routing.policy == "experts_choose"
+        if self.looks_ahead and not self.routing.allow_future:
+            assert moe is not None
+            key, value = "model.moe.gate", moe.gate.name
+            if chosen_by_experts:
+                key, value = "routing.policy", self.routing.policy
+            raise ValueError(
+                f"{key} ({value}) lets later tokens decide which experts a token has, so its "
+                "training is not that of a causal model. Set routing.allow_future=true to train "
+                "it all the same; evaluation and generation let each token choose"
+            )
         if (
             moe is not None
             and chosen_by_experts

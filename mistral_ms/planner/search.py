@@ -154,6 +154,9 @@ class _Search:
         self.fused = self.hardware.device != "CPU"
         moe = run.model.moe
         self.takes_ids = moe is not None and moe.gate.takes_ids
+        self.explicit_only = moe is not None and (
+            moe.gate.explicit_only or moe.shared_expert_gate == "cmr"
+        )
         self.weights = _weights(run.model)
         limit = run.parallel.max_device_memory
         self.usable_gib = min(self.hardware.usable_gib, math.inf if limit is None else limit)
@@ -178,6 +181,8 @@ class _Search:
             return False
         if self.takes_ids and (sizes.pp > 1 or self.execution == "graph"):
             return False  # neither hands the ids of tokens on to gates
+        if self.explicit_only and self.execution == "graph":
+            return False
         plain = run.parallel.model_copy(update={"devices_per_node": devices, **_PLAIN})
         return plain.rules(self.cluster.cards, run.model).broken_by(sizes) is None
 

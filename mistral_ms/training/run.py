@@ -49,7 +49,7 @@ from mistral_ms.training.step import TrainStep, Update
 from mistral_ms.training.tensorboard import TensorBoardWriter
 
 LOOKS_AHEAD = (
-    "routing.policy experts_choose: experts choose among later tokens, too, so the losses of this "
+    "routing.allow_future: experts are chosen among later tokens, too, so the losses of this "
     "training are not those of a causal model; evaluate and generate let the tokens choose"
 )
 
@@ -149,7 +149,7 @@ class TrainingRun:
             self.data = given
         if run.evaluation is not None and held_out is None:
             held_out = open_held_out(run, self.files, tokenizer, self.parallel_context, say)
-        if run.routing.policy == "experts_choose" and run.model.sparse_layers:
+        if run.looks_ahead:
             say(LOOKS_AHEAD)
         training = with_settings(run.training.with_max_steps(self.data.sequences))
         self.run = run.model_copy(update={"training": training})

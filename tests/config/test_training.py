@@ -148,6 +148,9 @@ class TestRunFile:
 
     def test_weights_of_experts_that_choose_are_scaled_as_in_generation(self, run_file):
         chosen = ["model.moe.num_local_experts=4", "routing.policy=experts_choose"]
+        with pytest.raises(ConfigError, match=r"later tokens decide.*allow_future=true"):
+            load_run_config(run_file, chosen)
+        chosen.append("routing.allow_future=true")
         with pytest.raises(ConfigError, match=r"rescale_survivors \(False\) must equal .*\(True\)"):
             load_run_config(run_file, chosen)
         for fits in ("model.moe.norm_topk_prob=false", "routing.rescale_survivors=true"):

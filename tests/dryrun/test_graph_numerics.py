@@ -117,6 +117,7 @@ CASES = {
     "experts choose": {
         "routing": {
             "policy": "experts_choose",
+            "allow_future": True,
             "rescale_survivors": True,
             "capacity_factor": 0.5,
         },

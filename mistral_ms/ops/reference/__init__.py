@@ -17,6 +17,7 @@ R   rows sorted by expert           Q   choices, T * K
 """
 
 from mistral_ms.ops.reference.activation import swiglu
+from mistral_ms.ops.reference.assignment import Auction, sinkhorn
 from mistral_ms.ops.reference.attention import attention
 from mistral_ms.ops.reference.matmul import (
     batched_linear,
@@ -43,6 +44,7 @@ from mistral_ms.ops.reference.routing import (
 )
 
 __all__ = [
+    "Auction",
     "Permute",
     "RowIdMap",
     "Unpermute",
@@ -64,6 +66,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "rows_of_groups",
+    "sinkhorn",
     "swiglu",
     "threefry2x32",
     "uniform",

@@ -264,11 +264,11 @@ def _best_of_each_group(
     taken, and which of the expert's slots it gets, float32 [T, E] both. Scores are 0 or more.
     """
     if groups == 1:
-        return _best_of_each_expert(scores_TE, valid_TE, capacity)
+        return best_of_each_expert(scores_TE, valid_TE, capacity)
     T, E = scores_TE.shape
     S = T // groups
     # an expert has as many columns as there are groups
-    kept_SX, position_SX = _best_of_each_expert(
+    kept_SX, position_SX = best_of_each_expert(
         _side_by_side(scores_TE, groups), _side_by_side(valid_TE, groups), capacity // groups
     )
     kept_TE = kept_SX.reshape(S, groups, E).transpose(1, 0, 2).reshape(T, E)
@@ -276,7 +276,7 @@ def _best_of_each_group(
     return kept_TE, position_TE + ops.cast(_first_slots(T, groups, capacity), ms.float32)
 
 
-def _best_of_each_expert(
+def best_of_each_expert(
     scores_TE: Tensor, valid_TE: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor]:
     """Of each expert's candidates (``valid_TE``) the best: 1 where one is taken, and how many of

@@ -356,6 +356,14 @@ class GraphMoE(nn.Cell):
                 rule="the gate routes by token ids, which a region of the graph does not get",
                 todo="use parallel.execution=explicit",
             )
+        if self.router.moe.gate.explicit_only:
+            raise ConfigError(
+                "impossible graph",
+                where="model.moe.gate",
+                value=f"{self.router.moe.gate.name} with parallel.execution graph",
+                rule="the gate goes on until it is done, which a region of the graph cannot",
+                todo="use parallel.execution=explicit",
+            )
         if self.router.moe.shared_expert_gate == "cmr":
             raise ConfigError(
                 "impossible graph",
