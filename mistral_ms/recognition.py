@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from mistral_ms.errors import MistralMsError
+from mistral_ms.errors import CheckpointError, MistralMsError
 from mistral_ms.reading import (
     CONFIG_BYTES,
     Fault,
@@ -127,15 +127,7 @@ def _adapter(path: Path, entries: list[Path], fault: Fault) -> MistralMsError | 
     names = {each.name for each in entries}
     config = path / "adapter_config.json"
     if config.name in names or any(name.startswith("adapter_model.") for name in names):
-        return fault(
-            "an adapter (PEFT), not a whole model",
-            where=path,
-            value=_base(config),
-            rule="an adapter is a change to the weights of its base model",
-            todo="merge the adapter first with PEFT: AutoPeftModelForCausalLM.from_pretrained("
-            "ADAPTER).merge_and_unload().save_pretrained(NEW); put the tokenizer's files beside "
-            "it and give NEW",
-        )
+        return adapter_error(path, _base(config), fault)
     if "lora.safetensors" in names:
         return fault(
             "an adapter (mistral-finetune), not a whole model",
@@ -145,6 +137,26 @@ def _adapter(path: Path, entries: list[Path], fault: Fault) -> MistralMsError | 
             "save_adapters: False",
         )
     return None
+
+
+def adapter_error(
+    path: Path, what: str | None = None, fault: Fault = CheckpointError
+) -> MistralMsError:
+    """An adapter was given where a whole model is needed.
+
+    Args:
+        path: its directory.
+        what: what it says of itself.
+        fault: class of the error.
+    """
+    return fault(
+        "an adapter (PEFT), not a whole model",
+        where=path,
+        value=what,
+        rule="an adapter is a change to the weights of its base model",
+        todo=f"give the base model and --adapter {path}; or make a whole model of both: "
+        f"convert BASE NEW --merge {path}",
+    )
 
 
 def _base(config: Path) -> str | None:

@@ -5,6 +5,7 @@ from mistral_ms.checkpoint.converter import ConvertResult, convert
 from mistral_ms.checkpoint.detect import KINDS, detect
 from mistral_ms.checkpoint.inspection import Inspection, inspect
 from mistral_ms.checkpoint.layout import our_shapes
+from mistral_ms.checkpoint.merged import open_merged
 from mistral_ms.checkpoint.native import save_native, tokenizer_files
 from mistral_ms.checkpoint.presplit import presplit
 from mistral_ms.checkpoint.series import CheckpointSeries, Found, PassedOver
@@ -25,6 +26,7 @@ __all__ = [
     "detect",
     "inspect",
     "open_checkpoint",
+    "open_merged",
     "open_tensor_set",
     "our_shapes",
     "presplit",

@@ -19,10 +19,10 @@ from mistral_ms.checkpoint.dtypes import FROM_OPTION, TO_CONFIG
 from mistral_ms.checkpoint.files import MINDFORMERS_YAML, PARAM_NAME_MAP
 from mistral_ms.checkpoint.layout import format_layout
 from mistral_ms.checkpoint.merge_ranks import merged_ranks
+from mistral_ms.checkpoint.merged import open_merged
 from mistral_ms.checkpoint.mindformers_layout import TABLES
 from mistral_ms.checkpoint.plan import make_plan, target_dtype
-from mistral_ms.checkpoint.source import Source, open_checkpoint
-from mistral_ms.checkpoint.stream import stream
+from mistral_ms.checkpoint.source import Source
 from mistral_ms.checkpoint.target import TargetDirectory, check_target
 from mistral_ms.checkpoint.upcycle import upcycled_config, upcycled_entries
 from mistral_ms.checkpoint.writer import (
@@ -99,6 +99,7 @@ def convert(
     strategy: Path | None = None,
     verify: bool = True,
     follow_links: bool = False,
+    merge: Path | None = None,
     upcycle: MoEArchitecture | None = None,
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -122,7 +123,9 @@ def convert(
         strategy: the strategy files of the run of MindFormers whose ranks' parts ``src`` holds; see
             :func:`~mistral_ms.checkpoint.merge_ranks.merged_ranks`.
         verify: compare a source of ours with its digests while it is read.
-        follow_links: links may lead out of the source; see :func:`open_checkpoint`.
+        follow_links: links may lead out of the source; see :func:`open_merged`.
+        merge: the directory of an adapter of the source, of PEFT or of a training here, which the
+            weights that are written contain; rounded once, from float32.
         upcycle: sparse layers that a dense model gets, computing the same: see
             :mod:`mistral_ms.checkpoint.upcycle`.
         seed: of what is drawn for them.
@@ -149,7 +152,7 @@ def convert(
         if strategy is not None:
             src = opened.enter_context(merged_ranks(src, Path(strategy), dst))
         source = opened.enter_context(
-            open_checkpoint(src, kind, verify=verify, follow_links=follow_links)
+            open_merged(src, kind, adapter=merge, verify=verify, follow_links=follow_links)
         )
         if remark := source.remark():
             say(remark)
@@ -240,7 +243,7 @@ def _entries(source: Source, config: ModelConfig, table: keys.KeyTable, dtype: s
         # the state of gates (a bias, a table of numbers) keeps its bits, as weights need not
         option = "keep" if assembly.pieces[0].block.name in buffers else dtype
         stored = target_dtype(assembly, source.tensors, option)
-        chunks = partial(stream, source.store, assembly, stored)
+        chunks = partial(source.stream, assembly, stored)
         entries.append(Entry(assembly.name, assembly.shape, stored, chunks))
     return entries
 

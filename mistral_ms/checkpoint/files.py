@@ -12,6 +12,8 @@ from mistral_ms.errors import CheckpointError
 CONFIG = "config.json"
 PARAMS = "params.json"
 MANIFEST = "COMPLETE"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_MODEL = "adapter_model.safetensors"
 MINDFORMERS_YAML = "mindspore_model.yaml"  # as its save_pretrained calls it
 PARAM_NAME_MAP = "param_name_map.json"  # MindSpore's index of safetensors files
 
@@ -84,10 +86,11 @@ def adapter_files(directory: Path) -> tuple[str, ...]:
 
 def unknown_entries(directory: Path) -> tuple[str, ...]:
     """Names in ``directory`` that no checkpoint consists of, sorted."""
+    entries = tuple(directory.iterdir())
+    alone = not any(p.name == CONFIG for p in entries)  # an adapter that lies beside no model
+    known = (*SIDE_FILES, ADAPTER_CONFIG, ADAPTER_MODEL) if alone else ()
     return tuple(
-        sorted(
-            p.name for p in directory.iterdir() if p.is_dir() or not matches(p.name, KNOWN_FILES)
-        )
+        sorted(p.name for p in entries if p.is_dir() or not matches(p.name, (*KNOWN_FILES, *known)))
     )
 
 

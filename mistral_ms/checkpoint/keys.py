@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mistral_ms.config.hugging_face_families import FAMILIES
+from mistral_ms.weights import ADAPTABLE, MAGNITUDE, A, B
 
 Layout = Literal["plain", "interleaved", "transposed"]
 
@@ -124,6 +125,19 @@ HF_FUSED: KeyTable = {
     "layers.{layer}.moe.experts.w1": Stored(f"{_HF_FUSED_EXPERTS}.gate_up_proj", part=(0, 2)),
     "layers.{layer}.moe.experts.w2": Stored(f"{_HF_FUSED_EXPERTS}.down_proj"),
     "layers.{layer}.moe.experts.w3": Stored(f"{_HF_FUSED_EXPERTS}.gate_up_proj", part=(1, 2)),
+}
+
+# adapters, as PEFT 0.21 writes them beside the classes of transformers 4.x: one for each expert
+PEFT: KeyTable = {
+    f"layers.{{layer}}.{each.product}.{ours}": Stored(
+        f"base_model.model.model.layers.{{layer}}.{each.module}.{theirs}"
+    )
+    for each in ADAPTABLE.values()
+    for ours, theirs in (
+        (A, "lora_A.weight"),
+        (B, "lora_B.weight"),
+        (MAGNITUDE, "lora_magnitude_vector"),
+    )
 }
 
 _MISTRAL_COMMON: KeyTable = {

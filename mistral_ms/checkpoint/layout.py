@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mistral_ms.checkpoint.keys import OURS, KeyTable, Layout, Stored
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError
-from mistral_ms.weights import ParamSpec, specs
+from mistral_ms.weights import ParamSpec, stored_specs
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def format_layout(config: ModelConfig, table: KeyTable = OURS) -> FormatLayout:
     """
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[Block, Place] = {}
-    for spec in specs(config):
+    for spec in stored_specs(config):
         stored = _stored(spec, table)
         experts: tuple[int | None, ...] = (None,)
         shape = spec.shape
@@ -96,8 +96,8 @@ def format_layout(config: ModelConfig, table: KeyTable = OURS) -> FormatLayout:
 
 
 def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model in our format."""
-    return {spec.name: spec.shape for spec in specs(config)}
+    """Name and shape of every tensor of a model in our format; with adapters, of these alone."""
+    return {spec.name: spec.shape for spec in stored_specs(config)}
 
 
 def _stored(spec: ParamSpec, table: KeyTable) -> Stored:

@@ -223,7 +223,7 @@ def _defect(path: Path, progress: Callable[[int, int], None] | None) -> str | No
     """What is wrong with a checkpoint; None when nothing is."""
     try:
         different = verify_digests(path, read_manifest(path), progress)
-        open_checkpoint(path, "mistral_ms", verify=False).close()
+        open_checkpoint(path, "mistral_ms", verify=False, adapters=True).close()
     except CheckpointError as error:
         return str(error)
     except OSError as error:

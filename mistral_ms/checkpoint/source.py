@@ -31,11 +31,12 @@ from mistral_ms.checkpoint.parts_store import read_box
 from mistral_ms.checkpoint.plan import Assembly, Piece, check_tensors, make_plan, target_dtype
 from mistral_ms.checkpoint.safetensors_file import TensorInfo
 from mistral_ms.checkpoint.shards import open_weights
-from mistral_ms.checkpoint.stream import CHUNK_BYTES, Store, read_array
+from mistral_ms.checkpoint.stream import CHUNK_BYTES, Store, Workspace, read_array, stream
 from mistral_ms.checkpoint.verification import Verification
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError
 from mistral_ms.reading import is_file
+from mistral_ms.recognition import adapter_error
 from mistral_ms.weights import EMBEDDING, HEAD
 
 
@@ -191,6 +192,18 @@ class Source:
             )
         return out.reshape(values.shape)
 
+    def stream(
+        self,
+        assembly: Assembly,
+        dtype: str,
+        workspace: Workspace,
+        span: tuple[int, int] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Streams a tensor that is assembled of this checkpoint's; see
+        :func:`~mistral_ms.checkpoint.stream.stream`.
+        """
+        return stream(self.store, assembly, dtype, workspace, span)
+
     def _stored(self, assembly: Assembly, dtype: str) -> str:
         if dtype == "keep":
             return target_dtype(assembly, self.tensors, "keep")
@@ -232,7 +245,7 @@ class Source:
                 rule=f"it has {assembly.shape[0]}",
             )
         stored = self._stored(assembly, dtype)
-        return read_array(self.store, assembly, stored, (first, last))
+        return read_array(self.stream, assembly, stored, (first, last))
 
 
 def open_checkpoint(
@@ -244,6 +257,7 @@ def open_checkpoint(
     follow_links: bool = False,
     rank: int = 0,
     world: int = 1,
+    adapters: bool = False,
 ) -> Source:
     """Opens a checkpoint of any known format and checks all that can be checked without reading.
 
@@ -258,6 +272,7 @@ def open_checkpoint(
             in; see :func:`~mistral_ms.checkpoint.files.inside`.
         rank: of this process among those that read the checkpoint together.
         world: how many they are; each compares its share of the files.
+        adapters: take the adapters that a training here has saved, too; they are no whole model.
 
     Raises:
         CheckpointError: anything that is wrong with it, each in its own words: unknown or several
@@ -279,6 +294,8 @@ def open_checkpoint(
         ignored: tuple[str, ...] = ()
     else:
         config, ignored = read_config(path, weights.kind)
+    if config.lora is not None and not adapters:
+        raise adapter_error(path, "saved by a training")
     verification: Verification | None = None
     if weights.kind == "mistral_ms":
         records = read_manifest(path, follow_links)

@@ -72,6 +72,13 @@ def _pairs_from_halves(source: np.ndarray, heads: int, out: np.ndarray) -> None:
     out.reshape(heads, dim // 2, 2, columns)[...] = halves.transpose(0, 2, 1, 3)
 
 
+def reordered(values: np.ndarray, heads: int) -> np.ndarray:
+    """The rows of a matrix of ours as formats with interleaved rotary dimensions keep them."""
+    out = np.empty_like(values)
+    _pairs_from_halves(values, heads, out)
+    return out
+
+
 _ROW_ORDERS: dict[tuple[str, str], Callable[[np.ndarray, int, np.ndarray], None]] = {
     ("interleaved", "plain"): _halves_from_pairs,
     ("plain", "interleaved"): _pairs_from_halves,
@@ -192,13 +199,17 @@ def _overflow(
     )
 
 
+Chunks = Callable[[Assembly, str, Workspace, tuple[int, int]], Iterator[np.ndarray]]
+"""A way to :func:`stream` what a source holds."""
+
+
 def read_array(
-    store: Store, assembly: Assembly, dtype: str, rows: tuple[int, int] | None = None
+    chunks: Chunks, assembly: Assembly, dtype: str, rows: tuple[int, int] | None = None
 ) -> np.ndarray:
     """Reads a target tensor into memory, or some of its first axis.
 
     Args:
-        store: the source's files.
+        chunks: streams it.
         assembly: the target tensor.
         dtype: F32, F16 or BF16 (the latter comes as uint16 bits).
         rows: first index along the first axis and the one behind the last; None for all.
@@ -211,7 +222,7 @@ def read_array(
     out = np.empty((last - first, *assembly.shape[1:]), WEIGHT_DTYPES[dtype])
     flat = out.reshape(-1)
     position = 0
-    for chunk in stream(store, assembly, dtype, Workspace(), (first * row, last * row)):
+    for chunk in chunks(assembly, dtype, Workspace(), (first * row, last * row)):
         flat[position : position + chunk.size] = chunk
         position += chunk.size
     return out

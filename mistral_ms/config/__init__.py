@@ -18,6 +18,7 @@ from mistral_ms.config.generation_file import (
 )
 from mistral_ms.config.hugging_face import from_hf, to_hf, to_native
 from mistral_ms.config.load import apply_overrides, load_model_config, read_yaml
+from mistral_ms.config.lora import LoraConfig
 from mistral_ms.config.mindformers_yaml import (
     from_mindformers,
     read_mindformers,
@@ -61,6 +62,7 @@ __all__ = [
     "GenerationFile",
     "InitFromConfig",
     "LayerKinds",
+    "LoraConfig",
     "LossScaleConfig",
     "MoEArchitecture",
     "ModelConfig",

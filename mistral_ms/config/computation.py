@@ -50,6 +50,8 @@ def computation(model: ModelConfig) -> dict[str, Any]:
             del values["moe"]["gate"]  # as where nothing was said of it
     if model.qk_norm == "none":
         del values["qk_norm"]  # likewise
+    if model.lora is None:
+        del values["lora"]  # likewise
     if model.layer_kinds.default:
         values["layer_kinds"] = None  # as where nothing was said of them
     return values

@@ -297,7 +297,9 @@ def _computed(config: ModelConfig) -> dict[str, Any]:
 def _beyond_mixtral(config: ModelConfig) -> tuple[str, str] | None:
     """What of a model Mistral's and Mixtral's classes have not, and what they have."""
     reason = None
-    if not config.layer_kinds.default:
+    if config.lora is not None:
+        reason = "adapters (lora)", "an adapter is a change to the weights of its base model"
+    elif not config.layer_kinds.default:
         reason = f"layers of kinds {config.layer_kinds}", "its classes have the layers of Mistral"
     elif config.qk_norm != "none":
         reason = f"qk_norm {config.qk_norm}", "Mistral's classes norm no queries and keys"
@@ -345,6 +347,8 @@ def to_native(config: ModelConfig, *, block: bool = True) -> dict[str, Any]:
         keys["layer_types"] = data["layer_types"]
     if block:
         extra: dict[str, Any] = {"format": 1}
+        if config.lora is not None:
+            extra["lora"] = data["lora"]
         if not config.layer_kinds.default:
             extra["layer_kinds"] = data["layer_kinds"]
         if config.qk_norm != "none":

@@ -13,6 +13,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from mistral_ms.config.base import Frozen, nested
 from mistral_ms.config.gates import GateSettings, SoftmaxTopKSettings, gate_settings
+from mistral_ms.config.lora import LoraConfig
 from mistral_ms.config.placement import Placement
 from mistral_ms.config.rope_scaling import RopeScaling
 
@@ -190,6 +191,7 @@ class ModelConfig(Frozen):
         torch_dtype: dtype the published weights are stored in (HF's key).
         moe: the sparse layers; None for a dense model.
         layer_kinds: which kinds of layers the blocks hold.
+        lora: adapters, which are trained while everything else is frozen; None: there are none.
     """
 
     vocab_size: int = Field(ge=1, le=MOST_ROWS)
@@ -215,6 +217,7 @@ class ModelConfig(Frozen):
     pad_token_id: int | None = None
     moe: MoEArchitecture | None = None
     layer_kinds: LayerKinds = LayerKinds()
+    lora: LoraConfig | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:

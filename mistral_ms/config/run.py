@@ -13,6 +13,7 @@ from mistral_ms.config.base import Frozen, validate
 from mistral_ms.config.conventions import PACKAGED_TOKENIZER
 from mistral_ms.config.data import DataSourceConfig
 from mistral_ms.config.evaluation import EvaluationConfig
+from mistral_ms.config.lora import LoraConfig
 from mistral_ms.config.model import ModelConfig
 from mistral_ms.config.parallel import ParallelConfig
 from mistral_ms.config.routing import RoutingConfig
@@ -53,12 +54,15 @@ class InitFromConfig(Frozen):
         format: which format to read when the directory holds several.
         verify: compare a checkpoint of ours with its recorded digests while it is read.
         follow_links: links may lead out of the directory, or of the hub's cache that it lies in.
+        adapter: directory of an adapter of this checkpoint. With ``lora`` training goes on with it,
+            and both must say the same; without, the weights start with it merged.
     """
 
     path: Path
     format: CheckpointFormat | None = None
     verify: bool = True
     follow_links: bool = False
+    adapter: Path | None = None
 
     @property
     def directory(self) -> Path:
@@ -77,7 +81,9 @@ class RunConfig(Frozen):
         parallel: how many processes share it, and how.
         data: what is learnt.
         init_from: the checkpoint whose weights the training starts with: its path, or a group of
-            path, format, verify and follow_links. Without one the weights are drawn.
+            path, format, verify, follow_links and adapter. Without one the weights are drawn.
+        lora: adapters, which are trained and saved while the weights of ``init_from`` are frozen;
+            None: the weights themselves are trained.
         checkpoint: when the training is saved.
         evaluation: held-out data that the training is judged by while it goes on; None: it is not.
         output: directory of all that the run writes; ``runs/NAME`` when not given, with the run
@@ -90,6 +96,7 @@ class RunConfig(Frozen):
     parallel: ParallelConfig = ParallelConfig()
     data: DataSourceConfig | None = None
     init_from: InitFromConfig | None = None
+    lora: LoraConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig | None = None
     output: Path | None = None
@@ -104,6 +111,27 @@ class RunConfig(Frozen):
     @classmethod
     def _bare_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str | Path) else value
+
+    @model_validator(mode="after")
+    def _adapters(self) -> RunConfig:
+        """The model that is trained has the adapters."""
+        lora, own = self.lora, self.model.lora
+        if own is not None and own != lora:
+            raise ValueError("model.lora: the adapters of a run are its key lora, beside model")
+        if lora is None:
+            return self
+        if lora.lora_dropout > 0:
+            raise ValueError(
+                f"lora.lora_dropout ({lora.lora_dropout:g}) must be 0 in training here"
+            )
+        if lora.use_dora and self.parallel.mp > 1:
+            raise ValueError(
+                f"lora.use_dora needs parallel.mp of 1 ({self.parallel.mp}): the length of a row "
+                "is of all its columns, of which tensor-parallel ranks have parts"
+            )
+        model = self.model.model_copy(update={"lora": lora})
+        object.__setattr__(self, "model", model)  # as validators do: the data is frozen after them
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -225,7 +253,9 @@ def run_config(values: Mapping[str, Any], path: Path) -> RunConfig:
 def spelled_out(run: RunConfig) -> str:
     """A run as the text of a file that means the same wherever it lies and is read."""
     values = run.model_dump(mode="json")
-    for group, key in (("init_from", "path"), ("data", "dataset"), ("evaluation", "dataset")):
+    del values["model"]["lora"]  # said beside the model
+    paths = (("init_from", "path"), ("init_from", "adapter"))
+    for group, key in (*paths, ("data", "dataset"), ("evaluation", "dataset")):
         if values.get(group) and values[group].get(key):
             values[group][key] = str(Path(values[group][key]).resolve())
     if evaluation := values.get("evaluation"):

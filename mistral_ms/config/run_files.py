@@ -92,8 +92,9 @@ def _beside(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
     for key in ("model", "init_from"):
         if key in values:
             values[key] = moved(values[key])
-    if isinstance(start := values.get("init_from"), dict) and "path" in start:
-        values["init_from"] = {**start, "path": moved(start["path"])}
+    if isinstance(start := values.get("init_from"), dict):
+        paths = {key: moved(start[key]) for key in ("path", "adapter") if key in start}
+        values["init_from"] = {**start, **paths}
     for group in ("data", "evaluation"):
         if isinstance(source := values.get(group), dict):
             source = dict(source)

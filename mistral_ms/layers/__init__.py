@@ -6,6 +6,7 @@ from mistral_ms.layers.feed_forward import FeedForward, GatedLinear
 from mistral_ms.layers.kv_cache import CacheSpec, Columns, KeyPositions, KVCache, forget
 from mistral_ms.layers.linear import Linear, OutputLogits, output_logits
 from mistral_ms.layers.loss import HeadLoss, TokenNLL, token_nll
+from mistral_ms.layers.low_rank import LowRank, LowRankGroupedLinear, LowRankLinear
 from mistral_ms.layers.norm import PiecewiseNorm, RMSNorm
 from mistral_ms.layers.parameter import is_buffer
 from mistral_ms.layers.rope import RotaryTable, rope_angles
@@ -25,6 +26,9 @@ __all__ = [
     "KVCache",
     "KeyPositions",
     "Linear",
+    "LowRank",
+    "LowRankGroupedLinear",
+    "LowRankLinear",
     "OutputLogits",
     "PiecewiseNorm",
     "RMSNorm",

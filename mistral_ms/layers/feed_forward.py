@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from mindspore import Tensor, nn
 
-from mistral_ms.ops import reference, select
+from mistral_ms.ops import select
+from mistral_ms.ops.reference_cells import ReferenceLinear
 
 
 class FeedForward(nn.Cell):
@@ -35,12 +36,18 @@ class FeedForward(nn.Cell):
 
 
 class GatedLinear(nn.Cell):
-    """silu(w1 x) * w3 x with the weights handed in."""
+    """silu(w1 x) * w3 x with the weights handed in.
+
+    Attributes:
+        w1_linear: multiplies by w1.
+        w3_linear: multiplies by w3.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.swiglu = select.swiglu(select.dense_kernels())
+        self.w1_linear, self.w3_linear = ReferenceLinear(), ReferenceLinear()
 
     def construct(self, x_TH: Tensor, w1_IH: Tensor, w3_IH: Tensor) -> Tensor:
         """[T, H] -> [T, I]."""
-        return self.swiglu(reference.linear(x_TH, w1_IH), reference.linear(x_TH, w3_IH))
+        return self.swiglu(self.w1_linear(x_TH, w1_IH), self.w3_linear(x_TH, w3_IH))

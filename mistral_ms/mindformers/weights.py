@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mistral_ms.checkpoint.load import set_values, to_numpy
 from mistral_ms.checkpoint.mindformers_layout import find_table
 from mistral_ms.checkpoint.plan import check_tensors, make_plan
 from mistral_ms.checkpoint.safetensors_file import Observer, TensorInfo, read_header
-from mistral_ms.checkpoint.stream import read_array
+from mistral_ms.checkpoint.stream import read_array, stream
 from mistral_ms.config import ModelConfig
 from mistral_ms.config.computation import check_same_model
 from mistral_ms.errors import CheckpointError, ConfigError
@@ -121,7 +122,7 @@ def converted_weights(
     for assembly in make_plan(layout, format_layout(architecture)):
         dtype = store.tensors[assembly.pieces[0].source].dtype
         parameter = weight(*assembly.shape, dtype=TO_CONFIG[dtype])
-        set_values(parameter, read_array(store, assembly, dtype))
+        set_values(parameter, read_array(partial(stream, store), assembly, dtype))
         parameter.name = assembly.name
         found[assembly.name] = parameter
     return found

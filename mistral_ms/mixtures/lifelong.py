@@ -38,7 +38,7 @@ from mistral_ms.moe import (
     settings_of,
 )
 from mistral_ms.moe.gates.base import State
-from mistral_ms.ops import reference, select
+from mistral_ms.ops import select
 from mistral_ms.weights import ParamSpec
 
 _concat = ops.Concat(-1)
@@ -199,12 +199,7 @@ class StagedExperts(RoutedExperts):
     def compute(self, rows: Tensor, group_sizes_L: Tensor | None = None) -> Tensor:
         """See :meth:`mistral_ms.moe.Experts.compute`."""
         w1, w2, w3 = self.held(self.w1), self.held(self.w2), self.held(self.w3)
-        if self.packed:
-            gate = self.grouped_linear(rows, w1, group_sizes_L)
-            up = self.grouped_linear(rows, w3, group_sizes_L)
-            return self.grouped_linear(self.swiglu(gate, up), w2, group_sizes_L)
-        gate, up = reference.batched_linear(rows, w1), reference.batched_linear(rows, w3)
-        return reference.batched_linear(self.swiglu(gate, up), w2)
+        return self.computed(rows, w1, w3, w2, group_sizes_L)
 
 
 class StagedFactory(LayerFactory):

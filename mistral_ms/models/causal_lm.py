@@ -23,6 +23,7 @@ from mistral_ms.layers import (
     output_logits,
     visible_keys,
 )
+from mistral_ms.models.adapters import insert_adapters, set_magnitudes
 from mistral_ms.models.block import DecoderBlock
 from mistral_ms.models.layer_factory import LayerFactory
 from mistral_ms.models.model_chunk import ModelChunk
@@ -111,6 +112,7 @@ class CausalLM(nn.Cell):
         if cache is not None:
             self.key_positions = layer_factory.key_positions(cache)
         self.specs = by_name(filter(self.model_chunk.holds, specs(config)))
+        insert_adapters(self.layers, self.model_chunk, self.specs, config, layer_factory)
         check_weights(self.weights(), self.specs, layer_factory)
 
     def construct(self, ids_BS: Tensor, positions_BS: Tensor) -> Tensor:
@@ -211,6 +213,13 @@ class CausalLM(nn.Cell):
         name = self.model_chunk.name_in_model
         return {name(n): p for n, p in self.parameters_and_names() if not is_buffer(p)}
 
+    def stored_weights(self) -> dict[str, ms.Parameter]:
+        """What checkpoints hold of :meth:`weights`: with adapters, these alone."""
+        weights = self.weights()
+        if self.config.lora is None:
+            return weights
+        return {name: each for name, each in weights.items() if self.specs[name].adapts}
+
     def update_gates(self, routed_LE: np.ndarray) -> None:
         """Moves the state of all gates on, after an update of the weights.
 
@@ -218,6 +227,8 @@ class CausalLM(nn.Cell):
             routed_LE: choices of each expert in every sparse layer of the whole model, before the
                 capacity, of the whole batch.
         """
+        if self.config.lora is not None:
+            return  # the base stays as it is
         layers = dict(zip(self.model_chunk.layers, self.layers, strict=True))
         update_gates(layers, self.config.sparse_layers, routed_LE)
 
@@ -226,6 +237,13 @@ class CausalLM(nn.Cell):
         for name, parameter in self.weights().items():
             values = init_values(self.specs[name], seed)
             parameter.set_data(Tensor(values).astype(parameter.dtype))
+        self.begin_adapters()
+
+    def begin_adapters(self) -> None:
+        """Gives adapters that decompose weights the magnitudes with which the model is as without
+        them; to be called when everything else has its first values.
+        """
+        set_magnitudes(self.layers, self.model_chunk, self.weights(), self.specs)
 
 
 def check_weights(

@@ -9,6 +9,7 @@ from mistral_ms.layers.parameter import weight
 from mistral_ms.moe.dispatcher import Dispatcher, PackedDispatcher, kept_choices, masked
 from mistral_ms.moe.routing import Routing
 from mistral_ms.ops import cpu, reference, select, select_cpu
+from mistral_ms.ops.reference_cells import ReferenceBatchedLinear
 
 
 class Experts(nn.Cell):
@@ -19,6 +20,9 @@ class Experts(nn.Cell):
         local_experts: L, how many this process holds; all of them when None.
         dtype: dtype of the weights.
         packed: whether rows come packed, with group sizes, or padded, as many for every expert.
+
+    Attributes:
+        w1_linear: multiplies by w1; ``w3_linear`` and ``w2_linear`` likewise.
     """
 
     def __init__(
@@ -37,8 +41,12 @@ class Experts(nn.Cell):
         self.w2 = weight(L, H, I, dtype=dtype)
         self.packed = packed
         self.swiglu = select.swiglu(select.dense_kernels())
-        if packed:
-            self.grouped_linear = select.grouped_linear(select.dense_kernels(), dtype)
+        self.w1_linear, self.w3_linear, self.w2_linear = (self._product(dtype) for _ in range(3))
+
+    def _product(self, dtype: str) -> nn.Cell:
+        if self.packed:
+            return select.grouped_linear(select.dense_kernels(), dtype)
+        return ReferenceBatchedLinear()
 
     def compute(self, rows: Tensor, group_sizes_L: Tensor | None = None) -> Tensor:
         """w2(silu(w1 x) * w3 x) of each row x by its expert.
@@ -50,13 +58,18 @@ class Experts(nn.Cell):
         Returns:
             The results, as the rows lie.
         """
+        return self.computed(rows, self.w1, self.w3, self.w2, group_sizes_L)
+
+    def computed(
+        self, rows: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, group_sizes_L: Tensor | None
+    ) -> Tensor:
+        """The same with the weights handed in."""
         if self.packed:
-            gate = self.grouped_linear(rows, self.w1, group_sizes_L)
-            up = self.grouped_linear(rows, self.w3, group_sizes_L)
-            return self.grouped_linear(self.swiglu(gate, up), self.w2, group_sizes_L)
-        gate = reference.batched_linear(rows, self.w1)
-        up = reference.batched_linear(rows, self.w3)
-        return reference.batched_linear(self.swiglu(gate, up), self.w2)
+            gate = self.w1_linear(rows, w1, group_sizes_L)
+            up = self.w3_linear(rows, w3, group_sizes_L)
+            return self.w2_linear(self.swiglu(gate, up), w2, group_sizes_L)
+        gate, up = self.w1_linear(rows, w1), self.w3_linear(rows, w3)
+        return self.w2_linear(self.swiglu(gate, up), w2)
 
 
 class TransposedExperts(nn.Cell):

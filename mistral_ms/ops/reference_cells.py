@@ -11,6 +11,22 @@ from mistral_ms.ops import reference
 from mistral_ms.ops.reference import RowIdMap
 
 
+class ReferenceLinear(nn.Cell):
+    """``reference.linear``."""
+
+    def construct(self, x_TI: Tensor, w_OI: Tensor) -> Tensor:
+        """[T, O]."""
+        return reference.linear(x_TI, w_OI)
+
+
+class ReferenceBatchedLinear(nn.Cell):
+    """``reference.batched_linear``."""
+
+    def construct(self, x_ECI: Tensor, w_EOI: Tensor) -> Tensor:
+        """[E, C, O]."""
+        return reference.batched_linear(x_ECI, w_EOI)
+
+
 class ReferenceGroupedLinear(nn.Cell):
     """``reference.grouped_linear``."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mindspore import Tensor, nn, ops
 
-from mistral_ms.ops import cpu, reference
+from mistral_ms.ops import cpu
+from mistral_ms.ops.reference_cells import ReferenceLinear
 from mistral_ms.ops.select import Kernels, choose_dense
 
 _sum = ops.ReduceSum()
@@ -59,14 +60,6 @@ def adamw(kernels: Kernels) -> nn.Cell | None:
     """
     chosen = choose_dense("adamw", kernels, on_ascend=False)
     return cpu.AdamW() if chosen == "cpu" else None
-
-
-class ReferenceLinear(nn.Cell):
-    """``reference.linear``."""
-
-    def construct(self, x_TI: Tensor, w_OI: Tensor) -> Tensor:
-        """[T, O]."""
-        return reference.linear(x_TI, w_OI)
 
 
 class ReferenceSumOfSquares(nn.Cell):

@@ -60,6 +60,11 @@ class RunFiles:
         return self.root / "checkpoints"
 
     @property
+    def adapter(self) -> Path:
+        """The adapters of the last checkpoint as PEFT writes them, where adapters were trained."""
+        return self.root / "adapter"
+
+    @property
     def figures(self) -> Path:
         """Pictures of losses, learning rate, expert load and dropped choices."""
         return self.root / "figures"

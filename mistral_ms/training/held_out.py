@@ -138,7 +138,9 @@ class HeldOut:
 
     def _write(self, path: Path) -> None:
         model = self._model
-        save_model(path, model.config, model.weights(), extra_files=self._files, overwrite=True)
+        save_model(
+            path, model.config, model.stored_weights(), extra_files=self._files, overwrite=True
+        )
 
     @property
     def ends_training(self) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import mindspore as ms
 from mindspore import Parameter
 
-from mistral_ms.checkpoint import open_checkpoint, tokenizer_files
+from mistral_ms.checkpoint import open_merged, tokenizer_files
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import DataConfig, DataSourceConfig, PackingConfig, RunConfig
 from mistral_ms.config.computation import check_same_model
@@ -184,7 +184,8 @@ def initialize(
     parallel_context: ParallelContext,
     say: Say,
 ) -> None:
-    """Draws the weights, or reads them from the checkpoint that the run names.
+    """Draws the weights, or reads them from the checkpoint that the run names. Parameters of
+    adapters are drawn.
 
     Args:
         weights: what this process holds, by the names of checkpoints.
@@ -200,17 +201,22 @@ def initialize(
         storage.initialize(weights, run.training.seed)
         return
     start, rank, world = run.init_from, parallel_context.rank, parallel_context.world
-    with open_checkpoint(
+    drawn = {name: each for name, each in weights.items() if storage.specs[name].adapts}
+    storage.initialize(drawn, run.training.seed)
+    base = run.model.model_copy(update={"lora": None})
+    with open_merged(
         start.path,
         start.format,
+        adapter=start.adapter if run.lora is None else None,
         verify=start.verify,
         follow_links=start.follow_links,
         rank=rank,
         world=world,
     ) as source:
         todo = "leave model out of the run to take the checkpoint's"
-        check_same_model(run.model, source.config, f"init_from {start.path}", todo)
-        load_weights(source, weights, storage=storage)
+        check_same_model(base, source.config, f"init_from {start.path}", todo)
+        held = {name: each for name, each in weights.items() if name not in drawn}
+        load_weights(source, held, storage=storage)
         remark = source.remark()
     say(f"weights from {start.path}")
     if remark:

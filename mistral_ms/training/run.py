@@ -23,6 +23,7 @@ from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.memory import too_large
 from mistral_ms.parallel.pipeline import check_objective
 from mistral_ms.tokenizer import Tokenizer
+from mistral_ms.training.adapters import check_adapters, initialize_weights, write_adapter
 from mistral_ms.training.failure import write_failure
 from mistral_ms.training.figures import write_figures
 from mistral_ms.training.files import RunFiles
@@ -135,6 +136,7 @@ class TrainingRun:
         """Everything that comes before the first step."""
         say = self._say
         _check_model(run)  # before texts are packed, which may take long
+        check_adapters(run, self._given[-1] is not None)
         if run.evaluation is not None:
             way = run.parallel.execution_on(ms.get_context("device_target"))
             check_evaluation(self.parallel_context.world, way)
@@ -212,6 +214,7 @@ class TrainingRun:
             return update
         *_, model = self._given
         if model is None:
+            drawn = drawn or run.lora is not None  # a checkpoint of adapters has no base
             model = parallel_context.build_model(
                 run.model, run.routing, run.training.dtype, positions=run.training.seq_length
             )
@@ -219,7 +222,7 @@ class TrainingRun:
             drawn = False  # it has its weights
         if drawn:  # before the optimizer copies them
             storage = parallel_context.storage(model.specs)
-            initialize(model.weights(), storage, run, parallel_context, self._say)
+            initialize_weights(model, storage, run, parallel_context, self._say)
         pooled = run.routing.aux_loss == "pooled"
         objective = make_objective(
             model, run.training, pooled_aux=pooled, parallel_context=parallel_context
@@ -326,6 +329,8 @@ class TrainingRun:
         path = self.series.path(update.progress.step)
         result = RunResult(files, summary, path, self.memory, stop.number)
         if self.parallel_context.is_rank_0:
+            if self.run.lora is not None:
+                write_adapter(self.run, path, files.adapter)
             write_figures(files.figures, records, self.run)
             if len(records) > len(self.history) or not files.summary.exists():
                 text = json.dumps(result.summary_values(), indent=2) + "\n"

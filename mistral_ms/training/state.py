@@ -126,7 +126,7 @@ def restore(update: Update, path: Path) -> None:
     _check_optimizer(update, state, path)
     storage = update.storage
     # whoever chose the checkpoint has read every byte of it: CheckpointSeries.newest
-    with open_checkpoint(path, "mistral_ms", verify=False) as source:
+    with open_checkpoint(path, "mistral_ms", verify=False, adapters=True) as source:
         load_weights(source, update.held(), storage=storage)
     wanted = update.state()
     with open_tensor_set(path, OPTIMIZER) as stored:

@@ -76,7 +76,9 @@ class Update(Protocol):
         """How weights and state lie in a checkpoint."""
 
     def held(self) -> dict[str, Parameter]:
-        """All weights of this process by the names of checkpoints, frozen ones too."""
+        """What checkpoints hold of this process's weights, by name: all, frozen ones too; with
+        adapters these alone.
+        """
 
     def state(self) -> dict[str, Parameter]:
         """Everything that a resume needs beside the weights, by the names of checkpoints."""
@@ -252,7 +254,7 @@ class TrainStep:
 
     def held(self) -> dict[str, Parameter]:
         """See :class:`Update`."""
-        return self.model.weights()
+        return self.model.stored_weights()
 
     def state(self) -> dict[str, Parameter]:
         """See :class:`Update`."""

@@ -12,21 +12,36 @@ from mistral_ms.weights.gates import (
 )
 from mistral_ms.weights.initial import init_values
 from mistral_ms.weights.layers import LayerSpecs, layer_specs, register_layer
-from mistral_ms.weights.model import Specs, by_name, check_parameters, specs
+from mistral_ms.weights.lora import (
+    ADAPTABLE,
+    MAGNITUDE,
+    A,
+    Adaptable,
+    B,
+    adaptable_modules,
+    unmatched,
+)
+from mistral_ms.weights.model import Specs, by_name, check_parameters, specs, stored_specs
 from mistral_ms.weights.moe import expert_specs, moe_specs, shared_gate_specs
 from mistral_ms.weights.norm import norm_specs
 from mistral_ms.weights.registry import Registry
 from mistral_ms.weights.spec import Cut, ParamSpec, inside, matrix, scale
 
 __all__ = [
+    "ADAPTABLE",
     "EMBEDDING",
     "HEAD",
+    "MAGNITUDE",
+    "A",
+    "Adaptable",
+    "B",
     "Cut",
     "GateSpecs",
     "LayerSpecs",
     "ParamSpec",
     "Registry",
     "Specs",
+    "adaptable_modules",
     "attention_specs",
     "by_name",
     "check_parameters",
@@ -47,6 +62,8 @@ __all__ = [
     "scale",
     "shared_gate_specs",
     "specs",
+    "stored_specs",
     "swiglu_specs",
+    "unmatched",
     "vocabulary_specs",
 ]

@@ -22,6 +22,9 @@ def init_values(spec: ParamSpec, seed: int) -> np.ndarray:
     if spec.init in ("ones", "zeros"):
         return np.full(spec.shape, float(spec.init == "ones"), np.float32)
     stream = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
+    if spec.init == "uniform":
+        numbers = stream.random(spec.shape, dtype=np.float32) * np.float32(2) - np.float32(1)
+        return numbers * np.float32(spec.std * 3**0.5)
     drawn = stream.standard_normal(spec.shape, dtype=np.float32)
     if spec.init == "truncated_normal":
         while (outside := np.abs(drawn) > 2.0).any():

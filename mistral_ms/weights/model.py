@@ -10,6 +10,7 @@ from mistral_ms.config import ModelConfig
 from mistral_ms.errors import WeightError
 from mistral_ms.weights.embedding import EMBEDDING, HEAD, vocabulary_specs
 from mistral_ms.weights.layers import layer_specs
+from mistral_ms.weights.lora import with_adapters
 from mistral_ms.weights.norm import norm_specs
 from mistral_ms.weights.spec import Module, ParamSpec, inside
 
@@ -25,14 +26,23 @@ def specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
 
     Raises:
         WeightError: an unknown kind of layer, or a name given twice.
+        ConfigError: adapters that the model cannot have.
     """
     found = tuple(_scaled(config, spec) for spec in _specs(config))
+    if config.lora is not None:
+        found = with_adapters(found, config)
     names = set()
     for spec in found:
         if spec.name in names:
             raise WeightError("parameter given twice", where=spec.name, rule="names are unique")
         names.add(spec.name)
     return found
+
+
+def stored_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
+    """What checkpoints of a model hold: every parameter, or its adapters alone where it has any."""
+    found = specs(config)
+    return found if config.lora is None else tuple(each for each in found if each.adapts)
 
 
 def by_name(parameters: Iterable[ParamSpec]) -> dict[str, ParamSpec]:

@@ -13,7 +13,7 @@ from typing import Literal
 from mistral_ms.errors import WeightError
 
 By = Literal["mp", "ep"]
-Init = Literal["normal", "truncated_normal", "ones", "zeros"]
+Init = Literal["normal", "truncated_normal", "uniform", "ones", "zeros"]
 Kind = Literal["trained", "frozen", "buffer"]
 Module = int | Literal["embedding", "head", "tied"]
 
@@ -46,9 +46,9 @@ class ParamSpec:
         divide: how tensor and expert parallelism divide it, at most one entry each. What expert
             parallelism divides is stacked: its first axis is the experts.
         decay: whether weight decay applies.
-        init: initial values: normal with mean 0 and ``std``, the same cut off at twice ``std``,
-            ones or zeros.
-        std: standard deviation of ``normal``; of ``truncated_normal`` before it is cut off.
+        init: initial values: normal or uniform with mean 0 and ``std``, the normal ones cut off at
+            twice ``std``, ones or zeros.
+        std: standard deviation of what is drawn; of ``truncated_normal`` before it is cut off.
         kind: ``trained``; ``frozen``, a weight without a gradient; ``buffer``, state without a
             gradient that the layer itself changes. All are in checkpoints.
         partial_gradient: tensor-parallel ranks hold all of the parameter and each has a part of its
@@ -57,6 +57,7 @@ class ParamSpec:
             not rotated.
         module: the decoder block that the parameter belongs to, or the embedding, or the head, or
             both (``tied``). It decides the pipeline stage; a tied one is on the first and the last.
+        adapts: of an adapter's parameter, the name of the matrix that it changes.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ParamSpec:
     partial_gradient: bool = False
     rotary_heads: int = 0
     module: Module = "head"
+    adapts: str | None = None
 
     def __post_init__(self) -> None:
         rule = self._broken_rule()

@@ -32,6 +32,7 @@ from mistral_ms.moe.losses import LossTerm, check_own_names, loss_terms
 from mistral_ms.moe.routing import GateContext, Routing
 from mistral_ms.moe.shared import cmr_loss
 from mistral_ms.ops import reference
+from mistral_ms.ops.reference_cells import ReferenceLinear
 from mistral_ms.weights import (
     ParamSpec,
     Registry,
@@ -115,6 +116,7 @@ class Gate(nn.Cell):
         self.drop_priority = routing.drop_priority
         self.every_expert = routing.policy == "experts_choose" or routing.reroute_rounds > 0
         self.compute_dtype = getattr(ms, routing.router_dtype)
+        self.linear = ReferenceLinear()
         names: dict[bool, list[str]] = {True: [], False: []}
         for spec in router_specs(config):
             buffer = spec.kind == "buffer"
@@ -188,9 +190,7 @@ class Gate(nn.Cell):
 
     def logits(self, x_TH: Tensor, weight_EH: Tensor) -> Tensor:
         """Products in the router's dtype, as float32 [T, E]."""
-        product = reference.linear(
-            _cast(x_TH, self.compute_dtype), _cast(weight_EH, self.compute_dtype)
-        )
+        product = self.linear(_cast(x_TH, self.compute_dtype), _cast(weight_EH, self.compute_dtype))
         return _cast(product, ms.float32)
 
     def normal(self, context: GateContext) -> Tensor:
