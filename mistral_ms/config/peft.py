@@ -19,23 +19,11 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
 }
 # say where it is from or how it is used, not what it computes
-_HARMLESS = frozenset(
-    (
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "ephemeral_gpu_offload",
-        "eva_config",
-        "inference_mode",
-        "loftq_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "layers_pattern",
-    )
-)
+_HARMLESS = (
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ephemeral_gpu_offload",
+    "eva_config", "inference_mode", "layers_pattern", "loftq_config", "megatron_core",
+    "peft_version", "qalora_group_size", "revision", "runtime_config",
+)  # fmt: skip
 _NOT_GIVEN: tuple[Any, ...] = (None, False, [], {}, "")
 _TODO = {
     "layers_to_transform": "save it with target_modules as a regular expression that names the "

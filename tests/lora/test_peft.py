@@ -1,0 +1,104 @@
+"""The peft library itself, where it is installed: its files, its logits, its training, its merge."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from mindspore import Tensor
+from safetensors.numpy import load_file
+from support.hf import hf_logits
+from support.lora import (
+    MISTRAL,
+    MIXTRAL,
+    adapted_model,
+    as_peft,
+    our_training,
+    tiny_pair,
+    torch_training,
+    training_config,
+)
+
+from mistral_ms.checkpoint import convert
+
+peft = pytest.importorskip("peft", reason="the peft library is not installed")
+
+CASES = {
+    "mixtral-lora": ("mixtral", dict(r=4, lora_alpha=6, target_modules=list(MIXTRAL))),
+    "mixtral-dora": ("mixtral", dict(r=4, target_modules=list(MIXTRAL), use_dora=True)),
+    "mixtral-experts": ("mixtral", dict(r=2, target_modules=r".*experts\.\d+\.w[13]")),
+    "mistral-rslora": ("mistral", dict(r=4, target_modules=list(MISTRAL), use_rslora=True)),
+    "mistral-all-linear": ("mistral", dict(r=4, target_modules="all-linear", use_dora=True)),
+}
+IDS = np.random.default_rng(0).integers(3, 64, (2, 7)).astype(np.int32)
+POSITIONS = np.array([[*range(7)], [*range(5), -1, -1]], np.int32)
+
+
+def made(case, tmp_path):
+    """A model of PEFT with adapters that are not zero, saved; and the base."""
+    kind, settings = CASES[case]
+    pair = tiny_pair(kind)
+    bare = copy.deepcopy(pair)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(pair.hf, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for name, each in model.named_parameters():
+            if "lora_B" in name:
+                each.copy_(0.2 * torch.randn_like(each))
+            elif "magnitude" in name:
+                each.mul_(1 + 0.1 * torch.randn_like(each))
+    model.save_pretrained(tmp_path / "adapter")
+    return bare, model, tmp_path / "adapter"
+
+
+def logits_of(model, bare):
+    return hf_logits(type(bare)(model, bare.config), IDS, POSITIONS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_files(case, tmp_path):
+    """PEFT's file here, and ours in PEFT, give its logits; the merged model does, too."""
+    bare, model, path = made(case, tmp_path)
+    wanted = logits_of(model.eval(), bare)
+    real, largest = POSITIONS >= 0, np.abs(wanted).max()
+    ours = adapted_model(bare, path)
+    logits = ours(Tensor(IDS), Tensor(POSITIONS)).asnumpy()
+    assert np.abs(logits - wanted)[real].max() < 1e-5 * largest
+
+    written = as_peft(ours, tmp_path)
+    theirs = load_file(path / "adapter_model.safetensors")
+    assert set(written) == set(theirs)
+    for name, values in theirs.items():
+        np.testing.assert_array_equal(written[name], values)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(bare.hf), tmp_path / "peft").eval()
+    np.testing.assert_array_equal(logits_of(again, bare), wanted)
+
+    bare.hf.save_pretrained(tmp_path / "base")
+    convert(tmp_path / "base", tmp_path / "merged", "hf", merge=path)
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    reference = model.merge_and_unload().state_dict()
+    assert set(found) == set(reference)
+    for name, values in reference.items():
+        values = values.numpy()
+        # products in another order, in float32
+        np.testing.assert_allclose(found[name], values, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("strict_graphs")
+@pytest.mark.parametrize("case", CASES)
+def test_training(case, tmp_path):
+    """Losses, gradient norms and adapters of 20 steps under torch's AdamW."""
+    bare, model, path = made(case, tmp_path)
+    ours, config = adapted_model(bare, path), training_config()
+    results = our_training(ours, config)
+    wanted = list(torch_training(model.eval(), config))  # no dropout anywhere
+    np.testing.assert_allclose([r.loss for r in results], [w[0] for w in wanted], rtol=1e-5)
+    np.testing.assert_allclose([r.grad_norm for r in results], [w[1] for w in wanted], rtol=1e-4)
+    model.save_pretrained(tmp_path / "trained")
+    reference = load_file(tmp_path / "trained" / "adapter_model.safetensors")
+    found = as_peft(ours, tmp_path)
+    assert set(found) == set(reference)
+    for name, values in reference.items():
+        np.testing.assert_allclose(found[name], values, atol=1e-5, err_msg=name)
+    assert results[-1].lm_loss < results[0].lm_loss - 0.1
