@@ -11,6 +11,7 @@ import numpy as np
 from mistral_ms.alignment.compare import TOLERANCE, Comparison, compare
 from mistral_ms.alignment.hugging_face import run_hugging_face
 from mistral_ms.checkpoint import open_checkpoint
+from mistral_ms.checkpoint.adapters import open_adapter
 from mistral_ms.config import ModelConfig, ParallelConfig
 from mistral_ms.errors import CheckpointError, GenerationError, TokenizerError
 from mistral_ms.parallel.context import ParallelContext
@@ -51,6 +52,7 @@ def align(
     follow_links: bool = False,
     say: Callable[[str], None] = lambda text: None,
     parallel_context: ParallelContext | None = None,
+    adapter: Path | None = None,
 ) -> Comparison | None:
     """Runs prompts through Hugging Face (torch, float32) and through us, and compares.
 
@@ -68,6 +70,7 @@ def align(
         say: told what is being done.
         parallel_context: this process's part of several, which must all call this; Hugging Face's
             side runs on the first one alone.
+        adapter: directory of an adapter, for both sides; the peft library must be installed.
 
     Returns:
         The comparison; None on all processes but the first.
@@ -87,6 +90,9 @@ def align(
             if remark:
                 say(remark)
         _check_comparable(theirs.config, config, ours)
+        if adapter is not None:
+            say(f"adapter on both sides: {adapter}")
+            open_adapter(adapter, config, verify=verify, follow_links=follow_links).close()
     if ids is None:
         ids = _prompt_ids(hf_path, config, prompts, say)
     else:
@@ -105,13 +111,22 @@ def align(
     parallel_context = (
         ParallelContext(ParallelConfig()) if parallel_context is None else parallel_context
     )
-    oracle = parallel_context.on_rank_0(lambda: run_hugging_face(hf_path, ids, new_tokens, say))
+    oracle = parallel_context.on_rank_0(
+        lambda: run_hugging_face(hf_path, ids, new_tokens, say, adapter)
+    )
     gc.collect()  # both models at once might not fit
     say("mistral_ms: the same")
     from mistral_ms.alignment.ours import run_ours
 
     side = run_ours(
-        ours, ids, new_tokens, kind, parallel_context, verify=verify, follow_links=follow_links
+        ours,
+        ids,
+        new_tokens,
+        kind,
+        parallel_context,
+        verify=verify,
+        follow_links=follow_links,
+        adapter=adapter,
     )
     return None if oracle is None else compare(oracle, side, tolerance)
 

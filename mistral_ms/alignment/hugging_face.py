@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from mistral_ms.alignment.record import Rivals, Side, Trace
+from mistral_ms.checkpoint.adapters import PEFT, open_adapter, write_peft
+from mistral_ms.checkpoint.config_file import read_config
 from mistral_ms.errors import CheckpointError, MissingExtraError, MistralMsError
 from mistral_ms.reading import read_json
 
@@ -23,6 +25,7 @@ def run_hugging_face(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     say: Callable[[str], None] = lambda text: None,
+    adapter: Path | None = None,
 ) -> Side:
     """Runs every prompt alone, without padding, through the model at ``path``.
 
@@ -34,9 +37,10 @@ def run_hugging_face(
         prompts: token ids.
         new_tokens: how many tokens to continue greedily.
         say: told what of the configuration the installed transformers is given in other words.
+        adapter: directory of an adapter, which the peft library puts beside the weights.
 
     Raises:
-        MissingExtraError: torch or transformers is not installed.
+        MissingExtraError: torch, transformers or, with an adapter, peft is not installed.
         CheckpointError: transformers cannot load the directory.
     """
     try:
@@ -62,6 +66,8 @@ def run_hugging_face(
         raise CheckpointError(
             "transformers cannot load it", where=path, value=" ".join(str(error).split())[:300]
         ) from error
+    if adapter is not None:
+        _add_adapter(model, path, adapter)
     model.eval()
     model.config.output_router_logits = False  # its aux loss fails with a cache
     model.generation_config = transformers.GenerationConfig(
@@ -77,6 +83,20 @@ def run_hugging_face(
             side.greedy.append(tokens)
             side.rivals.append(rivals)
     return side
+
+
+def _add_adapter(model: Any, path: Path, adapter: Path) -> None:
+    """Puts an adapter beside the weights, in place."""
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingExtraError("peft", "peft", "align --adapter") from error
+    config, _ = read_config(path, "hf")
+    with TemporaryDirectory() as directory, open_adapter(adapter, config) as source:
+        if source.kind != PEFT:
+            adapter = Path(directory) / "adapter"
+            write_peft(source, adapter, None)
+        peft.PeftModel.from_pretrained(model, adapter)
 
 
 def _forget_lengths(model: Any) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from mistral_ms.alignment.record import Side, Trace
-from mistral_ms.checkpoint import open_checkpoint
+from mistral_ms.checkpoint import open_merged
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import DROPLESS, GenerationConfig, ModelConfig, ParallelConfig
 from mistral_ms.inference import load_engine
@@ -29,6 +29,7 @@ def run_ours(
     *,
     verify: bool = True,
     follow_links: bool = False,
+    adapter: Path | None = None,
 ) -> Side:
     """Runs every prompt alone through our model, dropless, in float32, in PyNative mode.
 
@@ -43,15 +44,17 @@ def run_ours(
         parallel_context: this process's part of several, which must all call this; every
             data-parallel rank then runs the same prompts.
         verify: compare a checkpoint of ours with its digests while it is read.
-        follow_links: links may lead out of the directory; see :func:`open_checkpoint`.
+        follow_links: links may lead out of the directory; see :func:`open_merged`.
+        adapter: directory of an adapter of the checkpoint.
     """
     parallel_context = (
         ParallelContext(ParallelConfig()) if parallel_context is None else parallel_context
     )
     side = Side()
-    with open_checkpoint(
+    with open_merged(
         path,
         kind,
+        adapter=adapter,
         verify=verify,
         follow_links=follow_links,
         rank=parallel_context.rank,
@@ -82,6 +85,7 @@ def run_ours(
             verify=False,  # just done
             follow_links=follow_links,
             parallel_context=parallel_context,
+            adapter=adapter,
         )
         out = engine.generate(prompts, GenerationConfig(max_new_tokens=new_tokens))
         side.greedy.extend(list(c.token_ids) for c in out.completions)

@@ -15,8 +15,10 @@ from mindspore import Parameter, Tensor, nn, ops
 from mistral_ms.auto.generation import GenerationMixin
 from mistral_ms.auto.inputs import beside, check_labels, next_labels, positions_of, token_ids
 from mistral_ms.auto.tokenization import PreTrainedTokenizer
-from mistral_ms.checkpoint import open_checkpoint, tokenizer_files
+from mistral_ms.checkpoint import open_merged, tokenizer_files
+from mistral_ms.checkpoint.adapters import open_adapter
 from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.checkpoint.merged import merge_into
 from mistral_ms.checkpoint.save import save_model
 from mistral_ms.config import (
     DROPLESS,
@@ -113,6 +115,7 @@ class PreTrainedModel(GenerationMixin):
         format: str | None = None,
         verify: bool = True,
         follow_links: bool = False,
+        adapter: str | Path | None = None,
     ) -> PreTrainedModel:
         """Reads a checkpoint of any known format, and its tokenizer if it has one.
 
@@ -122,6 +125,8 @@ class PreTrainedModel(GenerationMixin):
             format: which format to read where the directory holds several.
             verify: compare a checkpoint of ours with its recorded digests.
             follow_links: links may lead out of the directory, or of the hub's cache.
+            adapter: directory of an adapter of the checkpoint, PEFT's or of a training here, which
+                is added to the weights.
 
         Raises:
             CheckpointError: no checkpoint there, missing or extra tensors, wrong shapes, damage.
@@ -137,7 +142,13 @@ class PreTrainedModel(GenerationMixin):
                 rule="must be a directory on this machine; nothing is downloaded",
                 todo="download it first, for example by huggingface-cli download",
             )
-        with open_checkpoint(path, format, verify=verify, follow_links=follow_links) as source:
+        with open_merged(
+            path,
+            format,
+            adapter=None if adapter is None else Path(adapter),
+            verify=verify,
+            follow_links=follow_links,
+        ) as source:
             cls._check_kind(source.config, str(path))
             files = tokenizer_files(source.path, follow_links)
             tokenizer = inner = None
@@ -244,6 +255,25 @@ class PreTrainedModel(GenerationMixin):
         if not files and self.tokenizer is not None:
             files = dict(self.tokenizer.tokenizer.files)
         save_model(Path(path), self.config, self.model.weights(), format, files)
+
+    def load_adapter(self, path: str | Path) -> None:
+        """Adds an adapter to the weights, for good: another one would be added to the sum.
+
+        Args:
+            path: its directory: PEFT's, or a checkpoint of a training here.
+
+        Raises:
+            CheckpointError: no adapter there, or tensors that the model has no matrices for.
+            ConfigError: an adapter of another kind or of another model.
+        """
+        held = self.model.weights()
+
+        def values(name: str) -> np.ndarray:
+            return np.array(held[name].astype(ms.float32).asnumpy())
+
+        with open_adapter(Path(path), self.config) as adapter:
+            for name, changed in merge_into(values, adapter):
+                ops.assign(held[name], Tensor(changed).astype(held[name].dtype))
 
     def parameters(self) -> list[Parameter]:
         """The weights that are trained."""

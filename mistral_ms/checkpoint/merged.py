@@ -7,7 +7,7 @@ matrix, of one expert, is in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +113,49 @@ class MergedSource(Source):
             return found if whole else found[0]
 
         path = self._paths[block.name]
-        weight = read(self._base, block.name)
-        low = read(self._adapter, f"{path}.{B}") @ read(self._adapter, f"{path}.{A}")
-        weight += np.float32(self._scaling) * low
-        if f"{path}.{MAGNITUDE}" in self._adapter.names():
-            magnitude = read(self._adapter, f"{path}.{MAGNITUDE}")
-            weight *= (magnitude / np.linalg.norm(weight, axis=1))[:, None]
-        return weight
+        a, b = read(self._adapter, f"{path}.{A}"), read(self._adapter, f"{path}.{B}")
+        decomposed = f"{path}.{MAGNITUDE}" in self._adapter.names()
+        magnitude = read(self._adapter, f"{path}.{MAGNITUDE}") if decomposed else None
+        return merged(read(self._base, block.name), a, b, self._scaling, magnitude)
+
+
+def merged(
+    weight: np.ndarray, a: np.ndarray, b: np.ndarray, scaling: float, magnitude: np.ndarray | None
+) -> np.ndarray:
+    """A matrix, or the stacked ones of experts, with its adapter; see
+    :class:`~mistral_ms.config.LoraConfig`.
+
+    Args:
+        weight: float32 [..., O, I], which is changed.
+        a: A, [..., r, I].
+        b: B, [..., O, r].
+        scaling: s.
+        magnitude: [..., O] where weights are decomposed.
+    """
+    weight += np.float32(scaling) * (b @ a)
+    if magnitude is not None:
+        weight *= (magnitude / np.linalg.norm(weight, axis=-1))[..., None]
+    return weight
+
+
+def merge_into(
+    weight: Callable[[str], np.ndarray], adapter: Source
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The matrices of a model that an adapter changes, with it.
+
+    Args:
+        weight: gives a copy of one of the model's, float32, by its name.
+        adapter: see :func:`~mistral_ms.checkpoint.adapters.open_adapter`.
+    """
+    assert adapter.config.lora is not None
+    for spec in specs(adapter.config):
+        path, _, last = spec.name.rpartition(".")
+        if spec.adapts and last == A:
+            names = f"{path}.{B}", f"{path}.{MAGNITUDE}"
+            magnitude = adapter.read(names[1]) if names[1] in adapter.names() else None
+            values, scaling = weight(spec.adapts), adapter.config.lora.scaling
+            a, b = adapter.read(spec.name), adapter.read(names[0])
+            yield spec.adapts, merged(values, a, b, scaling, magnitude)
 
 
 def _laid_out(values: np.ndarray, block: Block, layout: Layout) -> np.ndarray:

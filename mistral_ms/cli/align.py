@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mistral_ms.cli.opening import FollowLinks, JsonResult, NoVerify, SourceFormat
+from mistral_ms.cli.opening import Adapter, FollowLinks, JsonResult, NoVerify, SourceFormat
 from mistral_ms.cli.processes import DataRanks, Execution, ExpertRanks, Stages, TensorRanks, Way
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def align(
     source: Annotated[
         SourceFormat | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
     ] = None,
+    adapter: Adapter = None,
     no_verify: NoVerify = False,
     follow_links: FollowLinks = False,
     dp: DataRanks = 1,
@@ -72,6 +73,7 @@ def align(
             follow_links=follow_links,
             say=console.print,
             parallel_context=parallel_context,
+            adapter=adapter,
         )
         parallel_context.barrier()
     if result is None:  # the first process speaks

@@ -81,6 +81,13 @@ def convert(
         DType, typer.Option(help="Store weights in this; keep leaves every bit.")
     ] = DType.KEEP,
     overwrite: Overwrite = False,
+    merge: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of an adapter of SRC (PEFT's, or of a training here): write the "
+            "weights with it."
+        ),
+    ] = None,
     upcycle_experts: Annotated[
         int | None,
         typer.Option(
@@ -114,7 +121,7 @@ def convert(
 
     moe = _upcycling(upcycle_experts, upcycle_top_k, run)
     if run is not None:
-        _no_choice(layout, container, strategy)
+        _no_choice(layout, container, strategy, merge)
         opening = {"kind": source, "verify": not no_verify, "follow_links": follow_links}
         result = _presplit(src, dst, to, dtype, overwrite, run, say, opening)
     else:
@@ -129,6 +136,7 @@ def convert(
                 layout=None if layout is None else layout.value,
                 container=None if container is None else container.value,
                 strategy=strategy,
+                merge=merge,
                 upcycle=moe,
                 verify=not no_verify,
                 follow_links=follow_links,
@@ -179,7 +187,9 @@ def _upcycling(experts: int | None, top_k: int | None, run: Path | None) -> MoEA
     return validate(MoEArchitecture, values, "--upcycle-experts")
 
 
-def _no_choice(layout: Layout | None, container: Container | None, strategy: Path | None) -> None:
+def _no_choice(
+    layout: Layout | None, container: Container | None, strategy: Path | None, merge: Path | None
+) -> None:
     """What is cut up for ranks is ours.
 
     Raises:
@@ -191,14 +201,15 @@ def _no_choice(layout: Layout | None, container: Container | None, strategy: Pat
         if value is not None:
             rule = "only --to mindformers has one, and --run writes our own format"
             raise ConfigError(f"no choice of {option[2:]}", where=option, value=value, rule=rule)
-    if strategy is not None:
-        raise ConfigError(
-            "two options that exclude each other",
-            where="--strategy",
-            value=strategy,
-            rule="--run reads whole checkpoints",
-            todo="convert with --strategy first, then with --run",
-        )
+    for option, path in (("--strategy", strategy), ("--merge", merge)):
+        if path is not None:
+            raise ConfigError(
+                "two options that exclude each other",
+                where=option,
+                value=path,
+                rule="--run cuts a checkpoint up as it is",
+                todo=f"convert with {option} first, then with --run",
+            )
 
 
 def _presplit(

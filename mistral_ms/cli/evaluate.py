@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mistral_ms.cli.opening import FollowLinks, JsonResult, NoVerify, SourceFormat
+from mistral_ms.cli.opening import Adapter, FollowLinks, JsonResult, NoVerify, SourceFormat
 
 
 def evaluate(
@@ -19,6 +19,7 @@ def evaluate(
     source: Annotated[
         SourceFormat | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
     ] = None,
+    adapter: Adapter = None,
     no_verify: NoVerify = False,
     follow_links: FollowLinks = False,
     json: JsonResult = None,
@@ -38,7 +39,12 @@ def evaluate(
     console = Console(highlight=False, soft_wrap=True)
     sequences = MindRecordSequences(data, 1, 0)
     model = load_for_evaluation(
-        checkpoint, sequences, source, verify=not no_verify, follow_links=follow_links
+        checkpoint,
+        sequences,
+        source,
+        adapter=adapter,
+        verify=not no_verify,
+        follow_links=follow_links,
     )
     with count_progress(console, "evaluating", "sequences") as progress:
         result = evaluate(model, sequences, batch_size, progress)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mistral_ms.cli.opening import FollowLinks, JsonResult, NoVerify, SourceFormat, of_checkpoint
+from mistral_ms.cli.opening import Adapter, FollowLinks, JsonResult, NoVerify, SourceFormat
 from mistral_ms.cli.processes import DataRanks, Execution, ExpertRanks, Stages, TensorRanks, Way
 from mistral_ms.enums import StrEnum
 
@@ -100,6 +100,7 @@ def generate(
     source: Annotated[
         SourceFormat | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
     ] = None,
+    adapter: Adapter = None,
     no_verify: NoVerify = False,
     follow_links: FollowLinks = False,
     dtype: Annotated[
@@ -150,6 +151,7 @@ def generate(
     parallel = layout_from_flags(dp, mp, pp, ep, execution.value)
     options: dict[str, Any] = {
         "kind": source,
+        "adapter": adapter,
         "verify": not no_verify,
         "follow_links": follow_links,
         "compiled": not pynative,
@@ -263,6 +265,7 @@ def _complete(
     All processes compute, the first one speaks. ``alive`` is called with every token.
     """
     from mistral_ms.checkpoint import open_checkpoint
+    from mistral_ms.cli.opening import of_checkpoint
     from mistral_ms.inference import load_engine
     from mistral_ms.inference.lengths import required_length
     from mistral_ms.inference.settings import read_checkpoint_settings
@@ -322,6 +325,7 @@ def _chat_loop(
     ckpt: Path, setting: Setting, max_length: int | None, options: dict[str, Any]
 ) -> None:
     from mistral_ms.checkpoint import open_checkpoint
+    from mistral_ms.cli.opening import of_checkpoint
     from mistral_ms.errors import MistralMsError
     from mistral_ms.inference import load_engine
     from mistral_ms.inference.chat import ChatSession

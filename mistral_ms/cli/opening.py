@@ -29,6 +29,10 @@ NoVerify = Annotated[
 FollowLinks = Annotated[
     bool, typer.Option("--follow-links", help="Follow links that lead out of the checkpoint.")
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="Directory of an adapter of the checkpoint, of PEFT or of a training here."),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a checkpoint that is at DST.")
 ]

@@ -17,7 +17,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from mistral_ms.checkpoint import open_checkpoint
+from mistral_ms.checkpoint import open_merged
 from mistral_ms.checkpoint.dtypes import FROM_CONFIG, count_not_finite
 from mistral_ms.checkpoint.load import load_weights, to_numpy
 from mistral_ms.config import (
@@ -132,6 +132,7 @@ class Engine:
         dtype: DType = "float32",
         parallel_context: ParallelContext | None = None,
         eos_ids: Sequence[int] | None = None,
+        adapter: Path | None = None,
     ) -> Engine:
         """Opens a checkpoint of any known format and loads it.
 
@@ -145,14 +146,15 @@ class Engine:
             dtype: dtype of weights, cache and activations; the CPU backend has no bfloat16.
             with_tokenizer: load the directory's tokenizer; without it completions have no text.
             verify: compare a checkpoint of ours with its digests while it is read.
-            follow_links: links may lead out of the directory; see :func:`open_checkpoint`.
+            follow_links: links may lead out of the directory; see :func:`open_merged`.
             parallel_context: this process's part of several; all must then do the same with their
                 engines.
             eos_ids: tokens that end a text; what the checkpoint's files say when None, see
                 :func:`~mistral_ms.inference.settings.read_checkpoint_settings`.
+            adapter: directory of an adapter, which is added to the weights.
 
         Raises:
-            CheckpointError: see :func:`open_checkpoint` and :func:`load_weights`.
+            CheckpointError: see :func:`open_merged` and :func:`load_weights`.
             TokenizerError: no tokenizer, or one that does not fit the model.
             GenerationError: ``max_length`` exceeds the model's positions, or the backend cannot
                 compute in ``dtype``.
@@ -161,9 +163,10 @@ class Engine:
         parallel_context = (
             ParallelContext(ParallelConfig()) if parallel_context is None else parallel_context
         )
-        with open_checkpoint(
+        with open_merged(
             Path(path),
             kind,
+            adapter=adapter,
             verify=verify,
             follow_links=follow_links,
             rank=parallel_context.rank,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mindspore as ms
 
-from mistral_ms.checkpoint import open_checkpoint
+from mistral_ms.checkpoint import open_merged
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import PredictConfig
 from mistral_ms.config.computation import check_same_model
@@ -27,6 +27,7 @@ def load_graph_engine(
     verify: bool = True,
     follow_links: bool = False,
     eos_ids: Sequence[int] | None = None,
+    adapter: Path | None = None,
 ) -> Engine:
     """Opens a checkpoint and loads it into auto-parallel graphs. The process stays in graph mode.
 
@@ -38,19 +39,26 @@ def load_graph_engine(
         kind: which format to take when the directory holds several.
         with_tokenizer: load the directory's tokenizer; without it completions have no text.
         verify: compare a checkpoint of ours with its digests while it is read.
-        follow_links: links may lead out of the directory; see :func:`open_checkpoint`.
+        follow_links: links may lead out of the directory; see :func:`open_merged`.
         eos_ids: tokens that end a text; what the checkpoint's files say when None.
+        adapter: directory of an adapter, which is added to the weights.
 
     Raises:
         ConfigError: the checkpoint is of another model, or see
             :func:`~mistral_ms.parallel.graph.build_generation`.
-        CheckpointError: see :func:`open_checkpoint` and :func:`load_weights`.
+        CheckpointError: see :func:`open_merged` and :func:`load_weights`.
         TokenizerError: no tokenizer, or one that does not fit the model.
     """
     world = run.parallel.world
     divided = world > 1
-    with open_checkpoint(
-        Path(path), kind, verify=verify, follow_links=follow_links, rank=rank, world=world
+    with open_merged(
+        Path(path),
+        kind,
+        adapter=adapter,
+        verify=verify,
+        follow_links=follow_links,
+        rank=rank,
+        world=world,
     ) as source:
         check_same_model(run.model, source.config, str(path), "name that model in the run file")
         ms.set_context(mode=ms.GRAPH_MODE)

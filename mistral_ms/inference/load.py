@@ -30,6 +30,7 @@ class Opening(TypedDict, total=False):
     follow_links: bool
     with_tokenizer: bool
     eos_ids: Sequence[int] | None
+    adapter: Path | None
 
 
 def load_engine(

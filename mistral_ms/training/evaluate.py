@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor
 
-from mistral_ms.checkpoint import open_checkpoint
+from mistral_ms.checkpoint import open_merged
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.checkpoint.tensor_set import STATE, read_state
 from mistral_ms.config import DROPLESS, IGNORE_INDEX, RoutingConfig
@@ -143,6 +143,7 @@ def load_for_evaluation(
     data: MindRecordSequences,
     kind: str | None = None,
     *,
+    adapter: Path | None = None,
     verify: bool = True,
     follow_links: bool = False,
 ) -> CausalLM:
@@ -155,14 +156,17 @@ def load_for_evaluation(
         checkpoint: of any known format.
         data: the dataset.
         kind: which format to take when the directory holds several.
+        adapter: directory of an adapter of the checkpoint.
         verify: compare a checkpoint of ours with its digests while it is read.
-        follow_links: links may lead out of the directory; see :func:`open_checkpoint`.
+        follow_links: links may lead out of the directory; see :func:`open_merged`.
 
     Raises:
         CheckpointError: anything that is wrong with the checkpoint.
         DataError: sequences too long for the model, or tokenised with another vocabulary.
     """
-    with open_checkpoint(checkpoint, kind, verify=verify, follow_links=follow_links) as source:
+    with open_merged(
+        checkpoint, kind, adapter=adapter, verify=verify, follow_links=follow_links
+    ) as source:
         try:
             tokenizer = load_tokenizer(source.path)
         except TokenizerError:

@@ -18,7 +18,7 @@ import pytest
 import mistral_ms
 
 PACKAGE = Path(mistral_ms.__file__).parent
-HEAVY = {"torch", "transformers", "matplotlib", "mindformers"}
+HEAVY = {"torch", "transformers", "matplotlib", "mindformers", "peft"}
 """Never at the top of a module: installed only by some users, or slow to import."""
 LINE_LIMIT = 400
 
@@ -92,7 +92,7 @@ TABLE = {
     "inference": rule(BELOW_TRAINING, "mindspore numpy"),
     "auto": rule(f"{BELOW_TRAINING} training inference shipped", "mindspore numpy pydantic"),
     "mixtures": rule(f"{MODEL_PACKAGES} checkpoint", "mindspore numpy pydantic"),
-    "alignment": rule(f"{BELOW_TRAINING} inference", "mindspore numpy torch transformers"),
+    "alignment": rule(f"{BELOW_TRAINING} inference", "mindspore numpy torch transformers peft"),
     "shipped": rule("moe mixtures parallel"),
     "launch": rule("config shipped"),
     "planner": rule(

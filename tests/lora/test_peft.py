@@ -1,4 +1,4 @@
-"""The peft library itself, where it is installed: its files, its logits, its training, its merge."""
+"""The peft library itself, where it is installed: its files, logits, trainings, merged models."""
 
 import copy
 

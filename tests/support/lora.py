@@ -1,4 +1,4 @@
-"""Adapters on Hugging Face's models in torch, written from the formula; files as PEFT writes them."""
+"""Adapters on Hugging Face's models in torch, written from the formula; files like PEFT's."""
 
 from __future__ import annotations
 
