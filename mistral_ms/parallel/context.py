@@ -177,6 +177,7 @@ class ParallelContext:
     def initialize(self, model: CausalLM, seed: int) -> None:
         """Draws what one process would draw, and keeps this rank's parts."""
         self.storage(model.specs).initialize(model.weights(), seed)
+        model.begin_adapters()
 
     def sum_over_stages(self, values: np.ndarray) -> np.ndarray:
         """Sums over the stages of what all ranks of a stage have alike; all must ask.

@@ -39,8 +39,9 @@ def model(name: str) -> ModelConfig:
         moe["gate"] = GATES[name]
     if name in FINE:
         moe |= FINE[name]
+    lora = {"lora": ADAPTERS[name]} if name in ADAPTERS else {}
     sizes = {"num_hidden_layers": 2 if name in (*DEEP, *FINE) else stages}
-    return small_model(**TINY | sizes, tie_word_embeddings=name in TIED, moe=moe)
+    return small_model(**TINY | sizes, tie_word_embeddings=name in TIED, moe=moe, **lora)
 
 
 LAYOUTS = {
@@ -50,11 +51,13 @@ LAYOUTS = {
         "dp2 ep2 zero1": ParallelConfig(dp=2, ep=2, optimizer_parallel=True, recompute="full"),
         "dp2 ep2 zero1, muon": ParallelConfig(dp=2, ep=2, optimizer_parallel=True),
         "dp2 ep2 interleaved": ParallelConfig(dp=2, ep=2, micro_batch_interleave_num=2),
+        "dp2 ep2 zero1, adapters": ParallelConfig(dp=2, ep=2, optimizer_parallel=True),
     },
     4: {
         "dp2 mp2 ep2": ParallelConfig(dp=2, mp=2, ep=2, group_wise_a2a=True, recompute="full"),
         "pp4, gpipe": ParallelConfig(pp=4, pipeline_scheduler="gpipe"),
         "dp4 ep2 zero1": ParallelConfig(dp=4, ep=2, optimizer_parallel=True),
+        "dp2 mp2 ep2, adapters": ParallelConfig(dp=2, mp=2, ep=2),
     },
 }
 MIXED = ("pp4, gpipe",)
@@ -81,6 +84,11 @@ FINE = {
 """DeepSeek-V3's layers: the first one dense, fine-grained and shared experts, a bias that balances
 those of two of four groups.
 """
+ADAPTERS = {
+    "dp2 ep2 zero1, adapters": {"r": 2, "target_modules": "all-linear", "use_dora": True},
+    "dp2 mp2 ep2, adapters": {"r": 2, "target_modules": "all-linear"},
+}
+"""Trained in the place of the weights; those of experts are divided as the experts are."""
 TIED = ("dp2 mp2 ep2", "pp4, gpipe")
 DEEP = ("dp2 ep2 zero1", "generating")
 """Of several layers: what a recomputed block sends must not meet the gradients of the next one."""
@@ -98,6 +106,7 @@ VARIANTS = {
     },
     "float16": {"dtype": "float16"},
     "experts choose": {},
+    "host": {"offload_optimizer": "host"},
 }
 """Of the training."""
 OTHERS = {
@@ -107,6 +116,7 @@ OTHERS = {
     "dp2 ep2 zero1, muon": ("muon on the host, two micro-batches, dropless",),
     "pp4, gpipe": ("host, four micro-batches, dropless",),
     "dp4 ep2 zero1": ("experts choose",),
+    "dp2 ep2 zero1, adapters": ("host",),
 }
 """Layouts that are not trained plainly. Every case compiles for seconds in each process, so each
 layout is trained once, and two that differ most in what they keep, in the ways of training that do.
