@@ -13,7 +13,7 @@ PIP_ARGS ?=
 
 export GLOG_v ?= 3
 
-.PHONY: install demo test fast mutants fuzz docs lint format clean
+.PHONY: install demo test fast bench mutants fuzz docs lint format clean
 
 install: $(STAMP)
 
@@ -33,6 +33,12 @@ test: lint
 # What a person runs while working: everything that needs no process of its own.
 fast: install
 	$(BIN)/python -m pytest -n 2 --fast
+
+# Speed beside other programs, about a quarter of an hour on a machine with nothing else to do: writes
+# benchmarks/results and the tables and pictures of docs/performance.md.
+bench: install
+	$(BIN)/python run_mixtral.py bench all --output benchmarks/results
+	$(BIN)/python -m benchmarks.page benchmarks/results docs/performance.md
 
 # Plants defects, one after the other; each must be noticed by the fast tests.
 mutants: install

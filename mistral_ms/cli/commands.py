@@ -8,6 +8,7 @@ import typer
 def register(app: typer.Typer) -> None:
     """Adds every command to ``app``."""
     from mistral_ms.cli.align import align
+    from mistral_ms.cli.bench import bench
     from mistral_ms.cli.convert import convert
     from mistral_ms.cli.data import data
     from mistral_ms.cli.demo import demo
@@ -34,3 +35,4 @@ def register(app: typer.Typer) -> None:
     app.command("moe-lab")(moe_lab)
     app.command("dryrun")(dryrun)
     app.command("plan")(plan)
+    app.command("bench")(bench)
