@@ -1,4 +1,7 @@
-"""MkDocs: a link to a file outside of docs/ becomes its path; a broken one ends the build."""
+"""MkDocs: a link to a file outside of docs/ becomes its path; a broken one ends the build.
+
+Anchors keep the letters of every script, as GitHub's and Gitee's do.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from markdown.extensions.toc import slugify_unicode
+
 _OUTSIDE = re.compile(r"\[([^\]]*)\]\((\.\./[^)#]*)(#[^)]*)?\)")
 _DOCS = Path(__file__).parent
+
+
+def on_config(config: Any) -> None:
+    """Gives headings in Chinese their anchors: the extension's default drops such letters."""
+    config.mdx_configs["toc"]["slugify"] = slugify_unicode
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
