@@ -70,7 +70,8 @@ class MergedSource(Source):
             return super().read_slice(name, tensor_slice, dtype)
         rows = tensor_slice[0]
         values = self.read(name, dtype, (rows.start, rows.stop))
-        return np.ascontiguousarray(values[(slice(None), *tensor_slice[1:])])
+        rest = (slice(None), *tensor_slice[1:])
+        return np.ascontiguousarray(values[rest])
 
     def stream(
         self,

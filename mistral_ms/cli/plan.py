@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from mistral_ms.enums import StrEnum
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
