@@ -23,6 +23,7 @@ from mistral_ms.checkpoint.layout import format_layout
 from mistral_ms.checkpoint.plan import check_tensors, make_plan, target_dtype
 from mistral_ms.checkpoint.shards import open_weights
 from mistral_ms.checkpoint.source import Source, open_checkpoint
+from mistral_ms.checkpoint.stream import Store
 from mistral_ms.checkpoint.target import TargetDirectory
 from mistral_ms.checkpoint.writer import Entry, write_tensors
 from mistral_ms.config import LoraConfig, ModelConfig
@@ -95,6 +96,23 @@ def _open_peft(path: Path, base: ModelConfig, follow_links: bool) -> Source:
     lora = _without_strangers(read_adapter_config(path), base)
     config = base.model_copy(update={"lora": lora})
     layout = format_layout(config, keys.PEFT)  # first: says what of the names is wrong
+    store = open_peft_tensors(path, follow_links)
+    try:
+        check_tensors(store.tensors, layout.shapes, path)
+        source = Source(path, PEFT, config, layout, store, follow_links=follow_links)
+        source.unapplied = ()
+        return source
+    except BaseException:
+        store.close()
+        raise
+
+
+def open_peft_tensors(path: Path, follow_links: bool = False) -> Store:
+    """The file of tensors in a directory of PEFT's.
+
+    Raises:
+        CheckpointError: there is none that is read, or it is damaged.
+    """
     if not is_file(path / ADAPTER_MODEL):
         others = ", ".join(adapter_files(path)) or None
         raise CheckpointError(
@@ -105,15 +123,7 @@ def _open_peft(path: Path, base: ModelConfig, follow_links: bool) -> Source:
             todo="save it again with PEFT: save_pretrained(DIR, safe_serialization=True)",
         )
     files = WeightFiles(PEFT, "safetensors", "adapter_model", (path / ADAPTER_MODEL,), None)
-    store = open_weights(path, files, follow_links)
-    try:
-        check_tensors(store.tensors, layout.shapes, path)
-        source = Source(path, PEFT, config, layout, store, follow_links=follow_links)
-        source.unapplied = ()
-        return source
-    except BaseException:
-        store.close()
-        raise
+    return open_weights(path, files, follow_links)
 
 
 def _without_strangers(lora: LoraConfig, base: ModelConfig) -> LoraConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from mistral_ms.checkpoint.adapters import PEFT, open_peft_tensors, read_adapter_config
 from mistral_ms.checkpoint.config_file import read_config
 from mistral_ms.checkpoint.detect import WeightFiles, choose_weights, find_weights
 from mistral_ms.checkpoint.dtypes import WEIGHT_DTYPES, count_not_finite, itemsize
+from mistral_ms.checkpoint.files import ADAPTER_CONFIG, side_files
 from mistral_ms.checkpoint.manifest import FileRecord, read_manifest
 from mistral_ms.checkpoint.safetensors_file import TensorInfo
 from mistral_ms.checkpoint.source import Source, open_checkpoint
@@ -127,7 +130,9 @@ def inspect(
         MissingExtraError: the files are pickles, and torch is not installed.
     """
     path = Path(path)
-    find_weights(path)  # a path that is not there is a mistake, not a damaged checkpoint
+    # a path that is not there is a mistake, not a damaged checkpoint
+    if not find_weights(path) and is_file(path / ADAPTER_CONFIG):
+        return _adapter(path, follow_links)
     try:
         weights = choose_weights(path, kind)
     except CheckpointError as error:
@@ -135,7 +140,9 @@ def inspect(
     layout = _describe(weights)
     try:
         wanted = kind or weights.kind  # which may say a layout as well
-        with open_checkpoint(path, wanted, verify=False, follow_links=follow_links) as source:
+        with open_checkpoint(
+            path, wanted, verify=False, follow_links=follow_links, adapters=True
+        ) as source:
             records = read_manifest(path, follow_links) if source.kind == "mistral_ms" else {}
             return _sound(source, records, layout, verify, progress)
     except MissingExtraError:
@@ -152,6 +159,23 @@ def inspect(
             layout=layout,
             complete="no",
         )
+
+
+def _adapter(path: Path, follow_links: bool) -> Inspection:
+    """The findings on an adapter of PEFT; whether it fits, only its base model could tell."""
+    try:
+        lora = read_adapter_config(path)
+        with contextlib.closing(open_peft_tensors(path, follow_links)) as store:
+            return Inspection(
+                path,
+                kind=PEFT,
+                tensors=dict(store.tensors),
+                layout=f"adapters alone: {lora}",
+                complete="not known without the base model",
+                side_files=tuple(each.name for each in side_files(path, follow_links)),
+            )
+    except MistralMsError as error:
+        return Inspection(path, kind=PEFT, problem=str(error))
 
 
 def _sound(
@@ -260,7 +284,9 @@ def _describe(weights: WeightFiles) -> str:
 
 
 def _experts(source: Source) -> str:
-    """How the experts are laid out."""
+    """How the experts are laid out; of adapters, what they are."""
+    if source.config.lora is not None:
+        return f"adapters alone: {source.config.lora}"
     if source.config.moe is None:
         return "no experts"
     if any(name.endswith(".gate_up_proj") for name in source.tensors):

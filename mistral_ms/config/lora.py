@@ -62,6 +62,12 @@ class LoraConfig(Frozen):
         """s, the factor of B A."""
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
+    def __str__(self) -> str:
+        kind = f"{'rs' if self.use_rslora else ''}{'DoRA' if self.use_dora else 'LoRA'}"
+        modules = self.target_modules
+        names = modules if isinstance(modules, str) else ", ".join(modules)
+        return f"{kind}, r {self.r}, alpha {self.lora_alpha:g}, on {names}"
+
     def targets(self, module: str) -> bool:
         """Whether a module has an adapter, by PEFT's rule.
 

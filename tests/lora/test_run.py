@@ -1,0 +1,171 @@
+"""Runs that train adapters: what is trained, saved, resumed and left; what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from support.hf import save_with_tokenizer
+
+import mistral_ms
+from mistral_ms.checkpoint import inspect, open_checkpoint, open_tensor_set
+from mistral_ms.checkpoint.adapters import open_adapter
+from mistral_ms.config import from_hf, load_run_config
+from mistral_ms.errors import CheckpointError, ConfigError
+from mistral_ms.training import TrainingRun
+
+SHORT = [
+    "training.seq_length=8",
+    "training.global_batch_size=4",
+    "training.max_steps=4",
+    "checkpoint.save_steps=2",
+]
+RUN_FILE = "configs/run/lora_tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "hf"
+    save_with_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The tide turns twice a day, and nobody thanks it. " * 12)
+    return path
+
+
+def configured(base, text, *more):
+    file = Path(mistral_ms.__file__).parents[1] / RUN_FILE
+    return load_run_config(
+        file,
+        [f"init_from={base}", f"data.inputs=[{text}]", *SHORT, "checkpoint.save_steps=2", *more],
+    )
+
+
+def prepared(run, output, resume=False):
+    said = []
+    made = TrainingRun(run, output, resume=resume, say=said.append)
+    made.said = said
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(base, text, tmp_path_factory):
+    """The shipped run file, shortened, with weights decomposed; and the base before and after."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    run = prepared(configured(base, text, "lora.use_dora=true"), output)
+    return run.execute(), run
+
+
+def tensors(checkpoint):
+    base = open_checkpoint(checkpoint, adapters=True)
+    with base:
+        return {name: base.read(name) for name in base.names()}
+
+
+@pytest.mark.slow
+def test_checkpoints_hold_adapters_alone(finished, base):
+    result, run = finished
+    assert result.summary.finished
+    assert result.summary.final_lm_loss != result.summary.first_lm_loss
+    names = set(tensors(result.checkpoint))
+    assert names
+    assert all(".lora_" in name for name in names)
+    with open_tensor_set(result.checkpoint, "optimizer") as state:
+        assert set(state.names()) == {
+            f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in names
+        }
+    with open_checkpoint(base) as source:  # what was trained beside it is as it was read
+        for name, held in run.update.model.weights().items():
+            if name not in names:
+                np.testing.assert_array_equal(held.asnumpy(), source.read(name))
+
+
+@pytest.mark.slow
+def test_pefts_files_lie_in_the_run(finished, base):
+    result, _ = finished
+    path = result.files.adapter
+    values = json.loads((path / "adapter_config.json").read_text())
+    assert values["base_model_name_or_path"] == str(base)
+    assert values["use_dora"] is True
+    found = load_file(path / "adapter_model.safetensors")
+    trained = tensors(result.checkpoint)
+    ours = trained["layers.1.moe.experts.w2_linear.lora_B"]
+    theirs = "base_model.model.model.layers.1.block_sparse_moe.experts.3.w2.lora_B.weight"
+    np.testing.assert_array_equal(found[theirs], ours[3])
+    assert np.abs(ours).max() > 0, "B starts at zero"
+    assert sum(v.size for v in found.values()) == sum(v.size for v in trained.values())
+    seen = inspect(path)
+    assert seen.ok, seen.problem
+    assert seen.kind == "peft"
+    assert "DoRA, r 8" in seen.layout
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_with_the_same_bits(finished, base, text, tmp_path):
+    result, _ = finished
+    run = prepared(configured(base, text, "lora.use_dora=true"), tmp_path / "out")
+    run.execute(stop=lambda: run.update.progress.step == 2)
+    again = prepared(configured(base, text, "lora.use_dora=true"), tmp_path / "out", resume=True)
+    ended = again.execute()
+    want = tensors(result.checkpoint)
+    for name, values in tensors(ended.checkpoint).items():
+        assert values.tobytes() == want[name].tobytes(), name
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_an_adapter(finished, base, text, tmp_path):
+    """Of another run, in either form; its sizes must be those that are asked for."""
+    result, _ = finished
+    for number, path in enumerate((result.checkpoint, result.files.adapter)):
+        start = ["lora.use_dora=true", f"init_from.adapter={path}"]
+        run = prepared(configured(base, text, *start), tmp_path / str(number))
+        want = tensors(result.checkpoint)
+        for name, held in run.update.held().items():
+            np.testing.assert_array_equal(held.asnumpy(), want[name])
+    for change in ("lora.r=4", "lora.lora_alpha=8", "lora.use_dora=false"):
+        with pytest.raises(ConfigError, match="another adapter: lora: r"):
+            prepared(configured(base, text, *start, change), tmp_path / "no")
+
+
+class TestRefused:
+    def test_names_that_no_matrix_has(self, base, text, tmp_path):
+        run = configured(base, text, "lora.target_modules=[q_proj, w4]")
+        with pytest.raises(ConfigError, match=r"lora\.target_modules: w4"):
+            prepared(run, tmp_path / "out")
+        assert not list((tmp_path / "out").glob("dataset"))
+
+    def test_the_graph(self, base, text, tmp_path):
+        run = configured(base, text, "parallel.execution=graph")
+        with pytest.raises(ConfigError, match=r"lora: parallel\.execution graph"):
+            prepared(run, tmp_path / "out")
+
+    def test_no_base(self, base, text, tmp_path):
+        run = configured(base, text).model_copy(update={"init_from": None})
+        with pytest.raises(ConfigError, match="adapters without a base model: init_from"):
+            prepared(run, tmp_path / "out")
+
+    @pytest.mark.slow
+    def test_a_checkpoint_of_adapters_is_no_model(self, finished):
+        path = finished[0].checkpoint
+        for message in (f"--adapter {path}", f"convert BASE NEW --merge {path}"):
+            with pytest.raises(CheckpointError, match=message):
+                open_checkpoint(path)
+        assert inspect(path).ok
+        assert "adapters alone" in inspect(path).layout
+
+    @pytest.mark.slow
+    def test_an_adapter_of_another_model(self, finished, base):
+        config, _ = from_hf(json.loads((base / "config.json").read_text()))
+        other = config.model_copy(update={"rope_theta": 5e5})
+        with pytest.raises(ConfigError, match=r"another model: model\.rope_theta"):
+            open_adapter(finished[0].checkpoint, other)
+        with pytest.raises(CheckpointError, match="a whole model, not an adapter"):
+            open_adapter(base, config)
+        smaller = config.model_copy(update={"num_hidden_layers": 1})
+        with pytest.raises(CheckpointError, match="extra tensor"):
+            open_adapter(finished[0].files.adapter, smaller)
