@@ -154,8 +154,8 @@ def adapter_error(
         where=path,
         value=what,
         rule="an adapter is a change to the weights of its base model",
-        todo=f"give the base model and --adapter {path}; or make a whole model of both: "
-        f"convert BASE NEW --merge {path}",
+        todo=f"give the base model and --adapter {path} (in a run file init_from.adapter); or make "
+        f"a whole model of both: convert BASE NEW --merge {path}",
     )
 
 

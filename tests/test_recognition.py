@@ -94,12 +94,12 @@ class TestAdapters:
         (path / "adapter_config.json").write_text(json.dumps(values))
         (path / "adapter_model.safetensors").write_text("")
         said = r"^an adapter \(PEFT\), not a whole model: .*adapter: LORA of mistralai/Mistral-7B"
-        refuse(path, f"{said}.*{MERGE}")
+        refuse(path, f"{said}.*{MERGE}", inspected=False)
         for damaged in ("{", '{"peft_type": 1, "base_model_name_or_path": []}'):
             (path / "adapter_config.json").write_text(damaged)
-            refuse(
-                path, rf"^an adapter \(PEFT\), not a whole model: .*adapter: an adapter.*{MERGE}"
-            )
+            message = rf"^an adapter \(PEFT\), not a whole model: .*adapter: an adapter.*{MERGE}"
+            refuse(path, message, inspected=False)
+            assert "adapter_config.json" in inspect(path).problem
         (path / "adapter_config.json").unlink()
         refuse(path, MERGE)
 

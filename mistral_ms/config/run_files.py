@@ -13,7 +13,7 @@ from mistral_ms.config.mindformers_yaml import read_mindformers
 from mistral_ms.config.mistral_params import from_mistral
 from mistral_ms.errors import ConfigError
 from mistral_ms.reading import is_dir, is_file, read_json
-from mistral_ms.recognition import explain, is_torchs
+from mistral_ms.recognition import adapter_error, explain, is_torchs
 
 
 def read_run_file(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -72,6 +72,8 @@ def _read_model(path: Path, kind: object = None) -> dict[str, Any]:
     for name, read in (("config.json", from_hf), ("params.json", from_mistral)):
         if is_file(path / name) and not (mistrals and name == "config.json"):
             config, _ = read(read_json(path / name, ConfigError), str(path / name))
+            if config.lora is not None:
+                raise adapter_error(path, "saved by a training", ConfigError)
             return config.model_dump()
     if (error := explain(path, ConfigError)) is not None:
         raise error

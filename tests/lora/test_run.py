@@ -1,18 +1,20 @@
 """Runs that train adapters: what is trained, saved, resumed and left; what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support.hf import save_with_tokenizer
+from support.hf import make_pair
 
 import mistral_ms
 from mistral_ms.checkpoint import inspect, open_checkpoint, open_tensor_set
 from mistral_ms.checkpoint.adapters import open_adapter
 from mistral_ms.config import from_hf, load_run_config
 from mistral_ms.errors import CheckpointError, ConfigError
+from mistral_ms.tokenizer import copy_files, packaged_tokenizer
 from mistral_ms.training import TrainingRun
 
 SHORT = [
@@ -27,7 +29,9 @@ RUN_FILE = "configs/run/lora_tiny.yaml"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     path = tmp_path_factory.mktemp("base") / "hf"
-    save_with_tokenizer(path)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_local_experts=4)
+    make_pair("mixtral", vocab_size=32000, **sizes).hf.save_pretrained(path)
+    copy_files(packaged_tokenizer(), path)
     return path
 
 
@@ -94,8 +98,8 @@ def test_pefts_files_lie_in_the_run(finished, base):
     assert values["use_dora"] is True
     found = load_file(path / "adapter_model.safetensors")
     trained = tensors(result.checkpoint)
-    ours = trained["layers.1.moe.experts.w2_linear.lora_B"]
-    theirs = "base_model.model.model.layers.1.block_sparse_moe.experts.3.w2.lora_B.weight"
+    ours = trained["layers.0.moe.experts.w2_linear.lora_B"]
+    theirs = "base_model.model.model.layers.0.block_sparse_moe.experts.3.w2.lora_B.weight"
     np.testing.assert_array_equal(found[theirs], ours[3])
     assert np.abs(ours).max() > 0, "B starts at zero"
     assert sum(v.size for v in found.values()) == sum(v.size for v in trained.values())
@@ -108,9 +112,10 @@ def test_pefts_files_lie_in_the_run(finished, base):
 @pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(finished, base, text, tmp_path):
     result, _ = finished
-    run = prepared(configured(base, text, "lora.use_dora=true"), tmp_path / "out")
-    run.execute(stop=lambda: run.update.progress.step == 2)
+    shutil.copytree(result.files.root, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-00000004")
     again = prepared(configured(base, text, "lora.use_dora=true"), tmp_path / "out", resume=True)
+    assert again.update.progress.step == 2
     ended = again.execute()
     want = tensors(result.checkpoint)
     for name, values in tensors(ended.checkpoint).items():
@@ -166,6 +171,8 @@ class TestRefused:
             open_adapter(finished[0].checkpoint, other)
         with pytest.raises(CheckpointError, match="a whole model, not an adapter"):
             open_adapter(base, config)
-        smaller = config.model_copy(update={"num_hidden_layers": 1})
+        smaller = config.model_copy(
+            update={"moe": config.moe.model_copy(update={"num_local_experts": 3})}
+        )
         with pytest.raises(CheckpointError, match="extra tensor"):
             open_adapter(finished[0].files.adapter, smaller)
