@@ -148,6 +148,14 @@ class _Search:
         loads: Sequence[Loads],
         offload: Sequence[Offload] = OFFLOAD,
     ) -> None:
+        if run.lora is not None:
+            raise ConfigError(
+                "no plan of adapters",
+                where="lora",
+                value=str(run.lora),
+                rule="memory and time are calculated for trainings of all weights",
+                todo="plan without lora: what fits then fits with it",
+            )
         self.run, self.cluster, self.loads, self.offload = run, cluster, loads, offload
         self.hardware = cluster.hardware
         self.execution: Execution = run.parallel.execution_on(self.hardware.device)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mindspore as ms
-
 from mistral_ms.checkpoint.adapters import open_adapter, write_peft
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import ModelConfig, RunConfig
@@ -29,14 +27,6 @@ def check_adapters(run: RunConfig, given: bool) -> None:
     """
     if run.lora is None:
         return
-    if run.parallel.execution_on(ms.get_context("device_target")) == "graph":
-        raise ConfigError(
-            "adapters in the auto-parallel graph",
-            where="lora",
-            value=f"parallel.execution {run.parallel.execution}",
-            rule="adapters are trained with explicit execution",
-            todo="set parallel.execution=explicit",
-        )
     if run.init_from is None and not given:
         raise ConfigError(
             "adapters without a base model",

@@ -150,6 +150,13 @@ def _of_all_graphs(model: ModelConfig, parallel: ParallelConfig) -> tuple[Rule, 
     divided = parallel.world > 1
     return (
         (
+            model.lora is not None,
+            "lora",
+            str(model.lora),
+            "adapters are trained with explicit execution",
+            "set parallel.execution=explicit",
+        ),
+        (
             divided and bool(parallel.world % 8) and parallel.world not in (2, 4),
             "parallel",
             f"dp * mp * pp = {parallel.world}",
