@@ -223,6 +223,7 @@ class PreTrainedModel(GenerationMixin):
             logits_TV = output_logits(hidden_TH, self.model.head_weight())
             aux = None
             if output_router_logits and sums is not None:
+                _check_pooled(self.config)
                 aux = load_balancing_loss(sums, True)
             loss = None
             if labels is not None:
@@ -317,6 +318,18 @@ class AutoModelForCausalLM:
 
 def _class_of(config: ModelConfig) -> type[PreTrainedModel]:
     return MixtralForCausalLM if config.sparse_layers else MistralForCausalLM
+
+
+def _check_pooled(config: ModelConfig) -> None:
+    """Raises where there is no load-balancing loss of all layers."""
+    if config.moe is not None and config.moe.layer_experts is not None:
+        raise ConfigError(
+            "impossible loss",
+            where="output_router_logits",
+            value=f"{list(config.expert_counts)} experts",
+            rule="the load-balancing loss of this call takes means of each expert over all layers, "
+            "which have different experts",
+        )
 
 
 def _mean_nll(logits_TV: Tensor, labels_T: Tensor) -> Tensor:

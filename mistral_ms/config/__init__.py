@@ -25,7 +25,8 @@ from mistral_ms.config.mindformers_yaml import (
     to_mindformers,
 )
 from mistral_ms.config.mistral_params import from_mistral, to_mistral
-from mistral_ms.config.model import DType, LayerKinds, ModelConfig, MoEArchitecture
+from mistral_ms.config.model import DType, LayerKinds, ModelConfig
+from mistral_ms.config.moe import MoEArchitecture
 from mistral_ms.config.parallel import ParallelConfig, Recompute, layout_from_flags
 from mistral_ms.config.predict import PredictConfig, PredictionConfig, load_any_config
 from mistral_ms.config.rope_scaling import RopeScaling

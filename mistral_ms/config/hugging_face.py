@@ -27,7 +27,8 @@ from mistral_ms.config.hugging_face_keys import (
     HF_MOE_KEYS,
     HF_NEUTRAL,
 )
-from mistral_ms.config.model import SHAPE_KEYS, ModelConfig, MoEArchitecture
+from mistral_ms.config.model import ModelConfig
+from mistral_ms.config.moe import SHAPE_KEYS, MoEArchitecture
 from mistral_ms.config.tables import mapping, pick, refuse_unknown, take_neutral
 from mistral_ms.errors import ConfigError
 

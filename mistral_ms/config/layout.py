@@ -111,9 +111,9 @@ class Rules:
             return None
         if self.model.moe is None:
             return f"ep ({sizes.ep}) must be 1 for a model without experts"
-        experts = self.model.moe.num_local_experts
-        if experts % sizes.ep:
-            return f"ep ({sizes.ep}) must divide num_local_experts ({experts})"
+        for experts in {self.model.moe.num_local_experts, *self.model.expert_counts}:
+            if experts % sizes.ep:
+                return f"ep ({sizes.ep}) must divide num_local_experts ({experts})"
         return None
 
     def _matrices(self, sizes: Sizes) -> str | None:

@@ -159,6 +159,14 @@ class RunConfig(Frozen):
             rule = self.routing.broken_groups(rows, length)
             if rule is not None:
                 raise ValueError(rule)
+        if self.model.moe is not None and self.model.moe.layer_experts is not None:
+            coefficient = self.training.router_aux_loss_coef
+            if self.routing.aux_loss == "pooled" and coefficient > 0:
+                raise ValueError(
+                    "routing.aux_loss (pooled) takes means of each expert over all layers, which "
+                    f"have different experts (model.moe.num_local_experts "
+                    f"{list(self.model.expert_counts)}): set routing.aux_loss=per_layer"
+                )
         self.parallel.check(self.model)
         moe = self.model.moe
         chosen_by_experts = self.routing.policy == "experts_choose"

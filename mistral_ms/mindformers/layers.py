@@ -60,7 +60,7 @@ class SwitchedLayerFactory(LayerFactory):
 
     def moe(self, layer: int) -> nn.Cell:
         """See the base."""
-        experts = None
+        experts, config = None, self.config.of_layer(layer)
         if self.routing.policy != "dropless":
-            experts = SwitchedExperts(self.config, self.routing, self.dtype)
-        return MoELayer(self.config, self.routing, self.dtype, experts, layer=layer)
+            experts = SwitchedExperts(config, self.routing, self.dtype)
+        return MoELayer(config, self.routing, self.dtype, experts, layer=layer)

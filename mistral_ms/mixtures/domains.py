@@ -229,6 +229,13 @@ def extract_domain(source: Source, dst: Path, domain: int, **options: Any) -> Ex
     if not 0 <= domain < D:
         rule = f"there are 0 to {D - 1}"
         raise ConfigError("no such domain", where="domain", value=domain, rule=rule)
+    if old.moe.layer_experts is not None:
+        raise ConfigError(
+            "different numbers of experts",
+            where="model.moe.num_local_experts",
+            value=list(old.expert_counts),
+            rule="a domain has as many experts in each layer",
+        )
     group = old.moe.num_local_experts // D
     first = domain * group
     if group == 1 and old.shared_expert_size:

@@ -21,7 +21,7 @@ from mistral_ms.checkpoint.dtypes import FROM_CONFIG, WEIGHT_DTYPES, bf16_to_fp3
 from mistral_ms.checkpoint.safetensors_file import SafetensorsStore, encode_header, read_header
 from mistral_ms.config import ModelConfig
 from mistral_ms.config.base import validate
-from mistral_ms.config.model import MoEArchitecture
+from mistral_ms.config.moe import MoEArchitecture
 from mistral_ms.errors import CheckpointError, ConfigError
 from mistral_ms.mixtures.lifelong import BIAS, CLOSED, StagedTopKSettings
 from mistral_ms.mixtures.rewriting import Part, Rows, rewrite
@@ -293,4 +293,11 @@ def _changed(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
 def _moe(config: ModelConfig) -> MoEArchitecture:
     if config.moe is None:
         raise ConfigError("no experts", where="model.moe", rule="the model is dense")
+    if config.moe.layer_experts is not None:
+        raise ConfigError(
+            "different numbers of experts",
+            where="model.moe.num_local_experts",
+            value=list(config.expert_counts),
+            rule="experts come and go in all layers alike, so all have as many",
+        )
     return config.moe

@@ -15,7 +15,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from mistral_ms.config import DROPLESS, ModelConfig, RoutingConfig
 from mistral_ms.config.base import validate
-from mistral_ms.config.model import MoEArchitecture
+from mistral_ms.config.moe import MoEArchitecture
 from mistral_ms.errors import ConfigError
 from mistral_ms.mixtures.routed import AnyGate, RoutedFeedForward
 from mistral_ms.moe import Gate, make_gate, try_gates

@@ -138,7 +138,7 @@ class LayerFactory:
         """
         forward_only = self.cache is not None
         return MoELayer(
-            self.config,
+            self.config.of_layer(layer),
             self.routing,
             self.dtype,
             forward_only=forward_only,

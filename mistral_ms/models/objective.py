@@ -13,7 +13,7 @@ from mistral_ms.errors import ConfigError
 from mistral_ms.layers import HeadLoss, TokenNLL, output_logits
 from mistral_ms.models.causal_lm import CausalLM
 from mistral_ms.models.model_chunk import ModelChunk
-from mistral_ms.moe import LossTerm, RouterSums, router_loss_terms
+from mistral_ms.moe import LossTerm, RouterSums, layer_of, router_loss_terms, widened
 
 _sum = ops.ReduceSum()
 _concat = ops.Concat(0)
@@ -66,15 +66,22 @@ class RouterLoss(nn.Cell):
     Args:
         term: the loss.
         pooled: see :class:`Objective`.
+        experts: of each layer of the sums, where they differ: then the loss is the mean of its
+            values for each layer alone.
     """
 
-    def __init__(self, term: LossTerm, pooled: bool) -> None:
+    def __init__(self, term: LossTerm, pooled: bool, experts: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.term, self.pooled = term, pooled
+        self.term, self.pooled, self.experts = term, pooled, experts
 
     def construct(self, sums: RouterSums) -> Tensor:
         """A float32 scalar."""
-        return self.term(sums, self.pooled)
+        if len(self.experts) == 0:
+            return self.term(sums, self.pooled)
+        total = ops.zeros((), ms.float32)
+        for number in range(len(self.experts)):
+            total = total + self.term(layer_of(sums, number, self.experts[number]), False)
+        return total / len(self.experts)
 
 
 class Objective(nn.Cell):
@@ -102,7 +109,8 @@ class Objective(nn.Cell):
         others: names of the further router losses, in the order of ``LossReport.others``.
 
     Raises:
-        ConfigError: pooled aux of a model chunk, a router loss that the model's gate does not have.
+        ConfigError: pooled aux of a model chunk or of layers with different numbers of experts, a
+            router loss that the model's gate does not have.
     """
 
     def __init__(
@@ -130,6 +138,16 @@ class Objective(nn.Cell):
                 rule="the pooled load-balancing loss couples all layers",
                 todo="set routing.aux_loss=per_layer",
             )
+        moe = model.config.moe
+        differ = moe is not None and moe.layer_experts is not None
+        if pooled_aux and router_aux_loss_coef > 0 and differ:
+            raise ConfigError(
+                "impossible objective",
+                where="routing.aux_loss",
+                value=f"pooled, with {list(model.config.expert_counts)} experts",
+                rule="the pooled load-balancing loss takes means of each expert over all layers",
+                todo="set routing.aux_loss=per_layer",
+            )
         self.model, self.interleave_num = model, interleave_num
         self.embeds, self.predicts = model.model_chunk.embeds, model.model_chunk.predicts
         sparse = model.config.sparse_layers
@@ -143,8 +161,10 @@ class Objective(nn.Cell):
         self.others = tuple(further)
         self.coefficients = router_aux_loss_coef, router_z_loss_coef, *further.values()
         self.router_losses = nn.CellList()
+        counts = dict(zip(sparse, model.config.expert_counts, strict=True))
+        own = tuple(counts[layer] for layer in held) if differ else ()
         for term in router_loss_terms(model.config, self.others):
-            self.router_losses.append(RouterLoss(term, pooled_aux))
+            self.router_losses.append(RouterLoss(term, pooled_aux, own))
         self.chunk = loss_chunk or tokens_at_a_time(model.config.vocab_size)
         self.token_nll = TokenNLL() if token_nll is None else token_nll
         self.head_loss = HeadLoss(self.chunk, self.token_nll)
@@ -263,6 +283,7 @@ class Objective(nn.Cell):
         if held_LE is None:
             rows, experts = self.rows_before[0] + self.rows_after[0], self.rows_before[1]
             return ops.zeros((rows, experts), ms.float32)
+        held_LE = widened(held_LE, self.rows_before[1])
         if self.rows_before[0] > 0:
             held_LE = _concat((ops.zeros(self.rows_before, ms.float32), held_LE))
         if self.rows_after[0] > 0:

@@ -26,12 +26,14 @@ from mistral_ms.moe.layer import MoELayer
 from mistral_ms.moe.losses import (
     LossTerm,
     RouterSums,
+    layer_of,
     load_balancing_loss,
     loss_terms,
     register_loss,
     router_sums,
     router_z_loss,
     stack_sums,
+    widened,
 )
 from mistral_ms.moe.routing import GateContext, Routing, gate_context
 from mistral_ms.moe.shared import SharedExpertGate, joined
@@ -56,6 +58,7 @@ __all__ = [
     "gate_context",
     "joined",
     "kept_choices",
+    "layer_of",
     "load_balancing_loss",
     "local_dispatcher",
     "loss_terms",
@@ -71,4 +74,5 @@ __all__ = [
     "stack_sums",
     "try_gates",
     "update_gates",
+    "widened",
 ]

@@ -20,6 +20,7 @@ from mistral_ms.ops import reference
 
 _sum = ops.ReduceSum()
 _max = ops.ReduceMax()
+_concat = ops.Concat(-1)
 _top_k = ops.TopK(sorted=True)
 
 
@@ -40,7 +41,8 @@ RouterSums: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tens
   Where ``routing.aux_scope`` names local groups, a scalar in its place: the load-balancing loss of
   each of them times its tokens, added up (carries the gradient).
 
-Stacked over the sparse layers of a model they are [layers, E] and [layers].
+Stacked over the sparse layers of a model they are [layers, E] and [layers]; a layer with fewer
+experts than others has zeros behind its own.
 """
 
 LossTerm = Callable[[RouterSums, bool], Tensor]
@@ -193,19 +195,23 @@ def _loss_of_groups(scores_TE: Tensor, counted_TE: Tensor, valid_T: Tensor, grou
 def stack_sums(layers: tuple[RouterSums, ...]) -> RouterSums:
     """The sums of several layers, stacked in their order."""
     scores, routed, kept, z, tokens, counted = [], [], [], [], [], []
+    most = 0
+    for sums in layers:
+        if sums[1].shape[0] > most:
+            most = sums[1].shape[0]
     # no comprehensions: compiled, those over tuples may compute something else
     for sums in layers:
-        scores.append(sums[0])
-        routed.append(sums[1])
-        kept.append(sums[2])
+        scores.append(widened(sums[0], most))
+        routed.append(widened(sums[1], most))
+        kept.append(widened(sums[2], most))
         z.append(sums[3])
         tokens.append(sums[4])
-        counted.append(sums[6])
+        counted.append(widened(sums[6], most))
     terms: tuple[Tensor, ...] = ()
     for number in range(len(layers[0][5])):
         each = []
         for sums in layers:
-            each.append(sums[5][number])
+            each.append(widened(sums[5][number], most))
         terms = (*terms, ops.stack(each))
     return (
         ops.stack(scores),
@@ -215,6 +221,41 @@ def stack_sums(layers: tuple[RouterSums, ...]) -> RouterSums:
         ops.stack(tokens),
         terms,
         ops.stack(counted),
+    )
+
+
+def widened(values: Tensor, experts: int) -> Tensor:
+    """Numbers of a layer's experts, [..., E] -> [..., experts], with zeros behind; a scalar, and
+    where there are as many, as they are.
+    """
+    if len(values.shape) == 0 or values.shape[-1] == experts:
+        return values
+    missing = ops.zeros((*values.shape[:-1], experts - values.shape[-1]), ms.float32)
+    return _concat((values, missing))
+
+
+def layer_of(stacked: RouterSums, number: int, experts: int) -> RouterSums:
+    """The sums of one of several layers, as stacked over that layer alone.
+
+    Args:
+        stacked: of several layers.
+        number: which.
+        experts: how many it has.
+    """
+    scores_LE, routed_LE, kept_LE, z_L, tokens_L, terms, counted = stacked
+    after = number + 1
+    own: tuple[Tensor, ...] = ()
+    for term_LE in terms:
+        own = (*own, term_LE[number:after, :experts])
+    of_groups = len(counted.shape) == 1
+    return (
+        scores_LE[number:after, :experts],
+        routed_LE[number:after, :experts],
+        kept_LE[number:after, :experts],
+        z_L[number:after],
+        tokens_L[number:after],
+        own,
+        counted[number:after] if of_groups else counted[number:after, :experts],
     )
 
 

@@ -89,9 +89,10 @@ class ParallelLayerFactory(LayerFactory):
 
     def moe(self, layer: int) -> nn.Cell:
         """See the base: the whole router, this rank's experts, and the way to the others."""
-        experts = routed_experts(self.config, self.routing, self.parallel, self.groups, self.dtype)
+        config = self.config.of_layer(layer)
+        experts = routed_experts(config, self.routing, self.parallel, self.groups, self.dtype)
         shared = self.shared_experts() if self.config.shared_expert_size else None
-        return MoELayer(self.config, self.routing, self.dtype, experts, layer=layer, shared=shared)
+        return MoELayer(config, self.routing, self.dtype, experts, layer=layer, shared=shared)
 
     def shared_experts(self) -> FeedForward:
         """See the base: this rank's columns."""

@@ -165,6 +165,7 @@ def layer_memory(
         return LayerMemory(
             states, norms, attention, probabilities, widths * T * I * itemsize, dispatch=0
         )
+    model = model.of_layer(layer)
     assert model.moe is not None
     norms += 2 * T * model.moe.num_local_experts * FLOAT
     R = expert_rows(model, routing, parallel, T, seq_length)

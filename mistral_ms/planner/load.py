@@ -72,19 +72,34 @@ def balance(
     """
     if model.moe is None or not loads:
         return EVEN
-    E, K = model.moe.num_local_experts, model.moe.num_experts_per_tok
+    K, counts = model.moe.num_experts_per_tok, model.expert_counts
+    if len(set(counts)) == 1 or len(loads) != len(counts):
+        counts = (model.moe.num_local_experts,) * len(loads)
+    loads = [_of_first(layer, count) for layer, count in zip(loads, counts, strict=True)]
     if routing.policy == "dropless":
-        local = E // ep
-        fullest = [
-            max(sum(layer[rank * local : (rank + 1) * local]) for rank in range(ep)) * ep
-            for layer in loads
-        ]
+        fullest = [max(sum(_held(layer, ep, rank)) for rank in range(ep)) * ep for layer in loads]
         return Balance(slowest=sum(fullest) / len(fullest))
     if routing.policy == "experts_choose":
         return EVEN
-    capacity = expert_capacity(tokens, E, K, routing, seq_length)
-    kept = [sum(min(share * K * tokens, capacity) for share in layer) for layer in loads]
+    kept = []
+    for layer in loads:
+        capacity = expert_capacity(tokens, len(layer), K, routing, seq_length)
+        kept.append(sum(min(share * K * tokens, capacity) for share in layer))
     return Balance(dropped=1 - sum(kept) / len(kept) / (K * tokens))
+
+
+def _of_first(layer: Loads, experts: int) -> Loads:
+    """The shares of a layer that has so many experts."""
+    if len(layer) == experts:
+        return layer
+    total = sum(layer[:experts])
+    return tuple(share / total for share in layer[:experts])
+
+
+def _held(layer: Loads, ep: int, rank: int) -> Loads:
+    """Those of one rank of an expert group."""
+    local = len(layer) // ep
+    return layer[rank * local : (rank + 1) * local]
 
 
 def read_loads(path: Path, experts: int) -> tuple[Loads, ...]:

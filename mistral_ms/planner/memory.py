@@ -173,10 +173,10 @@ def layer_memories(run: RunConfig, *, fused: bool) -> tuple[LayerMemory, ...]:
         fused: whether attention, norms and SwiGLU are fused operators.
     """
     model, training, parallel = run.model, run.training, run.parallel
-    found: dict[bool, LayerMemory] = {}
-    sparse = set(model.sparse_layers)
+    found: dict[int, LayerMemory] = {}
+    experts = dict(zip(model.sparse_layers, model.expert_counts, strict=True))
     for layer in range(model.num_hidden_layers):
-        kind = layer in sparse
+        kind = experts.get(layer, 0)
         if kind not in found:
             found[kind] = layer_memory(
                 model,
@@ -188,7 +188,7 @@ def layer_memories(run: RunConfig, *, fused: bool) -> tuple[LayerMemory, ...]:
                 itemsize=ITEMSIZE[training.dtype],
                 fused=fused,
             )
-    return tuple(found[layer in sparse] for layer in range(model.num_hidden_layers))
+    return tuple(found[experts.get(layer, 0)] for layer in range(model.num_hidden_layers))
 
 
 def card_memory(

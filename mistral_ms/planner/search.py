@@ -163,7 +163,9 @@ class _Search:
         moe = run.model.moe
         self.takes_ids = moe is not None and moe.gate.takes_ids
         self.explicit_only = moe is not None and (
-            moe.gate.explicit_only or moe.shared_expert_gate == "cmr"
+            moe.gate.explicit_only
+            or moe.shared_expert_gate == "cmr"
+            or moe.layer_experts is not None
         )
         self.weights = _weights(run.model)
         limit = run.parallel.max_device_memory

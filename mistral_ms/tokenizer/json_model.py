@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from mistral_ms.config.model import MOST_ROWS
+from mistral_ms.config.moe import MOST_ROWS
 from mistral_ms.errors import TokenizerError
 from mistral_ms.reading import TOKENIZER_BYTES, parse_json, read_text
 from mistral_ms.tokenizer.backend import BackendTokenizer, is_panic

@@ -100,7 +100,7 @@ def _block(config: ModelConfig, layer: int) -> tuple[ParamSpec, ...]:
     """:class:`mistral_ms.models.DecoderBlock`."""
     H, kinds = config.hidden_size, config.layer_kinds
     if config.is_sparse(layer):
-        second = inside("moe", layer_specs(kinds.sparse, config))
+        second = inside("moe", layer_specs(kinds.sparse, config.of_layer(layer)))
     else:
         second = inside("feed_forward", layer_specs(kinds.dense, config))
     return (

@@ -4,7 +4,7 @@ import pytest
 from support import configs
 
 from mistral_ms.config.computation import check_same_model, computation
-from mistral_ms.config.model import SHAPE_KEYS
+from mistral_ms.config.moe import SHAPE_KEYS
 from mistral_ms.errors import ConfigError
 
 HERE = {"num_attention_heads": 4, "moe": {}}

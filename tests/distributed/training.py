@@ -40,7 +40,8 @@ def model(name: str) -> ModelConfig:
     if name in FINE:
         moe |= FINE[name]
     lora = {"lora": ADAPTERS[name]} if name in ADAPTERS else {}
-    sizes = {"num_hidden_layers": 2 if name in (*DEEP, *FINE) else stages}
+    layers = 3 if name in FINE else 2 if name in DEEP else stages
+    sizes = {"num_hidden_layers": layers}
     return small_model(**TINY | sizes, tie_word_embeddings=name in TIED, moe=moe, **lora)
 
 
@@ -69,7 +70,9 @@ GATES = {
 """Gates other than the usual one: noise and state are those of one process, too."""
 FINE = {
     "dp2 ep2 interleaved": {
+        "num_local_experts": (8, 16),
         "moe_intermediate_size": 12,
+        "moe_token_dropout": 0.2,
         "n_shared_experts": 2,
         "sparse_layers": {"first_k_dense_replace": 1},
         "gate": {
@@ -82,7 +85,7 @@ FINE = {
     }
 }
 """DeepSeek-V3's layers: the first one dense, fine-grained and shared experts, a bias that balances
-those of two of four groups.
+those of two of four groups. Beside that more experts in the last one, and masked results.
 """
 ADAPTERS = {
     "dp2 ep2 zero1, adapters": {"r": 2, "target_modules": "all-linear", "use_dora": True},

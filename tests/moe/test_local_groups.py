@@ -25,12 +25,14 @@ from mistral_ms.config import (
     expert_capacity,
 )
 from mistral_ms.config.base import validate
+from mistral_ms.datasets import InMemorySequences
 from mistral_ms.errors import ConfigError
 from mistral_ms.models import CausalLM
 from mistral_ms.moe import load_balancing_loss, router_sums, stack_sums
 from mistral_ms.ops.reference import assign_slots, assign_slots_by_priority, choose_tokens
 from mistral_ms.parallel.memory import expert_rows
 from mistral_ms.planner.load import balance
+from mistral_ms.training.evaluate import Evaluator
 
 G, S, E, K, H = 3, 8, 4, 2, 6
 T = G * S
@@ -318,6 +320,15 @@ def test_memory_and_planner_count_the_slots_of_all_groups():
 def test_what_does_not_go_together_is_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         validate(RoutingConfig, values, "routing")
+
+
+def test_an_evaluation_must_hold_whole_groups():
+    data = InMemorySequences(list(range(3, 40)), S, 4, 0)
+    routing = RoutingConfig(**TIGHT, capacity_group=24)
+    net = CausalLM(small_model(num_hidden_layers=1), routing)
+    with pytest.raises(ConfigError, match=r"capacity_group \(24\) must divide .* 4 sequences of 8"):
+        Evaluator(net, data, 4)
+    Evaluator(net, data, 3)
 
 
 def test_groups_must_divide_a_micro_batch():

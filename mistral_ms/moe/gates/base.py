@@ -25,7 +25,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mistral_ms.config import GateSettings, ModelConfig, RoutingConfig, register_gate_settings
-from mistral_ms.config.model import MOST_EXPERTS, MoEArchitecture
+from mistral_ms.config.moe import MOST_EXPERTS, MoEArchitecture
 from mistral_ms.errors import ConfigError, WeightError
 from mistral_ms.layers.parameter import weight
 from mistral_ms.moe.losses import LossTerm, check_own_names, loss_terms
@@ -310,7 +310,7 @@ def update_gates(
         if number in layers:
             for _, cell in layers[number].cells_and_names():
                 if isinstance(cell, Gate):
-                    cell.update(routed_E)
+                    cell.update(routed_E[: cell.num_experts])
 
 
 _GATES: Registry[type[Gate]] = Registry("gate", "model.moe.gate")

@@ -13,6 +13,7 @@ _sum = ops.ReduceSum()
 _sum_keep = ops.ReduceSum(keep_dims=True)
 _max_keep = ops.ReduceMax(keep_dims=True)
 _argmax = ops.Argmax(-1)
+_zeros_like = ops.ZerosLike()
 _ON, _OFF = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
 
 TINY = 1e-8
@@ -72,7 +73,7 @@ class Auction(nn.Cell):
         T, E = scores_TE.shape
         slots = (T + E - 1) // E
         # bids are above prices, which are 0 or more: 0 is none
-        bid_TE, price_1E = ops.zeros_like(scores_TE), ops.zeros((1, E), ms.float32)
+        bid_TE, price_1E = _zeros_like(scores_TE), ops.zeros((1, E), ms.float32)
         waits_T1 = ops.ones((T, 1), ms.float32)
         number = ops.zeros((), ms.int32)
         while ops.logical_and(_sum(waits_T1) > 0.0, number < self.rounds):
@@ -95,4 +96,4 @@ class Auction(nn.Cell):
 
     def bprop(self, scores_TE: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         """None."""
-        return (ops.zeros_like(scores_TE),)
+        return (_zeros_like(scores_TE),)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mistral_ms.config import ModelConfig, ParallelConfig, PredictConfig, RunConfig
+from mistral_ms.config import (
+    ModelConfig,
+    MoEArchitecture,
+    ParallelConfig,
+    PredictConfig,
+    RunConfig,
+)
 from mistral_ms.errors import ConfigError
 from mistral_ms.optimizers import check_layout, make_plan
 from mistral_ms.parallel.pipeline import check_trained
@@ -139,6 +145,43 @@ def check_prediction(run: PredictConfig) -> None:
     _refuse((*_of_all_graphs(model, parallel), *rules))
 
 
+def check_sparse_layer(moe: MoEArchitecture) -> None:
+    """Raises if the graph has no region for a sparse layer.
+
+    Args:
+        moe: what the layer is.
+
+    Raises:
+        ConfigError: names the value and the rule.
+    """
+    gate, todo = f"{moe.gate.name} with parallel.execution graph", "use parallel.execution=explicit"
+    _refuse(
+        (
+            (
+                moe.gate.takes_ids,
+                "model.moe.gate",
+                gate,
+                "the gate routes by token ids, which a region of the graph does not get",
+                todo,
+            ),
+            (
+                moe.gate.explicit_only,
+                "model.moe.gate",
+                gate,
+                "the gate goes on until it is done, which a region of the graph cannot",
+                todo,
+            ),
+            (
+                moe.shared_expert_gate == "cmr",
+                "model.moe.shared_expert_gate",
+                "cmr with parallel.execution graph",
+                "the budget's loss takes shares from outside of the sparse layer's region",
+                todo,
+            ),
+        )
+    )
+
+
 def _crosses_experts(model: ModelConfig, parallel: ParallelConfig) -> bool:
     assert model.moe is not None
     replicas, experts = parallel.dp // parallel.ep, model.moe.num_local_experts // parallel.ep
@@ -155,6 +198,13 @@ def _of_all_graphs(model: ModelConfig, parallel: ParallelConfig) -> tuple[Rule, 
             str(model.lora),
             "adapters are trained with explicit execution",
             "set parallel.execution=explicit",
+        ),
+        (
+            len(set(model.expert_counts)) > 1,
+            "model.moe.num_local_experts",
+            list(model.expert_counts),
+            "what the graph records of its layers has one shape, so they have as many experts",
+            "use parallel.execution=explicit",
         ),
         (
             divided and bool(parallel.world % 8) and parallel.world not in (2, 4),

@@ -41,6 +41,7 @@ from mistral_ms.moe import (
     router_sums,
     stack_sums,
 )
+from mistral_ms.parallel.graph.checks import check_sparse_layer
 from mistral_ms.parallel.graph.metrics import AttachLosses, RecordMetrics, metrics_buffer
 from mistral_ms.parallel.graph.region import Region, Shape, first_shape
 from mistral_ms.parallel.graph.shared import GraphSharedGate
@@ -136,6 +137,14 @@ class SparsePieces(Region):
         first, last = len(self.router.weight_names), len(self.router.buffer_names)
         return self.router.route(x_TH, gate[:first], gate[first : first + last], context)
 
+    def planned(
+        self, chosen: Routing, valid_T: Tensor, columns: int, context: GateContext | None
+    ) -> DispatchPlan:
+        """Where rows go, and which results count."""
+        plan = self.dispatcher.plan(chosen, valid_T, self.router.priority(chosen, context), columns)
+        mask_TK = self.router.output_mask(chosen, context)
+        return plan if mask_TK is None else masked(plan, mask_TK)
+
     def valid(self, positions_BS: Tensor) -> Tensor:
         """1 for tokens, 0 for padding: float32 [T]."""
         return _cast(positions_BS.reshape(-1) >= 0, ms.float32)
@@ -174,12 +183,7 @@ class SparseRegion(SparsePieces):
     ) -> Tensor:
         """[T, H] -> [T, H]."""
         chosen = self.chosen(x_TH, (gate_0, gate_1, gate_2, gate_3), None)
-        priority_TK = self.router.priority(chosen, None)
-        columns = positions_BS.shape[1]
-        plan = self.dispatcher.plan(chosen, self.valid(positions_BS), priority_TK, columns)
-        mask_TK = self.router.output_mask(chosen, None)
-        if mask_TK is not None:
-            plan = masked(plan, mask_TK)
+        plan = self.planned(chosen, self.valid(positions_BS), positions_BS.shape[1], None)
         rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
         matrices = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
         return self.results(rows, group_sizes_L, plan, *matrices)
@@ -262,11 +266,7 @@ class TrainedSparseRegion(SparsePieces):
             valid = valid_T[i * size : (i + 1) * size]
             context = gate_context(random_B3[i * samples : (i + 1) * samples], columns)
             chosen = self.chosen(x, (gate_0, gate_1, gate_2, gate_3), context)
-            priority_TK = self.router.priority(chosen, context)
-            plan = self.dispatcher.plan(chosen, valid, priority_TK, columns)
-            mask_TK = self.router.output_mask(chosen, context)
-            if mask_TK is not None:
-                plan = masked(plan, mask_TK)
+            plan = self.planned(chosen, valid, columns, context)
             rows, group_sizes_L = self.dispatcher.dispatch(x, plan)
             sent = (*sent, (chosen, rows, group_sizes_L, plan, valid))
         # share of the batch in its tokens, times the loss scale
@@ -325,7 +325,7 @@ class GraphMoE(nn.Cell):
     Args:
         config: sizes.
         routing: the policy.
-        layer: number of the decoder block, for the gate.
+        layer: number of the decoder block.
         dtype: what is computed in.
         dispatcher: brings rows to the experts and back.
         coefficients: of the router's losses; None where nothing is trained.
@@ -348,30 +348,7 @@ class GraphMoE(nn.Cell):
     ) -> None:
         super().__init__()
         self.router = make_gate(config, routing, layer)
-        if self.router.takes_ids:
-            raise ConfigError(
-                "impossible graph",
-                where="model.moe.gate",
-                value=f"{self.router.moe.gate.name} with parallel.execution graph",
-                rule="the gate routes by token ids, which a region of the graph does not get",
-                todo="use parallel.execution=explicit",
-            )
-        if self.router.moe.gate.explicit_only:
-            raise ConfigError(
-                "impossible graph",
-                where="model.moe.gate",
-                value=f"{self.router.moe.gate.name} with parallel.execution graph",
-                rule="the gate goes on until it is done, which a region of the graph cannot",
-                todo="use parallel.execution=explicit",
-            )
-        if self.router.moe.shared_expert_gate == "cmr":
-            raise ConfigError(
-                "impossible graph",
-                where="model.moe.shared_expert_gate",
-                value="cmr with parallel.execution graph",
-                rule="the budget's loss takes shares from outside of the sparse layer's region",
-                todo="use parallel.execution=explicit",
-            )
+        check_sparse_layer(self.router.moe)
         self.spare_arguments = GATE_PARAMETERS - len(gate_parameters(self.router))
         for state in self.router.buffers().values():
             state.parallel_optimizer = False  # whole on every rank, which moves it on by itself

@@ -44,13 +44,13 @@ def layer_costs(model: ModelConfig, seq_length: int) -> LayerCosts:
     sparse = 0
     if model.moe is not None:
         visited = model.moe.num_experts_per_tok * model.expert_size + model.shared_expert_size
-        logits = model.moe.num_local_experts + shared_logits(model)
-        sparse = 6 * H * visited + 2 * H * logits
+        sparse = 6 * H * visited + 2 * H * shared_logits(model)
+    experts = dict(zip(model.sparse_layers, model.expert_counts, strict=True))
     layers = tuple(
         float(
             projections
             + 4 * min(seq_length, model.window_of(layer) or seq_length) * heads * D
-            + (sparse if model.is_sparse(layer) else dense)
+            + (sparse + 2 * H * experts[layer] if layer in experts else dense)
         )
         for layer in range(model.num_hidden_layers)
     )
