@@ -112,8 +112,24 @@ HF_MLP: KeyTable = {
 }
 
 
+# Qwen2-MoE, likewise.
+_HF_SHARED = f"{_HF_MLP}.shared_expert"
+HF_QWEN2_MOE: KeyTable = {
+    **HF_MLP,
+    "layers.{layer}.attention.q_proj.bias": Stored("model.layers.{layer}.self_attn.q_proj.bias"),
+    "layers.{layer}.attention.k_proj.bias": Stored("model.layers.{layer}.self_attn.k_proj.bias"),
+    "layers.{layer}.attention.v_proj.bias": Stored("model.layers.{layer}.self_attn.v_proj.bias"),
+    "layers.{layer}.moe.shared_experts.w1.weight": Stored(f"{_HF_SHARED}.gate_proj.weight"),
+    "layers.{layer}.moe.shared_experts.w2.weight": Stored(f"{_HF_SHARED}.down_proj.weight"),
+    "layers.{layer}.moe.shared_experts.w3.weight": Stored(f"{_HF_SHARED}.up_proj.weight"),
+    "layers.{layer}.moe.shared_expert_gate.weight": Stored(f"{_HF_MLP}.shared_expert_gate.weight"),
+}
+
+
 def hf_table(model_type: object) -> KeyTable:
     """The names in the files of a Hugging Face model_type, as transformers 4.x writes them."""
+    if model_type == "qwen2_moe":
+        return HF_QWEN2_MOE
     return HF_MLP if model_type in FAMILIES else HF
 
 

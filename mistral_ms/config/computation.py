@@ -53,6 +53,8 @@ def computation(model: ModelConfig) -> dict[str, Any]:
         del values["qk_norm"]  # likewise
     if model.lora is None:
         del values["lora"]  # likewise
+    if not model.qkv_bias:
+        del values["qkv_bias"]  # likewise
     if model.layer_kinds.default:
         values["layer_kinds"] = None  # as where nothing was said of them
     return values

@@ -87,7 +87,7 @@ def from_hf(
     values["rope_scaling"] = scaling
     _take_layer_types(source, values, kind, where)
     if family is not None:
-        values |= family.model
+        values |= {**family.model, **pick(source, family.model_keys, where)}
         values["moe"] = take_sparse_layers(source, family, where)
     elif kind == "mixtral":
         values["moe"] = pick(source, HF_MOE_KEYS, where)
@@ -304,6 +304,8 @@ def _beyond_mixtral(config: ModelConfig) -> tuple[str, str] | None:
         reason = f"layers of kinds {config.layer_kinds}", "its classes have the layers of Mistral"
     elif config.qk_norm != "none":
         reason = f"qk_norm {config.qk_norm}", "Mistral's classes norm no queries and keys"
+    elif config.qkv_bias:
+        reason = "biases of queries, keys and values", "Mistral's classes have none"
     elif config.moe is not None and not config.moe.gate.default:
         reason = f"gate {config.moe.gate.name}", "MixtralForCausalLM has the gate softmax_top_k"
     elif config.moe is not None and config.moe.added:
@@ -354,6 +356,8 @@ def to_native(config: ModelConfig, *, block: bool = True) -> dict[str, Any]:
             extra["layer_kinds"] = data["layer_kinds"]
         if config.qk_norm != "none":
             extra["qk_norm"] = config.qk_norm
+        if config.qkv_bias:
+            extra["qkv_bias"] = True
         if config.initializer_scale is not None:
             extra["initializer_scale"] = config.initializer_scale
         if moe is not None:

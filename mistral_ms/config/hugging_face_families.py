@@ -25,6 +25,7 @@ class Family:
         architectures: the classes that compute it.
         defaults: what its configuration class assumes where a file is silent.
         model: what its class always computes, by our keys of the model.
+        model_keys: further keys of the model.
         moe: keys of the sparse layers.
         moe_always: what its class always computes, by our keys of the sparse layers.
         placement: keys that say which layers are sparse, and their defaults; none: all are.
@@ -38,6 +39,7 @@ class Family:
     defaults: Mapping[str, Any]
     model: Mapping[str, Any]
     moe: Keys
+    model_keys: Keys = field(default_factory=dict)
     moe_always: Mapping[str, Any] = field(default_factory=dict)
     placement: Mapping[str, Any] = field(default_factory=dict)
     gate: str = "softmax_top_k"
@@ -50,6 +52,30 @@ _SILENT = {"bos_token_id": None, "eos_token_id": None, "sliding_window": None}
 _QWEN_PLACEMENT = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 
 FAMILIES: dict[str, Family] = {
+    "qwen2_moe": Family(
+        architectures=("Qwen2MoeForCausalLM", "Qwen2MoeModel"),
+        defaults={
+            **_SILENT,
+            "rope_theta": 10000.0,
+            "rms_norm_eps": 1e-6,
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+        },
+        model={},
+        model_keys={"qkv_bias": ("qkv_bias", True)},
+        moe={
+            "num_experts": ("num_local_experts", 60),
+            "num_experts_per_tok": ("num_experts_per_tok", 4),
+            "norm_topk_prob": ("norm_topk_prob", False),
+            "moe_intermediate_size": ("moe_intermediate_size", 1408),
+            "shared_expert_intermediate_size": ("shared_expert_intermediate_size", 5632),
+            "router_aux_loss_coef": ("router_aux_loss_coef", 0.001),
+        },
+        moe_always={"n_shared_experts": 1, "shared_expert_gate": "sigmoid"},
+        placement=_QWEN_PLACEMENT,
+        switched_window=True,
+    ),
     "qwen3_moe": Family(
         architectures=("Qwen3MoeForCausalLM", "Qwen3MoeModel"),
         defaults={
@@ -122,7 +148,6 @@ FAMILIES: dict[str, Family] = {
 REFUSED = {
     "deepseek_v2": "its attention (multi-head latent attention) is not implemented",
     "deepseek_v3": "its attention (multi-head latent attention) is not implemented",
-    "qwen2_moe": "its biases of queries, keys and values are not implemented",
     "glm4_moe": "its partial rotary positions are not implemented",
 }
 """Why some other families are not read, though their sparse layers are those of a gate here."""
@@ -166,7 +191,10 @@ def family_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
     """
     assert config.moe is not None
     moe = config.moe.model_dump(mode="json") | {"moe_intermediate_size": config.expert_size}
+    if "shared_expert_intermediate_size" in family.moe:
+        moe["shared_expert_intermediate_size"] = config.shared_expert_size
     keys = {theirs: moe[ours] for theirs, (ours, _) in family.moe.items()}
+    keys |= {theirs: getattr(config, ours) for theirs, (ours, _) in family.model_keys.items()}
     if "moe_intermediate_size" not in keys:  # then it is that of the feed-forward
         keys["intermediate_size"] = config.expert_size
     dense = [i for i in range(config.num_hidden_layers) if not config.is_sparse(i)]

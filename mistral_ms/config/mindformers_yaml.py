@@ -232,6 +232,8 @@ def _not_expressible(config: ModelConfig) -> tuple[str, str] | None:
         )
     if config.qk_norm != "none":
         return f"qk_norm {config.qk_norm}", todo
+    if config.qkv_bias:
+        return "biases of queries, keys and values", todo
     if config.rope_scaling is not None:
         return f"rope_scaling {config.rope_scaling.rope_type}", todo
     if config.head_size * config.num_attention_heads != config.hidden_size:

@@ -180,6 +180,8 @@ def to_mistral(config: ModelConfig) -> dict[str, Any]:
         reason = f"layers of kinds {config.layer_kinds}"
     elif config.qk_norm != "none":
         reason = f"qk_norm {config.qk_norm}"
+    elif config.qkv_bias:
+        reason = "biases of queries, keys and values"
     elif config.tie_word_embeddings:
         reason = "tied head"
     elif config.rope_scaling is not None:

@@ -74,6 +74,7 @@ class ModelConfig(Frozen):
         tie_word_embeddings: the output head shares the embedding's weight.
         qk_norm: RMSNorm of queries and keys before they are rotated. ``head``: of each head, all
             heads with one weight (Qwen3, Dots1); ``full``: over all heads together (OLMoE).
+        qkv_bias: queries, keys and values have biases (Qwen2-MoE; HF's key).
         initializer_range: standard deviation of freshly drawn weights.
         initializer_scale: where it is given, matrices but the embedding are drawn from a normal
             distribution that is cut off at two deviations of sqrt(initializer_scale / inputs): 1.0
@@ -99,6 +100,7 @@ class ModelConfig(Frozen):
     layer_types: tuple[LayerType, ...] | None = None
     tie_word_embeddings: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
+    qkv_bias: bool = False
     initializer_range: float = Field(default=0.02, ge=0, allow_inf_nan=False)
     initializer_scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     torch_dtype: DType = "bfloat16"

@@ -1,4 +1,4 @@
-"""A linear map without bias, and the output head made of one."""
+"""A linear map, and the output head made of one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mistral_ms.ops import reference, select, select_cpu
 
 
 class Linear(nn.Cell):
-    """y = x W^T with W stored as [output, input], as every Mistral checkpoint does.
+    """y = x W^T with W stored as [output, input], as every Mistral checkpoint does; or with a bias.
 
     Args:
         input_size: I.
@@ -18,6 +18,7 @@ class Linear(nn.Cell):
         dtype: dtype of the weight.
         reduce: applied to the product, where each process of a group holds some columns of the
             weight: adds up the partial sums. None: the weight is whole, or rows of one.
+        biased: whether there is a bias [output], of the same rows.
     """
 
     def __init__(
@@ -26,15 +27,21 @@ class Linear(nn.Cell):
         output_size: int,
         dtype: str = "float32",
         reduce: nn.Cell | None = None,
+        biased: bool = False,
     ) -> None:
         super().__init__()
         self.weight = weight(output_size, input_size, dtype=dtype)
+        self.biased = biased
+        if biased:
+            self.bias = weight(output_size, dtype=dtype)
         self.reduce = reduce
         self.linear = select_cpu.linear(select.dense_kernels())
 
     def construct(self, x_TI: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
         y_TO = self.linear(x_TI, self.weight)
+        if self.biased:
+            y_TO = y_TO + self.bias
         return y_TO if self.reduce is None else self.reduce(y_TO)
 
 

@@ -23,6 +23,7 @@ from mistral_ms.layers import (
 from mistral_ms.moe import MoELayer
 from mistral_ms.weights import (
     ParamSpec,
+    bias_specs,
     feed_forward_specs,
     projection_specs,
     swiglu_specs,
@@ -79,14 +80,18 @@ class LayerFactory:
         """Adds a layer's result to the states: twice [T, H] -> [T, H]."""
         return ops.Add()
 
-    def linear(self, spec: ParamSpec) -> nn.Cell:
-        """[T, I] -> [T, O] by a weight [O, I]."""
+    def linear(self, spec: ParamSpec, bias: ParamSpec | None = None) -> nn.Cell:
+        """[T, I] -> [T, O] by a weight [O, I], and a bias [O] where there is one."""
         output_size, input_size = spec.shape
-        return Linear(input_size, output_size, self.dtype)
+        return Linear(input_size, output_size, self.dtype, biased=bias is not None)
 
-    def linears(self, specs: Iterable[ParamSpec]) -> dict[str, nn.Cell]:
-        """Linear maps by the names of the cells whose only parameter they are."""
-        return {spec.name.removesuffix(".weight"): self.linear(spec) for spec in specs}
+    def linears(
+        self, specs: Iterable[ParamSpec], biases: Iterable[ParamSpec] = ()
+    ) -> dict[str, nn.Cell]:
+        """Linear maps by the names of the cells whose only parameters they are."""
+        held = {spec.name.removesuffix(".bias"): spec for spec in biases}
+        named = {spec.name.removesuffix(".weight"): spec for spec in specs}
+        return {name: self.linear(spec, held.get(name)) for name, spec in named.items()}
 
     def attention(self, layer: int) -> Attention:
         """Normalised states and the context of :meth:`attention_core` -> [T, H].
@@ -94,7 +99,7 @@ class LayerFactory:
         Args:
             layer: index of the block, which may decide what the piece sees.
         """
-        linears = self.linears(projection_specs(self.config))
+        linears = self.linears(projection_specs(self.config), bias_specs(self.config))
         norms = None
         if (kind := self.config.qk_norm) != "none":
             D = self.config.head_size

@@ -80,12 +80,12 @@ class ParallelLayerFactory(LayerFactory):
         copy = CopyToGroup(self.tensor) if self.tensor.size > 1 and shared else None
         return RMSNorm(self.config.hidden_size, self.config.rms_norm_eps, self.dtype, copy)
 
-    def linear(self, spec: ParamSpec) -> nn.Cell:
+    def linear(self, spec: ParamSpec, bias: ParamSpec | None = None) -> nn.Cell:
         """See the base: this rank's rows of the weight, or its columns."""
         output_size, input_size = self.held_shape(spec)
         divided = input_size < spec.shape[1]
         reduce = ReduceFromGroup(self.tensor) if divided else None
-        return Linear(input_size, output_size, self.dtype, reduce)
+        return Linear(input_size, output_size, self.dtype, reduce, bias is not None)
 
     def moe(self, layer: int) -> nn.Cell:
         """See the base: the whole router, this rank's experts, and the way to the others."""

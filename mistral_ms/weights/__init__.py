@@ -1,6 +1,6 @@
 """What is true of each weight, said once, beside its layer. One file a kind of layer."""
 
-from mistral_ms.weights.attention import attention_specs, projection_specs
+from mistral_ms.weights.attention import attention_specs, bias_specs, projection_specs
 from mistral_ms.weights.embedding import EMBEDDING, HEAD, vocabulary_specs
 from mistral_ms.weights.feed_forward import feed_forward_specs, swiglu_specs
 from mistral_ms.weights.gates import (
@@ -43,6 +43,7 @@ __all__ = [
     "Specs",
     "adaptable_modules",
     "attention_specs",
+    "bias_specs",
     "by_name",
     "check_parameters",
     "expert_specs",

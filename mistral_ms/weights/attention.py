@@ -9,25 +9,40 @@ from mistral_ms.weights.spec import Cut, ParamSpec, matrix, scale
 
 @register_layer("attention")
 def attention_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
-    """Projections, and norms of queries and keys where the model has them.
+    """Projections, their biases and norms of queries and keys where the model has them.
 
     The norm of heads is one weight for all; tensor-parallel ranks have parts of its gradient, from
     their own heads.
     """
     D, kind = config.head_size, config.qk_norm
+    projections = (*projection_specs(config), *bias_specs(config))
     if kind == "none":
-        return projection_specs(config)
+        return projections
     shared = kind == "head"
     norms = {
         "q_norm.weight": ("ND", config.num_attention_heads),
         "k_norm.weight": ("GD", config.num_key_value_heads),
     }
     return (
-        *projection_specs(config),
+        *projections,
         *(
             scale(name, "D", D, partial_gradient=True) if shared else scale(name, axis, heads * D)
             for name, (axis, heads) in norms.items()
         ),
+    )
+
+
+def bias_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
+    """Biases of queries, keys and values, divided as the rows of their matrices; zero at first."""
+    if not config.qkv_bias:
+        return ()
+    D, G = config.head_size, config.num_key_value_heads
+    sizes = (("q_proj", "ND", config.num_attention_heads), ("k_proj", "GD", G), ("v_proj", "GD", G))
+    return tuple(
+        ParamSpec(
+            f"{name}.bias", (axis,), (heads * D,), (Cut("mp", 0, G),), decay=False, init="zeros"
+        )
+        for name, axis, heads in sizes
     )
 
 

@@ -212,7 +212,7 @@ def test_wrong_shape(source, shape):
 
 
 @single
-@on("change", [{"model_type": "llama"}, {"model_type": None}, {"model_type": "qwen2_moe"}])
+@on("change", [{"model_type": "llama"}, {"model_type": None}, {"model_type": "glm4_moe"}])
 def test_unsupported_architecture_says_which_are_supported(source, change):
     edit_json(source / "config.json", **change)
     refuse(

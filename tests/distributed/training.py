@@ -42,7 +42,9 @@ def model(name: str) -> ModelConfig:
     lora = {"lora": ADAPTERS[name]} if name in ADAPTERS else {}
     layers = 3 if name in FINE else 2 if name in DEEP else stages
     sizes = {"num_hidden_layers": layers}
-    return small_model(**TINY | sizes, tie_word_embeddings=name in TIED, moe=moe, **lora)
+    tied = name in TIED
+    sizes |= {"tie_word_embeddings": tied, "qkv_bias": tied}
+    return small_model(**TINY | sizes, moe=moe, **lora)
 
 
 LAYOUTS = {

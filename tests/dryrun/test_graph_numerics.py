@@ -143,7 +143,12 @@ CASES = {
             "original_max_position_embeddings": 16,
         },
     },
-    "dense, norms over all heads": {"moe": None, "num_hidden_layers": 1, "qk_norm": "full"},
+    "dense, norms over all heads, biases": {
+        "moe": None,
+        "num_hidden_layers": 1,
+        "qk_norm": "full",
+        "qkv_bias": True,
+    },
 }
 
 

@@ -84,6 +84,22 @@ class GraphPiecewiseNorm(Region):
         return self.compute(x_TQ, weight_D)
 
 
+class BiasRegion(Region):
+    """Adds a bias to this rank's rows and columns.
+
+    Args:
+        sharding: the table; None on one device.
+    """
+
+    def __init__(self, sharding: Sharding | None) -> None:
+        inputs = "columns", "divided_vector"
+        super().__init__(sharding, inputs, ("columns",), first_shape, (0,))
+
+    def compute(self, y_TO: Tensor, bias_O: Tensor) -> Tensor:
+        """[T, O] -> [T, O]."""
+        return y_TO + bias_O
+
+
 class GraphLinear(nn.Cell):
     """y = x W^T with W [output, input], divided by either axis.
 
@@ -94,11 +110,21 @@ class GraphLinear(nn.Cell):
         spec: of the weight.
         dtype: what is computed in.
         sharding: the table; None on one device.
+        bias: of a bias, where the weight is divided by output; None: there is none.
     """
 
-    def __init__(self, spec: ParamSpec, dtype: str, sharding: Sharding | None) -> None:
+    def __init__(
+        self,
+        spec: ParamSpec,
+        dtype: str,
+        sharding: Sharding | None,
+        bias: ParamSpec | None = None,
+    ) -> None:
         super().__init__()
         self.weight = weight(*spec.shape)
+        self.biased = bias is not None
+        if bias is not None:
+            self.bias, self.add_bias = weight(*bias.shape), BiasRegion(sharding)
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
         self.product = linear_primitive()
         if sharding is not None:
@@ -111,7 +137,10 @@ class GraphLinear(nn.Cell):
 
     def construct(self, x_TI: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
-        return self.product(x_TI, self.cast(self.weight, self.dtype))
+        y_TO = self.product(x_TI, self.cast(self.weight, self.dtype))
+        if self.biased:
+            return self.add_bias(y_TO, self.cast(self.bias, self.dtype))
+        return y_TO
 
 
 class GraphEmbedding(Region):

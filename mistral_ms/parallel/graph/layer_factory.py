@@ -80,9 +80,9 @@ class GraphLayerFactory(LayerFactory):
             add.shard(in_strategy=(rows, rows))
         return add
 
-    def linear(self, spec: ParamSpec) -> nn.Cell:
+    def linear(self, spec: ParamSpec, bias: ParamSpec | None = None) -> nn.Cell:
         """See the base."""
-        return GraphLinear(spec, self.dtype, self.sharding)
+        return GraphLinear(spec, self.dtype, self.sharding, bias)
 
     def attention_core(self, layer: int) -> nn.Cell:
         """See the base; the context is (positions, segments)."""

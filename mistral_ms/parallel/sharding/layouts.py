@@ -37,6 +37,7 @@ LAYOUTS: dict[str, Axes] = {
     # weights
     "matrix": (None, None),
     "vector": (None,),
+    "divided_vector": (TENSOR,),  # [O] of q, k and v
     "output_divided": (TENSOR, None),  # [O, I] of q, k, v, w1, w3
     "input_divided": (None, TENSOR),  # [O, I] of o and w2
     "experts": (EXPERT, TENSOR),  # [E * H, I] of an expert layer's w1, w3 and w2
