@@ -227,6 +227,6 @@ class Group(Frozen):
 def test_an_unknown_key_inside_of_a_list_is_named_with_those_that_are_known():
     with pytest.raises(
         ConfigError,
-        match=r"unknown key: x: entries\.0\.experts: .*known keys: gate, .*norm_topk_prob",
+        match=r"unknown key: x: entries\.0\.experts: .*known keys: .*gate, .*norm_topk_prob",
     ):
         validate(Group, {"entries": [{"num_local_experts": 2, "experts": 3}]}, "x")

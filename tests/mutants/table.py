@@ -45,17 +45,71 @@ MUTANTS = [
             "weights_TK / _sum_keep(weights_TK, -1)",
             "weights_TK / _sum_keep(probs_TE, -1)",
         ),
-        one_place_more_than_there_is=("position_TK < float(C)", "position_TK <= float(C)"),
-        one_place_is_never_used=("position_TK < float(C)", "position_TK < float(C - 1)"),
+        one_place_more_than_there_is=(
+            "position_TK < float(C // G)",
+            "position_TK <= float(C // G)",
+        ),
+        one_place_is_never_used=("position_TK < float(C // G)", "position_TK < float(C // G - 1)"),
         padding_gets_a_place=(
             "num_experts, _ON, _OFF) * valid_T.reshape(-1, 1, 1)",
             "num_experts, _ON, _OFF) * ops.ones_like(valid_T).reshape(-1, 1, 1)",
         ),
         choice_major_is_token_major=("if choice_major:\n        queue", "if False:\n        queue"),
-        places_are_counted_from_one=("queue_QE, -1) - 1.0", "queue_QE, -1)"),
+        places_are_counted_from_one=("queue_GQE, -1) - 1.0", "queue_GQE, -1)"),
         kept_choices_count_as_routed=(
             "ops.stop_gradient(_sum(chosen_TKE, (0, 1)))",
             "ops.stop_gradient(_sum(kept_TKE, (0, 1)))",
+        ),
+    ),
+    *of(
+        "ops/reference/routing.py",
+        "moe/test_local_groups.py",
+        groups_share_their_slots=("(tokens // groups) * (capacity // groups)", "tokens * capacity"),
+        a_group_has_the_slots_of_all=("position_TK < float(C // G)", "position_TK < float(C)"),
+        experts_choose_across_groups=("    if groups == 1:\n", "    if True:\n"),
+    ),
+    *of(
+        "ops/reference/routing.py",
+        "moe/test_masking.py",
+        a_full_expert_is_tried_again=("open_TE * (1.0 - wants_TE)", "open_TE"),
+        rerouted_tokens_take_places_twice=("used_G1E + _sum_keep(got", "0.0 * _sum_keep(got"),
+    ),
+    *of(
+        "ops/reference/assignment.py",
+        "moe/gates/test_balanced_assignment.py",
+        bids_do_not_count_the_second_best=("scores_TE - best_T2[:, 1:]", "scores_TE"),
+        rows_of_sinkhorn_are_scaled_to_columns=("(1.0 / T) / (", "(1.0 / E) / (1.0 + "),
+    ),
+    *of(
+        "moe/losses.py",
+        "moe/test_local_groups.py",
+        means_of_groups_are_those_of_all=("scores_GE * counted_GE / tokens_G1", "scores_GE"),
+        top_scores_are_the_choices=('routing.aux_choices == "top_scores"', "False"),
+    ),
+    *of(
+        "moe/gates/base.py",
+        "moe/test_masking.py",
+        masked_outputs_are_rescaled=(
+            "drawn_TK >= probability, ms.float32)",
+            "drawn_TK >= probability, ms.float32) / (1 - probability)",
+        ),
+        outputs_are_not_scaled_in_evaluation=("weights_TK, 1.0 - probability", "weights_TK, 1.0"),
+        share_is_not_rescaled=("kept_T1 / (1.0 - probability)", "kept_T1"),
+    ),
+    *of(
+        "moe/shared.py",
+        "moe/test_masking.py",
+        shares_are_swapped=(
+            "share_T1 * routed_TH + (1.0 - share_T1) * shared_TH",
+            "(1.0 - share_T1) * routed_TH + share_T1 * shared_TH",
+        ),
+    ),
+    *of(
+        "models/objective.py",
+        "moe/test_pyramid.py",
+        a_layer_has_the_experts_of_the_largest=(
+            "layer_of(sums, number, self.experts[number])",
+            "layer_of(sums, number, max(self.experts))",
         ),
     ),
     *of(
@@ -153,10 +207,13 @@ MUTANTS = [
             "_sum(scores_TE, 0)",
         ),
         first_choices_are_all_choices=(
-            "experts_TK[:, :1], valid_T, kept_TK[:, :1], E",
-            "experts_TK, valid_T, kept_TK, E",
+            "experts_TK, K = experts_TK[:, :1], 1",
+            "K = 1",
         ),
-        shares_are_not_divided=("counted_E = routed_E / K", "counted_E = routed_E"),
+        shares_are_not_divided=(
+            "experts_TK.shape[-1] if routing.aux_normalize",
+            "1 if routing.aux_normalize",
+        ),
         padding_counts_in_the_z_loss=("log_z_T * log_z_T * valid_T", "log_z_T * log_z_T"),
         z_loss_without_a_square=("_sum(log_z_T * log_z_T", "_sum(log_z_T"),
         layers_are_added_not_averaged=(
