@@ -12,13 +12,14 @@ from pydantic import Field, ValidationError
 from mistral_ms.auto.modeling import PreTrainedModel
 from mistral_ms.checkpoint import CheckpointSeries, open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.checkpoint.run_files import RunFiles
 from mistral_ms.config import EvaluationConfig, Recompute, RunConfig
 from mistral_ms.config.base import Frozen, in_our_words, validate
 from mistral_ms.datasets import MindRecordSequences, RowSequences
 from mistral_ms.errors import ConfigError, TrainingError
 from mistral_ms.models import share_parameters
 from mistral_ms.optimizers import find as find_optimizer
-from mistral_ms.training import RunFiles, RunResult, StepRecord, TrainingRun
+from mistral_ms.training import RunResult, StepRecord, TrainingRun
 from mistral_ms.training.evaluate import Evaluation, Evaluator
 from mistral_ms.training.held_out import EvaluationRecord
 

@@ -41,24 +41,14 @@ def train(
     """Train a model: metrics, TensorBoard events, checkpoints, pictures and a summary."""
     from rich.console import Console
 
+    from mistral_ms.checkpoint.run_files import run_files
     from mistral_ms.cli.output import write_json
     from mistral_ms.cli.processes import heartbeat_of, join_processes
-    from mistral_ms.errors import ConfigError
 
     config, run = _run_config(config, resume, overrides or [])
     parallel_context = join_processes(run.parallel)
     console = Console(highlight=False, soft_wrap=True, quiet=not parallel_context.is_rank_0)
-    output = run.output or Path("runs") / config.stem
-    if resume is not None:
-        if run.output is not None and run.output.resolve() != resume.resolve():
-            raise ConfigError(
-                "two directories",
-                where="output",
-                value=run.output,
-                rule=f"--resume goes on in {resume}",
-                todo="leave output out",
-            )
-        output = resume
+    output = run_files(config, run.output, resume).root
     with heartbeat_of(parallel_context) as heartbeat:
         result = _execute(
             console, run, output, parallel_context, heartbeat, resuming=resume is not None
@@ -79,10 +69,10 @@ def _run_config(
     Raises:
         ConfigError: no run file, or one that cannot be read; says how the run goes on without.
     """
+    from mistral_ms.checkpoint.run_files import RunFiles
     from mistral_ms.config import load_run_config
     from mistral_ms.errors import ConfigError
     from mistral_ms.optimizers import settings_of
-    from mistral_ms.training import RunFiles
 
     own = None if resume is None else RunFiles(resume).config
     if config is None:
@@ -118,8 +108,9 @@ def _execute(
     *,
     resuming: bool,
 ) -> RunResult:
+    from mistral_ms.checkpoint.run_files import RunFiles
     from mistral_ms.cli.backend_log import backend_log
-    from mistral_ms.training import RunFiles, TrainingRun, show_progress
+    from mistral_ms.training import TrainingRun, show_progress
 
     def say(line: str) -> None:
         console.print(line, markup=False)

@@ -221,6 +221,19 @@ class RunConfig(Frozen):
         return self
 
 
+def data_of(run: RunConfig) -> DataSourceConfig:
+    """What a run is trained on.
+
+    Raises:
+        ConfigError: nothing is named.
+    """
+    if run.data is None:
+        raise ConfigError(
+            "nothing to learn", where="data", rule="name data.dataset, or data.inputs"
+        )
+    return run.data
+
+
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run file and the model file that it names, then applies overrides to both.
 

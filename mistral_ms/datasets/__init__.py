@@ -13,7 +13,7 @@ from mistral_ms.datasets.batches import (
     SequenceSource,
 )
 from mistral_ms.datasets.build import BuildResult, build_dataset
-from mistral_ms.datasets.description import DatasetInfo, check_fit, read_info, verify
+from mistral_ms.datasets.description import DatasetInfo, check_fit, check_length, read_info, verify
 from mistral_ms.datasets.encoding import DocumentEncoder, vocabulary_digest
 from mistral_ms.datasets.packing import PackedSequence, Packer
 from mistral_ms.datasets.rows import RowSequences
@@ -34,6 +34,7 @@ __all__ = [
     "SequenceSource",
     "build_dataset",
     "check_fit",
+    "check_length",
     "read_info",
     "verify",
     "vocabulary_digest",

@@ -163,6 +163,22 @@ def verify(directory: Path, progress: Callable[[int, int], None] | None = None) 
     return info
 
 
+def check_length(directory: Path, info: DatasetInfo, seq_length: int) -> None:
+    """Checks that a dataset has sequences of a run's length.
+
+    Raises:
+        ConfigError: of another one.
+    """
+    if info.config.seq_length != seq_length:
+        raise ConfigError(
+            "sequences of another length",
+            where="training.seq_length",
+            value=seq_length,
+            rule=f"the dataset {directory} has sequences of {info.config.seq_length} tokens",
+            todo="pack it again, or train with its length",
+        )
+
+
 def check_fit(
     directory: Path, info: DatasetInfo, model: ModelConfig, tokenizer: Tokenizer | None = None
 ) -> None:

@@ -39,6 +39,7 @@ def check_all(options: Options, environ: Mapping[str, str]) -> list[Finding]:
     """Everything that is wrong or doubtful on this machine."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         lambda: check_run(options),
+        lambda: check_task(options),
         lambda: check_script(environ),
         lambda: check_logs(options.log_dir),
         lambda: check_port(options),
@@ -73,6 +74,18 @@ def check_run(options: Options) -> Iterator[Finding]:
             f"({options.workers}): set it to that, so that groups are laid out as the machines are",
             fatal=parallel.all_to_all != "flat",
         )
+
+
+def check_task(options: Options) -> Iterator[Finding]:
+    """What every process would refuse, after half a minute in which they find each other."""
+    try:
+        options.task.parallel()
+    except MistralMsError:
+        return  # check_run has said it
+    try:
+        options.task.check(options.node_rank)
+    except MistralMsError as error:
+        yield Finding(str(error))
 
 
 def check_script(environ: Mapping[str, str]) -> Iterator[Finding]:

@@ -35,6 +35,7 @@ from mistral_ms.checkpoint import (
 )
 from mistral_ms.checkpoint.files import PARAM_NAME_MAP
 from mistral_ms.checkpoint.merge_ranks import merged_ranks
+from mistral_ms.checkpoint.run_files import RunFiles
 from mistral_ms.config import (
     ModelConfig,
     ParallelConfig,
@@ -47,7 +48,6 @@ from mistral_ms.optimizers import with_settings
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.sharding.forms import GraphForm, graph_form
 from mistral_ms.staging import StagedDirectory
-from mistral_ms.training import RunFiles
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.loss_scale import LossScale
 from mistral_ms.training.prepare import open_data

@@ -1,6 +1,5 @@
 """Training: schedule, optimizer, the compiled step, the loop, checkpoints, and what it reports."""
 
-from mistral_ms.training.files import RunFiles
 from mistral_ms.training.loop import Observer, TrainingSummary, train
 from mistral_ms.training.lr_scheduler import learning_rate
 from mistral_ms.training.memory import MemoryReport
@@ -17,7 +16,6 @@ __all__ = [
     "NotFiniteError",
     "Observer",
     "Progress",
-    "RunFiles",
     "RunResult",
     "StepRecord",
     "StepResult",

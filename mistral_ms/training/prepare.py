@@ -10,14 +10,19 @@ from mindspore import Parameter
 
 from mistral_ms.checkpoint import open_merged, tokenizer_files
 from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.checkpoint.run_files import RunFiles
 from mistral_ms.config import DataConfig, DataSourceConfig, PackingConfig, RunConfig
 from mistral_ms.config.computation import check_same_model
-from mistral_ms.datasets import MindRecordSequences, build_dataset
+from mistral_ms.config.run import data_of
+from mistral_ms.datasets import MindRecordSequences, build_dataset, check_length
 from mistral_ms.errors import ConfigError, TokenizerError
+from mistral_ms.moe import make_gate, router_loss_terms, try_gates
+from mistral_ms.optimizers import check_layout, make_plan, with_settings
 from mistral_ms.parallel.context import ParallelContext
+from mistral_ms.parallel.pipeline import check_objective, check_trained
 from mistral_ms.parallel.storage import Storage
 from mistral_ms.tokenizer import Tokenizer, end_token_notes, find_tokenizer, load_tokenizer
-from mistral_ms.training.files import RunFiles
+from mistral_ms.weights import specs
 
 Say = Callable[[str], None]
 
@@ -39,6 +44,30 @@ def check_device(run: RunConfig) -> None:
         )
 
 
+def check_settings(run: RunConfig) -> RunConfig:
+    """Everything that can be said of a run without data, which may take long to pack.
+
+    Returns:
+        The run, its optimizer's settings spelled out.
+
+    Raises:
+        ConfigError: a dtype that the device does not compute in; an optimizer, its settings or its
+            parameter groups; losses that the layout cannot form or the gate does not have; a gate
+            with impossible settings, or one that breaks its contract.
+    """
+    check_device(run)
+    run = run.model_copy(update={"training": with_settings(run.training)})
+    plan = make_plan(run.training, specs(run.model))
+    graph = run.parallel.execution_on(ms.get_context("device_target")) == "graph"
+    check_layout(plan, run.parallel, graph=graph)
+    check_trained(run.model, run.parallel.pp, plan.group_of)
+    check_objective(run.model, run.routing, run.parallel, run.training.router_aux_loss_coef)
+    router_loss_terms(run.model, tuple(run.training.router_losses))
+    if run.model.sparse_layers:
+        try_gates(make_gate(run.model, run.routing), run.model, training=True)
+    return run
+
+
 def open_data(
     run: RunConfig,
     files: RunFiles,
@@ -56,11 +85,7 @@ def open_data(
         ConfigError: no data, or sequences of another length than the run's.
         DataError: texts or a dataset that cannot be read, or that are not for this model.
     """
-    data = run.data
-    if data is None:
-        raise ConfigError(
-            "nothing to learn", where="data", rule="name data.dataset, or data.inputs"
-        )
+    data = data_of(run)
     packed = data.dataset is None and files.dataset.exists()
     tokenizer = _tokenizer(run, optional=resuming and (packed or data.dataset is not None))
     sequences = _sequences(
@@ -128,14 +153,7 @@ def _sequences(
             say(f"packed {counts.tokens} tokens into {counts.sequences} sequences: {directory}")
     parallel_context.barrier()
     sequences = MindRecordSequences(directory, batch_size, training.seed)
-    if sequences.seq_length != training.seq_length:
-        raise ConfigError(
-            "sequences of another length",
-            where="training.seq_length",
-            value=training.seq_length,
-            rule=f"the dataset {directory} has sequences of {sequences.seq_length} tokens",
-            todo="pack it again, or train with its length",
-        )
+    check_length(directory, sequences.info, training.seq_length)
     sequences.check_model(run.model, tokenizer)
     return sequences
 

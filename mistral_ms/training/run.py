@@ -13,20 +13,18 @@ from typing import Any
 import mindspore as ms
 
 from mistral_ms.checkpoint import BackgroundWriter, CheckpointSeries, read_state
+from mistral_ms.checkpoint.run_files import RunFiles
 from mistral_ms.config import RunConfig, spelled_out
 from mistral_ms.datasets import SequenceSource
 from mistral_ms.errors import CheckpointError, TrainingError
 from mistral_ms.models import CausalLM
-from mistral_ms.moe import make_gate, router_loss_terms, try_gates
 from mistral_ms.optimizers import with_settings
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.memory import too_large
-from mistral_ms.parallel.pipeline import check_objective
 from mistral_ms.tokenizer import Tokenizer
 from mistral_ms.training.adapters import check_adapters, initialize_weights, write_adapter
 from mistral_ms.training.failure import write_failure
 from mistral_ms.training.figures import write_figures
-from mistral_ms.training.files import RunFiles
 from mistral_ms.training.graph_step import GraphTrainStep
 from mistral_ms.training.held_out import HeldOut, OnEvaluation, check_evaluation
 from mistral_ms.training.identity import Identity
@@ -38,7 +36,7 @@ from mistral_ms.training.objective import make_objective
 from mistral_ms.training.parts import save_parts, take_part
 from mistral_ms.training.prepare import (
     Say,
-    check_device,
+    check_settings,
     initialize,
     open_data,
     open_held_out,
@@ -120,8 +118,7 @@ class TrainingRun:
         self.parallel_context = (
             ParallelContext(run.parallel) if parallel_context is None else parallel_context
         )
-        check_device(run)
-        run = run.model_copy(update={"training": with_settings(run.training)})
+        run = check_settings(run)
         if resume:
             self.files.again()
         elif self.parallel_context.is_rank_0:
@@ -135,7 +132,6 @@ class TrainingRun:
     def _prepare(self, run: RunConfig, resume: bool) -> None:
         """Everything that comes before the first step."""
         say = self._say
-        _check_model(run)  # before texts are packed, which may take long
         check_adapters(run, self._given[-1] is not None)
         if run.evaluation is not None:
             way = run.parallel.execution_on(ms.get_context("device_target"))
@@ -382,16 +378,3 @@ class TrainingRun:
             f"the state before the step: {self.series.path(error.step - 1)} "
             f"(--resume {self.files.root} replays it)"
         )
-
-
-def _check_model(run: RunConfig) -> None:
-    """Raises what can be said of model and losses without data.
-
-    Raises:
-        ConfigError: losses that the layout cannot form or the gate does not have; a gate with
-            impossible settings, or one that breaks its contract.
-    """
-    check_objective(run.model, run.routing, run.parallel, run.training.router_aux_loss_coef)
-    router_loss_terms(run.model, tuple(run.training.router_losses))
-    if run.model.sparse_layers:
-        try_gates(make_gate(run.model, run.routing), run.model, training=True)

@@ -94,7 +94,7 @@ TABLE = {
     "mixtures": rule(f"{MODEL_PACKAGES} checkpoint", "mindspore numpy pydantic"),
     "alignment": rule(f"{BELOW_TRAINING} inference", "mindspore numpy torch transformers peft"),
     "shipped": rule("moe mixtures parallel"),
-    "launch": rule("config shipped"),
+    "launch": rule("config weights checkpoint datasets parallel.pipeline training shipped"),
     "planner": rule(
         "config data weights parallel.topology parallel.pipeline parallel.memory parallel.sharding",
         "pydantic matplotlib",  # files of hardware, pictures

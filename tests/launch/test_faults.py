@@ -23,6 +23,7 @@ RUN = dict(
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
+    (tmp_path / "text.txt").write_text("a text")
     return tmp_path
 
 

@@ -30,6 +30,7 @@ from transformers import MixtralForCausalLM
 import mistral_ms
 from mistral_ms.checkpoint import convert, open_checkpoint
 from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.checkpoint.run_files import RunFiles
 from mistral_ms.config import (
     GenerationConfig,
     ModelConfig,
@@ -43,7 +44,7 @@ from mistral_ms.inference import Engine
 from mistral_ms.mindformers import training_files
 from mistral_ms.models import CausalLM
 from mistral_ms.tokenizer import copy_files, packaged_tokenizer
-from mistral_ms.training import RunFiles, TrainingRun
+from mistral_ms.training import TrainingRun
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.objective import make_objective
 from mistral_ms.training.state import restore, take_snapshot

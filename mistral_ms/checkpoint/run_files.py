@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mistral_ms.errors import TrainingError
+from mistral_ms.errors import ConfigError, TrainingError
 from mistral_ms.staging import Lock
 
 
@@ -82,11 +82,11 @@ class RunFiles:
         """The report on a step whose loss was not finite."""
         return self.root / f"failure-step-{step:08d}.json"
 
-    def begin(self) -> None:
-        """Makes the directory of a new run.
+    def check_new(self) -> None:
+        """Checks that there is no run yet.
 
         Raises:
-            TrainingError: another run's files are there, or it cannot be written.
+            TrainingError: another run's files are there.
         """
         for path in (self.metrics, self.checkpoints):
             if path.exists():
@@ -97,6 +97,14 @@ class RunFiles:
                     rule="a new run overwrites nothing",
                     todo=f"go on with --resume {self.root}, or choose another output",
                 )
+
+    def begin(self) -> None:
+        """Makes the directory of a new run.
+
+        Raises:
+            TrainingError: another run's files are there, or it cannot be written.
+        """
+        self.check_new()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / ".mistral_ms_probe"
@@ -130,3 +138,29 @@ class RunFiles:
             return Lock(self.root / ".lock", self.root).acquire()
         except OSError as error:
             raise TrainingError("cannot write", where=self.root, value=error.strerror) from error
+
+
+def run_files(config: Path, output: Path | None, resumed: Path | None) -> RunFiles:
+    """Where a training writes.
+
+    Args:
+        config: its run file, after which the directory is called where nothing else is said.
+        output: what the run file says.
+        resumed: the directory of a run that goes on.
+
+    Raises:
+        ConfigError: the run file, not that of the resumed run itself, names another directory.
+    """
+    if resumed is None:
+        return RunFiles(output or Path("runs") / config.stem)
+    files = RunFiles(resumed)
+    own = config.resolve() == files.config.resolve()  # which may have been moved since
+    if not own and output is not None and output.resolve() != resumed.resolve():
+        raise ConfigError(
+            "two directories",
+            where="output",
+            value=output,
+            rule=f"--resume goes on in {resumed}",
+            todo="leave output out",
+        )
+    return files
