@@ -34,7 +34,8 @@ _COUNTERS = (
     "current_iterator_step", "last_overflow_iterator_step", "beta1_power", "beta2_power",
     "learning_rate", r"learning_rate_group_\d+", "state_step",
     # of our models in its Trainer
-    "router_report", r"net\.(layers\.\d+\.moe|loss)\.metrics_buffer", r"norm\.square\.\d+",
+    "router_report", "metrics_scale",
+    r"net\.(layers\.\d+\.moe|loss)\.metrics_buffer", r"norm\.square\.\d+",
 )  # fmt: skip
 _ROUTER = r"model\.layers\.\d+\.feed_forward\.router\.router"
 _STATE = re.compile(

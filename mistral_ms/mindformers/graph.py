@@ -15,14 +15,17 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
+from mindspore.communication import get_rank
 
 from mistral_ms.config import IGNORE_INDEX, RunConfig
 from mistral_ms.config.base import validate
 from mistral_ms.errors import ConfigError
 from mistral_ms.mindformers.config import MistralConfig, dtype_name
+from mistral_ms.mindformers.monitor import StepLosses
 from mistral_ms.parallel.graph import build_model, share_of_square
 from mistral_ms.parallel.graph.model import GraphModel
 from mistral_ms.parallel.graph.update import NORM_EPS, GlobalNorm
+from mistral_ms.parallel.pipeline import stages_of
 from mistral_ms.parallel.sharding import Sharding
 from mistral_ms.weights import Specs
 
@@ -105,8 +108,28 @@ def build_graph(config: MistralConfig) -> tuple[GraphModel, Sharding | None, Run
         draw: Any = Normal(spec.std) if spec.init == "normal" else spec.init
         parameter.set_data(initializer(draw, parameter.shape, parameter.dtype))
     for buffer in model.metrics_buffers().values():
-        buffer.requires_grad = False  # MindFormers' step does not record them
+        buffer.requires_grad = False  # no weight for MindFormers' optimizer; our step records them
     return model, sharding, run
+
+
+def recorded_losses(model: GraphModel, sharding: Sharding | None, run: RunConfig) -> StepLosses:
+    """What the last step's loss consisted of, of the stage of this process.
+
+    Args:
+        model: the net, whose buffers the step has filled.
+        sharding: the table; None on one device.
+        run: of the net.
+    """
+    config, pp = run.model, run.parallel.pp
+    stage = stages_of(config, pp)[0 if sharding is None else get_rank() // sharding.ranks]
+    layers = tuple(layer for layer in config.sparse_layers if layer in stage.layers)
+    experts = 0 if config.moe is None else config.moe.num_local_experts
+    buffers, columns = model.metrics_buffers(), 2 + 2 * experts
+    table_LF = np.array([buffers[layer].asnumpy()[0] for layer in layers]).reshape(-1, columns)
+    losses_L2, routed_LE, kept_LE = np.split(table_LF, (2, 2 + experts), 1)
+    aux, z = losses_L2.sum(0) / max(1, len(layers))
+    lm = float(buffers[None].asnumpy()[0, 0]) if stage.head else None
+    return StepLosses(lm, float(aux), float(z), routed_LE, kept_LE, layers if pp > 1 else None)
 
 
 class WholeBatch(nn.Cell):

@@ -15,23 +15,26 @@ class StepLosses:
     """What the loss of a step consisted of.
 
     Attributes:
-        lm: mean negative log-likelihood over the counted tokens.
+        lm: mean negative log-likelihood over the counted tokens; None on a pipeline's stage without
+            the head.
         aux: load-balancing loss, without its coefficient.
         z: router z-loss, without its coefficient.
         routed_LE: choices per sparse layer and expert, before the capacity.
         kept_LE: choices that got a slot.
+        layers: the stage's sparse layers, which all but the first are of; None: of the whole model.
     """
 
-    lm: float
+    lm: float | None
     aux: float
     z: float
     routed_LE: np.ndarray
     kept_LE: np.ndarray
+    layers: tuple[int, ...] | None = None
 
 
 class RouterMonitor(Callback):
     """Logs, beside MFLossMonitor's lines, what the loss consists of; in ``callbacks``
-    ``type: RouterMonitor``.
+    ``type: RouterMonitor``. Each stage of a pipeline logs what its own layers record.
 
     Args:
         per_print_times: every so many steps.
@@ -40,13 +43,17 @@ class RouterMonitor(Callback):
     def __init__(self, per_print_times: int = 1) -> None:
         super().__init__()
         self.per_print_times = per_print_times
+        self._read: Any = None
 
     def on_train_step_end(self, run_context: Any) -> None:
         """Called by MindSpore."""
         parameters = run_context.original_args()
-        read = getattr(parameters.train_network, "losses", None)
         step = parameters.cur_step_num
-        if read is None or step % self.per_print_times or (losses := read()) is None:
+        if self._read is None:  # of the step; data that is sunk has a cell of its own around it
+            cells = (cell for _, cell in parameters.train_network.cells_and_names())
+            reads = (getattr(cell, "losses", None) for cell in cells)
+            self._read = next((each for each in reads if callable(each)), lambda: None)
+        if step % self.per_print_times or (losses := self._read()) is None:
             return
         logger.info("step %s: %s", step, describe(losses))
 
@@ -55,7 +62,10 @@ def describe(losses: StepLosses) -> str:
     """The losses by name; for a sparse model the share of choices that were dropped, and each
     layer's largest and smallest load of an expert as multiples of the mean.
     """
-    text = f"lm_loss {losses.lm:.6f}, aux_loss {losses.aux:.6f}, z_loss {losses.z:.6f}"
+    lm = "" if losses.lm is None else f"lm_loss {losses.lm:.6f}, "
+    text = f"{lm}aux_loss {losses.aux:.6f}, z_loss {losses.z:.6f}"
+    if losses.layers is not None:
+        text += f" of layers {', '.join(map(str, losses.layers)) or 'none'}"
     routed, kept = losses.routed_LE, losses.kept_LE
     if not routed.size:
         return text

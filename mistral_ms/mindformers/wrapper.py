@@ -8,17 +8,19 @@ import mindspore as ms
 import numpy as np
 from mindformers.wrapper import MFPipelineWithLossScaleCell, MFTrainOneStepCell
 from mindformers.wrapper.wrapper import DataOrderWrapperCell, get_real_models
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.communication import GlobalComm, get_group_size
 
 from mistral_ms.config import IGNORE_INDEX
 from mistral_ms.errors import ConfigError
-from mistral_ms.mindformers.graph import GraphClipping, WholeBatch
+from mistral_ms.mindformers.graph import GraphClipping, WholeBatch, recorded_losses
 from mistral_ms.mindformers.modeling import MistralForCausalLM
 from mistral_ms.mindformers.monitor import StepLosses
 
 _sum = ops.ReduceSum()
 _is_finite = ops.IsFinite()
+_assign = ops.Assign()
+_hyper_map = ops.HyperMap()
 
 
 class ScaledLosses(nn.Cell):
@@ -88,16 +90,41 @@ def _ordering(network: nn.Cell) -> DataOrderWrapperCell | None:
     return next((each for each in cells if isinstance(each, DataOrderWrapperCell)), None)
 
 
+def _accumulated(buffers: ParameterTuple) -> nn.Cell:
+    """What micro-batches have added up of the gradients of buffers."""
+    reducer = nn.PipelineGradReducer(buffers)
+    reducer.scale_sense.name = "metrics_scale"  # MindFormers' step has one of its name
+    return reducer
+
+
 class _GraphGradients(nn.Cell):
     """What a step of MindFormers needs for the auto-parallel graph."""
 
-    def prepare(self, model: MistralForCausalLM, max_grad_norm: float) -> None:
-        """Takes the model, which lies somewhere inside the step's network."""
+    def prepare(
+        self, model: MistralForCausalLM, max_grad_norm: float, accumulated: bool = False
+    ) -> None:
+        """Takes the model, which lies somewhere inside the step's network.
+
+        Args:
+            model: divided among processes, or as if.
+            max_grad_norm: gradients are scaled down to this norm.
+            accumulated: whether micro-batches add up what is recorded.
+        """
         self.columns = columns_of(self.network)
         if (cell := _ordering(self.network)) is not None:
             cell.construct_args_key = list(GRAPH_INPUTS)
         # called by MindFormers' trainer on the network when a checkpoint was loaded
         self.network.init_parameters_data = model.init_parameters_data
+        buffers = tuple(model.net.metrics_buffers().values())
+        for buffer in buffers:  # not before the optimizer was made, which takes what is trained
+            buffer.requires_grad = True
+        self.model, self.buffers = model, ParameterTuple(buffers)
+        self.count = len(self.weights)
+        self.metrics_reducer = nn.Identity() if not accumulated else _accumulated(self.buffers)
+        self.network.set_grad()
+        self.value_and_grad = ops.value_and_grad(
+            self.network, None, ParameterTuple((*self.weights, *buffers))
+        )
         self.whole_batch = WholeBatch(
             model.run_config.training.seq_length, model.pad_token_id, model.ignore_token_id
         )
@@ -118,9 +145,15 @@ class _GraphGradients(nn.Cell):
         scale = ops.cast(scaling_sens, ms.float32).reshape(())
         ids, labels = in_order(self.columns, inputs)
         batch = self.whole_batch(scale, ids, labels)
-        loss = self.network(*batch)
-        gradients = self.grad(self.network, self.weights)(*batch, ops.ones_like(loss))
+        loss, gradients = self.value_and_grad(*batch)
+        gradients, recorded = gradients[: self.count], gradients[self.count :]
+        recorded = _hyper_map(_assign, self.buffers, self.metrics_reducer(recorded))
+        loss = ops.depend(loss, recorded)
         return loss / scale, gradients
+
+    def graph_losses(self) -> StepLosses:
+        """What the last step's loss consisted of, of this process' stage."""
+        return recorded_losses(self.model.net, self.model.sharding, self.model.run_config)
 
 
 class MoETrainOneStepCell(_GraphGradients, MFTrainOneStepCell):
@@ -229,6 +262,8 @@ class MoETrainOneStepCell(_GraphGradients, MFTrainOneStepCell):
 
     def losses(self) -> StepLosses | None:
         """What the last step's loss consisted of, as arrays; None for a model that is not ours."""
+        if self.divided:
+            return self.graph_losses()
         if not self.ours:
             return None
         values = self.report.asnumpy()
@@ -252,7 +287,7 @@ class MoEPipelineTrainOneStepCell(_GraphGradients, MFPipelineWithLossScaleCell):
         real = get_real_models(network)
         self.divided = isinstance(real, MistralForCausalLM) and real.divided
         if self.divided:
-            self.prepare(real, kwargs.get("max_grad_norm", 1.0))
+            self.prepare(real, kwargs.get("max_grad_norm", 1.0), accumulated=True)
 
     def grads_for_legacy(self, scaling_sens: Tensor, *inputs: Tensor) -> tuple[Any, Any, Any]:
         """See MindFormers; its monitor divides the loss by the micro-batches."""
@@ -260,6 +295,10 @@ class MoEPipelineTrainOneStepCell(_GraphGradients, MFPipelineWithLossScaleCell):
             return super().grads_for_legacy(scaling_sens, *inputs)
         loss, gradients = self.graph_gradients(scaling_sens, *inputs)
         return loss * self.micro_size, gradients, self.grad_scale_factor
+
+    def losses(self) -> StepLosses | None:
+        """See :class:`MoETrainOneStepCell`."""
+        return self.graph_losses() if self.divided else None
 
 
 def is_replicated() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -254,6 +255,37 @@ def test_a_file_of_1_7_works_with_two_lines_changed(mf, tmp_path):
     )
     assert type(model) is mf.MixtralForCausalLM
     assert model.language_model.config.moe.num_local_experts == 8
+
+
+def leaves(value: object) -> set[str]:
+    """The last part of every key."""
+    if isinstance(value, list):
+        return set().union(*(leaves(each) for each in value if isinstance(each, dict)))
+    found: set[str] = set()
+    for key, each in value.items() if isinstance(value, dict) else ():
+        below = leaves(each)
+        found |= below or {key}
+    return found
+
+
+def test_every_key_of_1_7_has_its_row_in_both_languages():
+    """And the pages have the same commands, and tables of the same rows."""
+    pages = [
+        (CONFIGS[0].parents[2] / "docs" / f"mindformers{end}.md").read_text(encoding="utf-8")
+        for end in ("", "_CN")
+    ]
+    rows = [[line for line in page.splitlines() if line.startswith("|")] for page in pages]
+    assert len(rows[0]) == len(rows[1])
+    for page_rows in rows:
+        words = set(re.findall(r"\w+", " ".join(re.findall("`([^`]+)`", "".join(page_rows)))))
+        assert not leaves(version_1_7()) - words
+        for path in CONFIGS:
+            assert path.stem in words
+    for pattern in ("```.*?```", "^#+ "):
+        found = [re.findall(pattern, page, re.S | re.M) for page in pages]
+        assert len(found[0]) == len(found[1])
+    shell = [re.findall("```bash.*?```", page, re.S) for page in pages]
+    assert shell[0] == shell[1]
 
 
 def test_attributes_that_are_set_later_count(mf):

@@ -341,6 +341,11 @@ def test_router_losses_follow_the_loss_scale(monkeypatch):
         assert not overflow.asnumpy()
         assert float(loss.asnumpy()) == pytest.approx(float(parts[0].asnumpy()), rel=1e-5)
         assert float(norm.asnumpy()[0]) == pytest.approx(sum(squares.values()) ** 0.5, rel=1e-5)
+        seen = step.losses()
+        for one, two in zip((seen.lm, seen.aux, seen.z), parts[:3], strict=True):
+            assert one == pytest.approx(float(two.asnumpy()), rel=1e-5)
+        for one, two in zip((seen.routed_LE, seen.kept_LE), parts[3:5], strict=True):
+            assert np.array_equal(one, two.asnumpy())
         for weight, square in zip(
             optimizer.parameters, step.clip_grad_norm.norm.squares, strict=True
         ):
