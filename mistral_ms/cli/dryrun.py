@@ -152,15 +152,20 @@ def _compile(
 ) -> dict[str, Any]:
     from mistral_ms.config import RunConfig
     from mistral_ms.parallel.dryrun.ir import read
+    from mistral_ms.parallel.dryrun.process import TARGETS
     from mistral_ms.parallel.dryrun.report import report
     from mistral_ms.parallel.topology import Topology
+    from mistral_ms.planner.beside import planned_beside
 
     with compiler.compiled(request, logs, time_limit) as found:
         text = found.graph.read_text(encoding="utf-8", errors="replace")
         graph = read(text, request.rank, request.world, found.groups)
     topology = Topology.of(run.parallel)
     micro_batches = run.training.gradient_accumulation_steps if isinstance(run, RunConfig) else 1
-    return report(graph, topology, request.rank, found.seconds, micro_batches)
+    one = report(graph, topology, request.rank, found.seconds, micro_batches)
+    if isinstance(run, RunConfig) and request.target == TARGETS["train"]:
+        one["planned"] = planned_beside(run, one, request.layers)
+    return one
 
 
 def _show(console: Console, one: dict[str, Any], whole: bool) -> None:
@@ -182,6 +187,22 @@ def _show(console: Console, one: dict[str, Any], whole: bool) -> None:
         f"{size_text(sent['bytes_inside'])} inside its node, "
         f"{size_text(sent['bytes_between'])} to others"
     )
+    planned = one.get("planned")
+    if planned is not None:
+        lines = planned["communication"]
+        alike = sum(line["compiled"] == line["planned"] for line in lines)
+        console.print(
+            f"planned: weights {size_text(planned['parameter_bytes'])}, optimizer "
+            f"{size_text(planned['optimizer_bytes'])}; bytes of {alike} of {len(lines)} "
+            "communication operators as planned"
+        )
+        for line in lines:
+            if line["compiled"] != line["planned"]:
+                console.print(
+                    f"  {line['operator']} {line['phase']} of ranks "
+                    f"{','.join(map(str, line['ranks']))}: {size_text(line['compiled'])}, planned "
+                    f"{size_text(line['planned'])}"
+                )
     if not whole:
         return
     table = Table(box=None, pad_edge=False)

@@ -17,7 +17,7 @@ _MARKERS = "osD^vPX"
 
 
 def study_png(study: Study) -> bytes:
-    """A PNG of all charts of a study, one below the other."""
+    """A PNG of all charts of a study, one below the other; those with lines share their names."""
     from matplotlib.figure import Figure
 
     heights = [_height(chart) for chart in study.charts]
@@ -25,6 +25,9 @@ def study_png(study: Study) -> bytes:
     axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for one, chart in zip(axes, study.charts, strict=True):
         (_stacked if chart.kind == "stacked" else _plotted)(one, chart)
+    handles, names = axes[-1].get_legend_handles_labels()
+    if study.charts[-1].kind != "stacked":  # below, where it hides nothing
+        figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140)
     return buffer.getvalue()
@@ -82,9 +85,6 @@ def _plotted(axes: Axes, chart: Chart) -> None:
     axes.set_title(chart.title, loc="left")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(  # below, where it hides nothing
-        loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=9
-    )
     plain(axes)
 
 

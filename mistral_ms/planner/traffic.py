@@ -80,15 +80,17 @@ def tokens_of(run: RunConfig) -> int:
 
 
 def exchanged_rows(run: RunConfig) -> float:
-    """Rows of a rank's buffer on the way to the experts: E * C under a capacity; T * K, those that
-    really travel, without one.
+    """Rows of a rank's buffers on the way to the experts: E * C under a capacity, of each of its
+    dispatch groups; T * K, those that really travel, without one.
     """
     moe = run.model.moe
     assert moe is not None
     T, E, K = tokens_of(run), moe.num_local_experts, moe.num_experts_per_tok
     if run.routing.policy == "dropless":
         return float(T * K)
-    return float(E * expert_capacity(T, E, K, run.routing, run.training.seq_length))
+    groups = run.parallel.micro_batch_interleave_num
+    length = run.training.seq_length
+    return float(groups * E * expert_capacity(T // groups, E, K, run.routing, length))
 
 
 def layer_messages(run: RunConfig, *, sparse: bool, execution: Execution) -> tuple[Message, ...]:
@@ -117,16 +119,17 @@ def _tensor(run: RunConfig, sparse: bool, execution: Execution) -> Iterator[Mess
 
 def _experts(run: RunConfig) -> Iterator[Message]:
     parallel, item = run.parallel, ITEMSIZE[run.training.dtype]
-    rows = exchanged_rows(run) * run.model.hidden_size * item
+    groups = parallel.micro_batch_interleave_num
+    rows = exchanged_rows(run) * run.model.hidden_size * item / groups
     if parallel.group_wise_a2a and parallel.mp > 1:
-        yield Message("AlltoAll", GroupKind.EXPERT, rows / parallel.mp, 2)
-        yield Message("AllGather", GroupKind.TENSOR, rows / parallel.mp, 2)
-        yield Message("ReduceScatter", GroupKind.TENSOR, rows, 1)
+        yield Message("AlltoAll", GroupKind.EXPERT, rows / parallel.mp, 2 * groups)
+        yield Message("AllGather", GroupKind.TENSOR, rows / parallel.mp, 2 * groups)
+        yield Message("ReduceScatter", GroupKind.TENSOR, rows, groups)
         return
     if parallel.ep > 1:
-        yield Message("AlltoAll", GroupKind.EXPERT, rows, 2)
+        yield Message("AlltoAll", GroupKind.EXPERT, rows, 2 * groups)
     if parallel.mp > 1:
-        yield Message("AllReduce", GroupKind.TENSOR, rows, 1)
+        yield Message("AllReduce", GroupKind.TENSOR, rows, groups)
 
 
 def stage_transfer(run: RunConfig, execution: Execution) -> float:

@@ -30,6 +30,7 @@ def reports(command, tmp_path_factory):
     out = directory / "all.json"
     done = command("--config", CONFIG, "--rank", "all", "--json", out, "--logs", directory)
     assert done.exit_code == 0, done.output
+    assert "communication operators as planned" in done.output
     said = [x for x in done.output.splitlines() if x.startswith("rank ")]
     assert [x.split(" compiled")[0] for x in said] == [
         "rank 0 (stage 0)", "rank 1 (stage 0)", "rank 2 (stage 1)", "rank 3 (stage 1)",
@@ -104,6 +105,20 @@ def test_the_exchanges_of_each_rank(reports):
             (there, "forward", pair, states): MICRO,
             (back, "backward", pair, states): MICRO,
         }
+
+
+def test_the_planners_numbers_stand_beside(reports):
+    """And are the same, but for a few numbers that the graph keeps beside the weights: MindSpore's
+    step and rate, and the buffers of figures, of each layer 18.
+    """
+    for each in reports["ranks"]:
+        planned = each["planned"]
+        assert each["optimizer_bytes"] == planned["optimizer_bytes"]
+        for key in ("parameter_bytes", "gradient_bytes"):
+            assert 0 <= each[key] - planned[key] < 400
+        assert planned["communication"]
+        for line in planned["communication"]:
+            assert line["compiled"] == line["planned"] > 0, line
 
 
 def first_line(report, operator):

@@ -8,20 +8,27 @@ that only count. What is left after the reasons in ``differences`` must be the s
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from dryrun.differences import Expected
 from dryrun.rehearsal import Said, rehearse
 from dryrun.small_runs import FLOAT, HALF, C, E, H, K, S, explicit, small_run
 
+from mistral_ms.config import RunConfig
 from mistral_ms.errors import DryrunError
 from mistral_ms.parallel.dryrun.ir import read
+from mistral_ms.parallel.pipeline import stages_of
+from mistral_ms.planner.sent import Sent, step_bytes
+from mistral_ms.planner.study import Table, markdown
+from mistral_ms.weights import specs
 
 PIPELINE = {"dp": 4, "ep": 4, "pp": 2, "recompute": "full"}
 HOPS = {"dp": 4, "ep": 4, "devices_per_node": 2, "all_to_all": "hierarchical"}
 TENSOR = {"dp": 4, "mp": 2, "ep": 2}
 STAGES = {"dp": 2, "mp": 2, "pp": 2, "ep": 2, "group_wise_a2a": True, "recompute": "full"}
 DROPLESS = {"dp": 8, "mp": 2, "pp": 2, "ep": 8, "recompute": "full"}
+PAGE = Path(__file__).parents[2] / "docs" / "planner.md"
 CASES = {
     "pipeline, first stage, tied": (PIPELINE, 1, 2),
     "pipeline, last stage, tied": (PIPELINE, 6, 2),
@@ -162,6 +169,62 @@ def test_a_gather_and_a_scatter_send_what_a_reduction_sends(both):
     pair, states = Group("tensor", (2, 3), (0, 0)), S * H * HALF
     apart = traffic.ring(pair, 1, states // 2) + traffic.ring(pair, 1, states // 2)
     assert apart == traffic.all_reduce(pair, 1, states)
+
+
+def sums(said: Counter[Said]) -> Counter[Sent]:
+    """Bytes of a step, whatever the sizes of single messages."""
+    found: Counter[Sent] = Counter()
+    for (operator, phase, ranks, size), times in said.items():
+        found[Sent(operator, phase, ranks)] += size * times
+    return found
+
+
+def planned(case, execution) -> Counter[Sent]:
+    parallel, rank, micro = CASES[case]
+    values = small_run(parallel, micro, **CHANGES.get(case, {}))
+    run = RunConfig(**values) if execution == "graph" else explicit(values)
+    stage = stages_of(run.model, run.parallel.pp)[expected(case).stage]
+    return step_bytes(run, rank, stage, specs(run.model), execution)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_planner_says_the_bytes_of_both(both, case):
+    """The three sides: what is planned for a way of running is what it sends, to the byte, every
+    operator in every group and phase; no reason is needed.
+    """
+    _, _, graph, said = both(case)
+    assert planned(case, "graph") == sums(graph)
+    assert planned(case, "explicit") == sums(said)
+
+
+def test_the_table_of_the_three_sides(both):
+    """As the page has it: first stage of dp 2, mp 2, pp 2, ep 2, group-wise, full recompute."""
+    case = "tensor parallel stages, group-wise"
+    _, _, graph, said = both(case)
+    columns = (planned(case, "graph"), sums(graph), planned(case, "explicit"), sums(said))
+    keys = sorted({key for column in columns for key in column})
+    table = Table(
+        case,
+        (
+            "operator",
+            "phase",
+            "ranks",
+            "planned, graph",
+            "compiled",
+            "planned, explicit",
+            "counted",
+        ),
+        tuple(
+            (
+                key.operator,
+                key.phase,
+                ", ".join(map(str, key.ranks)),
+                *(f"{column[key]}" if column[key] else "-" for column in columns),
+            )
+            for key in keys
+        ),
+    )
+    assert markdown(table) in PAGE.read_text(encoding="utf-8"), markdown(table)
 
 
 FIRST, LAST, TWO_HOPS = (

@@ -114,7 +114,9 @@ def test_gradients_travel_beside_the_last_backward_pass_in_the_graph():
 
 def test_two_halves_hide_a_part_of_the_exchange():
     one, two = step(), step(changed(RUN, micro_batch_interleave_num=2))
-    assert two.breakdown["all_to_all"] == pytest.approx(one.breakdown["all_to_all"] / 2)
+    exchange, half = (each.breakdown["all_to_all"] for each in (one, two))
+    # twice as many messages, each with its latency and half of the rows
+    assert exchange / 2 < half < 0.6 * exchange
 
 
 def test_the_estimate_is_the_simulation_where_stages_are_equal():
