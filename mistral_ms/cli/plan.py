@@ -64,6 +64,17 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead of a plan: measure this machine, and write a file for --hardware.",
+            show_default=False,
+        ),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="With --calibrate: processes that measure at the same time.")
+    ] = 1,
     sensitive: Annotated[
         bool,
         typer.Option("--sensitivity", help="How the answer depends on what nobody has measured."),
@@ -91,16 +102,23 @@ def plan(
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = 120  # a table in a file need not fit a screen
-    if study is not None:
+    if study is not None or calibrate is not None:
         others = {"--config": config, "KEY.PATH=VALUE": overrides, "--nodes": nodes,
                   "--expert-load": expert_load, "--output": output}  # fmt: skip
+        if study is not None:
+            others["--calibrate"] = calibrate
         if given := [name for name, value in others.items() if value]:
-            rule = "a study has a training and clusters of its own"
-            raise ConfigError("no such study", where="--study", value=given[0], rule=rule)
+            where = "--study" if study is not None else "--calibrate"
+            rule = "it has no run file and no cluster"
+            raise ConfigError("no plan", where=where, value=given[0], rule=rule)
+    if study is not None:
         _study(console, study, figure, json)
         return
+    if calibrate is not None:
+        _calibrate(console, calibrate, processes)
+        return
     if config is None:
-        rule = "a run file, or --study NAME"
+        rule = "a run file, --study NAME, or --calibrate FILE"
         raise ConfigError("nothing to plan", where="--config", rule=rule)
     run, kind = load_run_config(config, tuple(overrides or ())), load_hardware(hardware)
     cards = run.parallel.world if nodes is None else nodes * kind.devices_per_node
@@ -123,7 +141,7 @@ def plan(
     if json is not None:
         write_json(json, {"candidates": [each.values() for each in candidates]})
     if output is not None and fitting:
-        write_file("--output", output, _run_file(fitting[0], config).encode())
+        write_file("--output", output, run_file(fitting[0], config).encode())
     if figure is not None and fitting:
         from mistral_ms.planner.picture import plan_png
 
@@ -151,6 +169,28 @@ def _study(console: Console, name: Name, figure: Path | None, json: Path | None)
         from mistral_ms.planner.study_picture import study_png
 
         write_file("--figure", figure, study_png(found))
+
+
+def _calibrate(console: Console, path: Path, processes: int) -> None:
+    """Measures, and writes a file of hardware."""
+    from mistral_ms.cli.calibrate import calibrate
+    from mistral_ms.cli.output import write_file
+    from mistral_ms.config import encode_yaml
+    from mistral_ms.config.base import validate
+    from mistral_ms.planner import Hardware
+
+    values = calibrate(processes)
+    found = validate(Hardware, values, "what was measured")
+    write_file("--calibrate", path, encode_yaml(values))
+    rates = found.compute
+    console.print(
+        f"{found.name}: products {1000 * rates.peak_tflops.float32:.1f} GFLOP/s, memory "
+        f"{rates.memory_gb_per_s:.1f} GB/s; of each other process "
+        f"{1000 * found.inside.gb_per_s:.0f} MB/s and {found.inside.latency_us / 1000:.2f} ms a "
+        "message",
+        markup=False,
+    )
+    console.print(f"written to {path}: plan --hardware {path}", markup=False)
 
 
 def _print(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -222,8 +262,13 @@ def _show_sensitivity(console: Console, effects: Sequence[Effect]) -> None:
     _print(console, ("number", "divided by 1.5", "times 1.5", "another layout wins"), rows(effects))
 
 
-def _run_file(best: Candidate, source: Path) -> str:
-    """The run in its best layout, as a file."""
+def run_file(best: Candidate, source: Path) -> str:
+    """The run in its best layout, as a file for ``train`` and ``dryrun``.
+
+    Args:
+        best: the layout.
+        source: of the run, which a comment names.
+    """
     from mistral_ms.config import spelled_out
     from mistral_ms.planner import checked
 

@@ -69,11 +69,13 @@ def test_a_study(tmp_path):
     ("arguments", "message"),
     [
         ((), "nothing to plan: --config"),
-        (("--study", "routes", "--nodes", "2"), "no such study: --study: --nodes"),
-        (("--study", "routes", "--config", RUN), "no such study: --study: --config"),
+        (("--study", "routes", "--nodes", "2"), "no plan: --study: --nodes"),
+        (("--study", "routes", "--calibrate", "x.yaml"), "no plan: --study: --calibrate"),
+        (("--calibrate", "x.yaml", "--config", RUN), "no plan: --calibrate: --config"),
+        (("--study", "routes", "--config", RUN), "no plan: --study: --config"),
     ],
 )
-def test_a_plan_or_a_study(arguments, message):
+def test_a_plan_or_a_study_or_a_calibration(arguments, message):
     with pytest.raises(ConfigError, match=message):
         CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 

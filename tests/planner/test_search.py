@@ -1,5 +1,6 @@
 """The search: what it gives is legal, in order, and explained."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,19 @@ def test_the_explicit_way_has_layouts_of_its_own(on_32):
     )
     assert found[0].fits
     assert found[0].tokens_per_s_per_card < on_32[0].tokens_per_s_per_card
+
+
+@pytest.mark.slow
+def test_4096_cards_in_ten_seconds():
+    """Of this process's own time, so that what else runs does not count; 3 were measured."""
+    begun = time.process_time()
+    found = plan(
+        run("pretrain_mixtral_8x7b_64card", "training.global_batch_size=16384"),
+        Cluster.of(A2, 4096),
+    )
+    assert time.process_time() - begun < 10
+    assert found[0].fits
+    assert found[0].run.parallel.world == 4096
 
 
 def test_what_cannot_be_trained_is_not_planned():
