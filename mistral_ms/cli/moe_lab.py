@@ -201,8 +201,8 @@ def _refuse_output(output: Path) -> None:
 
 
 def _train_all(console: Console, lab: Lab, output: Path) -> tuple[list[Trained], SequenceSource]:
+    from mistral_ms.checkpoint.run_files import RunFiles
     from mistral_ms.parallel.context import ParallelContext
-    from mistral_ms.training import RunFiles
     from mistral_ms.training.prepare import open_data
 
     def say(line: str) -> None:
@@ -229,11 +229,11 @@ def _train(
     import time
     from itertools import pairwise
 
+    from mistral_ms.checkpoint.run_files import RunFiles
     from mistral_ms.config import spelled_out
     from mistral_ms.models import CausalLM, share_parameters
     from mistral_ms.training import (
         MetricsWriter,
-        RunFiles,
         StepRecord,
         TrainStep,
         make_objective,

@@ -55,7 +55,7 @@ class TestLoad:
             ("hiden_size=2", r"perhaps hidden_size; known keys: "),
             ("moe.num_experts=2", r"perhaps moe\.num_local_experts; known keys: "),
             ("num_local_experts=2", r"perhaps moe\.num_local_experts; known keys: "),
-            ("colour=2", r"no key is ignored: known keys: "),
+            ("paint=2", r"no key is ignored: known keys: "),
         ],
     )
     def test_the_nearest_known_key_is_named(self, file, override, advice):
