@@ -73,5 +73,8 @@ def join_processes(parallel: ParallelConfig) -> ParallelContext:
         return ParallelContext(parallel, 0, 1)
     from mindspore.communication import get_group_size, get_rank, init
 
+    from mistral_ms.launch import end_quietly
+
     init()
+    end_quietly(get_rank())
     return ParallelContext(parallel, get_rank(), get_group_size())

@@ -6,11 +6,13 @@ a failure belongs to. A rank that was not started by the launcher writes none.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import json
 import os
 import signal
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,32 @@ def beat_path(directory: Path, rank: int) -> Path:
 def stack_path(directory: Path, rank: int) -> Path:
     """Where a rank writes its Python stack when it is asked to."""
     return Path(directory) / f"rank-{rank:05d}.stack"
+
+
+def farewell_path(directory: Path, rank: int) -> Path:
+    """Where that goes which native code of a rank says while its process ends."""
+    return Path(directory) / f"rank-{rank:05d}.end"
+
+
+def end_quietly(rank: int) -> None:
+    """Keeps what MindSpore says while a launcher's rank ends out of its log.
+
+    Its threads end after its settings of the logger are gone, and say so at the level INFO whatever
+    ``GLOG_v`` is. All errors of a rank have been shown by then.
+
+    Args:
+        rank: of this process.
+    """
+    if directory := os.environ.get(DIRECTORY):
+        atexit.register(_redirect, farewell_path(Path(directory), rank))
+
+
+def _redirect(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
 
 
 def read_beat(directory: Path, rank: int) -> Beat | None:
