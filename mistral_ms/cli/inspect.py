@@ -112,7 +112,7 @@ def _model(config: ModelConfig) -> str:
         experts, chosen = config.moe.num_local_experts, config.moe.num_experts_per_tok
         gate = "" if config.moe.gate.default else f", gate {config.moe.gate.name}"
         parts.append(f"{experts} experts, top {chosen}{gate}")
-        parts += [entry.replace("_", " ") for entry in config.moe.added]
+        parts += [f"{key} {value}".replace("_", " ") for key, value in config.moe.added]
         if len(config.sparse_layers) != config.num_hidden_layers:
             parts.append(f"sparse layers {list(config.sparse_layers)}")
     if config.sliding_window is not None:

@@ -29,7 +29,14 @@ from mistral_ms.config.hugging_face_keys import (
 )
 from mistral_ms.config.model import ModelConfig
 from mistral_ms.config.moe import SHAPE_KEYS, MoEArchitecture
-from mistral_ms.config.tables import mapping, pick, refuse_unknown, take_neutral
+from mistral_ms.config.tables import (
+    Inexpressible,
+    mapping,
+    pick,
+    refuse_first,
+    refuse_unknown,
+    take_neutral,
+)
 from mistral_ms.errors import ConfigError
 
 _TOKENIZER_CODE = ("AutoTokenizer", "AutoProcessor")
@@ -254,8 +261,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a model that none of Hugging Face's classes here can express.
     """
-    reason = _beyond_mixtral(config)
-    if reason is None:
+    rules = _beyond_mixtral(config)
+    if not any(broken for broken, *_ in rules):
         return to_native(config, block=False)
     if config.moe is not None:
         for kind, family in FAMILIES.items():
@@ -270,13 +277,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
                 keys["layer_types"] = list(config.layer_types)
             if _means(keys, config):
                 return keys
-    raise ConfigError(
-        "not expressible in Hugging Face's format",
-        where="model",
-        value=reason[0],
-        rule=reason[1],
-        todo="keep the model in the mistral_ms format",
-    )
+    refuse_first("Hugging Face's format", rules, "keep the model in the mistral_ms format")
+    raise AssertionError  # one of them was broken
 
 
 def _means(keys: Mapping[str, Any], config: ModelConfig) -> bool:
@@ -295,35 +297,67 @@ def _computed(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _beyond_mixtral(config: ModelConfig) -> tuple[str, str] | None:
-    """What of a model Mistral's and Mixtral's classes have not, and what they have."""
-    reason = None
-    if config.lora is not None:
-        reason = "adapters (lora)", "an adapter is a change to the weights of its base model"
-    elif not config.layer_kinds.default:
-        reason = f"layers of kinds {config.layer_kinds}", "its classes have the layers of Mistral"
-    elif config.qk_norm != "none":
-        reason = f"qk_norm {config.qk_norm}", "Mistral's classes norm no queries and keys"
-    elif config.qkv_bias:
-        reason = "biases of queries, keys and values", "Mistral's classes have none"
-    elif config.moe is not None and not config.moe.gate.default:
-        reason = f"gate {config.moe.gate.name}", "MixtralForCausalLM has the gate softmax_top_k"
-    elif config.moe is not None and config.moe.added:
-        reason = ", ".join(config.moe.added), "MixtralForCausalLM has no such experts"
-    elif config.moe is not None and (
-        len(config.sparse_layers) != config.num_hidden_layers or not config.moe.norm_topk_prob
-    ):
-        reason = (
-            f"sparse layers {list(config.sparse_layers)} of {config.num_hidden_layers}, "
-            f"norm_topk_prob {config.moe.norm_topk_prob}",
-            "MixtralForCausalLM has experts in every layer and normalises their weights",
-        )
-    elif config.moe is not None and config.layer_types is not None:
-        reason = (
-            f"layer_types {list(config.layer_types)}",
-            "MixtralForCausalLM has one sliding window for all layers",
-        )
-    return reason
+def _beyond_mixtral(config: ModelConfig) -> list[Inexpressible]:
+    """What Mistral's and Mixtral's classes have not, and what they have."""
+    moe, layers = config.moe, config.num_hidden_layers
+    mixtral = "MixtralForCausalLM"
+    rules: list[Inexpressible] = [
+        (
+            config.lora is not None,
+            "lora",
+            config.lora,
+            "an adapter is a change to the weights of its base model",
+        ),
+        (
+            not config.layer_kinds.default,
+            "layer_kinds",
+            config.layer_kinds,
+            "its classes have the layers of Mistral",
+        ),
+        (
+            config.qk_norm != "none",
+            "qk_norm",
+            config.qk_norm,
+            "Mistral's classes norm no queries and keys",
+        ),
+        (
+            config.qkv_bias,
+            "qkv_bias",
+            True,
+            "Mistral's classes have no biases of queries, keys and values",
+        ),
+    ]
+    if moe is None:
+        return rules
+    sparse = list(config.sparse_layers)
+    return [
+        *rules,
+        (
+            not moe.gate.default,
+            "moe.gate",
+            moe.gate.name,
+            f"{mixtral} has the gate softmax_top_k, and no other family here has this model's",
+        ),
+        *((True, f"moe.{key}", v, f"{mixtral} has no such experts") for key, v in moe.added),
+        (
+            len(sparse) != layers,
+            "moe.sparse_layers",
+            sparse,
+            f"{mixtral} has experts in each of the {layers} layers",
+        ),
+        (
+            not moe.norm_topk_prob,
+            "moe.norm_topk_prob",
+            False,
+            f"{mixtral} normalises the weights of a token's experts",
+        ),
+        (
+            config.layer_types is not None,
+            "layer_types",
+            list(config.layer_types or ()),
+            f"{mixtral} has one sliding window for all layers",
+        ),
+    ]
 
 
 def to_native(config: ModelConfig, *, block: bool = True) -> dict[str, Any]:

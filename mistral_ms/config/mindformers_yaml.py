@@ -26,7 +26,14 @@ from mistral_ms.config.mindformers_keys import (
     check_fixed,
 )
 from mistral_ms.config.model import ModelConfig
-from mistral_ms.config.tables import mapping, pick, refuse_unknown, take_neutral
+from mistral_ms.config.tables import (
+    Inexpressible,
+    mapping,
+    pick,
+    refuse_first,
+    refuse_unknown,
+    take_neutral,
+)
 from mistral_ms.errors import ConfigError
 from mistral_ms.reading import is_file
 
@@ -192,15 +199,8 @@ def to_mindformers(config: ModelConfig, use_past: bool = False) -> dict[str, Any
     Raises:
         ConfigError: a model that the format cannot express.
     """
-    if (reason := _not_expressible(config)) is not None:
-        found, todo = reason
-        raise ConfigError(
-            "not expressible in MindFormers' format",
-            where="model",
-            value=found,
-            rule="LlamaConfig has no key for it",
-            todo=todo,
-        )
+    todo = "keep the model in the mistral_ms format, or in hf where that has it"
+    refuse_first("MindFormers' format", _not_expressible(config), todo)
     data = config.model_dump(mode="json")
     if data["pad_token_id"] is None:
         data["pad_token_id"] = NO_PAD
@@ -219,35 +219,44 @@ def to_mindformers(config: ModelConfig, use_past: bool = False) -> dict[str, Any
     return {"model": {"arch": {"type": CLASSES[0]}, "model_config": values}}
 
 
-def _not_expressible(config: ModelConfig) -> tuple[str, str] | None:
-    """What of a model their class does not have, and what to do."""
-    todo = "keep the model in the mistral_ms or hf format"
-    moe = config.moe
-    if not config.layer_kinds.default:
-        return f"layers of kinds {config.layer_kinds}", todo
-    if config.sliding_window is not None:
-        return f"sliding_window {config.sliding_window}", (
-            "within the window nothing changes: set sliding_window to null and "
-            f"max_position_embeddings to {config.sliding_window} in the configuration of a copy"
-        )
-    if config.qk_norm != "none":
-        return f"qk_norm {config.qk_norm}", todo
-    if config.qkv_bias:
-        return "biases of queries, keys and values", todo
-    if config.rope_scaling is not None:
-        return f"rope_scaling {config.rope_scaling.rope_type}", todo
-    if config.head_size * config.num_attention_heads != config.hidden_size:
-        return f"head_dim {config.head_size}", todo
-    if isinstance(config.eos_token_id, tuple):
-        return f"several end tokens {list(config.eos_token_id)}", "leave one in config.json"
-    if moe is not None and len(config.sparse_layers) != config.num_hidden_layers:
-        return "dense and sparse layers mixed", todo
-    if moe is not None and not moe.gate.default:
-        return f"gate {moe.gate.name}", todo
-    if moe is not None and moe.added:
-        return ", ".join(moe.added), todo
-    if moe is not None and moe.num_local_experts == 1:
-        return "one expert", todo
-    if moe is not None and moe.num_experts_per_tok == 1 and moe.norm_topk_prob:
-        return "one normalised expert for each token", todo
-    return None
+def _not_expressible(config: ModelConfig) -> list[Inexpressible]:
+    """What of a model their class does not have."""
+    moe, layers, window = config.moe, config.num_hidden_layers, config.sliding_window
+    scaling, ends = config.rope_scaling, config.eos_token_id
+    no_key = "LlamaConfig has no key for it"
+    rules: list[Inexpressible] = [
+        (not config.layer_kinds.default, "layer_kinds", config.layer_kinds, no_key),
+        (
+            window is not None,
+            "sliding_window",
+            window,
+            f"{no_key}; within the window nothing changes: set sliding_window to null and "
+            f"max_position_embeddings to {window} in the configuration of a copy",
+        ),
+        (config.qk_norm != "none", "qk_norm", config.qk_norm, no_key),
+        (config.qkv_bias, "qkv_bias", True, no_key),
+        (scaling is not None, "rope_scaling", scaling and scaling.rope_type, no_key),
+        (
+            config.head_size * config.num_attention_heads != config.hidden_size,
+            "head_dim",
+            config.head_size,
+            f"must be hidden_size / num_attention_heads: {no_key}",
+        ),
+        (isinstance(ends, tuple), "eos_token_id", ends, "must be one: leave one in config.json"),
+    ]
+    if moe is None:
+        return rules
+    K, E, sparse = moe.num_experts_per_tok, moe.num_local_experts, list(config.sparse_layers)
+    return [
+        *rules,
+        (len(sparse) != layers, "moe.sparse_layers", sparse, "all layers are sparse, or none"),
+        (not moe.gate.default, "moe.gate", moe.gate.name, f"{no_key}: it is softmax_top_k"),
+        *((True, f"moe.{key}", value, no_key) for key, value in moe.added),
+        (E == 1, "moe.num_local_experts", E, "one expert is a dense model there"),
+        (
+            K == 1 and moe.norm_topk_prob,
+            "moe.norm_topk_prob",
+            True,
+            "of one expert for each token it takes the weight as it is",
+        ),
+    ]

@@ -12,7 +12,14 @@ from typing import Any
 
 from mistral_ms.config.base import validate
 from mistral_ms.config.model import MOST_LAYERS, ModelConfig
-from mistral_ms.config.tables import mapping, pick, refuse_unknown, take_neutral
+from mistral_ms.config.tables import (
+    Inexpressible,
+    mapping,
+    pick,
+    refuse_first,
+    refuse_unknown,
+    take_neutral,
+)
 from mistral_ms.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -175,33 +182,39 @@ def to_mistral(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a model that the format cannot express.
     """
-    reason = None
-    if not config.layer_kinds.default:
-        reason = f"layers of kinds {config.layer_kinds}"
-    elif config.qk_norm != "none":
-        reason = f"qk_norm {config.qk_norm}"
-    elif config.qkv_bias:
-        reason = "biases of queries, keys and values"
-    elif config.tie_word_embeddings:
-        reason = "tied head"
-    elif config.rope_scaling is not None:
-        reason = f"rope_scaling {config.rope_scaling.rope_type}"
-    elif config.moe is not None and len(config.sparse_layers) != config.num_hidden_layers:
-        reason = "dense and sparse layers mixed"
-    elif config.moe is not None and not config.moe.norm_topk_prob:
-        reason = "un-normalised top-k weights"
-    elif config.moe is not None and not config.moe.gate.default:
-        reason = f"gate {config.moe.gate.name}"
-    elif config.moe is not None and config.moe.added:
-        reason = ", ".join(config.moe.added)
-    if reason is not None:
-        raise ConfigError(
-            "not expressible in Mistral's format",
-            where="model",
-            value=reason,
-            rule="params.json has no key for it",
-            todo="keep the model in the mistral_ms or hf format",
-        )
+    moe, layers = config.moe, config.num_hidden_layers
+    todo = "keep the model in the mistral_ms format, or in hf where that has it"
+    rules: list[Inexpressible] = [
+        (
+            not config.layer_kinds.default,
+            "layer_kinds",
+            config.layer_kinds,
+            "params.json has no key for kinds of layers",
+        ),
+        (config.qk_norm != "none", "qk_norm", config.qk_norm, "queries and keys have no norm"),
+        (config.qkv_bias, "qkv_bias", True, "queries, keys and values have no biases"),
+        (config.tie_word_embeddings, "tie_word_embeddings", True, "the head has its own weight"),
+        (
+            config.rope_scaling is not None,
+            "rope_scaling",
+            config.rope_scaling and config.rope_scaling.rope_type,
+            "params.json has no key for scaled positions",
+        ),
+    ]
+    if moe is not None:
+        sparse = list(config.sparse_layers)
+        rules += [
+            (len(sparse) != layers, "moe.sparse_layers", sparse, "all layers are sparse, or none"),
+            (not moe.norm_topk_prob, "moe.norm_topk_prob", False, "weights are normalised"),
+            (
+                not moe.gate.default,
+                "moe.gate",
+                moe.gate.name,
+                "params.json has no key for a gate: it is softmax_top_k",
+            ),
+            *((True, f"moe.{key}", value, "it has no such experts") for key, value in moe.added),
+        ]
+    refuse_first("Mistral's format", rules, todo)
     data = config.model_dump(mode="json") | {"head_dim": config.head_size}
     keys = {theirs: data[ours] for theirs, (ours, _) in MISTRAL_KEYS.items()}
     if config.sliding_window is None:

@@ -144,11 +144,11 @@ class MoEArchitecture(Frozen):
         return self
 
     @property
-    def added(self) -> tuple[str, ...]:
-        """What it has that Mixtral's sparse layers have not, as keys and values."""
+    def added(self) -> tuple[tuple[str, Any], ...]:
+        """What it has that Mixtral's sparse layers have not: keys and values."""
         plain = MoEArchitecture.model_fields
         return tuple(
-            f"{key} {getattr(self, key)}"
+            (key, getattr(self, key))
             for key in SHAPE_KEYS
             if getattr(self, key) != plain[key].default
         )

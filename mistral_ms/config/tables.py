@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from mistral_ms.errors import ConfigError
+
+Inexpressible: TypeAlias = tuple[bool, str, Any, str]
+"""Whether a model has it, its key in ours, its value, and what the other format has instead."""
+
+
+def refuse_first(other: str, rules: Iterable[Inexpressible], todo: str) -> None:
+    """Raises what of a model another format cannot say.
+
+    Args:
+        other: the format, for the message.
+        rules: everything that it cannot.
+        todo: what to do about it.
+
+    Raises:
+        ConfigError: names the first key, its value, and the rule.
+    """
+    for broken, key, value, rule in rules:
+        if broken:
+            what, where = f"not expressible in {other}", f"model.{key}"
+            raise ConfigError(what, where=where, value=value, rule=rule, todo=todo)
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Identity:
         routing: the routing policy.
         training: the training, its epochs counted out.
         parallel: the layout; another one goes on exactly only if its dispatch groups are the same.
+            Its ``execution`` is the one that was taken, not ``auto``.
         dataset: a digest of the sequences.
     """
 
@@ -61,8 +62,8 @@ class Identity:
         changed = []
         for key in sorted(set(ours) | set(theirs)):
             now, then = ours.get(key), theirs.get(key)
-            if now == then:
-                continue
+            if now == then or (key == "parallel.execution" and then == "auto"):
+                continue  # of a training of another program it is not known
             group, _, name = key.partition(".")
             if group in ("model", "dataset") or (group == "training" and name in FIXED):
                 raise TrainingError(

@@ -151,7 +151,9 @@ class TrainingRun:
             say(LOOKS_AHEAD)
         training = with_settings(run.training.with_max_steps(self.data.sequences))
         self.run = run.model_copy(update={"training": training})
-        self.identity = Identity(run.model, run.routing, training, run.parallel, self.data.digest)
+        way = run.parallel.execution_on(ms.get_context("device_target"))
+        layout = run.parallel.model_copy(update={"execution": way})
+        self.identity = Identity(run.model, run.routing, training, layout, self.data.digest)
         self.series = CheckpointSeries(self.files.checkpoints, run.checkpoint.save_total_limit)
         found = self._newest() if resume else None
         self.update = self._update(drawn=found is None)

@@ -154,9 +154,9 @@ def test_dense_mistral_between_the_formats(tmp_path, make, foreign, assert_same_
     convert(path, tmp_path / "hf", "hf")
     hf = foreign.hf(tmp_path / "expected", "multi_query", torch.bfloat16)
     assert_same_bits(foreign.read(hf), foreign.read(tmp_path / "hf"))
-    with pytest.raises(ConfigError, match=r"not expressible in MindFormers' .*sliding_window 8: "):
+    with pytest.raises(ConfigError, match=r"not expressible in MindFormers' .*sliding_window: 8: "):
         convert(foreign.hf(tmp_path / "window", "mistral"), tmp_path / "no", "mindformers")
-    with pytest.raises(ConfigError, match=r"not expressible in MindFormers' .*head_dim 24: "):
+    with pytest.raises(ConfigError, match=r"not expressible in MindFormers' .*head_dim: 24: "):
         convert(foreign.hf(tmp_path / "dim", "head_dim"), tmp_path / "no", "mindformers")
 
 

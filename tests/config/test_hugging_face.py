@@ -8,6 +8,7 @@ from support.configs import SIZES, model
 from transformers import AutoConfig, MinistralConfig, MistralConfig, MixtralConfig
 
 from mistral_ms.config import (
+    GateSettings,
     from_hf,
     to_hf,
     to_native,
@@ -486,10 +487,16 @@ class TestNative:
             from_hf(MIXTRAL | {"mistral_ms": {"format": 1, "expert_groups": 2}}, "c.json")
 
     @pytest.mark.parametrize(
-        "moe",
-        [dict(sparse_layers=(1,)), dict(norm_topk_prob=False), dict(n_shared_experts=1)],
-        ids=["mixed", "raw-weights", "shared"],
+        ("moe", "message"),
+        [
+            (dict(sparse_layers=(1,)), r"sparse_layers: \[1\]: .* experts in each of the 4 layers"),
+            (dict(norm_topk_prob=False), r"norm_topk_prob: False: .* normalises the weights"),
+            (dict(n_shared_experts=1), r"n_shared_experts: 1: .* no such experts"),
+            (dict(gate=GateSettings(name="other")), r"gate: other: .* has the gate softmax_top_k"),
+        ],
+        ids=["mixed", "raw-weights", "shared", "gate"],
     )
-    def test_hugging_face_cannot_express_it(self, moe):
-        with pytest.raises(ConfigError, match=r"not expressible in Hugging Face's format"):
+    def test_hugging_face_cannot_express_it(self, moe, message):
+        rule = rf"not expressible in Hugging Face's format: model\.moe\.{message}"
+        with pytest.raises(ConfigError, match=rule):
             to_hf(model(moe=moe))

@@ -130,12 +130,15 @@ def test_a_missing_size():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sliding_window": 8}, r"sliding_window 8: .*max_position_embeddings to 8"),
-        ({"head_dim": 16}, "head_dim 16"),
-        ({"eos_token_id": (2, 3)}, r"several end tokens \[2, 3\]"),
-        ({"moe": {"sparse_layers": "every_other"}}, "dense and sparse layers mixed"),
-        ({"moe": {"n_shared_experts": 2}}, "n_shared_experts 2"),
-        ({"moe": {"num_experts_per_tok": 1}}, "one normalised expert"),
+        ({"sliding_window": 8}, r"sliding_window: 8: .*max_position_embeddings to 8"),
+        ({"head_dim": 16}, "head_dim: 16"),
+        ({"eos_token_id": (2, 3)}, r"eos_token_id: \(2, 3\): must be one"),
+        (
+            {"moe": {"sparse_layers": "every_other"}},
+            "sparse_layers: .*are sparse, or none",
+        ),
+        ({"moe": {"n_shared_experts": 2}}, "n_shared_experts: 2"),
+        ({"moe": {"num_experts_per_tok": 1}}, "norm_topk_prob: True: of one expert"),
     ],
 )
 def test_what_their_class_does_not_have(changes, message):

@@ -5,7 +5,7 @@ import json
 import pytest
 from support.configs import model
 
-from mistral_ms.config import from_mistral, to_mistral
+from mistral_ms.config import GateSettings, from_mistral, to_mistral
 from mistral_ms.errors import ConfigError
 
 MIXTRAL_PARAMS = {  # params.json of Mixtral-8x7B-v0.1
@@ -163,13 +163,20 @@ class TestMistral:
     @pytest.mark.parametrize(
         ("config", "reason"),
         [
-            (model(tie_word_embeddings=True), "tied head"),
-            (model(rope_scaling=dict(rope_type="linear", factor=2)), "rope_scaling linear"),
-            (model(moe=dict(sparse_layers=(1,))), "dense and sparse layers mixed"),
-            (model(moe=dict(norm_topk_prob=False)), "un-normalised top-k weights"),
-            (model(moe=dict(moe_intermediate_size=8)), "moe_intermediate_size 8"),
+            (model(tie_word_embeddings=True), r"model\.tie_word_embeddings: True: "),
+            (
+                model(rope_scaling=dict(rope_type="linear", factor=2)),
+                r"\.rope_scaling: linear: ",
+            ),
+            (model(moe=dict(sparse_layers=(1,))), r"model\.moe\.sparse_layers: \[1\]: all layers"),
+            (model(moe=dict(norm_topk_prob=False)), r"model\.moe\.norm_topk_prob: False: "),
+            (model(moe=dict(moe_intermediate_size=8)), r"model\.moe\.moe_intermediate_size: 8: "),
+            (
+                model(moe=dict(gate=GateSettings(name="other"))),
+                r"model\.moe\.gate: other: .* it is softmax_top_k",
+            ),
         ],
-        ids=["tied", "scaled", "mixed", "raw-weights", "fine-grained"],
+        ids=["tied", "scaled", "mixed", "raw-weights", "fine-grained", "gate"],
     )
     def test_what_the_format_cannot_express(self, config, reason):
         with pytest.raises(ConfigError, match=rf"not expressible in Mistral's format.*{reason}"):

@@ -62,7 +62,10 @@ class TestDerived:
         qwen = fine | {"shared_expert_intermediate_size": 40}
         assert build(moe=qwen).shared_expert_size == 40
         assert (build().expert_size, build().shared_expert_size) == (96, 0)
-        assert build(moe=fine).moe.added == ("moe_intermediate_size 24", "n_shared_experts 2")
+        assert build(moe=fine).moe.added == (
+            ("moe_intermediate_size", 24),
+            ("n_shared_experts", 2),
+        )
         assert plain.moe.added == ()
 
     def test_every_layer_is_sparse_by_default(self):
