@@ -1,6 +1,7 @@
 """Merged weights equal base plus change, in every format and dtype; names that fit nothing."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from support.hf import Pair, hf_logits
 from support.lora import MISTRAL, MIXTRAL, as_file, insert, save, tiny_pair
 
 from mistral_ms import AutoModelForCausalLM
+from mistral_ms.alignment import align
 from mistral_ms.checkpoint import convert, open_checkpoint, open_merged
 from mistral_ms.config import LoraConfig
-from mistral_ms.errors import CheckpointError, ConfigError
+from mistral_ms.errors import CheckpointError, ConfigError, MissingExtraError
 
 IDS = np.random.default_rng(0).integers(3, 64, (2, 7)).astype(np.int32)
 POSITIONS = np.tile(np.arange(7, dtype=np.int32), (2, 1))
@@ -96,6 +98,14 @@ def test_from_python(made):
     later = AutoModelForCausalLM.from_pretrained(root / "base")
     later.load_adapter(adapter)
     np.testing.assert_allclose(logits(later.model), logits(model.model), atol=1e-6)
+
+
+def test_alignment_asks_for_peft(made, monkeypatch):
+    """Its absence is said by name."""
+    root, _, adapter, _ = made
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtraError, match=r"missing package: peft: .*mistral_ms\[peft\]"):
+        align(root / "base", ids=[IDS[0].tolist()], new_tokens=0, adapter=adapter)
 
 
 class TestBadFiles:

@@ -19,6 +19,7 @@ from support.lora import (
     training_config,
 )
 
+from mistral_ms.alignment import align
 from mistral_ms.checkpoint import convert
 
 peft = pytest.importorskip("peft", reason="the peft library is not installed")
@@ -102,3 +103,22 @@ def test_training(case, tmp_path):
     for name, values in reference.items():
         np.testing.assert_allclose(found[name], values, atol=1e-5, err_msg=name)
     assert results[-1].lm_loss < results[0].lm_loss - 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["peft", "ours"])
+def test_align(form, tmp_path):
+    """The command's comparison, PEFT on Hugging Face's side; and it fails where they differ."""
+    bare, _, path = made("mixtral-dora", tmp_path)
+    bare.hf.save_pretrained(tmp_path / "base")
+    if form == "ours":
+        as_peft(adapted_model(bare, path), tmp_path)
+        path = tmp_path / "ours"
+    ids = [row.tolist() for row in IDS]
+    said = []
+    result = align(tmp_path / "base", ids=ids, new_tokens=3, adapter=path, say=said.append)
+    assert not result.failures
+    assert f"adapter on both sides: {path}" in said
+    convert(tmp_path / "base", tmp_path / "merged", "hf", merge=path)
+    apart = align(tmp_path / "base", tmp_path / "merged", ids=ids, new_tokens=0)
+    assert apart.failures, "the adapter must matter"
