@@ -3,9 +3,12 @@
 import math
 
 import pytest
+import typer
 import yaml
+from typer.testing import CliRunner
 
 from mistral_ms.cli import calibrate
+from mistral_ms.cli.plan import plan
 from mistral_ms.config.base import validate
 from mistral_ms.config.layout import Sizes
 from mistral_ms.parallel.topology import GroupKind
@@ -43,6 +46,25 @@ def test_the_planner_gives_the_measured_messages_back(processes):
     for nbytes, measured in zip(calibrate.MESSAGES, MEASURED["messages"], strict=True):
         found = seconds(Message("AllReduce", GroupKind.WORLD, nbytes), sizes, hardware)
         assert found == pytest.approx(measured, rel=1e-3)  # the file has six digits
+
+
+def test_the_command(monkeypatch, tmp_path):
+    """All but the measurement."""
+    asked = []
+
+    def measured(processes):
+        asked.append(processes)
+        return calibrate.hardware_of(MEASURED, processes)
+
+    monkeypatch.setattr(calibrate, "calibrate", measured)
+    app = typer.Typer()
+    app.command()(plan)
+    path = tmp_path / "here.yaml"
+    done = CliRunner().invoke(app, ["--calibrate", str(path), "--processes", "2"])
+    assert done.exit_code == 0, done.output
+    assert asked == [2]
+    assert load_hardware(path) == of(2)
+    assert f"plan --hardware {path}" in done.output.replace("\n", "")
 
 
 @pytest.mark.parametrize("processes", [1, 4])
