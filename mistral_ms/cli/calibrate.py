@@ -72,14 +72,24 @@ def calibrate(processes: int, port: int = 8441) -> dict[str, Any]:
             command, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
         )
         found = [json.loads(path.read_text()) for path in Path(directory).glob("rank_*.json")]
+        logs = [path.read_text(errors="replace") for path in Path(directory).glob("logs/worker_*")]
     if len(found) != processes:
         raise ConfigError(
             "not measured",
             where="--calibrate",
             value=f"{len(found)} of {processes} processes",
-            rule=(done.stderr or done.stdout).strip()[-300:] or "all measure to the end",
+            rule=_last_line(*logs, done.stdout, done.stderr),
         )
     return hardware_of({key: _middle([each[key] for each in found]) for key in found[0]}, processes)
+
+
+def _last_line(*texts: str) -> str:
+    """Of the first text that names an error."""
+    for text in texts:
+        lines = [line.strip() for line in text.splitlines() if "Error" in line]
+        if lines:
+            return lines[-1][-300:]
+    return "all measure to the end"
 
 
 def _middle(values: list[Any]) -> Any:

@@ -7,7 +7,7 @@ nodes, so groups of equal size do not slow each other down.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mistral_ms.config.layout import Sizes
 from mistral_ms.planner.hardware import Hardware
@@ -68,6 +68,8 @@ def seconds(
         hierarchical: of an all-to-all.
     """
     over = span(message.kind, sizes, hardware.devices_per_node)
+    if hardware.device == "CPU":
+        message, hierarchical = on_cpu(message, over.size), False
     given = sent(message, over, hierarchical=hierarchical)
     within = between = 0.0
     if given.bytes_inside:
@@ -83,6 +85,18 @@ def seconds(
     return within + between
 
 
+def on_cpu(message: Message, members: int) -> Message:
+    """What MindSpore's CPU backend does instead: its groups can only add up, so every member puts
+    its part at its own place in a buffer of zeros (``parallel/collectives/cpu.py``).
+
+    Args:
+        message: as an NPU does it.
+        members: of the group.
+    """
+    times = members if message.operator in ("AllGather", "AlltoAll") else 1
+    return replace(message, operator="AllReduce", bytes=message.bytes * times)
+
+
 def transfer_seconds(nbytes: float, boundary: int, sizes: Sizes, hardware: Hardware) -> float:
     """How long a card needs to hand a tensor to its place in the next stage.
 
@@ -95,6 +109,8 @@ def transfer_seconds(nbytes: float, boundary: int, sizes: Sizes, hardware: Hardw
     cards, devices = sizes.dp * sizes.mp, hardware.devices_per_node
     # ranks fill one node after the other: the last card of a stage is the first to leave its node
     last = (boundary + 1) * cards - 1
+    messages = 2 if hardware.device == "CPU" else 1  # a pair adds up, see on_cpu
     if last // devices == (last + cards) // devices:
-        return hardware.inside.latency + nbytes / hardware.inside.bytes_per_s(2, devices)
-    return hardware.between.latency + nbytes / hardware.between.bytes_per_s(2, 2)
+        rate = hardware.inside.bytes_per_s(2, devices)
+        return messages * hardware.inside.latency + nbytes / rate
+    return messages * hardware.between.latency + nbytes / hardware.between.bytes_per_s(2, 2)

@@ -106,6 +106,19 @@ def test_a_group_of_one_costs_nothing():
     assert seconds(Message("AllReduce", GroupKind.TENSOR, 1e9), Sizes(8, 1, 1, 8), A2) == 0
 
 
+@pytest.mark.parametrize("operator", ["AlltoAll", "AllGather", "ReduceScatter", "AllReduce"])
+def test_groups_on_the_cpu_can_only_add_up(operator):
+    """parallel/collectives/cpu.py: buffers of a part for each member where parts are gathered."""
+    machine, sizes, nbytes = load_hardware("this_machine"), Sizes(4, 1, 1, 4), 8e6
+    whole = nbytes * (4 if operator in ("AlltoAll", "AllGather") else 1)
+    found = seconds(Message(operator, GroupKind.EXPERT, nbytes), sizes, machine)
+    assert found == seconds(Message("AllReduce", GroupKind.EXPERT, whole), sizes, machine)
+    rate, latency = machine.inside.gb_per_s * 1e9, machine.inside.latency_us * 1e-6
+    assert found == pytest.approx(6 * latency + 2 * whole * 3 / 4 / rate)
+    pair = transfer_seconds(nbytes, 0, Sizes(1, 1, 2, 1), machine)
+    assert pair == seconds(Message("AllReduce", GroupKind.DATA, nbytes), Sizes(2, 1, 1, 1), machine)
+
+
 def test_neighbours_on_other_nodes_cost_more():
     sizes = Sizes(4, 1, 4, 4)  # two stages a node
     inside, across = (transfer_seconds(1e8, n, sizes, A2) for n in (0, 1))
