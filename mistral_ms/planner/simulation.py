@@ -108,38 +108,18 @@ def orders(
     Raises:
         ConfigError: micro-batches that the interleaved schedule cannot be divided into rounds of.
     """
-    if name != "interleaved_1f1b":
-        return tuple(
-            tuple(Operation(*work) for work in stage_order(name, stage, stages, micro_batches))
-            for stage in range(stages)
-        )
-    if micro_batches % stages:
+    if name == "interleaved_1f1b" and micro_batches % stages:
         raise ConfigError(
             "impossible schedule",
             where="micro_batches",
             value=micro_batches,
             rule=f"interleaved 1F1B takes a multiple of its {stages} stages",
         )
+    plain = "gpipe" if name == "gpipe" else "1f1b"
     return tuple(
-        tuple(_interleaved(stage, stages, micro_batches, chunks)) for stage in range(stages)
+        tuple(Operation(*work) for work in stage_order(plain, stage, stages, micro_batches, chunks))
+        for stage in range(stages)
     )
-
-
-def _interleaved(stage: int, stages: int, micro_batches: int, chunks: int) -> Iterator[Operation]:
-    total = micro_batches * chunks
-    ahead = min(total, 2 * (stages - stage - 1) + (chunks - 1) * stages)
-
-    def operation(phase: Phase, number: int) -> Operation:
-        turn, place = divmod(number, stages * chunks)
-        chunk, within = divmod(place, stages)
-        chunk = chunk if phase is Phase.FORWARD else chunks - 1 - chunk
-        return Operation(phase, turn * stages + within, chunk)
-
-    yield from (operation(Phase.FORWARD, number) for number in range(ahead))
-    for number in range(total):
-        if ahead + number < total:
-            yield operation(Phase.FORWARD, ahead + number)
-        yield operation(Phase.BACKWARD, number)
 
 
 def simulate(

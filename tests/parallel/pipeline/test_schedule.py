@@ -99,6 +99,53 @@ def test_printed():
     ]
 
 
+@pytest.mark.parametrize(
+    ("stages", "micro", "chunks"), [(2, 2, 2), (2, 6, 3), (4, 8, 2), (3, 3, 4)]
+)
+def test_interleaved_programs_meet_without_deadlock(stages, micro, chunks):
+    """Likewise, of several chunks a stage: parts of the model follow each other around the ring of
+    stages.
+    """
+    schedule = make_schedule("1f1b", stages, micro, 1, 2, chunks)
+    assert schedule.bubble_fraction == pytest.approx((stages - 1) / (chunks * micro + stages - 1))
+    programs = [list(program(schedule, stage)) for stage in range(stages)]
+    parts, arrived, computed = stages * chunks, set(), set()
+    order = {}
+    while any(programs):
+        moved = False
+        for stage, events in enumerate(programs):
+            if not events:
+                continue
+            event = events[0]
+            if isinstance(event, Step):
+                part = event.chunk * stages + stage
+                key = (part, event.phase, event.micro_batch)
+                if event.phase is Phase.FORWARD:
+                    assert part == 0 or key in arrived
+                else:
+                    assert part == parts - 1 or key in arrived
+                    assert (part, Phase.FORWARD, event.micro_batch) in computed
+                    order.setdefault(part, []).append(event.micro_batch)
+                computed.add(key)
+                events.pop(0)
+                moved = True
+            elif stage == event.sender and programs[event.receiver][0] == event:
+                way = 1 if event.phase is Phase.FORWARD else -1
+                part = event.chunk * stages + stage
+                assert event.receiving_chunk * stages + event.receiver == part + way
+                assert (part, event.phase, event.micro_batch) in computed
+                arrived.add((part + way, event.phase, event.micro_batch))
+                events.pop(0)
+                programs[event.receiver].pop(0)
+                moved = True
+        assert moved, "deadlock"
+    assert len(computed) == 2 * parts * micro
+    assert len(arrived) == 2 * (parts - 1) * micro
+    assert all(found == list(range(micro)) for found in order.values())  # gradients add up so
+    held = [schedule.in_flight(stage) for stage in range(stages)]
+    assert held == [in_flight("1f1b", stage, stages, micro, chunks) for stage in range(stages)]
+
+
 @each_size
 @each_name
 def test_programs_meet_without_deadlock(name, stages, micro):
@@ -136,7 +183,7 @@ def test_programs_meet_without_deadlock(name, stages, micro):
 
 
 def test_the_two_ends_of_a_message():
-    forward, backward = Transfer(1, Phase.FORWARD, 0), Transfer(1, Phase.BACKWARD, 0)
+    forward, backward = (Transfer(1, phase, 0, 3) for phase in (Phase.FORWARD, Phase.BACKWARD))
     assert (forward.sender, forward.receiver) == (1, 2)
     assert (backward.sender, backward.receiver) == (2, 1)
 
@@ -158,6 +205,11 @@ def test_the_picture_is_a_png():
         (("gpipe", 1, 0), "micro_batches: 0: at least 1"),
         (("1f1b", 1, 1, 0), "forward: 0: at least 1"),
         (("1f1b", 1, 1, 1, -1), "backward: -1: at least 1"),
+        (
+            ("1f1b", 4, 6, 1, 1, 2),
+            "micro_batches: 6: interleaved chunks take 1f1b and a multiple of",
+        ),
+        (("gpipe", 2, 4, 1, 1, 2), "micro_batches: 4: interleaved chunks take 1f1b"),
         (("dual", 1, 1), "unknown schedule: schedule: dual: gpipe or 1f1b"),
     ],
 )
