@@ -61,6 +61,8 @@ FAMILIES: dict[str, Family] = {
             "num_key_value_heads": 16,
             "max_position_embeddings": 32768,
             "sliding_window": 4096,
+            # which its classes disagree about: a model with a window is refused by it
+            "max_window_layers": 28,
         },
         model={},
         model_keys={"qkv_bias": ("qkv_bias", True)},

@@ -34,7 +34,7 @@ class MoEArchitecture(Frozen):
 
     Attributes:
         num_local_experts: experts per sparse layer (E); or a list, with a number for each of them
-            (the pyramid of DeepSpeed-MoE, arXiv:2201.05596, section 4.1.1). Then this becomes the
+            (the pyramid of DeepSpeed-MoE, arXiv:2201.05596, section 4.1). Then this becomes the
             largest, and the list ``layer_experts``.
         layer_experts: experts of each sparse layer, in their order; None: they have as many.
         num_experts_per_tok: experts that each token visits (K).

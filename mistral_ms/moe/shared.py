@@ -95,7 +95,7 @@ class SharedExpertGate(nn.Cell):
 
 def cmr_share(x_TH: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
     """[T, 1]: sigmoid(w x + b), the share of the chosen experts in conditional routing (NLLB-MoE,
-    arXiv:2207.04672, section 6.2.2).
+    arXiv:2207.04672).
     """
     weight_1H, bias_1 = weights
     return _sigmoid(reference.linear(x_TH, weight_1H) + bias_1)

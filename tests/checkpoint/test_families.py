@@ -47,12 +47,11 @@ FAMILIES = {
             shared_expert_intermediate_size=14, mlp_only_layers=[0],
         ),
     ),
-    "qwen2_moe, without biases, a window": (
+    "qwen2_moe, without biases, every other layer": (
         "Qwen2Moe",
         dict(
             intermediate_size=24, moe_intermediate_size=10, num_experts=6, qkv_bias=False,
-            shared_expert_intermediate_size=10, norm_topk_prob=True, use_sliding_window=True,
-            sliding_window=4,
+            shared_expert_intermediate_size=10, norm_topk_prob=True, decoder_sparse_step=2,
         ),
     ),
     "olmoe": ("Olmoe", dict(intermediate_size=12, num_experts=6)),
@@ -168,6 +167,20 @@ def test_how_fast_the_bias_moved_is_no_part_of_the_model():
     gate = config.moe.gate.model_copy(update={"bias_update_rate": 0.5})
     moved = config.model_copy(update={"moe": config.moe.model_copy(update={"gate": gate})})
     assert to_hf(moved) == to_hf(config)
+
+
+def test_windows_of_qwen2_moe_are_refused():
+    """With eager attention all layers have it, with flash attention the last ones alone."""
+    name, values = FAMILIES["qwen2_moe"]
+    keys = getattr(transformers, f"{name}Config")(**SIZES | values).to_dict()
+    config, _ = from_hf(keys)
+    with pytest.raises(ConfigError, match="max_window_layers: 28"):
+        from_hf(keys | {"use_sliding_window": True, "sliding_window": 4})
+    del keys["max_window_layers"]
+    with pytest.raises(ConfigError, match="max_window_layers: 28"):
+        from_hf(keys | {"use_sliding_window": True, "sliding_window": 4})
+    with pytest.raises(ConfigError, match="not expressible in Hugging Face's format"):
+        to_hf(config.model_copy(update={"sliding_window": 4}))
 
 
 def test_what_no_family_has():

@@ -52,7 +52,7 @@ class Auction(nn.Cell):
     makes it equal to the second best, and epsilon. An expert keeps its best bids; its price is the
     least of them once it is full. (D. Bertsekas, D. Castañon, "The auction algorithm for the
     transportation problem", 1989, for objects that are alike; the problem is BASE's,
-    arXiv:2103.16716, section 3.1.)
+    arXiv:2103.16716.)
 
     Args:
         epsilon: the least increment of a bid, in units of the scores.
