@@ -30,6 +30,7 @@ PUBLISHED = sorted(
 TINY = {
     "demo",
     "finetune_tiny",
+    "lora_tiny",
     "pretrain_mixtral_tiny_200ep",
     "pretrain_mixtral_tiny_200ep_ep2pp2",
 }
