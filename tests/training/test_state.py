@@ -150,6 +150,16 @@ class TestRefused:
             "training.max_steps: 6 before, 60 from here on",
         ]
 
+    def test_who_divides_it_may_change(self, make_update, identity):
+        update = make_update()
+        ways = {way: ParallelConfig(execution=way) for way in ("auto", "explicit", "graph")}
+        state = identity(update, parallel=ways["explicit"]).as_dict()
+        assert identity(update, parallel=ways["graph"]).compare(state, "C") == [
+            "parallel.execution: 'explicit' before, 'graph' from here on"
+        ]
+        unknown = identity(update, parallel=ways["auto"]).as_dict()
+        assert identity(update, parallel=ways["graph"]).compare(unknown, "C") == []
+
     def test_how_files_hold_the_weights_is_no_other_model(self, make_update, identity, sparse):
         update = make_update()
         stored = sparse.model_copy(update={"torch_dtype": "float16"})

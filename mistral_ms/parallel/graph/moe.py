@@ -49,8 +49,10 @@ from mistral_ms.parallel.sharding import Sharding
 
 _cast = ops.Cast()
 
-GATE_PARAMETERS = 4
-"""What a gate may have: MindSpore's Morph takes neither tuples nor any number of arguments."""
+GATE_PARAMETERS = 8
+"""What a gate may have: MindSpore's Morph takes neither tuples nor any number of arguments ("does
+not support varargs", its compiler says), so each has a name here, and who has fewer hands in what
+nothing reads."""
 
 
 class MatrixExperts(nn.Cell):
@@ -180,9 +182,14 @@ class SparseRegion(SparsePieces):
         gate_1: Tensor,
         gate_2: Tensor,
         gate_3: Tensor,
+        gate_4: Tensor,
+        gate_5: Tensor,
+        gate_6: Tensor,
+        gate_7: Tensor,
     ) -> Tensor:
         """[T, H] -> [T, H]."""
-        chosen = self.chosen(x_TH, (gate_0, gate_1, gate_2, gate_3), None)
+        gate = (gate_0, gate_1, gate_2, gate_3, gate_4, gate_5, gate_6, gate_7)
+        chosen = self.chosen(x_TH, gate, None)
         plan = self.planned(chosen, self.valid(positions_BS), positions_BS.shape[1], None)
         rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
         matrices = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
@@ -251,6 +258,10 @@ class TrainedSparseRegion(SparsePieces):
         gate_1: Tensor,
         gate_2: Tensor,
         gate_3: Tensor,
+        gate_4: Tensor,
+        gate_5: Tensor,
+        gate_6: Tensor,
+        gate_7: Tensor,
     ) -> Any:
         """[T, H] -> [T, H], with the router's losses attached, and what is recorded of them; for
         the pooled loss also what it takes, see
@@ -260,12 +271,13 @@ class TrainedSparseRegion(SparsePieces):
         w1, w3, w2 = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
         samples, columns = positions_BS.shape[0] // self.groups, positions_BS.shape[1]
         size = samples * columns
+        gate = (gate_0, gate_1, gate_2, gate_3, gate_4, gate_5, gate_6, gate_7)
         sent: tuple[Any, ...] = ()
         for i in range(self.groups):
             x = x_TH[i * size : (i + 1) * size]
             valid = valid_T[i * size : (i + 1) * size]
             context = gate_context(random_B3[i * samples : (i + 1) * samples], columns)
-            chosen = self.chosen(x, (gate_0, gate_1, gate_2, gate_3), context)
+            chosen = self.chosen(x, gate, context)
             plan = self.planned(chosen, valid, columns, context)
             rows, group_sizes_L = self.dispatcher.dispatch(x, plan)
             sent = (*sent, (chosen, rows, group_sizes_L, plan, valid))
