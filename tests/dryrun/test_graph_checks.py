@@ -12,7 +12,7 @@ from mistral_ms.errors import ConfigError, DryrunError, TopologyError
 from mistral_ms.parallel import graph
 from mistral_ms.parallel.dryrun.servers import check_servers
 from mistral_ms.parallel.graph.checks import check_run
-from mistral_ms.parallel.graph.moe import gate_parameters
+from mistral_ms.parallel.graph.sparse_region import gate_parameters
 from mistral_ms.parallel.topology import Topology
 
 

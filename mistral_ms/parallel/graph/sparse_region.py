@@ -1,0 +1,307 @@
+"""The regions of a sparse layer: gate, dispatch, experts, combine, and the router's losses.
+
+All of it is the code of the explicit path: the router's choice, the row id map, the dispatchers
+with their flat or hierarchical routes, the losses. Only where weights come from differs, and the
+rows of tensor-parallel ranks.
+
+The graph has static shapes. Capacity gives every expert C slots; under ``dropless`` packed rows
+lie in buffers for the worst case, in which every rank of the expert group sends all it can to the
+experts of this one: P * T * min(K, L) rows of H elements, P * min(1, L / K) times the average.
+What travels between expert ranks and what the experts compute on Ascend are the real rows; what
+tensor-parallel ranks exchange are the buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+
+from mistral_ms.config import ModelConfig
+from mistral_ms.errors import ConfigError
+from mistral_ms.models.objective import RouterLoss
+from mistral_ms.moe import (
+    Dispatcher,
+    DispatchPlan,
+    Gate,
+    GateContext,
+    RouterSums,
+    Routing,
+    TransposedExperts,
+    gate_context,
+    kept_choices,
+    masked,
+    router_loss_terms,
+    router_sums,
+    stack_sums,
+)
+from mistral_ms.parallel.graph.metrics import AttachLosses, RecordMetrics
+from mistral_ms.parallel.graph.region import Region, Shape, first_shape
+from mistral_ms.parallel.sharding import Sharding
+
+_cast = ops.Cast()
+
+GATE_PARAMETERS = 8
+"""What a gate may have: MindSpore's Morph takes neither tuples nor any number of arguments ("does
+not support varargs", its compiler says), so each has a name here, and who has fewer hands in what
+nothing reads."""
+
+
+@dataclass(frozen=True)
+class LossCoefficients:
+    """Of the router's losses.
+
+    Attributes:
+        aux: of the load-balancing loss; of each layer, or of the pooled one.
+        z: of the z-loss of each layer.
+        others: of further losses of each layer, by name.
+        pooled: the load-balancing loss is formed behind the last layer, of the sums of all
+            (:mod:`mistral_ms.parallel.graph.pooled`).
+    """
+
+    aux: float = 0.0
+    z: float = 0.0
+    others: Mapping[str, float] = field(default_factory=dict)
+    pooled: bool = False
+
+
+class SparsePieces(Region):
+    """What regions of a sparse layer have in common.
+
+    Args:
+        config: sizes.
+        dispatcher: brings rows to the experts and back.
+        router: chooses.
+        dtype: what is computed in.
+        sharding: the table; None on one device.
+        more: layouts of further inputs, before the gate's parameters.
+        summed: shape of a second output, float32, whose rows are divided among all ranks; empty
+            when there is none.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dispatcher: Dispatcher,
+        router: Gate,
+        dtype: str,
+        sharding: Sharding | None,
+        more: tuple[str, ...] = (),
+        summed: tuple[int, ...] = (),
+    ) -> None:
+        def two_shapes(x: Shape, *others: Shape) -> Any:
+            return x, list(summed)
+
+        gate = [(None,) * each.ndim for each in gate_parameters(router)]
+        gate += ["samples"] * (GATE_PARAMETERS - len(gate))
+        inputs = "whole_rows", "samples", "experts", "experts", "experts", *more, *gate
+        if summed:
+            outputs = "whole_rows", "rows"
+            super().__init__(sharding, inputs, outputs, two_shapes, (0, ms.float32))
+        else:
+            super().__init__(sharding, inputs, ("whole_rows",), first_shape, (0,))
+        self.hidden_size = config.hidden_size
+        self.dispatcher, self.router = dispatcher, router
+        self.experts = TransposedExperts(dtype, dispatcher.packed)
+
+    def chosen(
+        self, x_TH: Tensor, gate: tuple[Tensor, ...], context: GateContext | None
+    ) -> Routing:
+        """The gate's choice under its parameters, weights before state."""
+        first, last = len(self.router.weight_names), len(self.router.buffer_names)
+        return self.router.route(x_TH, gate[:first], gate[first : first + last], context)
+
+    def planned(
+        self, chosen: Routing, valid_T: Tensor, columns: int, context: GateContext | None
+    ) -> DispatchPlan:
+        """Where rows go, and which results count."""
+        plan = self.dispatcher.plan(chosen, valid_T, self.router.priority(chosen, context), columns)
+        mask_TK = self.router.output_mask(chosen, context)
+        return plan if mask_TK is None else masked(plan, mask_TK)
+
+    def valid(self, positions_BS: Tensor) -> Tensor:
+        """1 for tokens, 0 for padding: float32 [T]."""
+        return _cast(positions_BS.reshape(-1) >= 0, ms.float32)
+
+    def matrices(self, *weights: Tensor) -> tuple[Tensor, ...]:
+        """[L * H, I] each -> [L, H, I] each."""
+        return tuple(each.reshape(-1, self.hidden_size, each.shape[1]) for each in weights)
+
+    def results(
+        self,
+        rows: Tensor,
+        group_sizes_L: Tensor | None,
+        plan: DispatchPlan,
+        w1: Tensor,
+        w3: Tensor,
+        w2: Tensor,
+    ) -> Tensor:
+        """What the experts make of dispatched rows, brought back: [T, H]."""
+        return self.dispatcher.combine(self.experts(rows, w1, w3, w2, group_sizes_L), plan)
+
+
+class SparseRegion(SparsePieces):
+    """Gate, dispatch, experts and combine of this rank's tokens, where nothing is trained."""
+
+    def compute(
+        self,
+        x_TH: Tensor,
+        positions_BS: Tensor,
+        w1_LH_I: Tensor,
+        w3_LH_I: Tensor,
+        w2_LH_I: Tensor,
+        gate_0: Tensor,
+        gate_1: Tensor,
+        gate_2: Tensor,
+        gate_3: Tensor,
+        gate_4: Tensor,
+        gate_5: Tensor,
+        gate_6: Tensor,
+        gate_7: Tensor,
+    ) -> Tensor:
+        """[T, H] -> [T, H]."""
+        gate = (gate_0, gate_1, gate_2, gate_3, gate_4, gate_5, gate_6, gate_7)
+        chosen = self.chosen(x_TH, gate, None)
+        plan = self.planned(chosen, self.valid(positions_BS), positions_BS.shape[1], None)
+        rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
+        matrices = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
+        return self.results(rows, group_sizes_L, plan, *matrices)
+
+
+class TrainedSparseRegion(SparsePieces):
+    """Gate, dispatch, experts and combine in training: one or two dispatch groups, router's losses.
+
+    Args:
+        config: sizes.
+        dispatcher: brings rows to the experts and back.
+        router: chooses.
+        dtype: what is computed in.
+        coefficients: of the router's losses.
+        groups: dispatch groups; their communication and computation may overlap.
+        sharding: the table; None on one device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dispatcher: Dispatcher,
+        router: Gate,
+        dtype: str,
+        coefficients: LossCoefficients,
+        groups: int,
+        sharding: Sharding | None,
+    ) -> None:
+        assert config.moe is not None
+        ranks = 1 if sharding is None else sharding.ranks
+        summed = (ranks * groups, 2 * config.moe.num_local_experts + 1)
+        super().__init__(
+            config,
+            dispatcher,
+            router,
+            dtype,
+            sharding,
+            ("samples", "samples", "matrix"),
+            summed if coefficients.pooled else (),
+        )
+        self.groups, self.attach, self.record = groups, AttachLosses(), RecordMetrics()
+        # the tensor-parallel ranks form the same losses: each is responsible for its share
+        self.mp_share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
+        self.pooled = coefficients.pooled
+        self.losses = nn.CellList()
+        for term in router_loss_terms(config, tuple(coefficients.others)):
+            self.losses.append(RouterLoss(term, False))
+        of_layer = np.ones(len(self.losses), np.float32)
+        of_layer[0] = not self.pooled
+        each = [coefficients.aux, coefficients.z, *coefficients.others.values()]
+        self.coefficients = Tensor((np.array(each) * self.mp_share).astype(np.float32) * of_layer)
+        self.of_layer = Tensor(of_layer)
+
+    def compute(
+        self,
+        x_TH: Tensor,
+        positions_BS: Tensor,
+        w1_LH_I: Tensor,
+        w3_LH_I: Tensor,
+        w2_LH_I: Tensor,
+        scales_B3: Tensor,
+        random_B3: Tensor,
+        metrics_buffer: Tensor,
+        gate_0: Tensor,
+        gate_1: Tensor,
+        gate_2: Tensor,
+        gate_3: Tensor,
+        gate_4: Tensor,
+        gate_5: Tensor,
+        gate_6: Tensor,
+        gate_7: Tensor,
+    ) -> Any:
+        """[T, H] -> [T, H], with the router's losses attached, and what is recorded of them; for
+        the pooled loss also what it takes, see
+        :class:`~mistral_ms.parallel.graph.pooled.PooledLoss`.
+        """
+        valid_T = self.valid(positions_BS)
+        w1, w3, w2 = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
+        samples, columns = positions_BS.shape[0] // self.groups, positions_BS.shape[1]
+        size = samples * columns
+        gate = (gate_0, gate_1, gate_2, gate_3, gate_4, gate_5, gate_6, gate_7)
+        sent: tuple[Any, ...] = ()
+        for i in range(self.groups):
+            x = x_TH[i * size : (i + 1) * size]
+            valid = valid_T[i * size : (i + 1) * size]
+            context = gate_context(random_B3[i * samples : (i + 1) * samples], columns)
+            chosen = self.chosen(x, gate, context)
+            plan = self.planned(chosen, valid, columns, context)
+            rows, group_sizes_L = self.dispatcher.dispatch(x, plan)
+            sent = (*sent, (chosen, rows, group_sizes_L, plan, valid))
+        # share of the batch in its tokens, times the loss scale
+        coefficients = self.coefficients * (scales_B3[0, 1] * scales_B3[0, 2])
+        out: tuple[Tensor, ...] = ()
+        rows_for_pooled: tuple[Tensor, ...] = ()
+        for i in range(self.groups):
+            chosen, rows, group_sizes_L, plan, valid = sent[i]
+            y_TH = self.results(rows, group_sizes_L, plan, w1, w3, w2)
+            sums = router_sums(chosen, kept_choices(plan), valid, self.dispatcher.routing, columns)
+            scores_E, routed_E, kept_E, _, tokens, _, counted_E = sums
+            losses = self.losses_of(sums)
+            if self.pooled:
+                losses = losses * self.of_layer
+                row = ops.cat((scores_E, counted_E, tokens.reshape(1)))
+                rows_for_pooled = (*rows_for_pooled, row)
+            y_TH = self.attach(y_TH, losses, coefficients)
+            seen = ops.cat((losses * scales_B3[0, 1], routed_E, kept_E)) * self.mp_share
+            out = (*out, self.record(y_TH, metrics_buffer, seen))
+        y_TH = out[0] if self.groups == 1 else ops.cat(out, 0)
+        if self.pooled:
+            return y_TH, ops.stack(rows_for_pooled)
+        return y_TH
+
+    def losses_of(self, sums: RouterSums) -> Tensor:
+        """Each loss of a dispatch group, times its tokens: float32 [losses]."""
+        one_layer = stack_sums((sums,))
+        found: tuple[Tensor, ...] = ()
+        for loss in self.losses:
+            found = (*found, loss(one_layer))
+        return ops.stack(found) * sums[4]
+
+
+def gate_parameters(router: Gate) -> tuple[Tensor, ...]:
+    """Weights, then state.
+
+    Raises:
+        ConfigError: more than a region takes.
+    """
+    weights, state = router.weights_and_state()
+    found = (*weights, *state)
+    if len(found) > GATE_PARAMETERS:
+        raise ConfigError(
+            "impossible graph",
+            where="model.moe.gate",
+            value=f"{len(found)} parameters",
+            rule=f"a gate has at most {GATE_PARAMETERS} in the auto-parallel graph",
+            todo="use parallel.execution=explicit",
+        )
+    return found
