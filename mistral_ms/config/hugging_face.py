@@ -27,10 +27,10 @@ from mistral_ms.config.hugging_face_keys import (
     HF_MOE_KEYS,
     HF_NEUTRAL,
 )
+from mistral_ms.config.hugging_face_limits import beyond_mixtral
 from mistral_ms.config.model import ModelConfig
 from mistral_ms.config.moe import SHAPE_KEYS, MoEArchitecture
 from mistral_ms.config.tables import (
-    Inexpressible,
     mapping,
     pick,
     refuse_first,
@@ -261,7 +261,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a model that none of Hugging Face's classes here can express.
     """
-    rules = _beyond_mixtral(config)
+    rules = beyond_mixtral(config)
     if not any(broken for broken, *_ in rules):
         return to_native(config, block=False)
     if config.moe is not None:
@@ -295,69 +295,6 @@ def _computed(config: ModelConfig) -> dict[str, Any]:
     values = computation(config)
     values["moe"].get("gate", {}).pop("bias_update_rate", None)
     return values
-
-
-def _beyond_mixtral(config: ModelConfig) -> list[Inexpressible]:
-    """What Mistral's and Mixtral's classes have not, and what they have."""
-    moe, layers = config.moe, config.num_hidden_layers
-    mixtral = "MixtralForCausalLM"
-    rules: list[Inexpressible] = [
-        (
-            config.lora is not None,
-            "lora",
-            config.lora,
-            "an adapter is a change to the weights of its base model",
-        ),
-        (
-            not config.layer_kinds.default,
-            "layer_kinds",
-            config.layer_kinds,
-            "its classes have the layers of Mistral",
-        ),
-        (
-            config.qk_norm != "none",
-            "qk_norm",
-            config.qk_norm,
-            "Mistral's classes norm no queries and keys",
-        ),
-        (
-            config.qkv_bias,
-            "qkv_bias",
-            True,
-            "Mistral's classes have no biases of queries, keys and values",
-        ),
-    ]
-    if moe is None:
-        return rules
-    sparse = list(config.sparse_layers)
-    return [
-        *rules,
-        (
-            not moe.gate.default,
-            "moe.gate",
-            moe.gate.name,
-            f"{mixtral} has the gate softmax_top_k, and no other family here has this model's",
-        ),
-        *((True, f"moe.{key}", v, f"{mixtral} has no such experts") for key, v in moe.added),
-        (
-            len(sparse) != layers,
-            "moe.sparse_layers",
-            sparse,
-            f"{mixtral} has experts in each of the {layers} layers",
-        ),
-        (
-            not moe.norm_topk_prob,
-            "moe.norm_topk_prob",
-            False,
-            f"{mixtral} normalises the weights of a token's experts",
-        ),
-        (
-            config.layer_types is not None,
-            "layer_types",
-            list(config.layer_types or ()),
-            f"{mixtral} has one sliding window for all layers",
-        ),
-    ]
 
 
 def to_native(config: ModelConfig, *, block: bool = True) -> dict[str, Any]:

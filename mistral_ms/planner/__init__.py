@@ -4,10 +4,11 @@ Nothing here imports MindSpore. :func:`plan` searches, :func:`judge` looks at on
 """
 
 from mistral_ms.planner.candidate import Candidate
+from mistral_ms.planner.changed import checked
 from mistral_ms.planner.explain import explain
 from mistral_ms.planner.hardware import Cluster, Hardware, load_hardware
 from mistral_ms.planner.load import read_loads, zipf
-from mistral_ms.planner.search import checked, judge, plan
+from mistral_ms.planner.search import judge, plan
 
 __all__ = [
     "Candidate",

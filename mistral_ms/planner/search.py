@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from mistral_ms.config import ModelConfig, ParallelConfig, Recompute, RunConfig
-from mistral_ms.config.base import validate
+from mistral_ms.config import ModelConfig, Recompute, RunConfig
 from mistral_ms.config.layout import Sizes, divisors, factorisations
 from mistral_ms.errors import ConfigError
 from mistral_ms.parallel.memory import GIB, LayerMemory, rows_of
 from mistral_ms.parallel.pipeline import Stage, held_specs, stages_of
 from mistral_ms.planner.candidate import Candidate
+from mistral_ms.planner.changed import changed_run
 from mistral_ms.planner.hardware import Cluster
 from mistral_ms.planner.load import Balance, Loads, balance
 from mistral_ms.planner.memory import (
@@ -202,7 +202,7 @@ class _Search:
         best: _Option | None = None
         smallest: Candidate | None = None
         for micro_batches in self._micro_batches(sizes):
-            with_batches = _changed(division.run, gradient_accumulation_steps=micro_batches)
+            with_batches = changed_run(division.run, gradient_accumulation_steps=micro_batches)
             if self.execution == "graph" and tokens_of(with_batches) % sizes.mp:
                 continue
             rows = rows_of(with_batches.training, with_batches.parallel)
@@ -232,7 +232,7 @@ class _Search:
         """What fits with the least work: of each place of the optimizer the first recompute."""
         for offload in self.offload:
             for recompute in RECOMPUTE:
-                changed = _changed(run, offload_optimizer=offload, recompute=recompute)
+                changed = changed_run(run, offload_optimizer=offload, recompute=recompute)
                 memory = division.memory(changed, layers)
                 fits = self.fits(memory, run.parallel.world)
                 if fits or (offload, recompute) == (self.offload[-1], RECOMPUTE[-1]):
@@ -379,27 +379,6 @@ _PLAIN: dict[str, object] = {
 }
 
 
-def _changed(run: RunConfig, **values: object) -> RunConfig:
-    """The same training with other values of ``parallel`` or ``training``; not validated."""
-    parallel = {key: value for key, value in values.items() if key in ParallelConfig.model_fields}
-    training = {key: value for key, value in values.items() if key not in parallel}
-    changed: dict[str, object] = {}
-    if parallel:
-        changed["parallel"] = run.parallel.model_copy(update=parallel)
-    if training:
-        changed["training"] = run.training.model_copy(update=training)
-    return run.model_copy(update=changed)
-
-
 def _seconds(option: _Option) -> float:
     step = option.candidate.step
     return math.inf if step is None else step.seconds
-
-
-def checked(run: RunConfig) -> RunConfig:
-    """A run of the search, validated as one that was read.
-
-    Raises:
-        ConfigError: it breaks a rule of configurations.
-    """
-    return validate(RunConfig, run.model_dump(), "planned run")

@@ -339,8 +339,9 @@ def test_checkpoints_of_ours_remember_and_hugging_face_refuses():
     found, _ = from_hf(to_native(config))
     assert found.moe == config.moe
     assert found.initializer_scale == 0.1
-    with pytest.raises(ConfigError, match=r"moe_token_dropout 0\.2"):
-        to_hf(config)
+    masks = small_model(moe=dict(num_local_experts=E, moe_token_dropout=0.2))
+    with pytest.raises(ConfigError, match=r"moe\.moe_token_dropout: 0\.2"):
+        to_hf(masks)
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_ways_to_say_it():
     found, _ = from_hf(to_native(config))
     assert computation(found) == computation(config)
     assert computation(config) != computation(pyramid((2, 8, 8), sparse_layers=[0, 1, 2]))
-    with pytest.raises(ConfigError, match=r"layer_experts \(2, 4, 8\)"):
+    with pytest.raises(ConfigError, match=r"moe\.layer_experts: \(2, 4, 8\)"):
         to_hf(config)
 
 

@@ -89,7 +89,9 @@ def test_kinds_in_configurations():
     assert from_hf(to_native(CUSTOM))[0] == CUSTOM.model_copy(update={"head_dim": 8})
     assert "layer_kinds" not in to_native(model())["mistral_ms"]
     for write in (to_hf, to_mistral):
-        with pytest.raises(ConfigError, match="layers of kinds no such attention, feed_forward"):
+        with pytest.raises(
+            ConfigError, match=r"model\.layer_kinds: no such attention, feed_forward"
+        ):
             write(CUSTOM)
     assert computation(model())["layer_kinds"] is None
     with pytest.raises(ConfigError, match=r"another model: model.layer_kinds: C has"):

@@ -146,7 +146,7 @@ def test_conversion(saved, values, tmp_path):
             want = values[name].astype(np.float16)
             np.testing.assert_array_equal(source.read(name, "float16"), want)
     for kind in ("hf", "mistral"):
-        with pytest.raises(ConfigError, match=r"layers of kinds toy_attention"):
+        with pytest.raises(ConfigError, match=r"model\.layer_kinds: toy_attention"):
             convert(saved, tmp_path / kind, kind)
 
 

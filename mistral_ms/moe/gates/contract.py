@@ -34,7 +34,8 @@ Result = TypeVar("Result")
 
 
 def try_gates(cells: nn.Cell, config: ModelConfig, training: bool) -> None:
-    """Tries the gate of a model that is about to be compiled; all its layers have the same.
+    """Tries the gate of a model that is about to be compiled; all its layers have the same
+    one, but for the number of experts.
 
     Args:
         cells: the model, or a layer.
@@ -49,6 +50,7 @@ def try_gates(cells: nn.Cell, config: ModelConfig, training: bool) -> None:
     gate = next(found, None)
     if gate is None:
         return
+    config = config.model_copy(update={"moe": gate.moe})  # layers may differ in their experts
     rows_TH = np.random.default_rng(0).standard_normal((TOKENS, config.hidden_size))
     x_TH = Tensor(rows_TH.astype(np.float32))
     random_B3 = Tensor(np.zeros((1, 3), np.int32))

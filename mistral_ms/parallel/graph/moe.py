@@ -24,8 +24,6 @@ from mistral_ms.parallel.graph.sparse_region import (
 )
 from mistral_ms.parallel.sharding import Sharding
 
-_cast = ops.Cast()
-
 
 class MatrixExperts(nn.Cell):
     """The experts' weights as matrices [E * H, I], all three alike.

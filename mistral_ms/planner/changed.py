@@ -1,0 +1,27 @@
+"""Runs that differ from a given one in some keys."""
+
+from __future__ import annotations
+
+from mistral_ms.config import ParallelConfig, RunConfig
+from mistral_ms.config.base import validate
+
+
+def changed_run(run: RunConfig, **values: object) -> RunConfig:
+    """The same training with other values of ``parallel`` or ``training``; not validated."""
+    parallel = {key: value for key, value in values.items() if key in ParallelConfig.model_fields}
+    training = {key: value for key, value in values.items() if key not in parallel}
+    groups: dict[str, object] = {}
+    if parallel:
+        groups["parallel"] = run.parallel.model_copy(update=parallel)
+    if training:
+        groups["training"] = run.training.model_copy(update=training)
+    return run.model_copy(update=groups)
+
+
+def checked(run: RunConfig) -> RunConfig:
+    """A run of the search, validated as one that was read.
+
+    Raises:
+        ConfigError: it breaks a rule of configurations.
+    """
+    return validate(RunConfig, run.model_dump(), "planned run")
