@@ -23,8 +23,10 @@ from mistral_ms.checkpoint.save import save_model
 from mistral_ms.config import (
     DROPLESS,
     DType,
+    LoraConfig,
     ModelConfig,
 )
+from mistral_ms.config.base import validate
 from mistral_ms.errors import CheckpointError, ConfigError
 from mistral_ms.inference.engine import check_dtype
 from mistral_ms.inference.lengths import check_length
@@ -116,6 +118,8 @@ class PreTrainedModel(GenerationMixin):
         verify: bool = True,
         follow_links: bool = False,
         adapter: str | Path | None = None,
+        lora: Mapping[str, Any] | None = None,
+        seed: int = 0,
     ) -> PreTrainedModel:
         """Reads a checkpoint of any known format, and its tokenizer if it has one.
 
@@ -127,6 +131,9 @@ class PreTrainedModel(GenerationMixin):
             follow_links: links may lead out of the directory, or of the hub's cache.
             adapter: directory of an adapter of the checkpoint, PEFT's or of a training here, which
                 is added to the weights.
+            lora: keys of :class:`~mistral_ms.config.LoraConfig`: the model gets fresh adapters,
+                which are all that a training changes and ``save_pretrained`` writes.
+            seed: of these.
 
         Raises:
             CheckpointError: no checkpoint there, missing or extra tensors, wrong shapes, damage.
@@ -157,8 +164,15 @@ class PreTrainedModel(GenerationMixin):
                 check_vocabulary(inner, source.config)
                 tokenizer = PreTrainedTokenizer(inner)
             eos_ids = read_checkpoint_settings(source.path, source.config, inner).eos_ids
-            model = CausalLM(source.config, DROPLESS, dtype=dtype)
-            load_weights(source, model.weights())
+            config = source.config
+            if lora is not None:
+                adapters = validate(LoraConfig, lora, "lora")
+                config = config.model_copy(update={"lora": adapters})
+            model = CausalLM(config, DROPLESS, dtype=dtype)
+            held = model.weights()
+            load_weights(source, {name: held[name] for name in source.names()})
+            if lora is not None:
+                model.initialize_adapters(seed)
         found = cls.__new__(_class_of(source.config) if cls is PreTrainedModel else cls)
         found._set(model, dtype, tokenizer, eos_ids, files)
         return found
@@ -241,13 +255,15 @@ class PreTrainedModel(GenerationMixin):
         self,
         path: str | Path,
         *,
-        format: Literal["mistral_ms", "hf", "mistral"] = "mistral_ms",
+        format: Literal["mistral_ms", "hf", "mistral", "peft"] = "mistral_ms",
     ) -> None:
-        """Writes weights, configuration and the tokenizer's files; all of it, or nothing.
+        """Writes weights, configuration and the tokenizer's files; all of it, or nothing. Of a
+        model with adapters these alone are written.
 
         Args:
             path: the directory, which must not be there.
-            format: ``mistral_ms``; ``hf``, what transformers reads; or ``mistral``.
+            format: ``mistral_ms``; ``hf``, what transformers reads; or ``mistral``. Of adapters
+                ``mistral_ms`` or ``peft``.
 
         Raises:
             CheckpointError: an unknown format, something at ``path``, a full disk.
@@ -255,7 +271,7 @@ class PreTrainedModel(GenerationMixin):
         files = self._files
         if not files and self.tokenizer is not None:
             files = dict(self.tokenizer.tokenizer.files)
-        save_model(Path(path), self.config, self.model.weights(), format, files)
+        save_model(Path(path), self.config, self.model.stored_weights(), format, files)
 
     def load_adapter(self, path: str | Path) -> None:
         """Adds an adapter to the weights, for good: another one would be added to the sum.
@@ -272,7 +288,8 @@ class PreTrainedModel(GenerationMixin):
         def values(name: str) -> np.ndarray:
             return np.array(held[name].astype(ms.float32).asnumpy())
 
-        with open_adapter(Path(path), self.config) as adapter:
+        base = self.config.model_copy(update={"lora": None})
+        with open_adapter(Path(path), base) as adapter:
             for name, changed in merge_into(values, adapter):
                 ops.assign(held[name], Tensor(changed).astype(held[name].dtype))
 

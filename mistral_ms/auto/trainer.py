@@ -257,8 +257,8 @@ class Trainer:
         if self.args.load_best_model_at_end:
             best = CheckpointSeries(RunFiles(self.args.output_dir).best).newest()
             if best is not None:
-                with open_checkpoint(best.path) as source:
-                    load_weights(source, self.model.model.weights())
+                with open_checkpoint(best.path, adapters=True) as source:
+                    load_weights(source, self.model.model.stored_weights())
         self._tell("on_train_end")
         return result
 
@@ -345,6 +345,7 @@ class Trainer:
             routing = {"policy": "capacity", "capacity_factor": args.capacity_factor}
         values = {
             "model": self.model.config,
+            "lora": self.model.config.lora,
             "routing": routing,
             "training": training,
             "parallel": {"execution": "explicit", "recompute": args.recompute},

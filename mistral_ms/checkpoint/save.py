@@ -7,10 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from mistral_ms.checkpoint.adapters import PEFT, open_adapter, write_peft
 from mistral_ms.checkpoint.converter import convert
 from mistral_ms.checkpoint.load import dtype_name, to_numpy
 from mistral_ms.checkpoint.native import save_native
 from mistral_ms.config import ModelConfig
+from mistral_ms.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mindspore import Parameter
@@ -32,8 +34,9 @@ def save_model(
     Args:
         path: its directory, which must not be there unless ``overwrite`` is given.
         config: the architecture.
-        weights: by our names.
-        to: ``mistral_ms``, or another format that ``convert`` writes.
+        weights: what checkpoints hold of it, by our names.
+        to: ``mistral_ms``, or another format that ``convert`` writes; of a model with adapters
+            ``peft``.
         extra_files: further files by name: bytes, or a file to copy (tokenizers).
         overwrite: replace a checkpoint that is at ``path``.
 
@@ -52,8 +55,20 @@ def save_model(
     if to == OURS:
         save_native(path, config, tensors(), extra_files, overwrite=overwrite)
         return
+    if (to == PEFT) != (config.lora is not None):
+        raise CheckpointError(
+            "format cannot be written",
+            where="format",
+            value=to,
+            rule=f"adapters alone are written as {OURS} or {PEFT}, and nothing else as {PEFT}",
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent) as between:
         native = Path(between) / "model"
         save_native(native, config, tensors(), extra_files)
-        convert(native, path, to, overwrite=overwrite)
+        if to != PEFT:
+            convert(native, path, to, overwrite=overwrite)
+            return
+        base = config.model_copy(update={"lora": None})
+        with open_adapter(native, base) as adapter:
+            write_peft(adapter, path, None, overwrite=overwrite)

@@ -234,7 +234,14 @@ class CausalLM(nn.Cell):
 
     def initialize(self, seed: int) -> None:
         """Draws fresh weights as their specifications say; a function of the seed."""
-        for name, parameter in self.weights().items():
+        self._draw(self.weights(), seed)
+
+    def initialize_adapters(self, seed: int) -> None:
+        """The same for the adapters alone, of a model whose other weights are there."""
+        self._draw(self.stored_weights(), seed)
+
+    def _draw(self, weights: Mapping[str, ms.Parameter], seed: int) -> None:
+        for name, parameter in weights.items():
             values = init_values(self.specs[name], seed)
             parameter.set_data(Tensor(values).astype(parameter.dtype))
         self.begin_adapters()
