@@ -7,11 +7,13 @@ that cell and holds the adapter; the layer stays as it is.
 
 from __future__ import annotations
 
+import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.layers.parameter import weight
 from mistral_ms.ops import reference
 
+_cast = ops.Cast()
 _batched = ops.BatchMatMul()
 _matmul = ops.MatMul()
 _sum = ops.ReduceSum(keep_dims=True)
@@ -46,16 +48,16 @@ class LowRank(nn.Cell):
         self.stacked = len(shapes[0]) > 2
 
     def lengths(self, weight_OI: Tensor) -> Tensor:
-        """|W + s B A| of each row, [O, 1] or [E, O, 1], without a gradient."""
+        """|W + s B A| of each row, float32 [O, 1] or [E, O, 1], without a gradient."""
         times = _batched if self.stacked else _matmul
-        low = times(self.lora_B, self.lora_A)
-        changed = ops.stop_gradient(weight_OI + ops.cast(self.scaling * low, weight_OI.dtype))
+        a, b = _cast(self.lora_A, ms.float32), _cast(self.lora_B, ms.float32)
+        changed = ops.stop_gradient(_cast(weight_OI, ms.float32) + self.scaling * times(b, a))
         return ops.stop_gradient(ops.Sqrt()(_sum(changed * changed, -1)))
 
     def factors(self, weight_OI: Tensor) -> Tensor:
-        """What each output is multiplied by: m / |W + s B A|, [O] or [E, O]."""
+        """What each output is multiplied by: m / |W + s B A|, float32 [O] or [E, O]."""
         lengths = self.lengths(weight_OI).reshape(self.lora_magnitude.shape)
-        return ops.cast(self.lora_magnitude, lengths.dtype) / lengths
+        return _cast(self.lora_magnitude, ms.float32) / lengths
 
 
 class LowRankLinear(LowRank):
@@ -63,12 +65,12 @@ class LowRankLinear(LowRank):
 
     def construct(self, x: Tensor, weight_OI: Tensor) -> Tensor:
         """[T, I] and [O, I] -> [T, O], or [E, C, I] and [E, O, I] -> [E, C, O]."""
-        a, b = ops.cast(self.lora_A, x.dtype), ops.cast(self.lora_B, x.dtype)
+        a, b = _cast(self.lora_A, x.dtype), _cast(self.lora_B, x.dtype)
         low = self.product(self.product(x, a), b)
         y = self.product(x, weight_OI) + self.scaling * low
         if not self.decomposed:
             return y
-        factors = self.factors(weight_OI)
+        factors = _cast(self.factors(weight_OI), y.dtype)
         return y * (ops.expand_dims(factors, 1) if self.stacked else factors)
 
 
@@ -77,12 +79,12 @@ class LowRankGroupedLinear(LowRank):
 
     def construct(self, x_RI: Tensor, weight_EOI: Tensor, group_sizes_E: Tensor) -> Tensor:
         """[R, I], rows packed by expert -> [R, O]."""
-        a, b = ops.cast(self.lora_A, x_RI.dtype), ops.cast(self.lora_B, x_RI.dtype)
+        a, b = _cast(self.lora_A, x_RI.dtype), _cast(self.lora_B, x_RI.dtype)
         low = self.product(self.product(x_RI, a, group_sizes_E), b, group_sizes_E)
         y = self.product(x_RI, weight_EOI, group_sizes_E) + self.scaling * low
         if not self.decomposed:
             return y
         # as a product, so that its gradient is one too: no rows are added up by index
         inside_ER = reference.rows_of_groups(group_sizes_E, x_RI.shape[0])
-        own_RE = ops.cast(inside_ER, y.dtype).transpose(1, 0)
-        return y * _matmul(own_RE, self.factors(weight_EOI))
+        own_RE = _cast(inside_ER, ms.float32).transpose(1, 0)
+        return y * _cast(_matmul(own_RE, self.factors(weight_EOI)), y.dtype)

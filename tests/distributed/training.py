@@ -55,6 +55,7 @@ LAYOUTS = {
         "dp2 ep2 zero1, muon": ParallelConfig(dp=2, ep=2, optimizer_parallel=True),
         "dp2 ep2 interleaved": ParallelConfig(dp=2, ep=2, micro_batch_interleave_num=2),
         "dp2 ep2 zero1, adapters": ParallelConfig(dp=2, ep=2, optimizer_parallel=True),
+        "pp2, adapters": ParallelConfig(pp=2),
     },
     4: {
         "dp2 mp2 ep2": ParallelConfig(dp=2, mp=2, ep=2, group_wise_a2a=True, recompute="full"),
@@ -91,6 +92,7 @@ those of two of four groups. Beside that more experts in the last one, and maske
 """
 ADAPTERS = {
     "dp2 ep2 zero1, adapters": {"r": 2, "target_modules": "all-linear", "use_dora": True},
+    "pp2, adapters": {"r": 2, "target_modules": "all-linear", "use_dora": True},
     "dp2 mp2 ep2, adapters": {"r": 2, "target_modules": "all-linear"},
 }
 """Trained in the place of the weights; those of experts are divided as the experts are."""
@@ -122,6 +124,7 @@ OTHERS = {
     "pp4, gpipe": ("host, four micro-batches, dropless",),
     "dp4 ep2 zero1": ("experts choose",),
     "dp2 ep2 zero1, adapters": ("host",),
+    "pp2, adapters": ("float16",),
 }
 """Layouts that are not trained plainly. Every case compiles for seconds in each process, so each
 layout is trained once, and two that differ most in what they keep, in the ways of training that do.
