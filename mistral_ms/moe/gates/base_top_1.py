@@ -24,7 +24,7 @@ class BaseTop1Settings(GateSettings):
     """Settings.
 
     Attributes:
-        epsilon: the least increment of a bid; the sum of the logits is within so much times the
+        epsilon: the last increment of bids; the sum of the logits is within so much times the
             tokens of the largest.
         rounds: of bids at most.
     """

@@ -14,8 +14,12 @@ _sum_keep = ops.ReduceSum(keep_dims=True)
 _max_keep = ops.ReduceMax(keep_dims=True)
 _argmax = ops.Argmax(-1)
 _zeros_like = ops.ZerosLike()
+_rows = ops.Concat(0)
+_max, _min = ops.ReduceMax(), ops.ReduceMin()
 _ON, _OFF = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
 
+FINER = 5.0
+"""By what the increment of an auction's bids is divided."""
 TINY = 1e-8
 """Keeps quotients of sums that are all zero finite (Megatron's constant)."""
 
@@ -49,13 +53,16 @@ class Auction(nn.Cell):
     scores is the largest, up to T * epsilon.
 
     Every token without an expert bids for the one whose score less its price is best: as much as
-    makes it equal to the second best, and epsilon. An expert keeps its best bids; its price is the
-    least of them once it is full. (D. Bertsekas, D. Castañon, "The auction algorithm for the
+    makes it equal to the second best, and an increment. An expert keeps its best bids; its price is
+    the least of them once it is full. When every token has an expert, all begin anew with the
+    prices that were found and a smaller increment, until it is epsilon: with a small one from the
+    start, tokens that are alike would bid against each other for as many rounds as it fits into
+    the difference of two experts. (D. Bertsekas, D. Castañon, "The auction algorithm for the
     transportation problem", 1989, for objects that are alike; the problem is BASE's,
     arXiv:2103.16716.)
 
     Args:
-        epsilon: the least increment of a bid, in units of the scores.
+        epsilon: the last increment of bids, in units of the scores.
         rounds: of bids at most. Tokens that have no expert then get the one whose score less its
             price is best, full or not.
     """
@@ -70,29 +77,38 @@ class Auction(nn.Cell):
         Args:
             scores_TE: float32, E at least 2.
         """
-        T, E = scores_TE.shape
-        slots = (T + E - 1) // E
+        tokens, E = scores_TE.shape
+        slots = (tokens + E - 1) // E
+        T = slots * E
+        if tokens < T:  # tokens that do not care fill the slots that are left
+            scores_TE = _rows((scores_TE, ops.zeros((T - tokens, E), ms.float32)))
+        increment = ops.maximum((_max(scores_TE) - _min(scores_TE)) / FINER, self.epsilon)
         # bids are above prices, which are 0 or more: 0 is none
-        bid_TE, price_1E = _zeros_like(scores_TE), ops.zeros((1, E), ms.float32)
-        waits_T1 = ops.ones((T, 1), ms.float32)
+        bid_TE, waits_T1 = _zeros_like(scores_TE), ops.ones((T, 1), ms.float32)
+        price_1E, floor_1E = ops.zeros((1, E), ms.float32), ops.zeros((1, E), ms.float32)
         number = ops.zeros((), ms.int32)
-        while ops.logical_and(_sum(waits_T1) > 0.0, number < self.rounds):
-            value_TE = scores_TE - price_1E
-            best_T2, expert_T2 = _top_k(value_TE, 2)
+        while ops.logical_and(
+            ops.logical_or(_sum(waits_T1) > 0.0, increment > self.epsilon), number < self.rounds
+        ):
+            anew = ops.cast(_sum(waits_T1) == 0.0, ms.float32)
+            finer = ops.maximum(increment / FINER, self.epsilon)
+            increment = anew * finer + (1.0 - anew) * increment
+            floor_1E = anew * price_1E + (1.0 - anew) * floor_1E
+            bid_TE, waits_T1 = bid_TE * (1.0 - anew), ops.maximum(waits_T1, anew)
+            best_T2, expert_T2 = _top_k(scores_TE - price_1E, 2)
             chosen_TE = _one_hot(expert_T2[:, 0], E, _ON, _OFF) * waits_T1
-            bid_TE = bid_TE + chosen_TE * (scores_TE - best_T2[:, 1:] + self.epsilon)
+            bid_TE = bid_TE + chosen_TE * (scores_TE - best_T2[:, 1:] + increment)
             has_bid_TE = ops.cast(bid_TE > 0.0, ms.float32)
             kept_TE, _ = best_of_each_expert(bid_TE, has_bid_TE, slots)
             bid_TE = bid_TE * kept_TE
             best_EC, _ = _top_k(bid_TE.transpose(1, 0), slots)
-            price_1E = best_EC[:, slots - 1 :].transpose(1, 0)
+            price_1E = ops.maximum(best_EC[:, slots - 1 :].transpose(1, 0), floor_1E)
             waits_T1 = 1.0 - _sum_keep(kept_TE, -1)
             number = number + 1
-        # a bid outweighs every value of a token that has one
-        value_TE = scores_TE - price_1E
         held_TE = ops.cast(bid_TE > 0.0, ms.float32)
-        left_TE = ops.select(waits_T1 + held_TE > 0.0, value_TE, ops.full_like(value_TE, -1e30))
-        return ops.cast(_argmax(left_TE), ms.int32)
+        value_TE = scores_TE - price_1E
+        value_TE = ops.select(waits_T1 + held_TE > 0.0, value_TE, ops.full_like(value_TE, -1e30))
+        return ops.cast(_argmax(value_TE), ms.int32)[:tokens]
 
     def bprop(self, scores_TE: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         """None."""

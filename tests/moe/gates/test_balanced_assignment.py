@@ -68,6 +68,17 @@ def test_an_auction_that_is_ended_early_gives_every_token_an_expert():
     np.testing.assert_array_equal(np.bincount(equal, minlength=E), T // E)
 
 
+def test_tokens_that_are_alike_do_not_bid_against_each_other_for_long():
+    """Equal tokens, or nearly: with the last increment from the start it would take as many rounds
+    as it fits into the difference of two experts, some 2000.
+    """
+    values = np.tile(scores(1, E), (T, 1))
+    values += 1e-3 * np.random.default_rng(2).normal(size=values.shape).astype(np.float32)
+    found = Auction(1e-3, 100)(Tensor(values)).numpy()
+    np.testing.assert_array_equal(np.bincount(found, minlength=E), T // E)
+    assert best_sum(values)[0] - values[np.arange(T), found].sum() <= T * 1e-3
+
+
 def test_the_auction_in_a_graph_and_without_a_gradient(graph):
     class Both(nn.Cell):
         def __init__(self):
