@@ -246,8 +246,12 @@ def _presplit(
     with open_checkpoint(src, **opening) as opened:
         model = opened.config
     parallel.check(model)
-    topology, stages = Topology.of(parallel), stages_of(model, parallel.pp)
-    held = [held_specs(stage, specs(model)) for stage in stages]
+    topology, weights = Topology.of(parallel), specs(model)
+    parts = stages_of(model, parallel.pp * parallel.pp_interleave_num)
+    held = [
+        [spec for part in parts[stage :: parallel.pp] for spec in held_specs(part, weights)]
+        for stage in range(parallel.pp)
+    ]
     ranks = [
         written_parts(held[coords.pp], topology, coords.rank) for coords in topology.all_coords
     ]

@@ -163,7 +163,7 @@ FIXED: Mapping[str, Fixed] = {
     "attn_proj_has_bias": Fixed(_OFF, "Mistral's projections have no bias"),
     "qkv_concat": Fixed(_OFF, "projections are stored apart, as in Hugging Face's files"),
     "offset": Fixed((0, None), "the stages of a pipeline hold equal runs of layers", of_run=True),
-    "pp_interleave_num": Fixed(_ONE, "the pipeline's schedule is 1f1b", of_run=True),
+    "pp_interleave_num": Fixed(_ONE, "the graph's stages are one run of layers each", of_run=True),
     "fine_grain_interleave": Fixed(
         _ONE, "micro_batch_interleave_num hides communication here", of_run=True
     ),

@@ -31,6 +31,9 @@ class ParallelConfig(Frozen):
         ep: expert parallelism; divides dp and num_local_experts.
         devices_per_node: processes on one machine; ranks fill one node after the other.
         pipeline_scheduler: order of the micro-batches in the pipeline.
+        pp_interleave_num: runs of layers on each stage, whose micro-batches 1f1b interleaves
+            (MindFormers' key; Megatron's virtual pipeline): a smaller bubble for more messages.
+            Of explicit collectives alone; micro-batches must be a multiple of pp.
         optimizer_parallel: each data-parallel rank keeps its shard of the optimizer's state.
         all_to_all: how token rows travel between the ranks of an expert group: ``flat`` directly;
             ``hierarchical`` inside the node, then between equal local ranks of the nodes; or
@@ -55,6 +58,7 @@ class ParallelConfig(Frozen):
     ep: int = Field(default=1, ge=1)
     devices_per_node: int = Field(default=8, ge=1)
     pipeline_scheduler: Literal["gpipe", "1f1b"] = "1f1b"
+    pp_interleave_num: int = Field(default=1, ge=1)
     optimizer_parallel: bool = False
     all_to_all: str = "flat"
     group_wise_a2a: bool = False
@@ -68,6 +72,11 @@ class ParallelConfig(Frozen):
         rules = self.rules()
         if rule := rules.broken_by(self.sizes):
             raise ValueError(f"{rule}: {advice(self.sizes, rules)}")
+        if self.pp_interleave_num > 1 and (self.pp == 1 or self.pipeline_scheduler != "1f1b"):
+            raise ValueError(
+                f"pp_interleave_num ({self.pp_interleave_num}) interleaves the chunks of several "
+                "stages under pipeline_scheduler 1f1b. Set it to 1, or pp above 1"
+            )
         return self
 
     @property

@@ -218,6 +218,17 @@ class RunConfig(Frozen):
                 "model.moe.norm_topk_prob=false, or training.constant_router_weight=true to train "
                 "it by the router losses alone"
             )
+        stages, chunks = self.parallel.pp, self.parallel.pp_interleave_num
+        if chunks > 1 and groups % stages:
+            raise ValueError(
+                f"training.gradient_accumulation_steps ({groups}) must be a multiple of "
+                f"parallel.pp ({stages}) where parallel.pp_interleave_num is {chunks}"
+            )
+        if chunks > 1 and self.model.num_hidden_layers < stages * chunks:
+            raise ValueError(
+                f"parallel.pp ({stages}) times parallel.pp_interleave_num ({chunks}) parts need as "
+                f"many layers; model.num_hidden_layers is {self.model.num_hidden_layers}"
+            )
         return self
 
 

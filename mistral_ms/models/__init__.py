@@ -8,6 +8,7 @@ from mistral_ms.models.objective import LossReport, Objective, tokens_at_a_time
 from mistral_ms.models.recomputation import recompute
 from mistral_ms.models.scores import Scores
 from mistral_ms.models.shared import share_parameters
+from mistral_ms.models.stage_chunks import StageChunks, StageObjectives
 
 __all__ = [
     "CausalLM",
@@ -18,6 +19,8 @@ __all__ = [
     "NextTokenLogits",
     "Objective",
     "Scores",
+    "StageChunks",
+    "StageObjectives",
     "check_weights",
     "recompute",
     "share_parameters",

@@ -15,15 +15,15 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from mistral_ms.config import ModelConfig, ParallelConfig, Recompute, RoutingConfig
-from mistral_ms.errors import TopologyError
+from mistral_ms.errors import ConfigError, TopologyError
 from mistral_ms.layers import CacheSpec, VocabParallelCrossEntropy
-from mistral_ms.models import CausalLM, NextTokenLogits
+from mistral_ms.models import CausalLM, ModelChunk, NextTokenLogits, StageChunks
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.inference import ParallelLogits, ParallelNextTokenLogits
 from mistral_ms.parallel.layer_factory import ParallelLayerFactory
 from mistral_ms.parallel.pipeline import Schedule, make_schedule
 from mistral_ms.parallel.reduction import Reduction
-from mistral_ms.parallel.stage import P2PCommunicator, model_chunk_of
+from mistral_ms.parallel.stage import P2PCommunicator, model_chunks_of
 from mistral_ms.parallel.storage import ParallelStorage, Storage
 from mistral_ms.parallel.topology import GroupKind, Topology
 from mistral_ms.parallel.zero1 import Zero1Reduction
@@ -89,17 +89,62 @@ class ParallelContext:
         self.parallel.check(config)
         if self.world == 1:
             return CausalLM(config, routing, cache=cache, dtype=dtype, positions=positions)
-        layer_factory = ParallelLayerFactory(
-            config, routing, self.parallel, self.groups, dtype, cache
+        if self.parallel.pp_interleave_num > 1:
+            raise ConfigError(
+                "impossible stage",
+                where="parallel.pp_interleave_num",
+                value=self.parallel.pp_interleave_num,
+                rule="interleaved chunks are for training alone",
+                todo="generate with 1: checkpoints of any layout are read",
+            )
+        [model_chunk] = model_chunks_of(config, self.parallel.pp, self.groups.coords.pp)
+        return self._part(config, routing, dtype, model_chunk, cache, positions)
+
+    def build_stage(
+        self,
+        config: ModelConfig,
+        routing: RoutingConfig,
+        dtype: str = "float32",
+        positions: int | None = None,
+    ) -> CausalLM | StageChunks:
+        """The same for training, where a stage may hold several interleaved chunks.
+
+        Args:
+            config: the whole model.
+            routing: the routing policy.
+            dtype: dtype of weights and activations.
+            positions: see :class:`~mistral_ms.models.CausalLM`.
+
+        Raises:
+            ConfigError: the layout does not divide the model.
+        """
+        chunks = self.parallel.pp_interleave_num
+        if chunks == 1:
+            return self.build_model(config, routing, dtype, positions=positions)
+        self.parallel.check(config)
+        held = model_chunks_of(config, self.parallel.pp, self.groups.coords.pp, chunks)
+        return StageChunks(
+            [self._part(config, routing, dtype, each, None, positions) for each in held]
         )
-        model_chunk = model_chunk_of(config, self.parallel.pp, self.groups.coords.pp)
+
+    def _part(
+        self,
+        config: ModelConfig,
+        routing: RoutingConfig,
+        dtype: str,
+        model_chunk: ModelChunk,
+        cache: CacheSpec | None = None,
+        positions: int | None = None,
+    ) -> CausalLM:
         return CausalLM(
             config,
             routing,
             cache=cache,
             dtype=dtype,
             positions=positions,
-            layer_factory=layer_factory,
+            layer_factory=ParallelLayerFactory(
+                config, routing, self.parallel, self.groups, dtype, cache
+            ),
             model_chunk=model_chunk,
         )
 
@@ -158,11 +203,13 @@ class ParallelContext:
 
     def schedule(self, micro_batches: int) -> Schedule:
         """Which stage works on which of so many micro-batches when."""
-        return make_schedule(self.parallel.pipeline_scheduler, self.parallel.pp, micro_batches)
+        parallel = self.parallel
+        chunks = parallel.pp_interleave_num
+        return make_schedule(parallel.pipeline_scheduler, parallel.pp, micro_batches, chunks=chunks)
 
     def p2p(self) -> P2PCommunicator:
         """The ways to the stages beside this rank's own."""
-        return P2PCommunicator(self.groups)
+        return P2PCommunicator(self.groups, self.parallel.pp_interleave_num)
 
     def storage(self, specs: Specs) -> Storage:
         """How this rank's part of a model lies in a checkpoint.
@@ -174,7 +221,7 @@ class ParallelContext:
             return Storage(specs)
         return ParallelStorage(specs, self.topology, self.rank, self.parallel.optimizer_parallel)
 
-    def initialize(self, model: CausalLM, seed: int) -> None:
+    def initialize(self, model: CausalLM | StageChunks, seed: int) -> None:
         """Draws what one process would draw, and keeps this rank's parts."""
         self.storage(model.specs).initialize(model.weights(), seed)
         model.begin_adapters()

@@ -8,7 +8,7 @@ order in which the back end works; ``working`` is an estimate of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mistral_ms.config import (
@@ -234,7 +234,9 @@ def activation_memory(
         logit_tokens: the most tokens whose logits are held at a time; None: all of a micro-batch.
         gradients: bytes of the weights' gradients from one micro-batch.
     """
-    held = stages_of(model, parallel.pp)[stage]
+    parts = stages_of(model, parallel.pp * parallel.pp_interleave_num)[stage :: parallel.pp]
+    # one of interleaved chunks is computed at a time: the one with the head, or the longest
+    held = replace(max(parts, key=lambda part: (part.head, len(part.layers))), number=stage)
     layers = [
         layer_memory(
             model,
@@ -296,7 +298,8 @@ def stage_memory(
     flying = 1
     if parallel.pp > 1:
         micro_batches = training.gradient_accumulation_steps
-        flying = in_flight(parallel.pipeline_scheduler, stage, parallel.pp, micro_batches)
+        chunks = parallel.pp_interleave_num
+        flying = in_flight(parallel.pipeline_scheduler, stage, parallel.pp, micro_batches, chunks)
     explicit = execution == "explicit"
     recompute: Recompute = parallel.recompute
     if explicit and parallel.pp > 1 and recompute == "full":

@@ -261,7 +261,7 @@ class _Search:
             "dp": sizes.dp, "mp": sizes.mp, "pp": sizes.pp, "ep": sizes.ep,
         }  # fmt: skip
         values |= {"devices_per_node": self.hardware.devices_per_node, **_PLAIN}
-        values |= {"optimizer_parallel": self._can_shard(sizes)}
+        values |= {"optimizer_parallel": self._can_shard(sizes), "pp_interleave_num": 1}
         if self.execution == "graph":
             values["pipeline_scheduler"] = "1f1b"
         parallel = self.run.parallel.model_copy(update=values)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from mistral_ms.config import TrainingConfig
-from mistral_ms.models import CausalLM, Objective
+from mistral_ms.models import CausalLM, Objective, StageChunks, StageObjectives
 from mistral_ms.parallel.context import ParallelContext
+
+TrainedModel: TypeAlias = CausalLM | StageChunks
+TrainedObjective: TypeAlias = Objective | StageObjectives
+"""Of interleaved chunks one each."""
 
 
 def make_objective(
-    model: CausalLM,
+    model: TrainedModel,
     config: TrainingConfig,
     *,
     pooled_aux: bool = True,
     parallel_context: ParallelContext | None = None,
-) -> Objective:
+) -> TrainedObjective:
     """Next-token loss and the router's losses, with the coefficients of the configuration.
 
     Args:
@@ -25,7 +31,15 @@ def make_objective(
     Raises:
         ConfigError: see :class:`~mistral_ms.models.Objective`.
     """
-    context = parallel_context
+    if isinstance(model, StageChunks):
+        parts = [_objective(each, config, pooled_aux, parallel_context) for each in model.chunks]
+        return StageObjectives(model, parts)
+    return _objective(model, config, pooled_aux, parallel_context)
+
+
+def _objective(
+    model: CausalLM, config: TrainingConfig, pooled_aux: bool, context: ParallelContext | None
+) -> Objective:
     return Objective(
         model,
         router_aux_loss_coef=config.router_aux_loss_coef,

@@ -132,11 +132,15 @@ class StageBackward(nn.Cell):
         return (ops.depend(parts[0], done), *parts[1:]), input_grad
 
 
+Place = tuple[int, int]
+"""A chunk of the stage, and a micro-batch."""
+
+
 class PipelinedGradients:
     """Runs one stage's part of a schedule.
 
     Args:
-        objective: of the stage's model chunk.
+        objectives: of each of the stage's model chunks.
         weights: what is trained of it, by name.
         schedule: of all stages.
         p2p: the stage's ways to its neighbours.
@@ -147,19 +151,23 @@ class PipelinedGradients:
 
     def __init__(
         self,
-        objective: Objective,
+        objectives: Sequence[Objective],
         weights: Mapping[str, Parameter],
         schedule: Schedule,
         p2p: P2PCommunicator,
     ) -> None:
         self._program = program(schedule, p2p.stage)
         self._p2p, self._stage = p2p, p2p.stage
-        self._forward = None if objective.predicts else StageForward(objective)
-        self._backward = StageBackward(objective, weights)
-        self._embeds = objective.embeds
-        self._width = objective.model.config.hidden_size
+        self._forward = [None if each.predicts else StageForward(each) for each in objectives]
+        self._backward = []
+        for each in objectives:
+            held = each.model.weights()
+            own = {name: weight for name, weight in weights.items() if name in held}
+            self._backward.append(StageBackward(each, own))
+        self._embeds = objectives[0].embeds
+        self._width = objectives[0].model.config.hidden_size
         self._dtype = next(iter(weights.values())).dtype
-        self.sums = self._backward.sums
+        self.sums = ParameterTuple([each for part in self._backward for each in part.sums])
 
     def __call__(self, parts: Sequence[BatchTensors], scales: Tensor) -> list[np.ndarray]:
         """Adds the gradients of all micro-batches to the sums.
@@ -171,36 +179,38 @@ class PipelinedGradients:
         Returns:
             The stage's parts of total and report, added up over the micro-batches.
         """
-        inputs: dict[int, Tensor] = {}
-        outputs: dict[int, Tensor] = {}
-        output_grads: dict[int, Tensor] = {}
-        input_grads: dict[int, Tensor] = {}
+        inputs: dict[Place, Tensor] = {}
+        outputs: dict[Place, Tensor] = {}
+        output_grads: dict[Place, Tensor] = {}
+        input_grads: dict[Place, Tensor] = {}
         losses: list[tuple[Tensor, ...]] = []
         nothing = ops.zeros((parts[0][0].size, self._width), self._dtype)
         if self._embeds:
-            inputs = {number: ids_BS for number, (ids_BS, *_) in enumerate(parts)}
+            inputs = {(0, number): ids_BS for number, (ids_BS, *_) in enumerate(parts)}
         for event in self._program:
-            number = event.micro_batch
+            number, place = event.micro_batch, (event.chunk, event.micro_batch)
             if isinstance(event, Transfer):
                 sent = outputs if event.phase is Phase.FORWARD else input_grads
                 kept = inputs if event.phase is Phase.FORWARD else output_grads
                 sending = event.sender == self._stage
-                message = sent.pop(number) if sending else nothing
+                message = sent.pop(place) if sending else nothing
                 arrived = self._p2p.exchange(event, message)
                 if not sending:
-                    kept[number] = arrived
+                    kept[event.receiving_chunk, number] = arrived
             elif event.phase is Phase.FORWARD:
-                if self._forward is not None:
+                forward = self._forward[event.chunk]
+                if forward is not None:
                     _, *rest = parts[number]
-                    outputs[number] = self._forward(inputs[number], *rest, scales[:2])
+                    outputs[place] = forward(inputs[place], *rest, scales[:2])
             else:
                 _, *rest = parts[number]
-                output_grad = output_grads.pop(number, nothing)
-                found, input_grad = self._backward(inputs.pop(number), *rest, scales, output_grad)
+                output_grad = output_grads.pop(place, nothing)
+                backward = self._backward[event.chunk]
+                found, input_grad = backward(inputs.pop(place), *rest, scales, output_grad)
                 losses.append(found)
-                input_grads[number] = input_grad
+                input_grads[place] = input_grad
         return added_up(losses)
 
     def cells(self) -> tuple[nn.Cell, ...]:
         """The cells that are compiled for the device."""
-        return (self._backward,) if self._forward is None else (self._forward, self._backward)
+        return (*(each for each in self._forward if each is not None), *self._backward)

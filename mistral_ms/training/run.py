@@ -213,8 +213,8 @@ class TrainingRun:
         *_, model = self._given
         if model is None:
             drawn = drawn or run.lora is not None  # a checkpoint of adapters has no base
-            model = parallel_context.build_model(
-                run.model, run.routing, run.training.dtype, positions=run.training.seq_length
+            model = parallel_context.build_stage(
+                run.model, run.routing, run.training.dtype, run.training.seq_length
             )
         else:
             drawn = False  # it has its weights

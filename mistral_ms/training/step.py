@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, nn
 
 from mistral_ms.config import ModelConfig, TrainingConfig
 from mistral_ms.datasets.batches import Batch
-from mistral_ms.models import CausalLM, LossReport, Objective, recompute
+from mistral_ms.models import CausalLM, LossReport, StageChunks, StageObjectives, recompute
 from mistral_ms.moe import try_gates
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.optimizers import Plan, check_layout, make_plan, with_settings
@@ -30,6 +30,7 @@ from mistral_ms.training.graphs import (
 from mistral_ms.training.loss_scale import LossScale
 from mistral_ms.training.lr_scheduler import learning_rate
 from mistral_ms.training.memory import MemoryReport, memory_report
+from mistral_ms.training.objective import TrainedObjective
 from mistral_ms.training.offload import HostOptimizer
 from mistral_ms.training.optimizer import MASTER, DeviceOptimizer, is_mixed
 from mistral_ms.training.pipelined import PipelinedGradients
@@ -145,7 +146,7 @@ class TrainStep:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: TrainedObjective,
         config: TrainingConfig,
         *,
         parallel_context: ParallelContext | None = None,
@@ -183,19 +184,20 @@ class TrainStep:
         self._fused: FusedUpdate | None = None
         self._gradients: GradientAccumulation | PipelinedGradients | None = None
         self._optimizer_step: AccumulatedOptimizerStep | None = None
+        parts = objective.parts if isinstance(objective, StageObjectives) else (objective,)
         if parallel_context is not None and parallel_context.is_pipelined:
             schedule, p2p = (
                 parallel_context.schedule(config.gradient_accumulation_steps),
                 parallel_context.p2p(),
             )
-            self._gradients = PipelinedGradients(objective, self.weights, schedule, p2p)
+            self._gradients = PipelinedGradients(parts, self.weights, schedule, p2p)
         elif config.gradient_accumulation_steps > 1 or self._all_gather_weights is not None:
             # Ranks that update different weights have different graphs of the update. The compiler
             # orders collectives that do not wait for each other, so the model's own (recomputed
             # ones beside those of the gradient) must be in a graph that is the same on all ranks.
-            self._gradients = GradientAccumulation(objective, self.weights)
+            self._gradients = GradientAccumulation(parts[0], self.weights)
         if self._gradients is None:
-            self._fused = FusedUpdate(MicroBatchGradients(objective, self.weights), optimizer_step)
+            self._fused = FusedUpdate(MicroBatchGradients(parts[0], self.weights), optimizer_step)
         else:
             self._optimizer_step = AccumulatedOptimizerStep(self._gradients.sums, optimizer_step)
 
@@ -339,13 +341,16 @@ class TrainStep:
 
 
 def _plan_of(
-    model: CausalLM, config: TrainingConfig, parallel_context: ParallelContext | None
+    model: CausalLM | StageChunks,
+    config: TrainingConfig,
+    parallel_context: ParallelContext | None,
 ) -> Plan:
     """The optimizer of the whole model, of which a process may hold a part."""
     plan = make_plan(config, specs(model.config))
     if parallel_context is not None:
         check_layout(plan, parallel_context.parallel, graph=False)
-        check_trained(model.config, parallel_context.parallel.pp, plan.group_of)
+        parallel = parallel_context.parallel
+        check_trained(model.config, parallel.pp * parallel.pp_interleave_num, plan.group_of)
     return plan
 
 

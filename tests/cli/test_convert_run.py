@@ -39,7 +39,9 @@ def run_file(tmp_path, **parallel):
     run = dict(
         model=SMALL.model_dump(mode="json"), parallel=parallel,
         data=dict(inputs=["x"], tokenizer="packaged-v1"),
-        training=dict(max_steps=30, seq_length=8, global_batch_size=8),
+        training=dict(
+            max_steps=30, seq_length=8, global_batch_size=8, gradient_accumulation_steps=2
+        ),
     )  # fmt: skip
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run))
@@ -47,7 +49,14 @@ def run_file(tmp_path, **parallel):
 
 
 @pytest.mark.parametrize(
-    "parallel", [dict(dp=4, ep=2), dict(dp=2, mp=2, pp=2, ep=2), dict(pp=4)], ids=str
+    "parallel",
+    [
+        dict(dp=4, ep=2),
+        dict(dp=2, mp=2, pp=2, ep=2),
+        dict(pp=4),
+        dict(pp=2, pp_interleave_num=2),
+    ],
+    ids=str,
 )
 def test_cut_up_and_whole_again(tmp_path, hugging_face, parallel):
     config = run_file(tmp_path, **parallel)

@@ -36,6 +36,20 @@ def test_a_batch_that_they_do_not_divide(micro_batches, parallel, values):
 
 
 @pytest.mark.parametrize(
+    ("micro_batches", "parallel", "rule"),
+    [
+        (1, {"pp_interleave_num": 2}, r"pp_interleave_num \(2\) interleaves the chunks"),
+        (2, {"pp": 2, "pp_interleave_num": 2, "pipeline_scheduler": "gpipe"}, "under .* 1f1b"),
+        (1, {"pp": 2, "pp_interleave_num": 2}, r"\(1\) must be a multiple of parallel.pp \(2\)"),
+        (2, {"pp": 2, "pp_interleave_num": 99}, r"\(99\) parts need as many layers"),
+    ],
+)
+def test_what_cannot_be_interleaved(micro_batches, parallel, rule):
+    with pytest.raises(ValueError, match=rule):
+        run(8, micro_batches, **parallel)
+
+
+@pytest.mark.parametrize(
     ("override", "advice"),
     [
         ("parallel.tp=2", r"perhaps parallel\.mp; known keys: "),

@@ -30,10 +30,12 @@ by more than the lead: a token changes its expert, and from then on the two trai
 
 
 def model(name: str) -> ModelConfig:
-    """As many layers as a layout has stages, which is what compiles fastest; test_train_command.py
-    trains ranks with several. Every other one is dense where that is asked for.
+    """As many layers as a layout has stages, or chunks of stages, which is what compiles fastest;
+    test_train_command.py trains ranks with several. Every other one is dense where that is asked
+    for.
     """
-    stages = next((sizes[name].pp for sizes in LAYOUTS.values() if name in sizes), 1)
+    layout = next((sizes[name] for sizes in LAYOUTS.values() if name in sizes), ParallelConfig())
+    stages = layout.pp * layout.pp_interleave_num
     moe = {"sparse_layers": tuple(range(1, stages, 2))} if name in MIXED else {}
     if name in GATES:
         moe["gate"] = GATES[name]
@@ -51,6 +53,7 @@ LAYOUTS = {
     2: {
         "dp2": ParallelConfig(dp=2),
         "pp2": ParallelConfig(pp=2),
+        "pp2, two chunks": ParallelConfig(pp=2, pp_interleave_num=2),
         "dp2 ep2 zero1": ParallelConfig(dp=2, ep=2, optimizer_parallel=True, recompute="full"),
         "dp2 ep2 zero1, muon": ParallelConfig(dp=2, ep=2, optimizer_parallel=True),
         "dp2 ep2 interleaved": ParallelConfig(dp=2, ep=2, micro_batch_interleave_num=2),
@@ -60,6 +63,7 @@ LAYOUTS = {
     4: {
         "dp2 mp2 ep2": ParallelConfig(dp=2, mp=2, ep=2, group_wise_a2a=True, recompute="full"),
         "pp4, gpipe": ParallelConfig(pp=4, pipeline_scheduler="gpipe"),
+        "pp4, two chunks": ParallelConfig(pp=4, pp_interleave_num=2),
         "dp4 ep2 zero1": ParallelConfig(dp=4, ep=2, optimizer_parallel=True),
         "dp2 mp2 ep2, adapters": ParallelConfig(dp=2, mp=2, ep=2),
     },
@@ -96,7 +100,7 @@ ADAPTERS = {
     "dp2 mp2 ep2, adapters": {"r": 2, "target_modules": "all-linear"},
 }
 """Trained in the place of the weights; those of experts are divided as the experts are."""
-TIED = ("dp2 mp2 ep2", "pp4, gpipe")
+TIED = ("dp2 mp2 ep2", "pp4, gpipe", "pp4, two chunks")
 DEEP = ("dp2 ep2 zero1", "generating")
 """Of several layers: what a recomputed block sends must not meet the gradients of the next one."""
 FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "kept_LE")
@@ -111,6 +115,7 @@ VARIANTS = {
         "offload_optimizer": "host",
         "gradient_accumulation_steps": 4,
     },
+    "four micro-batches": {"gradient_accumulation_steps": 4},
     "float16": {"dtype": "float16"},
     "experts choose": {},
     "host": {"offload_optimizer": "host"},
@@ -121,6 +126,8 @@ OTHERS = {
     "pp2": ("float16",),
     "dp2 ep2 zero1": ("float16",),
     "dp2 ep2 zero1, muon": ("muon on the host, two micro-batches, dropless",),
+    "pp2, two chunks": ("four micro-batches",),
+    "pp4, two chunks": ("four micro-batches",),
     "pp4, gpipe": ("host, four micro-batches, dropless",),
     "dp4 ep2 zero1": ("experts choose",),
     "dp2 ep2 zero1, adapters": ("host",),
@@ -183,7 +190,7 @@ def data() -> InMemorySequences:
 def train(name: str, parallel_context: ParallelContext, variant: str) -> tuple[list, TrainStep]:
     """The results of all steps, and the training with this rank's weights at the end."""
     config = training(variant)
-    part = parallel_context.build_model(model(name), routing(variant), config.dtype)
+    part = parallel_context.build_stage(model(name), routing(variant), config.dtype)
     parallel_context.initialize(part, 0)
     update = TrainStep(
         make_objective(part, config, pooled_aux=False, parallel_context=parallel_context),

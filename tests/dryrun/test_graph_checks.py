@@ -35,6 +35,7 @@ REFUSED = {
     "couples the layers of all pipeline stages": {"routing": {"aux_loss": "pooled"}},
     "a pipeline of 4 stages needs": {"training": {"gradient_accumulation_steps": 2}},
     "pipeline is 1f1b": {"parallel": {"pipeline_scheduler": "gpipe"}},
+    "stages are one run of layers each": {"parallel": {"pp": 2, "pp_interleave_num": 2}},
     "norms and residuals divide them": {
         "parallel": {"mp": 2},
         "training": {"seq_length": 7, "global_batch_size": 8},

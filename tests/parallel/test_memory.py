@@ -133,6 +133,19 @@ def test_a_pipeline():
     assert last.logits > 0
 
 
+def test_interleaved_chunks():
+    """Two stages of two chunks and four micro-batches: the first stage goes ahead four times, and
+    then once before each gradient. One chunk is computed at a time, half of a stage.
+    """
+    plain = activations(pp=2, micro_batches=4)
+    chunks = activations(pp=2, pp_interleave_num=2, micro_batches=4)
+    last = activations(pp=2, pp_interleave_num=2, micro_batches=4, stage=1)
+    assert (chunks.in_flight, last.in_flight) == (5, 3)
+    assert chunks.stage_inputs == 5 * plain.stage_inputs // plain.in_flight
+    assert chunks.layers == plain.layers // 2
+    assert last.logits > chunks.logits == 0
+
+
 @pytest.mark.parametrize(
     ("gib", "limit", "device", "warned"),
     [

@@ -96,6 +96,13 @@ def check_run(run: RunConfig, layers: int) -> None:
             None,
         ),
         (
+            parallel.pp_interleave_num > 1,
+            "parallel.pp_interleave_num",
+            parallel.pp_interleave_num,
+            "the graph's stages are one run of layers each",
+            "set it to 1, or parallel.execution=explicit",
+        ),
+        (
             bool(tokens % parallel.mp),
             "training.seq_length",
             training.seq_length,

@@ -48,7 +48,7 @@ def check_trained(model: ModelConfig, pp: int, trained: Collection[str]) -> None
 
     Args:
         model: the whole model.
-        pp: stages.
+        pp: stages; of interleaved chunks all parts of the model.
         trained: the names of all weights that are trained.
 
     Raises:
