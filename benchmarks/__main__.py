@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=harness.ROUNDS)
     parser.add_argument("--small", action="store_true", help="the smallest form: does it run?")
     options = parser.parse_args(arguments)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json {options.json}: there is no such directory")
     names = list(SUITE) if options.name == "all" else [options.name]
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)

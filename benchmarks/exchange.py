@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,10 +25,16 @@ def _given(case: Case) -> np.ndarray:
     return values(f"rank {rank}", (processes, case["kilobytes"] * 256 // processes))
 
 
+@functools.cache
+def _join() -> None:
+    from mindspore.communication import init
+
+    init()
+
+
 def _route(case: Case, all_to_all: str) -> Work:
     import mindspore as ms
     from mindspore import Tensor, nn
-    from mindspore.communication import init
 
     from mistral_ms.config import ParallelConfig
     from mistral_ms.parallel.collectives import AllToAll, Groups
@@ -36,16 +43,14 @@ def _route(case: Case, all_to_all: str) -> Work:
 
     ms.set_device("CPU")
     ms.set_context(mode=ms.GRAPH_MODE)
-    if "joined" not in globals():
-        init()
-        globals()["joined"] = True
+    _join()
     processes = case["processes"]
-    nodes = 2 if all_to_all == "hierarchical" else processes
+    on_node = 2 if all_to_all == "hierarchical" else processes
     parallel = ParallelConfig.model_validate(
         {
             "dp": processes,
             "ep": processes,
-            "devices_per_node": nodes,
+            "devices_per_node": on_node,
             "all_to_all": all_to_all,
         }
     )

@@ -64,7 +64,7 @@ def _frozen(case: Case) -> str:
     return json.dumps({key: value for key, value in case.items() if key != "tokens"})
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # the last one's memory is free again
 def _our_layer(sizes: str, capacity: bool) -> _Ours:
     case = json.loads(sizes)
     moe = MoEArchitecture(num_local_experts=case["experts"], num_experts_per_tok=case["top_k"])
@@ -84,7 +84,7 @@ def _our_layer(sizes: str, capacity: bool) -> _Ours:
     return _Ours(layer)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # the last one's memory is free again
 def _mindformers_layer(sizes: str, factor: float) -> nn.Cell:
     """MoEV2 with a product that broadcasts first, as the CPU's kernel does not.
 
@@ -151,7 +151,7 @@ def _dense(w: np.ndarray) -> nn.Dense:
     return made
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # the last one's memory is free again
 def _naive_layer(sizes: str) -> nn.Cell:
     case = json.loads(sizes)
     drawn = moe_weights(case)

@@ -23,7 +23,7 @@ def _frozen(case: Case) -> str:
     return json.dumps({key: value for key, value in case.items() if key != "tokens"})
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # the last one's memory is free again
 def _hugging_face_block(sizes: str) -> nn.Module:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -83,7 +83,7 @@ class _Naive(nn.Module):
         return y_TH
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)  # the last one's memory is free again
 def _naive_layer(sizes: str) -> nn.Module:
     case = json.loads(sizes)
     return _filled(_Naive(case), moe_weights(case))

@@ -62,7 +62,7 @@ def repeated(call: Callable[[], object]) -> Callable[[], float]:
         call: must have finished its work when it returns.
     """
     call()
-    each = min(timed(call), timed(call))
+    each = timed(call)
     calls = max(1, min(MOST_CALLS, round(LEAST_SECONDS / max(each, 1e-9))))
 
     def seconds() -> float:

@@ -85,6 +85,11 @@ def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
 
 
+def percent(share: float) -> str:
+    """Two digits at least."""
+    return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.2g}%"
+
+
 def table(result: dict[str, Any]) -> str:
     """Markdown: a line for each row; then how costs grow, and what was changed."""
     bench, rows = SUITE[result["name"]], result["rows"]
@@ -103,7 +108,7 @@ def table(result: dict[str, Any]) -> str:
             cells.append("" if ratio is None else f"{ratio:.2f} ({_spread(row, name)})")
         for name in limits:
             limit = row["limits"].get(name)
-            cells.append("" if limit is None else f"{limit / row['seconds']:.0%}")
+            cells.append("" if limit is None else percent(limit / row["seconds"]))
         lines.append(_line(cells))
     lines += _facts(bench, rows, shown)
     if result["growth"]:

@@ -194,12 +194,24 @@ def test_a_page_gets_tables_and_pictures(tmp_path):
         for tokens in (64, 128, 256)
     ]
     results = {"moe": json.loads(json.dumps(report.result("moe", measured, 60.0)))}
-    blocks = "".join(f"# {n}\n<!-- results: {n} -->\nold\n<!-- end -->\n" for n in ("moe", "train"))
+    names = ("moe", "train", "machine")
+    blocks = "".join(f"# {n}\n<!-- results: {n} -->\nold\n<!-- end -->\n" for n in names)
     (tmp_path / "images").mkdir()
     found = page.fill(blocks, results, tmp_path / "images")
-    assert found.count("old") == 1
+    assert found.count("\nold\n") == 1
+    assert "The whole took 1 minutes" in found
     assert "| 8 | 16 | 64 | forward | 6.4 | 2.00 (2.00 to 2.00) | 300% |" in found
     assert "(images/bench_moe_tokens.png)" in found
     (picture,) = (tmp_path / "images").iterdir()
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert page.fill(found, results, tmp_path / "images") == found
+
+
+def test_an_installed_package_says_where_the_benchmarks_are(tmp_path, monkeypatch):
+    import mistral_ms
+    from mistral_ms.cli.bench import bench
+    from mistral_ms.errors import ConfigError
+
+    monkeypatch.setattr(mistral_ms, "__file__", str(tmp_path / "mistral_ms" / "__init__.py"))
+    with pytest.raises(ConfigError, match=r"no benchmarks here: .* in a checkout"):
+        bench("moe")
