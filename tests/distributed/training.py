@@ -59,6 +59,7 @@ LAYOUTS = {
         "dp2 ep2 interleaved": ParallelConfig(dp=2, ep=2, micro_batch_interleave_num=2),
         "dp2 ep2 zero1, adapters": ParallelConfig(dp=2, ep=2, optimizer_parallel=True),
         "pp2, adapters": ParallelConfig(pp=2),
+        "mp2": ParallelConfig(mp=2),
     },
     4: {
         "dp2 mp2 ep2": ParallelConfig(dp=2, mp=2, ep=2, group_wise_a2a=True, recompute="full"),
@@ -66,9 +67,11 @@ LAYOUTS = {
         "pp4, two chunks": ParallelConfig(pp=4, pp_interleave_num=2),
         "dp4 ep2 zero1": ParallelConfig(dp=4, ep=2, optimizer_parallel=True),
         "dp2 mp2 ep2, adapters": ParallelConfig(dp=2, mp=2, ep=2),
+        "dp2 pp2 ep2 zero1": ParallelConfig(dp=2, pp=2, ep=2, optimizer_parallel=True),
     },
 }
-MIXED = ("pp4, gpipe",)
+MIXED = ("pp4, gpipe", "dp2 pp2 ep2 zero1")
+"""Layouts with stages that have no experts, with ZeRO-1 too."""
 GATES = {
     "dp2 mp2 ep2": "noisy_top_k",
     "dp2 ep2 interleaved": {"name": "gshard_top_2", "router_jitter_noise": 0.1},
@@ -132,6 +135,8 @@ OTHERS = {
     "dp4 ep2 zero1": ("experts choose",),
     "dp2 ep2 zero1, adapters": ("host",),
     "pp2, adapters": ("float16",),
+    "mp2": ("experts choose",),
+    "dp2 pp2 ep2 zero1": ("experts choose",),
 }
 """Layouts that are not trained plainly. Every case compiles for seconds in each process, so each
 layout is trained once, and two that differ most in what they keep, in the ways of training that do.
