@@ -110,8 +110,9 @@ class _LocalDispatcher(Dispatcher):
 
     def __init__(self, num_experts: int, routing: RoutingConfig) -> None:
         super().__init__(num_experts, routing)
-        self.permute = select.permute(routing.kernels)
-        self.unpermute = select.unpermute(routing.kernels)
+        few = routing.policy == "experts_choose"
+        self.permute = select.permute(routing.kernels, few)
+        self.unpermute = select.unpermute(routing.kernels, few)
 
     def dispatch(self, x_TH: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor | None]:
         """See the contract."""

@@ -140,26 +140,30 @@ def pack_choices(kernels: Kernels, num_experts: int) -> nn.Cell:
     return ReferencePacking(num_experts)
 
 
-def permute(kernels: Kernels) -> nn.Cell:
+def permute(kernels: Kernels, few: bool = False) -> nn.Cell:
     """The Cell of ``reference.Permute``.
+
+    Args:
+        kernels: which implementation.
+        few: see there; custom operators need not be told.
 
     Raises:
         KernelError: the implementation is not there.
     """
     if _choose("permute", kernels, ("custom",)) == "custom":
         return custom.Permute()
-    return reference.Permute()
+    return reference.Permute(few)
 
 
-def unpermute(kernels: Kernels) -> nn.Cell:
-    """The Cell of ``reference.Unpermute``.
+def unpermute(kernels: Kernels, few: bool = False) -> nn.Cell:
+    """The Cell of ``reference.Unpermute``; arguments as of :func:`permute`.
 
     Raises:
         KernelError: the implementation is not there.
     """
     if _choose("unpermute", kernels, ("custom",)) == "custom":
         return custom.Unpermute()
-    return reference.Unpermute()
+    return reference.Unpermute(few)
 
 
 def dense_kernels() -> Kernels:

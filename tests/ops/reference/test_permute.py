@@ -14,9 +14,9 @@ H = 5
 class Case:
     """Random rows, weights and a row id map with drops, padding and empty slots."""
 
-    def __init__(self, tokens=9, k=2, experts=4, capacity=3, choice_major=False, seed=0):
+    def __init__(self, tokens=9, k=2, experts=4, capacity=3, choice_major=False, seed=0, few=False):
         rng = np.random.default_rng(seed)
-        self.K = k
+        self.K, self.few = k, few
         valid = np.ones(tokens, np.float32)
         valid[1] = 0
         choices = random_choices(rng, tokens, experts, k)
@@ -55,6 +55,7 @@ CASES = {
     "top-3-choice-major": dict(k=3, choice_major=True, seed=2),
     "one-place-per-expert": dict(capacity=1, seed=3),
     "nobody-dropped": dict(capacity=9, seed=4),
+    "few-of-many": dict(tokens=30, k=16, experts=16, capacity=2, seed=5, few=True),
 }
 
 
@@ -64,24 +65,24 @@ def case(request):
 
 
 def test_dispatch_moves_rows_without_touching_a_bit(case):
-    rows = Permute()(Tensor(case.x), *case.table).numpy()
+    rows = Permute(case.few)(Tensor(case.x), *case.table).numpy()
     np.testing.assert_array_equal(rows, case.dispatch_oracle(case.x).astype(np.float32))
 
 
 def test_combine_adds_up_by_weight(case):
-    out = Unpermute()(Tensor(case.y), Tensor(case.weights), *case.table).numpy()
+    out = Unpermute(case.few)(Tensor(case.y), Tensor(case.weights), *case.table).numpy()
     # up to three products of float32 numbers of size 1
     np.testing.assert_allclose(out, case.combine_oracle(case.y, case.weights), atol=1e-6)
 
 
 def dispatch_gradient(case, cell=None):
-    run = cell or Permute()
+    run = cell or Permute(case.few)
     gradient = ms.grad(lambda x: (run(x, *case.table) * Tensor(case.d_rows)).sum())
     return gradient(Tensor(case.x)).numpy()
 
 
 def combine_gradients(case):
-    run = Unpermute()
+    run = Unpermute(case.few)
     gradient = ms.grad(
         lambda y, w: (run(y, w, *case.table) * Tensor(case.d_tokens)).sum(), grad_position=(0, 1)
     )
@@ -163,13 +164,18 @@ def test_half_precision_keeps_its_dtype():
     assert rows.dtype == out.dtype == ms.float16
 
 
-def test_gradients_in_a_graph(graph):
-    case = Case(tokens=13, k=2, experts=3, capacity=4, seed=9)
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(k=2, experts=3, capacity=4), dict(k=16, experts=16, capacity=2, few=True)],
+    ids=["top-2", "few-of-many"],
+)
+def test_gradients_in_a_graph(graph, sizes):
+    case = Case(tokens=13, seed=9, **sizes)
 
     class Both(ms.nn.Cell):
         def __init__(self):
             super().__init__()
-            self.dispatch, self.combine = Permute(), Unpermute()
+            self.dispatch, self.combine = Permute(case.few), Unpermute(case.few)
 
         def construct(self, x, w, slot, kept, source, filled, d):
             rows = self.dispatch(x, slot, kept, source, filled)
@@ -183,3 +189,27 @@ def test_gradients_in_a_graph(graph):
         want_w[t, k] = np.dot(np.float64(case.x[t]) ** 2, case.d_tokens[t])
     np.testing.assert_allclose(d_x.numpy(), want_x, atol=3e-6)
     np.testing.assert_allclose(d_w.numpy(), want_w, atol=1e-5)
+
+
+@pytest.mark.parametrize(("T", "E", "C"), [(64, 32, 4), (40, 64, 1), (40, 20, 1)])
+def test_few_choices_of_many_are_added_up_in_their_order(mode, T, E, C):
+    """Experts choose: bits are those of a loop over all choices in float32; some tokens have none,
+    some many.
+    """
+    rng = np.random.default_rng(3)
+    kept = np.zeros((T, E), np.float32)
+    for e in range(E):  # the first tokens are popular
+        kept[rng.choice(T, C, replace=False, p=np.arange(T, 0, -1) / (T * (T + 1) / 2)), e] = 1
+    slot = (np.cumsum(kept, 0) - 1 + np.arange(E) * C).astype(np.int32) * kept.astype(np.int32)
+    source = np.zeros(E * C, np.int32)
+    for t, e in np.argwhere(kept):
+        source[slot[t, e]] = t * E + e
+    assert len(set(kept.sum(1))) > 2
+    rows = rng.normal(size=(E * C, H)).astype(np.float32)
+    weights = rng.random((T, E)).astype(np.float32)
+    want = np.zeros((T, H), np.float32)
+    for t, e in np.argwhere(kept):
+        want[t] += weights[t, e] * rows[slot[t, e]]
+    table = [Tensor(each) for each in (slot, kept, source, np.ones(E * C, np.float32))]
+    got = Unpermute(few=True)(Tensor(rows), Tensor(weights), *table)
+    np.testing.assert_array_equal(got.numpy(), want)
