@@ -16,8 +16,8 @@ from mistral_ms.optimizers import StoredMatrices, WeightUpdate, check_layout, ma
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.graph.checks import check_run
 from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
+from mistral_ms.parallel.graph.metrics import LossCoefficients
 from mistral_ms.parallel.graph.model import GraphModel, LazyGraphModel
-from mistral_ms.parallel.graph.sparse_region import LossCoefficients
 from mistral_ms.parallel.graph.step import TrainingGraph
 from mistral_ms.parallel.graph.update import GlobalNorm
 from mistral_ms.parallel.pipeline import stages_of

@@ -14,7 +14,7 @@ from mistral_ms.config import (
 )
 from mistral_ms.errors import ConfigError
 from mistral_ms.optimizers import check_layout, make_plan
-from mistral_ms.parallel.pipeline import check_trained
+from mistral_ms.parallel.pipeline import check_objective, check_trained
 from mistral_ms.weights import specs
 
 Rule = tuple[bool, str, Any, str, str | None]
@@ -36,16 +36,6 @@ def check_run(run: RunConfig, layers: int) -> None:
     tokens = rows * training.seq_length
     sparse = bool(model.sparse_layers)
     rules: tuple[Rule, ...] = (
-        (
-            sparse
-            and parallel.pp > 1
-            and training.router_aux_loss_coef > 0
-            and run.routing.aux_loss == "pooled",
-            "routing.aux_loss",
-            "pooled",
-            "the pooled load-balancing loss couples the layers of all pipeline stages",
-            "set routing.aux_loss=per_layer, training.router_aux_loss_coef=0, or parallel.pp=1",
-        ),
         (
             sparse and parallel.optimizer_parallel and _crosses_experts(model, parallel),
             "parallel.optimizer_parallel",
@@ -112,6 +102,7 @@ def check_run(run: RunConfig, layers: int) -> None:
         ),
     )
     _refuse((*_of_all_graphs(model, parallel), *rules))
+    check_objective(model, run.routing, parallel, training.router_aux_loss_coef)
     built = model.model_copy(update={"num_hidden_layers": layers})
     plan = make_plan(training, specs(model))
     check_layout(plan, parallel, graph=True)

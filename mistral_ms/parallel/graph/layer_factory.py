@@ -19,9 +19,9 @@ from mistral_ms.parallel.graph.dense import (
     GraphPiecewiseNorm,
     Weight,
 )
+from mistral_ms.parallel.graph.metrics import LossCoefficients
 from mistral_ms.parallel.graph.moe import GraphMoE
 from mistral_ms.parallel.graph.pooled import PooledLoss
-from mistral_ms.parallel.graph.sparse_region import LossCoefficients
 from mistral_ms.parallel.graph.tensor_rows import IN_REGION
 from mistral_ms.parallel.sharding import Sharding, graph_form
 from mistral_ms.weights import ParamSpec, vocabulary_specs

@@ -9,10 +9,31 @@ where the optimizer begins. A parameter of their shape, which nothing reads, sta
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
 _zeros_like = ops.ZerosLike()
+
+
+@dataclass(frozen=True)
+class LossCoefficients:
+    """Of the router's losses.
+
+    Attributes:
+        aux: of the load-balancing loss; of each layer, or of the pooled one.
+        z: of the z-loss of each layer.
+        others: of further losses of each layer, by name.
+        pooled: the load-balancing loss is formed behind the last layer, of the sums of all
+            (:mod:`mistral_ms.parallel.graph.pooled`).
+    """
+
+    aux: float = 0.0
+    z: float = 0.0
+    others: Mapping[str, float] = field(default_factory=dict)
+    pooled: bool = False
 
 
 def metrics_buffer(size: int) -> Parameter:

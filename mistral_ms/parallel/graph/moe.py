@@ -12,12 +12,11 @@ from mistral_ms.moe import (
     make_gate,
 )
 from mistral_ms.parallel.graph.checks import check_sparse_layer
-from mistral_ms.parallel.graph.metrics import metrics_buffer
+from mistral_ms.parallel.graph.metrics import LossCoefficients, metrics_buffer
 from mistral_ms.parallel.graph.region import Region
 from mistral_ms.parallel.graph.shared import GraphSharedGate
 from mistral_ms.parallel.graph.sparse_region import (
     GATE_PARAMETERS,
-    LossCoefficients,
     SparseRegion,
     TrainedSparseRegion,
     gate_parameters,

@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from mistral_ms.config import ModelConfig
 from mistral_ms.moe import load_balancing_loss
-from mistral_ms.parallel.graph.metrics import AttachLosses, RecordMetrics
+from mistral_ms.parallel.graph.metrics import AttachLosses, LossCoefficients, RecordMetrics
 from mistral_ms.parallel.graph.region import Region, first_shape
 from mistral_ms.parallel.graph.sparse_region import LossCoefficients
 from mistral_ms.parallel.sharding import Sharding

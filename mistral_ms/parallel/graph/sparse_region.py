@@ -13,8 +13,6 @@ tensor-parallel ranks exchange are the buffers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import mindspore as ms
@@ -39,7 +37,7 @@ from mistral_ms.moe import (
     router_sums,
     stack_sums,
 )
-from mistral_ms.parallel.graph.metrics import AttachLosses, RecordMetrics
+from mistral_ms.parallel.graph.metrics import AttachLosses, LossCoefficients, RecordMetrics
 from mistral_ms.parallel.graph.region import Region, Shape, first_shape
 from mistral_ms.parallel.sharding import Sharding
 
@@ -49,24 +47,6 @@ GATE_PARAMETERS = 8
 """What a gate may have: MindSpore's Morph takes neither tuples nor any number of arguments ("does
 not support varargs", its compiler says), so each has a name here, and who has fewer hands in what
 nothing reads."""
-
-
-@dataclass(frozen=True)
-class LossCoefficients:
-    """Of the router's losses.
-
-    Attributes:
-        aux: of the load-balancing loss; of each layer, or of the pooled one.
-        z: of the z-loss of each layer.
-        others: of further losses of each layer, by name.
-        pooled: the load-balancing loss is formed behind the last layer, of the sums of all
-            (:mod:`mistral_ms.parallel.graph.pooled`).
-    """
-
-    aux: float = 0.0
-    z: float = 0.0
-    others: Mapping[str, float] = field(default_factory=dict)
-    pooled: bool = False
 
 
 class SparsePieces(Region):
