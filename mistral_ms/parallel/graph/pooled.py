@@ -14,7 +14,6 @@ from mistral_ms.config import ModelConfig
 from mistral_ms.moe import load_balancing_loss
 from mistral_ms.parallel.graph.metrics import AttachLosses, LossCoefficients, RecordMetrics
 from mistral_ms.parallel.graph.region import Region, first_shape
-from mistral_ms.parallel.graph.sparse_region import LossCoefficients
 from mistral_ms.parallel.sharding import Sharding
 
 
