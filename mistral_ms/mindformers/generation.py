@@ -17,6 +17,7 @@ from mindspore import Tensor
 
 from mistral_ms.errors import GenerationError
 from mistral_ms.models import CausalLM, NextTokenLogits
+from mistral_ms.parallel.graph import GraphNextToken
 
 
 class CachedGeneration(GenerationMixin):
@@ -31,8 +32,8 @@ class CachedGeneration(GenerationMixin):
 
     @property
     @abstractmethod
-    def language_model(self) -> CausalLM:
-        """The model that generates."""
+    def language_model(self) -> CausalLM | GraphNextToken:
+        """The model that generates, with its cache."""
 
     def make_steps(self, model: CausalLM) -> None:
         """To be called with the model, before its parameters get their names."""
@@ -76,7 +77,7 @@ class CachedGeneration(GenerationMixin):
 
     def _rows(self) -> int:
         """Prompts that are computed side by side."""
-        return int(self.config.batch_size) if self.language_model.cached else 1 << 30
+        return int(self.config.batch_size) if self.config.use_past else 1 << 30
 
     def _padded(self, input_ids: Any, pad: int | None) -> np.ndarray:
         """Prompts as one array, padded on the right."""

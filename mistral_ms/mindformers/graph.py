@@ -17,12 +17,20 @@ from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 from mindspore.communication import get_rank
 
-from mistral_ms.config import IGNORE_INDEX, RunConfig
+from mistral_ms.checkpoint import Source
+from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.config import IGNORE_INDEX, PredictConfig, RunConfig
 from mistral_ms.config.base import validate
 from mistral_ms.errors import ConfigError
 from mistral_ms.mindformers.config import MistralConfig, dtype_name
 from mistral_ms.mindformers.monitor import StepLosses
-from mistral_ms.parallel.graph import build_model, share_of_square
+from mistral_ms.parallel.graph import (
+    GraphNextToken,
+    build_model,
+    decode,
+    generation_storage,
+    share_of_square,
+)
 from mistral_ms.parallel.graph.model import GraphModel
 from mistral_ms.parallel.graph.update import NORM_EPS, GlobalNorm
 from mistral_ms.parallel.pipeline import stages_of
@@ -83,6 +91,71 @@ def run_of(config: MistralConfig) -> RunConfig:
     return validate(RunConfig, values, "parallel_config")
 
 
+def _check_place(world: int) -> None:
+    """Raises for several processes that are not on Ascend."""
+    target = ms.get_context("device_target")
+    if world > 1 and target != "Ascend":
+        raise ConfigError(
+            "unsupported value",
+            where="parallel.parallel_mode",
+            value=f"semi_auto_parallel on {target}",
+            rule="MindSpore divides graphs for Ascend alone",
+            todo="set parallel_mode: 0, which gives every process the whole model",
+        )
+
+
+def prediction_of(config: MistralConfig) -> PredictConfig:
+    """The prediction that MindFormers' configuration describes.
+
+    Raises:
+        ConfigError: a layout that cannot be, or that does not divide the model.
+    """
+    theirs = config.parallel_config
+    values = {
+        "model": config.architecture(),
+        "prediction": {
+            "batch": config.batch_size,
+            "max_length": config.seq_length,
+            "chunk": config.seq_length,
+            "dtype": dtype_name(config.compute_dtype, "model_config.compute_dtype"),
+        },
+        "parallel": {
+            "dp": theirs.data_parallel,
+            "mp": theirs.model_parallel,
+            "pp": theirs.pipeline_stage,
+            "ep": theirs.expert_parallel,
+            "execution": "graph",
+        },
+    }
+    return validate(PredictConfig, values, "parallel_config")
+
+
+def build_generator(config: MistralConfig, source: Source) -> GraphNextToken:
+    """The graph of generation with this rank's parts of the weights: compiled, for it is the
+    compiler that divides them.
+
+    Args:
+        config: of a prediction.
+        source: a whole checkpoint of the model.
+
+    Raises:
+        ConfigError: see :func:`prediction_of` and :func:`~mistral_ms.parallel.graph.decode`.
+        TopologyError: more or fewer processes than the layout has.
+    """
+    run = prediction_of(config)
+    _check_place(run.parallel.world)
+    built = decode(run)
+    rank = 0
+    if run.parallel.world > 1:
+        rank = get_rank()
+        built.cell.compile(*built.inputs)
+    else:
+        for parameter in built.cell.get_parameters():
+            parameter.init_data()
+    load_weights(source, built.cell.weights(), storage=generation_storage(run, rank))
+    return built.cell
+
+
 def build_graph(config: MistralConfig) -> tuple[GraphModel, Sharding | None, RunConfig]:
     """The net of a configuration; its weights are drawn when MindSpore has divided them.
 
@@ -92,14 +165,7 @@ def build_graph(config: MistralConfig) -> tuple[GraphModel, Sharding | None, Run
         TopologyError: more or fewer processes than the layout has.
     """
     run = run_of(config)
-    if run.parallel.world > 1 and ms.get_context("device_target") != "Ascend":
-        raise ConfigError(
-            "unsupported value",
-            where="parallel.parallel_mode",
-            value=f"semi_auto_parallel on {ms.get_context('device_target')}",
-            rule="MindSpore divides graphs for Ascend alone",
-            todo="set parallel_mode: 0, which gives every process the whole model",
-        )
+    _check_place(run.parallel.world)
     # every weight is divided, as the norm of the gradients counts them
     ms.set_auto_parallel_context(parallel_optimizer_config={"parallel_optimizer_threshold": 0})
     model, sharding, _ = build_model(run, segmented=False)

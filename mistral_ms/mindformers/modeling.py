@@ -19,7 +19,7 @@ from mistral_ms.errors import CheckpointError, ConfigError
 from mistral_ms.layers import CacheSpec
 from mistral_ms.mindformers.config import MistralConfig, MixtralConfig
 from mistral_ms.mindformers.generation import CachedGeneration
-from mistral_ms.mindformers.graph import build_graph, is_divided
+from mistral_ms.mindformers.graph import build_generator, build_graph, is_divided
 from mistral_ms.mindformers.layers import SwitchedLayerFactory
 from mistral_ms.mindformers.weights import (
     converted_name,
@@ -29,6 +29,7 @@ from mistral_ms.mindformers.weights import (
     open_same,
 )
 from mistral_ms.models import CausalLM, Objective, recompute
+from mistral_ms.parallel.graph import GraphNextToken
 
 _max = ops.ReduceMax(keep_dims=True)
 _arange = ops.Range()
@@ -44,7 +45,8 @@ _DOWNLOADING = frozenset(
 
 
 class MistralForCausalLM(CachedGeneration, PreTrainedModel):
-    """Mistral; in one process, or divided by MindSpore's auto-parallel graph for training.
+    """Mistral; in one process, or divided by MindSpore's auto-parallel graph, for training or with
+    ``use_past`` for generation.
 
     Whole sequences without ``use_past``, with it a cache of ``batch_size`` sequences of
     ``seq_length`` positions. Tokens behind the last one that is not ``pad_token_id`` are padding:
@@ -68,7 +70,10 @@ class MistralForCausalLM(CachedGeneration, PreTrainedModel):
         self.pad_token_id = -1 if pad is None else pad
         self.ignore_token_id = config.ignore_token_id
         self.divided = is_divided()
-        if self.divided:
+        if self.divided and config.use_past:
+            self.net = self._generator(config)
+            self._next_token_logits = self.net.__call__
+        elif self.divided:
             self.net, self.sharding, self.run_config = build_graph(config)
         else:
             self.objective = self._alone(config)
@@ -76,7 +81,7 @@ class MistralForCausalLM(CachedGeneration, PreTrainedModel):
             parameter.name = name
         if ms.get_context("device_target") == "CPU":
             self.argmax = ops.argmax  # the generator's own has no kernel there
-        if config.weights_from:
+        if config.weights_from and not (self.divided and config.use_past):
             self._read(Path(config.weights_from))
         elif not self.divided and not any(each.has_init for each in self.weights().values()):
             self.language_model.initialize(config.seed)
@@ -93,6 +98,18 @@ class MistralForCausalLM(CachedGeneration, PreTrainedModel):
             )
         with open_same(path, self.language_model.config) as source:
             load_weights(source, self.weights())
+
+    def _generator(self, config: MistralConfig) -> GraphNextToken:
+        """The graph of generation, divided among processes, with its weights."""
+        if not config.weights_from:
+            raise ConfigError(
+                "no weights",
+                where="model_config.weights_from",
+                rule="several processes generate with weights that the model itself reads",
+                todo="set load_checkpoint, with python -m mistral_ms.mindformers.run",
+            )
+        with open_same(Path(config.weights_from), config.architecture()) as source:
+            return build_generator(config, source)
 
     def _alone(self, config: MistralConfig) -> Objective:
         """The model of one process, and its loss."""
@@ -122,9 +139,9 @@ class MistralForCausalLM(CachedGeneration, PreTrainedModel):
         return self.net.weights() if self.divided else self.objective.model.weights()
 
     @property
-    def language_model(self) -> CausalLM:
-        """The model itself; only in one process."""
-        return self.objective.model
+    def language_model(self) -> CausalLM | GraphNextToken:
+        """The model itself in one process; of several, that generate, their graph."""
+        return self.net if self.divided else self.objective.model
 
     def construct(
         self,
@@ -362,7 +379,15 @@ class MistralForCausalLM(CachedGeneration, PreTrainedModel):
 
         Raises:
             CheckpointError: something is at the place, or a full disk.
+            ConfigError: this process has parts of the weights.
         """
+        if self.divided:
+            raise ConfigError(
+                "parts of a model",
+                where="save_pretrained",
+                rule="MindSpore has divided the weights among processes",
+                todo="convert what MindFormers saves: run_mixtral.py convert --strategy",
+            )
         model = self.language_model
         save_model(Path(save_directory), model.config, model.weights(), to)
 

@@ -178,7 +178,7 @@ def take_weights(config: dict[str, Any]) -> None:
     """Has a whole model read ``load_checkpoint`` itself, expert by expert, in whatever known format
     it is; MindFormers would make a second copy of all weights, and only log what is missing. The
     checkpoint is compared with the model before anything is built. What MindFormers resumes is left
-    to it, and what processes load that divide a model: they cut it by names and layouts.
+    to it, and what processes load that divide a training: they cut it by names and layouts.
 
     Raises:
         CheckpointError: see :func:`~mistral_ms.checkpoint.open_checkpoint`.
@@ -195,7 +195,7 @@ def take_weights(config: dict[str, Any]) -> None:
     made = getattr(registration, keys.pop("type"))
     keys.pop("auto_register", None)
     model = made(moe_config=config.get("moe_config"), **keys).architecture()
-    if divided:
+    if divided and config["run_mode"] != "predict":
         check_for_ranks(config, Path(path), model)
         return
     open_same(Path(path), model, verify=False).close()

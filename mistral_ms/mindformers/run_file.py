@@ -66,7 +66,9 @@ REPLICATED = (0, "DATA_PARALLEL", None)
 DIVIDED = (1, "SEMI_AUTO_PARALLEL")
 """The same of a graph that MindSpore divides among processes."""
 PARALLEL: Mapping[str, Fixed] = {
-    "run_mode": Fixed(("train", "finetune"), "several processes train; one evaluates or predicts"),
+    "run_mode": Fixed(
+        ("train", "finetune", "predict"), "several processes train or predict; one evaluates"
+    ),
     "do_eval": Fixed((False, None), "several processes train; one evaluates"),
     "parallel.parallel_mode": Fixed(
         DIVIDED + REPLICATED, "layouts are given, or every process has the whole model"
@@ -86,6 +88,7 @@ OF_DIVIDED: Mapping[str, Fixed] = {
 """The same of a divided graph."""
 _WHOLE = "parallel_mode 0 gives every process the whole model (1 divides it, on Ascend)"
 OF_REPLICATED: Mapping[str, Fixed] = {
+    "run_mode": Fixed(("train", "finetune"), "whole models would all predict the same"),
     "parallel.enable_parallel_optimizer": Fixed((False, None), _WHOLE),
     **{
         f"parallel_config.{key}": Fixed((1, None), _WHOLE)
@@ -221,13 +224,22 @@ def _check_parallel(config: Mapping[str, Any], where: Path) -> None:
     divided = is_divided(config)
     for key, fixed in {**PARALLEL, **(OF_DIVIDED if divided else OF_REPLICATED)}.items():
         check_fixed(f"{where}: {key}", get(config, key), fixed)
-    if divided and get(config, "context.device_target") == "CPU":
+    on_cpu = get(config, "context.device_target") == "CPU"
+    if divided and on_cpu:
         raise ConfigError(
             "unsupported value",
             where=f"{where}: parallel.parallel_mode",
             value=f"{get(config, 'parallel.parallel_mode')} on a CPU",
             rule="MindSpore divides graphs for Ascend alone",
             todo="set parallel_mode: 0, which gives every process the whole model",
+        )
+    if not divided and config.get("resume_training") and on_cpu:
+        raise ConfigError(
+            "unsupported value",
+            where=f"{where}: resume_training",
+            value=f"{config['resume_training']} on a CPU",
+            rule="MindFormers' loading for several processes calls Barrier, which a CPU has not",
+            todo="go on in one process, with gradient_accumulation_steps in the place of processes",
         )
     processes = os.environ.get("MS_WORKER_NUM")
     if divided or processes is None:

@@ -15,14 +15,14 @@ import yaml
 from mindspore.nn.utils import no_init_parameters
 
 from mistral_ms import mindformers
-from mistral_ms.checkpoint.keys import HF, HF_FUSED
+from mistral_ms.checkpoint.keys import HF, HF_FUSED, MINDFORMERS
 from mistral_ms.checkpoint.layout import format_layout, our_shapes
 from mistral_ms.config import from_hf
 from mistral_ms.config.capacity import expert_capacity
 from mistral_ms.config.mindformers_keys import FIXED, MOE_FIXED, MOE_READ, MOE_WITHOUT_EFFECT
 from mistral_ms.errors import CheckpointError, ConfigError, MissingExtraError
 from mistral_ms.mindformers import run, run_file
-from mistral_ms.parallel.graph.checks import check_run
+from mistral_ms.parallel.graph.checks import check_prediction, check_run
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "mindformers").glob("*.yaml"))
 SHIM = Path(__file__).parents[2] / "scripts" / "mindformers"
@@ -33,6 +33,8 @@ EXPERTS = dict(expert_num=8, num_experts_chosen=2, routing_policy="TopkRouterV2"
 def mf():
     """The classes; imported where they are used, for it takes seconds."""
     pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    from mindformers.core.lr import CosineWithWarmUpLR
+    from mindformers.core.optim import AdamW
     from mindformers.core.parallel_config import build_parallel_config
     from mindformers.models.auto import AutoConfig, AutoModel, AutoModelForCausalLM
     from mindformers.models.build_model import build_network
@@ -48,6 +50,9 @@ def mf():
     return SimpleNamespace(
         **{name: getattr(registration, name) for name in mindformers.__all__},
         run_of=graph.run_of,
+        prediction_of=graph.prediction_of,
+        AdamW=AdamW,
+        CosineWithWarmUpLR=CosineWithWarmUpLR,
         MoEConfig=MoEConfig,
         MindFormerConfig=MindFormerConfig,
         build_parallel_config=build_parallel_config,
@@ -443,7 +448,19 @@ REPLICATED = {
             "parallel_config.model_parallel: 2: .*whole model",
         ),
         ({**REPLICATED, "parallel_config.data_parallel": 4}, "data_parallel: 4: 2 processes have"),
-        ({"use_parallel": True, "run_mode": "eval"}, "one evaluates or predicts"),
+        (
+            {"use_parallel": True, "run_mode": "eval"},
+            "several processes train or predict; one evaluates",
+        ),
+        ({**REPLICATED, "run_mode": "predict", "input_data": ["x"]}, "would all predict the same"),
+        (
+            {
+                **REPLICATED,
+                **{"resume_training": True, "context.device_target": "CPU"},
+                **{"runner_config.sink_mode": False},
+            },
+            "resume_training: True on a CPU: .*Barrier",
+        ),
         ({"run_mode": "predict"}, "no prompts: input_data: --predict_data"),
         ({"run_mode": "training"}, "must be one of train, finetune, eval, predict"),
     ],
@@ -480,6 +497,38 @@ def test_processes_that_cannot_train_together_are_refused(mf, monkeypatch):
     said["gradients_mean"] = True
     with pytest.raises(ConfigError, match="gradients_mean: True: the losses of processes"):
         wrapper.is_replicated()
+
+
+def test_the_divided_graph_generates_as_the_model(mf, monkeypatch, tmp_path):
+    """One process, its operators one by one: greedy, ragged, more prompts than rows; against whole
+    sequences through the ordinary model.
+    """
+    from mistral_ms.mindformers import modeling
+
+    keys = dict(
+        hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, n_kv_heads=1,
+        vocab_size=64, seq_length=16, initializer_range=0.2, num_local_experts=4,
+        compute_dtype="float32",
+    )  # fmt: skip
+    plain = mf.MixtralForCausalLM(mf.MixtralConfig(**keys))
+    plain.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(modeling, "is_divided", lambda: True)
+    cached = mf.MixtralConfig(**keys, use_past=True, batch_size=2)
+    with pytest.raises(ConfigError, match=r"no weights: .*weights_from"):
+        mf.MixtralForCausalLM(cached)
+    cached.weights_from = str(tmp_path / "model")
+    model = mf.MixtralForCausalLM(cached)
+    with pytest.raises(ConfigError, match="parts of a model"):
+        model.save_pretrained(tmp_path / "parts")
+    prompts = [[1, 5, 6, 7, 9], [1, 30, 4], [1, 7]]
+    found = model.generate(prompts, max_new_tokens=3, do_sample=False, eos_token_id=[-1])
+    for prompt, row in zip(prompts, found, strict=True):
+        ids = list(prompt)
+        for _ in range(3):
+            positions = ms.Tensor(np.arange(len(ids), dtype=np.int32)[None])
+            logits = plain.language_model(ms.Tensor(np.array([ids], np.int32)), positions)
+            ids.append(int(logits.asnumpy()[0, -1].argmax()))
+        assert list(map(int, row)) == ids
 
 
 def test_flags_are_those_of_their_launcher(tmp_path):
@@ -569,12 +618,48 @@ def test_weights_that_a_checkpoint_lacks_are_named(mf):
         model.init_parameters_data()
 
 
+def test_ckpt_files_of_1_x_under_their_own_launcher(mf, tmp_path):
+    """Its training reads them by names that it does not change: that nothing fits is an error which
+    says what to set. The model itself reads them.
+    """
+    from mindformers.trainer.utils import load_ckpt
+    from mindformers.wrapper.wrapper import DataOrderWrapperCell
+
+    keys = dict(
+        hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, n_kv_heads=1,
+        vocab_size=11, seq_length=8, moe_config=dict(EXPERTS, expert_num=3),
+    )  # fmt: skip
+    architecture = mf.MixtralConfig(**keys).architecture()
+    held = {
+        name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        for name, shape in format_layout(architecture, MINDFORMERS).shapes.items()
+    }
+    file = tmp_path / "mixtral_rank_0-1_2.ckpt"
+    ms.save_checkpoint([{"name": n, "data": ms.Tensor(a)} for n, a in held.items()], str(file))
+    with no_init_parameters():
+        model = mf.MixtralForCausalLM(mf.MixtralConfig(**keys))
+    network = DataOrderWrapperCell(["input_ids"], model)
+    rate = mf.CosineWithWarmUpLR(learning_rate=1e-3, warmup_steps=0, total_steps=2)
+    mf.MoETrainOneStepCell(network, mf.AdamW(model.trainable_params(), learning_rate=rate))
+    given = dict(
+        checkpoint={"load_path": str(tmp_path)}, load_ckpt_format="ckpt", runner_config={},
+        model={"model_config": {}},
+    )  # fmt: skip
+    load_ckpt(mf.MindFormerConfig(**given), network)
+    with pytest.raises(CheckpointError, match=r"lacks 11 of 13 weights: set model_config\.weights"):
+        network.init_parameters_data()
+    reads = mf.MixtralForCausalLM(mf.MixtralConfig(**keys, weights_from=str(file)))
+    w2 = reads.weights()["layers.0.moe.experts.w2"].asnumpy()
+    assert np.array_equal(w2, held["model.layers.0.feed_forward.ffn.w2.weight"])
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_files_are_read_and_built(mf, path):
     file = read(path, "--predict_data", "x")
     if file["use_parallel"]:
-        run = mf.run_of(config_of(mf, file))
-        check_run(run, run.model.num_hidden_layers)
+        predicts, config = file["run_mode"] == "predict", config_of(mf, file)
+        run = mf.prediction_of(config) if predicts else mf.run_of(config)
+        check_prediction(run) if predicts else check_run(run, run.model.num_hidden_layers)
         assert run.parallel.execution == "graph"
         assert f"{run.parallel.world} cards" in path.read_text()
     config = config_of(
