@@ -36,9 +36,9 @@ from mistral_ms.parallel.graph.storage import GraphStorage
 from mistral_ms.training.state import FORMAT, OPTIMIZER, encode_state
 
 C, HALF = 7, 2  # ceil(1.1 * 2 * S / E)
-COMPILED = {"dp2_ep2": (1,), "mp2": (1,), "dp2_ep2_pp2": (0, 2), "dp2_mp2_ep2_pp2": (6,)}
+COMPILED = {"dp2_ep2": (1,), "mp2": (1,), "dp2_pp2": (2,), "dp2_mp2_ep2_pp2": (0, 6)}
 """Ranks of each layout: the last stage; of one layout all stages, for their strategy files."""
-PIPELINE = "dp2_ep2_pp2"
+PIPELINE = "dp2_mp2_ep2_pp2"
 SIZES = dict(
     vocab_size=V, hidden_size=H, intermediate_size=WIDE, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=S, pad_token_id=0,
@@ -75,8 +75,10 @@ def dry(tmp_path_factory):
     environ = {k: v for k, v in os.environ.items() if k != "ASCEND_HOME_PATH"}
     environ |= {"PYTHONPATH": path, "MISTRAL_MS_CACHE": str(place / "cache")}
     environ |= {"LOCAL_DEFAULT_PATH": str(place)}
+    environ |= {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # of PyArrow, in its import
     graphs = {}
-    with Compiler(find_runtime(environ), environ) as compiler:
+    modules = "mindformers.core.optim", "mistral_ms.mindformers.registration"
+    with Compiler(find_runtime(environ), environ, modules) as compiler:
         for name, ranks in COMPILED.items():
             world = LAYOUTS[name].world
             for rank in ranks:
@@ -84,9 +86,14 @@ def dry(tmp_path_factory):
                 with compiler.compiled(request, place / name / "logs", 300) as compiled:
                     text = compiled.graph.read_text(errors="replace")
                     graphs[name, rank] = read(text, rank, world, compiled.groups)
+        predict = Request(1, 2, target="support.mindformers_target:predict")
+        with compiler.compiled(predict, place / "predict" / "logs", 300) as compiled:
+            text = compiled.graph.read_text(errors="replace")
+            graphs["predict", 1] = read(text, 1, 2, compiled.groups)
     return Dry(place, graphs, whole, tensors)
 
 
+BUFFER = "metrics_buffer"
 PREFIXES = {"": "", "adam_m.": "exp_avg.", "adam_v.": "exp_avg_sq."}
 
 
@@ -112,9 +119,8 @@ def write_whole(place: Path) -> tuple[Path, dict[str, np.ndarray]]:
     moments = {OPTIMIZER: [*entries("adam_m."), *entries("adam_v.")]}
     save_native(place / "whole", config, entries(""), {"state.json": state}, extra_tensors=moments)
     layout = LAYOUTS[PIPELINE]
-    parallel = ParallelConfig(
-        dp=layout.dp, pp=layout.pp, ep=layout.ep, optimizer_parallel=True, execution="graph"
-    )
+    sizes = dict(dp=layout.dp, mp=layout.mp, pp=layout.pp, ep=layout.ep)
+    parallel = ParallelConfig(**sizes, optimizer_parallel=True, execution="graph")
     for rank in range(layout.world):
         storage = GraphStorage(config, parallel, rank)
         held = {
@@ -124,6 +130,10 @@ def write_whole(place: Path) -> tuple[Path, dict[str, np.ndarray]]:
             for name in storage.specs
             for prefix in PREFIXES
         }
+        for layer in storage.stage.layers:
+            held[f"net.layers.{layer}.moe.{BUFFER}"] = np.zeros((1, 2 + 2 * E), np.float32)
+        if storage.stage.head:
+            held[f"net.loss.{BUFFER}"] = np.zeros((1, 1), np.float32)
         file = place / PIPELINE / "parts" / f"rank_{rank}" / f"mixtral_rank_{rank}-1_3.safetensors"
         file.parent.mkdir(parents=True)
         named = [{"name": name, "data": Tensor(each)} for name, each in held.items()]
@@ -167,12 +177,39 @@ def test_the_norm_is_of_all_stages(dry, name):
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_a_rank_holds_its_experts(dry, name):
+def test_a_rank_holds_its_part(dry, name):
+    """Its experts; or of what replicas have in common its part of the optimizer's work."""
     layout, graph = LAYOUTS[name], dry.graphs[name, COMPILED[name][-1]]
     last = layout.pp - 1
-    w1 = graph.parameters[f"layers.{last}.moe.experts.w1"]
-    assert w1.shape == (E // layout.ep * H, WIDE // layout.mp)
+    if layout.dense:
+        w1 = graph.parameters[f"layers.{last}.feed_forward.w1.weight"]
+        assert w1.shape == (WIDE // layout.mp // layout.dp, H)
+    else:
+        w1 = graph.parameters[f"layers.{last}.moe.experts.w1"]
+        assert w1.shape == (E // layout.ep * H, WIDE // layout.mp)
     assert last == 0 or not any(name.startswith("layers.0.") for name in graph.parameters)
+    # what the router's losses and the loads are recorded in, of this stage
+    recorded = {
+        name: each.shape
+        for name, each in graph.parameters.items()
+        if name.endswith(BUFFER) and not name.startswith("accu_grads")
+    }
+    losses = {f"net.loss.{BUFFER}": (1, 1)}
+    if not layout.dense:
+        losses[f"net.layers.{last}.moe.{BUFFER}"] = (1, 2 + 2 * E)
+    assert recorded == losses
+
+
+def test_ranks_that_predict_hold_their_parts_of_a_checkpoint(dry):
+    """Of half of each expert and half of the vocabulary, in the dtype of the computation."""
+    graph, held = dry.graphs["predict", 1], np.load(dry.place / "predict" / "weights.npz")
+    assert graph.parameters["layers.1.moe.experts.w1"].shape == (E * H, WIDE // 2)
+    w1_EIH = dry.tensors["layers.1.moe.experts.w1"]
+    part = w1_EIH[:, WIDE // 2 :].transpose(0, 2, 1).reshape(E * H, WIDE // 2)
+    assert np.array_equal(held["layers.1.moe.experts.w1"], part.astype(np.float16))
+    head = dry.tensors["lm_head.weight"][V // 2 :].astype(np.float16)
+    assert np.array_equal(held["lm_head.weight"], head)
+    assert not any(each.operator == "AlltoAll" for each in graph.communication)
 
 
 def arrays_of(directory: Path) -> dict[str, np.ndarray]:
@@ -256,7 +293,7 @@ def test_a_checkpoint_for_many_ranks(dry, tmp_path, of):
     for rank in range(LAYOUTS[PIPELINE].world):
         (part,) = (dry.place / PIPELINE / "parts" / f"rank_{rank}").iterdir()
         (cut,) = (tmp_path / "cut" / f"rank_{rank}").iterdir()
-        expected = load_file(part)
+        expected = {n: a for n, a in load_file(part).items() if not n.endswith(BUFFER)}
         if of == "weights":
             expected = {n: a for n, a in expected.items() if not n.startswith("adam")}
         found = {n: a for n, a in load_file(cut).items() if n not in counters}

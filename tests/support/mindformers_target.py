@@ -21,12 +21,13 @@ MICRO = 2
 
 
 class Layout(NamedTuple):
-    """Of the processes."""
+    """Of the processes; dense: of Mistral, else of Mixtral."""
 
     dp: int = 1
     mp: int = 1
     ep: int = 1
     pp: int = 1
+    dense: bool = False
 
     @property
     def world(self) -> int:
@@ -40,8 +41,8 @@ class Layout(NamedTuple):
 
 LAYOUTS = {
     "dp2_ep2": Layout(dp=2, ep=2),
-    "mp2": Layout(mp=2),
-    "dp2_ep2_pp2": Layout(dp=2, ep=2, pp=2),
+    "mp2": Layout(mp=2, dense=True),
+    "dp2_pp2": Layout(dp=2, pp=2, dense=True),
     "dp2_mp2_ep2_pp2": Layout(dp=2, mp=2, ep=2, pp=2),
 }
 
@@ -83,12 +84,17 @@ class Rank:
 class Step(NamedTuple):
     """What the dry run compiles."""
 
-    cell: Rank
+    cell: Rank | nn.Cell
     inputs: tuple[Tensor, ...]
 
 
 def sections(layout: Layout) -> dict:
     """Those of a configuration file that the step is made of."""
+    name = "Mistral" if layout.dense else "Mixtral"
+    experts = {
+        **dict(expert_num=E, num_experts_chosen=2, routing_policy="TopkRouterV2"),
+        **dict(capacity_factor=1.1, enable_sdrop=True, aux_loss_factor=0.05),
+    }
     return {
         "use_parallel": True,
         "use_legacy": True,
@@ -102,19 +108,16 @@ def sections(layout: Layout) -> dict:
             **dict(pipeline_stage=layout.pp, micro_batch_num=MICRO if layout.pp > 1 else 1),
         },
         "context": {"mode": 0, "device_target": "Ascend", "max_device_memory": "58GB"},
-        "moe_config": {
-            **dict(expert_num=E, num_experts_chosen=2, routing_policy="TopkRouterV2"),
-            **dict(capacity_factor=1.1, enable_sdrop=True, aux_loss_factor=0.05),
-        },
+        "moe_config": {} if layout.dense else experts,
         "runner_config": {"batch_size": 1, "epochs": 1, "sink_mode": True},
         "trainer": {"type": "CausalLanguageModelingTrainer", "model_name": "mixtral"},
         "model": {
             "model_config": {
-                **dict(type="MixtralConfig", batch_size=1, seq_length=S, hidden_size=H),
+                **dict(type=f"{name}Config", batch_size=1, seq_length=S, hidden_size=H),
                 **dict(intermediate_size=WIDE, num_layers=layout.pp, num_heads=4),
                 **dict(vocab_size=V, n_kv_heads=2, compute_dtype="float16", pad_token_id=0),
             },
-            "arch": {"type": "MixtralForCausalLM"},
+            "arch": {"type": f"{name}ForCausalLM"},
         },
     }
 
@@ -171,4 +174,32 @@ def build(name: str) -> Step:
     return Step(rank, (Tensor(np.zeros((layout.rows, S + 1), np.int32)),))
 
 
-dp2_ep2, mp2, dp2_ep2_pp2, dp2_mp2_ep2_pp2 = (partial(build, name) for name in LAYOUTS)
+def predict() -> Step:
+    """A rank of two that generate, as run_mode predict builds it; the graph of whole prompts. What
+    it holds after the graph of one token was compiled goes into ``predict/weights.npz``.
+    """
+    place = Path(os.environ["LOCAL_DEFAULT_PATH"])
+    from mindformers.core.context import build_context
+    from mindformers.core.parallel_config import build_parallel_config
+    from mindformers.models.build_model import build_network
+    from mindformers.tools.register import MindFormerConfig
+
+    from mistral_ms.mindformers import registration  # noqa: F401
+
+    given = sections(Layout(dp=1, mp=2))
+    given["run_mode"] = "predict"
+    given["model"]["model_config"] |= {"use_past": True, "weights_from": str(place / "whole")}
+    given["model"]["model_config"] |= {"num_layers": 2, "batch_size": 2}
+    config = MindFormerConfig(**given)
+    build_context(config)
+    build_parallel_config(config)
+    sizes = {"parallel_config": config.parallel_config, "moe_config": config.moe_config}
+    model = build_network(config.model, default_args=sizes)
+    (place / "predict").mkdir(exist_ok=True)
+    held = {name: each.asnumpy() for name, each in model.weights().items()}
+    np.savez(place / "predict" / "weights.npz", **held)
+    ids = Tensor(np.zeros((2, S), np.int32))
+    return Step(model.net, (ids, ids, Tensor(np.zeros(2, np.int32))))
+
+
+dp2_ep2, mp2, dp2_pp2, dp2_mp2_ep2_pp2 = (partial(build, name) for name in LAYOUTS)

@@ -1,4 +1,5 @@
-"""The process that has imported MindSpore: ``python -m mistral_ms.parallel.dryrun.forks``.
+"""The process that has imported MindSpore: ``python -m mistral_ms.parallel.dryrun.forks``; further
+modules to import may follow.
 
 Importing costs as much as compiling a small graph, and is the same for every rank. So it is done
 once; each request is compiled by a fork, which is told its rank before MindSpore asks for it: the
@@ -19,6 +20,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import pkgutil
 import select
 import signal
 import sys
@@ -34,6 +36,8 @@ def main() -> None:
     answers = os.dup(sys.stdout.fileno())  # what a library prints is no answer
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     prepare()
+    for name in sys.argv[1:]:
+        pkgutil.resolve_name(name)
     gc.freeze()  # what is here is neither examined nor copied by the forks
     _answer(answers, {"threads": sum(1 for _ in Path("/proc/self/task").iterdir())})
     while line := _next_line():

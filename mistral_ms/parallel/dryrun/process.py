@@ -88,15 +88,18 @@ class Compiler:
     Args:
         runtime: the libraries.
         environ: of this process; the other one's is made of it.
+        modules: further ones that every rank's target imports; they may not start threads.
 
     Raises:
         DryrunError: MindSpore cannot be imported there, or cannot be forked.
     """
 
-    def __init__(self, runtime: Runtime, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, runtime: Runtime, environ: Mapping[str, str], modules: tuple[str, ...] = ()
+    ) -> None:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mistral_ms.parallel.dryrun.forks"],
+            [sys.executable, "-m", "mistral_ms.parallel.dryrun.forks", *modules],
             env=environment(runtime, environ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
