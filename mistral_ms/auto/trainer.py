@@ -48,6 +48,7 @@ class TrainingArguments(Frozen):
         adam_beta2: of AdamW.
         adam_epsilon: of AdamW.
         max_grad_norm: gradients are scaled down to this global norm; None leaves them alone.
+        neftune_noise_alpha: noise on embedded tokens (arXiv:2310.05914); None: there is none.
         router_aux_loss_coef: of the load-balancing loss; None: the model's own.
         router_z_loss_coef: of the router z-loss.
         capacity_factor: slots of an expert in multiples of an even share; None: no expert is ever
@@ -81,6 +82,7 @@ class TrainingArguments(Frozen):
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
+    neftune_noise_alpha: float | None = Field(default=None, gt=0)
     router_aux_loss_coef: float | None = Field(default=None, ge=0)
     router_z_loss_coef: float = Field(default=0.0, ge=0)
     capacity_factor: float | None = Field(default=None, gt=0)
@@ -334,6 +336,7 @@ class Trainer:
             "router_aux_loss_coef": coefficient,
             "router_z_loss_coef": args.router_z_loss_coef,
             "max_grad_norm": args.max_grad_norm,
+            "neftune_noise_alpha": args.neftune_noise_alpha,
             "optimizer": optimizer,
             "lr_scheduler_type": args.lr_scheduler_type,
             "warmup_steps": args.warmup_steps,

@@ -102,6 +102,8 @@ class TrainingConfig(Frozen):
         router_losses: coefficients of further router losses by their names, of those that the
             model's gate brings and of those that were registered (``mistral_ms.moe``); each is
             reported under its name, also where its coefficient is 0.
+        neftune_noise_alpha: what is trained are embedded tokens plus uniform noise of at most this
+            over sqrt(seq_length * hidden_size) (NEFTune, arXiv:2310.05914); None: no noise.
         max_grad_norm: gradients are scaled down to this global norm; None leaves them alone.
         constant_router_weight: train Top-1 routing with renormalised weights all the same: the
             one weight is then always 1, and the language-model loss does not move the router.
@@ -126,6 +128,7 @@ class TrainingConfig(Frozen):
     router_aux_loss_coef: float = Field(default=0.001, ge=0)
     router_z_loss_coef: float = Field(default=0.0, ge=0)
     router_losses: dict[str, float] = Field(default_factory=dict)
+    neftune_noise_alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     constant_router_weight: bool = False
     loss_scale: LossScaleConfig | None = None

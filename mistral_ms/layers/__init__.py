@@ -1,7 +1,7 @@
 """Building blocks of the decoder, written as for one device."""
 
 from mistral_ms.layers.attention import Attention, AttentionContext, AttentionCore, visible_keys
-from mistral_ms.layers.embedding import Embedding, embedded
+from mistral_ms.layers.embedding import Embedding, embedded, embedding_noise
 from mistral_ms.layers.feed_forward import FeedForward, GatedLinear
 from mistral_ms.layers.kv_cache import CacheSpec, Columns, KeyPositions, KVCache, forget
 from mistral_ms.layers.linear import Linear, OutputLogits, output_logits
@@ -36,6 +36,7 @@ __all__ = [
     "TokenNLL",
     "VocabParallelCrossEntropy",
     "embedded",
+    "embedding_noise",
     "forget",
     "inverse_frequencies",
     "is_buffer",

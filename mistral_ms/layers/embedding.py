@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.layers.parameter import weight
+from mistral_ms.ops import reference
 
 _gather = ops.Gather()
+_range = ops.Range()
 _zeros_like = ops.ZerosLike()
 
 
@@ -49,6 +52,28 @@ class Embedding(nn.Cell):
 def embedded(ids_T: Tensor, weight_VH: Tensor) -> Tensor:
     """The rows of a table that belong to tokens: int32 [T] and [V, H] give [T, H]."""
     return _gather(weight_VH, ids_T, 0)
+
+
+def embedding_noise(
+    key: tuple[Tensor, Tensor], token_index_T: Tensor, hidden_size: int, bound: float
+) -> Tensor:
+    """Uniform noise in (-bound, bound) for each element of embedded tokens, float32 [T, H]; carries
+    no gradient (NEFTune, arXiv:2310.05914).
+
+    It is a function of the key, a token's place and the column alone: however a batch is cut, each
+    token gets the same.
+
+    Args:
+        key: two int32 scalars: the seed of the run, and the step.
+        token_index_T: int32, the place of each token in the global batch.
+        hidden_size: H.
+        bound: of the noise.
+    """
+    # gates draw with a number of 0 or more in the second place: these are not among theirs
+    own = reference.threefry2x32(key, (Tensor(-1, ms.int32), Tensor(-1, ms.int32)))
+    columns_1H = ops.cast(_range(0, hidden_size, 1), ms.int32).reshape(1, -1)
+    uniform_TH = reference.uniforms((own[0], own[1]), (token_index_T.reshape(-1, 1), columns_1H))
+    return (2.0 * uniform_TH - 1.0) * bound
 
 
 def own_ids(ids: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,17 @@ from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import IGNORE_INDEX
 from mistral_ms.errors import ConfigError
-from mistral_ms.layers import HeadLoss, TokenNLL, output_logits
+from mistral_ms.layers import HeadLoss, TokenNLL, embedding_noise, output_logits
 from mistral_ms.models.causal_lm import CausalLM
 from mistral_ms.models.model_chunk import ModelChunk
-from mistral_ms.moe import LossTerm, RouterSums, layer_of, router_loss_terms, widened
+from mistral_ms.moe import (
+    LossTerm,
+    RouterSums,
+    gate_context,
+    layer_of,
+    router_loss_terms,
+    widened,
+)
 
 _sum = ops.ReduceSum()
 _concat = ops.Concat(0)
@@ -104,6 +111,8 @@ class Objective(nn.Cell):
             that the communication of one may hide behind the computation of the other.
         token_nll: of logits [T, V] and labels [T], see :func:`mistral_ms.layers.token_nll`; for
             a model whose logits are divided, one that brings them together.
+        neftune_noise_alpha: embedded tokens get uniform noise of at most this over the root of
+            sequence length times hidden size, where ``random_B3`` is given; None: no noise.
 
     Attributes:
         others: names of the further router losses, in the order of ``LossReport.others``.
@@ -124,6 +133,7 @@ class Objective(nn.Cell):
         loss_chunk: int | None = None,
         interleave_num: int = 1,
         token_nll: nn.Cell | None = None,
+        neftune_noise_alpha: float | None = None,
     ) -> None:
         super().__init__()
         if (
@@ -166,6 +176,7 @@ class Objective(nn.Cell):
         for term in router_loss_terms(model.config, self.others):
             self.router_losses.append(RouterLoss(term, pooled_aux, own))
         self.chunk = loss_chunk or tokens_at_a_time(model.config.vocab_size)
+        self.noise_alpha = neftune_noise_alpha
         self.token_nll = TokenNLL() if token_nll is None else token_nll
         self.head_loss = HeadLoss(self.chunk, self.token_nll)
 
@@ -250,6 +261,8 @@ class Objective(nn.Cell):
         segments_BS = None if segments_BS is None else self.rows(segments_BS, number)
         random_B3 = None if random_B3 is None else self.rows(random_B3, number)
         x_TH = self.model.embed(x) if self.embeds else x
+        if self.embeds and self.noise_alpha is not None and random_B3 is not None:
+            x_TH = self.noisy(x_TH, random_B3, positions_BS.shape[1])
         ids_BS = x if self.embeds else None
         hidden_TH, sums = self.model.decode(x_TH, positions_BS, segments_BS, random_B3, ids_BS)
         zero = ops.zeros((), ms.float32)
@@ -270,6 +283,13 @@ class Objective(nn.Cell):
         _, routed_LE, kept_LE, _, _, _, _ = sums
         counts = self.counts(routed_LE), self.counts(kept_LE)
         return total, hidden_TH, (lm, *losses[:2], *counts, *losses[2:])
+
+    def noisy(self, x_TH: Tensor, random_B3: Tensor, columns: int) -> Tensor:
+        """Embedded tokens of rows of so many columns, with their noise."""
+        seed, step, token_index_T = gate_context(random_B3, columns)
+        H = x_TH.shape[-1]
+        bound = self.noise_alpha / (columns * H) ** 0.5
+        return x_TH + ops.cast(embedding_noise((seed, step), token_index_T, H, bound), x_TH.dtype)
 
     def rows(self, x: Tensor, number: int) -> Tensor:
         """The rows of one part."""

@@ -46,6 +46,7 @@ def _objective(
         router_z_loss_coef=config.router_z_loss_coef,
         router_losses=config.router_losses,
         pooled_aux=pooled_aux,
+        neftune_noise_alpha=config.neftune_noise_alpha,
         interleave_num=1 if context is None else context.parallel.micro_batch_interleave_num,
         token_nll=None if context is None else context.token_nll(model.config),
     )

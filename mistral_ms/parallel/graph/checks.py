@@ -37,6 +37,13 @@ def check_run(run: RunConfig, layers: int) -> None:
     sparse = bool(model.sparse_layers)
     rules: tuple[Rule, ...] = (
         (
+            training.neftune_noise_alpha is not None,
+            "training.neftune_noise_alpha",
+            training.neftune_noise_alpha,
+            "noise is added to embedded tokens with explicit execution",
+            "set parallel.execution=explicit",
+        ),
+        (
             sparse and parallel.optimizer_parallel and _crosses_experts(model, parallel),
             "parallel.optimizer_parallel",
             f"{parallel.dp // parallel.ep} replicas",
