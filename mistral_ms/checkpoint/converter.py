@@ -6,13 +6,14 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from mistral_ms.checkpoint import keys
+from mistral_ms.checkpoint.adapters import PEFT, write_peft
 from mistral_ms.checkpoint.config_file import encode_config
 from mistral_ms.checkpoint.detect import ALIASES, LAYOUTS, MindFormersLayout, kind_of
 from mistral_ms.checkpoint.dtypes import FROM_OPTION, TO_CONFIG
@@ -22,7 +23,7 @@ from mistral_ms.checkpoint.merge_ranks import merged_ranks
 from mistral_ms.checkpoint.merged import open_merged
 from mistral_ms.checkpoint.mindformers_layout import TABLES
 from mistral_ms.checkpoint.plan import make_plan, target_dtype
-from mistral_ms.checkpoint.source import Source
+from mistral_ms.checkpoint.source import Source, open_checkpoint
 from mistral_ms.checkpoint.target import TargetDirectory, check_target
 from mistral_ms.checkpoint.upcycle import upcycled_config, upcycled_entries
 from mistral_ms.checkpoint.writer import (
@@ -112,7 +113,8 @@ def convert(
         src: the checkpoint's directory.
         dst: the new checkpoint's directory; it appears when it is whole.
         to: ``mistral_ms`` (or ``mindspore``), ``hf``, ``mistral`` or ``mindformers``; None: ours
-            from a foreign format, hf from ours.
+            from a foreign format, hf from ours. ``peft`` of adapters that a training here has
+            saved, without other options.
         dtype: ``keep`` leaves every bit; ``fp32``, ``fp16`` and ``bf16`` round to nearest even.
         overwrite: replace a checkpoint that is at ``dst``.
         kind: the source's format, when its directory holds several.
@@ -148,6 +150,16 @@ def convert(
     check_target(dst, overwrite)
     if os.path.realpath(src) == os.path.realpath(dst):
         raise CheckpointError("source is the target", where=src, todo="choose another target")
+    if to == PEFT:
+        options: dict[str, object] = {
+            "layout": layout,
+            "container": container,
+            "strategy": strategy,
+            "merge": merge,
+            "upcycle": upcycle,
+            "dtype": None if dtype == "keep" else dtype,
+        }
+        return _adapters_alone(src, dst, overwrite, verify, follow_links, options, start)
     with contextlib.ExitStack() as opened:
         if strategy is not None:
             src = opened.enter_context(merged_ranks(src, Path(strategy), dst))
@@ -200,6 +212,40 @@ def convert(
             peak_rss_bytes=peak_rss_bytes(),
             skipped=source.skipped,
         )
+
+
+def _adapters_alone(
+    src: Path,
+    dst: Path,
+    overwrite: bool,
+    verify: bool,
+    follow_links: bool,
+    options: Mapping[str, object],
+    start: float,
+) -> ConvertResult:
+    """The adapters that a training has saved, as PEFT writes them."""
+    for option, value in options.items():
+        if value is not None:
+            raise CheckpointError(
+                "option of another conversion",
+                where=option,
+                value=value,
+                rule="to peft adapters are written as they are",
+            )
+    with open_checkpoint(
+        src, "mistral_ms", verify=verify, follow_links=follow_links, adapters=True
+    ) as source:
+        if source.config.lora is None:
+            raise CheckpointError(
+                "a whole model, not an adapter",
+                where=src,
+                rule="to peft goes what a training with lora has saved",
+            )
+        write_peft(source, dst, None, overwrite=overwrite)
+        shapes = format_layout(source.config, keys.PEFT).shapes
+        size = sum(info.nbytes for info in source.tensors.values())
+        seconds = time.perf_counter() - start
+        return ConvertResult(source.kind, PEFT, len(shapes), size, seconds, peak_rss_bytes())
 
 
 def _target_kind(source_kind: str, to: str | None) -> str:

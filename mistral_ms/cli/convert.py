@@ -23,6 +23,7 @@ class TargetFormat(StrEnum):
     HF = "hf"
     MISTRAL = "mistral"
     MINDFORMERS = "mindformers"
+    PEFT = "peft"
 
 
 class Layout(StrEnum):
@@ -56,7 +57,10 @@ def convert(
     dst: Annotated[Path, typer.Argument(help="Directory to write; appears when it is whole.")],
     to: Annotated[
         TargetFormat | None,
-        typer.Option(help="Format to write. Default: mindspore from the others, hf from ours."),
+        typer.Option(
+            help="Format to write. Default: mindspore from the others, hf from ours; peft of "
+            "adapters that a training has saved."
+        ),
     ] = None,
     source: Annotated[
         SourceFormat | None,

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from support.hf import make_pair
 
 import mistral_ms
-from mistral_ms.checkpoint import inspect, open_checkpoint, open_tensor_set
+from mistral_ms.checkpoint import convert, inspect, open_checkpoint, open_tensor_set
 from mistral_ms.checkpoint.adapters import open_adapter
 from mistral_ms.config import from_hf, load_run_config
 from mistral_ms.errors import CheckpointError, ConfigError
@@ -90,7 +90,7 @@ def test_checkpoints_hold_adapters_alone(finished, base):
 
 
 @pytest.mark.slow
-def test_pefts_files_lie_in_the_run(finished, base):
+def test_pefts_files_lie_in_the_run(finished, base, tmp_path):
     result, _ = finished
     path = result.files.adapter
     values = json.loads((path / "adapter_config.json").read_text())
@@ -103,6 +103,11 @@ def test_pefts_files_lie_in_the_run(finished, base):
     np.testing.assert_array_equal(found[theirs], ours[3])
     assert np.abs(ours).max() > 0, "B starts at zero"
     assert sum(v.size for v in found.values()) == sum(v.size for v in trained.values())
+    convert(result.checkpoint, tmp_path / "peft", "peft")  # any checkpoint of it can be
+    for name in ("adapter_model.safetensors", "generation_config.json"):
+        assert (tmp_path / "peft" / name).read_bytes() == (path / name).read_bytes()
+    with pytest.raises(CheckpointError, match="option of another conversion: dtype: bf16"):
+        convert(result.checkpoint, tmp_path / "no", "peft", "bf16")
     seen = inspect(path)
     assert seen.ok, seen.problem
     assert seen.kind == "peft"
