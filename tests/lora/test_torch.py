@@ -58,7 +58,7 @@ def test_logits(case, policy, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["mixtral-dora", "mistral-rslora"])
 @pytest.mark.usefixtures("strict_graphs")
 def test_training(case, tmp_path):
     """Losses, gradient norms and adapters of 20 steps; the base does not change."""
