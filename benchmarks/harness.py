@@ -85,6 +85,7 @@ def environment() -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "GLOG_v": os.environ.get("GLOG_v", "3"),  # noqa: SIM112
         "HF_HUB_OFFLINE": "1",
+        "MS_COMPILER_CACHE_ENABLE": "0",  # graphs of earlier runs would not be this run's work
         "TOKENIZERS_PARALLELISM": "false",
     }
 

@@ -24,6 +24,11 @@ def cache_directory(environ: Mapping[str, str] | None = None) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "mistral_ms"
 
 
+def compiler_settings() -> dict[str, str]:
+    """The variables of the process that MindSpore's compiler may follow."""
+    return {name: value for name, value in os.environ.items() if name.startswith("MS_")}
+
+
 def kept(file: Path, lock: Path, make: Callable[[Path], None]) -> Path:
     """A file of the cache, made if it is not there: of those that come together, one makes it.
 

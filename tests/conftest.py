@@ -8,6 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 # MindSpore's scheduler takes a rank that is slow to end for a lost one: seconds
 os.environ.setdefault("MS_NODE_TIMEOUT", "300")
 
+# compiled graphs are neither taken from the user's cache nor kept there
+os.environ.setdefault("MS_COMPILER_CACHE_ENABLE", "0")
+
 import gc
 import sys
 

@@ -36,6 +36,7 @@ from mistral_ms.inference.settings import read_checkpoint_settings
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM, NextTokenLogits
 from mistral_ms.moe import try_gates
+from mistral_ms.ops.graph_cache import kept_graphs
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -276,8 +277,9 @@ class Engine:
 
     def _compile(self, widths: set[int]) -> None:
         """Runs each new width once on padding alone, which compiles it and changes nothing."""
-        for width in widths - self._compiled if self._graph else ():
-            self._logits(*self._padding(width), np.zeros(self.batch, np.int32))
+        for width in sorted(widths - self._compiled) if self._graph else ():
+            with kept_graphs([self._step], self.batch, width):
+                self._logits(*self._padding(width), np.zeros(self.batch, np.int32))
             self._compiled.add(width)
 
     def _run_group(

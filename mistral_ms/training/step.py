@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from mistral_ms.config import ModelConfig, TrainingConfig
 from mistral_ms.datasets.batches import Batch
 from mistral_ms.models import CausalLM, LossReport, StageChunks, StageObjectives, recompute
 from mistral_ms.moe import try_gates
+from mistral_ms.ops.graph_cache import kept_graphs
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.optimizers import Plan, check_layout, make_plan, with_settings
 from mistral_ms.parallel.context import ParallelContext
@@ -185,6 +187,7 @@ class TrainStep:
         self._gradients: GradientAccumulation | PipelinedGradients | None = None
         self._optimizer_step: AccumulatedOptimizerStep | None = None
         parts = objective.parts if isinstance(objective, StageObjectives) else (objective,)
+        self._compiled = False
         if parallel_context is not None and parallel_context.is_pipelined:
             schedule, p2p = (
                 parallel_context.schedule(config.gradient_accumulation_steps),
@@ -222,13 +225,14 @@ class TrainStep:
             number, parts = self._parallel_context.data_parallel
             mine = batch.split(parts)[number]
         with graph_mode():
-            if self._fused is not None:
-                losses, norm, norms_n, clipped = self._fused(
-                    *self._tensors(mine), scales, coefficients
-                )
-                sums = [part.asnumpy() for part in losses]
-            else:
-                sums, norm, norms_n, clipped = self._accumulated(mine, scales, coefficients)
+            with self._kept(mine):
+                if self._fused is not None:
+                    losses, norm, norms_n, clipped = self._fused(
+                        *self._tensors(mine), scales, coefficients
+                    )
+                    sums = [part.asnumpy() for part in losses]
+                else:
+                    sums, norm, norms_n, clipped = self._accumulated(mine, scales, coefficients)
             sums = self._of_all_ranks(sums)
             result = self._result(sums, norm, norms_n, lr, scale)
             if isinstance(self.optimizer, HostOptimizer) and result.finite:
@@ -293,6 +297,14 @@ class TrainStep:
             return []  # the other processes would have to take part
         groups = batch.split(self.config.gradient_accumulation_steps)
         return layer_statistics(self.model, groups, self._forward)
+
+    def _kept(self, batch: Batch) -> AbstractContextManager[None]:
+        """Around the first computation, which compiles: see :func:`kept_graphs`."""
+        if self._compiled:
+            return nullcontext()
+        self._compiled = True
+        shapes = [None if t is None else (t.shape, str(t.dtype)) for t in self._tensors(batch)]
+        return kept_graphs(self.cells(), shapes, self.config.gradient_accumulation_steps)
 
     def _forward(self, batch: Batch) -> None:
         ids, _, positions, segments, random = self._tensors(batch)
