@@ -207,6 +207,8 @@ class Measured:
             compared with, in shares of the largest value, and the share of rows beyond tolerance.
         limits: names of the sides that are limits.
         changed: what was changed in programs of others, by side.
+        bases: of sides that are compared with another one than the first: whose speed over theirs
+            the ratio is.
     """
 
     case: dict[str, Any]
@@ -215,13 +217,17 @@ class Measured:
     differences: dict[str, tuple[float, float]]
     limits: tuple[str, ...]
     changed: dict[str, str]
+    bases: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each figure; the first side is ours, ratios are its speed over the others'."""
+        """A row for each figure; the first side is ours, ratios are its speed over the others', or
+        that of the side that does the same as the other.
+        """
         found = []
         for figure, sides in self.seconds.items():
             ours, *others = sides
-            ratios = {name: relative(sides[name], sides[ours]) for name in others}
+            bases = {name: self.bases.get(name, ours) for name in others}
+            ratios = {name: relative(sides[name], sides[bases[name]]) for name in others}
             limits = {name: ratios.pop(name) for name in others if name in self.limits}
             best = min(limits, key=lambda name: limits[name]["median"], default=None)
             found.append(
@@ -233,6 +239,7 @@ class Measured:
                     "quartiles": quartiles(sides[ours]),
                     "peers": {n: statistics.median(sides[n]) for n in ratios},
                     "ratios": {n: ratio["median"] for n, ratio in ratios.items()},
+                    "bases": {n: bases[n] for n in ratios if bases[n] != ours},
                     "ratio_quartiles": {n: ratio["quartiles"] for n, ratio in ratios.items()},
                     "limits": {n: statistics.median(sides[n]) for n in limits},
                     "limit_fraction": None if best is None else limits[best]["median"],
@@ -293,6 +300,17 @@ def compare(
                 )
             worst, flipped = max(worst, difference), max(flipped, share)
         found[spec.name] = (worst, flipped)
+    return found
+
+
+def _bases(specs: Sequence[SideSpec]) -> dict[str, str]:
+    """For each later side of a group that is not the first side's the group's first."""
+    first: dict[str, str] = {specs[0].compared: specs[0].name}
+    found = {}
+    for spec in specs[1:]:
+        base = first.setdefault(spec.compared, spec.name) if spec.compared else specs[0].name
+        if base not in (spec.name, specs[0].name):
+            found[spec.name] = base
     return found
 
 
@@ -381,7 +399,8 @@ def _case(
     }
     limits = tuple(side.spec.name for side in sides if side.spec.limit)
     changed = {side.spec.name: side.spec.changed for side in sides if side.spec.changed}
-    measured = Measured(dict(case), seconds, facts, differences, limits, changed)
+    bases = _bases([side.spec for side in sides])
+    measured = Measured(dict(case), seconds, facts, differences, limits, changed, bases)
     for row in measured.rows():
         ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in row["ratios"].items())
         ratios = f"; speed over {ratios}" if ratios else ""

@@ -97,7 +97,9 @@ def table(result: dict[str, Any]) -> str:
     peers = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
     limits = list(dict.fromkeys(name for row in rows for name in row["limits"]))
     ours = rows[0]["ours"]
-    heads = [*shown, "", f"{ours}, ms", *(f"over {name}" for name in peers)]
+    bases = {name: f"{base} " for row in rows for name, base in row["bases"].items()}
+    heads = [*shown, "", f"{ours}, ms"]
+    heads += [f"{bases.get(name, '')}over {name}" for name in peers]
     heads += [f"of {name}" for name in limits]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for row in rows:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import checkpoints, convert, page, report
 from benchmarks.fits import fit
-from benchmarks.harness import BenchmarkError, Measured, SideSpec, compare, measure, started
+from benchmarks.harness import BenchmarkError, Measured, SideSpec, _bases, compare, measure, started
 from benchmarks.peer import repeated
 from benchmarks.suite import SUITE
 
@@ -53,6 +53,16 @@ def test_sides_take_turns_and_ratios_are_speeds(tmp_path):
     assert 0 < worst < 1e-6
     assert beyond == 0
     assert "speed over theirs 2.00; 50% of the limit" in lines[-1]
+
+
+def test_a_ratio_is_to_the_side_that_does_the_same():
+    names = {"ours": "a", "ours, capped": "b", "theirs": "a", "theirs, capped": "b", "free": ""}
+    bases = _bases([SideSpec(name, "", group) for name, group in names.items()])
+    assert bases == {"theirs, capped": "ours, capped"}
+    seconds = {"work": {name: [float(n)] for n, name in enumerate(names, 1)}}
+    (row,) = Measured({}, seconds, {}, {}, (), {}, bases).rows()
+    assert row["ratios"] == {"ours, capped": 2, "theirs": 3, "theirs, capped": 2, "free": 5}
+    assert row["bases"] == bases
 
 
 @pytest.mark.slow
