@@ -30,11 +30,11 @@ from mindspore import Tensor, nn
 from examples.languages import bayes_loss, language, text
 from examples.running import Numbers, draw_matrix, figure, fit, mean_and_error, run, save
 from mistral_ms.checkpoint import open_checkpoint, save_native
-from mistral_ms.config import DROPLESS, ModelConfig, MoEArchitecture
+from mistral_ms.config import ModelConfig, MoEArchitecture
 from mistral_ms.mixtures.expand import add_experts
-from mistral_ms.mixtures.lifelong import LifelongObjective, StagedFactory, visible
+from mistral_ms.mixtures.lifelong import visible
 from mistral_ms.mixtures.transfer import backward_transfer, forgetting, forward_transfer
-from mistral_ms.models import CausalLM, Objective
+from mistral_ms.models import CausalLM, DistillationObjective, Objective
 
 V, S, DOMAINS, EXPERTS, BATCH = 48, 24, 3, 4, 24
 DENSE = ModelConfig(
@@ -97,9 +97,9 @@ def scores(model: CausalLM, chains: Chains) -> list[float]:
     return [score(model, chain) for chain in chains]
 
 
-def copied(model: CausalLM, config: ModelConfig, factory: Any = None) -> CausalLM:
+def copied(model: CausalLM, config: ModelConfig) -> CausalLM:
     """A model with the same weights."""
-    made = CausalLM(config, layer_factory=None if factory is None else factory(config, DROPLESS))
+    made = CausalLM(config)
     values = model.weights()
     for name, parameter in made.weights().items():
         parameter.set_data(Tensor(values[name].asnumpy()))
@@ -116,7 +116,7 @@ def expanded(model: CausalLM, steps: int) -> CausalLM:
             opening = max(1, steps // 10)
             add_experts(source, Path(made, "new"), EXPERTS, opening_updates=opening)
         with open_checkpoint(Path(made, "new")) as source:
-            grown = CausalLM(source.config, layer_factory=StagedFactory(source.config, DROPLESS))
+            grown = CausalLM(source.config)
             for name, parameter in grown.weights().items():
                 parameter.set_data(Tensor(source.read(name)))
     return grown
@@ -136,7 +136,7 @@ def sequence(
         else:
             model = expanded(before, steps)
             weight = 1.0 if arm == "expand + distil" else 0.0
-            objective = LifelongObjective(model, before, weight)
+            objective = DistillationObjective(model, before, weight)
         frozen = {n: p.asnumpy()[: EXPERTS * stage].copy() for n, p in experts_of(model)}
         rows = batches([chains[stage]], [seed, stage])
         train(objective, rows, steps, _new_only if arm == "stages known" else lambda name: True)

@@ -35,11 +35,18 @@ def experts(
     import_: Annotated[
         Path | None, typer.Option("--import", help="Add one that --export wrote.")
     ] = None,
+    freeze: Annotated[
+        int | None, typer.Option(help="Train the first so many no more; 0 trains all.")
+    ] = None,
     start: Annotated[
         Start, typer.Option(help="With --add: they begin as copies of old ones, or fresh.")
     ] = Start.COPY,
     train_old: Annotated[
-        bool, typer.Option("--train-old", help="With --add: old experts are not frozen.")
+        bool,
+        typer.Option(
+            "--train-old",
+            help="With --add: no experts are frozen, those of earlier stages neither.",
+        ),
     ] = False,
     opening_updates: Annotated[
         int, typer.Option(help="With --add: updates until tokens may choose the new ones.")
@@ -49,7 +56,7 @@ def experts(
     follow_links: FollowLinks = False,
     json: JsonResult = None,
 ) -> None:
-    """Add experts to every sparse layer of a checkpoint, or remove, export, import one."""
+    """Add experts to every sparse layer of a checkpoint, or remove, export, import, freeze some."""
     from dataclasses import asdict
 
     from rich.console import Console
@@ -60,6 +67,7 @@ def experts(
     from mistral_ms.mixtures import expand
 
     asked = {"--add": add, "--remove": remove, "--export": export, "--import": import_}
+    asked["--freeze"] = freeze
     _check_one([name for name, value in asked.items() if value is not None])
     if add is None and (train_old or start is not Start.COPY or opening_updates != OPENING):
         rule = "--start, --train-old and --opening-updates go with --add"
@@ -91,6 +99,8 @@ def experts(
                     opening_updates=opening_updates,
                     **options,
                 )
+            elif freeze is not None:
+                result = expand.freeze_experts(source, dst, freeze, **options)
             elif remove is not None:
                 result = expand.remove_experts(source, dst, _numbers(remove), **options)
             else:
@@ -116,7 +126,7 @@ def _check_one(asked: Sequence[str]) -> None:
             "what shall be done?" if not asked else "several things at once",
             where="experts",
             value=", ".join(asked) or None,
-            rule="give one of --add, --remove, --export and --import",
+            rule="give one of --add, --remove, --export, --import and --freeze",
         )
 
 

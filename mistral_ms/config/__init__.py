@@ -35,6 +35,7 @@ from mistral_ms.config.routing import DROPLESS, RoutingConfig
 from mistral_ms.config.run import (
     CheckpointConfig,
     CheckpointFormat,
+    DistillationConfig,
     InitFromConfig,
     RunConfig,
     load_run_config,
@@ -57,6 +58,7 @@ __all__ = [
     "DType",
     "DataConfig",
     "DataSourceConfig",
+    "DistillationConfig",
     "EvaluationConfig",
     "GateSettings",
     "GenerationConfig",

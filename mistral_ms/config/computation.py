@@ -47,6 +47,8 @@ def computation(model: ModelConfig) -> dict[str, Any]:
         for key, plain in _plain_experts(model).items():
             if values["moe"][key] == plain:
                 del values["moe"][key]  # as where nothing was said of it
+        for key in model.moe.gate.of_training:
+            del values["moe"]["gate"][key]
         if model.moe.gate.default:
             del values["moe"]["gate"]  # as where nothing was said of it
     if model.qk_norm == "none":

@@ -24,17 +24,24 @@ class GateSettings(Frozen):
         looks_ahead: whether in training a token's experts depend on later tokens, which
             ``routing.allow_future`` must say.
         explicit_only: whether the auto-parallel graph cannot have it.
+        of_training: settings that say how it is trained, and change nothing of what it computes.
     """
 
     takes_ids: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
     explicit_only: ClassVar[bool] = False
+    of_training: ClassVar[tuple[str, ...]] = ()
     name: str
 
     @property
     def default(self) -> bool:
         """Whether it is the gate of Mixtral."""
         return self == SoftmaxTopKSettings()
+
+    @property
+    def frozen(self) -> int:
+        """The first so many experts of each layer, and their rows of the gate, are not trained."""
+        return 0
 
 
 class SoftmaxTopKSettings(GateSettings):

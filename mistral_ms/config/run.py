@@ -70,6 +70,18 @@ class InitFromConfig(Frozen):
         return self.path.parent if is_file(self.path) else self.path
 
 
+class DistillationConfig(InitFromConfig):
+    """A model that the training is held to, by its outputs on the data that is learnt; beside the
+    keys of ``init_from``:
+
+    Attributes:
+        coefficient: of the distance, the mean over the predicted tokens of
+            KL(that model || the one that is trained).
+    """
+
+    coefficient: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+
 class RunConfig(Frozen):
     """A file of ``configs/run``.
 
@@ -84,6 +96,8 @@ class RunConfig(Frozen):
             path, format, verify, follow_links and adapter. Without one the weights are drawn.
         lora: adapters, which are trained and saved while the weights of ``init_from`` are frozen;
             None: the weights themselves are trained.
+        distillation: a model whose outputs the training is held to, so that what it knew is not
+            forgotten: its path, or a group of path, coefficient, format, verify and follow_links.
         checkpoint: when the training is saved.
         evaluation: held-out data that the training is judged by while it goes on; None: it is not.
         output: directory of all that the run writes; ``runs/NAME`` when not given, with the run
@@ -97,6 +111,7 @@ class RunConfig(Frozen):
     data: DataSourceConfig | None = None
     init_from: InitFromConfig | None = None
     lora: LoraConfig | None = None
+    distillation: DistillationConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig | None = None
     output: Path | None = None
@@ -107,7 +122,7 @@ class RunConfig(Frozen):
         moe = self.model.moe
         return moe is not None and (self.routing.policy == "experts_choose" or moe.gate.looks_ahead)
 
-    @field_validator("init_from", mode="before")
+    @field_validator("init_from", "distillation", mode="before")
     @classmethod
     def _bare_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str | Path) else value
@@ -286,7 +301,7 @@ def spelled_out(run: RunConfig) -> str:
     """A run as the text of a file that means the same wherever it lies and is read."""
     values = run.model_dump(mode="json")
     del values["model"]["lora"]  # said beside the model
-    paths = (("init_from", "path"), ("init_from", "adapter"))
+    paths = (("init_from", "path"), ("init_from", "adapter"), ("distillation", "path"))
     for group, key in (*paths, ("data", "dataset"), ("evaluation", "dataset")):
         if values.get(group) and values[group].get(key):
             values[group][key] = str(Path(values[group][key]).resolve())

@@ -28,8 +28,10 @@ def read_run_file(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
             :func:`~mistral_ms.config.load.apply_overrides`.
     """
     values = _beside(path.parent, read_yaml(path))
-    # each of these two replaces all that the file says under its key
-    whole = [item for item in overrides if item.startswith(("model=", "init_from="))]
+    # each of these replaces all that the file says under its key
+    whole = [
+        item for item in overrides if item.startswith(("model=", "init_from=", "distillation="))
+    ]
     rest = [item for item in overrides if item not in whole]
     values |= apply_overrides({}, whole)
     values = apply_overrides(_grouped(values), [i for i in rest if i.startswith("init_from.")])
@@ -49,9 +51,9 @@ def read_run_file(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _grouped(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Spells a bare path under ``init_from`` out."""
-    start = values.get("init_from")
-    return {**values, "init_from": {"path": start}} if isinstance(start, str) else dict(values)
+    """Spells bare paths under ``init_from`` and ``distillation`` out."""
+    bare = {key: values.get(key) for key in ("init_from", "distillation")}
+    return {**values, **{key: {"path": p} for key, p in bare.items() if isinstance(p, str)}}
 
 
 def _read_model(path: Path, kind: object = None) -> dict[str, Any]:
@@ -91,12 +93,13 @@ def _beside(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
         return str(directory / value) if isinstance(value, str) else value
 
     values = dict(values)
-    for key in ("model", "init_from"):
+    for key in ("model", "init_from", "distillation"):
         if key in values:
             values[key] = moved(values[key])
-    if isinstance(start := values.get("init_from"), dict):
-        paths = {key: moved(start[key]) for key in ("path", "adapter") if key in start}
-        values["init_from"] = {**start, **paths}
+    for key in ("init_from", "distillation"):
+        if isinstance(start := values.get(key), dict):
+            paths = {part: moved(start[part]) for part in ("path", "adapter") if part in start}
+            values[key] = {**start, **paths}
     for group in ("data", "evaluation"):
         if isinstance(source := values.get(group), dict):
             source = dict(source)

@@ -71,7 +71,8 @@ def add_experts(
         count: how many.
         init: ``copy``: new expert n and its row of the gate begin as old expert n mod E; ``fresh``:
             they are drawn as the specifications say.
-        freeze: the old ones are not trained from now on.
+        freeze: the old ones are not trained from now on; otherwise all are, those that an earlier
+            stage froze, too.
         closed: tokens cannot choose the new ones at the first step, see
             :mod:`mistral_ms.mixtures.lifelong`.
         opening_updates: updates until they can.
@@ -97,13 +98,34 @@ def add_experts(
         values = rng.standard_normal(spec.shape[1:], dtype=np.float32)
         return values * np.float32(spec.std)
 
-    return _grown(source, dst, count, made, E if freeze else None, opening_updates, options)
+    return _grown(source, dst, count, made, E if freeze else 0, opening_updates, options)
+
+
+def freeze_experts(source: Source, dst: Path, count: int, **options: Any) -> ExpertsResult:
+    """The same model, whose first experts and their rows of the gate are not trained from now on.
+
+    Args:
+        source: an open checkpoint, as of :func:`add_experts`.
+        dst: the new checkpoint.
+        count: how many; 0 trains all.
+        options: as of :func:`add_experts`.
+
+    Raises:
+        ConfigError: as of :func:`add_experts`; more experts than there are.
+        CheckpointError: whatever reading and writing raise.
+    """
+
+    def made(spec: ParamSpec, n: int) -> Part:
+        raise AssertionError("nothing is added")
+
+    return _grown(source, dst, 0, made, count, None, options)
 
 
 def import_expert(
     source: Source, file: Path, dst: Path, *, closed: bool = False, **options: Any
 ) -> ExpertsResult:
-    """Adds one expert that :func:`export_expert` wrote, behind the others; nothing is frozen.
+    """Adds one expert that :func:`export_expert` wrote, behind the others; those that are frozen
+    stay so.
 
     Args:
         source: an open checkpoint of the same sizes.

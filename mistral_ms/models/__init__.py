@@ -2,6 +2,7 @@
 
 from mistral_ms.models.block import DecoderBlock
 from mistral_ms.models.causal_lm import CausalLM, NextTokenLogits, check_weights
+from mistral_ms.models.distillation import DistillationObjective
 from mistral_ms.models.layer_factory import LayerFactory
 from mistral_ms.models.model_chunk import ModelChunk
 from mistral_ms.models.objective import LossReport, Objective, tokens_at_a_time
@@ -13,6 +14,7 @@ from mistral_ms.models.stage_chunks import StageChunks, StageObjectives
 __all__ = [
     "CausalLM",
     "DecoderBlock",
+    "DistillationObjective",
     "LayerFactory",
     "LossReport",
     "ModelChunk",

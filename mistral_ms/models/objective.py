@@ -271,7 +271,7 @@ class Objective(nn.Cell):
             lm = self.nll(hidden_TH, labels_BS.reshape(-1)) * inv_counts[0]
         if sums is None:
             none = zero if self.rows_before[1] == 0 else self.counts(None)
-            absent = [zero for _ in self.others]
+            absent = [zero for _ in self.coefficients[2:]]
             return lm, hidden_TH, (lm, zero, zero, none, none, *absent)
         weight = _count(positions_BS.reshape(-1) >= 0) * inv_counts[1] * self.fraction
         total = lm

@@ -11,15 +11,43 @@ from mistral_ms.moe.routing import Routing
 from mistral_ms.ops import cpu, reference, select, select_cpu
 from mistral_ms.ops.reference_cells import ReferenceBatchedLinear
 
+_concat = ops.Concat(0)
+_zeros_like = ops.ZerosLike()
+
+
+class FrozenRows(nn.Cell):
+    """A stacked weight as it is; the gradient of its first experts is exactly zero.
+
+    Args:
+        number: how many.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def construct(self, weight_E: Tensor) -> Tensor:
+        """[E, ...]."""
+        return weight_E
+
+    def bprop(self, weight_E: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """That of the other experts alone."""
+        if self.number == weight_E.shape[0]:
+            return (_zeros_like(dout),)
+        return (_concat((_zeros_like(dout[: self.number]), dout[self.number :])),)
+
 
 class Experts(nn.Cell):
     """E SwiGLU feed-forwards as three stacked weights; each expert is one slice.
+
+    The first ones get no gradient where the settings of the model's gate say so.
 
     Args:
         config: sizes.
         local_experts: L, how many this process holds; all of them when None.
         dtype: dtype of the weights.
         packed: whether rows come packed, with group sizes, or padded, as many for every expert.
+        first_expert: the number of the first one that is held.
 
     Attributes:
         w1_linear: multiplies by w1; ``w3_linear`` and ``w2_linear`` likewise.
@@ -31,6 +59,7 @@ class Experts(nn.Cell):
         local_experts: int | None = None,
         dtype: str = "float32",
         packed: bool = False,
+        first_expert: int = 0,
     ) -> None:
         super().__init__()
         assert config.moe is not None
@@ -39,6 +68,8 @@ class Experts(nn.Cell):
         self.w1 = weight(L, I, H, dtype=dtype)
         self.w3 = weight(L, I, H, dtype=dtype)
         self.w2 = weight(L, H, I, dtype=dtype)
+        self.frozen = min(L, max(0, config.moe.gate.frozen - first_expert))
+        self.held = FrozenRows(self.frozen)
         self.packed = packed
         self.swiglu = select.swiglu(select.dense_kernels())
         self.w1_linear, self.w3_linear, self.w2_linear = (self._product(dtype) for _ in range(3))
@@ -58,12 +89,9 @@ class Experts(nn.Cell):
         Returns:
             The results, as the rows lie.
         """
-        return self.computed(rows, self.w1, self.w3, self.w2, group_sizes_L)
-
-    def computed(
-        self, rows: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, group_sizes_L: Tensor | None
-    ) -> Tensor:
-        """The same with the weights handed in."""
+        w1, w2, w3 = self.w1, self.w2, self.w3
+        if self.frozen > 0:
+            w1, w2, w3 = self.held(w1), self.held(w2), self.held(w3)
         if self.packed:
             gate = self.w1_linear(rows, w1, group_sizes_L)
             up = self.w3_linear(rows, w3, group_sizes_L)
@@ -113,6 +141,7 @@ class RoutedExperts(Experts):
         local_experts: L, experts held here; all when None.
         dtype: dtype of the weights.
         forward_only: nobody asks for gradients.
+        first_expert: the number of the first one that is held.
     """
 
     def __init__(
@@ -122,8 +151,9 @@ class RoutedExperts(Experts):
         local_experts: int | None = None,
         dtype: str = "float32",
         forward_only: bool = False,
+        first_expert: int = 0,
     ) -> None:
-        super().__init__(config, local_experts, dtype, dispatcher.packed)
+        super().__init__(config, local_experts, dtype, dispatcher.packed, first_expert)
         self.dispatcher = dispatcher
         self.fused = None
         if (

@@ -106,6 +106,14 @@ def make_plan(config: TrainingConfig, parameters: Iterable[ParamSpec]) -> Plan:
         if pattern.frozen or spec.kind == "frozen":
             continue
         decay = pattern.weight_decay
+        if spec.frozen_rows and decay:
+            raise ConfigError(
+                "frozen experts would decay",
+                where=f"training.param_groups, pattern {pattern.pattern}: weight_decay",
+                value=decay,
+                rule=f"the first {spec.frozen_rows} experts of {name} stay as they are",
+                todo="set weight_decay to 0, or leave it out",
+            )
         if decay is None:
             decay = settings.weight_decay if spec.decay else 0.0
         group = ParamGroup(optimizer.rule_of(settings, spec), pattern.lr_factor, decay)

@@ -50,4 +50,6 @@ def routed_experts(
     dispatcher = make_dispatcher(model.moe.num_local_experts, routing, parallel, groups)
     moe = model.moe.model_copy(update={"moe_intermediate_size": len(held.columns)})
     local_config = model.model_copy(update={"moe": moe})
-    return RoutedExperts(local_config, dispatcher, len(held.experts), dtype)
+    return RoutedExperts(
+        local_config, dispatcher, len(held.experts), dtype, first_expert=held.experts.start
+    )

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mistral_ms.config import TrainingConfig
-from mistral_ms.models import CausalLM, Objective, StageChunks, StageObjectives
+from mistral_ms.models import (
+    CausalLM,
+    DistillationObjective,
+    Objective,
+    StageChunks,
+    StageObjectives,
+)
 from mistral_ms.parallel.context import ParallelContext
 
 TrainedModel: TypeAlias = CausalLM | StageChunks
@@ -19,34 +25,34 @@ def make_objective(
     *,
     pooled_aux: bool = True,
     parallel_context: ParallelContext | None = None,
+    before: tuple[CausalLM, float] | None = None,
 ) -> TrainedObjective:
-    """Next-token loss and the router's losses, with the coefficients of the configuration.
+    """Next-token loss and the router's losses, with the coefficients of the configuration; and the
+    distance from another model where one is given, to a whole model.
 
     Args:
         model: what is trained.
         config: has the coefficients.
         pooled_aux: how the load-balancing loss combines layers (see RoutingConfig.aux_loss).
         parallel_context: which part of the model this process has; None when it is alone.
+        before: a model that is not trained, whose outputs the training is held to, and the
+            coefficient of the distance.
 
     Raises:
         ConfigError: see :class:`~mistral_ms.models.Objective`.
     """
+    options: dict[str, Any] = {
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+        "router_z_loss_coef": config.router_z_loss_coef,
+        "router_losses": config.router_losses,
+        "pooled_aux": pooled_aux,
+        "neftune_noise_alpha": config.neftune_noise_alpha,
+    }
+    if parallel_context is not None:
+        options["interleave_num"] = parallel_context.parallel.micro_batch_interleave_num
+        options["token_nll"] = parallel_context.token_nll(model.config)
     if isinstance(model, StageChunks):
-        parts = [_objective(each, config, pooled_aux, parallel_context) for each in model.chunks]
-        return StageObjectives(model, parts)
-    return _objective(model, config, pooled_aux, parallel_context)
-
-
-def _objective(
-    model: CausalLM, config: TrainingConfig, pooled_aux: bool, context: ParallelContext | None
-) -> Objective:
-    return Objective(
-        model,
-        router_aux_loss_coef=config.router_aux_loss_coef,
-        router_z_loss_coef=config.router_z_loss_coef,
-        router_losses=config.router_losses,
-        pooled_aux=pooled_aux,
-        neftune_noise_alpha=config.neftune_noise_alpha,
-        interleave_num=1 if context is None else context.parallel.micro_batch_interleave_num,
-        token_nll=None if context is None else context.token_nll(model.config),
-    )
+        return StageObjectives(model, [Objective(each, **options) for each in model.chunks])
+    if before is not None:
+        return DistillationObjective(model, *before, **options)
+    return Objective(model, **options)

@@ -8,14 +8,15 @@ from pathlib import Path
 import mindspore as ms
 from mindspore import Parameter
 
-from mistral_ms.checkpoint import open_merged, tokenizer_files
+from mistral_ms.checkpoint import open_checkpoint, open_merged, tokenizer_files
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.checkpoint.run_files import RunFiles
-from mistral_ms.config import DataConfig, DataSourceConfig, PackingConfig, RunConfig
+from mistral_ms.config import DROPLESS, DataConfig, DataSourceConfig, PackingConfig, RunConfig
 from mistral_ms.config.computation import check_same_model
 from mistral_ms.config.run import data_of
 from mistral_ms.datasets import MindRecordSequences, build_dataset, check_length
 from mistral_ms.errors import ConfigError, TokenizerError
+from mistral_ms.models import CausalLM
 from mistral_ms.moe import make_gate, router_loss_terms, try_gates
 from mistral_ms.optimizers import check_layout, make_plan, with_settings
 from mistral_ms.parallel.context import ParallelContext
@@ -53,7 +54,8 @@ def check_settings(run: RunConfig) -> RunConfig:
     Raises:
         ConfigError: a dtype that the device does not compute in; an optimizer, its settings or its
             parameter groups; losses that the layout cannot form or the gate does not have; a gate
-            with impossible settings, or one that breaks its contract.
+            with impossible settings, or one that breaks its contract; what only one process with
+            explicit execution can train.
     """
     check_device(run)
     run = run.model_copy(update={"training": with_settings(run.training)})
@@ -65,7 +67,54 @@ def check_settings(run: RunConfig) -> RunConfig:
     router_loss_terms(run.model, tuple(run.training.router_losses))
     if run.model.sparse_layers:
         try_gates(make_gate(run.model, run.routing), run.model, training=True)
+    _check_one_process(run, graph)
     return run
+
+
+def _check_one_process(run: RunConfig, graph: bool) -> None:
+    """Raises where several processes or the auto-parallel graph have what one process trains."""
+    frozen = 0 if run.model.moe is None else run.model.moe.gate.frozen
+    alone = {
+        "model.moe.gate.frozen_experts": frozen or None,
+        "distillation": run.distillation and run.distillation.path,
+    }
+    world, way = run.parallel.world, "graph" if graph else "explicit"
+    for key, value in alone.items():
+        if value is not None and (world > 1 or graph):
+            raise ConfigError(
+                "impossible layout",
+                where=key,
+                value=f"{value} with {world} processes, parallel.execution {way}",
+                rule="is trained in one process with explicit execution alone",
+                todo="leave it out, or set parallel to one process and parallel.execution=explicit",
+            )
+
+
+def open_teacher(run: RunConfig, say: Say) -> tuple[CausalLM, float] | None:
+    """The model that the training is held to, dropless, and the coefficient; None without one.
+
+    Raises:
+        ConfigError: it has another vocabulary.
+        CheckpointError: it cannot be read.
+    """
+    start = run.distillation
+    if start is None:
+        return None
+    with open_checkpoint(
+        start.path, start.format, verify=start.verify, follow_links=start.follow_links
+    ) as source:
+        if source.config.vocab_size != run.model.vocab_size:
+            raise ConfigError(
+                "another vocabulary",
+                where=f"distillation {start.path}",
+                value=source.config.vocab_size,
+                rule=f"the model that is trained has model.vocab_size {run.model.vocab_size}",
+            )
+        length = run.training.seq_length
+        model = CausalLM(source.config, DROPLESS, dtype=run.training.dtype, positions=length)
+        load_weights(source, model.weights())
+    say(f"held to the outputs of {start.path}, coefficient {start.coefficient:g}")
+    return model, start.coefficient
 
 
 def open_data(

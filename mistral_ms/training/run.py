@@ -40,6 +40,7 @@ from mistral_ms.training.prepare import (
     initialize,
     open_data,
     open_held_out,
+    open_teacher,
     side_files,
 )
 from mistral_ms.training.result import NotFiniteError
@@ -221,9 +222,12 @@ class TrainingRun:
         if drawn:  # before the optimizer copies them
             storage = parallel_context.storage(model.specs)
             initialize_weights(model, storage, run, parallel_context, self._say)
-        pooled = run.routing.aux_loss == "pooled"
         objective = make_objective(
-            model, run.training, pooled_aux=pooled, parallel_context=parallel_context
+            model,
+            run.training,
+            pooled_aux=run.routing.aux_loss == "pooled",
+            parallel_context=parallel_context,
+            before=open_teacher(run, self._say),
         )
         return TrainStep(objective, run.training, parallel_context=parallel_context)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mistral_ms.config import ModelConfig
 from mistral_ms.weights.feed_forward import swiglu_specs
 from mistral_ms.weights.gates import num_experts, router_specs
@@ -48,13 +50,22 @@ def shared_gate_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
 def expert_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
     """Gate ``w1``, down ``w2`` and up ``w3`` of all experts.
 
-    Expert parallelism divides the experts, tensor parallelism each one's intermediate size.
+    Expert parallelism divides the experts, tensor parallelism each one's intermediate size. Where
+    some experts are frozen none of them decays.
     """
     E, H, I = num_experts(config), config.hidden_size, config.expert_size  # noqa: E741
-    std, each = config.initializer_range, Cut("ep", 0, E)
+    assert config.moe is not None
+    frozen, each = config.moe.gate.frozen, Cut("ep", 0, E)
     rows, columns = (each, Cut("mp", 1, I)), (each, Cut("mp", 2, I))
-    return (
-        ParamSpec("w1", ("E", "I", "H"), (E, I, H), rows, std=std),
-        ParamSpec("w2", ("E", "H", "I"), (E, H, I), columns, std=std),
-        ParamSpec("w3", ("E", "I", "H"), (E, I, H), rows, std=std),
+
+    w1 = ParamSpec(
+        "w1",
+        ("E", "I", "H"),
+        (E, I, H),
+        rows,
+        decay=frozen == 0,
+        std=config.initializer_range,
+        frozen_rows=frozen,
     )
+    w2 = replace(w1, name="w2", axes=("E", "H", "I"), shape=(E, H, I), divide=columns)
+    return w1, w2, replace(w1, name="w3")

@@ -53,6 +53,8 @@ class ParamSpec:
             gradient that the layer itself changes. All are in checkpoints.
         partial_gradient: tensor-parallel ranks hold all of the parameter and each has a part of its
             gradient, because each uses it on its own heads or columns. The parts are added up.
+        frozen_rows: the first so many rows get no gradient and must not decay; they stay as they
+            are to the bit.
         rotary_heads: the rows of the first axis are so many heads that RoPE rotates; 0: they are
             not rotated.
         module: the decoder block that the parameter belongs to, or the embedding, or the head, or
@@ -69,6 +71,7 @@ class ParamSpec:
     std: float = 0.02
     kind: Kind = "trained"
     partial_gradient: bool = False
+    frozen_rows: int = 0
     rotary_heads: int = 0
     module: Module = "head"
     adapts: str | None = None
@@ -93,6 +96,8 @@ class ParamSpec:
             return "expert parallelism divides the first axis, expert by expert"
         if self.partial_gradient and self.divide_by("mp") is not None:
             return "a gradient is partial where tensor parallelism divides nothing"
+        if self.frozen_rows and self.decay:
+            return "rows that stay as they are do not decay"
         return None
 
     def divide_by(self, by: By) -> Cut | None:

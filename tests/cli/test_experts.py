@@ -46,6 +46,10 @@ def test_experts_go_in_and_out(tmp_path, run):
     assert "7 experts a layer" in out
     code, out, _ = run("experts", tmp_path / "b", tmp_path / "c", "--remove", "0,5")
     assert "5 experts a layer, 3 of them frozen" in out
+    code, out, _ = run("experts", old, tmp_path / "e", "--freeze", 2)
+    assert "4 experts a layer, 2 of them frozen" in out
+    code, _, err = run("experts", old, tmp_path / "f", "--freeze", 5)
+    assert "impossible stages" in err
     with open_checkpoint(tmp_path / "c") as source, open_checkpoint(old) as before:
         name = "layers.1.moe.experts.w2"
         want = before.read(name)[[1, 2, 3, 0, 3]]

@@ -14,12 +14,10 @@ from mistral_ms.errors import CheckpointError, ConfigError
 from mistral_ms.mixtures.expand import add_experts, export_expert, import_expert, remove_experts
 from mistral_ms.mixtures.lifelong import (
     CLOSED,
-    LifelongObjective,
-    StagedFactory,
-    divergence,
     visible,
 )
-from mistral_ms.models import CausalLM
+from mistral_ms.models import CausalLM, DistillationObjective, Objective
+from mistral_ms.models.distillation import divergence
 from mistral_ms.moe import update_gates
 from mistral_ms.weights import init_values, specs
 
@@ -57,11 +55,9 @@ def opened(path):
         return source.config, {name: source.read(name) for name in source.names()}
 
 
-def loaded(path, change=lambda config: config, factory=None, routing=DROPLESS):
+def loaded(path, routing=DROPLESS):
     config, values = opened(path)
-    config = change(config)
-    made = None if factory is None else factory(config, routing)
-    return fill(CausalLM(config, routing, layer_factory=made), values)
+    return fill(CausalLM(config, routing), values)
 
 
 @pytest.fixture
@@ -130,12 +126,12 @@ def test_old_experts_have_no_gradient(base, grown, batch):
     """With distillation, a capacity, and the new experts open; all else has one."""
     for policy in ("dropless", "capacity"):
         routing = RoutingConfig(policy=policy, capacity_factor=2.0)
-        now = loaded(grown, factory=StagedFactory, routing=routing)
+        now = loaded(grown, routing=routing)
         held = now.weights()
         for name, parameter in held.items():
             if name.endswith("opening_bias"):
                 parameter.set_data(ms.ops.zeros_like(parameter))
-        objective = LifelongObjective(now, loaded(base), 0.5, router_aux_loss_coef=0.01)
+        objective = DistillationObjective(now, loaded(base), 0.5, router_aux_loss_coef=0.01)
         ids, places = batch
         labels = Tensor(next_labels(ids.asnumpy(), places.asnumpy()))
         trained = [p for p in held.values() if p.requires_grad]
@@ -162,14 +158,6 @@ class Total(ms.nn.Cell):
         return self.objective(*batch)[0]
 
 
-def test_training_refuses_to_freeze_half(grown):
-    config, _ = opened(grown)
-    with pytest.raises(ConfigError, match=r"experts would not be frozen: model\.moe\.gate\.fro"):
-        CausalLM(config).layers[0].moe.router(
-            Tensor(np.zeros((2, 16), np.float32)), (Tensor(0), Tensor(0), Tensor([0, 1]))
-        )
-
-
 def test_the_distance(base, batch):
     """KL in NumPy, its gradient p_now - p_before, and how the objective weighs it."""
     rng = np.random.default_rng(6)
@@ -188,12 +176,15 @@ def test_the_distance(base, batch):
     now, before = loaded(base), loaded(base)
     weight = now.weights()["lm_head.weight"]
     weight.set_data(weight * 3)
-    total, _ = LifelongObjective(now, before, 0.7)(ids, labels, places)
-    plain, _ = LifelongObjective(now, before, 0.0)(ids, labels, places)
+    objective = DistillationObjective(now, before, 0.7)
+    total, parts = objective(ids, labels, places)
+    plain, _ = Objective(now)(ids, labels, places)
     logits = [m(ids, places).asnumpy()[:, :-1].astype(float) for m in (before, now)]
     logs = [x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logits]
     distance = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean()
     np.testing.assert_allclose(float(total) - float(plain), 0.7 * distance, rtol=1e-4)
+    assert objective.others == ("distillation",)
+    np.testing.assert_allclose(float(parts[-1]), distance, rtol=1e-4)
 
 
 def test_fresh_experts_are_drawn(base, tmp_path):
@@ -206,6 +197,12 @@ def test_fresh_experts_are_drawn(base, tmp_path):
     assert np.abs(w1[4] - w1[5]).max() > 0.1
     assert not new["layers.0.moe.router.opening_bias"].any()
     np.testing.assert_array_equal(w1[:E], old["layers.0.moe.experts.w1"])
+
+
+def test_training_the_old_ones_thaws_those_of_earlier_stages(grown, tmp_path):
+    with open_checkpoint(grown) as source:
+        result = add_experts(source, tmp_path / "all", 1, freeze=False)
+    assert (result.experts, result.frozen_experts) == (E + NEW + 1, 0)
 
 
 def test_removing_what_was_added_is_the_old_model(base, grown, tmp_path, batch):
