@@ -62,10 +62,13 @@ class DataSourceConfig(Frozen):
             ones that are installed with mistral_ms: ``packaged-v1`` (32000 ids), ``packaged-v2``,
             ``packaged-v3``, ``packaged-v7``.
         packing: how the inputs are packed.
+        domains: of the inputs: the number of each one's domain, from 0 on, for a gate that routes
+            by domains (``random_routed``). No sequence has texts of two.
     """
 
     dataset: Path | None = None
     inputs: tuple[Path, ...] = ()
+    domains: tuple[int, ...] = ()
     tokenizer: str | None = None
     packing: PackingConfig = PackingConfig()
 
@@ -77,4 +80,9 @@ class DataSourceConfig(Frozen):
             raise ValueError("data.packing is of data.inputs; a dataset is packed already")
         if self.inputs and self.tokenizer is None:
             raise ValueError("data.inputs need data.tokenizer")
+        if self.domains and len(self.domains) != len(self.inputs):
+            raise ValueError(
+                f"data.domains has {len(self.domains)} numbers: one for each of data.inputs "
+                f"({len(self.inputs)})"
+            )
         return self

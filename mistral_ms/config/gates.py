@@ -39,6 +39,11 @@ class GateSettings(Frozen):
         return self == SoftmaxTopKSettings()
 
     @property
+    def row_domains(self) -> int:
+        """Above 1: each row of a batch is of one of so many domains, which the gate must know."""
+        return 1
+
+    @property
     def frozen(self) -> int:
         """The first so many experts of each layer, and their rows of the gate, are not trained."""
         return 0

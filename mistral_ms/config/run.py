@@ -150,6 +150,7 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        self._check_domains()
         length, longest = self.training.seq_length, self.model.longest_sequence
         if length > longest:
             raise ValueError(
@@ -245,6 +246,26 @@ class RunConfig(Frozen):
                 f"many layers; model.num_hidden_layers is {self.model.num_hidden_layers}"
             )
         return self
+
+    def _check_domains(self) -> None:
+        """Data have domains where the gate must know them, and nowhere else."""
+        known = 1 if self.model.moe is None else self.model.moe.gate.row_domains
+        given = () if self.data is None else self.data.domains
+        if self.data is not None and known > 1 and not given:
+            raise ValueError(
+                f"model.moe.gate routes by {known} domains: data.domains says which each of "
+                "data.inputs is of"
+            )
+        if given and (known == 1 or not set(given) <= set(range(known))):
+            raise ValueError(
+                f"data.domains {list(given)}: the gate (model.moe.gate) knows "
+                f"{f'0 to {known - 1}' if known > 1 else 'none'}"
+            )
+        if known > 1 and self.evaluation is not None:
+            raise ValueError(
+                "evaluation is of models that know no domains: leave it out, and evaluate what "
+                "the extract command makes of a checkpoint"
+            )
 
 
 def data_of(run: RunConfig) -> DataSourceConfig:

@@ -14,6 +14,7 @@ from mistral_ms.datasets.batches import (
 )
 from mistral_ms.datasets.build import BuildResult, build_dataset
 from mistral_ms.datasets.description import DatasetInfo, check_fit, check_length, read_info, verify
+from mistral_ms.datasets.domains import DomainSequences
 from mistral_ms.datasets.encoding import DocumentEncoder, vocabulary_digest
 from mistral_ms.datasets.packing import PackedSequence, Packer
 from mistral_ms.datasets.rows import RowSequences
@@ -25,6 +26,7 @@ __all__ = [
     "BuildResult",
     "DatasetInfo",
     "DocumentEncoder",
+    "DomainSequences",
     "InMemorySequences",
     "MindRecordSequences",
     "PackedSequence",

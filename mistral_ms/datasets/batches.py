@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class Batch:
         samples_B: numbers of the sequences, for replay.
         rows_B: numbers of the rows in the global batch, whatever part of it this is; those of a
             global batch when not given.
+        domains_B: of the rows, where the data have domains.
     """
 
     ids_BS: np.ndarray
@@ -35,6 +36,7 @@ class Batch:
     segments_BS: np.ndarray
     samples_B: np.ndarray
     rows_B: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    domains_B: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.rows_B) == 0:
@@ -52,14 +54,20 @@ class Batch:
 
     def of_rows(self, rows: np.ndarray) -> Batch:
         """Some rows, in the order of their numbers in ``rows``."""
-        return Batch(*(getattr(self, each.name)[rows] for each in fields(self)))
+        arrays: list[Any] = [None if x is None else x[rows] for x in self._arrays()]
+        return Batch(*arrays)
 
     def split(self, parts: int) -> tuple[Batch, ...]:
         """Equal parts in the order of the rows; ``parts`` divides B."""
         if len(self.samples_B) % parts:
             raise ValueError(f"{len(self.samples_B)} rows cannot be cut into {parts} equal parts")
-        cut = [np.split(getattr(self, each.name), parts) for each in fields(self)]
+        cut: list[Any] = [
+            [None] * parts if x is None else np.split(x, parts) for x in self._arrays()
+        ]
         return tuple(Batch(*arrays) for arrays in zip(*cut, strict=True))
+
+    def _arrays(self) -> list[Any]:
+        return [getattr(self, each.name) for each in fields(self)]
 
 
 class BatchSource(Protocol):

@@ -184,7 +184,7 @@ def begin_run(
         data, _ = open_data(run, files, ParallelContext(ParallelConfig()), say)
         training = with_settings(run.training.with_max_steps(data.sequences))
         run = run.model_copy(update={"training": training})
-        identity = Identity(run.model, run.routing, training, run.parallel, data.info.digest)
+        identity = Identity(run.model, run.routing, training, run.parallel, data.digest)
         path = CheckpointSeries(files.checkpoints).path(_steps(held)[0])
         path.parent.mkdir()
         forms = _forms(run.model, strategy is not None)

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
-from mindspore.ops import constexpr
 from pydantic import Field
 
 from mistral_ms.checkpoint import Source
@@ -29,8 +28,8 @@ from mistral_ms.errors import ConfigError
 from mistral_ms.layers import output_logits
 from mistral_ms.mixtures.rewriting import Part, Rows, rewrite
 from mistral_ms.models import CausalLM
-from mistral_ms.moe import Gate, Routing, register_gate, settings_of
-from mistral_ms.weights import ParamSpec, specs
+from mistral_ms.moe import Gate, GateContext, Routing, register_gate, settings_of
+from mistral_ms.weights import ParamSpec, balanced, specs
 
 TABLE = "expert_of_token"
 """The buffer [D, V]: which expert of a domain's group computes a token; whole numbers, float32."""
@@ -45,13 +44,21 @@ class RandomRoutedSettings(GateSettings):
         domains: D, groups of neighbouring experts; divides their number.
     """
 
+    takes_ids: ClassVar[bool] = True
     name: str = "random_routed"
     domains: int = Field(default=1, ge=1)
+
+    @property
+    def row_domains(self) -> int:
+        """See the base."""
+        return self.domains
 
 
 @register_gate(RandomRoutedSettings)
 class RandomRouted(Gate):
-    """An expert by the token's domain and id. It has to know both: see :class:`DomainLM`."""
+    """An expert by the token's domain and id. Of several domains it has to know
+    the rows': in training from the data, in a program by :class:`DomainLM`.
+    """
 
     @classmethod
     def specs(cls, config: ModelConfig) -> tuple[ParamSpec, ...]:
@@ -71,26 +78,32 @@ class RandomRouted(Gate):
                 rule="random_routed has one expert a token, and as many experts for each domain",
             )
         shape = (D, config.vocab_size)
-        return (ParamSpec(TABLE, ("D", "V"), shape, decay=False, init="zeros", kind="buffer"),)
+        return (
+            ParamSpec(
+                TABLE,
+                ("D", "V"),
+                shape,
+                decay=False,
+                init="balanced",
+                levels=E // D,
+                kind="buffer",
+            ),
+        )
 
-    def route(
-        self,
-        x_TH: Tensor,
-        weights: tuple[Tensor, ...],
-        state: tuple[Tensor, ...],
-        context: Any,
+    def construct(
+        self, x_TH: Tensor, context: GateContext | None = None, ids_T: Tensor | None = None
     ) -> Routing:
-        """See the contract; the context is the tokens' domains and their ids, int32 [T] each.
+        """See the contract; the places of the tokens in the table, domain * V + id, alone decide.
 
-        Raises:
-            ConfigError: another context.
+        Args:
+            x_TH: token rows.
+            context: is not looked at.
+            ids_T: int32, see :meth:`~mistral_ms.models.CausalLM.gate_ids`.
         """
-        if context is None or len(context) != 2:
-            _refuse()
-        (table_DV,), (domain_T, ids_T) = state, context
+        table_DV = self.expert_of_token
         group = self.num_experts // cast(RandomRoutedSettings, self.moe.gate).domains
-        place_T = domain_T * table_DV.shape[1] + ids_T
-        local_T = _cast(_gather(table_DV.reshape(-1), place_T, 0), ms.int32)
+        domain_T = ids_T // table_DV.shape[1]
+        local_T = _cast(_gather(table_DV.reshape(-1), ids_T, 0), ms.int32)
         experts_T1 = (domain_T * group + local_T).reshape(-1, 1)
         scores_TE = ops.one_hot(experts_T1[:, 0], self.num_experts, Tensor(1.0), Tensor(0.0))
         none_TE = ops.zeros_like(scores_TE)
@@ -126,9 +139,9 @@ class DomainLM(CausalLM):
         (B, S), x_TH = ids_BS.shape, self.embed(ids_BS)
         contexts = self.attention_contexts(positions_BS)
         valid_T = _cast(positions_BS.reshape(-1) >= 0, ms.float32)
-        domain_T = ops.broadcast_to(domain_B.reshape(-1, 1), (B, S)).reshape(-1)
+        place_T = (domain_B.reshape(-1, 1) * self.config.vocab_size + ids_BS).reshape(-1)
         for layer in self.layers:
-            x_TH, _ = layer(x_TH, contexts[layer.window], valid_T, (domain_T, ids_BS.reshape(-1)))
+            x_TH, _ = layer(x_TH, contexts[layer.window], valid_T, None, place_T)
         return output_logits(self.norm(x_TH), self.head_weight()).reshape(B, S, -1)
 
     def initialize(self, seed: int, counts_V: np.ndarray | None = None) -> None:
@@ -139,12 +152,13 @@ class DomainLM(CausalLM):
             counts_V: see :func:`token_map`.
         """
         super().initialize(seed)
-        group = self.config.moe.num_local_experts  # type: ignore[union-attr]
+        if counts_V is None:
+            return
         for name, parameter in self.weights().items():
             if name.endswith(TABLE):
-                D, V = parameter.shape
+                (D, V), levels = parameter.shape, self.specs[name].levels
                 rng = np.random.default_rng([seed, *name.encode()])
-                table = [token_map(V, group // D, rng, counts_V) for _ in range(D)]
+                table = [token_map(V, levels, rng, counts_V) for _ in range(D)]
                 parameter.set_data(Tensor(np.stack(table).astype(np.float32)))
 
 
@@ -165,11 +179,10 @@ def token_map(
             expert with the fewest tokens so far, so that the load is even, too; ids that are as
             frequent as one another are in random order.
     """
+    if counts_V is None:
+        return balanced(vocab_size, experts, rng)
     order = rng.permutation(vocab_size)
     found = np.empty(vocab_size, np.int64)
-    if counts_V is None:
-        found[order] = np.arange(vocab_size) % experts
-        return rng.permutation(experts)[found]  # or the first experts would have the odd ids
     load = np.zeros(experts)
     for token in order[np.argsort(-counts_V[order], kind="stable")]:
         found[token] = np.argmin(load)
@@ -270,15 +283,3 @@ def _one_domain(config: ModelConfig, experts: int) -> ModelConfig:
     gate = RandomRoutedSettings(domains=1)
     moe = config.moe.model_copy(update={"num_local_experts": experts, "gate": gate})
     return config.model_copy(update={"moe": moe})
-
-
-@constexpr
-def _refuse() -> None:
-    """Compiled code may not raise errors of ours; what is computed while compiling may."""
-    raise ConfigError(
-        "unknown tokens",
-        where="model.moe.gate",
-        value="random_routed",
-        rule="routes by the domain and the id of a token, not by its state",
-        todo="use mistral_ms.mixtures.domains.DomainLM, or extract a domain",
-    )

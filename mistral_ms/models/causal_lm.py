@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
+from mindspore.ops import constexpr
 
 from mistral_ms.config import DROPLESS, ModelConfig, RoutingConfig
 from mistral_ms.errors import ConfigError
@@ -108,6 +109,7 @@ class CausalLM(nn.Cell):
                 rule="the gate routes by token ids, which only the first stage has",
                 todo="set parallel.pp=1",
             )
+        self.row_domains = 1 if config.moe is None else config.moe.gate.row_domains
         self.cached = cache is not None
         if cache is not None:
             self.key_positions = layer_factory.key_positions(cache)
@@ -135,7 +137,8 @@ class CausalLM(nn.Cell):
             segments_BS: int32; tokens of different segments do not see each other. Not with a
                 cache.
             random_B3: int32, for each row the seed, the step and the row's number in the global
-                batch; what a gate draws from in training. None outside of training.
+                batch; what a gate draws from in training. None outside of training. A fourth
+                column has the domains of the rows, where the data have any.
 
         Returns:
             The states, and the sums stacked over the sparse layers, [layers, E] and [layers];
@@ -163,7 +166,7 @@ class CausalLM(nn.Cell):
         valid_T = ops.cast(positions_BS.reshape(-1) >= 0, ms.float32)
         columns = positions_BS.shape[1]
         context = None if random_B3 is None else gate_context(random_B3, columns)
-        ids_T = ids_BS.reshape(-1) if self.takes_ids and ids_BS is not None else None
+        ids_T = self.gate_ids(ids_BS, random_B3) if self.takes_ids and ids_BS is not None else None
         found: tuple[RouterSums, ...] = ()
         for layer in self.layers:
             x_TH, sums = layer(x_TH, contexts[layer.window], valid_T, context, ids_T, columns)
@@ -174,6 +177,16 @@ class CausalLM(nn.Cell):
         if not self.sparse:
             return x_TH, None
         return x_TH, stack_sums(found)
+
+    def gate_ids(self, ids_BS: Tensor, random_B3: Tensor | None) -> Tensor:
+        """What gates that take ids get, int32 [T]: the ids; where rows are of domains, the domain
+        (the fourth column of ``random_B3``) times V plus the id.
+        """
+        if self.row_domains == 1:
+            return ids_BS.reshape(-1)
+        if random_B3 is None or random_B3.shape[1] < 4:
+            return _refuse_unknown_domains()
+        return (random_B3[:, 3:4] * self.config.vocab_size + ids_BS).reshape(-1)
 
     def attention_contexts(
         self, positions_BS: Tensor, segments_BS: Tensor | None = None
@@ -251,6 +264,18 @@ class CausalLM(nn.Cell):
         them; to be called when everything else has its first values.
         """
         set_magnitudes(self.layers, self.model_chunk, self.weights(), self.specs)
+
+
+@constexpr
+def _refuse_unknown_domains() -> Tensor:
+    """Compiled code may not raise errors of ours; what is computed while compiling may."""
+    raise ConfigError(
+        "unknown domains",
+        where="model.moe.gate",
+        rule="routes by the domain of each row, which the train command and a program "
+        "(mistral_ms.mixtures.domains.DomainLM) tell it, and no other command",
+        todo="extract one domain",
+    )
 
 
 def check_weights(

@@ -32,7 +32,8 @@ Losses = tuple[Tensor, tuple[Tensor, ...]]
 
 
 BatchTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""ids, labels, positions and segments, int32 [B, S]; and int32 [B, 3], what gates draw from."""
+"""ids, labels, positions and segments, int32 [B, S]; and int32 [B, 3], what gates draw from, or
+[B, 4] with the domain of each row."""
 
 
 def batch_tensors(batch: Batch, seed: int = 0, step: int = 0) -> BatchTensors:
@@ -47,8 +48,10 @@ def batch_tensors(batch: Batch, seed: int = 0, step: int = 0) -> BatchTensors:
     ids, labels, positions, segments = (Tensor(np.ascontiguousarray(array)) for array in arrays)
     word = np.uint32(seed & 0xFFFFFFFF).astype(np.int32)
     constant_B = np.ones_like(batch.rows_B)
-    random_B3 = np.stack([constant_B * word, constant_B * np.int32(step), batch.rows_B], -1)
-    return ids, labels, positions, segments, Tensor(random_B3)
+    columns = [constant_B * word, constant_B * np.int32(step), batch.rows_B]
+    if batch.domains_B is not None:
+        columns.append(batch.domains_B)
+    return ids, labels, positions, segments, Tensor(np.stack(columns, -1).astype(np.int32))
 
 
 def gradient_sums(weights: Mapping[str, Parameter]) -> ParameterTuple:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import mindspore as ms
 from mindspore import Parameter
@@ -14,7 +15,7 @@ from mistral_ms.checkpoint.run_files import RunFiles
 from mistral_ms.config import DROPLESS, DataConfig, DataSourceConfig, PackingConfig, RunConfig
 from mistral_ms.config.computation import check_same_model
 from mistral_ms.config.run import data_of
-from mistral_ms.datasets import MindRecordSequences, build_dataset, check_length
+from mistral_ms.datasets import DomainSequences, MindRecordSequences, build_dataset, check_length
 from mistral_ms.errors import ConfigError, TokenizerError
 from mistral_ms.models import CausalLM
 from mistral_ms.moe import make_gate, router_loss_terms, try_gates
@@ -26,6 +27,8 @@ from mistral_ms.tokenizer import Tokenizer, end_token_notes, find_tokenizer, loa
 from mistral_ms.weights import specs
 
 Say = Callable[[str], None]
+Packed = MindRecordSequences | DomainSequences
+"""What is read from disk."""
 
 
 def check_device(run: RunConfig) -> None:
@@ -77,6 +80,7 @@ def _check_one_process(run: RunConfig, graph: bool) -> None:
     alone = {
         "model.moe.gate.frozen_experts": frozen or None,
         "distillation": run.distillation and run.distillation.path,
+        "data.domains": (run.data and list(run.data.domains)) or None,
     }
     world, way = run.parallel.world, "graph" if graph else "explicit"
     for key, value in alone.items():
@@ -124,7 +128,7 @@ def open_data(
     say: Say,
     *,
     resuming: bool = False,
-) -> tuple[MindRecordSequences, Tokenizer | None]:
+) -> tuple[Packed, Tokenizer | None]:
     """The sequences, packed first where the run names texts; and the tokenizer, if one is known.
 
     A run that goes on has its sequences in its own directory: texts, tokenizer and base model may
@@ -152,7 +156,7 @@ def open_held_out(
     tokenizer: Tokenizer | None,
     parallel_context: ParallelContext,
     say: Say,
-) -> MindRecordSequences:
+) -> Packed:
     """The held-out sequences, packed first where the run names texts.
 
     Raises:
@@ -185,9 +189,23 @@ def _sequences(
     tokenizer: Tokenizer | None,
     parallel_context: ParallelContext,
     say: Say,
-) -> MindRecordSequences:
+) -> Packed:
     """A dataset, made of texts first where its source names some; ``own`` is where to."""
     training = run.training
+    if data.domains:
+        parts = {}
+        for domain in sorted(set(data.domains)):
+            inputs = tuple(
+                path for path, of in zip(data.inputs, data.domains, strict=True) if of == domain
+            )
+            source = data.model_copy(update={"inputs": inputs, "domains": ()})
+            place = own / f"domain-{domain}"
+            parts[domain] = _sequences(
+                run, source, place, batch_size, tokenizer, parallel_context, say
+            )
+        return DomainSequences(
+            cast(dict[int, MindRecordSequences], parts), batch_size, training.seed
+        )
     if data.dataset is not None:
         directory = data.dataset
     else:

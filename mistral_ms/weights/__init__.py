@@ -10,7 +10,7 @@ from mistral_ms.weights.gates import (
     register_gate_specs,
     router_specs,
 )
-from mistral_ms.weights.initial import init_values
+from mistral_ms.weights.initial import balanced, init_values
 from mistral_ms.weights.layers import LayerSpecs, layer_specs, register_layer
 from mistral_ms.weights.lora import (
     ADAPTABLE,
@@ -43,6 +43,7 @@ __all__ = [
     "Specs",
     "adaptable_modules",
     "attention_specs",
+    "balanced",
     "bias_specs",
     "by_name",
     "check_parameters",

@@ -22,6 +22,11 @@ def init_values(spec: ParamSpec, seed: int) -> np.ndarray:
     if spec.init in ("ones", "zeros"):
         return np.full(spec.shape, float(spec.init == "ones"), np.float32)
     stream = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
+    if spec.init == "balanced":
+        rows, columns = spec.shape
+        return np.stack([balanced(columns, spec.levels, stream) for _ in range(rows)]).astype(
+            np.float32
+        )
     if spec.init == "uniform":
         numbers = stream.random(spec.shape, dtype=np.float32) * np.float32(2) - np.float32(1)
         return numbers * np.float32(spec.std * 3**0.5)
@@ -30,3 +35,12 @@ def init_values(spec: ParamSpec, seed: int) -> np.ndarray:
         while (outside := np.abs(drawn) > 2.0).any():
             drawn[outside] = stream.standard_normal(int(outside.sum()), dtype=np.float32)
     return drawn * np.float32(spec.std)
+
+
+def balanced(size: int, levels: int, rng: np.random.Generator) -> np.ndarray:
+    """The numbers below ``levels``, each as often, give or take one, in random order: int64
+    [size].
+    """
+    found = np.empty(size, np.int64)
+    found[rng.permutation(size)] = np.arange(size) % levels
+    return rng.permutation(levels)[found]  # or the first numbers would be the more frequent ones

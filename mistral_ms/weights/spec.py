@@ -13,7 +13,7 @@ from typing import Literal
 from mistral_ms.errors import WeightError
 
 By = Literal["mp", "ep"]
-Init = Literal["normal", "truncated_normal", "uniform", "ones", "zeros"]
+Init = Literal["normal", "truncated_normal", "uniform", "ones", "zeros", "balanced"]
 Kind = Literal["trained", "frozen", "buffer"]
 Module = int | Literal["embedding", "head", "tied"]
 
@@ -47,8 +47,10 @@ class ParamSpec:
             parallelism divides is stacked: its first axis is the experts.
         decay: whether weight decay applies.
         init: initial values: normal or uniform with mean 0 and ``std``, the normal ones cut off at
-            twice ``std``, ones or zeros.
+            twice ``std``, ones or zeros; ``balanced``: in each row the whole numbers below
+            ``levels``, each as often, give or take one, in random order.
         std: standard deviation of what is drawn; of ``truncated_normal`` before it is cut off.
+        levels: of ``balanced``.
         kind: ``trained``; ``frozen``, a weight without a gradient; ``buffer``, state without a
             gradient that the layer itself changes. All are in checkpoints.
         partial_gradient: tensor-parallel ranks hold all of the parameter and each has a part of its
@@ -69,6 +71,7 @@ class ParamSpec:
     decay: bool = True
     init: Init = "normal"
     std: float = 0.02
+    levels: int = 1
     kind: Kind = "trained"
     partial_gradient: bool = False
     frozen_rows: int = 0
