@@ -27,9 +27,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
 
+from examples.decoders import Total, loss, opened, positions, written
 from examples.languages import bayes_loss, language, text
 from examples.running import Numbers, draw_matrix, figure, fit, mean_and_error, run, save
-from mistral_ms.checkpoint import open_checkpoint, save_native
+from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.config import ModelConfig, MoEArchitecture
 from mistral_ms.mixtures.expand import add_experts
 from mistral_ms.mixtures.lifelong import visible
@@ -51,20 +52,8 @@ DENSE = ModelConfig(
 SPARSE = DENSE.model_copy(
     update={"moe": MoEArchitecture(num_local_experts=EXPERTS, sparse_layers=(0,))}
 )
-PLACES = np.tile(np.arange(S, dtype=np.int32), (BATCH, 1))
+PLACES = positions(BATCH, S)
 Chains = list[np.ndarray]
-
-
-class Total(nn.Cell):
-    """The total loss of an objective on rows of S + 1 tokens."""
-
-    def __init__(self, objective: Objective) -> None:
-        super().__init__(auto_prefix=False)
-        self.objective = objective
-
-    def construct(self, ids_BT: Tensor, places_BS: Tensor) -> Tensor:
-        """A scalar."""
-        return self.objective(ids_BT[:, :-1], ids_BT[:, 1:], places_BS)[0]
 
 
 def train(
@@ -88,8 +77,7 @@ def train(
 
 def score(model: CausalLM, chain: np.ndarray) -> float:
     """Minus the mean loss on fresh text."""
-    ids = text(chain, BATCH, S + 1, seed=123)
-    return -float(Total(Objective(model))(Tensor(ids), Tensor(PLACES)).asnumpy())
+    return -loss(model, text(chain, BATCH, S + 1, seed=123))
 
 
 def scores(model: CausalLM, chains: Chains) -> list[float]:
@@ -109,17 +97,10 @@ def copied(model: CausalLM, config: ModelConfig) -> CausalLM:
 def expanded(model: CausalLM, steps: int) -> CausalLM:
     """The next stage of a model, through its checkpoint; open after a tenth of the steps."""
     with tempfile.TemporaryDirectory() as made:
-        values = {name: p.asnumpy() for name, p in model.weights().items()}
-        tensors = [(n, v.shape, "float32", v) for n, v in values.items()]
-        save_native(Path(made, "old"), model.config, tensors)
-        with open_checkpoint(Path(made, "old")) as source:
+        with open_checkpoint(written(model, Path(made, "old"))) as source:
             opening = max(1, steps // 10)
             add_experts(source, Path(made, "new"), EXPERTS, opening_updates=opening)
-        with open_checkpoint(Path(made, "new")) as source:
-            grown = CausalLM(source.config)
-            for name, parameter in grown.weights().items():
-                parameter.set_data(Tensor(source.read(name)))
-    return grown
+        return opened(Path(made, "new"))
 
 
 def sequence(

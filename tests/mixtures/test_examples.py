@@ -9,13 +9,19 @@ CLAIMS = {
     "adaptive_mixture": lambda n: all(0 <= n[k]["accuracy"][0] <= 1 for k in n),
     "multi_gate_mixture": lambda n: len(set(n["parameters"].values())) == 3,
     "random_routed_experts": lambda n: n["largest difference, others scrambled"] == 0.0,
+    "gates": lambda n: sum(isinstance(found, dict) for found in n.values()) == 3,
+    "own_gate": lambda n: n["by angle"] != n["Mixtral's"],
+    # rounding of float32: the weights 1/2 and 1/2 of two equal experts add up to their result
+    "upcycling": lambda n: (
+        n["largest difference before the first step, of the largest logit"] < 1e-5
+    ),
     "lifelong_experts": lambda n: (
         n["largest change of a frozen expert"] == 0.0 and n["stages known"]["forgetting"][0] == 0.0
     ),
 }
 
 
-SLOW = ("random_routed_experts", "lifelong_experts")
+SLOW = ("random_routed_experts", "lifelong_experts", "gates", "own_gate", "upcycling")
 """They take some seconds of processor time."""
 
 
