@@ -17,7 +17,7 @@ from mistral_ms.config import DROPLESS, ModelConfig, RoutingConfig
 from mistral_ms.config.base import validate
 from mistral_ms.config.moe import MoEArchitecture
 from mistral_ms.errors import ConfigError
-from mistral_ms.mixtures.routed import AnyGate, RoutedFeedForward
+from mistral_ms.mixtures.routed import AnyGate, RoutedFeedForward, Spread
 from mistral_ms.moe import Gate, make_gate, try_gates
 from mistral_ms.weights import init_values, router_specs
 
@@ -49,6 +49,7 @@ def moeify(
     packed: bool | None = None,
     losses: Mapping[str, float] | None = None,
     seed: int = 0,
+    spread: Spread | None = None,
 ) -> dict[str, RoutedFeedForward]:
     """Replaces feed-forwards of a model in place, each by a gate and experts.
 
@@ -77,6 +78,8 @@ def moeify(
             PyNative without a capacity.
         losses: likewise.
         seed: of gates, fresh experts and noise.
+        spread: see :class:`~mistral_ms.mixtures.routed.Spread`; every process calls with the same
+            model and seed, and keeps its experts.
 
     Returns:
         The new layers by the names of what they replaced.
@@ -102,7 +105,7 @@ def moeify(
             _check_weights(chooses, H, name)
         made = _experts(cell, settings, init, experts, [seed, zlib.crc32(name.encode())])
         layer = RoutedFeedForward(
-            made, chooses, routing, packed, losses, seed, eval_routing=eval_routing
+            made, chooses, routing, packed, losses, seed, eval_routing=eval_routing, spread=spread
         )
         layer.set_train(cell.training)
         _put(model, name, layer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import mindspore as ms
@@ -12,6 +13,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mistral_ms.config import DROPLESS, RoutingConfig
 from mistral_ms.errors import ConfigError
 from mistral_ms.moe import (
+    Dispatcher,
     Gate,
     PackedDispatcher,
     PaddedDispatcher,
@@ -29,6 +31,24 @@ _ones_like = ops.OnesLike()
 
 AnyGate: TypeAlias = Callable[[Tensor], tuple[Tensor, ...]]
 """A gate by the simplest contract: rows [T, H] -> float32 weights [T, K], int32 experts [T, K]."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Experts of a layer on several processes, of which each routes rows of its own.
+
+    :func:`~mistral_ms.parallel.dispatchers.make_dispatcher` makes dispatchers that travel;
+    :meth:`~mistral_ms.parallel.context.ParallelContext.sum_over_ranks` is such a ``total``.
+
+    Attributes:
+        dispatcher: of E experts and a policy; brings rows to the experts of all processes.
+        held: of E experts those that this process holds.
+        total: the sum of a float32 array over all processes; all must ask.
+    """
+
+    dispatcher: Callable[[int, RoutingConfig], Dispatcher]
+    held: Callable[[int], range]
+    total: Callable[[np.ndarray], np.ndarray]
 
 
 class RoutedFeedForward(nn.Cell):
@@ -56,6 +76,9 @@ class RoutedFeedForward(nn.Cell):
             ``aux`` and ``z``.
         seed: of the noise of gates that have any.
         eval_routing: the policy outside of training; None: the same.
+        spread: where experts are on several processes: ``experts`` are all of them, of which the
+            layer keeps those that are held here; None: all are here. Gradients of experts are
+            then those of all processes' rows, those of the gate of this one's.
 
     Raises:
         ConfigError: no expert; a policy that is not possible; losses of a gate that gives no
@@ -71,6 +94,7 @@ class RoutedFeedForward(nn.Cell):
         losses: Mapping[str, float] | None = None,
         seed: int = 0,
         eval_routing: RoutingConfig | None = None,
+        spread: Spread | None = None,
     ) -> None:
         super().__init__()
         E = len(experts)
@@ -101,11 +125,24 @@ class RoutedFeedForward(nn.Cell):
                 todo="set packed=False",
             )
         self.routing = routing
-        self.experts, self.packed = nn.CellList(list(experts)), packed
+        self.num_experts, self.spread, self.packed = E, spread, packed
+        held = range(E) if spread is None else spread.held(E)
+        self.experts = nn.CellList([experts[e] for e in held])
         self.gate: Any = gate
         self.has_context = isinstance(gate, Gate)
+        dispatcher: Callable[[int, RoutingConfig], Dispatcher]
         dispatcher = PackedDispatcher if packed else PaddedDispatcher
+        dispatcher = dispatcher if spread is None else spread.dispatcher
         self.dispatcher = dispatcher(E, routing)
+        if spread is not None and self.dispatcher.packed != packed:
+            raise ConfigError(
+                "impossible spread",
+                where="packed",
+                value=packed,
+                rule=f"rows travel {'packed' if self.dispatcher.packed else 'padded'} under the "
+                f"policy {routing.policy}; packed ones are for PyNative",
+                todo="use the policy capacity where the model is compiled",
+            )
         self.eval_dispatcher = self.dispatcher if outside == routing else dispatcher(E, outside)
         self.terms, self.coefficients = _losses(gate, losses or {})
         self.inject = _AddGradient()
@@ -155,7 +192,7 @@ class RoutedFeedForward(nn.Cell):
 
     def without_scores(self, weights_TK: Tensor, experts_TK: Tensor) -> Routing:
         """A routing whose scores and logits nobody reads."""
-        none_TE = ops.zeros((experts_TK.shape[0], len(self.experts)), ms.float32)
+        none_TE = ops.zeros((experts_TK.shape[0], self.num_experts), ms.float32)
         return weights_TK, experts_TK, none_TE, none_TE, ()
 
     def packed_rows(self, rows_RH: Tensor, group_sizes_E: Tensor) -> Tensor:
@@ -181,9 +218,11 @@ class RoutedFeedForward(nn.Cell):
         """To be called after an update of the weights: moves the gate's state on, if it has any.
 
         Returns:
-            Choices of each expert since the last call, float32 [E], in training.
+            Choices of each expert since the last call, float32 [E], in training; of all processes.
         """
         routed_E = self.routed_E.asnumpy().copy()
+        if self.spread is not None:
+            routed_E = self.spread.total(routed_E)
         if isinstance(self.gate, Gate):
             self.gate.update(routed_E)
         ops.assign(self.routed_E, Tensor(np.zeros_like(routed_E)))

@@ -79,25 +79,30 @@ class Trained:
 
 
 def loss_curves(runs: Sequence[Trained]) -> bytes:
-    """The language model losses of all trainings over the steps; faint: of each batch. The axis is
-    logarithmic when one falls to less than a tenth.
+    """The language model losses of all trainings over the steps, and the second half once more,
+    enlarged; faint: of each batch. The first axis is logarithmic when a loss falls to less than a
+    tenth.
     """
-    figure = new_figure(4.6)
-    axes = figure.subplots()
-    falls = False
+    figure = new_figure(4.2)
+    whole, end = figure.subplots(1, 2, width_ratios=(3, 2))
+    falls, last = False, max(len(run.records) for run in runs)
     for run, colour, stroke in _styles(runs):
-        steps = [record.step for record in run.records]
+        steps = np.array([record.step for record in run.records])
         loss = np.array([record.lm_loss for record in run.records])
-        axes.plot(steps, loss, color=colour, alpha=0.2, lw=0.8)
-        axes.plot(steps, _curve(loss), color=colour, ls=stroke, lw=1.8, label=run.name)
+        curve, late = _curve(loss), steps > last // 2
+        whole.plot(steps, loss, color=colour, alpha=0.2, lw=0.8)
+        whole.plot(steps, curve, color=colour, ls=stroke, lw=1.8)
+        end.plot(steps[late], curve[late], color=colour, ls=stroke, lw=1.8, label=run.name)
         falls = falls or bool(loss.max() > 10 * loss.min() > 0)
-    axes.set_ylabel("language model loss (nats per token)")
+    whole.set_ylabel("language model loss (nats per token)")
     if falls:
-        logarithmic(axes)
+        logarithmic(whole)
     else:
-        axes.set_ylim(bottom=0)
-    _legend(axes, len(runs))
-    _steps(axes, runs)
+        whole.set_ylim(bottom=0)
+    _legend(end, len(runs))
+    _steps(whole, runs)
+    end.set(xlabel="step", xlim=(last // 2, last))
+    end.set_title("second half, enlarged", fontsize=10)
     return png_of(figure)
 
 
@@ -156,7 +161,7 @@ def load_maps(runs: Sequence[Trained]) -> bytes:
         words = [f"{layer + 1}" for layer in range(layers)]
         panel.set_yticks(middles, words)
         panel.tick_params(axis="y", length=0)
-        panel.set_title(f"{run.name}\nvariation {run.load_variation:.2f}", fontsize=10)
+        panel.set_title(f"{run.name}\nload varies by {run.load_variation:.2f}", fontsize=10)
         if number % columns == 0:
             panel.set_ylabel("sparse layer")
         if number + columns >= len(runs):
@@ -173,11 +178,16 @@ def number_bars(runs: Sequence[Trained]) -> bytes:
     """What each training came to: losses, variation of the load, dropped choices, time."""
     figure = new_figure(1.3 + 0.34 * len(runs))
     panels = figure.subplots(1, 4, sharey=True)
+    seconds = [run.step_seconds for run in runs]
+    in_ms = max(seconds) < 1
     measures = {
         "loss, evaluated": ([run.evaluated for run in runs], "{:.2f}"),
         "variation of load": ([run.load_variation for run in runs], "{:.2f}"),
         "dropped choices": ([100 * run.dropped for run in runs], "{:.1f} %"),
-        "time of a step": ([1000 * run.step_seconds for run in runs], "{:.0f} ms"),
+        "time of a step": (
+            [1000 * each for each in seconds] if in_ms else seconds,
+            "{:.0f} ms" if in_ms else "{:.1f} s",
+        ),
     }
     colours = [colour for _, colour, _ in _styles(runs)]
     for panel, (title, (values, form)) in zip(panels, measures.items(), strict=True):

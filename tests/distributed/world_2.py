@@ -4,6 +4,7 @@ from distributed.collectives import run_collectives, run_pipeline
 from distributed.dispatching import dispatch_all
 from distributed.generating import run_generating
 from distributed.models import run_models
+from distributed.moeified import run_moeified
 from distributed.tensors import run_tensor
 from distributed.training import run_training
 from distributed.worker import Worker
@@ -14,6 +15,7 @@ Worker().run(
     run_tensor,
     run_models,
     dispatch_all,
+    run_moeified,
     run_generating,
     run_training,
 )
