@@ -31,8 +31,8 @@ def llama():
 
 
 def test_their_feed_forwards_become_mixtures(llama):
-    """Copies change nothing, whatever the gate chooses; in training those experts have gradients that
-    were chosen.
+    """Copies change nothing, whatever the gate chooses; in training the chosen experts have
+    gradients.
     """
     ids = Tensor(np.random.default_rng(0).integers(0, 11, (1, 8)).astype(np.int32))
     llama.set_train(False)
