@@ -95,7 +95,7 @@ def variation(shares: np.ndarray) -> float:
 
 def main(output: Path, short: bool = False) -> Numbers:
     """Trains under each gate; draws losses and loads."""
-    steps = 2 if short else 200
+    steps = 2 if short else 120
     chains = [language(V, seed) for seed in range(LANGUAGES)]
     fresh = np.concatenate([text(c, 16, S + 1, [99, n]) for n, c in enumerate(chains)])
     best = float(np.mean([bayes_loss(chain) for chain in chains]))

@@ -59,7 +59,7 @@ GATES = {"Mixtral's": "softmax_top_k", "by angle": {"name": "cosine_top_k", "tem
 
 def main(output: Path, short: bool = False) -> Numbers:
     """Trains with both; neither has a loss that balances the load."""
-    steps = 2 if short else 200
+    steps = 2 if short else 120
     chains = [language(V, seed) for seed in range(LANGUAGES)]
     fresh = np.concatenate([text(c, 16, S + 1, [99, n]) for n, c in enumerate(chains)])
     drawn, (left, right) = figure(1, 2, figsize=(10, 4))
@@ -70,7 +70,8 @@ def main(output: Path, short: bool = False) -> Numbers:
         found = {"loss on fresh text": loss(model, fresh), "variation of load": variation(shares)}
         numbers[name] = {key: round(value, 3) for key, value in found.items()}
         left.plot(losses, label=f"{name}: {found['loss on fresh text']:.2f} on fresh text")
-        loads = np.sort(shares[-max(1, steps // 10) :].mean(0).reshape(2, EXPERTS).mean(0))[::-1]
+        loads_LE = shares[-max(1, steps // 10) :].mean(0).reshape(2, EXPERTS)
+        loads = np.sort(loads_LE)[:, ::-1].mean(0)
         right.plot(range(1, EXPERTS + 1), 100 * loads, marker="o", label=name)
     left.set(xlabel="step", ylabel="loss of the batch", title="No loss balances the load")
     right.axhline(100 / EXPERTS, color="grey", linestyle=":", label="balanced")
