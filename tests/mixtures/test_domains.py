@@ -10,9 +10,10 @@ from support.routing import silu
 from mistral_ms.checkpoint import convert, open_checkpoint, save_native
 from mistral_ms.config import RoutingConfig
 from mistral_ms.errors import ConfigError
+from mistral_ms.layers import CacheSpec
 from mistral_ms.mixtures.domains import DomainLM, extract_domain, token_map
 from mistral_ms.mixtures.expand import remove_experts
-from mistral_ms.models import CausalLM
+from mistral_ms.models import CausalLM, NextTokenLogits
 
 V = 48
 
@@ -26,6 +27,12 @@ def config(experts=6, domains=3, sparse=(1,)):
         "gate": gate,
     }
     return model(**TINY, moe=moe, torch_dtype="float32")
+
+
+def drawn(made):
+    model = CausalLM(made)
+    model.initialize(1)
+    return model
 
 
 def saved(path, made):
@@ -135,6 +142,20 @@ def test_an_extracted_group_computes_the_same_bits(domain, policy, batch, tmp_pa
     assert result.source_bytes == size
     assert result.bytes == sum(p.asnumpy().nbytes for p in one.weights().values())
     assert result.ratio == result.bytes / size < 0.75
+
+
+def test_one_domain_is_generated_from(batch):
+    """Token by token with a cache as a whole text without one: the ids alone name the experts."""
+    values = {n: p.asnumpy() for n, p in drawn(config(experts=3, domains=1)).weights().items()}
+    ids = batch[0][:1]
+    places = np.arange(8, dtype=np.int32)[None]
+    whole = fill(CausalLM(config(experts=3, domains=1)), values)(Tensor(ids), Tensor(places))
+    cached = fill(CausalLM(config(experts=3, domains=1), cache=CacheSpec(1, 8)), values)
+    step, last = NextTokenLogits(cached), Tensor(np.zeros(1, np.int32))
+    for place in range(8):
+        at = slice(place, place + 1)
+        found = step(Tensor(ids[:, at].copy()), Tensor(places[:, at].copy()), last).asnumpy()
+        np.testing.assert_allclose(found, whole.asnumpy()[:, place], rtol=1e-4, atol=1e-5)
 
 
 def test_a_group_of_one_expert_is_a_dense_model(batch, tmp_path):
