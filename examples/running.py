@@ -34,6 +34,7 @@ def run(example: Callable[[Path, bool], Numbers], description: str) -> None:
     parser.add_argument("--short", action="store_true", help="seconds: proves that it runs")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    ms.runtime.launch_blocking()  # small operations are several times as fast one at a time
     numbers = example(options.output, options.short)
     print(json.dumps(numbers, indent=2))
 
