@@ -9,6 +9,7 @@ of the net.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mindspore as ms
@@ -17,13 +18,13 @@ from mindspore import Tensor, nn, ops
 from mindspore.common.initializer import Normal, initializer
 from mindspore.communication import get_rank
 
-from mistral_ms.checkpoint import Source
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import IGNORE_INDEX, PredictConfig, RunConfig
 from mistral_ms.config.base import validate
 from mistral_ms.errors import ConfigError
 from mistral_ms.mindformers.config import MistralConfig, dtype_name
 from mistral_ms.mindformers.monitor import StepLosses
+from mistral_ms.mindformers.weights import open_same
 from mistral_ms.parallel.graph import (
     GraphNextToken,
     build_model,
@@ -130,18 +131,26 @@ def prediction_of(config: MistralConfig) -> PredictConfig:
     return validate(PredictConfig, values, "parallel_config")
 
 
-def build_generator(config: MistralConfig, source: Source) -> GraphNextToken:
+def build_generator(config: MistralConfig) -> GraphNextToken:
     """The graph of generation with this rank's parts of the weights: compiled, for it is the
     compiler that divides them.
 
     Args:
-        config: of a prediction.
-        source: a whole checkpoint of the model.
+        config: of a prediction; its ``weights_from`` is a whole checkpoint of the model.
 
     Raises:
-        ConfigError: see :func:`prediction_of` and :func:`~mistral_ms.parallel.graph.decode`.
+        ConfigError: no checkpoint, or see :func:`prediction_of` and
+            :func:`~mistral_ms.parallel.graph.decode`.
+        CheckpointError: see :func:`~mistral_ms.checkpoint.open_checkpoint`.
         TopologyError: more or fewer processes than the layout has.
     """
+    if not config.weights_from:
+        raise ConfigError(
+            "no weights",
+            where="model_config.weights_from",
+            rule="several processes generate with weights that the model itself reads",
+            todo="set load_checkpoint, with python -m mistral_ms.mindformers.run",
+        )
     run = prediction_of(config)
     _check_place(run.parallel.world)
     built = decode(run)
@@ -152,7 +161,8 @@ def build_generator(config: MistralConfig, source: Source) -> GraphNextToken:
     else:
         for parameter in built.cell.get_parameters():
             parameter.init_data()
-    load_weights(source, built.cell.weights(), storage=generation_storage(run, rank))
+    with open_same(Path(config.weights_from), run.model) as source:
+        load_weights(source, built.cell.weights(), storage=generation_storage(run, rank))
     return built.cell
 
 

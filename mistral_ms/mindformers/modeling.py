@@ -71,7 +71,7 @@ class MistralForCausalLM(CachedGeneration, PreTrainedModel):
         self.ignore_token_id = config.ignore_token_id
         self.divided = is_divided()
         if self.divided and config.use_past:
-            self.net = self._generator(config)
+            self.net = build_generator(config)
             self._next_token_logits = self.net.__call__
         elif self.divided:
             self.net, self.sharding, self.run_config = build_graph(config)
@@ -98,18 +98,6 @@ class MistralForCausalLM(CachedGeneration, PreTrainedModel):
             )
         with open_same(path, self.language_model.config) as source:
             load_weights(source, self.weights())
-
-    def _generator(self, config: MistralConfig) -> GraphNextToken:
-        """The graph of generation, divided among processes, with its weights."""
-        if not config.weights_from:
-            raise ConfigError(
-                "no weights",
-                where="model_config.weights_from",
-                rule="several processes generate with weights that the model itself reads",
-                todo="set load_checkpoint, with python -m mistral_ms.mindformers.run",
-            )
-        with open_same(Path(config.weights_from), config.architecture()) as source:
-            return build_generator(config, source)
 
     def _alone(self, config: MistralConfig) -> Objective:
         """The model of one process, and its loss."""
