@@ -28,22 +28,25 @@ model = MixtralForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 ids = tokenizer("Ships float", return_tensors="pt").input_ids
 found = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
-print(tokenizer.decode(found[0, ids.shape[1]:]))
+print("Ships float" + tokenizer.decode(found[0, ids.shape[1]:]))
 """
 
 
 def _command(case: Case, command: list[str]) -> Work:
-    """A whole process, as a user starts it; once beforehand, so that its files are in memory."""
+    """A whole process, as a user starts it; once beforehand, so that its files are in memory. What
+    it prints is its output.
+    """
 
-    def run() -> None:
+    def run() -> str:
         done = subprocess.run(
             command, cwd=case["folder"], capture_output=True, text=True, check=False
         )
         if done.returncode:
             raise RuntimeError(done.stdout[-1000:] + done.stderr[-3000:])
+        return done.stdout.strip()
 
-    run()
-    return Work(lambda: {case["figure"]: timed(run)})
+    text = np.frombuffer(run().encode(), np.uint8)
+    return Work(lambda: {case["figure"]: timed(run)}, {"text": text} if text.size else {})
 
 
 def generate(case: Case) -> Work:
@@ -139,9 +142,9 @@ def measure_cold(folder: Path, say: Say, rounds: int) -> list[Measured]:
     copy_files(packaged_tokenizer(), source)
     convert(source, folder / "ours")
     sides = [
-        SideSpec("mistral_ms", f"{here}:generate", environment=KEPT),
-        SideSpec("mistral_ms, compiling", f"{here}:generate"),
-        SideSpec("transformers", f"{here}:their_generate"),
+        SideSpec("mistral_ms", f"{here}:generate", "text", 0.0, environment=KEPT),
+        SideSpec("mistral_ms, compiling", f"{here}:generate", "text", 0.0),
+        SideSpec("transformers", f"{here}:their_generate", "text", 0.0),
         SideSpec("import mindspore", f"{here}:import_mindspore", limit=True),
     ]
     case = {
