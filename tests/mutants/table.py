@@ -77,7 +77,7 @@ MUTANTS = [
     *of(
         "ops/reference/assignment.py",
         "moe/gates/test_balanced_assignment.py",
-        bids_do_not_count_the_second_best=("scores_TE - best_T2[:, 1:]", "scores_TE"),
+        an_expert_has_a_token_too_many=("(tokens + E - 1) // E", "(tokens + E) // E"),
         rows_of_sinkhorn_are_scaled_to_columns=("(1.0 / T) / (", "(1.0 / E) / (1.0 + "),
     ),
     *of(
