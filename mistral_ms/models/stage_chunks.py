@@ -38,6 +38,17 @@ class StageChunks(nn.Cell):
         """See :meth:`CausalLM.weights`."""
         return {name: weight for chunk in self.chunks for name, weight in chunk.weights().items()}
 
+    def stored_weights(self) -> dict[str, ms.Parameter]:
+        """See :meth:`CausalLM.stored_weights`."""
+        return {
+            name: weight for chunk in self.chunks for name, weight in chunk.stored_weights().items()
+        }
+
+    def begin_adapters(self) -> None:
+        """See :meth:`CausalLM.begin_adapters`."""
+        for chunk in self.chunks:
+            chunk.begin_adapters()
+
     def update_gates(self, routed_LE: np.ndarray) -> None:
         """See :meth:`CausalLM.update_gates`."""
         for chunk in self.chunks:
