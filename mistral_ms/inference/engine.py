@@ -20,13 +20,7 @@ from mindspore import Parameter, Tensor, nn
 from mistral_ms.checkpoint import open_merged
 from mistral_ms.checkpoint.dtypes import FROM_CONFIG, count_not_finite
 from mistral_ms.checkpoint.load import load_weights, to_numpy
-from mistral_ms.config import (
-    DROPLESS,
-    DType,
-    GenerationConfig,
-    ModelConfig,
-    ParallelConfig,
-)
+from mistral_ms.config import DROPLESS, DType, GenerationConfig, ModelConfig, ParallelConfig
 from mistral_ms.errors import GenerationError
 from mistral_ms.inference.lengths import check_length
 from mistral_ms.inference.results import Completion, Generation

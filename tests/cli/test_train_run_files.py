@@ -118,7 +118,7 @@ def trained(tmp_path_factory, begin):
 
     def train(path):
         changes = small(path)
-        if path.stem.startswith("finetune"):
+        if path.stem.startswith("finetune") or "model" not in read_yaml(path):
             base = path if "model" in read_yaml(path) else TRAINED[-1]
             changes.append(f"init_from={begin(load_run_config(base, small(base)).model)}")
         run = load_run_config(path, changes)

@@ -22,7 +22,7 @@ from mistral_ms.parallel.dispatchers import make_dispatcher
 from mistral_ms.parallel.experts import routed_experts
 from mistral_ms.parallel.inference import ParallelNextTokenLogits
 from mistral_ms.parallel.layer_factory import ParallelLayerFactory
-from mistral_ms.parallel.stage import model_chunk_of
+from mistral_ms.parallel.stage import model_chunks_of
 from mistral_ms.parallel.topology import GroupKind, Topology
 
 RANK = int(os.environ.get("RANK_ID", "0"))
@@ -195,7 +195,7 @@ def next_token_logits() -> Step:
     cache, dropless = CacheSpec(1, width), ROUTINGS["dropless"]
     with no_init_parameters():
         layer_factory = ParallelLayerFactory(STAGED, dropless, PIPELINE, groups, cache=cache)
-        model_chunk = model_chunk_of(STAGED, PIPELINE.pp, groups.coords.pp)
+        (model_chunk,) = model_chunks_of(STAGED, PIPELINE.pp, groups.coords.pp)
         model = CausalLM(
             STAGED, dropless, cache=cache, layer_factory=layer_factory, model_chunk=model_chunk
         )

@@ -85,7 +85,7 @@ CAPACITY = ["routing.policy=capacity", "routing.aux_loss=per_layer"]
         (
             ["parallel.dp=16", "parallel.pp=2", "training.gradient_accumulation_steps=2",
              "training.global_batch_size=32"],
-            "impossible graph: routing.aux_loss: pooled: ",
+            "impossible objective: routing.aux_loss: pooled ",
         ),
         (
             [*CAPACITY, "parallel.dp=16", "parallel.pp=2"],

@@ -188,6 +188,7 @@ def test_what_several_processes_load(mixtral, tmp_path):
 
     def take(path: Path, **changes) -> None:
         several = dict(use_parallel=True, load_ckpt_format="safetensors", auto_trans_ckpt=True)
+        several["parallel"] = {"parallel_mode": 1}
         config = {**run_file(path), **several, **changes}
         run.take_weights(config)
         assert config["load_checkpoint"] == str(path)  # MindFormers' to load

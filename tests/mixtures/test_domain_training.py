@@ -18,7 +18,7 @@ from mistral_ms.mixtures.domains import DomainLM, extract_domain
 from mistral_ms.training import TrainingRun, evaluate, read_metrics
 from mistral_ms.training import run as training_run
 from mistral_ms.training import step as training_step
-from mistral_ms.training.prepare import check_model
+from mistral_ms.training.prepare import check_settings
 
 TEXTS = (
     "The town by the river has two bridges and a market on Mondays. " * 6,
@@ -151,4 +151,4 @@ def test_what_a_run_file_may_not_say(run_file, change, message):
 def test_where_it_may_not_be_trained(run_file):
     for change in ("parallel.dp=2", "parallel.execution=graph"):
         with pytest.raises(ConfigError, match=r"impossible layout: data\.domains: \[1, 0, 0\] "):
-            check_model(load_run_config(run_file, [change]), "CPU")
+            check_settings(load_run_config(run_file, [change]))

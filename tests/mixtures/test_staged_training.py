@@ -26,7 +26,7 @@ from mistral_ms.optimizers import make_plan
 from mistral_ms.training import TrainingRun, TrainStep, make_objective, read_metrics
 from mistral_ms.training import run as training_run
 from mistral_ms.training import step as training_step
-from mistral_ms.training.prepare import check_model
+from mistral_ms.training.prepare import check_settings
 from mistral_ms.weights import init_values, specs
 
 E, NEW, V = 4, 2, TINY["vocab_size"]
@@ -155,14 +155,14 @@ def test_what_is_refused(stages, tmp_path):
     ):  # fmt: skip
         other = load_run_config(file_of(stages, tmp_path), [key])
         with pytest.raises(ConfigError, match=rf"model\.moe\.gate\.frozen_experts: 4.*{message}"):
-            check_model(other, "CPU")
+            check_settings(other)
     held = load_run_config(
         file_of(stages, tmp_path),
         [f"model={stages / 'new'}", "model.moe.gate.frozen_experts=0",
          f"distillation={stages / 'old'}"],
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"impossible layout: distillation: .*old with 2 proc"):
-        check_model(held.model_copy(update={"parallel": ParallelConfig(dp=2)}), "CPU")
+        check_settings(held.model_copy(update={"parallel": ParallelConfig(dp=2)}))
     # what is frozen is no part of the model: the checkpoint fits
     check_same_model(held.model, run.model, "", "")
     assert held.distillation.coefficient == 1.0

@@ -173,11 +173,3 @@ def test_a_training_asks_before_it_reads_data(execution, tmp_path):
     )
     with pytest.raises(ConfigError, match=r"broken gate test_faulty: FaultyGate\.route"):
         TrainingRun(run, tmp_path / "out", resume=False, say=print)
-
-
-def test_a_gate_that_the_command_cannot_train():
-    """Its refusal would otherwise come from the compiler."""
-    moe = {"num_experts_per_tok": 1, "gate": {"name": "random_routed"}}
-    net = CausalLM(small_model(**TINY | {"num_hidden_layers": 1}, moe=moe))
-    with pytest.raises(ConfigError, match=r"unknown tokens: .*: use mistral_ms\.mixtures"):
-        TrainStep(Objective(net), TRAINING)
