@@ -58,15 +58,13 @@ LAYOUTS = {
         "dp2 ep2 zero1, muon": ParallelConfig(dp=2, ep=2, optimizer_parallel=True),
         "dp2 ep2 interleaved": ParallelConfig(dp=2, ep=2, micro_batch_interleave_num=2),
         "dp2 ep2 zero1, adapters": ParallelConfig(dp=2, ep=2, optimizer_parallel=True),
-        "pp2, adapters": ParallelConfig(pp=2),
         "mp2": ParallelConfig(mp=2),
+        "mp2, adapters": ParallelConfig(mp=2),
     },
     4: {
         "dp2 mp2 ep2": ParallelConfig(dp=2, mp=2, ep=2, group_wise_a2a=True, recompute="full"),
         "pp4, gpipe": ParallelConfig(pp=4, pipeline_scheduler="gpipe"),
-        "pp4, two chunks": ParallelConfig(pp=4, pp_interleave_num=2),
         "dp4 ep2 zero1": ParallelConfig(dp=4, ep=2, optimizer_parallel=True),
-        "dp2 mp2 ep2, adapters": ParallelConfig(dp=2, mp=2, ep=2),
         "dp2 pp2 ep2 zero1": ParallelConfig(dp=2, pp=2, ep=2, optimizer_parallel=True),
     },
 }
@@ -99,11 +97,10 @@ those of two of four groups. Beside that more experts in the last one, and maske
 """
 ADAPTERS = {
     "dp2 ep2 zero1, adapters": {"r": 2, "target_modules": "all-linear", "use_dora": True},
-    "pp2, adapters": {"r": 2, "target_modules": "all-linear", "use_dora": True},
-    "dp2 mp2 ep2, adapters": {"r": 2, "target_modules": "all-linear"},
+    "mp2, adapters": {"r": 2, "target_modules": "all-linear"},
 }
 """Trained in the place of the weights; those of experts are divided as the experts are."""
-TIED = ("dp2 mp2 ep2", "pp4, gpipe", "pp4, two chunks")
+TIED = ("dp2 mp2 ep2", "pp4, gpipe", "pp2, two chunks")
 DEEP = ("dp2 ep2 zero1", "generating")
 """Of several layers: what a recomputed block sends must not meet the gradients of the next one."""
 FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "kept_LE")
@@ -130,11 +127,9 @@ OTHERS = {
     "dp2 ep2 zero1": ("float16",),
     "dp2 ep2 zero1, muon": ("muon on the host, two micro-batches, dropless",),
     "pp2, two chunks": ("four micro-batches",),
-    "pp4, two chunks": ("four micro-batches",),
     "pp4, gpipe": ("host, four micro-batches, dropless",),
     "dp4 ep2 zero1": ("experts choose",),
     "dp2 ep2 zero1, adapters": ("host",),
-    "pp2, adapters": ("float16",),
     "mp2": ("experts choose",),
     "dp2 pp2 ep2 zero1": ("experts choose",),
 }

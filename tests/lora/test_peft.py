@@ -87,7 +87,7 @@ def test_logits_and_files(case, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("strict_graphs")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["mixtral-dora", "mistral-rslora"])
 def test_training(case, tmp_path):
     """Losses, gradient norms and adapters of 20 steps under torch's AdamW."""
     bare, model, path = made(case, tmp_path)
