@@ -128,7 +128,7 @@ MUTANTS = [
             "slot_TK, weights_TK)",
         ),
         only_the_first_choice_is_added=(
-            "for k in range(1, slot_TK.shape[1])",
+            "for k in range(1, K)",
             "for k in range(1, 1)",
         ),
         gradient_of_dispatch_counts_dropped_choices=(
