@@ -51,7 +51,7 @@ fuzz: install
 
 # The documentation as a site, in site/; broken links end it.
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "site/index.html"
 
 lint: install

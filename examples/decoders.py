@@ -8,7 +8,24 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from mistral_ms.checkpoint import open_checkpoint, save_native
+from mistral_ms.config import ModelConfig, MoEArchitecture
 from mistral_ms.models import CausalLM, Objective
+
+
+def small(vocabulary: int, length: int, moe: MoEArchitecture | None = None) -> ModelConfig:
+    """Two layers of a width of 32; dense without ``moe``."""
+    return ModelConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=length,
+        initializer_range=0.1,
+        torch_dtype="float32",
+        moe=moe,
+    )
 
 
 class Total(nn.Cell):

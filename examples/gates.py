@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from mindspore import nn
 
-from examples.decoders import Total, loss, positions, routed
+from examples.decoders import Total, loss, positions, routed, small
 from examples.languages import bayes_loss, language, text
 from examples.running import Numbers, figure, fit, run, save
-from mistral_ms.config import ModelConfig, MoEArchitecture
+from mistral_ms.config import MoEArchitecture
 from mistral_ms.models import CausalLM, Objective
 
 V, S, EXPERTS, LANGUAGES, BATCH = 48, 24, 8, 3, 24
@@ -42,20 +42,7 @@ GATES: dict[str, tuple[dict[str, Any], float]] = {
 
 def decoder(moe: dict[str, Any]) -> CausalLM:
     """Two layers, both sparse, the same initial weights for every gate."""
-    model = CausalLM(
-        ModelConfig(
-            vocab_size=V,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=S,
-            initializer_range=0.1,
-            torch_dtype="float32",
-            moe=MoEArchitecture(num_local_experts=EXPERTS, **moe),
-        )
-    )
+    model = CausalLM(small(V, S, MoEArchitecture(num_local_experts=EXPERTS, **moe)))
     model.initialize(0)
     return model
 

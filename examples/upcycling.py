@@ -16,25 +16,15 @@ from pathlib import Path
 import numpy as np
 from mindspore import Tensor, nn
 
-from examples.decoders import Total, loss, opened, positions, written
+from examples.decoders import Total, loss, opened, positions, small, written
 from examples.languages import bayes_loss, language, text
 from examples.running import Numbers, figure, fit, mean_and_error, run, save
 from mistral_ms.checkpoint import convert
-from mistral_ms.config import ModelConfig, MoEArchitecture
+from mistral_ms.config import MoEArchitecture
 from mistral_ms.models import CausalLM, Objective
 
 V, S, BATCH, BEFORE, AFTER = 48, 24, 24, 2, 4
-DENSE = ModelConfig(
-    vocab_size=V,
-    hidden_size=32,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=S,
-    initializer_range=0.1,
-    torch_dtype="float32",
-)
+DENSE = small(V, S)
 MOE = MoEArchitecture(num_local_experts=8, num_experts_per_tok=2)
 
 

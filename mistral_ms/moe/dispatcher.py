@@ -114,6 +114,11 @@ class _LocalDispatcher(Dispatcher):
         self.permute = select.permute(routing.kernels, few)
         self.unpermute = select.unpermute(routing.kernels, few)
 
+    def capacity(self, T: int, K: int, columns: int) -> tuple[int, int]:
+        """Slots of each expert for so many tokens and choices; and local groups that share them."""
+        groups = local_groups(T, columns, self.routing.capacity_group)
+        return expert_capacity(T, self.num_experts, K, self.routing, columns), groups
+
     def dispatch(self, x_TH: Tensor, plan: DispatchPlan) -> tuple[Tensor, Tensor | None]:
         """See the contract."""
         slots, _, group_sizes_E, _ = plan
@@ -153,8 +158,7 @@ class PaddedDispatcher(_LocalDispatcher):
         """See the contract."""
         weights_TK, experts_TK, _, _, _ = chosen
         T, K = experts_TK.shape
-        capacity = expert_capacity(T, self.num_experts, K, self.routing, columns)
-        groups = local_groups(T, columns, self.routing.capacity_group)
+        capacity, groups = self.capacity(T, K, columns)
         if priority_TK is not None:
             slots = self.by_priority(experts_TK, valid_T, priority_TK, capacity, groups)
         elif groups > 1:
@@ -197,8 +201,7 @@ class ExpertChoiceDispatcher(_LocalDispatcher):
         """See the contract; the tokens' own choices say no more than how many slots there are."""
         _, experts_TK, scores_TE, _, _ = chosen
         T, K = experts_TK.shape
-        capacity = expert_capacity(T, self.num_experts, K, self.routing, columns)
-        groups = local_groups(T, columns, self.routing.capacity_group)
+        capacity, groups = self.capacity(T, K, columns)
         slots = self.choose_tokens(scores_TE, valid_T, capacity, groups)
         return slots, self.weights(scores_TE, slots), None, ()
 
@@ -220,8 +223,7 @@ class RerouteDispatcher(_LocalDispatcher):
         """See the contract."""
         _, experts_T1, scores_TE, _, _ = chosen
         T, K = experts_T1.shape
-        capacity = expert_capacity(T, self.num_experts, K, self.routing, columns)
-        groups = local_groups(T, columns, self.routing.capacity_group)
+        capacity, groups = self.capacity(T, K, columns)
         slots = reference.reroute_tokens(
             scores_TE, experts_T1, valid_T, capacity, self.routing.reroute_rounds, groups
         )

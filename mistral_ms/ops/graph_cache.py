@@ -6,7 +6,8 @@ and no further: a process that compiles another shape or another model first get
 in the user's cache, and go there, under a digest of all that they are made of: the cells with all
 that hangs on them but the values of parameters, shapes and dtypes of the inputs, the sources of
 this package, versions, and MindSpore's settings. What holds anything that is not understood is
-compiled and not kept.
+compiled and not kept. What is kept serves later processes: the same model compiled again in one
+process was no faster.
 
 Only on CPU, in one process; elsewhere it was never tried. ``MS_COMPILER_CACHE_ENABLE``, which turns
 MindSpore's own cache on or off, turns this one off.
