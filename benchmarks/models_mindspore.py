@@ -23,7 +23,7 @@ from mistral_ms.training import TrainStep, make_objective
 Case = Mapping[str, Any]
 CHECKED_STEPS = 3
 AUX = 0.02
-LEARNING_RATE, DECAY, BETAS = 1e-4, 0.1, (0.9, 0.95)
+LEARNING_RATE, DECAY, BETAS = 1e-5, 0.1, (0.9, 0.95)
 
 
 def _training(case: Case, routing: RoutingConfig, offload: str = "none") -> Work:

@@ -17,7 +17,7 @@ from benchmarks.peer import Work, timed
 Case = Mapping[str, Any]
 CHECKED_STEPS = 3
 AUX = 0.02
-LEARNING_RATE, DECAY, BETAS = 1e-4, 0.1, (0.9, 0.95)
+LEARNING_RATE, DECAY, BETAS = 1e-5, 0.1, (0.9, 0.95)
 torch.set_num_threads(os.cpu_count() or 1)
 
 
