@@ -5,7 +5,7 @@ from mistral_ms.layers.embedding import Embedding, embedded, embedding_noise
 from mistral_ms.layers.feed_forward import FeedForward, GatedLinear
 from mistral_ms.layers.kv_cache import CacheSpec, Columns, KeyPositions, KVCache, forget
 from mistral_ms.layers.linear import Linear, OutputLogits, output_logits
-from mistral_ms.layers.loss import HeadLoss, TokenNLL, token_nll
+from mistral_ms.layers.loss import HeadLoss, TokenNLL, log_softmax, token_nll
 from mistral_ms.layers.low_rank import LowRank, LowRankGroupedLinear, LowRankLinear
 from mistral_ms.layers.norm import PiecewiseNorm, RMSNorm
 from mistral_ms.layers.parameter import is_buffer
@@ -40,6 +40,7 @@ __all__ = [
     "forget",
     "inverse_frequencies",
     "is_buffer",
+    "log_softmax",
     "output_logits",
     "rope_angles",
     "token_nll",

@@ -19,6 +19,15 @@ _sum = ops.ReduceSum()
 _zeros_like = ops.ZerosLike()
 
 
+def log_softmax(x: Tensor) -> Tensor:
+    """Log softmax over the last axis, float32, any shape.
+
+    Not MindSpore's LogSoftmax: its CPU kernel (2.9.0) has now and then left a whole result zero.
+    What makes it do so is not known; the gradient, which reads the result, was wrong with it.
+    """
+    return x - ops.logsumexp(x, -1, True)
+
+
 class LabelNLL(nn.Cell):
     """-log softmax(logits)[label] of every row, with the gradient written out.
 

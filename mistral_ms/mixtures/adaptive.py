@@ -29,11 +29,11 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.errors import ConfigError
+from mistral_ms.layers import log_softmax
 from mistral_ms.mixtures.experts import Activation, StackedDense
 
 _sum = ops.ReduceSum()
 _max_keep = ops.ReduceMax(keep_dims=True)
-_log_softmax = ops.LogSoftmax(-1)
 _softmax = ops.Softmax(-1)
 
 
@@ -59,7 +59,7 @@ class AdaptiveMixture(nn.Cell):
 
     def construct(self, x_BI: Tensor) -> tuple[Tensor, Tensor]:
         """[B, I] -> what each expert says, [B, E, O], and the log of what it weighs, [B, E]."""
-        log_probs_BE = _log_softmax(self.gate(x_BI))
+        log_probs_BE = log_softmax(self.gate(x_BI))
         if self.stacked:
             return self.experts(x_BI), log_probs_BE
         outputs: tuple[Tensor, ...] = ()
@@ -137,9 +137,7 @@ def responsibilities(outputs_BEO: Tensor, log_probs_BE: Tensor, target_BO: Tenso
 def cooperative_nll(logits_BEC: Tensor, log_probs_BE: Tensor, classes_B: Tensor) -> Tensor:
     """Classes, cooperative: cross-entropy of the mixed logits."""
     mixed_BC = mixed_output(logits_BEC, log_probs_BE)
-    return -_sum(ops.GatherD()(_log_softmax(mixed_BC), 1, classes_B.reshape(-1, 1))) / len(
-        classes_B
-    )
+    return -_sum(ops.GatherD()(log_softmax(mixed_BC), 1, classes_B.reshape(-1, 1))) / len(classes_B)
 
 
 def competitive_nll(logits_BEC: Tensor, log_probs_BE: Tensor, classes_B: Tensor) -> Tensor:
@@ -167,7 +165,7 @@ def squared_errors(outputs_BEO: Tensor, target_BO: Tensor) -> Tensor:
 def _joint_classes(logits_BEC: Tensor, log_probs_BE: Tensor, classes_B: Tensor) -> Tensor:
     B, E = log_probs_BE.shape
     index_BE1 = ops.broadcast_to(ops.cast(classes_B, ms.int32).reshape(B, 1, 1), (B, E, 1))
-    return log_probs_BE + ops.GatherD()(_log_softmax(logits_BEC), 2, index_BE1).reshape(B, E)
+    return log_probs_BE + ops.GatherD()(log_softmax(logits_BEC), 2, index_BE1).reshape(B, E)
 
 
 def _log_sum_exp(x_BE: Tensor) -> Tensor:

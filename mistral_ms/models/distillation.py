@@ -8,11 +8,10 @@ import mindspore as ms
 from mindspore import Tensor, ops
 
 from mistral_ms.config import IGNORE_INDEX
-from mistral_ms.layers import output_logits
+from mistral_ms.layers import log_softmax, output_logits
 from mistral_ms.models.causal_lm import CausalLM
 from mistral_ms.models.objective import Objective
 
-_log_softmax = ops.LogSoftmax(-1)
 _sum = ops.ReduceSum()
 
 DISTANCE = "distillation"
@@ -72,5 +71,5 @@ class DistillationObjective(Objective):
 
 def divergence(before_TV: Tensor, now_TV: Tensor) -> Tensor:
     """KL(softmax(before) || softmax(now)) of each token, float32 [T]; no gradient to ``before``."""
-    before = ops.stop_gradient(_log_softmax(before_TV))
-    return _sum(ops.exp(before) * (before - _log_softmax(now_TV)), -1)
+    before = ops.stop_gradient(log_softmax(before_TV))
+    return _sum(ops.exp(before) * (before - log_softmax(now_TV)), -1)

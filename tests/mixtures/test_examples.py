@@ -10,6 +10,7 @@ CLAIMS = {
     "multi_gate_mixture": lambda n: len(set(n["parameters"].values())) == 3,
     "random_routed_experts": lambda n: n["largest difference, others scrambled"] == 0.0,
     "gates": lambda n: sum(isinstance(found, dict) for found in n.values()) == 3,
+    "lstm_mixture": lambda n: sum("largest load over the mean" in str(n[k]) for k in n) == 3,
     "own_gate": lambda n: n["by angle"] != n["Mixtral's"],
     # rounding of float32: the weights 1/2 and 1/2 of two equal experts add up to their result
     "upcycling": lambda n: (
@@ -21,7 +22,9 @@ CLAIMS = {
 }
 
 
-SLOW = ("random_routed_experts", "lifelong_experts", "gates", "own_gate", "upcycling")
+SLOW = (
+    "random_routed_experts", "lifelong_experts", "lstm_mixture", "gates", "own_gate", "upcycling",
+)  # fmt: skip
 """They take some seconds of processor time."""
 
 
