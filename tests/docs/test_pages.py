@@ -170,11 +170,11 @@ def check_script(program, words):
 
 @pytest.mark.parametrize("page", TRANSLATED, ids=name)
 def test_a_translation_is_at_the_state_of_its_original(page):
-    """The same headings in number and level, the same rows of tables, the same code but for
-    comments.
+    """The same headings in number and level, the same rows of tables and measurements in them, the
+    same code but for comments.
     """
     original = page.with_name(page.name.replace("_CN", ""))
-    for shape in (heading_levels, table_rows, code):
+    for shape in (heading_levels, table_rows, table_numbers, code):
         assert shape(page) == shape(original)
 
 
@@ -186,6 +186,13 @@ def table_rows(page):
     """Lengths of a page's tables, and the columns of each."""
     tables = re.findall(r"(?:^\|.*\n)+", prose(page), re.M)
     return [(t.count("\n"), len(re.split(r"(?<!\\)\|", t.splitlines()[0]))) for t in tables]
+
+
+def table_numbers(page):
+    """Of cells that have nothing else: a translation must not keep old measurements."""
+    rows = re.findall(r"^\|(.*)\|$", prose(page), re.M)
+    cells = [cell for row in rows for cell in re.split(r"(?<!\\)\|", row)]
+    return [re.findall(r"\d+(?:\.\d+)?", cell) for cell in cells if not re.search(r"[^\W\d]", cell)]
 
 
 def code(page):
