@@ -30,6 +30,11 @@ class RunFiles:
         return self.root / "dataset"
 
     @property
+    def preferences(self) -> Path:
+        """Pairs of answers and their log-probabilities under the reference, of a run with dpo."""
+        return self.root / "preferences.npz"
+
+    @property
     def metrics(self) -> Path:
         """One JSON line a step."""
         return self.root / "metrics.jsonl"

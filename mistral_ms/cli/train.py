@@ -168,6 +168,13 @@ def report(console: Console, result: RunResult) -> None:
         f"{summary.steps} steps ({summary.epochs:.1f} epochs){state}; {summary.seconds:.0f} s, "
         f"{summary.tokens_per_s:.0f} tokens/s"
     )
+    if summary.preference:
+        found = summary.preference
+        console.print(
+            f"preferences in the last batch: loss {found['loss']:.4f}, "
+            f"{100 * found['rewards/accuracies']:.0f} % in the right order, "
+            f"margin of rewards {found['rewards/margins']:.3f}"
+        )
     if summary.skipped:
         console.print(f"{summary.skipped} steps without an update: float16 overflowed")
     for what, path in (

@@ -29,6 +29,7 @@ from mistral_ms.config.model import DType, LayerKinds, ModelConfig
 from mistral_ms.config.moe import MoEArchitecture
 from mistral_ms.config.parallel import ParallelConfig, Recompute, layout_from_flags
 from mistral_ms.config.predict import PredictConfig, PredictionConfig, load_any_config
+from mistral_ms.config.preference import DpoConfig
 from mistral_ms.config.rope_scaling import RopeScaling
 from mistral_ms.config.routes import any_layout, even_hops, register_route_name
 from mistral_ms.config.routing import DROPLESS, RoutingConfig
@@ -59,6 +60,7 @@ __all__ = [
     "DataConfig",
     "DataSourceConfig",
     "DistillationConfig",
+    "DpoConfig",
     "EvaluationConfig",
     "GateSettings",
     "GenerationConfig",

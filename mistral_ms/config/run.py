@@ -11,11 +11,12 @@ from pydantic import Field, field_validator, model_validator
 
 from mistral_ms.config.base import Frozen, validate
 from mistral_ms.config.conventions import PACKAGED_TOKENIZER
-from mistral_ms.config.data import DataSourceConfig
+from mistral_ms.config.data import DataSourceConfig, PackingConfig
 from mistral_ms.config.evaluation import EvaluationConfig
 from mistral_ms.config.lora import LoraConfig
 from mistral_ms.config.model import ModelConfig
 from mistral_ms.config.parallel import ParallelConfig
+from mistral_ms.config.preference import DpoConfig
 from mistral_ms.config.routing import RoutingConfig
 from mistral_ms.config.run_files import read_run_file
 from mistral_ms.config.training import TrainingConfig
@@ -98,6 +99,9 @@ class RunConfig(Frozen):
             None: the weights themselves are trained.
         distillation: a model whose outputs the training is held to, so that what it knew is not
             forgotten: its path, or a group of path, coefficient, format, verify and follow_links.
+        dpo: what is learnt are preferences: ``data.inputs`` are jsonl files of pairs of answers,
+            ``training.global_batch_size`` counts pairs, and the model that ``init_from`` names,
+            without adapters that are trained, is the reference; None: texts are learnt.
         checkpoint: when the training is saved.
         evaluation: held-out data that the training is judged by while it goes on; None: it is not.
         output: directory of all that the run writes; ``runs/NAME`` when not given, with the run
@@ -112,6 +116,7 @@ class RunConfig(Frozen):
     init_from: InitFromConfig | None = None
     lora: LoraConfig | None = None
     distillation: DistillationConfig | None = None
+    dpo: DpoConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig | None = None
     output: Path | None = None
@@ -245,6 +250,30 @@ class RunConfig(Frozen):
                 f"parallel.pp ({stages}) times parallel.pp_interleave_num ({chunks}) parts need as "
                 f"many layers; model.num_hidden_layers is {self.model.num_hidden_layers}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _preferences(self) -> RunConfig:
+        if self.dpo is None:
+            return self
+        if self.routing.policy != "dropless" and self.model.moe is not None:
+            raise ValueError(
+                f"dpo needs routing.policy dropless ({self.routing.policy}): the log-probability "
+                "of an answer must not depend on the other rows of its batch"
+            )
+        parallel = self.parallel
+        for key in ("pp", "mp", "micro_batch_interleave_num"):
+            if (value := getattr(parallel, key)) > 1:
+                raise ValueError(f"dpo needs parallel.{key} of 1 ({value})")
+        for key in ("distillation", "evaluation"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"dpo and {key} do not go together: leave {key} out")
+        if self.data is not None:
+            if self.data.dataset is not None or self.data.domains:
+                raise ValueError("dpo learns pairs of data.inputs, without data.dataset or domains")
+            for key in ("boundaries", "split_lines", "drop_last", "format"):
+                if getattr(self.data.packing, key) != getattr(PackingConfig(), key):
+                    raise ValueError(f"data.packing.{key} is of texts, not of pairs for dpo")
         return self
 
     def _check_domains(self) -> None:

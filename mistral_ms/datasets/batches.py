@@ -17,7 +17,7 @@ from mistral_ms.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One global batch; all arrays are int32.
+    """One global batch; all arrays but ``reference_B`` are int32.
 
     Attributes:
         ids_BS: tokens.
@@ -28,6 +28,8 @@ class Batch:
         rows_B: numbers of the rows in the global batch, whatever part of it this is; those of a
             global batch when not given.
         domains_B: of the rows, where the data have domains.
+        reference_B: float32, where rows are pairs of answers: the log-probability of each row's
+            labels under the model that the training is held to.
     """
 
     ids_BS: np.ndarray
@@ -37,6 +39,7 @@ class Batch:
     samples_B: np.ndarray
     rows_B: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     domains_B: np.ndarray | None = None
+    reference_B: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.rows_B) == 0:

@@ -150,6 +150,28 @@ def read_documents(
             reject(error)
 
 
+def read_objects(path: Path, reject: Rejects) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a jsonl file, one a line, with file and line of each.
+
+    Args:
+        path: the file.
+        reject: takes the errors of lines that are not JSON objects.
+
+    Raises:
+        DataError: the file cannot be read, or what ``reject`` raises.
+    """
+    for number, line in _lines(path):
+        where = f"{path}, line {number}"
+        try:
+            text = _decoded(line, where)
+            record = _json_object(text, where) if text.strip() else None
+        except DataError as error:
+            reject(error)
+            continue
+        if record is not None:
+            yield where, record
+
+
 def _whole_file(path: Path, reject: Rejects, advance: Advance) -> Iterator[Document]:
     """Reads the file twice: its first half must not be packed when the second is not UTF-8."""
     blank, size = True, 0
@@ -195,7 +217,7 @@ def _line_of_text(text: str) -> Document:
     return TextDocument(iter((text,)))
 
 
-def _line_of_json(line: str, where: str, forced: str | None) -> Document:
+def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
@@ -205,6 +227,11 @@ def _line_of_json(line: str, where: str, forced: str | None) -> Document:
         raise bad_document("not JSON", where, found, "each line must be one JSON object") from error
     if not isinstance(record, dict):
         raise bad_document("wrong type", where, kind(record), "each line must be one JSON object")
+    return record
+
+
+def _line_of_json(line: str, where: str, forced: str | None) -> Document:
+    record = _json_object(line, where)
     try:
         shape = shape_of(record, forced)
         if shape == "text":
@@ -213,7 +240,7 @@ def _line_of_json(line: str, where: str, forced: str | None) -> Document:
     except ShapeError as error:
         raise bad_document(error.what, where, error.value, error.rule) from error
     for value in (chat.messages, chat.tools):
-        _check_unicode(json.dumps(value, ensure_ascii=False), where)
+        check_unicode(json.dumps(value, ensure_ascii=False), where)
     return ChatDocument(chat.messages, chat.tools, where)
 
 
@@ -227,11 +254,12 @@ def _text(text: Any, where: str) -> TextDocument:
             repr(text[:20]),
             "text must have at least one visible character",
         )
-    _check_unicode(text, where)
+    check_unicode(text, where)
     return TextDocument(_chunks(iter(text.splitlines(keepends=True))))
 
 
-def _check_unicode(text: str, where: str) -> None:
+def check_unicode(text: str, where: str) -> None:
+    """Raises a DataError that names ``where`` when a text is half of a surrogate pair."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -72,7 +72,7 @@ class DomainSequences:
         arrays = {
             each.name: np.concatenate([getattr(row, each.name) for row in rows])
             for each in fields(Batch)
-            if each.name not in ("samples_B", "rows_B", "domains_B")
+            if each.name not in ("samples_B", "rows_B", "domains_B", "reference_B")
         }
         domains = np.array(list(self._datasets), np.int32)
         return Batch(**arrays, samples_B=samples_B, domains_B=domains[numbers])

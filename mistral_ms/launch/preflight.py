@@ -86,5 +86,5 @@ def _check_data(run: RunConfig, files: RunFiles, node_rank: int) -> None:
     data = data_of(run)
     if data.dataset is not None:
         check_length(data.dataset, read_info(data.dataset), run.training.seq_length)
-    elif node_rank == 0 and not files.dataset.exists():
+    elif node_rank == 0 and not (files.dataset.exists() or files.preferences.exists()):
         check_inputs(data.inputs)

@@ -6,6 +6,7 @@ from mistral_ms.models.distillation import DistillationObjective
 from mistral_ms.models.layer_factory import LayerFactory
 from mistral_ms.models.model_chunk import ModelChunk
 from mistral_ms.models.objective import LossReport, Objective, tokens_at_a_time
+from mistral_ms.models.preference import PreferenceObjective
 from mistral_ms.models.recomputation import recompute
 from mistral_ms.models.scores import Scores
 from mistral_ms.models.shared import share_parameters
@@ -20,6 +21,7 @@ __all__ = [
     "ModelChunk",
     "NextTokenLogits",
     "Objective",
+    "PreferenceObjective",
     "Scores",
     "StageChunks",
     "StageObjectives",

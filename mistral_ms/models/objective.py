@@ -50,7 +50,7 @@ class LossReport(NamedTuple):
             dense model).
         kept_LE: choices that got a slot (likewise).
         others: further router losses, without their coefficients, in the order of
-            ``Objective.others``; each counted as ``aux`` is.
+            ``Objective.others``; each counted as ``aux`` is. Behind them ``Objective.measures``.
     """
 
     lm: Tensor
@@ -116,11 +116,14 @@ class Objective(nn.Cell):
 
     Attributes:
         others: names of the further router losses, in the order of ``LossReport.others``.
+        measures: names of what is reported behind these and is no loss.
 
     Raises:
         ConfigError: pooled aux of a model chunk or of layers with different numbers of experts, a
             router loss that the model's gate does not have.
     """
+
+    measures: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -260,21 +263,50 @@ class Objective(nn.Cell):
         positions_BS = self.rows(positions_BS, number)
         segments_BS = None if segments_BS is None else self.rows(segments_BS, number)
         random_B3 = None if random_B3 is None else self.rows(random_B3, number)
+        hidden_TH, sums = self.states(x, positions_BS, segments_BS, random_B3)
+        lm = ops.zeros((), ms.float32)
+        if self.predicts:
+            lm = self.nll(hidden_TH, labels_BS.reshape(-1)) * inv_counts[0]
+        total, parts = self.with_router_losses(lm, lm, sums, positions_BS, inv_counts)
+        return total, hidden_TH, parts
+
+    def states(
+        self,
+        x: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor | None,
+        random_B3: Tensor | None,
+    ) -> tuple[Tensor, RouterSums | None]:
+        """What the model chunk makes of its input, as :meth:`CausalLM.decode` gives it."""
         x_TH = self.model.embed(x) if self.embeds else x
         if self.embeds and self.noise_alpha is not None and random_B3 is not None:
             x_TH = self.noisy(x_TH, random_B3, positions_BS.shape[1])
         ids_BS = x if self.embeds else None
-        hidden_TH, sums = self.model.decode(x_TH, positions_BS, segments_BS, random_B3, ids_BS)
-        zero = ops.zeros((), ms.float32)
-        lm = zero
-        if self.predicts:
-            lm = self.nll(hidden_TH, labels_BS.reshape(-1)) * inv_counts[0]
+        return self.model.decode(x_TH, positions_BS, segments_BS, random_B3, ids_BS)
+
+    def with_router_losses(
+        self,
+        total: Tensor,
+        lm: Tensor,
+        sums: RouterSums | None,
+        positions_BS: Tensor,
+        inv_counts: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A loss and the router's, each times its coefficient; and the parts of the report.
+
+        Args:
+            total: the loss.
+            lm: reported as such.
+            sums: of the router; None of a dense model.
+            positions_BS: int32.
+            inv_counts: float32 [2].
+        """
         if sums is None:
+            zero = ops.zeros((), ms.float32)
             none = zero if self.rows_before[1] == 0 else self.counts(None)
             absent = [zero for _ in self.coefficients[2:]]
-            return lm, hidden_TH, (lm, zero, zero, none, none, *absent)
+            return total, (lm, zero, zero, none, none, *absent)
         weight = _count(positions_BS.reshape(-1) >= 0) * inv_counts[1] * self.fraction
-        total = lm
         losses: tuple[Tensor, ...] = ()
         for i in range(len(self.coefficients)):
             loss = self.router_losses[i](sums) * weight
@@ -282,7 +314,7 @@ class Objective(nn.Cell):
             losses = (*losses, loss)
         _, routed_LE, kept_LE, _, _, _, _ = sums
         counts = self.counts(routed_LE), self.counts(kept_LE)
-        return total, hidden_TH, (lm, *losses[:2], *counts, *losses[2:])
+        return total, (lm, *losses[:2], *counts, *losses[2:])
 
     def noisy(self, x_TH: Tensor, random_B3: Tensor, columns: int) -> Tensor:
         """Embedded tokens of rows of so many columns, with their noise."""

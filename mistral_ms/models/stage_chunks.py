@@ -64,10 +64,11 @@ class StageObjectives:
 
     Attributes:
         others: names of the further router losses.
+        measures: names of what else is reported.
     """
 
     def __init__(self, model: StageChunks, parts: Sequence[Objective]) -> None:
         self.model, self.parts = model, tuple(parts)
         for number, part in enumerate(parts):  # one graph holds them all, and wants other names
             part.update_parameters_name(f"chunks.{number}.")
-        self.others = parts[0].others
+        self.others, self.measures = parts[0].others, parts[0].measures

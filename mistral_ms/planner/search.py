@@ -156,6 +156,14 @@ class _Search:
                 rule="memory and time are calculated for trainings of all weights",
                 todo="plan without lora: what fits then fits with it",
             )
+        if run.dpo is not None:
+            raise ConfigError(
+                "no plan of preferences",
+                where="dpo",
+                value=str(run.dpo),
+                rule="memory and time are calculated for trainings on texts",
+                todo="plan without dpo and with twice the global_batch_size: a pair is two rows",
+            )
         self.run, self.cluster, self.loads, self.offload = run, cluster, loads, offload
         self.hardware = cluster.hardware
         self.execution: Execution = run.parallel.execution_on(self.hardware.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mistral_ms.checkpoint.adapters import open_adapter, write_peft
@@ -38,7 +39,12 @@ def check_adapters(run: RunConfig, given: bool) -> None:
 
 
 def initialize_weights(
-    model: CausalLM, storage: Storage, run: RunConfig, parallel_context: ParallelContext, say: Say
+    model: CausalLM,
+    storage: Storage,
+    run: RunConfig,
+    parallel_context: ParallelContext,
+    say: Say,
+    begun: Callable[[], None] = lambda: None,
 ) -> None:
     """Draws a model's weights or reads them; those of adapters are drawn, or read as well.
 
@@ -48,6 +54,7 @@ def initialize_weights(
         run: the run.
         parallel_context: which part of the run this process has.
         say: told where they are from.
+        begun: called when the model is what training begins with, but for an adapter to go on with.
 
     Raises:
         ConfigError: a checkpoint of another model, an adapter of another shape.
@@ -55,6 +62,7 @@ def initialize_weights(
     """
     initialize(model.weights(), storage, run, parallel_context, say)
     model.begin_adapters()
+    begun()
     start = run.init_from
     if run.lora is None or start is None or start.adapter is None:
         return

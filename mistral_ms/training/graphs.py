@@ -31,9 +31,10 @@ Losses = tuple[Tensor, tuple[Tensor, ...]]
 """The total and the parts of a LossReport."""
 
 
-BatchTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""ids, labels, positions and segments, int32 [B, S]; and int32 [B, 3], what gates draw from, or
-[B, 4] with the domain of each row."""
+BatchTensors = tuple[Tensor, ...]
+"""ids, labels, positions and segments, int32 [B, S]; int32 [B, 3], what gates draw from, or
+[B, 4] with the domain of each row; and where pairs are learnt, float32 [B], the log-probability of
+each row's labels under the reference."""
 
 
 def batch_tensors(batch: Batch, seed: int = 0, step: int = 0) -> BatchTensors:
@@ -51,7 +52,10 @@ def batch_tensors(batch: Batch, seed: int = 0, step: int = 0) -> BatchTensors:
     columns = [constant_B * word, constant_B * np.int32(step), batch.rows_B]
     if batch.domains_B is not None:
         columns.append(batch.domains_B)
-    return ids, labels, positions, segments, Tensor(np.stack(columns, -1).astype(np.int32))
+    random = Tensor(np.stack(columns, -1).astype(np.int32))
+    if batch.reference_B is None:
+        return ids, labels, positions, segments, random
+    return ids, labels, positions, segments, random, Tensor(batch.reference_B)
 
 
 def gradient_sums(weights: Mapping[str, Parameter]) -> ParameterTuple:
@@ -89,9 +93,10 @@ class _Scaled(nn.Cell):
         segments_BS: Tensor,
         random_B3: Tensor,
         scales: Tensor,
+        *reference_B: Tensor,
     ) -> Losses:
         total, parts = self.objective(
-            ids_BS, labels_BS, positions_BS, segments_BS, scales[:2], random_B3
+            ids_BS, labels_BS, positions_BS, segments_BS, scales[:2], random_B3, *reference_B
         )
         return total * scales[2], (total, *parts)
 
@@ -118,6 +123,7 @@ class MicroBatchGradients(nn.Cell):
         segments_BS: Tensor,
         random_B3: Tensor,
         scales: Tensor,
+        *reference_B: Tensor,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """See :class:`~mistral_ms.models.Objective` for the arguments.
 
@@ -129,12 +135,13 @@ class MicroBatchGradients(nn.Cell):
             random_B3: int32.
             scales: float32 [3]: the two shares of this group in the batch (one over all counted
                 labels, one over all tokens), and the loss scale.
+            reference_B: float32, where pairs are learnt.
 
         Returns:
             The total and the parts of a LossReport; the scaled gradients, float32.
         """
         (_, parts), gradients = self.gradient(
-            ids_BS, labels_BS, positions_BS, segments_BS, random_B3, scales
+            ids_BS, labels_BS, positions_BS, segments_BS, random_B3, scales, *reference_B
         )
         return parts, to_float32(gradients)
 
@@ -203,12 +210,13 @@ class FusedUpdate(nn.Cell):
         random_B3: Tensor,
         scales: Tensor,
         coefficients: Tensor,
+        *reference_B: Tensor,
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, tuple[Tensor, ...]]:
         """The losses as :class:`MicroBatchGradients` gives them, and what :class:`OptimizerStep`
         gives.
         """
         parts, gradients = self.micro(
-            ids_BS, labels_BS, positions_BS, segments_BS, random_B3, scales
+            ids_BS, labels_BS, positions_BS, segments_BS, random_B3, scales, *reference_B
         )
         norm, norms_n, clipped = self.optimizer_step(gradients, parts[0], scales, coefficients)
         return parts, norm, norms_n, clipped
@@ -238,10 +246,11 @@ class Accumulate(nn.Cell):
         segments_BS: Tensor,
         random_B3: Tensor,
         scales: Tensor,
+        *reference_B: Tensor,
     ) -> tuple[Tensor, ...]:
         """The losses as :class:`MicroBatchGradients` gives them."""
         parts, gradients = self.micro(
-            ids_BS, labels_BS, positions_BS, segments_BS, random_B3, scales
+            ids_BS, labels_BS, positions_BS, segments_BS, random_B3, scales, *reference_B
         )
         done = scales[0]
         for i in range(len(self.sums)):
@@ -274,7 +283,7 @@ class GradientAccumulation:
         Returns:
             Total and report, added up over the micro-batches.
         """
-        return added_up([self._accumulate(*part, scales) for part in parts])
+        return added_up([self._accumulate(*part[:5], scales, *part[5:]) for part in parts])
 
     def cells(self) -> tuple[nn.Cell, ...]:
         """The cells that are compiled for the device."""

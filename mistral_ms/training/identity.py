@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig, TrainingConfig
+from mistral_ms.config import DpoConfig, ModelConfig, ParallelConfig, RoutingConfig, TrainingConfig
 from mistral_ms.config.computation import computation
 from mistral_ms.errors import TrainingError
 
@@ -25,6 +25,7 @@ class Identity:
         parallel: the layout; another one goes on exactly only if its dispatch groups are the same.
             Its ``execution`` is the one that was taken, not ``auto``.
         dataset: a digest of the sequences.
+        dpo: how preferences are learnt; None of other trainings.
     """
 
     model: ModelConfig
@@ -32,10 +33,12 @@ class Identity:
     training: TrainingConfig
     parallel: ParallelConfig
     dataset: str
+    dpo: DpoConfig | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for ``state.json``."""
-        return {
+        dpo = {} if self.dpo is None else {"dpo": self.dpo.model_dump(mode="json")}
+        return dpo | {
             "dataset": self.dataset,
             "model": computation(self.model),
             "training": self.training.model_dump(mode="json"),

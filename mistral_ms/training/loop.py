@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mistral_ms.datasets.batches import BatchSource
 from mistral_ms.training.metrics import StepRecord, make_record
@@ -29,6 +29,8 @@ class TrainingSummary:
         tokens_per_s: predicted tokens per second, without the first step, which compiles.
         finished: False when it was asked to stop before the last step.
         world_size: processes.
+        preference: of the last batch, where pairs of answers were learnt; see
+            :class:`~mistral_ms.training.metrics.StepRecord`.
     """
 
     first_lm_loss: float
@@ -40,6 +42,7 @@ class TrainingSummary:
     tokens_per_s: float
     finished: bool
     world_size: int
+    preference: dict[str, float] = field(default_factory=dict)
 
 
 def train(
@@ -95,6 +98,7 @@ def train(
         tokens_per_s=round(rate.tokens_per_s, 1),
         finished=progress.step == config.last_step,
         world_size=world_size,
+        preference=last.preference if last else {},
     )
 
 

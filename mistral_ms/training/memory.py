@@ -91,11 +91,14 @@ def step_memory(
         kept: between steps.
         device: "Ascend", whose operators are fused, or "CPU".
     """
-    execution = run.parallel.execution_on(device)
+    execution, training = run.parallel.execution_on(device), run.training
+    if run.dpo is not None:  # two rows a pair
+        rows = 2 * training.global_batch_size
+        training = training.model_copy(update={"global_batch_size": rows})
     return activation_memory(
         run.model,
         run.routing,
-        run.training,
+        training,
         run.parallel,
         stage=parallel_context.groups.coords.pp,
         execution=execution,

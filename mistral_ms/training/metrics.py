@@ -38,6 +38,9 @@ class StepRecord:
         expert_load: for each sparse layer the share of choices that fell on each expert, before
             the capacity; each row adds up to 1.
         router_losses: further router losses by name, without their coefficients.
+        preference: where pairs of answers are learnt: their loss, rewards, margins, how often the
+            chosen answer has the larger reward, and log-probabilities, means over the pairs; see
+            :data:`mistral_ms.models.preference.MEASURES`.
     """
 
     step: int
@@ -54,6 +57,7 @@ class StepRecord:
     dropped_fraction: float
     expert_load: tuple[tuple[float, ...], ...]
     router_losses: dict[str, float] = field(default_factory=dict)
+    preference: dict[str, float] = field(default_factory=dict)
 
 
 def make_record(
@@ -77,6 +81,7 @@ def make_record(
         dropped_fraction=result.dropped_fraction,
         expert_load=tuple(tuple(round(float(x), 6) for x in row) for row in load),
         router_losses=result.router_losses,
+        preference=result.preference,
     )
 
 
@@ -113,7 +118,9 @@ class MetricsWriter:
 
 def _line(record: StepRecord) -> str:
     values = asdict(record)
-    for group in (values, values["router_losses"]):
+    if not record.preference:
+        del values["preference"]
+    for group in (values, values["router_losses"], values.get("preference", {})):
         for name, value in group.items():
             if isinstance(value, float) and not math.isfinite(value):
                 group[name] = None
@@ -138,8 +145,9 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[StepRecord]:
         try:
             values = json.loads(line)
             values = {k: math.nan if v is None else v for k, v in values.items()}
-            losses = values.get("router_losses", {}).items()
-            values["router_losses"] = {k: math.nan if v is None else v for k, v in losses}
+            for group in ("router_losses", "preference"):
+                found = values.get(group, {}).items()
+                values[group] = {k: math.nan if v is None else v for k, v in found}
             values["expert_load"] = tuple(tuple(row) for row in values["expert_load"])
             records.append(StepRecord(**values))
         except (ValueError, TypeError, KeyError, AttributeError) as error:

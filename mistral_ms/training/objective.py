@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from mistral_ms.config import TrainingConfig
+from mistral_ms.config import DpoConfig, TrainingConfig
 from mistral_ms.models import (
     CausalLM,
     DistillationObjective,
     Objective,
+    PreferenceObjective,
     StageChunks,
     StageObjectives,
 )
@@ -26,6 +27,7 @@ def make_objective(
     pooled_aux: bool = True,
     parallel_context: ParallelContext | None = None,
     before: tuple[CausalLM, float] | None = None,
+    dpo: DpoConfig | None = None,
 ) -> TrainedObjective:
     """Next-token loss and the router's losses, with the coefficients of the configuration; and the
     distance from another model where one is given, to a whole model.
@@ -37,6 +39,8 @@ def make_objective(
         parallel_context: which part of the model this process has; None when it is alone.
         before: a model that is not trained, whose outputs the training is held to, and the
             coefficient of the distance.
+        dpo: batches are pairs of answers, and this is their loss, in the place of the next-token
+            loss; of a whole model.
 
     Raises:
         ConfigError: see :class:`~mistral_ms.models.Objective`.
@@ -53,6 +57,8 @@ def make_objective(
         options["token_nll"] = parallel_context.token_nll(model.config)
     if isinstance(model, StageChunks):
         return StageObjectives(model, [Objective(each, **options) for each in model.chunks])
+    if dpo is not None:
+        return PreferenceObjective(model, dpo, config.global_batch_size, **options)
     if before is not None:
         return DistillationObjective(model, *before, **options)
     return Objective(model, **options)

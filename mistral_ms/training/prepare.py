@@ -58,7 +58,7 @@ def check_settings(run: RunConfig) -> RunConfig:
         ConfigError: a dtype that the device does not compute in; an optimizer, its settings or its
             parameter groups; losses that the layout cannot form or the gate does not have; a gate
             with impossible settings, or one that breaks its contract; what only one process with
-            explicit execution can train.
+            explicit execution can train; preferences without a reference.
     """
     check_device(run)
     run = run.model_copy(update={"training": with_settings(run.training)})
@@ -68,6 +68,13 @@ def check_settings(run: RunConfig) -> RunConfig:
     check_trained(run.model, run.parallel.pp, plan.group_of)
     check_objective(run.model, run.routing, run.parallel, run.training.router_aux_loss_coef)
     router_loss_terms(run.model, tuple(run.training.router_losses))
+    if run.dpo is not None and run.init_from is None:
+        raise ConfigError(
+            "preferences without a model",
+            where="init_from",
+            rule="the model that a training with dpo begins with is its reference",
+            todo="name a checkpoint",
+        )
     if run.model.sparse_layers:
         try_gates(make_gate(run.model, run.routing), run.model, training=True)
     _check_one_process(run, graph)
@@ -140,7 +147,7 @@ def open_data(
     """
     data = data_of(run)
     packed = data.dataset is None and files.dataset.exists()
-    tokenizer = _tokenizer(run, optional=resuming and (packed or data.dataset is not None))
+    tokenizer = tokenizer_of(run, optional=resuming and (packed or data.dataset is not None))
     sequences = _sequences(
         run, data, files.dataset, run.training.global_batch_size, tokenizer, parallel_context, say
     )
@@ -225,7 +232,7 @@ def _sequences(
     return sequences
 
 
-def _tokenizer(run: RunConfig, optional: bool = False) -> Tokenizer | None:
+def tokenizer_of(run: RunConfig, optional: bool = False) -> Tokenizer | None:
     """The one that the run names, or that of the checkpoint it starts from.
 
     Args:

@@ -29,6 +29,8 @@ class StepResult:
         gradient_norms: of each trained weight of this process's stage; the auto-parallel graph
             gives them when the global one is not finite.
         router_losses: further router losses by name, without their coefficients.
+        preference: where pairs of answers are learnt, what is reported of them; see
+            :data:`mistral_ms.models.preference.MEASURES`.
     """
 
     loss: float
@@ -42,6 +44,7 @@ class StepResult:
     kept_LE: np.ndarray
     gradient_norms: dict[str, float]
     router_losses: dict[str, float] = field(default_factory=dict)
+    preference: dict[str, float] = field(default_factory=dict)
 
     @property
     def finite(self) -> bool:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from mistral_ms.training.memory import MemoryReport, step_memory
 from mistral_ms.training.metrics import MetricsWriter, StepRecord, read_metrics
 from mistral_ms.training.objective import make_objective
 from mistral_ms.training.parts import save_parts, take_part
+from mistral_ms.training.preferences import add_reference, open_preferences
 from mistral_ms.training.prepare import (
     Say,
     check_settings,
@@ -139,8 +141,10 @@ class TrainingRun:
             check_evaluation(self.parallel_context.world, way)
         given, held_out, _ = self._given
         tokenizer: Tokenizer | None = None
-        if given is None:
-            self.data: SequenceSource
+        self.data: SequenceSource
+        if given is None and run.dpo is not None:
+            self.data, tokenizer = open_preferences(run, self.files, say, resuming=resume)
+        elif given is None:
             self.data, tokenizer = open_data(
                 run, self.files, self.parallel_context, say, resuming=resume
             )
@@ -154,7 +158,9 @@ class TrainingRun:
         self.run = run.model_copy(update={"training": training})
         way = run.parallel.execution_on(ms.get_context("device_target"))
         layout = run.parallel.model_copy(update={"execution": way})
-        self.identity = Identity(run.model, run.routing, training, layout, self.data.digest)
+        self.identity = Identity(
+            run.model, run.routing, training, layout, self.data.digest, run.dpo
+        )
         self.series = CheckpointSeries(self.files.checkpoints, run.checkpoint.save_total_limit)
         found = self._newest() if resume else None
         self.update = self._update(drawn=found is None)
@@ -221,13 +227,18 @@ class TrainingRun:
             drawn = False  # it has its weights
         if drawn:  # before the optimizer copies them
             storage = parallel_context.storage(model.specs)
-            initialize_weights(model, storage, run, parallel_context, self._say)
+            path, say = self.files.preferences, self._say
+            reference = partial(
+                add_reference, model, run.training, self.data, path, parallel_context, say
+            )
+            initialize_weights(model, storage, run, parallel_context, self._say, reference)
         objective = make_objective(
             model,
             run.training,
             pooled_aux=run.routing.aux_loss == "pooled",
             parallel_context=parallel_context,
             before=open_teacher(run, self._say),
+            dpo=run.dpo,
         )
         return TrainStep(objective, run.training, parallel_context=parallel_context)
 

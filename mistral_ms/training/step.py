@@ -131,7 +131,8 @@ class TrainStep:
     Args:
         objective: of a model (``objective.model``), which is trained in place, with its initial
             weights. Used of it is what :class:`~mistral_ms.models.Objective` has: the call,
-            ``forward_step`` in pipelines, ``model``, ``others``, ``embeds`` and ``predicts``.
+            ``forward_step`` in pipelines, ``model``, ``others``, ``measures``, ``embeds`` and
+            ``predicts``.
         config: optimizer, schedule, micro-batches; its steps are counted out.
         parallel_context: which part of model and batch this process has; None when it is alone.
             Each data-parallel rank's micro-batches are dispatch groups of their own.
@@ -170,7 +171,7 @@ class TrainStep:
         )
         self.progress = Progress(scale=LossScale.start(config.scaling))
         recompute(model.layers, "none" if parallel_context is None else parallel_context.recompute)
-        self._others = objective.others
+        self._others, self._measures = objective.others, objective.measures
         updated = dict(self.weights)
         self._all_gather_weights: nn.Cell | None = None
         if isinstance(self._reduction, Zero1Reduction):
@@ -227,8 +228,9 @@ class TrainStep:
         with graph_mode():
             with self._kept(mine):
                 if self._fused is not None:
+                    tensors = self._tensors(mine)
                     losses, norm, norms_n, clipped = self._fused(
-                        *self._tensors(mine), scales, coefficients
+                        *tensors[:5], scales, coefficients, *tensors[5:]
                     )
                     sums = [part.asnumpy() for part in losses]
                 else:
@@ -307,7 +309,7 @@ class TrainStep:
         return kept_graphs(self.cells(), shapes, self.config.gradient_accumulation_steps)
 
     def _forward(self, batch: Batch) -> None:
-        ids, _, positions, segments, random = self._tensors(batch)
+        ids, _, positions, segments, random, *_ = self._tensors(batch)
         self.model.hidden_states(ids, positions, segments, random)
 
     def _accumulated(
@@ -337,6 +339,7 @@ class TrainStep:
     ) -> StepResult:
         total, report = float(sums[0]), LossReport.unpack(sums[1:])
         norms = zip(self.weights, norms_n.asnumpy().tolist(), strict=True)
+        values, others = list(map(float, report.others)), len(self._others)
         return StepResult(
             loss=total,
             lm_loss=float(report.lm),
@@ -348,7 +351,8 @@ class TrainStep:
             routed_LE=_table(report.routed_LE),
             kept_LE=_table(report.kept_LE),
             gradient_norms=dict(norms),
-            router_losses=dict(zip(self._others, map(float, report.others), strict=True)),
+            router_losses=dict(zip(self._others, values[:others], strict=True)),
+            preference=dict(zip(self._measures, values[others:], strict=True)),
         )
 
 

@@ -37,6 +37,8 @@ class TensorBoardWriter:
         }
         for name, loss in record.router_losses.items():
             scalars[f"loss/{name}"] = loss
+        for name, value in record.preference.items():
+            scalars[f"preference/{name}"] = value
         for layer, load in enumerate(record.expert_load):
             # 1 when every expert is asked equally often
             scalars[f"routing/busiest_expert/layer_{layer}"] = max(load) * len(load)

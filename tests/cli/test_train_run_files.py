@@ -70,6 +70,8 @@ def small(path):
         changes += [f"model.{key}={value}" for key, value in MODEL.items()]
     if values["training"].get("gradient_accumulation_steps", 1) > 1:
         changes.append("training.gradient_accumulation_steps=2")
+    if "dpo" in values:  # questions and answers, whole
+        changes.append("training.seq_length=40")
     if "inputs" not in values.get("data", {}):  # the demo's text; or a dataset of the user's
         changes += [f"data.inputs=[{DEMO_TEXT}]", "data.tokenizer=packaged-v1"]
     return changes
@@ -142,7 +144,10 @@ def test_a_file_trains(trained, path):
     training = run.training
     even = np.log(run.model.vocab_size)  # of a model that knows nothing
     assert record.lm_loss == pytest.approx(even, rel=0.01)
-    losses = record.lm_loss + training.router_aux_loss_coef * record.aux_loss
+    losses = (
+        record.preference.get("loss", record.lm_loss)
+        + training.router_aux_loss_coef * record.aux_loss
+    )
     assert record.loss == pytest.approx(losses, rel=1e-6)  # sums of float32
     assert (record.aux_loss > 0) == (run.model.moe is not None)
     assert record.lr == training.optimizer.learning_rate

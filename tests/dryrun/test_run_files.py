@@ -29,6 +29,7 @@ PUBLISHED = sorted(
 )
 TINY = {
     "demo",
+    "dpo_tiny",
     "finetune_tiny",
     "lora_tiny",
     "pretrain_mixtral_tiny_200ep",

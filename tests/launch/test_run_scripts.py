@@ -25,6 +25,7 @@ STARTED = {
     "pretrain_mixtral_tiny_200ep_ep2pp2": ("pretrain_mixtral_tiny_200ep_ep2pp2", 1, 4),
     "finetune_tiny": ("finetune_tiny", 1, 1),
     "finetune_lora_tiny": ("lora_tiny", 1, 1),
+    "finetune_dpo_tiny": ("dpo_tiny", 1, 1),
 }
 
 
@@ -53,7 +54,7 @@ def test_no_run_file_and_no_script_is_forgotten():
 def test_what_a_script_starts(name):
     run, nodes, workers = STARTED[name]
     machine = ["--master", "10.0.0.1", "--node-rank", str(nodes - 1)] if nodes > 1 else []
-    takes_any_model = run in ("finetune_tiny", "lora_tiny")
+    takes_any_model = run in ("finetune_tiny", "lora_tiny", "dpo_tiny")
     users = [TINY] if takes_any_model else []  # of a checkpoint
     users += ["checkpoint.save_total_limit=1", "--json", "out.json"]
     done = script(name, *machine, "--port", "9000", "--print", "--", *users)

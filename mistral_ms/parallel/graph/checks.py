@@ -37,6 +37,13 @@ def check_run(run: RunConfig, layers: int) -> None:
     sparse = bool(model.sparse_layers)
     rules: tuple[Rule, ...] = (
         (
+            run.dpo is not None,
+            "dpo",
+            str(run.dpo),
+            "pairs of answers are learnt with explicit execution",
+            "set parallel.execution=explicit",
+        ),
+        (
             training.neftune_noise_alpha is not None,
             "training.neftune_noise_alpha",
             training.neftune_noise_alpha,
