@@ -1,6 +1,8 @@
 """A training in any layout is that of one process with the same dispatch groups."""
 
 import functools
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from distributed.training import (
     LAYOUTS,
     TIED,
     data,
+    dpo,
     groups,
     model,
     routing,
@@ -18,9 +21,12 @@ from distributed.training import (
 )
 from support.training import run_steps
 
+from mistral_ms.config import ParallelConfig
 from mistral_ms.models import CausalLM
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.topology import Topology, weight_slice
 from mistral_ms.training import TrainStep, make_objective
+from mistral_ms.training.preferences import add_reference
 from mistral_ms.weights import by_name, specs
 
 LOSS = 1e-5
@@ -44,8 +50,12 @@ def trained(architecture, times, variant):
     config = training(variant, times)
     whole = CausalLM(architecture, routing(variant), dtype=config.dtype)
     whole.initialize(0)
-    update = TrainStep(make_objective(whole, config, pooled_aux=False), config)
-    results = run_steps(update, data(), steps(variant))
+    objective = make_objective(whole, config, pooled_aux=False, dpo=dpo(variant))
+    update, sequences = TrainStep(objective, config), data(variant)
+    with tempfile.TemporaryDirectory() as folder:
+        path, alone = Path(folder) / "pairs.npz", ParallelContext(ParallelConfig())
+        add_reference(whole, config, sequences, path, alone, lambda line: None)
+    results = run_steps(update, sequences, steps(variant))
     weights = {name: p.asnumpy().copy() for name, p in whole.weights().items()}
     after = {}
     if variant in corners.TRAINED:
@@ -82,6 +92,19 @@ def test_figures_are_those_of_one_process_on_every_rank(report, world, name, var
     for got in report(world).everywhere(f"training/{name}/{variant}/{figure}"):
         np.testing.assert_allclose(got, want, rtol=rel)
     assert want[-1] != want[0]
+
+
+def test_rewards_are_those_of_one_process(report):
+    """Log-probabilities under the reference too, of which each rank computes its part."""
+    world, name, variant = next(case for case in CASES if dpo(case[2]) is not None)
+    want = np.array([list(r.preference.values()) for r in alone(world, name, variant)[0]])
+    assert want[0, 0] == pytest.approx(np.log(2), rel=LOSS), "the reference is where it begins"
+    for got in report(world).everywhere(f"training/{name}/{variant}/preference"):
+        found = got.copy()
+        found[0, 4] = want[0, 4]  # margins of 0 but for rounding, which decides which is larger
+        # log-ratios are differences of sums of eight logarithms of about 4
+        np.testing.assert_allclose(found, want, rtol=LOSS, atol=LOSS * 32)
+    assert want[-1, 3] > 0.1, "margins grow"
 
 
 @each_case

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 from distributed import corners
 from distributed.worker import Worker
 from support.configs import TINY
 from support.configs import model as small_model
+from support.preferences import random_pairs
 
 from mistral_ms.config import (
+    DpoConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -16,8 +21,10 @@ from mistral_ms.config import (
     TrainingConfig,
 )
 from mistral_ms.datasets import InMemorySequences
+from mistral_ms.datasets.preferences import PreferenceSequences
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.training import TrainStep, make_objective
+from mistral_ms.training.preferences import add_reference
 
 STEPS = 20
 HALF_STEPS = 4
@@ -58,6 +65,7 @@ LAYOUTS = {
         "dp2 ep2 zero1, muon": ParallelConfig(dp=2, ep=2, optimizer_parallel=True),
         "dp2 ep2 interleaved": ParallelConfig(dp=2, ep=2, micro_batch_interleave_num=2),
         "dp2 ep2 zero1, adapters": ParallelConfig(dp=2, ep=2, optimizer_parallel=True),
+        "dp2 ep2, preferences": ParallelConfig(dp=2, ep=2),
         "mp2": ParallelConfig(mp=2),
         "mp2, adapters": ParallelConfig(mp=2),
     },
@@ -119,6 +127,7 @@ VARIANTS = {
     "float16": {"dtype": "float16"},
     "experts choose": {},
     "host": {"offload_optimizer": "host"},
+    "preferences, dropless": {},
 }
 """Of the training."""
 OTHERS = {
@@ -130,6 +139,7 @@ OTHERS = {
     "pp4, gpipe": ("host, four micro-batches, dropless",),
     "dp4 ep2 zero1": ("experts choose",),
     "dp2 ep2 zero1, adapters": ("host",),
+    "dp2 ep2, preferences": ("preferences, dropless",),
     "mp2": ("experts choose",),
     "dp2 pp2 ep2 zero1": ("experts choose",),
 }
@@ -181,8 +191,15 @@ def training(variant: str, groups: int = 1) -> TrainingConfig:
     return TrainingConfig(**values)
 
 
-def data() -> InMemorySequences:
-    """147 tokens: 18 windows of eight and one of three, most of which is padding."""
+def dpo(variant: str) -> DpoConfig | None:
+    """Learns pairs of answers in one variant."""
+    return DpoConfig(beta=0.5, label_smoothing=0.1) if "preferences" in variant else None
+
+
+def data(variant: str = "plain") -> InMemorySequences | PreferenceSequences:
+    """147 tokens: 18 windows of eight and one of three, most of which is padding. Or 19 pairs."""
+    if dpo(variant) is not None:
+        return random_pairs(19, 8, 16)
     text = np.random.default_rng(3).integers(3, 48, 148).tolist()
     return InMemorySequences(text, 8, 16, 0)
 
@@ -193,11 +210,16 @@ def train(name: str, parallel_context: ParallelContext, variant: str) -> tuple[l
     part = parallel_context.build_stage(model(name), routing(variant), config.dtype)
     parallel_context.initialize(part, 0)
     update = TrainStep(
-        make_objective(part, config, pooled_aux=False, parallel_context=parallel_context),
+        make_objective(
+            part, config, pooled_aux=False, parallel_context=parallel_context, dpo=dpo(variant)
+        ),
         config,
         parallel_context=parallel_context,
     )
-    sequences = data()
+    sequences = data(variant)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pairs.npz"
+        add_reference(part, config, sequences, path, parallel_context, lambda line: None)
     results = [update(sequences.batch(step)) for step in range(steps(variant))]
     return results, update
 
@@ -212,6 +234,8 @@ def run_training(worker: Worker) -> None:
         key = f"training/{name}/{variant}"
         for figure in FIGURES:
             worker.keep(f"{key}/{figure}", np.array([getattr(r, figure) for r in results]))
+        measures = [list(result.preference.values()) for result in results]
+        worker.keep(f"{key}/preference", np.array(measures))
         for path, weight in update.model.weights().items():
             worker.keep(f"{key}/weights/{path}", weight.asnumpy().copy())  # corners go on
             if weight.requires_grad:
