@@ -79,9 +79,11 @@ fi
 PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"
 export PATH PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 read -r -a words <<<"$command"
-if [ "$workers" -eq 1 ]; then
+# msrun takes a word that begins with a dash for a flag of its own, not for one of python
+if [[ "$workers" -eq 1 || "${words[0]}" == -* ]]; then
   words=(python "${words[@]}")
-else
+fi
+if [ "$workers" -ne 1 ]; then
   words=(msrun --bind_core=True "--worker_num=$workers" "--local_worker_num=$local_workers"
     "--master_addr=$master" "--master_port=$port" "--node_rank=$node" "--log_dir=$logs"
     "--join=$join" "--cluster_time_out=$timeout" "${words[@]}")

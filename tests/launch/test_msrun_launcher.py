@@ -56,6 +56,17 @@ def test_arguments_are_those_of_msrun(tmp_path, arguments, expected):
     assert (done.returncode, done.stdout) == (0, expected), done.stderr
 
 
+def test_msrun_takes_a_module(tmp_path, monkeypatch):
+    """By msrun's own parser: ``-m`` is python's."""
+    from mindspore.parallel.cluster.run import get_args
+
+    done = launched(tmp_path, "-m mistral_ms.mindformers.run --config F", "2")
+    monkeypatch.setattr("sys.argv", done.stdout.split())
+    found = get_args()
+    assert (found.worker_num, found.task_script) == (2, "python")
+    assert found.task_script_args == ["-m", "mistral_ms.mindformers.run", "--config", "F"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
