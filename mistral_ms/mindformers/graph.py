@@ -178,14 +178,14 @@ def build_graph(config: MistralConfig) -> tuple[GraphModel, Sharding | None, Run
     _check_place(run.parallel.world)
     # every weight is divided, as the norm of the gradients counts them
     ms.set_auto_parallel_context(parallel_optimizer_config={"parallel_optimizer_threshold": 0})
-    model, sharding, _ = build_model(run, segmented=False)
+    model, layer_factory = build_model(run, segmented=False)
     for name, parameter in model.weights().items():
         spec = model.specs[name]
         draw: Any = Normal(spec.std) if spec.init == "normal" else spec.init
         parameter.set_data(initializer(draw, parameter.shape, parameter.dtype))
     for buffer in model.metrics_buffers().values():
         buffer.requires_grad = False  # no weight for MindFormers' optimizer; our step records them
-    return model, sharding, run
+    return model, layer_factory.sharding, run
 
 
 def recorded_losses(model: GraphModel, sharding: Sharding | None, run: RunConfig) -> StepLosses:

@@ -12,9 +12,9 @@ from mistral_ms.optimizers.layouts import check_layout
 from mistral_ms.optimizers.muon import MuonConfig
 from mistral_ms.optimizers.plan import ParamGroup, Plan, make_plan
 from mistral_ms.optimizers.registry import find, register, settings_of, with_settings
-from mistral_ms.optimizers.rule import Rule
+from mistral_ms.optimizers.rule import Rule, StoredMatrices
 from mistral_ms.optimizers.sgd import SGDConfig
-from mistral_ms.optimizers.weight_update import StoredMatrices, WeightUpdate
+from mistral_ms.optimizers.weight_update import WeightUpdate
 
 import_all(__name__, __path__)
 

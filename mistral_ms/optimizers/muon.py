@@ -95,7 +95,9 @@ class Muon(Rule):
         direction = buffer
         if self.nesterov:
             direction = self.add(self.mul(buffer, stays), self.mul(gradient, comes))
-        step = self.mul(self.orthogonalised(direction), lr * self.adjustment(weight.shape))
+        matrices = self.whole(direction)
+        rate = lr * self.adjustment(matrices.shape)
+        step = self.held(self.mul(self.orthogonalised(matrices), rate))
         if self.decays:
             weight = self.mul(weight, left)
         return self.sub(weight, step), buffer
@@ -113,9 +115,9 @@ class Muon(Rule):
         Args:
             x: float32 [O, I] or [E, O, I].
         """
-        shape = x.shape
-        rows, columns = shape[-2], shape[-1]
-        x_ERC = x.reshape(-1, rows, columns)
+        rows, columns = x.shape[-2:]
+        stacked = x.ndim == 3  # then no size is written down: see Rule.whole
+        x_ERC = x if stacked else x.reshape(1, rows, columns)
         squares = self.sum(self.sum(self.mul(x_ERC, x_ERC), -1), -2)
         x_ERC = self.div(x_ERC, self.maximum(self.sqrt(squares), NORM_FLOOR))
         for _ in range(self.steps):
@@ -127,7 +129,7 @@ class Muon(Rule):
             powers = self.add(self.mul(gram, B), self.mul(self.product(gram, gram), C))
             left, right = (x_ERC, powers) if rows > columns else (powers, x_ERC)
             x_ERC = self.add(self.mul(x_ERC, A), self.product(left, right))
-        return x_ERC.reshape(shape)
+        return x_ERC if stacked else x_ERC.reshape(rows, columns)
 
 
 def _rule_of(settings: MuonConfig, weight: ParamSpec) -> type[Rule]:

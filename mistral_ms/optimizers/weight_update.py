@@ -8,27 +8,14 @@ every place, so that they give the same bits: cut into other pieces a kernel's l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import mindspore as ms
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from mistral_ms.optimizers.plan import Plan
+from mistral_ms.optimizers.rule import StoredMatrices
 
 _one = Tensor(1.0, ms.float32)
-
-
-@dataclass(frozen=True)
-class StoredMatrices:
-    """How a parameter [E * R, C] keeps matrices that are [E, O, I] in checkpoints.
-
-    Attributes:
-        rows: R.
-        transposed: each matrix [R, C] is the transpose of a checkpoint's [O, I].
-    """
-
-    rows: int
-    transposed: bool
 
 
 class WeightUpdate(nn.Cell):
@@ -39,7 +26,8 @@ class WeightUpdate(nn.Cell):
         plan: the optimizer.
         on_host: its kernels run on the host's processor and its state stays in the host's memory,
             whatever the device.
-        stored: of the weights that do not have a checkpoint's shape, how they are kept.
+        stored: of the weights that are not whole, or do not have a checkpoint's shape, how they
+            are kept.
 
     Attributes:
         plan: the optimizer.
@@ -53,7 +41,7 @@ class WeightUpdate(nn.Cell):
         plan: Plan,
         *,
         on_host: bool = False,
-        stored: Mapping[str, StoredMatrices] | None = None,
+        stored: Mapping[str, StoredMatrices | None] | None = None,
     ) -> None:
         super().__init__(auto_prefix=False)
         self.plan, self.names = plan, tuple(weights)
@@ -73,24 +61,31 @@ class WeightUpdate(nn.Cell):
                 states.append(kept)
             begins.append(len(states))
         self.states, self.begins = ParameterTuple(states), tuple(begins)
-        used = sorted({plan.group_of[name] for name in weights})
-        self.rule_of = tuple(used.index(plan.group_of[name]) for name in weights)
-        groups = [plan.groups[number] for number in used]
+        of_weights = [self._group_and_form(name, stored or {}) for name in weights]
+        used = sorted(set(of_weights), key=of_weights.index)
+        self.rule_of = tuple(used.index(each) for each in of_weights)
+        groups = [plan.groups[number] for number, _ in used]
         self.rules = nn.CellList(
             [each.rule(plan.settings, each.weight_decay > 0, on_host) for each in groups]
         )
-        starts = [sum(plan.counts[:number]) for number in used]
-        counts = [plan.counts[number] for number in used]
+        for rule, (_, form) in zip(self.rules, used, strict=True):
+            rule.keep_as(form)
+        starts = [sum(plan.counts[:number]) for number, _ in used]
+        counts = [plan.counts[number] for number, _ in used]
         self.places = tuple(tuple(range(at, at + n)) for at, n in zip(starts, counts, strict=True))
         self.idle = tuple(each.rule.idle or () for each in groups)
         self.scales = tuple(rule.scales for rule in self.rules)
         self.in_place = tuple(each.rule.idle is not None for each in groups)
-        # elementwise rules do not care how a matrix lies
-        forms = [(stored or {}).get(name) for name in weights]
-        whole = [not groups[number].rule.elementwise for number in self.rule_of]
-        forms = [form if needed else None for form, needed in zip(forms, whole, strict=True)]
-        self.rows = tuple(0 if form is None else form.rows for form in forms)
-        self.transposed = tuple(form is not None and form.transposed for form in forms)
+
+    def _group_and_form(
+        self, name: str, stored: Mapping[str, StoredMatrices | None]
+    ) -> tuple[int, StoredMatrices | None]:
+        """What decides which rule updates a weight; one that is elementwise does not care how a
+        matrix lies.
+        """
+        number = self.plan.group_of[name]
+        elementwise = self.plan.groups[number].rule.elementwise
+        return number, None if elementwise else stored.get(name)
 
     def construct(
         self,
@@ -131,37 +126,17 @@ class WeightUpdate(nn.Cell):
             if scale is not None and not self.scales[number]:
                 gradient = gradient * scale
             weight, held = self.weights[i], self.states[self.begins[i] : self.begins[i + 1]]
-            if self.in_place[number]:
-                updated = self.rules[number](weight, gradient, held, values[number])
-            else:
-                state: tuple[Tensor, ...] = ()
+            updated = self.rules[number](weight, gradient, held, values[number])
+            if not self.in_place[number]:
+                new = updated
+                updated = (self.keep(weight, new[0], finite),)
                 for k in range(len(held)):
-                    state = (*state, self.as_stored(held[k], i))
-                new = self.rules[number](
-                    self.as_stored(weight, i),
-                    self.as_stored(gradient, i),
-                    state,
-                    values[number],
-                )
-                updated = (self.keep(weight, new[0], i, finite),)
-                for k in range(len(held)):
-                    updated = (*updated, self.keep(held[k], new[k + 1], i, finite))
+                    updated = (*updated, self.keep(held[k], new[k + 1], finite))
             done = (*done, updated)
         return done
 
-    def as_stored(self, x: Tensor, i: int) -> Tensor:
-        """A tensor of the shape of weight ``i``, of the shape that it has in checkpoints."""
-        if self.rows[i] == 0:
-            return x
-        x = x.reshape(-1, self.rows[i], x.shape[-1])
-        return x.transpose(0, 2, 1) if self.transposed[i] else x
-
-    def keep(self, parameter: Parameter, value: Tensor, i: int, finite: Tensor | None) -> Tensor:
-        """Puts a new value of the shape that weight ``i`` has in checkpoints into a parameter."""
-        if self.rows[i] > 0:
-            if self.transposed[i]:
-                value = value.transpose(0, 2, 1)
-            value = value.reshape(-1, value.shape[-1])
+    def keep(self, parameter: Parameter, value: Tensor, finite: Tensor | None) -> Tensor:
+        """Puts a new value into a parameter."""
         if finite is not None:
             value = ops.select(finite > 0.0, value, parameter)
         return self.assign(parameter, value)

@@ -64,7 +64,7 @@ def check_settings(run: RunConfig) -> RunConfig:
     run = run.model_copy(update={"training": with_settings(run.training)})
     plan = make_plan(run.training, specs(run.model))
     graph = run.parallel.execution_on(ms.get_context("device_target")) == "graph"
-    check_layout(plan, run.parallel, graph=graph)
+    check_layout(plan, run.parallel)
     check_trained(run.model, run.parallel.pp, plan.group_of)
     check_objective(run.model, run.routing, run.parallel, run.training.router_aux_loss_coef)
     router_loss_terms(run.model, tuple(run.training.router_losses))

@@ -364,7 +364,7 @@ def _plan_of(
     """The optimizer of the whole model, of which a process may hold a part."""
     plan = make_plan(config, specs(model.config))
     if parallel_context is not None:
-        check_layout(plan, parallel_context.parallel, graph=False)
+        check_layout(plan, parallel_context.parallel)
         parallel = parallel_context.parallel
         check_trained(model.config, parallel.pp * parallel.pp_interleave_num, plan.group_of)
     return plan

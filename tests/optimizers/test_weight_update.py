@@ -84,3 +84,44 @@ def test_muon_sees_the_matrices_of_checkpoints(transposed):
         update(gradient, Tensor(ours.plan.coefficients(0, 0.1)))
     # compiled and not: the last bits
     np.testing.assert_allclose(weight.asnumpy(), kept(want), rtol=0, atol=1e-6)
+
+
+class Rows:
+    """A group whose members take turns: what each gave in the last round is what all get."""
+
+    def __init__(self, size):
+        self.size, self.position, self.given = size, 0, {}
+
+    def all_gather(self, x):
+        self.given[self.position] = x
+        return ms.ops.stack([self.given.get(member, x) for member in range(self.size)])
+
+
+@pytest.mark.parametrize(
+    ("name", "members"), [("stacked", 3), ("stacked", 6), ("matrix.weight", 7)]
+)
+def test_muon_brings_rows_of_matrices_together(name, members):
+    """Each member's rows are updated as they would be in whole matrices, bit by bit; a member has
+    rows of one matrix, or one matrix, or rows of the only one.
+    """
+    start, gradients = start_values(), start_values(1)
+    ours = Ours(training({"name": "muon"}), start)
+    want = ours.step(gradients, 0, 0.1, graph=False)[name]
+    buffer = ours.update.state()[f"momentum_buffer.{name}"].asnumpy()
+    whole, columns = start[name], start[name].shape[-1]
+    group = Rows(members)
+    stored = {name: StoredMatrices(whole.shape[-2], group=group)}
+    coefficients = Tensor(ours.plan.coefficients(0, 0.1))
+    for round_number in range(2):  # first they tell each other what they have
+        for group.position in range(members):
+
+            def own(values):
+                return np.split(values.reshape(-1, columns), members)[group.position].copy()
+
+            weight = Parameter(Tensor(own(whole)), name=name)
+            update = WeightUpdate({name: weight}, ours.plan, stored=stored)
+            update((Tensor(own(gradients[name])),), coefficients)
+            if round_number:
+                np.testing.assert_array_equal(weight.asnumpy(), own(want))
+                [kept] = update.state().values()
+                np.testing.assert_array_equal(kept.asnumpy(), own(buffer))

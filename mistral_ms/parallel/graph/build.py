@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from mindspore import ParameterTuple, Tensor, nn
-from mindspore.communication import get_group_size, get_rank
+from mindspore.communication import get_rank
 from mindspore.nn.utils import no_init_parameters
 
 from mistral_ms.config import ModelConfig, RunConfig
 from mistral_ms.models import recompute
 from mistral_ms.moe import router_loss_terms
-from mistral_ms.optimizers import StoredMatrices, WeightUpdate, check_layout, make_plan
-from mistral_ms.parallel.collectives import Groups
+from mistral_ms.optimizers import StoredMatrices, WeightUpdate, make_plan
 from mistral_ms.parallel.graph.checks import check_run
 from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
 from mistral_ms.parallel.graph.metrics import LossCoefficients
@@ -22,7 +21,7 @@ from mistral_ms.parallel.graph.step import TrainingGraph
 from mistral_ms.parallel.graph.update import GlobalNorm
 from mistral_ms.parallel.pipeline import stages_of
 from mistral_ms.parallel.sharding import Sharding, graph_form
-from mistral_ms.parallel.topology import Topology
+from mistral_ms.parallel.topology import gradient_group
 from mistral_ms.weights import ParamSpec, specs
 
 
@@ -61,16 +60,16 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
             :func:`~mistral_ms.parallel.graph.checks.check_run`.
         TopologyError: there are more or fewer processes than the layout has.
     """
-    model, sharding, segmented = build_model(run, layers, segmented)
+    model, layer_factory = build_model(run, layers, segmented)
     with no_init_parameters():
-        update = _weight_update(run, model)
-        cell = _step(run, model, update, sharding)
-    return GraphStep(cell, _inputs(run), model, segmented)
+        update = _weight_update(run, model, layer_factory)
+        cell = _step(run, model, update, layer_factory.sharding)
+    return GraphStep(cell, _inputs(run), model, layer_factory.segmented)
 
 
 def build_model(
     run: RunConfig, layers: int | None = None, segmented: bool | None = None
-) -> tuple[GraphModel, Sharding | None, bool]:
+) -> tuple[GraphModel, GraphLayerFactory]:
     """The net inside a training step, its weights not initialised; for another program's step.
 
     Args:
@@ -79,8 +78,7 @@ def build_model(
         segmented: see :func:`build`.
 
     Returns:
-        The net, the table of its layouts (None on one device), and whether it keeps documents
-        apart.
+        The net, and what has made its pieces.
 
     Raises:
         ConfigError: see :func:`build`.
@@ -91,9 +89,6 @@ def build_model(
         config = config.model_copy(update={"num_hidden_layers": layers})
     parallel.check(config)
     check_run(run, config.num_hidden_layers)
-    divided = parallel.world > 1
-    sharding = Sharding(parallel) if divided else None
-    groups = Groups(Topology.of(parallel, get_group_size()), get_rank()) if divided else None
     if segmented is None:
         segmented = run.data is not None and run.data.packing.boundaries == "attention"
     with no_init_parameters():
@@ -105,17 +100,13 @@ def build_model(
             segmented=segmented,
             parallel=parallel,
             losses=_coefficients(run, config),
-            sharding=sharding,
-            groups=groups,
         )
         held = stages_of(config, parallel.pp)
         stages = tuple(stage.number for stage in held for _ in stage.layers)
-        kind = (
-            LazyGraphModel if divided and training.gradient_accumulation_steps > 1 else GraphModel
-        )
-        model = kind(layer_factory, stages)
+        several = parallel.world > 1 and training.gradient_accumulation_steps > 1
+        model = (LazyGraphModel if several else GraphModel)(layer_factory, stages)
         recompute(model.layers, parallel.recompute)
-    return model, sharding, segmented
+    return model, layer_factory
 
 
 def _coefficients(run: RunConfig, config: ModelConfig) -> LossCoefficients:
@@ -128,25 +119,45 @@ def _coefficients(run: RunConfig, config: ModelConfig) -> LossCoefficients:
     return LossCoefficients(aux, training.router_z_loss_coef / sparse, others, pooled)
 
 
-def _weight_update(run: RunConfig, model: GraphModel) -> WeightUpdate:
+def _weight_update(
+    run: RunConfig, model: GraphModel, layer_factory: GraphLayerFactory
+) -> WeightUpdate:
     """The optimizer of the weights that are trained.
 
     Args:
         run: the run.
         model: all its weights are whole; it may have fewer layers than the run's.
+        layer_factory: has made the model's pieces.
     """
     training, weights = run.training, model.weights()
     plan = make_plan(training, specs(run.model))
-    check_layout(plan, run.parallel, graph=True)
     for name, weight in weights.items():  # MindSpore's pipeline adds up what wants a gradient
         weight.requires_grad = name in plan.group_of
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
-    stored = {}
-    for name in trained:
-        form = graph_form(model.specs[name])
-        if form.rows and len(form.order) == 3:
-            stored[name] = StoredMatrices(form.rows, transposed=form.order == (0, 2, 1))
+    stored = {
+        name: stored_matrices(model.specs[name], layer_factory)
+        for name in trained
+        if not plan.groups[plan.group_of[name]].rule.elementwise
+    }
     return WeightUpdate(trained, plan, on_host=training.offload_optimizer == "host", stored=stored)
+
+
+def stored_matrices(spec: ParamSpec, layer_factory: GraphLayerFactory) -> StoredMatrices | None:
+    """How a parameter keeps its matrices at the update; None: whole, as checkpoints do.
+
+    Args:
+        spec: of the weight, a matrix or stacked ones, whose columns nothing divides.
+        layer_factory: of the model.
+    """
+    form, sharding, groups = graph_form(spec), layer_factory.sharding, layer_factory.groups
+    group = None
+    if sharding is not None and groups is not None:
+        divides = layer_factory.parallel.optimizer_parallel
+        if sharding.optimizer_shards(form.layout, form.shape, divides) > 1:
+            group = groups.of(gradient_group(spec))
+    if group is None and not spec.stacked:
+        return None
+    return StoredMatrices(form.rows or form.shape[0], form.order == (0, 2, 1), group)
 
 
 def _step(

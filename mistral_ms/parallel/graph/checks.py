@@ -119,7 +119,7 @@ def check_run(run: RunConfig, layers: int) -> None:
     check_objective(model, run.routing, parallel, training.router_aux_loss_coef)
     built = model.model_copy(update={"num_hidden_layers": layers})
     plan = make_plan(training, specs(model))
-    check_layout(plan, parallel, graph=True)
+    check_layout(plan, parallel)
     check_trained(built, parallel.pp, plan.group_of)
 
 

@@ -8,12 +8,10 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
-from mindspore.communication import get_group_size, get_rank
 from mindspore.nn.utils import no_init_parameters
 
 from mistral_ms.config import DROPLESS, ModelConfig, ParallelConfig, PredictConfig
 from mistral_ms.layers import CacheSpec, output_logits
-from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.graph.attention import CachedAttentionRegion, KeyTable
 from mistral_ms.parallel.graph.checks import check_prediction
 from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
@@ -21,7 +19,6 @@ from mistral_ms.parallel.graph.model import GraphDecoder
 from mistral_ms.parallel.graph.region import Region, Shape
 from mistral_ms.parallel.graph.storage import GraphStorage
 from mistral_ms.parallel.sharding import Sharding
-from mistral_ms.parallel.topology import Topology
 from mistral_ms.weights import HEAD
 
 
@@ -34,8 +31,6 @@ class CachedLayerFactory(GraphLayerFactory):
         cache: sizes of the whole cache.
         positions: rows of the rotary tables.
         parallel: the layout.
-        sharding: the table; None on one device.
-        groups: this rank's groups; None on one device.
     """
 
     def __init__(
@@ -45,8 +40,6 @@ class CachedLayerFactory(GraphLayerFactory):
         cache: CacheSpec,
         positions: int,
         parallel: ParallelConfig,
-        sharding: Sharding | None = None,
-        groups: Groups | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -57,8 +50,7 @@ class CachedLayerFactory(GraphLayerFactory):
             segmented=True,
             parallel=parallel,
             losses=None,
-            sharding=sharding,
-            groups=groups,
+            sequence_parallel=False,
         )
 
     def attention_core(self, layer: int) -> nn.Cell:
@@ -180,19 +172,11 @@ def build_generation(run: PredictConfig, layers: int | None = None) -> GraphNext
     if layers is not None:
         config = config.model_copy(update={"num_hidden_layers": layers})
     check_prediction(run)
-    divided = parallel.world > 1
     cache = CacheSpec.for_model(config, sizes.batch, sizes.max_length, sizes.chunk)
     with no_init_parameters():
-        layer_factory = CachedLayerFactory(
-            config,
-            sizes.dtype,
-            cache,
-            sizes.max_length,
-            parallel,
-            Sharding(parallel, sequence_parallel=False) if divided else None,
-            Groups(Topology.of(parallel, get_group_size()), get_rank()) if divided else None,
+        model = GraphNextToken(
+            CachedLayerFactory(config, sizes.dtype, cache, sizes.max_length, parallel)
         )
-        model = GraphNextToken(layer_factory)
     for name, weight in model.weights().items():
         if model.specs[name].kind != "buffer":  # nothing is trained: no float32 is needed
             weight.set_dtype(getattr(ms, sizes.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mindspore import nn, ops
+from mindspore.communication import get_group_size, get_rank
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.layers import CacheSpec
@@ -24,6 +25,7 @@ from mistral_ms.parallel.graph.moe import GraphMoE
 from mistral_ms.parallel.graph.pooled import PooledLoss
 from mistral_ms.parallel.graph.tensor_rows import IN_REGION
 from mistral_ms.parallel.sharding import Sharding, graph_form
+from mistral_ms.parallel.topology import Topology
 from mistral_ms.weights import ParamSpec, vocabulary_specs
 
 
@@ -39,6 +41,12 @@ class GraphLayerFactory(LayerFactory):
         segmented: more than the causal rule and the layers' windows hides keys from queries.
         parallel: the layout of the run.
         losses: coefficients of the router's losses; None where nothing is trained.
+        sequence_parallel: see :class:`~mistral_ms.parallel.sharding.Sharding`.
+
+    Raises:
+        TopologyError: there are more or fewer processes than the layout has.
+
+    Attributes:
         sharding: the table; None on one device.
         groups: this rank's groups; None on one device.
     """
@@ -54,12 +62,16 @@ class GraphLayerFactory(LayerFactory):
         segmented: bool,
         parallel: ParallelConfig,
         losses: LossCoefficients | None,
-        sharding: Sharding | None = None,
-        groups: Groups | None = None,
+        sequence_parallel: bool = True,
     ) -> None:
         super().__init__(config, routing, cache, dtype)
         self.sequence, self.segmented, self.losses = sequence, segmented, losses
-        self.parallel, self.sharding, self.groups = parallel, sharding, groups
+        self.parallel = parallel
+        self.sharding: Sharding | None = None
+        self.groups: Groups | None = None
+        if parallel.world > 1:
+            self.sharding = Sharding(parallel, sequence_parallel)
+            self.groups = Groups(Topology.of(parallel, get_group_size()), get_rank())
 
     def held_shape(self, spec: ParamSpec) -> tuple[int, ...]:
         """See the base: whole, in the form that the graph has."""
