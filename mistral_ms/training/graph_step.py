@@ -7,7 +7,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from mistral_ms.config import ModelConfig, RunConfig
 from mistral_ms.datasets.batches import Batch
@@ -39,6 +39,8 @@ class GraphTrainStep:
         run: the run, its steps counted out.
         parallel_context: this process among the others.
         segmented: sequences hold documents that do not see each other.
+        token_nll: the loss of tokens, see :class:`~mistral_ms.models.Objective`; None: the usual
+            one.
 
     Attributes:
         config: see Update.
@@ -48,7 +50,13 @@ class GraphTrainStep:
         ConfigError: the graph cannot express the run, or the device cannot divide graphs.
     """
 
-    def __init__(self, run: RunConfig, parallel_context: ParallelContext, segmented: bool) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        parallel_context: ParallelContext,
+        segmented: bool,
+        token_nll: nn.Cell | None = None,
+    ) -> None:
         self.config = with_settings(run.training)
         self.progress = Progress(scale=LossScale.start(run.training.scaling))
         self._model, self._parallel, self._parallel_context = (
@@ -67,7 +75,7 @@ class GraphTrainStep:
             )
         if divided:
             graph.set_context(run)
-        self._built = graph.build(run, segmented=segmented)
+        self._built = graph.build(run, segmented=segmented, token_nll=token_nll)
         self._cell = self._built.cell
         self.storage = GraphStorage(run.model, run.parallel, parallel_context.rank)
         if divided:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+from mindspore import nn
+
 from mistral_ms.config import DpoConfig, TrainingConfig
+from mistral_ms.errors import ConfigError
 from mistral_ms.models import (
     CausalLM,
     DistillationObjective,
@@ -28,6 +31,7 @@ def make_objective(
     parallel_context: ParallelContext | None = None,
     before: tuple[CausalLM, float] | None = None,
     dpo: DpoConfig | None = None,
+    token_nll: nn.Cell | None = None,
 ) -> TrainedObjective:
     """Next-token loss and the router's losses, with the coefficients of the configuration; and the
     distance from another model where one is given, to a whole model.
@@ -41,9 +45,12 @@ def make_objective(
             coefficient of the distance.
         dpo: batches are pairs of answers, and this is their loss, in the place of the next-token
             loss; of a whole model.
+        token_nll: the loss of tokens, see :class:`~mistral_ms.models.Objective`; None: the usual
+            one.
 
     Raises:
-        ConfigError: see :class:`~mistral_ms.models.Objective`.
+        ConfigError: see :class:`~mistral_ms.models.Objective`; a loss of tokens where each process
+            has a part of their logits.
     """
     options: dict[str, Any] = {
         "router_aux_loss_coef": config.router_aux_loss_coef,
@@ -54,7 +61,17 @@ def make_objective(
     }
     if parallel_context is not None:
         options["interleave_num"] = parallel_context.parallel.micro_batch_interleave_num
-        options["token_nll"] = parallel_context.token_nll(model.config)
+        divided = parallel_context.token_nll(model.config)
+        if divided is not None and token_nll is not None:
+            raise ConfigError(
+                "impossible objective",
+                where="parallel.mp",
+                value=f"{parallel_context.parallel.mp} with a loss of tokens of one's own",
+                rule="tensor parallelism divides logits along the vocabulary",
+                todo="set parallel.mp=1, or use the auto-parallel graph, which divides their rows",
+            )
+        token_nll = divided if token_nll is None else token_nll
+    options["token_nll"] = token_nll
     if isinstance(model, StageChunks):
         return StageObjectives(model, [Objective(each, **options) for each in model.chunks])
     if dpo is not None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
@@ -25,12 +26,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mistral_ms
 from mistral_ms.checkpoint import convert, open_checkpoint
 from mistral_ms.checkpoint import converter as written
-from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.checkpoint.load import load_weights, set_values
 from mistral_ms.config import (
     DROPLESS,
     MoEArchitecture,
     ParallelConfig,
     RoutingConfig,
+    RunConfig,
     TrainingConfig,
     routes,
 )
@@ -44,10 +46,12 @@ from mistral_ms.moe import gate_context, make_gate
 from mistral_ms.moe.gates import base as gates
 from mistral_ms.optimizers import registry
 from mistral_ms.parallel.collectives import Collectives, Groups
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.dispatchers import FlatRoute, make_dispatcher, register_route
 from mistral_ms.parallel.dispatchers import registry as route_kinds
 from mistral_ms.parallel.topology import GroupKind, Topology
-from mistral_ms.training import TrainStep
+from mistral_ms.training import TrainStep, make_objective
+from mistral_ms.training.graph_step import GraphTrainStep
 from mistral_ms.weights import gates as gate_parameters
 
 PAGE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
@@ -140,17 +144,26 @@ def test_an_optimizer(tables, examples, graph):
         np.testing.assert_allclose(got[name], weight, rtol=2e-6, atol=1e-6)
 
 
-def test_an_objective(examples):
+@pytest.mark.parametrize("execution", ["explicit", "graph"])
+def test_an_objective(examples, execution):
     """Loss and gradient norm of a step are those of torch's label smoothing and HF's model."""
     pair = make_pair("mistral-sliding-window", num_hidden_layers=1)
-    model = fill(CausalLM(pair.config), pair.weights())
     config = TrainingConfig(max_steps=1, global_batch_size=2, seq_length=8, max_grad_norm=1e9)
-    objective = examples("An objective").SmoothedObjective(model)
-    ids, positions = ragged_batch([8, 8], BASE["vocab_size"])
+    token_nll = examples("An objective").SmoothedNLL()
+    if execution == "graph":
+        run = RunConfig(model=pair.config, training=config, parallel={"execution": "graph"})
+        step = GraphTrainStep(run, ParallelContext(run.parallel), False, token_nll)
+        for name, values in pair.weights().items():
+            set_values(step.held()[name], step.storage.to_parameter(name, values.copy()))
+    else:
+        model = fill(CausalLM(pair.config), pair.weights())
+        step = TrainStep(make_objective(model, config, token_nll=token_nll), config)
+    ids, positions = ragged_batch([8, 5], BASE["vocab_size"])
     labels = next_labels(ids, positions)
     batch = Batch(ids, labels, positions, np.zeros_like(ids), np.arange(2, dtype=np.int32))
-    result = TrainStep(objective, config)(batch)
-    logits = pair.hf(torch.tensor(ids).long()).logits.flatten(0, 1)
+    result = step(batch)
+    mask = torch.tensor(positions >= 0).long()
+    logits = pair.hf(torch.tensor(ids).long(), attention_mask=mask).logits.flatten(0, 1)
     want = torch.nn.functional.cross_entropy(
         logits, torch.tensor(labels).long().ravel(), label_smoothing=0.1
     )
@@ -159,6 +172,18 @@ def test_an_objective(examples):
     # float32 on both sides, the gradients through all layers
     assert result.loss == pytest.approx(want.item(), rel=1e-5)
     assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_an_objective_of_divided_logits_is_refused(examples):
+    """What the page says of tensor parallelism."""
+    context = SimpleNamespace(
+        parallel=ParallelConfig(mp=2, micro_batch_interleave_num=1),
+        token_nll=lambda config: object(),
+    )
+    model = SimpleNamespace(config=None)
+    config = TrainingConfig(max_steps=1, global_batch_size=2, seq_length=8)
+    with pytest.raises(ConfigError, match=r"parallel\.mp: 2 with a loss of tokens of one's own"):
+        make_objective(model, config, parallel_context=context, token_nll=object())
 
 
 def test_a_file_in_the_package_is_all(tmp_path):

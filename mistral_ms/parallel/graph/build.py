@@ -43,7 +43,12 @@ class GraphStep:
     segmented: bool
 
 
-def build(run: RunConfig, layers: int | None = None, segmented: bool | None = None) -> GraphStep:
+def build(
+    run: RunConfig,
+    layers: int | None = None,
+    segmented: bool | None = None,
+    token_nll: nn.Cell | None = None,
+) -> GraphStep:
     """The training step of a run; its weights are not initialised.
 
     With one process it is an ordinary graph for any device. With more, :func:`set_context` must
@@ -54,13 +59,14 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
         layers: builds only so many decoder blocks.
         segmented: whether sequences hold documents that do not see each other; None takes the
             run's word for it, which says nothing about a dataset that is there already.
+        token_nll: see :class:`~mistral_ms.parallel.graph.model.GraphModel`.
 
     Raises:
         ConfigError: the run cannot be expressed, see
             :func:`~mistral_ms.parallel.graph.checks.check_run`.
         TopologyError: there are more or fewer processes than the layout has.
     """
-    model, layer_factory = build_model(run, layers, segmented)
+    model, layer_factory = build_model(run, layers, segmented, token_nll)
     with no_init_parameters():
         update = _weight_update(run, model, layer_factory)
         cell = _step(run, model, update, layer_factory.sharding)
@@ -68,7 +74,10 @@ def build(run: RunConfig, layers: int | None = None, segmented: bool | None = No
 
 
 def build_model(
-    run: RunConfig, layers: int | None = None, segmented: bool | None = None
+    run: RunConfig,
+    layers: int | None = None,
+    segmented: bool | None = None,
+    token_nll: nn.Cell | None = None,
 ) -> tuple[GraphModel, GraphLayerFactory]:
     """The net inside a training step, its weights not initialised; for another program's step.
 
@@ -76,6 +85,7 @@ def build_model(
         run: the run.
         layers: see :func:`build`.
         segmented: see :func:`build`.
+        token_nll: see :func:`build`.
 
     Returns:
         The net, and what has made its pieces.
@@ -104,7 +114,7 @@ def build_model(
         held = stages_of(config, parallel.pp)
         stages = tuple(stage.number for stage in held for _ in stage.layers)
         several = parallel.world > 1 and training.gradient_accumulation_steps > 1
-        model = (LazyGraphModel if several else GraphModel)(layer_factory, stages)
+        model = (LazyGraphModel if several else GraphModel)(layer_factory, stages, token_nll)
         recompute(model.layers, parallel.recompute)
     return model, layer_factory
 

@@ -7,7 +7,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Parameter, Tensor, lazy_inline, nn, ops
 
-from mistral_ms.layers import is_buffer, output_logits, token_nll
+from mistral_ms.layers import TokenNLL, is_buffer, output_logits
 from mistral_ms.models import DecoderBlock, check_weights
 from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
 from mistral_ms.parallel.graph.metrics import RecordMetrics, metrics_buffer
@@ -26,10 +26,11 @@ class LossRegion(Region):
     its own ones: no reduction over a divided vocabulary, and no logits that are held twice.
 
     Args:
+        token_nll: see :class:`~mistral_ms.models.Objective`.
         sharding: the table; None on one device.
     """
 
-    def __init__(self, sharding: Sharding | None) -> None:
+    def __init__(self, token_nll: nn.Cell, sharding: Sharding | None) -> None:
         ranks = 1 if sharding is None else sharding.ranks
 
         def shapes(*given: Shape) -> Any:
@@ -37,7 +38,7 @@ class LossRegion(Region):
 
         inputs = "rows", "matrix", "tokens", "samples", "matrix"
         super().__init__(sharding, inputs, ("tokens",), shapes, (ms.float32,))
-        self.record = RecordMetrics()
+        self.token_nll, self.record = token_nll, RecordMetrics()
 
     def compute(
         self,
@@ -49,7 +50,7 @@ class LossRegion(Region):
     ) -> Tensor:
         """This rank's part of the scaled loss, float32 [1]; records it without the scale."""
         logits_TV = output_logits(x_TH, weight_VH)
-        nll_T, _ = token_nll(logits_TV, labels_T)
+        nll_T, _ = self.token_nll(logits_TV, labels_T)
         loss = (_sum(nll_T) * scales_B3[0, 0]).reshape(1)
         return self.record(loss * scales_B3[0, 2], metrics_buffer, loss)
 
@@ -59,12 +60,13 @@ class Loss(nn.Cell):
 
     Args:
         dtype: what the logits are computed in.
+        token_nll: see :class:`~mistral_ms.models.Objective`.
         sharding: the table; None on one device.
     """
 
-    def __init__(self, dtype: str, sharding: Sharding | None) -> None:
+    def __init__(self, dtype: str, token_nll: nn.Cell, sharding: Sharding | None) -> None:
         super().__init__()
-        self.region, self.metrics_buffer = LossRegion(sharding), metrics_buffer(1)
+        self.region, self.metrics_buffer = LossRegion(token_nll, sharding), metrics_buffer(1)
         self.dtype = getattr(ms, dtype)
         self.sum = ops.ReduceSum()
         if sharding is not None:
@@ -158,18 +160,26 @@ class GraphModel(GraphDecoder):
     Args:
         layer_factory: makes the pieces.
         stages: the stage of each layer.
+        token_nll: the loss of tokens, see :class:`~mistral_ms.models.Objective`; None: the usual
+            one. It is given whole rows of logits, whatever the layout.
 
     Raises:
         WeightError: see the base.
     """
 
-    def __init__(self, layer_factory: GraphLayerFactory, stages: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        layer_factory: GraphLayerFactory,
+        stages: tuple[int, ...],
+        token_nll: nn.Cell | None = None,
+    ) -> None:
         super().__init__(layer_factory)
         pooled = [number for number, layer in enumerate(self.layers) if layer.pooled]
         self.pooled = bool(pooled)
         if self.pooled:
             self.pooled_loss, self.last_pooled = layer_factory.pooled_loss(), max(pooled)
-        self.loss = Loss(layer_factory.dtype, layer_factory.sharding)
+        token_nll = TokenNLL() if token_nll is None else token_nll
+        self.loss = Loss(layer_factory.dtype, token_nll, layer_factory.sharding)
         if max(stages) > 0:  # then nothing is pooled
             # a tied embedding is updated there: MindSpore sends it to the last stage in each step,
             # and its gradient back
@@ -231,5 +241,10 @@ class LazyGraphModel(GraphModel):
     """
 
     @lazy_inline
-    def __init__(self, layer_factory: GraphLayerFactory, stages: tuple[int, ...]) -> None:
-        super().__init__(layer_factory, stages)
+    def __init__(
+        self,
+        layer_factory: GraphLayerFactory,
+        stages: tuple[int, ...],
+        token_nll: nn.Cell | None = None,
+    ) -> None:
+        super().__init__(layer_factory, stages, token_nll)
