@@ -13,7 +13,7 @@ from mistral_ms.config import DType, GenerationConfig, ModelConfig
 from mistral_ms.config.base import validate
 from mistral_ms.errors import GenerationError
 from mistral_ms.inference import Engine, Generation
-from mistral_ms.inference.lengths import required_length
+from mistral_ms.inference.lengths import MOST_SLOTS, required_length
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM, share_parameters
 from mistral_ms.tokenizer import ChatFormat
@@ -191,19 +191,20 @@ class GenerationMixin:
     ) -> Engine:
         """The engine of the call before, if it is large enough, or a new one."""
         length = required_length(self.config, prompts, request)
+        batch = min(len(prompts), MOST_SLOTS)
         engine, inner = self._engine, None if self.tokenizer is None else self.tokenizer.tokenizer
         if (
             engine is None
             or self._engine_compiled != compiled
             or engine.max_length < length
-            or engine.batch < len(prompts)
+            or engine.batch < batch
             or engine.tokenizer is not inner
         ):
             self._engine = engine = None  # its cache goes before another one comes
             longest = self.config.longest_sequence
             # room for a longer prompt the next time
             length = min(longest, max(CHUNK, 1 << (length - 1).bit_length()))
-            spec = CacheSpec.for_model(self.config, len(prompts), length, min(CHUNK, length))
+            spec = CacheSpec.for_model(self.config, batch, length, min(CHUNK, length))
             engine = Engine(
                 share_parameters(self.model, cache=spec, positions=length, dtype=self.dtype),
                 max_length=length,

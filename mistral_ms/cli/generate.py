@@ -267,7 +267,7 @@ def _complete(
     from mistral_ms.checkpoint import open_checkpoint
     from mistral_ms.cli.opening import of_checkpoint
     from mistral_ms.inference import load_engine
-    from mistral_ms.inference.lengths import required_length
+    from mistral_ms.inference.lengths import MOST_SLOTS, required_length
     from mistral_ms.inference.settings import read_checkpoint_settings
     from mistral_ms.tokenizer import load_tokenizer
 
@@ -283,7 +283,7 @@ def _complete(
         length = needed if max_length is None else max_length
     if speaks:
         _say_settings(settings, setting)
-    engine = load_engine(ckpt, batch=len(ids), max_length=length, **options)
+    engine = load_engine(ckpt, batch=min(len(ids), MOST_SLOTS), max_length=length, **options)
 
     def stream(number: int, text: str) -> None:
         alive()

@@ -25,6 +25,7 @@ class GenerationConfig(Frozen):
             are divided by it where positive and multiplied where negative (CTRL,
             arXiv:1909.05858, section 4.1). 1 means none. Greedy decoding heeds it too.
         seed: of all random draws; sequence i of a request has its own stream, derived from both.
+        top_logprobs: report so many of the most likely tokens in the place of each generated one.
         stop: generation ends where one of these strings first is complete; it is not shown.
     """
 
@@ -34,6 +35,7 @@ class GenerationConfig(Frozen):
     top_p: float = Field(default=1.0, gt=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0)
+    top_logprobs: int = Field(default=0, ge=0)
     stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = ()
 
     @model_validator(mode="after")

@@ -1,9 +1,5 @@
-"""Generation for a batch of ragged prompts with a cache of fixed shape.
-
-All sequences of a batch move together: prompts are prefilled in chunks, right-padded with
-position -1; then every step feeds one token per sequence, and sequences that have ended feed
-padding. What a sequence computes does not depend on its neighbours: dropless routing gives every
-token all its experts.
+"""Generation for ragged prompts with a cache of fixed shape; see
+:mod:`~mistral_ms.inference.scheduler` for which of them is computed when.
 """
 
 from __future__ import annotations
@@ -11,11 +7,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import mindspore as ms
-import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, nn
 
 from mistral_ms.checkpoint import open_merged
 from mistral_ms.checkpoint.dtypes import FROM_CONFIG, count_not_finite
@@ -24,14 +19,13 @@ from mistral_ms.config import DROPLESS, DType, GenerationConfig, ModelConfig, Pa
 from mistral_ms.errors import GenerationError
 from mistral_ms.inference.lengths import check_length
 from mistral_ms.inference.results import Completion, Generation
-from mistral_ms.inference.sampling import LogitsError, Sampler
+from mistral_ms.inference.scheduler import Scheduler
 from mistral_ms.inference.sequence import RunningSequence
 from mistral_ms.inference.settings import read_checkpoint_settings
+from mistral_ms.inference.steps import NextToken, Steps
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM, NextTokenLogits
 from mistral_ms.moe import try_gates
-from mistral_ms.ops.graph_cache import kept_graphs
-from mistral_ms.ops.modes import graph_mode
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
@@ -65,14 +59,18 @@ class Engine:
 
     Args:
         model: a :class:`~mistral_ms.models.CausalLM` with a cache, or another that has the same
-            to offer; more prompts than it holds sequences run in groups.
+            to offer.
         max_length: positions per sequence, prompt and new tokens together.
-        chunk: the most prompt tokens prefilled at a time.
+        chunk: the most tokens of a prompt that are computed at a time.
         tokenizer: turns ids into text; without one completions have ids only.
         graph: compile the two steps (prefill and decode) into graphs; PyNative starts sooner and
             is many times slower.
         step: gives the logits of a step, as NextTokenLogits does; that of a CausalLM when None.
         eos_ids: tokens that end a text; those of the model's configuration when None.
+
+    Attributes:
+        batch: slots of the cache, for sequences that are computed side by side.
+        steps: the two steps.
 
     Raises:
         GenerationError: the model's cache is too short for these settings.
@@ -106,10 +104,10 @@ class Engine:
                 value=f"{spec.length} columns",
                 rule=f"max_length {max_length} and chunk {chunk} need {needed}",
             )
-        self.batch, self.max_length, self.chunk = step.batch, max_length, chunk
         step.set_train(False)
-        self._step = step
-        self._graph, self._compiled = graph, set[int]()
+        model.reset_cache()  # what was initialised late holds position 0 everywhere
+        self.steps = Steps(cast(NextToken, step), graph)
+        self.batch, self.max_length, self.chunk = self.steps.batch, max_length, chunk
 
     @classmethod
     def load(
@@ -133,7 +131,7 @@ class Engine:
 
         Args:
             path: its directory.
-            batch: sequences computed side by side.
+            batch: sequences computed side by side; more prompts take turns.
             max_length: see the class; the model's longest sequence by default.
             chunk: see the class.
             kind: which format to take when the directory holds several.
@@ -202,7 +200,8 @@ class Engine:
         *,
         continues: bool = True,
     ) -> Generation:
-        """Continues every prompt.
+        """Continues every prompt; of more than there are slots the first ones begin, and each of
+        the others when one has ended.
 
         Args:
             prompts: token ids, of any lengths, at least one token each.
@@ -215,42 +214,60 @@ class Engine:
             GenerationError: an empty prompt, one that leaves no room for a new token, an id
                 outside the vocabulary, or stop strings without a tokenizer.
         """
-        self._check(prompts, request)
-        running = [
-            RunningSequence(
-                prompt,
-                request,
-                self.eos_ids,
-                self.max_length,
-                self.tokenizer,
-                continues,
-            )
-            for prompt in prompts
+        sequences = [
+            self.sequence(prompt, request, number=number, continues=continues)
+            for number, prompt in enumerate(prompts)
         ]
         started = time.perf_counter()
-        width = self._width(prompts)
-        self._compile({width, 1})
+        shapes = self.steps.prefill_shapes(list(map(len, prompts)), self.chunk) if prompts else ()
+        self.steps.compile({self.steps.one, *shapes})
         compiled = time.perf_counter() - started
-        totals = np.zeros(4)
-        try:
-            for first in range(0, len(prompts), self.batch):
-                numbers = range(first, min(first + self.batch, len(prompts)))
-                group = [running[n] for n in numbers]
-                totals += self._run_group(group, numbers, request, on_text, width)
-        except LogitsError as error:
-            self.model.clear_cache()  # what it holds is not finite either
-            raise self._explained(error) from error
-        completions = tuple(
-            Completion(tuple(s.new_ids), tuple(s.logprobs), s.text, s.finish_reason or "length")
-            for s in running
-        )
-        prefilled, prefill_seconds, decoded, decode_seconds = totals.tolist()
+        scheduler = Scheduler(self.steps, shapes, self.model.clear_cache)
+        for sequence in sequences:
+            scheduler.add(sequence)
+        while scheduler.busy:
+            for progress in scheduler.step():
+                if progress.sequence.error is not None:
+                    self.model.clear_cache()  # what it holds is not finite either
+                    raise self.explained(progress.sequence.error) from progress.sequence.error
+                if on_text is not None and progress.text:
+                    on_text(progress.sequence.number, progress.text)
+        work = scheduler.work
         return Generation(
-            completions, int(prefilled), prefill_seconds, int(decoded), decode_seconds, compiled
+            tuple(map(Completion.of, sequences)),
+            work.prefill_tokens,
+            work.prefill_seconds,
+            work.decode_tokens,
+            work.decode_seconds,
+            compiled,
         )
 
-    def _explained(self, error: LogitsError) -> GenerationError:
-        """The error with its cause, where that is a weight."""
+    def sequence(
+        self,
+        prompt: Sequence[int],
+        request: GenerationConfig,
+        *,
+        number: int = 0,
+        continues: bool = True,
+    ) -> RunningSequence:
+        """A sequence for a :class:`~mistral_ms.inference.scheduler.Scheduler` of this engine.
+
+        Args:
+            prompt: token ids, at least one.
+            request: lengths, sampling, stop strings.
+            number: of the prompt in its request: its random numbers come from the seed and this.
+            continues: see :meth:`generate`.
+
+        Raises:
+            GenerationError: see :meth:`generate`.
+        """
+        self._check(prompt, request, f"prompt {number}")
+        return RunningSequence(
+            prompt, request, self.eos_ids, self.max_length, self.tokenizer, continues, number
+        )
+
+    def explained(self, error: GenerationError) -> GenerationError:
+        """An error of logits that are not finite with its cause, where that is a weight."""
         for name, parameter in self.model.weights().items():
             values, dtype = to_numpy(parameter)
             nans, infinities = count_not_finite(values, FROM_CONFIG[dtype])
@@ -265,113 +282,30 @@ class Engine:
                 )
         return error
 
-    def _width(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Columns of a prefill: powers of two up to the chunk, so that few graphs are compiled."""
-        return min(self.chunk, 1 << (max(map(len, prompts)) - 1).bit_length())
-
-    def _compile(self, widths: set[int]) -> None:
-        """Runs each new width once on padding alone, which compiles it and changes nothing."""
-        for width in sorted(widths - self._compiled) if self._graph else ():
-            with kept_graphs([self._step], self.batch, width):
-                self._logits(*self._padding(width), np.zeros(self.batch, np.int32))
-            self._compiled.add(width)
-
-    def _run_group(
-        self,
-        group: list[RunningSequence],
-        numbers: range,
-        request: GenerationConfig,
-        on_text: OnText | None,
-        width: int,
-    ) -> np.ndarray:
-        """Runs up to ``batch`` sequences to their ends; returns tokens and seconds, two pairs."""
-        sampler = Sampler(request, [s.prompt for s in group], numbers)
-        started = time.perf_counter()
-        logits = self._prefill([s.prompt for s in group], width)
-        prefilled = time.perf_counter()
-        decoded = 0
-        alive = list(range(len(group)))
-        while alive:
-            sampled = sampler(logits[alive], alive)
-            for row, token, logprob in zip(alive, sampled.ids, sampled.logprobs, strict=True):
-                text = group[row].accept(int(token), float(logprob))
-                if on_text is not None and text:
-                    on_text(numbers[row], text)
-            alive = [row for row in alive if not group[row].finished]
-            if alive:
-                logits = self._decode(group, alive)
-                decoded += len(alive)
-        ended = time.perf_counter()
-        prompt_tokens = sum(len(s.prompt) for s in group)
-        return np.array([prompt_tokens, prefilled - started, decoded, ended - prefilled])
-
-    def _prefill(self, prompts: Sequence[Sequence[int]], width: int) -> np.ndarray:
-        """Fills the cache; returns the logits after the last token of each prompt, [rows, V]."""
-        self.model.reset_cache()
-        logits = np.zeros((len(prompts), self.config.vocab_size), np.float32)
-        for start in range(0, max(map(len, prompts)), width):
-            ids, positions = self._padding(width)
-            last = np.zeros(self.batch, np.int32)
-            ending = []
-            for row, prompt in enumerate(prompts):
-                piece = prompt[start : start + width]
-                ids[row, : len(piece)] = piece
-                positions[row, : len(piece)] = np.arange(start, start + len(piece))
-                if start < len(prompt) <= start + width:
-                    last[row] = len(piece) - 1
-                    ending.append(row)
-            step = self._logits(ids, positions, last)
-            logits[ending] = step[ending]
-        return logits
-
-    def _decode(self, group: Sequence[RunningSequence], alive: Sequence[int]) -> np.ndarray:
-        """Feeds the newest token of each living sequence; returns [batch, V]."""
-        ids, positions = self._padding(1)
-        for row in alive:
-            ids[row, 0] = group[row].new_ids[-1]
-            positions[row, 0] = group[row].length - 1
-        return self._logits(ids, positions, np.zeros(self.batch, np.int32))
-
-    def _padding(self, width: int) -> tuple[np.ndarray, np.ndarray]:
-        shape = (self.batch, width)
-        return np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-
-    def _logits(self, ids: np.ndarray, positions: np.ndarray, last: np.ndarray) -> np.ndarray:
-        inputs = Tensor(ids), Tensor(positions), Tensor(last)
-        if not self._graph:
-            return self._step(*inputs).asnumpy()
-        # "increment": MindSpore takes the phase's graph without walking through all cells and
-        # without looking at the shapes, so only steps of one column have this phase
-        self._step.phase = "increment" if ids.shape[1] == 1 else "predict"
-        with graph_mode():
-            return self._step(*inputs).asnumpy()
-
-    def _check(self, prompts: Sequence[Sequence[int]], request: GenerationConfig) -> None:
+    def _check(self, prompt: Sequence[int], request: GenerationConfig, where: str) -> None:
         if request.stop and self.tokenizer is None:
             raise GenerationError("stop strings need a tokenizer", where="stop")
-        for number, prompt in enumerate(prompts):
-            where = f"prompt {number}"
-            if not len(prompt):
-                raise GenerationError("empty prompt", where=where, rule="at least one token")
-            outside = [t for t in prompt if not 0 <= t < self.config.vocab_size]
-            if outside:
-                raise GenerationError(
-                    "token id outside the vocabulary",
-                    where=where,
-                    value=self._named(outside[0]),
-                    rule=f"0 to {self.config.vocab_size - 1}",
-                    todo="the tokenizer's added tokens beyond that cannot be used with this model",
-                )
-            if len(prompt) > self.config.longest_sequence:
-                check_length(self.config, len(prompt), where)
-            if len(prompt) >= self.max_length:
-                raise GenerationError(
-                    "prompt too long",
-                    where=where,
-                    value=f"{len(prompt)} tokens",
-                    rule=f"prompt and new tokens have {self.max_length} positions together",
-                    todo="shorten it, or raise max_length if the model allows",
-                )
+        if not len(prompt):
+            raise GenerationError("empty prompt", where=where, rule="at least one token")
+        outside = [t for t in prompt if not 0 <= t < self.config.vocab_size]
+        if outside:
+            raise GenerationError(
+                "token id outside the vocabulary",
+                where=where,
+                value=self._named(outside[0]),
+                rule=f"0 to {self.config.vocab_size - 1}",
+                todo="the tokenizer's added tokens beyond that cannot be used with this model",
+            )
+        if len(prompt) > self.config.longest_sequence:
+            check_length(self.config, len(prompt), where)
+        if len(prompt) >= self.max_length:
+            raise GenerationError(
+                "prompt too long",
+                where=where,
+                value=f"{len(prompt)} tokens",
+                rule=f"prompt and new tokens have {self.max_length} positions together",
+                todo="shorten it, or raise max_length if the model allows",
+            )
 
     def _named(self, token_id: int) -> str:
         if self.tokenizer is None or token_id < 0:

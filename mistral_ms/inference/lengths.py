@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from mistral_ms.config import GenerationConfig, ModelConfig
 from mistral_ms.errors import GenerationError
 
+MOST_SLOTS = 32
+"""Prompts that are computed side by side where nobody says how many; more take turns."""
+
 
 def required_length(
     config: ModelConfig, prompts: Sequence[Sequence[int]], request: GenerationConfig

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ from mistral_ms.errors import GenerationError
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 Ids = NDArray[np.int64]
+Alternative: TypeAlias = tuple[int, float]
+"""A token that might have been chosen, and its log-probability."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,13 @@ class Sampled:
         logprobs: float32 [B], the model's own log-probability of each chosen token: log-softmax of
             the raw logits, before penalty, temperature and filters. It says how likely the model
             found the token, whatever the settings made of it.
+        top: of each sequence the most likely tokens, the most likely first, by the same
+            log-probabilities; as many as the request's ``top_logprobs``, so empty without them.
     """
 
     ids: Ids
     logprobs: Floats
+    top: tuple[tuple[Alternative, ...], ...] = ()
 
 
 class Sampler:
@@ -58,8 +64,8 @@ class Sampler:
         self._config = config
         self._prompts = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
         self._seen: Bools | None = None  # [sequences, V], once V is known
-        numbers = range(len(prompts)) if numbers is None else numbers
-        self._streams = [np.random.default_rng([config.seed, number]) for number in numbers]
+        self._numbers = list(range(len(prompts)) if numbers is None else numbers)
+        self._streams = [np.random.default_rng([config.seed, number]) for number in self._numbers]
 
     def __call__(self, logits: Floats, rows: Sequence[int] | None = None) -> Sampled:
         """Chooses one token for each row of ``logits`` and remembers it.
@@ -75,7 +81,7 @@ class Sampler:
         rows = list(range(len(self._streams)) if rows is None else rows)
         if logits.ndim != 2 or len(logits) != len(rows):
             raise ValueError(f"logits {logits.shape} for {len(rows)} sequences")
-        _check_finite(logits, rows)
+        _check_finite(logits, [self._numbers[row] for row in rows])
         scores = logits.astype(np.float32)  # a copy: the caller's logits stay as they are
         if self._config.repetition_penalty != 1.0:
             seen = self._seen_tokens(logits.shape[1])[rows]
@@ -90,7 +96,8 @@ class Sampler:
             ids = draw(softmax(scores), draws)
         if self._seen is not None:
             self._seen[rows, ids] = True
-        return Sampled(ids, log_probabilities(logits, ids))
+        top = self._config.top_logprobs
+        return Sampled(ids, log_probabilities(logits, ids), most_likely(logits, top) if top else ())
 
     def _seen_tokens(self, vocab_size: int) -> Bools:
         if self._seen is None:
@@ -161,17 +168,27 @@ def log_probabilities(logits_BV: Floats, ids_B: Ids) -> Floats:
     return (chosen - total).astype(np.float32)
 
 
+def most_likely(logits_BV: Floats, count: int) -> tuple[tuple[Alternative, ...], ...]:
+    """The ``count`` most likely tokens of each row; the smallest id first among equals."""
+    order_BV = np.argsort(-logits_BV, axis=1, kind="stable")[:, :count]
+    logprobs = [log_probabilities(logits_BV, ids_B) for ids_B in order_BV.T]
+    return tuple(
+        tuple((int(token), float(logprobs[place][row])) for place, token in enumerate(ids))
+        for row, ids in enumerate(order_BV)
+    )
+
+
 class LogitsError(GenerationError):
     """Logits that no token can be chosen by."""
 
 
-def _check_finite(logits_BV: Floats, rows: Sequence[int]) -> None:
+def _check_finite(logits_BV: Floats, numbers: Sequence[int]) -> None:
     """The maximum of a row is a number unless the row holds a NaN, a +inf, or only -inf."""
     bad = np.flatnonzero(~np.isfinite(logits_BV.max(axis=1)))
     if bad.size:
         raise LogitsError(
             "logits are not finite",
-            where=f"sequence {rows[int(bad[0])]}",
+            where=f"sequence {numbers[int(bad[0])]}",
             value=f"largest logit {logits_BV[bad[0]].max()}",
             rule="sampling needs numbers",
             todo="check the dtype: float16 overflows at 65504",

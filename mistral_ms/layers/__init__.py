@@ -1,6 +1,12 @@
 """Building blocks of the decoder, written as for one device."""
 
-from mistral_ms.layers.attention import Attention, AttentionContext, AttentionCore, visible_keys
+from mistral_ms.layers.attention import (
+    Attention,
+    AttentionContext,
+    AttentionCore,
+    Packing,
+    visible_keys,
+)
 from mistral_ms.layers.embedding import Embedding, embedded, embedding_noise
 from mistral_ms.layers.feed_forward import FeedForward, GatedLinear
 from mistral_ms.layers.kv_cache import CacheSpec, Columns, KeyPositions, KVCache, forget
@@ -30,6 +36,7 @@ __all__ = [
     "LowRankGroupedLinear",
     "LowRankLinear",
     "OutputLogits",
+    "Packing",
     "PiecewiseNorm",
     "RMSNorm",
     "RotaryTable",

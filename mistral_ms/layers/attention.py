@@ -16,13 +16,23 @@ from mindspore import Parameter, Tensor, nn, ops
 from mistral_ms.layers.kv_cache import KVCache, write_cache
 from mistral_ms.ops import reference, select, select_cpu
 
-AttentionContext: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Packing: TypeAlias = tuple[Tensor, Tensor]
+"""Of a batch [B, S] with much padding, whose layers compute P tokens alone, in this order:
+
+* rows_P: int32, where each of them stands in the flattened [B * S];
+* places_T: int32, where each of [B * S] stands among the P; anywhere for padding.
+"""
+
+_gather = ops.Gather()
+
+AttentionContext: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Packing | None]
 """What all layers with the same window share in one forward pass, in this order:
 
 * cos_BS1R: cosines of the rotary angles, R = D / 2;
 * sin_BS1R: sines;
 * visible_B1SM: bool, which key each query may see; None where the core needs none;
-* cache_rows_T: int32, where the cache takes the new keys; None or unused without a cache.
+* cache_rows_T: int32, where the cache takes the new keys; None or unused without a cache;
+* packing: how the rows that the core is given stand in [B, S]; None: they are all of them.
 """
 
 
@@ -86,7 +96,7 @@ class AttentionCore(nn.Cell):
         context: AttentionContext,
         cache: tuple[Parameter, Parameter] | None = None,
     ) -> Tensor:
-        """[T, N * D] and twice [T, G * D] -> [T, N * D], T = B * S.
+        """[T, N * D] and twice [T, G * D] -> [T, N * D], T = B * S, or P of a packed batch.
 
         Args:
             q_TQ: queries, heads side by side.
@@ -96,7 +106,24 @@ class AttentionCore(nn.Cell):
             cache: buffers [B * M, G * D] of keys and values, written in place; None attends
                 within the given sequence.
         """
-        cos_BS1R, sin_BS1R, visible_B1SM, cache_rows_T = context
+        packing = context[4]
+        if packing is None:
+            return self._whole(q_TQ, k_TP, v_TP, context, cache)
+        rows_P, places_T = packing
+        q_TQ = _gather(q_TQ, places_T, 0)
+        k_TP, v_TP = _gather(k_TP, places_T, 0), _gather(v_TP, places_T, 0)
+        return _gather(self._whole(q_TQ, k_TP, v_TP, context, cache), rows_P, 0)
+
+    def _whole(
+        self,
+        q_TQ: Tensor,
+        k_TP: Tensor,
+        v_TP: Tensor,
+        context: AttentionContext,
+        cache: tuple[Parameter, Parameter] | None,
+    ) -> Tensor:
+        """The same of all rows, T = B * S."""
+        cos_BS1R, sin_BS1R, visible_B1SM, cache_rows_T, _ = context
         if cache is not None and self.cached is not None and q_TQ.dtype == ms.float32:
             return self.cached(
                 q_TQ, k_TP, v_TP, cos_BS1R, sin_BS1R, visible_B1SM, cache_rows_T, *cache
@@ -138,7 +165,7 @@ class Attention(nn.Cell):
         self.core, self.cache = core, cache
 
     def construct(self, x_TH: Tensor, context: tuple[Any, ...]) -> Tensor:
-        """[T, H] -> [T, H], T = B * S.
+        """[T, H] -> [T, H], T = B * S, or P of a packed batch.
 
         Args:
             x_TH: normalised states.

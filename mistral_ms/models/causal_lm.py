@@ -19,6 +19,7 @@ from mistral_ms.layers import (
     AttentionContext,
     CacheSpec,
     OutputLogits,
+    Packing,
     RotaryTable,
     is_buffer,
     output_logits,
@@ -128,23 +129,26 @@ class CausalLM(nn.Cell):
         positions_BS: Tensor,
         segments_BS: Tensor | None = None,
         random_B3: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, RouterSums | None]:
         """Normalised hidden states [B * S, H] and the router sums of the sparse layers.
 
         Args:
-            ids_BS: int32 tokens.
+            ids_BS: int32 tokens; of a packed batch [P], and so are the states [P, H].
             positions_BS: int32, -1 for padding.
             segments_BS: int32; tokens of different segments do not see each other. Not with a
                 cache.
             random_B3: int32, for each row the seed, the step and the row's number in the global
                 batch; what a gate draws from in training. None outside of training. A fourth
                 column has the domains of the rows, where the data have any.
+            packing: where the tokens of a packed batch stand; None: it is not packed.
 
         Returns:
             The states, and the sums stacked over the sparse layers, [layers, E] and [layers];
             None for a dense model.
         """
-        return self.decode(self.embed(ids_BS), positions_BS, segments_BS, random_B3, ids_BS)
+        x_TH = self.embed(ids_BS)
+        return self.decode(x_TH, positions_BS, segments_BS, random_B3, ids_BS, packing)
 
     def embed(self, ids_BS: Tensor) -> Tensor:
         """[B * S, H] of int32 tokens."""
@@ -157,13 +161,16 @@ class CausalLM(nn.Cell):
         segments_BS: Tensor | None = None,
         random_B3: Tensor | None = None,
         ids_BS: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, RouterSums | None]:
         """From embedded tokens, or what the model chunk before gave, to the result of the last
         layer that is held, normalised where it is the model's last; and the router sums as above.
         The ids are for gates that take them.
         """
-        contexts = self.attention_contexts(positions_BS, segments_BS)
+        contexts = self.attention_contexts(positions_BS, segments_BS, packing)
         valid_T = ops.cast(positions_BS.reshape(-1) >= 0, ms.float32)
+        if packing is not None:
+            valid_T = _gather(valid_T, packing[0], 0)
         columns = positions_BS.shape[1]
         context = None if random_B3 is None else gate_context(random_B3, columns)
         ids_T = self.gate_ids(ids_BS, random_B3) if self.takes_ids and ids_BS is not None else None
@@ -189,21 +196,24 @@ class CausalLM(nn.Cell):
         return (random_B3[:, 3:4] * self.config.vocab_size + ids_BS).reshape(-1)
 
     def attention_contexts(
-        self, positions_BS: Tensor, segments_BS: Tensor | None = None
+        self,
+        positions_BS: Tensor,
+        segments_BS: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> tuple[AttentionContext, ...]:
         """What layers share, for each of the model's ``windows``: rotary rows, visibility, places
-        in the cache.
+        in the cache, and in a packed batch.
         """
         cos, sin = self.rotary(positions_BS)
         rows, keys_BM = None, positions_BS
         if self.cached:
             rows, keys_BM = self.key_positions(positions_BS)
         visible = visible_keys(positions_BS, keys_BM, self.windows[0], segments_BS)
-        first = cos, sin, visible, rows
+        first = cos, sin, visible, rows, packing
         if len(self.windows) == 1:
             return (first,)
         visible = visible_keys(positions_BS, keys_BM, self.windows[1], segments_BS)
-        return first, (cos, sin, visible, rows)
+        return first, (cos, sin, visible, rows, packing)
 
     def head_weight(self) -> ms.Parameter:
         """The output head [V, H]; the embedding's own weight when tied."""
@@ -306,10 +316,13 @@ class NextTokenLogits(nn.Cell):
 
     Attributes:
         batch: rows that it takes.
+        packs: whether it takes packed batches.
 
     Raises:
         ConfigError: the model has no cache.
     """
+
+    packs = True
 
     def __init__(self, model: CausalLM) -> None:
         super().__init__()
@@ -319,9 +332,30 @@ class NextTokenLogits(nn.Cell):
         self.batch = model.key_positions.spec.batch
         self.logits = OutputLogits()
 
-    def construct(self, ids_BS: Tensor, positions_BS: Tensor, last_B: Tensor) -> Tensor:
-        """Float32 [B, V]: logits after column ``last_B`` (int32) of each row."""
-        B, S = ids_BS.shape
-        hidden_TH = self.model.hidden_states(ids_BS, positions_BS)[0]
+    def construct(
+        self,
+        ids_BS: Tensor,
+        positions_BS: Tensor,
+        last_B: Tensor,
+        rows_P: Tensor | None = None,
+        places_T: Tensor | None = None,
+    ) -> Tensor:
+        """Float32 [B, V]: logits after some column of each row.
+
+        Args:
+            ids_BS: int32 tokens; of a packed batch those [P] that are computed.
+            positions_BS: int32, -1 for padding.
+            last_B: int32, the columns.
+            rows_P: see :data:`~mistral_ms.layers.Packing`; a packed batch with less than P tokens
+                is filled up with padding.
+            places_T: likewise.
+        """
+        B, S = positions_BS.shape
         rows_B = last_B + _range(0, B, 1) * S
+        if rows_P is None or places_T is None:
+            hidden_TH = self.model.hidden_states(ids_BS, positions_BS)[0]
+        else:
+            packing = rows_P, places_T
+            hidden_TH = self.model.hidden_states(ids_BS, positions_BS, packing=packing)[0]
+            rows_B = _gather(places_T, rows_B, 0)
         return self.logits(_gather(hidden_TH, rows_B, 0), self.model.head_weight())

@@ -92,10 +92,13 @@ class ParallelNextTokenLogits(nn.Cell):
 
     Attributes:
         batch: rows of all data-parallel ranks together.
+        packs: whether it takes packed batches.
 
     Raises:
         ConfigError: the model has no cache.
     """
+
+    packs = False
 
     def __init__(self, model: CausalLM, groups: Groups, dtype: str = "float32") -> None:
         super().__init__()

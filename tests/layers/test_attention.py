@@ -77,7 +77,7 @@ def make(N=6, G=2, D=4, H=10, window=None, seed=0):
 def run(config, cell, x, position_ids):
     cos, sin = RotaryTable(config, 32)(Tensor(position_ids))
     visible = visible_keys(Tensor(position_ids), Tensor(position_ids), config.sliding_window)
-    out = cell(Tensor(x.reshape(-1, x.shape[-1])), (cos, sin, visible, None))
+    out = cell(Tensor(x.reshape(-1, x.shape[-1])), (cos, sin, visible, None, None))
     return out.numpy().reshape(x.shape)
 
 

@@ -8,6 +8,7 @@ from support.hf import hf_logits, make_pair
 from support.models import fill, ragged_batch
 
 from mistral_ms.errors import ConfigError
+from mistral_ms.inference.steps import Piece, Steps, StepShape
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM, NextTokenLogits
 
@@ -176,6 +177,25 @@ def test_half_precision_caches_half_precision():
     ends = want[np.arange(3), np.array(RAGGED) - 1]
     # one unit of float16 (2^-10) where a sum over one more, hidden, column rounds differently
     assert np.abs(got - ends).max() <= 2**-10 * np.abs(ends).max()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "mistral-sliding-window"])
+def test_packed_rows(mode, kind):
+    """A piece of one text, a token of another, nothing of the third, and room to spare."""
+    case = Case(kind, [12, 9, 6], 12)
+    steps = Steps(case.step, graph=mode == "graph")
+    taken = [0, 0, 0]
+    for counts in [(5, 0, 3), (4, 1, 0), (1, 6, 2)]:
+        pieces = [
+            Piece(row, start, case.ids[row, start : start + count])
+            for row, (start, count) in enumerate(zip(taken, counts, strict=True))
+            if count
+        ]
+        got = steps(StepShape(7, 10), pieces)
+        taken = [a + b for a, b in zip(taken, counts, strict=True)]
+        for piece in pieces:
+            difference = np.abs(got[piece.row] - case.want[piece.row, taken[piece.row] - 1]).max()
+            assert difference <= case.bound
 
 
 def test_a_model_without_a_cache_is_refused():

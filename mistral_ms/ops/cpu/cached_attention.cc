@@ -1,7 +1,8 @@
 // Attention with a cache: rotates, enters keys and values into the cache, and attends to it.
 //
 // A thread has all queries of a key/value head. Few queries are multiplied here; of more, oneDNN
-// multiplies a block with all keys that one of them sees.
+// multiplies a block with all keys that one of them sees. Queries at the end of a sequence's row that
+// see nothing are padding: they get zeros.
 
 #include <cmath>
 #include <limits>
@@ -68,6 +69,15 @@ int64_t Seen(const bool* visible, int64_t queries, int64_t M) {
   return M;
 }
 
+// How many queries must be looked at: all up to the last that sees a key.
+int64_t Seeing(const bool* visible, int64_t queries, int64_t M) {
+  while (queries > 0 && std::none_of(visible + (queries - 1) * M, visible + queries * M,
+                                     [](bool seen) { return seen; })) {
+    --queries;
+  }
+  return queries;
+}
+
 }  // namespace
 
 // q [T, N * D], k and v [T, G * D], cos and sin [B, S, 1, D / 2], visible [B, 1, S, M], rows of the
@@ -101,8 +111,8 @@ extern "C" int CachedAttention(int parameters, void** data, int*, int64_t** shap
   }
   const bool done = Divide(B * G, kWorkOfThread / (2 * S * group * M * D) + 1, [&](int64_t first,
                                                                                 int64_t count) {
-    const int64_t block = S <= kFewQueries ? 1 : std::min(kBlock, S);
-    std::vector<float> queries(block * D), scores(block * M);
+    const int64_t largest = std::min(kBlock, S);
+    std::vector<float> queries(largest * D), scores(largest * M);
     for (int64_t head = first; head < first + count; ++head) {
       const int64_t b = head / G, g = head % G;
       for (int64_t s = 0; s < S; ++s) {
@@ -113,8 +123,13 @@ extern "C" int CachedAttention(int parameters, void** data, int*, int64_t** shap
       }
       const float* own_keys = keys + b * M * width + g * D;
       const float* own_values = values + b * M * width + g * D;
-      for (int64_t s = 0; s < S; s += block) {
-        const int64_t token = b * S + s, size = std::min(block, S - s);
+      const int64_t length = Seeing(visible + b * S * M, S, M);
+      for (int64_t s = length; s < S; ++s) {
+        std::fill_n(mixed + ((b * S + s) * N + g * group) * D, group * D, 0.0f);
+      }
+      const int64_t block = length <= kFewQueries ? 1 : largest;
+      for (int64_t s = 0; s < length; s += block) {
+        const int64_t token = b * S + s, size = std::min(block, length - s);
         const bool* own_visible = visible + token * M;
         const int64_t seen = Seen(own_visible, size, M);
         for (int64_t n = g * group; n < (g + 1) * group; ++n) {

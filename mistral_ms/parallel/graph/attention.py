@@ -89,7 +89,7 @@ class AttentionRegion(_CoreRegion):
         visible = None
         if self.core.needs_visibility:
             visible = visible_keys(positions_BS, positions_BS, self.window, segments_BS)
-        return self.core(q_TQ, k_TP, v_TP, (cos_BS1R, sin_BS1R, visible, None))
+        return self.core(q_TQ, k_TP, v_TP, (cos_BS1R, sin_BS1R, visible, None, None))
 
     def construct(
         self, q_TQ: Tensor, k_TP: Tensor, v_TP: Tensor, context: tuple[Tensor, Tensor]
@@ -128,7 +128,7 @@ class CachedAttentionRegion(_CoreRegion):
         """[T, N * D] and twice [T, G * D] -> [T, N * D]; writes into ``keys`` and ``values``."""
         cos_BS1R, sin_BS1R = self.rotary(positions_BS)
         visible = visible_keys(positions_BS, held_BM, self.window)
-        context = cos_BS1R, sin_BS1R, visible, rows_T
+        context = cos_BS1R, sin_BS1R, visible, rows_T, None
         return self.core(q_TQ, k_TP, v_TP, context, (keys, values))
 
     def construct(

@@ -104,7 +104,10 @@ class GraphNextToken(GraphDecoder):
         config: the architecture.
         key_positions: see :class:`~mistral_ms.parallel.graph.attention.KeyTable`.
         batch: rows that it takes, those of all ranks.
+        packs: whether it takes packed batches.
     """
+
+    packs = False
 
     def __init__(self, layer_factory: CachedLayerFactory) -> None:
         super().__init__(layer_factory)
