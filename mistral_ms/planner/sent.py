@@ -265,6 +265,7 @@ def _figures(
         yield UPDATE, Message("AllReduce", GroupKind.WORLD, FLOAT)
         sparse = sum(model.is_sparse(layer) for layer in stage.layers)
         yield BACKWARD, Message("AllReduce", GroupKind.STAGE, (2 + 2 * E) * FLOAT, sparse)
+        yield BACKWARD, Message("AllReduce", GroupKind.STAGE, 2 * FLOAT, len(stage.layers))
         if stage.head:  # the loss, and the start of its gradient
             yield FORWARD, Message("AllReduce", GroupKind.STAGE, FLOAT, m)
             yield BACKWARD, Message("AllReduce", GroupKind.STAGE, FLOAT, 1 + m * (m > 1))

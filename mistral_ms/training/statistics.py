@@ -16,12 +16,14 @@ from mistral_ms.ops.modes import pynative_mode
 def weight_statistics(
     weights: Mapping[str, Parameter], gradient_norms: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """For each weight its largest magnitude, elements that are not finite, and gradient norm."""
+    """For each weight its largest and mean magnitude, how many elements are not finite, and its
+    gradient's norm.
+    """
     found = []
     for name, weight in weights.items():
         values = weight.astype(ms.float32).asnumpy()
         norm = gradient_norms.get(name)
-        found.append({"name": name, **_describe(values), "gradient_norm": norm})
+        found.append({"name": name, **_described([_sums(values)]), "gradient_norm": norm})
     return found
 
 
@@ -35,18 +37,12 @@ def layer_statistics(
         groups: what it sees, one after the other.
         forward: calls the model with a group.
     """
-    found: dict[str, dict[str, Any]] = {}
+    parts: dict[str, list[np.ndarray]] = {}
 
     def keep(name: str) -> Any:
         def hook(cell: Any, inputs: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
-            new = _describe(value.astype(ms.float32).asnumpy())
-            old = found.get(name, new | {"not_finite": 0})
-            found[name] = {
-                "name": name,
-                "largest": max(old["largest"], new["largest"]),
-                "not_finite": old["not_finite"] + new["not_finite"],
-            }
+            parts.setdefault(name, []).append(_sums(value.astype(ms.float32).asnumpy()))
 
         return hook
 
@@ -60,12 +56,17 @@ def layer_statistics(
     finally:
         for handle in handles:
             handle.remove()
-    return list(found.values())
+    return [{"name": name, **_described(each)} for name, each in parts.items()]
 
 
-def _describe(values: np.ndarray) -> dict[str, Any]:
-    finite = np.isfinite(values)
-    return {
-        "largest": float(np.abs(values[finite]).max(initial=0.0)),
-        "not_finite": int(values.size - np.count_nonzero(finite)),
-    }
+def _sums(values: np.ndarray) -> np.ndarray:
+    """Largest magnitude, sum of magnitudes, how many are finite, and how many are not."""
+    sizes = np.abs(values[np.isfinite(values)], dtype=np.float64)
+    return np.array([sizes.max(initial=0.0), sizes.sum(), sizes.size, values.size - sizes.size])
+
+
+def _described(parts: Sequence[np.ndarray]) -> dict[str, Any]:
+    largest = max(part[0] for part in parts)
+    _, total, finite, broken = np.sum(parts, 0)
+    mean = float(total / max(1.0, finite))
+    return {"largest": float(largest), "mean": mean, "not_finite": int(broken)}

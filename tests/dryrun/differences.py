@@ -157,6 +157,7 @@ class Expected:
         """What a step reports."""
         layers, metrics = self.layers, (2 + 2 * E) * FLOAT
         graph = Counter({self.said("AllReduce", BACKWARD, GroupKind.STAGE, metrics): layers})
+        graph[self.said("AllReduce", BACKWARD, GroupKind.STAGE, 2 * FLOAT)] += layers
         if self.last:
             graph[self.said("AllReduce", BACKWARD, GroupKind.STAGE, FLOAT)] += 1
             graph[self.said("AllReduce", FORWARD, GroupKind.STAGE, FLOAT)] += self.micro
@@ -167,7 +168,7 @@ class Expected:
             explicit[self.said("AllReduce", UPDATE, GroupKind.PIPELINE, self.report)] += 1
         return Difference(
             "The graph adds its loss up on the last stage, for each micro-batch, and the start of "
-            "its gradient, and once a step the metrics of each sparse layer and the loss again, as "
+            "its gradient, and once a step the metrics of each layer and the loss again, as "
             "gradients of the buffers in which they are recorded; the explicit path all losses and "
             "expert loads together, once a step.",
             graph,

@@ -105,6 +105,7 @@ def test_only_numbers_travel_for_each_micro_batch(dense):
         ("AllReduce", FORWARD, ()): MICRO,  # the loss
         ("AllReduce", BACKWARD, ()): MICRO,  # its gradient's start
         ("AllReduce", BACKWARD, (1, 1)): 1,  # the loss, noted for the report
+        ("AllReduce", BACKWARD, (1, 2)): LAYERS,  # how large a layer's output is, likewise
         ("AllReduce", "optimizer", (1,)): 1,  # the norm
     }
 
@@ -115,7 +116,8 @@ def test_dense_weights_have_a_buffer_to_be_added_up_in(dense):
         name: share(shape) for name, shape in DENSE_SHAPES.items()
     }
     buffers = {n.removeprefix("accu_grads."): t for n, t in held.items() if "accu_grads." in n}
-    del buffers["loss.metrics_buffer"]
+    for name in [n for n in buffers if n.endswith(("metrics_buffer", "output_buffer"))]:
+        del buffers[name]
     assert {name: t.shape for name, t in buffers.items()} == DENSE_SHAPES
     assert {t.dtype for t in buffers.values()} == {"Float32"}
 
@@ -188,7 +190,7 @@ def check_sparse(text, groups):
             added_up[each.given.shape] += each.times
     attention = [(QUERIES, H), (KEYS, H), (KEYS, H), (H, QUERIES)]
     layer = [*attention, (H,), (H,), (E, H)]  # ep = dp: experts have no copies
-    recorded = [*[(1, 2 + 2 * E)] * LAYERS, (1, 1)]
+    recorded = [*[(1, 2 + 2 * E), (1, 2)] * LAYERS, (1, 1)]
     assert added_up == Counter([*layer * LAYERS, (V, H), (V, H), (H,), *recorded])
 
 

@@ -109,7 +109,7 @@ def test_the_exchanges_of_each_rank(reports):
 
 def test_the_planners_numbers_stand_beside(reports):
     """And are the same, but for a few numbers that the graph keeps beside the weights: MindSpore's
-    step and rate, and the buffers of figures, of each layer 18.
+    step and rate, and the buffers of figures, of each layer 18 and two.
     """
     for each in reports["ranks"]:
         planned = each["planned"]

@@ -39,7 +39,7 @@ def test_names_the_samples_and_the_first_layer_that_broke(make_update, data, tmp
 
 
 def test_statistics_are_those_of_the_whole_batch(make_update, data):
-    """The largest over all parts; by hand for the embedding."""
+    """The largest and the mean over all parts; by hand for the embedding."""
     update = make_update(layers=2)
     batch = data.batch(0)
     table = update.model.embed_tokens.weight.asnumpy()
@@ -49,5 +49,7 @@ def test_statistics_are_those_of_the_whole_batch(make_update, data):
 
     for groups in (1, 4):
         found = layer_statistics(update.model, batch.split(groups), forward)
-        assert found[0]["largest"] == np.abs(table[batch.ids_BS]).max()
+        sizes = np.abs(table[batch.ids_BS])
+        assert found[0]["largest"] == sizes.max()
+        assert found[0]["mean"] == pytest.approx(sizes.mean(dtype=np.float64), rel=1e-12)
         assert [layer["not_finite"] for layer in found] == [0, 0, 0]

@@ -66,7 +66,7 @@ def build(
             :func:`~mistral_ms.parallel.graph.checks.check_run`.
         TopologyError: there are more or fewer processes than the layout has.
     """
-    model, layer_factory = build_model(run, layers, segmented, token_nll)
+    model, layer_factory = build_model(run, layers, segmented, token_nll, records_outputs=True)
     with no_init_parameters():
         update = _weight_update(run, model, layer_factory)
         cell = _step(run, model, update, layer_factory.sharding)
@@ -78,6 +78,7 @@ def build_model(
     layers: int | None = None,
     segmented: bool | None = None,
     token_nll: nn.Cell | None = None,
+    records_outputs: bool = False,
 ) -> tuple[GraphModel, GraphLayerFactory]:
     """The net inside a training step, its weights not initialised; for another program's step.
 
@@ -86,6 +87,7 @@ def build_model(
         layers: see :func:`build`.
         segmented: see :func:`build`.
         token_nll: see :func:`build`.
+        records_outputs: every block records how large its output is.
 
     Returns:
         The net, and what has made its pieces.
@@ -110,6 +112,7 @@ def build_model(
             segmented=segmented,
             parallel=parallel,
             losses=_coefficients(run, config),
+            records_outputs=records_outputs,
         )
         held = stages_of(config, parallel.pp)
         stages = tuple(stage.number for stage in held for _ in stage.layers)
@@ -174,7 +177,7 @@ def _step(
     run: RunConfig, model: GraphModel, update: WeightUpdate, sharding: Sharding | None
 ) -> TrainingGraph:
     training, parallel = run.training, run.parallel
-    metrics_buffers = tuple(model.metrics_buffers().values())
+    metrics_buffers = (*model.metrics_buffers().values(), *model.output_buffers())
     net, reducer = model, None
     if parallel.pp > 1:
         net = nn.PipelineCell(model, training.gradient_accumulation_steps)

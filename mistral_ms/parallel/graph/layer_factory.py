@@ -41,6 +41,7 @@ class GraphLayerFactory(LayerFactory):
         segmented: more than the causal rule and the layers' windows hides keys from queries.
         parallel: the layout of the run.
         losses: coefficients of the router's losses; None where nothing is trained.
+        records_outputs: every block records how large its output is.
         sequence_parallel: see :class:`~mistral_ms.parallel.sharding.Sharding`.
 
     Raises:
@@ -62,11 +63,12 @@ class GraphLayerFactory(LayerFactory):
         segmented: bool,
         parallel: ParallelConfig,
         losses: LossCoefficients | None,
+        records_outputs: bool = False,
         sequence_parallel: bool = True,
     ) -> None:
         super().__init__(config, routing, cache, dtype)
         self.sequence, self.segmented, self.losses = sequence, segmented, losses
-        self.parallel = parallel
+        self.parallel, self.records_outputs = parallel, records_outputs
         self.sharding: Sharding | None = None
         self.groups: Groups | None = None
         if parallel.world > 1:

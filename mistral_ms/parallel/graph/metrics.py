@@ -12,10 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
+from mistral_ms.parallel.graph.region import Region, first_shape
+from mistral_ms.parallel.sharding import Sharding
+
 _zeros_like = ops.ZerosLike()
+_abs, _cast, _sum, _is_finite = ops.Abs(), ops.Cast(), ops.ReduceSum(), ops.IsFinite()
 
 
 @dataclass(frozen=True)
@@ -82,3 +87,26 @@ class RecordMetrics(nn.Cell):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The metrics are the gradient of their buffer."""
         return dout, metrics.reshape(1, -1), _zeros_like(metrics)
+
+
+class OutputRegion(Region):
+    """Passes this rank's rows of a block's output on and records how large they are: the sum of
+    magnitudes of what is finite, and how many elements are not.
+
+    Sums, because everything that is recorded is added up: the largest magnitude could not be.
+
+    Args:
+        sharding: the table; None on one device.
+    """
+
+    def __init__(self, sharding: Sharding | None) -> None:
+        super().__init__(sharding, ("rows", "matrix"), ("rows",), first_shape, (0,))
+        self.record = RecordMetrics()
+
+    def compute(self, x_TH: Tensor, buffer: Tensor) -> Tensor:
+        """[T, H], unchanged."""
+        wide_TH = _abs(_cast(x_TH, ms.float32))
+        finite_TH = _is_finite(wide_TH)
+        sizes_TH = ops.select(finite_TH, wide_TH, _zeros_like(wide_TH))
+        broken = _sum(1.0 - _cast(finite_TH, ms.float32))
+        return self.record(x_TH, buffer, ops.stack((_sum(sizes_TH), broken)))

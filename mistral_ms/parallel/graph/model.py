@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, lazy_inline, nn, ops
 from mistral_ms.layers import TokenNLL, is_buffer, output_logits
 from mistral_ms.models import DecoderBlock, check_weights
 from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
-from mistral_ms.parallel.graph.metrics import RecordMetrics, metrics_buffer
+from mistral_ms.parallel.graph.metrics import OutputRegion, RecordMetrics, metrics_buffer
 from mistral_ms.parallel.graph.region import Region, Shape
 from mistral_ms.parallel.sharding import Sharding
 from mistral_ms.weights import by_name, specs
@@ -87,6 +87,8 @@ class GraphBlock(DecoderBlock):
 
     Attributes:
         pooled: whether it gives sums, for the pooled load-balancing loss.
+        records_output: whether ``output_buffer`` keeps what
+            :class:`~mistral_ms.parallel.graph.metrics.OutputRegion` records.
     """
 
     def __init__(self, layer_factory: GraphLayerFactory, layer: int) -> None:
@@ -95,6 +97,12 @@ class GraphBlock(DecoderBlock):
         self.pooled = (
             self.sparse and layer_factory.losses is not None and layer_factory.losses.pooled
         )
+        self.records_output = layer_factory.records_outputs
+        if self.records_output:
+            self.output, self.output_buffer = (
+                OutputRegion(layer_factory.sharding),
+                metrics_buffer(2),
+            )
 
     def construct(
         self,
@@ -108,8 +116,10 @@ class GraphBlock(DecoderBlock):
         """[T, H] -> [T, H], and sums; contexts and mask are what the pieces of
         :class:`GraphLayerFactory` take.
         """
-        both = super().construct(x_TH, context, valid_T, gate_context)
-        return both if self.pooled else both[0]
+        x_TH, sums = super().construct(x_TH, context, valid_T, gate_context)
+        if self.records_output:
+            x_TH = self.output(x_TH, self.output_buffer)
+        return (x_TH, sums) if self.pooled else x_TH
 
 
 class GraphDecoder(nn.Cell):
@@ -233,6 +243,10 @@ class GraphModel(GraphDecoder):
             i: layer.moe.metrics_buffer for i, layer in enumerate(self.layers) if layer.sparse
         }
         return {**found, None: self.loss.metrics_buffer}
+
+    def output_buffers(self) -> list[Parameter]:
+        """Where each block records how large its output is, [1, 2]; none where they do not."""
+        return [layer.output_buffer for layer in self.layers if layer.records_output]
 
 
 class LazyGraphModel(GraphModel):
