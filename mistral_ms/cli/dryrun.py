@@ -121,14 +121,18 @@ def _step(run: RunConfig | PredictConfig, asked: Step | None) -> Step:
 
 
 def _refuse(run: RunConfig | PredictConfig, layers: int | None) -> None:
-    """Raises where it is known beforehand that no rank compiles."""
-    from mistral_ms.config import RunConfig
-    from mistral_ms.parallel.graph.checks import check_prediction, check_run
+    """Raises where it is known beforehand that no rank compiles, or that what it compiles cannot
+    run: the dry run computes nothing, so gates are tried here.
+    """
+    from mistral_ms.config import DROPLESS, RunConfig
+    from mistral_ms.parallel.graph.checks import check_gate, check_prediction, check_run
 
     if isinstance(run, RunConfig):
         check_run(run, layers or run.model.num_hidden_layers)
+        check_gate(run.model, run.routing, training=True)
     else:
         check_prediction(run)
+        check_gate(run.model, DROPLESS, training=False)
 
 
 def _ranks(text: str, world: int) -> range:

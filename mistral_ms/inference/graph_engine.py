@@ -9,11 +9,12 @@ import mindspore as ms
 
 from mistral_ms.checkpoint import open_merged
 from mistral_ms.checkpoint.load import load_weights
-from mistral_ms.config import PredictConfig
+from mistral_ms.config import DROPLESS, PredictConfig
 from mistral_ms.config.computation import check_same_model
 from mistral_ms.inference.engine import Engine
 from mistral_ms.inference.settings import read_checkpoint_settings
 from mistral_ms.parallel import graph
+from mistral_ms.parallel.graph.checks import check_gate
 from mistral_ms.tokenizer import check_vocabulary, load_tokenizer
 
 
@@ -45,7 +46,7 @@ def load_graph_engine(
 
     Raises:
         ConfigError: the checkpoint is of another model, or see
-            :func:`~mistral_ms.parallel.graph.build_generation`.
+            :func:`~mistral_ms.parallel.graph.build_generation`; its gate breaks its contract.
         CheckpointError: see :func:`open_merged` and :func:`load_weights`.
         TokenizerError: no tokenizer, or one that does not fit the model.
     """
@@ -66,6 +67,7 @@ def load_graph_engine(
         if with_tokenizer:
             tokenizer = load_tokenizer(source.path)
             check_vocabulary(tokenizer, run.model)
+        check_gate(run.model, DROPLESS, training=False)
         if divided:
             graph.set_context(run)
         built = graph.decode(run)

@@ -17,6 +17,7 @@ from mistral_ms.ops.modes import graph_mode
 from mistral_ms.optimizers import with_settings
 from mistral_ms.parallel import graph
 from mistral_ms.parallel.context import ParallelContext
+from mistral_ms.parallel.graph.checks import check_gate
 from mistral_ms.parallel.graph.storage import GraphStorage
 from mistral_ms.training.graphs import batch_tensors
 from mistral_ms.training.loss_scale import LossScale
@@ -46,7 +47,8 @@ class GraphTrainStep:
         progress: see Update.
 
     Raises:
-        ConfigError: the graph cannot express the run, or the device cannot divide graphs.
+        ConfigError: the graph cannot express the run, or the device cannot divide graphs; a gate
+            that breaks its contract.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class GraphTrainStep:
                 rule="MindSpore divides graphs on Ascend only",
                 todo="use explicit; dryrun compiles the graph here",
             )
+        check_gate(run.model, run.routing, training=True)
         if divided:
             graph.set_context(run)
         self._outputs_L2 = np.zeros((0, 2), np.float32)

@@ -3,7 +3,7 @@
 A gate is written by whoever tries an idea. What it gives besides what is asked for would end deep
 in a compiled graph, in a message that names neither the gate nor the rule. So a gate is tried on a
 few rows first, operator by operator, with fresh weights: in training and outside of it.
-MindSpore's dry run computes nothing: there no gate is tried.
+MindSpore's dry run computes nothing: there a gate is tried beforehand, by the command.
 """
 
 from __future__ import annotations

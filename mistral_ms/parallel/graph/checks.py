@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,9 +11,11 @@ from mistral_ms.config import (
     MoEArchitecture,
     ParallelConfig,
     PredictConfig,
+    RoutingConfig,
     RunConfig,
 )
 from mistral_ms.errors import ConfigError
+from mistral_ms.moe import make_gate, try_gates
 from mistral_ms.optimizers import check_layout, make_plan
 from mistral_ms.parallel.pipeline import check_objective, check_trained
 from mistral_ms.weights import specs
@@ -155,6 +158,22 @@ def check_prediction(run: PredictConfig) -> None:
         ),
     )
     _refuse((*_of_all_graphs(model, parallel), *rules))
+
+
+def check_gate(model: ModelConfig, routing: RoutingConfig, *, training: bool) -> None:
+    """Tries the gate on a few rows (:func:`~mistral_ms.moe.try_gates`), before MindSpore is told
+    that it divides graphs. In its dry run, which computes nothing, there is nothing to try.
+
+    Args:
+        model: the whole model.
+        routing: its policy.
+        training: whether gradients will be asked for.
+
+    Raises:
+        ConfigError: the gate breaks its contract.
+    """
+    if model.sparse_layers and "MS_SIMULATION_LEVEL" not in os.environ:
+        try_gates(make_gate(model, routing), model, training)
 
 
 def check_sparse_layer(moe: MoEArchitecture) -> None:

@@ -10,7 +10,8 @@ from support.configs import TINY
 from support.configs import model as small_model
 from support.gates import gated
 
-from mistral_ms.config import DROPLESS, GateSettings, RunConfig, TrainingConfig
+from mistral_ms.cli.dryrun import _refuse
+from mistral_ms.config import DROPLESS, GateSettings, PredictConfig, RunConfig, TrainingConfig
 from mistral_ms.errors import ConfigError
 from mistral_ms.inference import Engine
 from mistral_ms.layers import CacheSpec
@@ -18,11 +19,14 @@ from mistral_ms.mixtures import domains  # noqa: F401  registers its gate
 from mistral_ms.mixtures.moeify import registered_gate
 from mistral_ms.models import CausalLM, Objective
 from mistral_ms.moe import Gate, make_gate, register_gate, try_gates
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.training import TrainStep
+from mistral_ms.training.graph_step import GraphTrainStep
 from mistral_ms.training.run import TrainingRun
 from mistral_ms.weights import ParamSpec, gate_matrix
 
 SHAPES = r"for 5 tokens, K = 2 and E = 7"
+SIZES = {"batch": 1, "max_length": 8, "chunk": 8}
 TRAINING = TrainingConfig(max_steps=1, seq_length=8, global_batch_size=1)
 
 
@@ -152,7 +156,21 @@ def model(fault, **options):
     return CausalLM(small_model(**TINY | {"num_hidden_layers": 1}, moe=moe), **options)
 
 
+def run(fault, **changes):
+    moe = {"gate": {"name": "test_faulty", "fault": fault}}
+    config = small_model(**TINY | {"num_hidden_layers": 1}, moe=moe)
+    return RunConfig(model=config, training=TRAINING, **changes)
+
+
+def in_graph(fault):
+    one = run(fault, parallel={"execution": "graph"})
+    return GraphTrainStep(one, ParallelContext(one.parallel), segmented=False)
+
+
 @pytest.mark.parametrize("build", [
+    lambda: in_graph("only in training"),
+    lambda: _refuse(run("only in training"), None),
+    lambda: _refuse(PredictConfig(model=run("list").model, prediction=SIZES), None),
     lambda: TrainStep(Objective(model("only in training")), TRAINING),
     lambda: Engine(model("two results", cache=CacheSpec(1, 8)), max_length=8, chunk=8),
     lambda: registered_gate({"name": "test_faulty", "fault": "two results"}, 6, 4, 2, False,
@@ -165,11 +183,6 @@ def test_whoever_compiles_a_gate_asks(build):
 
 @pytest.mark.parametrize("execution", ["explicit", "graph"])
 def test_a_training_asks_before_it_reads_data(execution, tmp_path):
-    moe = {"gate": {"name": "test_faulty", "fault": "one choice"}}
-    run = RunConfig(
-        model=small_model(**TINY, moe=moe),
-        training=TRAINING,
-        parallel={"execution": execution},
-    )
+    one = run("one choice", parallel={"execution": execution})
     with pytest.raises(ConfigError, match=r"broken gate test_faulty: FaultyGate\.route"):
-        TrainingRun(run, tmp_path / "out", resume=False, say=print)
+        TrainingRun(one, tmp_path / "out", resume=False, say=print)
