@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
 		{ echo "Python 3.10 to 3.12 is needed: make install PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) "mindspore==$(MINDSPORE)" "$(TORCH)" -e ".[align,docs,mindformers,peft,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) "mindspore==$(MINDSPORE)" "$(TORCH)" -e ".[align,docs,mindformers,peft,serve,test]"
 	touch $(STAMP)
 
 demo: install

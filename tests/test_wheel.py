@@ -36,7 +36,7 @@ def test_the_wheel_has_all_that_it_needs(tmp_path):
         names = set(file.namelist())
         file.extractall(target)
     assert {"mistral_ms/data/demo.txt", "mistral_ms/configs/run/demo.yaml"} <= names
-    assert "mistral_ms/py.typed" in names
+    assert {"mistral_ms/py.typed", "mistral_ms/serving/page.html"} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
     found = subprocess.run(
         [sys.executable, "-c", LOOK, target], cwd=tmp_path, env={"PYTHONPATH": str(target)},

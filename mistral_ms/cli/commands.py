@@ -20,12 +20,14 @@ def register(app: typer.Typer) -> None:
     from mistral_ms.cli.inspect import inspect
     from mistral_ms.cli.moe_lab import moe_lab
     from mistral_ms.cli.plan import plan
+    from mistral_ms.cli.serve import serve
     from mistral_ms.cli.train import train
 
     app.command("demo")(demo)
     app.command("convert")(convert)
     app.command("align")(align)
     app.command("generate")(generate)
+    app.command("serve")(serve)
     app.command("inspect")(inspect)
     app.command("data")(data)
     app.command("train")(train)

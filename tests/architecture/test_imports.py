@@ -90,6 +90,9 @@ TABLE = {
     ),
     "training": rule(BELOW_TRAINING, "mindspore numpy rich matplotlib tensorboardX yaml"),
     "inference": rule(BELOW_TRAINING, "mindspore numpy"),
+    "serving": rule(
+        f"{BELOW_TRAINING} inference", "pydantic fastapi starlette uvicorn prometheus_client"
+    ),
     "auto": rule(f"{BELOW_TRAINING} training inference shipped", "mindspore numpy pydantic"),
     "mixtures": rule(f"{MODEL_PACKAGES} checkpoint", "mindspore numpy pydantic"),
     "alignment": rule(f"{BELOW_TRAINING} inference", "mindspore numpy torch transformers peft"),
@@ -101,7 +104,7 @@ TABLE = {
     ),
     "mindformers": rule(f"{BELOW_TRAINING} training inference", "mindspore numpy mindformers yaml"),
     "cli": rule(
-        f"{BELOW_TRAINING} training inference mixtures alignment planner launch shipped",
+        f"{BELOW_TRAINING} training inference serving mixtures alignment planner launch shipped",
         "typer rich mindspore numpy matplotlib",
     ),
 }
