@@ -48,6 +48,10 @@ _FLAGS = (
     "_jit_config_dict", "_has_config_recompute", "_in_strategy", "_out_strategy",
 )  # fmt: skip
 """What every Cell has and a graph depends on; the rest of it is bookkeeping."""
+_RESET = ("stderr", "__stderr__", "displayhook", "excepthook")
+"""What MindSpore puts back to its state at the start of Python: with its cache on it looks for the
+files that the main script imports, and makes ``sys`` anew where that is one of them. Jupyter's
+kernel has replaced them, and cannot run another cell without its own ``stderr``."""
 _HELD = ("_cells", "_params", "_buffers", "_primitives")
 _CONTEXT = ("mode", "device_target", "graph_kernel_flags", "max_call_depth", "deterministic")
 _PATTERN = "compile_cache_*.mindir"
@@ -74,12 +78,16 @@ def kept_graphs(cells: Sequence[nn.Cell], *inputs: Any) -> Iterator[None]:
         yield
         return
     before = _compiled(cells)
+    kept = {name: getattr(sys, name) for name in _RESET}
     process.begin(digest)
     try:
         yield
     except BaseException:
         process.give_up()
         raise
+    finally:
+        for name, value in kept.items():
+            setattr(sys, name, value)
     process.end(digest, _compiled(cells) - before)
 
 

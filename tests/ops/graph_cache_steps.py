@@ -75,7 +75,7 @@ class Foreign(nn.Cell):
 
 
 def main() -> None:
-    seed = int(sys.argv[1])
+    seed, streams = int(sys.argv[1]), (sys.stderr, sys.excepthook)
     ms.set_device("CPU")
     found: dict[str, object] = {
         "norm": [norm(1e-5, 3), norm(1e-5, 3), norm(0.5, 3), norm(1e-5, 2)],
@@ -94,6 +94,7 @@ def main() -> None:
     process = graph_cache._made()
     found["usable"] = process is not None and process.usable
     found["after"] = norm(0.25, 3)
+    found["streams"] = (sys.stderr, sys.excepthook) == streams
     Path(sys.argv[2]).write_text(json.dumps(found))
 
 

@@ -62,6 +62,7 @@ def test_a_second_process_takes_what_the_first_compiled(cache, tmp_path):
     assert first["foreign"] is None
     assert first["error"]
     assert not first["usable"]  # after an error nothing more is kept
+    assert first["streams"]
 
     second = run(cache, 1, tmp_path)
     assert entries(cache) == graphs
