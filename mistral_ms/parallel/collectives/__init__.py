@@ -5,11 +5,14 @@ from mistral_ms.parallel.collectives.base import Collectives
 from mistral_ms.parallel.collectives.cpu import CpuCollectives
 from mistral_ms.parallel.collectives.groups import Groups
 from mistral_ms.parallel.collectives.mappings import (
+    PARTIAL_GRADIENTS,
+    WHOLE_GRADIENTS,
     AllGatherFromGroup,
     AllToAll,
     AllToAllV,
     CopyToGroup,
     GatherFromGroup,
+    Mappings,
     ReduceFromGroup,
     ReduceScatterToGroup,
     ScatterToGroup,
@@ -18,6 +21,8 @@ from mistral_ms.parallel.collectives.recorded import RecordedGroups, replay
 from mistral_ms.parallel.collectives.single import SingleCollectives
 
 __all__ = [
+    "PARTIAL_GRADIENTS",
+    "WHOLE_GRADIENTS",
     "AllGatherFromGroup",
     "AllToAll",
     "AllToAllV",
@@ -27,6 +32,7 @@ __all__ = [
     "CpuCollectives",
     "GatherFromGroup",
     "Groups",
+    "Mappings",
     "RecordedGroups",
     "ReduceFromGroup",
     "ReduceScatterToGroup",

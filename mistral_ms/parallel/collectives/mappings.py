@@ -18,9 +18,17 @@ ReduceScatterToGroup  partial sum -> shard        shard -> whole
 
 GatherFromGroup is for what all ranks then do alike, AllGatherFromGroup for what each then does its
 own way.
+
+Inside the auto-parallel graph copies of a tensor have *parts* of its gradient, which add up. Then
+each operation's own gradient is the right one, and nothing is done where nothing is done forward:
+the operations below that the mappings are made of. :class:`Mappings` are one or the other.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from mindspore import Tensor, nn, ops
 
@@ -31,7 +39,7 @@ _zeros_like = ops.ZerosLike()
 
 
 class _OfGroup(nn.Cell):
-    """A mapping of a group."""
+    """Works on tensors of a group."""
 
     def __init__(self, group: Collectives) -> None:
         super().__init__()
@@ -57,84 +65,104 @@ class _OfGroup(nn.Cell):
         return self.group.reduce_scatter(shards_PRh).reshape(*x.shape[:-1], h)
 
 
-class CopyToGroup(_OfGroup):
-    """Nothing forward; gradients are added up."""
+class Unchanged(_OfGroup):
+    """Nothing to do."""
 
     def construct(self, x: Tensor) -> Tensor:
         """Whole -> whole."""
         return x
 
-    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        """Partial sum -> whole."""
-        return (self.group.all_reduce(dout),)
 
-
-class ReduceFromGroup(_OfGroup):
-    """Adds up; the gradient of the sum is that of every summand."""
+class AddUp(_OfGroup):
+    """Adds up."""
 
     def construct(self, x: Tensor) -> Tensor:
         """Partial sum -> whole."""
         return self.group.all_reduce(x)
 
-    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        """Whole -> whole."""
-        return (dout,)
 
-
-class ScatterToGroup(_OfGroup):
+class TakeShard(_OfGroup):
     """Each rank keeps its part of the last axis."""
 
     def construct(self, x: Tensor) -> Tensor:
         """Whole [..., H] -> shard [..., H / P]."""
         return self.local_shard(x)
 
-    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        """Share -> whole."""
-        return (self.gather_last_axis(dout),)
 
-
-class GatherFromGroup(_OfGroup):
-    """All parts of the last axis, for what all ranks then do alike."""
+class GatherShards(_OfGroup):
+    """All parts of the last axis."""
 
     def construct(self, x: Tensor) -> Tensor:
-        """Share [..., H / P] -> whole [..., H]."""
+        """Shard [..., H / P] -> whole [..., H]."""
         return self.gather_last_axis(x)
 
-    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        """Whole -> shard."""
-        return (self.local_shard(dout),)
 
-
-class AllGatherFromGroup(_OfGroup):
-    """All parts of the last axis, for what each rank then does in its own way."""
-
-    def construct(self, x: Tensor) -> Tensor:
-        """Share [..., H / P] -> whole [..., H]."""
-        return self.gather_last_axis(x)
-
-    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        """Partial sum -> shard."""
-        return (self.reduce_scatter_last_axis(dout),)
-
-
-class ReduceScatterToGroup(_OfGroup):
+class AddUpShards(_OfGroup):
     """Adds up, each rank its part of the last axis."""
 
     def construct(self, x: Tensor) -> Tensor:
         """Partial sum [..., H] -> shard [..., H / P]."""
         return self.reduce_scatter_last_axis(x)
 
-    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        """Share -> whole."""
-        return (self.gather_last_axis(dout),)
 
-
-class AllToAll(_OfGroup):
-    """Equal parts to everyone; the gradients travel back the same way."""
+class Exchange(_OfGroup):
+    """Equal parts to everyone."""
 
     def construct(self, x: Tensor) -> Tensor:
         """[P, ...] -> [P, ...]."""
         return self.group.all_to_all(x)
+
+
+class CopyToGroup(Unchanged):
+    """Nothing forward; gradients are added up."""
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Partial sum -> whole."""
+        return (self.group.all_reduce(dout),)
+
+
+class ReduceFromGroup(AddUp):
+    """Adds up; the gradient of the sum is that of every summand."""
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Whole -> whole."""
+        return (dout,)
+
+
+class ScatterToGroup(TakeShard):
+    """Each rank keeps its part of the last axis."""
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Shard -> whole."""
+        return (self.gather_last_axis(dout),)
+
+
+class GatherFromGroup(GatherShards):
+    """All parts of the last axis, for what all ranks then do alike."""
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Whole -> shard."""
+        return (self.local_shard(dout),)
+
+
+class AllGatherFromGroup(GatherShards):
+    """All parts of the last axis, for what each rank then does in its own way."""
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Partial sum -> shard."""
+        return (self.reduce_scatter_last_axis(dout),)
+
+
+class ReduceScatterToGroup(AddUpShards):
+    """Adds up, each rank its part of the last axis."""
+
+    def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """Shard -> whole."""
+        return (self.gather_last_axis(dout),)
+
+
+class AllToAll(Exchange):
+    """Equal parts to everyone; the gradients travel back the same way."""
 
     def bprop(self, x: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
         """The same exchange."""
@@ -182,3 +210,37 @@ class AllToAllV(_OfGroup):
             _zeros_like(sent_R),
             _zeros_like(received_S),
         )
+
+
+Mapping: TypeAlias = Callable[[Collectives], nn.Cell]
+
+
+@dataclass(frozen=True)
+class Mappings:
+    """What communicates, made of a group; the fields are called as the mappings are. An exchange of
+    unequal numbers, :class:`AllToAllV`, has one gradient in either way.
+    """
+
+    copy: Mapping
+    reduce: Mapping
+    scatter: Mapping
+    gather: Mapping
+    all_gather: Mapping
+    reduce_scatter: Mapping
+    all_to_all: Mapping
+
+
+WHOLE_GRADIENTS = Mappings(
+    CopyToGroup,
+    ReduceFromGroup,
+    ScatterToGroup,
+    GatherFromGroup,
+    AllGatherFromGroup,
+    ReduceScatterToGroup,
+    AllToAll,
+)
+"""Every copy of a tensor has its whole gradient: explicit execution."""
+PARTIAL_GRADIENTS = Mappings(
+    Unchanged, AddUp, TakeShard, GatherShards, GatherShards, AddUpShards, Exchange
+)
+"""Copies of a tensor have parts of its gradient: the auto-parallel graph."""

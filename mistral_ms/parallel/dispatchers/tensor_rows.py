@@ -12,15 +12,7 @@ from collections.abc import Sequence
 
 from mindspore import Tensor, nn
 
-from mistral_ms.parallel.collectives import (
-    AllGatherFromGroup,
-    Collectives,
-    CopyToGroup,
-    GatherFromGroup,
-    ReduceFromGroup,
-    ReduceScatterToGroup,
-    ScatterToGroup,
-)
+from mistral_ms.parallel.collectives import WHOLE_GRADIENTS, Collectives, Mappings
 from mistral_ms.parallel.topology import Traffic
 
 
@@ -63,12 +55,13 @@ class ReplicatedRows(TensorRows):
 
     Args:
         tensor: the tensor group.
+        mappings: what communicates.
     """
 
-    def __init__(self, tensor: Collectives) -> None:
+    def __init__(self, tensor: Collectives, mappings: Mappings = WHOLE_GRADIENTS) -> None:
         super().__init__()
         self.group = tensor
-        self.copy, self.sum = CopyToGroup(tensor), ReduceFromGroup(tensor)
+        self.copy, self.sum = mappings.copy(tensor), mappings.reduce(tensor)
 
     def dispatch_preprocess(self, x: Tensor) -> Tensor:
         """Nothing to do."""
@@ -103,13 +96,15 @@ class ShardedRows(TensorRows):
 
     Args:
         tensor: the tensor group; its size divides H.
+        mappings: what communicates.
     """
 
-    def __init__(self, tensor: Collectives) -> None:
+    def __init__(self, tensor: Collectives, mappings: Mappings = WHOLE_GRADIENTS) -> None:
         super().__init__()
         self.group = tensor
-        self.take, self.gather = ScatterToGroup(tensor), GatherFromGroup(tensor)
-        self.spread, self.collect = AllGatherFromGroup(tensor), ReduceScatterToGroup(tensor)
+        self.take, self.gather = mappings.scatter(tensor), mappings.gather(tensor)
+        self.spread = mappings.all_gather(tensor)
+        self.collect = mappings.reduce_scatter(tensor)
 
     def dispatch_preprocess(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H / P]."""

@@ -9,7 +9,7 @@ from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import LayerFactory
 from mistral_ms.moe import local_dispatcher
-from mistral_ms.parallel.collectives import Groups
+from mistral_ms.parallel.collectives import PARTIAL_GRADIENTS, Groups
 from mistral_ms.parallel.dispatchers import make_dispatcher
 from mistral_ms.parallel.graph.attention import AttentionRegion
 from mistral_ms.parallel.graph.dense import (
@@ -23,7 +23,6 @@ from mistral_ms.parallel.graph.dense import (
 from mistral_ms.parallel.graph.metrics import LossCoefficients
 from mistral_ms.parallel.graph.moe import GraphMoE
 from mistral_ms.parallel.graph.pooled import PooledLoss
-from mistral_ms.parallel.graph.tensor_rows import IN_REGION
 from mistral_ms.parallel.sharding import Sharding, graph_form
 from mistral_ms.parallel.topology import Topology
 from mistral_ms.weights import ParamSpec, vocabulary_specs
@@ -123,7 +122,7 @@ class GraphLayerFactory(LayerFactory):
             dispatcher = local_dispatcher(experts, self.routing)
         else:
             dispatcher = make_dispatcher(
-                experts, self.routing, self.parallel, self.groups, IN_REGION
+                experts, self.routing, self.parallel, self.groups, PARTIAL_GRADIENTS
             )
         return GraphMoE(
             self.config,
