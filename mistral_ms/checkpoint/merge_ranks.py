@@ -11,15 +11,20 @@ import contextlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
+
+from mistral_ms.checkpoint.ckpt_file import CkptStore
 from mistral_ms.checkpoint.files import CONFIG, side_files
+from mistral_ms.checkpoint.safetensors_file import SafetensorsStore, read_header
 from mistral_ms.errors import CheckpointError
 from mistral_ms.reading import is_dir, is_file
 
 _STEP = re.compile(r"-(\d+)_(\d+)\.(?:safetensors|ckpt)$")  # epoch and step, by CheckpointMonitor
-_CONTAINERS = (".safetensors", ".ckpt")
+CONTAINERS = (".safetensors", ".ckpt")
+"""How files of MindFormers' trainer end."""
 
 
 @contextlib.contextmanager
@@ -69,7 +74,7 @@ def _newest(path: Path) -> list[Path]:
     if missing := [path / f"rank_{rank}" for rank in range(len(found) or 1) if rank not in found]:
         rule = "the parts of ranks lie in rank_0, rank_1, ... without gaps"
         raise CheckpointError("no parts of ranks", where=missing[0], rule=rule)
-    files = [_by_step(found[rank]) for rank in range(len(found))]
+    files = [files_by_step(found[rank]) for rank in range(len(found))]
     common = set.intersection(*(set(each) for each in files))
     if not common:
         raise CheckpointError(
@@ -78,13 +83,49 @@ def _newest(path: Path) -> list[Path]:
             rule="no step has a file of every rank",
             todo="copy the directories of all ranks",
         )
-    step = max(common)
+    step = newest({step: files[0][step] for step in common})
     return [each[step] for each in files]
 
 
-def _by_step(directory: Path) -> dict[tuple[int, int], Path]:
-    """The files of a rank; one that is called otherwise counts as the first step."""
-    files = sorted(p for p in directory.iterdir() if p.suffix in _CONTAINERS and is_file(p))
+def newest(files: Mapping[tuple[int, int], Path]) -> tuple[int, int]:
+    """The newest of a rank's files, by the steps that they count themselves: names count from 1
+    again when a training goes on.
+
+    Args:
+        files: see :func:`files_by_step`; one at least.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    if len(files) == 1:
+        return next(iter(files))
+    return max(files, key=lambda step: (_counted(files[step]), step))
+
+
+def _counted(file: Path) -> int:
+    """The steps that a file counts; -1 if it counts none."""
+    store = (
+        CkptStore([file]) if file.suffix == ".ckpt" else SafetensorsStore({file: read_header(file)})
+    )
+    with contextlib.closing(store):
+        info = store.tensors.get("step_num")
+        if info is None or info.size != 1 or info.dtype not in ("I32", "I64"):
+            return -1
+        value = np.zeros(1, np.int32 if info.dtype == "I32" else np.int64)
+        store.read_into("step_num", 0, value)
+        return int(value[0])
+
+
+def files_by_step(directory: Path) -> dict[tuple[int, int], Path]:
+    """The files of a rank, by epoch and step; one that is called otherwise counts as the first.
+
+    Args:
+        directory: ``rank_R``.
+
+    Raises:
+        CheckpointError: two files of one step.
+    """
+    files = sorted(p for p in directory.iterdir() if p.suffix in CONTAINERS and is_file(p))
     steps: dict[tuple[int, int], Path] = {}
     for file in files:
         match = _STEP.search(file.name)

@@ -285,12 +285,14 @@ RECOMPUTE_FIXED: Mapping[str, Fixed] = {
     "mp_comm_recompute": Fixed(
         (True, None), "a block is computed again with what its tensor-parallel ranks exchange"
     ),
-    "recompute_slice_activation": Fixed(_OFF, "what is kept of a block is divided already"),
     "select_comm_recompute": Fixed(_OFF, "a block's exchanges are computed again with it"),
     "select_recompute_exclude": Fixed(_OFF, "operators are not named one by one"),
     "select_comm_recompute_exclude": Fixed(_OFF, "operators are not named one by one"),
 }
-"""Keys of ``recompute_config`` beside ``recompute`` and ``select_recompute``."""
+"""Keys of ``recompute_config`` beside ``recompute`` and ``select_recompute``. One more says
+nothing, ``recompute_slice_activation``: what is kept of a block is divided among the
+tensor-parallel ranks whatever it is.
+"""
 
 OF_OTHER_FILES = frozenset({
     "model_type", "model_name", "architectures", "auto_register", "auto_map", "max_new_tokens",

@@ -16,6 +16,7 @@ from mindformers.generation.text_generator import GenerationMixin
 from mindspore import Tensor
 
 from mistral_ms.errors import GenerationError
+from mistral_ms.layers.parameter import is_buffer
 from mistral_ms.models import CausalLM, NextTokenLogits
 from mistral_ms.parallel.graph import GraphNextToken
 
@@ -37,6 +38,10 @@ class CachedGeneration(GenerationMixin):
 
     def make_steps(self, model: CausalLM) -> None:
         """To be called with the model, before its parameters get their names."""
+        # in a prediction of several processes MindSpore leaves parameters without values, which
+        # the first graph would give them when the cache was reset already
+        for kept in filter(is_buffer, model.get_parameters()):
+            kept.init_data()
         step = NextTokenLogits(model)
         step.set_train(False)
         self._next_token_logits = ms.jit(step.construct)

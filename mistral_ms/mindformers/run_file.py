@@ -1,8 +1,9 @@
 """MindFormers' configuration files: read, changed from the command line, and checked as a whole.
 
 MindFormers ignores keys that it does not know at the top of a file, and resets others with a line
-in its log. Here every key has a meaning or is refused by name. What a section holds is checked
-where it is read: by MindFormers, and by :mod:`mistral_ms.mindformers.config`.
+in its log. Here every key has a meaning or is refused by name; see
+:mod:`mistral_ms.mindformers.sections` for what sections hold, and
+:mod:`mistral_ms.mindformers.config` for the model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import yaml
 from mistral_ms.config.mindformers_keys import RECOMPUTE_FIXED, Fixed, check_fixed
 from mistral_ms.config.names import perhaps
 from mistral_ms.errors import ConfigError
+from mistral_ms.mindformers.sections import check_sections
 
 SECTIONS = frozenset(
     {
@@ -40,8 +42,8 @@ VALUES = frozenset(
         *("micro_batch_interleave_num", "remote_save_url", "save_file", "input_data"),
         *("predict_batch_size", "adapter_id", "exclude_cann_cpu", "train_precision_sync"),
         *("infer_precision_sync", "postprocess_use_numpy", "print_separate_loss"),
-        *("remove_redundancy", "strategy_load_checkpoint", "trust_remote_code", "do_sample"),
-        *("top_k", "top_p", "modal_type", "calculate_per_token_loss", "base_config"),
+        *("remove_redundancy", "trust_remote_code", "top_k", "modal_type"),
+        *("calculate_per_token_loss", "base_config"),
         # of version 1.7, where later ones have nothing in their place
         *("auto_tune", "filepath_prefix", "autotune_per_step", "runner_type"),
     }
@@ -55,6 +57,25 @@ FIXED: Mapping[str, Fixed] = {
         (1, None), "MindFormers would cut the batch in a way that the router's losses do not see"
     ),
     "layer_scale": Fixed((False, None), "one learning rate for all layers"),
+    "base_config": Fixed((None,), "a file is read alone: write what it is based on into it"),
+    "modal_type": Fixed((None,), "the models read text"),
+    "adapter_id": Fixed((None,), "low-rank adapters are not supported"),
+    "pretrained_model_dir": Fixed(
+        ("", None), "load_checkpoint names the weights, processor.tokenizer the tokenizer"
+    ),
+    "use_legacy_format": Fixed((True, None), "newer forms of checkpoints were never tried here"),
+    "checkpoint": Fixed((None,), "it asks for newer forms of checkpoints, never tried here"),
+    "swap_config.swap": Fixed((False, None), "nothing moves to the host's memory and back"),
+    "monitor_config.max_attention_logit_format": Fixed((None,), "attention keeps no logits"),
+    "parallel.strategy_ckpt_load_file": Fixed(("", None), "layouts come from a table"),
+    **{
+        f"{data}.{key}": fixed
+        for data in ("train_dataset", "eval_dataset")
+        for key, fixed in {
+            "eod_reset": Fixed((False, None), "attention does not end at end-of-text tokens"),
+            "dynamic_batch": Fixed((False, None), "shapes are static"),
+        }.items()
+    },
     "parallel_config.context_parallel": Fixed((1, None), "there is no context parallelism"),
     "parallel_config.seq_split_num": Fixed((1, None), "there is no context parallelism"),
     **{f"recompute_config.{key}": fixed for key, fixed in RECOMPUTE_FIXED.items()},
@@ -79,16 +100,18 @@ PARALLEL: Mapping[str, Fixed] = {
 }
 """What must stand in a file with ``use_parallel``; None: nothing."""
 OF_DIVIDED: Mapping[str, Fixed] = {
-    "parallel.enable_alltoall": Fixed((True,), "else a change of layout is an AllGather and a cut"),
     "parallel.full_batch": Fixed((True, None), "every process counts the whole batch"),
     "runner_config.gradient_accumulation_steps": Fixed(
         (1, None), "of a divided graph a pipeline's micro-batches alone add up gradients"
     ),
 }
 """The same of a divided graph."""
+OF_DIVIDED_TRAINING: Mapping[str, Fixed] = {
+    "parallel.enable_alltoall": Fixed((True,), "else a change of layout is an AllGather and a cut"),
+}
+"""The same where it is trained."""
 _WHOLE = "parallel_mode 0 gives every process the whole model (1 divides it, on Ascend)"
 OF_REPLICATED: Mapping[str, Fixed] = {
-    "run_mode": Fixed(("train", "finetune"), "whole models would all predict the same"),
     "parallel.enable_parallel_optimizer": Fixed((False, None), _WHOLE),
     **{
         f"parallel_config.{key}": Fixed((1, None), _WHOLE)
@@ -143,7 +166,9 @@ def put(config: dict[str, Any], key: str, value: Any) -> None:
         if isinstance(place, list):
             place = place[_entry(place, part, key)]
         else:
-            place = place.setdefault(part, {})
+            if place.get(part) is None:  # absent, or a section that is empty
+                place[part] = {}
+            place = place[part]
         if not isinstance(place, dict | list):
             raise ConfigError("not a section", where=key, value=repr(place))
     if isinstance(place, list):
@@ -188,8 +213,27 @@ def check(config: Mapping[str, Any], where: Path) -> None:
                 rule="no key is ignored",
                 todo=perhaps(key, sorted(KNOWN)),
             )
+    check_sections(config, where)
     for key, fixed in FIXED.items():
         check_fixed(f"{where}: {key}", get(config, key, ...), fixed)
+    training = config.get("run_mode") in ("train", "finetune")
+    if training and get(config, "optimizer.type") == "FP32StateAdamWeightDecay":
+        raise ConfigError(
+            "unsupported value",
+            where=f"{where}: optimizer.type",
+            value="FP32StateAdamWeightDecay",
+            rule="MindFormers 1.7 had removed it already",
+            todo="set type: AdamW, and betas: [0.9, 0.95] in the place of beta1 and beta2",
+        )
+    for key in ("resume_training", "auto_trans_ckpt"):
+        if config.get(key) and not config.get("load_checkpoint"):
+            raise ConfigError(
+                "contradiction",
+                where=f"{where}: {key}",
+                value=config[key],
+                rule="there is no load_checkpoint to begin with",
+                todo="set load_checkpoint",
+            )
     if get(config, "context.device_target") == "CPU" and get(
         config, "runner_config.sink_mode", True
     ):
@@ -200,6 +244,7 @@ def check(config: Mapping[str, Any], where: Path) -> None:
             rule="a CPU sinks no data: MindFormers would run an epoch for every sink_size steps",
             todo="set sink_mode: False",
         )
+    _check_processes(config, where)
     if config.get("use_parallel"):
         _check_parallel(config, where)
     types = get(config, "model.model_config.type"), get(config, "model.arch.type")
@@ -219,10 +264,35 @@ def is_divided(config: Mapping[str, Any]) -> bool:
     return bool(config.get("use_parallel")) and mode in DIVIDED
 
 
+def _check_processes(config: Mapping[str, Any], where: Path) -> None:
+    """Checks that msrun, and a file of several processes, come together."""
+    started = os.environ.get("MS_WORKER_NUM")
+    if config.get("use_parallel"):
+        if started is None and get(config, "context.device_target") == "CPU":
+            raise ConfigError(
+                "one process",
+                where=f"{where}: use_parallel",
+                value=True,
+                rule="on a CPU msrun starts several",
+                todo="start it by scripts/msrun_launcher.sh, or set use_parallel: False",
+            )
+    elif started not in (None, "1"):
+        raise ConfigError(
+            "contradiction",
+            where=f"{where}: use_parallel",
+            value=config.get("use_parallel"),
+            rule=f"each of {started} processes would do the same, and write into the same files",
+            todo="set use_parallel: True",
+        )
+
+
 def _check_parallel(config: Mapping[str, Any], where: Path) -> None:
     """Checks a file of several processes."""
     divided = is_divided(config)
-    for key, fixed in {**PARALLEL, **(OF_DIVIDED if divided else OF_REPLICATED)}.items():
+    rules = {**PARALLEL, **(OF_DIVIDED if divided else OF_REPLICATED)}
+    if divided and config.get("run_mode") != "predict":
+        rules |= OF_DIVIDED_TRAINING
+    for key, fixed in rules.items():
         check_fixed(f"{where}: {key}", get(config, key), fixed)
     on_cpu = get(config, "context.device_target") == "CPU"
     if divided and on_cpu:
@@ -244,6 +314,21 @@ def _check_parallel(config: Mapping[str, Any], where: Path) -> None:
     processes = os.environ.get("MS_WORKER_NUM")
     if divided or processes is None:
         return
+    predicts = config.get("run_mode") == "predict"
+    weights = get(config, "model.model_config.weights_from")
+    if predicts and not (config.get("load_checkpoint") or weights):
+        raise ConfigError(
+            "no weights",
+            where=f"{where}: load_checkpoint",
+            rule="several processes draw none to generate with",
+        )
+    if predicts and len(config["input_data"]) < int(processes):
+        raise ConfigError(
+            "fewer prompts than processes",
+            where=f"{where}: input_data",
+            value=f"{len(config['input_data'])} of {processes}",
+            rule="processes with whole models share the prompts",
+        )
     check_fixed(
         f"{where}: parallel_config.data_parallel",
         get(config, "parallel_config.data_parallel"),

@@ -50,7 +50,13 @@ class ScaledLosses(nn.Cell):
 
 
 def in_order(columns: tuple[str, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-    """Tokens and labels of a dataset's columns."""
+    """Tokens and labels of a dataset's columns.
+
+    Raises:
+        ValueError: more columns, or fewer.
+    """
+    if len(inputs) != len(columns):
+        raise ValueError("the dataset gives other columns than train_dataset.input_columns names")
     if len(columns) == 1:
         return inputs[0], None
     if columns[0] == "labels":

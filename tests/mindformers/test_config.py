@@ -22,6 +22,7 @@ from mistral_ms.config.capacity import expert_capacity
 from mistral_ms.config.mindformers_keys import FIXED, MOE_FIXED, MOE_READ, MOE_WITHOUT_EFFECT
 from mistral_ms.errors import CheckpointError, ConfigError, MissingExtraError
 from mistral_ms.mindformers import run, run_file
+from mistral_ms.mindformers.sections import SECTION_KEYS
 from mistral_ms.parallel.graph.checks import check_prediction, check_run
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "mindformers").glob("*.yaml"))
@@ -44,6 +45,7 @@ def mf():
         MindFormerModuleType,
         MindFormerRegister,
     )
+    from mindformers.wrapper import MFTrainOneStepCell
 
     from mistral_ms.mindformers import graph, registration
 
@@ -59,6 +61,7 @@ def mf():
         build_network=build_network,
         kinds=MindFormerModuleType,
         registered=MindFormerRegister.get_cls,
+        MFTrainOneStepCell=MFTrainOneStepCell,
         made=MindFormerRegister.get_instance_from_cfg,
         AutoConfig=AutoConfig,
         AutoModels=(AutoModel, AutoModelForCausalLM),
@@ -66,7 +69,7 @@ def mf():
 
 
 def version_1_7(model_type: str = "LlamaConfig", arch: str = "LlamaForCausalLM") -> dict:
-    """A file with every key of the four files of 1.7's research/mixtral."""
+    """A file with every key of the four files of 1.7's research/mixtral; see FOUR_FILES."""
     data = {
         "data_loader": {"type": "MindDataset", "dataset_dir": "", "shuffle": True},
         "input_columns": ["input_ids", "labels"],
@@ -103,7 +106,7 @@ def version_1_7(model_type: str = "LlamaConfig", arch: str = "LlamaForCausalLM")
             **dict(expert_num=8, capacity_factor=1.1, aux_loss_factor=0.05, num_experts_chosen=2),
             **dict(routing_policy="TopkRouterV2", enable_sdrop=True, router_dense_type="float32"),
             **dict(use_fused_ops_topkrouter=False, balance_via_topk_bias=False),
-            **dict(topk_bias_update_rate=0.0),
+            **dict(topk_bias_update_rate=0.001),
         },
         "train_dataset": data,
         "train_dataset_task": task,
@@ -120,12 +123,12 @@ def version_1_7(model_type: str = "LlamaConfig", arch: str = "LlamaForCausalLM")
         },
         "parallel_config": {
             **dict(data_parallel=2, model_parallel=4, expert_parallel=2, pipeline_stage=2),
-            **dict(micro_batch_num=32, use_seq_parallel=True, vocab_emb_dp=True),
+            **dict(micro_batch_num=16, use_seq_parallel=True, vocab_emb_dp=True),
             **dict(gradient_aggregation_group=4),
         },
         "recompute_config": {
             **dict(recompute=True, select_recompute=False, mp_comm_recompute=True),
-            **dict(parallel_optimizer_comm_recompute=False, recompute_slice_activation=False),
+            **dict(parallel_optimizer_comm_recompute=False, recompute_slice_activation=True),
         },
         "callbacks": [
             {"type": "MFLossMonitor"},
@@ -176,6 +179,59 @@ def version_1_7(model_type: str = "LlamaConfig", arch: str = "LlamaForCausalLM")
             "use_clip_grad": True,
         },
     }
+
+
+FOUR_FILES = {
+    "pretrain": {"do_eval": False, "model.model_config.compute_dtype": "float16"},
+    "pretrain, as the README has it": {
+        **{"parallel_config.data_parallel": 8, "parallel_config.model_parallel": 1},
+        **{"parallel_config.expert_parallel": 8, "parallel_config.use_seq_parallel": False},
+        "moe_config.capacity_factor": 2.0,
+    },
+    "pretrain_32k": {
+        **{"parallel_config.data_parallel": 1, "parallel_config.model_parallel": 8},
+        **{"parallel_config.expert_parallel": 1, "parallel_config.vocab_emb_dp": False},
+        **{"model.model_config.seq_length": 32768, "context.memory_optimize_level": "O1"},
+        "model.model_config.param_init_type": "bfloat16",
+    },
+    "finetune": {"run_mode": "finetune", "model.model_config.rotary_dtype": "float16"},
+    "predict": {
+        **{"run_mode": "predict", "input_data": ["I love"], "parallel.enable_alltoall": False},
+        "parallel_config": {
+            **dict(data_parallel=1, model_parallel=8, pipeline_stage=1, micro_batch_num=1),
+            **dict(use_seq_parallel=False, vocab_emb_dp=True, gradient_aggregation_group=4),
+        },
+        **{"optimizer.type": "FP32StateAdamWeightDecay", "recompute_config.recompute": False},
+        **{"model.model_config.use_past": True, "model.model_config.compute_dtype": "float16"},
+        "runner_wrapper.scale_sense.loss_scale_value": 4294967296,
+        "remote_save_url": "Please input obs url on AICC platform.",
+    },
+}
+"""What matters here and differs among them; all are of several processes."""
+FOUR_LAYOUTS = {
+    "pretrain": (2, 4, 2, 2), "pretrain, as the README has it": (8, 1, 8, 2),
+    "pretrain_32k": (1, 8, 1, 2), "finetune": (2, 4, 2, 2), "predict": (1, 8, 1, 1),
+}  # fmt: skip
+"""Their dp, mp, ep, pp."""
+
+
+@pytest.mark.parametrize("name", FOUR_FILES)
+def test_the_four_files_of_1_7_are_taken_as_they_are(mf, tmp_path, monkeypatch, name):
+    """By ``--model mixtral``, and of as many processes as their layout has."""
+    config = version_1_7()
+    for key, value in {"use_parallel": True, **FOUR_FILES[name]}.items():
+        run_file.put(config, key, copy.deepcopy(value))
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    file = read(path, "--model", "mixtral")
+    made = config_of(mf, file)
+    parallel = (mf.prediction_of if name == "predict" else mf.run_of)(made).parallel
+    assert (parallel.dp, parallel.mp, parallel.ep, parallel.pp) == FOUR_LAYOUTS[name]
+    monkeypatch.setenv("MS_WORKER_NUM", str(parallel.world))
+    assert run.check_model(file) == made.architecture()
+    monkeypatch.setenv("MS_WORKER_NUM", "4")
+    with pytest.raises(ConfigError, match=rf"4 processes: .* is {parallel.world}$"):
+        run.check_model(file)
 
 
 def config_of(mf, file: dict, **changes):
@@ -318,8 +374,24 @@ def test_the_old_rounding_of_the_capacity(mf, tokens, mp):
 
 
 def test_every_key_of_their_classes_is_known(mf):
+    from mindformers.core.config_args import MFContextConfig, ParallelContextConfig
+    from mindformers.tools.register import template
+    from mindspore.parallel._auto_parallel_context import _set_auto_parallel_context_func_map
+
     theirs = set(inspect.signature(mf.MoEConfig).parameters)
     assert theirs == {*MOE_READ, *MOE_FIXED, *MOE_WITHOUT_EFFECT}
+    for section, kind in template.CONFIG_NAME_TO_CLASS.items():
+        if section in SECTION_KEYS and section != "moe_config":
+            assert set(kind.keys()) <= SECTION_KEYS[section], section
+            if kind._raise_error_for_unexpected_key:
+                assert set(kind.keys()) == SECTION_KEYS[section], section
+    assert set(ParallelContextConfig.get_supported_kwargs()) <= SECTION_KEYS["parallel"]
+    assert set(_set_auto_parallel_context_func_map) == SECTION_KEYS["parallel"]
+    own = set(MFContextConfig.get_supported_kwargs())
+    assert own <= SECTION_KEYS["context"] | run_file.VALUES
+    steps = inspect.signature(mf.MFTrainOneStepCell).parameters
+    passed = {"self", "network", "optimizer", "kwargs"}
+    assert set(steps) - passed == SECTION_KEYS["runner_wrapper"] - {"type", "micro_batch_num"}
 
 
 @pytest.mark.parametrize(
@@ -452,15 +524,47 @@ REPLICATED = {
             {"use_parallel": True, "run_mode": "eval"},
             "several processes train or predict; one evaluates",
         ),
-        ({**REPLICATED, "run_mode": "predict", "input_data": ["x"]}, "would all predict the same"),
+        (
+            {
+                **REPLICATED,
+                **{"run_mode": "predict", "input_data": ["x"], "load_checkpoint": "y"},
+            },
+            "input_data: 1 of 2",
+        ),
+        (
+            {**REPLICATED, "run_mode": "predict", "input_data": ["x", "y"]},
+            "no weights: .*load_checkpoint: several processes draw none",
+        ),
         (
             {
                 **REPLICATED,
                 **{"resume_training": True, "context.device_target": "CPU"},
-                **{"runner_config.sink_mode": False},
+                **{"runner_config.sink_mode": False, "load_checkpoint": "x"},
             },
             "resume_training: True on a CPU: .*Barrier",
         ),
+        ({"modal_type": "image"}, "modal_type: 'image': the models read text"),
+        ({"adapter_id": "x"}, "adapter_id: 'x': low-rank adapters"),
+        ({"base_config": "other.yaml"}, "base_config: .*a file is read alone"),
+        ({"pretrained_model_dir": "x"}, "pretrained_model_dir: 'x': load_checkpoint names"),
+        ({"checkpoint": {"load_path": "x"}}, "checkpoint: .*newer forms of checkpoints"),
+        ({"swap_config": {"swap": True}}, "swap_config.swap: True"),
+        ({"train_dataset.eod_reset": True}, "train_dataset.eod_reset: True"),
+        ({"parallel.strategy_ckpt_load_file": "x"}, "strategy_ckpt_load_file: 'x': layouts come"),
+        ({"resume_training": True}, "resume_training: True: there is no load_checkpoint"),
+        ({"auto_trans_ckpt": True}, "auto_trans_ckpt: True: there is no load_checkpoint"),
+        (
+            {"optimizer.type": "FP32StateAdamWeightDecay"},
+            "FP32StateAdamWeightDecay: MindFormers 1.7 had removed it already: set type: AdamW",
+        ),
+        ({"use_parallel": False}, "use_parallel: False: each of 2 processes would do the same"),
+        ({"runner_config.batchsize": 4}, "runner_config.batchsize: .*perhaps batch_size"),
+        ({"parallel_config.data_paralel": 2}, "data_paralel: .*perhaps data_parallel"),
+        ({"context.devic_target": "CPU"}, "context.devic_target: .*perhaps device_target"),
+        ({"moe_config.expert_nums": 2}, "moe_config.expert_nums: .*perhaps expert_num"),
+        ({"runner_wrapper.use_clip_gard": True}, "use_clip_gard: .*perhaps use_clip_grad"),
+        ({"train_dataset.input_column": []}, "input_column: .*perhaps input_columns"),
+        ({"context": 3}, "not a section: .*context: 3"),
         ({"run_mode": "predict"}, "no prompts: input_data: --predict_data"),
         ({"run_mode": "training"}, "must be one of train, finetune, eval, predict"),
     ],
@@ -531,6 +635,30 @@ def test_the_divided_graph_generates_as_the_model(mf, monkeypatch, tmp_path):
         assert list(map(int, row)) == ids
 
 
+def test_what_router_monitor_says():
+    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    from mistral_ms.mindformers.monitor import StepLosses, describe
+
+    routed, kept = np.array([[6.0, 2.0], [4.0, 4.0]]), np.array([[5.0, 2.0], [4.0, 4.0]])
+    found = describe(StepLosses(2.5, 2.125, 0.5, routed, kept))
+    assert found == (
+        "lm_loss 2.500000, aux_loss 2.125000, z_loss 0.500000, dropped 0.0625, "
+        "expert load max/min by layer 1.50/0.50 1.00/1.00"
+    )
+    stage = describe(StepLosses(None, 2.125, 0.5, routed[:1], routed[:1], layers=(3,)))
+    assert stage.startswith("aux_loss 2.125000, z_loss 0.500000 of layers 3, dropped 0.0000")
+
+
+def test_columns_are_those_that_the_file_names():
+    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    from mistral_ms.mindformers.wrapper import in_order
+
+    assert in_order(("input_ids",), (1,)) == (1, None)
+    assert in_order(("labels", "input_ids"), (1, 2)) == (2, 1)
+    with pytest.raises(ValueError, match="other columns"):
+        in_order(("input_ids",), (1, 2, 3))  # as with eod_reset
+
+
 def test_flags_are_those_of_their_launcher(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(version_1_7("MixtralConfig", "MixtralForCausalLM")))
@@ -538,20 +666,36 @@ def test_flags_are_those_of_their_launcher(tmp_path):
         path,
         *("--train_data", "a.mindrecord", "--run_mode", "finetune", "--use_parallel", "False"),
         *("--epochs", "3", "--gradient_accumulation_steps", "4", "--resume_training", "x.ckpt"),
+        *("--load_check", "y", "--num_samples", "8"),
         *("--model.model_config.seq_length=128", "--callbacks.1.prefix", "mine"),
-        *("--options", "optimizer.eps=1.0e-6"),
+        *("--options", "optimizer.eps=1.0e-6", "optimizer.betas=[0.9, 0.99]"),
+        *("--lr_schedule.learning_rate", "1e-5", "--src_strategy_path_or_dir=", "--seed=3"),
     )
     assert config["train_dataset"]["data_loader"]["dataset_dir"] == "a.mindrecord"
     assert config["run_mode"] == "finetune"
     assert config["runner_config"]["epochs"] == 3
     assert config["runner_config"]["batch_size"] == 4  # rows of an update
     assert config["runner_wrapper"]["micro_batch_num"] == 4
-    assert config["resume_training"] == "x.ckpt"
+    assert (config["resume_training"], config["load_checkpoint"]) == ("x.ckpt", "y")
+    for data in ("train_dataset", "eval_dataset"):
+        assert config[data]["data_loader"]["num_samples"] == 8
     assert config["model"]["model_config"]["seq_length"] == 128
     assert config["callbacks"][1]["prefix"] == "mine"
-    assert config["optimizer"]["eps"] == 1e-6
-    with pytest.raises(ConfigError, match=r"unknown argument: mode"):
-        read(path, "mode")
+    assert (config["optimizer"]["eps"], config["optimizer"]["betas"]) == (1e-6, [0.9, 0.99])
+    assert config["lr_schedule"]["learning_rate"] == 1e-5  # to YAML a text
+    assert (config["src_strategy_path_or_dir"], config["seed"]) == ("", 3)
+    for wrong, message in (
+        (("mode",), "unknown argument: mode"),
+        (("--options", "seed"), "unknown argument: seed: options are KEY=VALUE"),
+        (("--seed.x", "{"), "not a value: --seed.x"),
+        (("--seed.x", "1"), "not a section: seed.x: 0"),
+        (("--callbacks.7.prefix", "x"), "no such entry: callbacks.7.prefix"),
+        (("--strategy_load", "x"), "strategy_ckpt_load_file: 'x': layouts come from a table"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            read(path, *wrong)
+    with pytest.raises(SystemExit):
+        read(path, "--tr", "x")  # train_dataset_dir, transform_process_num, or trust_remote_code
 
 
 def test_bad_input_ends_with_2(tmp_path, capsys):
@@ -655,7 +799,7 @@ def test_ckpt_files_of_1_x_under_their_own_launcher(mf, tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_files_are_read_and_built(mf, path):
-    file = read(path, "--predict_data", "x")
+    file = read(path, "--predict_data", "x", "--load_checkpoint", "x")
     if file["use_parallel"]:
         predicts, config = file["run_mode"] == "predict", config_of(mf, file)
         run = mf.prediction_of(config) if predicts else mf.run_of(config)

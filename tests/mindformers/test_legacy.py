@@ -6,15 +6,18 @@ The oracle renames, stacks and transposes by hand.
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import mkdtemp
 
 import mindspore as ms
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from mistral_ms.checkpoint import convert
 from mistral_ms.errors import CheckpointError, ConfigError
 from mistral_ms.mindformers import run
+from mistral_ms.mindformers.resume import COUNTERS_FILE, lay_out
 
 L, E, H, WIDE, V = 2, 3, 16, 24, 11
 KEYS = dict(
@@ -107,22 +110,22 @@ def test_load_checkpoint_by_the_launcher(mixtral, tmp_path, gmm, ending):
     save(theirs, file)
     save({name: values + 1 for name, values in theirs.items()}, file.with_stem("mixtral-1_4"))
     config = run_file(file) | {"auto_trans_ckpt": True}
-    run.take_weights(config)
+    run.prepare(config)
     assert (config["load_checkpoint"], config["auto_trans_ckpt"]) == ("", False)
     keys = dict(config["model"]["model_config"])
     del keys["type"]
     model = mixtral(mixtral.config_class(**keys, moe_config=EXPERTS))
     assert_same(model, ours)
     with pytest.raises(CheckpointError, match=r"wrong shape: .*wk.*\[8, 16\]"):
-        run.take_weights(run_file(file, n_kv_heads=2))
+        run.prepare(run_file(file, n_kv_heads=2))
     # a configuration beside it must agree with the run's: shapes do not tell theta
     described = run_file(file)
     described["model"]["arch"]["type"] = "LlamaForCausalLM"
     described["model"]["model_config"]["type"] = "LlamaConfig"
     (file.parent / "run.yaml").write_text(yaml.safe_dump(described))
-    run.take_weights(run_file(file))
+    run.prepare(run_file(file))
     with pytest.raises(ConfigError, match=r"another model: model\.rope_theta: 10000\.0"):
-        run.take_weights(run_file(file, theta=1e4))
+        run.prepare(run_file(file, theta=1e4))
 
 
 @pytest.mark.parametrize("gmm", [False, True], ids=["fused", "gmm"])
@@ -188,9 +191,9 @@ def test_what_several_processes_load(mixtral, tmp_path):
 
     def take(path: Path, **changes) -> None:
         several = dict(use_parallel=True, load_ckpt_format="safetensors", auto_trans_ckpt=True)
-        several["parallel"] = {"parallel_mode": 1}
+        several |= {"run_mode": "train", "parallel": {"parallel_mode": 1}}
         config = {**run_file(path), **several, **changes}
-        run.take_weights(config)
+        run.prepare(config)
         assert config["load_checkpoint"] == str(path)  # MindFormers' to load
 
     with pytest.raises(CheckpointError, match=r"to be converted: .*embed_tokens.*--layout graph"):
@@ -215,7 +218,72 @@ def test_a_file_that_their_trainer_wrote_of_our_models(mixtral, tmp_path):
     _, ours = pair(False)
     save(ours, tmp_path / "rank_0" / "mixtral_rank_0-1_3.safetensors")
     config = run_file(tmp_path / "rank_0" / "mixtral_rank_0-1_3.safetensors")
-    run.take_weights(config)
+    run.prepare(config)
     keys = {**config["model"]["model_config"], "moe_config": EXPERTS}
     del keys["type"]
     assert_same(mixtral(mixtral.config_class(**keys)), ours)
+
+
+def training(ours: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
+    """What MindFormers' trainer saves of one of ours."""
+    moments = {f"{m}.{name}": a for m in ("adam_m", "adam_v") for name, a in ours.items()}
+    counters = {"step_num": step, "epoch_num": 1, "loss_scale": 65536.0, "global_batch_size": 2}
+    return {**ours, **moments, **{k: np.array(v) for k, v in counters.items()}}
+
+
+def test_a_training_is_found_or_refused(mixtral, tmp_path):
+    """The newest of a directory by the steps in it, for names count from 1 again when a training
+    goes on; a named one; in either container.
+    """
+    _, ours = pair(False)
+    for name, step, ending in ((2, 12, "safetensors"), (8, 8, "safetensors"), (4, 4, "ckpt")):
+        file = tmp_path / "checkpoint" / "rank_0" / f"mixtral_rank_0-1_{name}.{ending}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        named = [{"name": n, "data": ms.Tensor(a)} for n, a in training(ours, step).items()]
+        ms.save_checkpoint(named, str(file), format=ending)
+    place = tmp_path / "checkpoint" / "rank_0"
+
+    def resumed(path: Path, name: bool | str = True, **changes) -> str:
+        config = run_file(path) | {"run_mode": "train", "resume_training": name, **changes}
+        run.prepare(config)
+        assert config["resume_training"] is True
+        found = Path(config["load_checkpoint"])
+        assert found.parent == place
+        laid_out = lay_out(found, Path(mkdtemp(dir=tmp_path)))
+        held = {}
+        for file in laid_out.iterdir():  # as MindFormers does
+            held |= load_file(file)
+        assert held["step_num"] == {"2": 12, "8": 8, "4": 4}[found.stem[-1]]
+        assert {name for name in held if "." in name} == {
+            f"{prefix}{name}" for prefix in ("", "adam_m.", "adam_v.") for name in ours
+        }
+        assert np.array_equal(held["adam_v.norm.weight"], ours["norm.weight"])
+        assert load_file(laid_out / COUNTERS_FILE).keys() == {
+            *("step_num", "epoch_num", "loss_scale", "global_batch_size")
+        }
+        return found.name
+
+    assert resumed(tmp_path / "checkpoint") == "mixtral_rank_0-1_2.safetensors"
+    assert resumed(place) == "mixtral_rank_0-1_2.safetensors"
+    assert resumed(place / "mixtral_rank_0-1_4.ckpt") == "mixtral_rank_0-1_4.ckpt"
+    name = "mixtral_rank_0-1_8.safetensors"
+    assert resumed(tmp_path / "checkpoint", name) == name
+    with pytest.raises(CheckpointError, match=r"no such file: resume_training .*x\.ckpt"):
+        resumed(tmp_path / "checkpoint", "x.ckpt")
+    with pytest.raises(CheckpointError, match=r"exp_avg\.embed_tokens\.weight: missing"):
+        resumed(place, optimizer={"type": "AdamW", "use_fused": True})
+    newest = place / "mixtral_rank_0-1_2.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"1_2\.safetensors"):
+        resumed(place)  # half-written: the one before is not taken in silence
+    weights = tmp_path / "weights" / "rank_0" / "mixtral_rank_0-1_3.safetensors"
+    save(ours, tmp_path / "weights" / "x.safetensors")
+    weights.parent.mkdir()
+    (tmp_path / "weights" / "x.safetensors").rename(weights)
+    with pytest.raises(CheckpointError, match=r"adam_m\.embed_tokens\.weight: missing: .*False"):
+        resumed(tmp_path / "weights")
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"no training: .* end in -EPOCH_STEP\.safetensors"):
+        resumed(tmp_path / "weights")
+    with pytest.raises(CheckpointError, match="no such file"):
+        resumed(tmp_path / "absent")

@@ -2,14 +2,16 @@
 
 One process of :mod:`support.mindformers_session` for each version of MindFormers. That of 2.1 is
 read from its unpacked wheel (``pip download --no-deps mindformers==2.1.0``), which
-MINDFORMERS_2_1 names.
+MINDFORMERS_2_1 names. Wheels lack ``run_mindformer.py``: MINDFORMERS_LAUNCHER names that of 1.9.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from distributed import forked
+from distributed.forked import SOCKET, start_server
 from distributed.harness import run_job
 from mindspore.mindrecord import FileWriter
 from support import mindformers_ranks as ranks
@@ -177,18 +181,22 @@ def found(request, prepared):
     """The results of a session, and its directory."""
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    command, variables = ["-m", session.__name__], {}
     if request.param == "2.1":
         if wheel() is None:
             pytest.skip("MINDFORMERS_2_1 names no directory with the unpacked wheel of 2.1")
         path = os.pathsep.join([str(wheel()), path])
+    else:  # a fork of the process that has imported the installed version
+        pytest.importorskip("mindformers", reason="MindFormers is not installed")
+        command, variables = [forked.__file__, session.__file__], {SOCKET: str(start_server()[1])}
     place = prepared.place / request.param
     place.mkdir()
     for each in prepared.place.iterdir():
         if each != place and each.name not in ("installed", "2.1"):
             (place / each.name).symlink_to(each)
     done = subprocess.run(
-        [sys.executable, "-m", session.__name__, str(place)],
-        env={**os.environ, "PYTHONPATH": path, "RUN_MODE": ""},
+        [sys.executable, *command, str(place)],
+        env={**os.environ, **variables, "PYTHONPATH": path, "RUN_MODE": ""},
         cwd=place,
         capture_output=True,
         text=True,
@@ -220,10 +228,9 @@ def test_training_is_ours_step_by_step(found, prepared):
         assert np.sum(theirs["kept"]) < np.sum(theirs["routed"])  # the capacity dropped something
 
 
-def test_processes_with_rows_of_their_own_train_as_one(prepared):
-    """Data parallel: rows and micro-batches of one process are those of two, and so is all that
-    MindFormers and RouterMonitor log.
-    """
+@pytest.fixture(scope="module")
+def shared(prepared):
+    """The directory of processes that trained with rows of their own, and then predicted."""
     pytest.importorskip("mindformers", reason="MindFormers is not installed")
     place, rows_of_all = prepared.place, rows()[: ranks.STEPS * session.ROWS]
     # MindDataset deals rows out in turn; the first process is to have the first micro-batch
@@ -232,18 +239,33 @@ def test_processes_with_rows_of_their_own_train_as_one(prepared):
     write_records(place / "shared.mindrecord", *(a.swapaxes(1, 2) for a in (turns, labels)))
     job = run_job(ranks.PROCESSES, place, "shared", ranks.__file__, str(place), timeout=600)
     assert job.code == 0 or job.crashed_at_exit, job.tails()
-    seen = [
-        json.loads((place / f"rank_{rank}.json").read_text()) for rank in range(ranks.PROCESSES)
-    ]
+    return place
+
+
+def test_processes_with_rows_of_their_own_train_as_one(prepared, shared):
+    """Data parallel: rows and micro-batches of one process are those of two, and so is all that
+    MindFormers and RouterMonitor log.
+    """
+    seen = [json.loads((shared / f"rank_{rank}.json").read_text()) for rank in range(2)]
     assert seen[0] == seen[1]
     assert len(seen[0]) == ranks.STEPS
-    for theirs, ours in zip(seen[0], prepared.results, strict=False):
+    log = (shared / "shared_logs" / "worker_0.log").read_text(errors="replace")
+    for number, (theirs, ours) in enumerate(zip(seen[0], prepared.results, strict=False), 1):
         check_step(theirs, ours)
+        named = f"lm_loss {theirs['lm']:.6f}, aux_loss {theirs['aux']:.6f}, z_loss"
+        assert f"step {number}: {named}" in log
     one, two = (
         ms.load_checkpoint(str(file), format="safetensors")
-        for file in sorted((place / "shared").rglob("*.safetensors"))
+        for file in sorted((shared / "shared").rglob("*.safetensors"))
     )
     assert all(np.array_equal(one[name].asnumpy(), two[name].asnumpy()) for name in one)
+
+
+def test_processes_share_prompts(found, shared):
+    """Each continues those of its turn as one process does, and writes a file of its own."""
+    for rank, text in enumerate(found[1]["text"]):
+        said = ast.literal_eval((shared / f"said_{rank}.txt").read_text())
+        assert [each["text_generation_text"] for each in said] == [[text]]
 
 
 def test_a_training_of_ours_goes_on_there(found, prepared):
@@ -266,6 +288,41 @@ def test_a_training_of_theirs_goes_on_here(found, prepared, tmp_path):
     result, expected = ours.step(batch(session.STEPS)), prepared.results[session.STEPS]
     assert result.loss == pytest.approx(expected.loss, abs=CLOSE)
     assert result.grad_norm == pytest.approx(expected.grad_norm, rel=CLOSE)
+
+
+def test_their_launcher_trains_as_ours(prepared, tmp_path):
+    """``run_mindformer.py`` as it is, with the shim: three steps from a Hugging Face directory."""
+    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    launcher = os.environ.get("MINDFORMERS_LAUNCHER")
+    if launcher is None or not Path(launcher).is_file():
+        pytest.skip("MINDFORMERS_LAUNCHER names no run_mindformer.py of MindFormers 1.9")
+    steps = 3
+    config = session.settings(
+        session.TRAIN,
+        *("--train_dataset.input_columns", "[input_ids, labels]"),
+        *("--lr_schedule.total_steps", str(session.TOTAL_STEPS)),
+    )
+    for place, name in (("model_config", "MixtralConfig"), ("arch", "MixtralForCausalLM")):
+        config["model"][place]["auto_register"] = f"mixtral_shim.{name}"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [
+            *(sys.executable, launcher, "--config", str(tmp_path / "run.yaml")),
+            *("--register_path", str(root / "scripts" / "mindformers"), "--run_mode", "finetune"),
+            *("--train_data", str(prepared.place / "train.mindrecord")),
+            *("--num_samples", str(steps * session.ROWS)),
+            *("--load_checkpoint", str(prepared.place / "base")),
+        ],
+        env={**os.environ, "PYTHONPATH": str(root), "RUN_MODE": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = re.findall(r"step \d+: lm_loss (\S+), aux_loss (\S+),", done.stdout + done.stderr)
+    expected = [(each.lm_loss, each.aux_loss) for each in prepared.results[:steps]]
+    assert np.allclose(np.array(found, float), expected, rtol=0, atol=CLOSE)
 
 
 def test_a_training_of_theirs_becomes_a_run_of_ours(found, prepared, tmp_path):

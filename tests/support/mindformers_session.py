@@ -101,7 +101,7 @@ def trainings(place: Path, found: dict) -> None:
         *("--gradient_accumulation_steps", "1"),
     )
     config["eval_callbacks"] = [{"type": "Recorder"}]
-    run.take_weights(config)
+    run.prepare(config)
     run.run(config)
     found["evaluated"] = Recorder.evaluations[-1]
 
@@ -145,7 +145,7 @@ def predictions(place: Path, found: dict) -> None:
         *("--processor.tokenizer.vocab_file", str(place / "base" / "tokenizer.model")),
         *("--save_file", str(place / "p.txt")),
     )
-    run.take_weights(config)
+    run.prepare(config)
     made: list = []
     build = Trainer.__init__
 

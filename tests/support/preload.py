@@ -12,6 +12,7 @@ OF_COMMANDS = {
     "align": ("torch", "transformers", "mistral_ms.alignment"),
     "generate": ("mistral_ms.inference",),
     "mindformers_ranks": ("mindformers.trainer",),
+    "mindformers_session": ("mindformers.trainer",),
     "train": ("mistral_ms.training.run", "matplotlib.pyplot", "mistral_ms.inference"),
     **{f"world_{size}": ("mistral_ms.training", "mistral_ms.inference") for size in (2, 4, 8)},
 }
