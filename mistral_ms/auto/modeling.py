@@ -28,7 +28,7 @@ from mistral_ms.config import (
 )
 from mistral_ms.config.base import validate
 from mistral_ms.errors import CheckpointError, ConfigError
-from mistral_ms.inference.engine import check_dtype
+from mistral_ms.inference.dtypes import check_dtype
 from mistral_ms.inference.lengths import check_length
 from mistral_ms.inference.settings import read_checkpoint_settings
 from mistral_ms.layers import output_logits, token_nll

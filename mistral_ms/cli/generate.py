@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mistral_ms.cli.opening import Adapter, FollowLinks, JsonResult, NoVerify, SourceFormat
+from mistral_ms.cli.opening import (
+    DTYPES,
+    Adapter,
+    ComputeDType,
+    FollowLinks,
+    JsonResult,
+    NoVerify,
+    SourceFormat,
+)
 from mistral_ms.cli.processes import DataRanks, Execution, ExpertRanks, Stages, TensorRanks, Way
-from mistral_ms.enums import StrEnum
 
 if TYPE_CHECKING:
     from mistral_ms.checkpoint import Source
@@ -22,15 +29,6 @@ if TYPE_CHECKING:
     from mistral_ms.tokenizer import ChatFormat, Tokenizer
 
 
-class ComputeDType(StrEnum):
-    """What weights and activations are computed in."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-
-
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 CHAT_LENGTH = 4096  # positions of an interactive conversation unless told otherwise
 
 
@@ -104,7 +102,7 @@ def generate(
     no_verify: NoVerify = False,
     follow_links: FollowLinks = False,
     dtype: Annotated[
-        ComputeDType, typer.Option(help="Compute in this; bf16 needs an NPU.")
+        ComputeDType, typer.Option(help="Compute in this; on CPU bf16 is of weights alone.")
     ] = ComputeDType.FP32,
     pynative: Annotated[
         bool, typer.Option("--pynative", help="Run operator by operator instead of compiled.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,6 +23,17 @@ class SourceFormat(StrEnum):
     MINDFORMERS_GMM = "mindformers-gmm"
 
 
+class ComputeDType(StrEnum):
+    """What weights and activations are computed in."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+DTYPES: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {
+    "fp32": "float32", "fp16": "float16", "bf16": "bfloat16",
+}  # fmt: skip
 NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Do not compare a checkpoint of ours with its digests.")
 ]

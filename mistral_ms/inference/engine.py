@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
-import mindspore as ms
 from mindspore import Parameter, nn
 
 from mistral_ms.checkpoint import open_merged
@@ -17,6 +16,7 @@ from mistral_ms.checkpoint.dtypes import FROM_CONFIG, count_not_finite
 from mistral_ms.checkpoint.load import load_weights, to_numpy
 from mistral_ms.config import DROPLESS, DType, GenerationConfig, ModelConfig, ParallelConfig
 from mistral_ms.errors import GenerationError
+from mistral_ms.inference.dtypes import check_weights_dtype
 from mistral_ms.inference.lengths import check_length
 from mistral_ms.inference.results import Completion, Generation
 from mistral_ms.inference.scheduler import Scheduler
@@ -136,7 +136,8 @@ class Engine:
             chunk: see the class.
             kind: which format to take when the directory holds several.
             graph: see the class.
-            dtype: dtype of weights, cache and activations; the CPU backend has no bfloat16.
+            dtype: dtype of weights, cache and activations; on CPU bfloat16 is of weights alone, see
+                :func:`mistral_ms.ops.select_cpu.activations`.
             with_tokenizer: load the directory's tokenizer; without it completions have no text.
             verify: compare a checkpoint of ours with its digests while it is read.
             follow_links: links may lead out of the directory; see :func:`open_merged`.
@@ -152,10 +153,10 @@ class Engine:
             GenerationError: ``max_length`` exceeds the model's positions, or the backend cannot
                 compute in ``dtype``.
         """
-        check_dtype(dtype)
         parallel_context = (
             ParallelContext(ParallelConfig()) if parallel_context is None else parallel_context
         )
+        check_weights_dtype(dtype, parallel_context.world)
         with open_merged(
             Path(path),
             kind,
@@ -311,19 +312,3 @@ class Engine:
         if self.tokenizer is None or token_id < 0:
             return str(token_id)
         return f"{token_id} ({self.tokenizer.piece(token_id).text!r})"
-
-
-def check_dtype(dtype: DType) -> None:
-    """Raises if the device cannot compute in a dtype.
-
-    Raises:
-        GenerationError: bfloat16 on CPU.
-    """
-    if dtype == "bfloat16" and ms.get_context("device_target") == "CPU":
-        raise GenerationError(
-            "dtype not available",
-            where="dtype",
-            value=dtype,
-            rule="MindSpore's CPU backend multiplies matrices in float32 and float16 only",
-            todo="use float32",
-        )

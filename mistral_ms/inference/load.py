@@ -13,7 +13,8 @@ from mistral_ms.config import PredictConfig
 from mistral_ms.config.base import validate
 from mistral_ms.config.model import DType
 from mistral_ms.errors import ConfigError
-from mistral_ms.inference.engine import Engine, check_dtype
+from mistral_ms.inference.dtypes import check_dtype
+from mistral_ms.inference.engine import Engine
 from mistral_ms.inference.graph_engine import load_graph_engine
 from mistral_ms.inference.lengths import check_length
 from mistral_ms.parallel.context import ParallelContext
@@ -56,7 +57,7 @@ def load_engine(
         batch: sequences computed side by side.
         max_length: positions of a sequence; the model's longest sequence by default.
         chunk: prompt tokens that are computed at a time.
-        dtype: dtype of weights, cache and activations.
+        dtype: dtype of weights, cache and activations, see :meth:`Engine.load`.
         compiled: False runs the explicit way operator by operator.
         opening: see :meth:`Engine.load`.
 

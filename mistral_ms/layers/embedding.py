@@ -6,7 +6,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.layers.parameter import weight
-from mistral_ms.ops import reference
+from mistral_ms.ops import reference, select, select_cpu
 
 _gather = ops.Gather()
 _range = ops.Range()
@@ -39,9 +39,12 @@ class Embedding(nn.Cell):
         super().__init__()
         self.weight = weight(vocab_size, hidden_size, dtype=dtype)
         self.first, self.rows, self.reduce = first, vocab_size, reduce
+        self.widened = select_cpu.embedding_rows(select.dense_kernels(), dtype)
 
     def construct(self, ids_T: Tensor) -> Tensor:
         """[T] int32 -> [T, H]."""
+        if self.widened is not None:
+            return self.widened(self.weight, ids_T)
         if self.reduce is None:
             return embedded(ids_T, self.weight)
         row_T, own_T = own_ids(ids_T, self.first, self.rows)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mindspore import Tensor, nn
 
-from mistral_ms.ops import select
+from mistral_ms.ops import select, select_cpu
 from mistral_ms.ops.reference_cells import ReferenceLinear
 
 
@@ -38,15 +38,22 @@ class FeedForward(nn.Cell):
 class GatedLinear(nn.Cell):
     """silu(w1 x) * w3 x with the weights handed in.
 
+    Args:
+        dtype: of the weights.
+
     Attributes:
         w1_linear: multiplies by w1.
         w3_linear: multiplies by w3.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: str = "float32") -> None:
         super().__init__()
-        self.swiglu = select.swiglu(select.dense_kernels())
-        self.w1_linear, self.w3_linear = ReferenceLinear(), ReferenceLinear()
+        kernels = select.dense_kernels()
+        self.swiglu = select.swiglu(kernels)
+        narrow = select_cpu.activations(dtype) != dtype
+        self.w1_linear, self.w3_linear = (
+            select_cpu.linear(kernels, dtype) if narrow else ReferenceLinear() for _ in range(2)
+        )
 
     def construct(self, x_TH: Tensor, w1_IH: Tensor, w3_IH: Tensor) -> Tensor:
         """[T, H] -> [T, I]."""

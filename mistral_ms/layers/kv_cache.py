@@ -17,6 +17,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from mistral_ms.config import ModelConfig
 from mistral_ms.layers.parameter import buffer
+from mistral_ms.ops import select_cpu
 
 _scatter = ops.ScatterUpdate()
 
@@ -119,12 +120,12 @@ class KVCache(nn.Cell):
     Args:
         spec: sizes.
         width: G * D.
-        dtype: dtype of the buffers.
+        dtype: dtype of the model; the buffers have that of its activations.
     """
 
     def __init__(self, spec: CacheSpec, width: int, dtype: str = "float32") -> None:
         super().__init__()
-        rows = spec.batch * spec.columns
+        rows, dtype = spec.batch * spec.columns, select_cpu.activations(dtype)
         self.keys = buffer(rows, width, dtype=dtype)
         self.values = buffer(rows, width, dtype=dtype)
 

@@ -35,22 +35,26 @@ class Linear(nn.Cell):
         if biased:
             self.bias = weight(output_size, dtype=dtype)
         self.reduce = reduce
-        self.linear = select_cpu.linear(select.dense_kernels())
+        self.linear = select_cpu.linear(select.dense_kernels(), dtype)
 
     def construct(self, x_TI: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
         y_TO = self.linear(x_TI, self.weight)
         if self.biased:
-            y_TO = y_TO + self.bias
+            y_TO = y_TO + ops.cast(self.bias, y_TO.dtype)
         return y_TO if self.reduce is None else self.reduce(y_TO)
 
 
 class OutputLogits(nn.Cell):
-    """:func:`output_logits` of a few states, as in generation."""
+    """:func:`output_logits` of a few states, as in generation.
 
-    def __init__(self) -> None:
+    Args:
+        dtype: of the head.
+    """
+
+    def __init__(self, dtype: str = "float32") -> None:
         super().__init__()
-        self.linear = select_cpu.linear(select.dense_kernels())
+        self.linear = select_cpu.linear(select.dense_kernels(), dtype)
 
     def construct(self, hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
         """[T, H] and [V, H] -> float32 [T, V]."""

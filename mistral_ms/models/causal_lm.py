@@ -43,7 +43,8 @@ class CausalLM(nn.Cell):
         config: the architecture.
         routing: the routing policy of the sparse layers.
         cache: sizes of the key/value cache; None computes whole sequences.
-        dtype: dtype of weights and activations; "float32" on CPU.
+        dtype: dtype of weights and activations; on CPU "float32", or "bfloat16" for weights alone
+            in generation (:func:`mistral_ms.ops.select_cpu.activations`).
         positions: rows of the rotary tables; the model's max_position_embeddings when None.
         layer_factory: makes the pieces; those of one device when None. A maker knows its own dtype,
             routing and cache, which must then be these.
@@ -52,6 +53,7 @@ class CausalLM(nn.Cell):
 
     Attributes:
         specs: what is true of each of its parameters as wholes, by name.
+        weight_dtype: dtype of the weights.
 
     Raises:
         ConfigError: experts that choose tokens in generation; a gate that takes ids in a model
@@ -71,7 +73,7 @@ class CausalLM(nn.Cell):
         model_chunk: ModelChunk | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.routing = config, routing
+        self.config, self.routing, self.weight_dtype = config, routing, dtype
         self.model_chunk = ModelChunk.whole(config) if model_chunk is None else model_chunk
         layer_factory = (
             LayerFactory(config, routing, cache, dtype) if layer_factory is None else layer_factory
@@ -330,7 +332,7 @@ class NextTokenLogits(nn.Cell):
             raise ConfigError("model without a cache", rule="generation needs CausalLM(cache=...)")
         self.model = model
         self.batch = model.key_positions.spec.batch
-        self.logits = OutputLogits()
+        self.logits = OutputLogits(model.weight_dtype)
 
     def construct(
         self,

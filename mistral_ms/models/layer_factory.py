@@ -133,7 +133,7 @@ class LayerFactory:
 
     def gated(self) -> nn.Cell:
         """See :class:`~mistral_ms.layers.GatedLinear`."""
-        return GatedLinear()
+        return GatedLinear(self.dtype)
 
     def moe(self, layer: int) -> nn.Cell:
         """[T, H], the mask of tokens, and what the gate may know -> [T, H] and the router's sums.

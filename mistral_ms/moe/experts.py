@@ -158,11 +158,10 @@ class RoutedExperts(Experts):
         self.fused = None
         if (
             forward_only
-            and dtype == "float32"
             and type(dispatcher) is PackedDispatcher
             and not dispatcher.routing.rescale_survivors
         ):
-            self.fused = select_cpu.fused_experts(select.dense_kernels())
+            self.fused = select_cpu.fused_experts(select.dense_kernels(), dtype)
 
     def construct(
         self,

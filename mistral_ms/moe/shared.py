@@ -43,8 +43,8 @@ def joined(
     if kind == "none":
         return routed_TH + shared_TH
     if kind == "sigmoid":
-        return routed_TH + _sigmoid(reference.linear(x_TH, weights[0])) * shared_TH
-    shares_T2 = _softmax(reference.linear(x_TH, weights[0]) + weights[1])
+        return routed_TH + _sigmoid(_product(x_TH, weights[0])) * shared_TH
+    shares_T2 = _softmax(_product(x_TH, weights[0]) + ops.cast(weights[1], x_TH.dtype))
     return shares_T2[:, :1] * routed_TH + shares_T2[:, 1:] * shared_TH
 
 
@@ -98,7 +98,12 @@ def cmr_share(x_TH: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
     arXiv:2207.04672).
     """
     weight_1H, bias_1 = weights
-    return _sigmoid(reference.linear(x_TH, weight_1H) + bias_1)
+    return _sigmoid(_product(x_TH, weight_1H) + ops.cast(bias_1, x_TH.dtype))
+
+
+def _product(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """With a small matrix, which may be of another dtype than the activations."""
+    return reference.linear(x_TI, ops.cast(weight_OI, x_TI.dtype))
 
 
 def cmr_loss(sums: RouterSums, pooled: bool) -> Tensor:
@@ -121,4 +126,4 @@ def local_shared_experts(config: ModelConfig, dtype: str) -> FeedForward:
     for spec in swiglu_specs(config, config.shared_expert_size):
         output_size, input_size = spec.shape
         linears[spec.name.removesuffix(".weight")] = Linear(input_size, output_size, dtype)
-    return FeedForward(linears, GatedLinear())
+    return FeedForward(linears, GatedLinear(dtype))

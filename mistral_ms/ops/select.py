@@ -26,7 +26,7 @@ attention       MindSpore   none              FlashAttentionScore
 The last five are no part of the routing and take :func:`dense_kernels`: ``cann`` on Ascend, ``cpu``
 elsewhere. ``cpu`` has operators in C++, compiled at first use, for all of these but ``attention``,
 and more in ``ops/select_cpu.py``. They compute in float32; what has another dtype takes the
-reference.
+reference. Products may have matrices in bfloat16, see ``ops/cpu/bfloat16.py``.
 
 Where a value has no implementation of an operation, the reference runs, and the log says so.
 """
@@ -182,10 +182,11 @@ def grouped_linear(kernels: Kernels, dtype: str) -> nn.Cell:
     Raises:
         KernelError: the implementation is not there.
     """
-    lack = None if dtype == "float32" else "the CPU's operator is for float32"
+    known = dtype in ("float32", "bfloat16")
+    lack = None if known else "the CPU's operator is for float32 and bfloat16"
     chosen = choose_dense("grouped_linear", kernels, lack=lack)
     if chosen == "cpu":
-        return cpu.GroupedLinear()
+        return cpu.Bfloat16GroupedLinear() if dtype == "bfloat16" else cpu.GroupedLinear()
     return cann.GroupedLinear() if chosen == "cann" else ReferenceGroupedLinear()
 
 

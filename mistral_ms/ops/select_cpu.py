@@ -6,28 +6,55 @@ from mindspore import Tensor, nn, ops
 
 from mistral_ms.ops import cpu
 from mistral_ms.ops.reference_cells import ReferenceLinear
-from mistral_ms.ops.select import Kernels, choose_dense
+from mistral_ms.ops.select import Kernels, choose_dense, dense_kernels
 
 _sum = ops.ReduceSum()
 
 
-def linear(kernels: Kernels) -> nn.Cell:
+def activations(dtype: str) -> str:
+    """The dtype of activations beside weights of some dtype: MindSpore's operators for the CPU do
+    not take bfloat16, so there the weights alone are.
+    """
+    return "float32" if dtype == "bfloat16" and dense_kernels() == "cpu" else dtype
+
+
+def linear(kernels: Kernels, dtype: str = "float32") -> nn.Cell:
     """The Cell of ``reference.linear``: rows [T, I] and matrix [O, I] -> [T, O].
+
+    Args:
+        kernels: which implementation.
+        dtype: of the matrix.
 
     Raises:
         KernelError: the implementation is not there.
     """
     if choose_dense("linear", kernels, on_ascend=False) == "cpu":
-        return cpu.Linear()
+        return cpu.Bfloat16Linear() if dtype == "bfloat16" else cpu.Linear()
     return ReferenceLinear()
 
 
-def fused_experts(kernels: Kernels) -> nn.Cell | None:
-    """All experts of a few tokens in float32, without a gradient, see :class:`cpu.FusedExperts`;
-    None where they are computed by other operations.
+def embedding_rows(kernels: Kernels, dtype: str) -> nn.Cell | None:
+    """Rows of a table as activations, see :class:`cpu.Bfloat16Rows`; None where they are of the
+    table's dtype.
     """
+    if activations(dtype) == dtype:
+        return None
+    chosen = choose_dense("embedding_rows", kernels, on_ascend=False)
+    return cpu.Bfloat16Rows() if chosen == "cpu" else None
+
+
+def fused_experts(kernels: Kernels, dtype: str) -> nn.Cell | None:
+    """All experts of a few tokens without a gradient, activations in float32, see
+    :class:`cpu.FusedExperts`; None where they are computed by other operations.
+
+    Args:
+        kernels: which implementation.
+        dtype: of the matrices.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        return None
     chosen = choose_dense("fused_experts", kernels, on_ascend=False)
-    return cpu.FusedExperts() if chosen == "cpu" else None
+    return cpu.FusedExperts(dtype) if chosen == "cpu" else None
 
 
 def cached_attention(kernels: Kernels, heads: int, kv_heads: int) -> nn.Cell | None:

@@ -11,8 +11,9 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.errors import ConfigError
-from mistral_ms.layers import output_logits
+from mistral_ms.layers import OutputLogits
 from mistral_ms.models import CausalLM
+from mistral_ms.ops import select_cpu
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.topology import GroupKind
 
@@ -31,12 +32,13 @@ class ParallelLogits(nn.Cell):
     Args:
         model: this rank's part.
         groups: this rank's groups. All ranks must make this at the same time.
-        dtype: dtype of the activations.
+        dtype: dtype of the model.
     """
 
     def __init__(self, model: CausalLM, groups: Groups, dtype: str = "float32") -> None:
         super().__init__()
-        self.model, self.dtype = model, getattr(ms, dtype)
+        self.model, self.dtype = model, getattr(ms, select_cpu.activations(dtype))
+        self.head = OutputLogits(dtype)
         self.tensor = groups.of(GroupKind.TENSOR)
         stage, last = groups.coords.pp, groups.topology.sizes.pp - 1
         # the pairs in the order in which every rank makes them
@@ -73,7 +75,7 @@ class ParallelLogits(nn.Cell):
 
     def _logits(self, hidden_NH: Tensor) -> Tensor:
         """The last stage's [N, V], whole."""
-        shard_NV = output_logits(hidden_NH, self.model.head_weight())
+        shard_NV = self.head(hidden_NH, self.model.head_weight())
         if self.tensor.size == 1:
             return shard_NV
         shards = _transpose(self.tensor.all_gather(shard_NV), (1, 0, 2))

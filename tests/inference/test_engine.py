@@ -12,6 +12,7 @@ from support.models import fill
 from mistral_ms.config import GenerationConfig
 from mistral_ms.errors import CheckpointError, GenerationError
 from mistral_ms.inference import Engine
+from mistral_ms.inference.dtypes import check_weights_dtype
 from mistral_ms.models import CausalLM
 from mistral_ms.tokenizer import copy_files, packaged_tokenizer
 
@@ -247,9 +248,11 @@ class TestBadInput:
         ops.assign(weight, Tensor(values))
         assert ids(engine.generate([[1, 2, 3]], GREEDY)) == before
 
-    def test_bfloat16_on_a_cpu(self, load):
-        with pytest.raises(GenerationError, match="float32 and float16 only"):
-            load("mixtral", dtype="bfloat16")
+    def test_bfloat16_in_several_processes_on_a_cpu(self):
+        check_weights_dtype("bfloat16", 1)
+        check_weights_dtype("float16", 2)
+        with pytest.raises(GenerationError, match="dtype: bfloat16 in 2 processes on CPU"):
+            check_weights_dtype("bfloat16", 2)
 
     def test_stop_strings_without_a_tokenizer(self, engine):
         with pytest.raises(GenerationError, match="need a tokenizer"):

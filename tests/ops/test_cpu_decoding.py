@@ -57,7 +57,7 @@ def test_fused_experts(T, H, I):  # noqa: E741
             gate, up = w1[e].astype(np.float64) @ x[t], w3[e].astype(np.float64) @ x[t]
             wanted[t] += weight * (w2[e] @ (gate / (1.0 + np.exp(-gate)) * up))
     arrays = x, experts, weights, valid, w1, w3, w2
-    found = select_cpu.fused_experts("cpu")(*map(Tensor, arrays)).asnumpy()
+    found = select_cpu.fused_experts("cpu", "float32")(*map(Tensor, arrays)).asnumpy()
     # float32 products of sums of H products, of size 1
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6 * np.abs(wanted).max())
 

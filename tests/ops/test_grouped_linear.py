@@ -195,7 +195,9 @@ class TestChoice:
     def test_in_half_precision_the_reference(self, caplog):
         kind, messages = self.made(caplog, dtype="float16")
         assert kind is reference_cells.ReferenceGroupedLinear
-        assert messages == ["grouped_linear: reference (the CPU's operator is for float32)"]
+        assert messages == [
+            "grouped_linear: reference (the CPU's operator is for float32 and bfloat16)"
+        ]
 
     def test_on_ascend_that_of_cann(self, caplog, monkeypatch):
         monkeypatch.setattr(select.custom, "on_ascend", lambda: True)

@@ -29,11 +29,14 @@
 
 enum Result { kDone = 0, kNoOneDnn = 1, kArguments = 2, kProduct = 3 };
 
-// Whether the parameters have these types: 'f' is float32, 'i' int32, 'b' bool.
+// Whether the parameters have these types: 'f' is float32, 'h' bfloat16, 'i' int32, 'b' bool.
 inline bool AreOfTypes(const char* types, int parameters, const char** dtypes) {
   if (parameters != static_cast<int>(std::strlen(types))) return false;
   for (int i = 0; i < parameters; ++i) {
-    const char* type = types[i] == 'f' ? "float32" : types[i] == 'i' ? "int32" : "bool";
+    const char* type = types[i] == 'f'   ? "float32"
+                       : types[i] == 'h' ? "bfloat16"
+                       : types[i] == 'i' ? "int32"
+                                         : "bool";
     if (std::strcmp(dtypes[i], type) != 0) return false;
   }
   return true;
@@ -78,6 +81,43 @@ using Sgemm = int (*)(char, char, int64_t, int64_t, int64_t, float, const float*
                       const float*, int64_t, float, float*, int64_t);
 Sgemm OneDnn();
 
+constexpr int64_t kColumnsOfThread = 64;
+constexpr int64_t kFewRows = 4;
+
+// The columns that a thread takes at least.
+inline int64_t GrainOf(int64_t columns, int64_t work, int64_t work_of_thread) {
+  if (work == 0) return columns;
+  return std::max(kColumnsOfThread, columns * work_of_thread / work);
+}
+
+struct Group {
+  int64_t first, rows;
+};
+
+// Where the rows of each expert lie; the last group is what lies behind them.
+inline std::vector<Group> Groups(const void* sizes, int64_t experts, int64_t rows) {
+  std::vector<Group> groups;
+  int64_t first = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    const int64_t size = static_cast<const int32_t*>(sizes)[e];
+    groups.push_back({first, std::clamp<int64_t>(size, 0, rows - first)});
+    first += groups.back().rows;
+  }
+  groups.push_back({first, rows - first});
+  return groups;
+}
+
+// Fills some columns of a group's rows with zeros.
+inline void Clear(float* matrix, const Group& rows, int64_t width, int64_t column,
+                  int64_t columns) {
+  for (int64_t r = rows.first; r < rows.first + rows.rows; ++r) {
+    std::fill_n(matrix + r * width + column, columns, 0.0f);
+  }
+}
+
+// A function of the oneDNN that MindSpore has loaded; nullptr where there is none.
+void* FindInOneDnn(const char* name);
+
 constexpr int64_t kLanes = 16;
 
 INLINE float SumOfLanes(const float* lanes) {
@@ -88,9 +128,29 @@ INLINE float SumOfLanes(const float* lanes) {
   return sum;
 }
 
-// The product of vectors of which `w` is read from memory and `x` from the cache. Four independent
-// sums and the prefetches are what memory's speed takes.
-INLINE float Dot(const float* x, const float* w, int64_t n) {
+INLINE float Widened(float x) { return x; }
+
+// The value of the bits of a bfloat16: the upper half of a float32.
+INLINE float Widened(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+// The nearest bfloat16, of two equally near ones the even one; NaN stays NaN.
+INLINE uint16_t Rounded(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t nan = (bits >> 16) | 0x40u;
+  const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : nearest);
+}
+
+// The product of vectors of which `w`, float32 or bfloat16, is read from memory and `x` from the
+// cache. Four independent sums and the prefetches are what memory's speed takes.
+template <typename W>
+INLINE float Dot(const float* x, const W* w, int64_t n) {
   constexpr int64_t kSums = 4, kStep = kSums * kLanes, kAhead = 1024;
   float lanes[kSums][kLanes] = {};
   int64_t i = 0;
@@ -98,14 +158,14 @@ INLINE float Dot(const float* x, const float* w, int64_t n) {
     for (int64_t k = 0; k < kSums; ++k) {
       const int64_t at = i + k * kLanes;
       __builtin_prefetch(w + at + kAhead);
-      for (int64_t j = 0; j < kLanes; ++j) lanes[k][j] += x[at + j] * w[at + j];
+      for (int64_t j = 0; j < kLanes; ++j) lanes[k][j] += x[at + j] * Widened(w[at + j]);
     }
   }
   for (int64_t k = 1; k < kSums; ++k) {
     for (int64_t j = 0; j < kLanes; ++j) lanes[0][j] += lanes[k][j];
   }
   float sum = SumOfLanes(lanes[0]);
-  for (; i < n; ++i) sum += x[i] * w[i];
+  for (; i < n; ++i) sum += x[i] * Widened(w[i]);
   return sum;
 }
 

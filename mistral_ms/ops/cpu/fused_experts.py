@@ -15,13 +15,17 @@ class FusedExperts(nn.Cell):
 
     Reads the matrices of the chosen experts, once, where they lie.
 
+    Args:
+        dtype: of the matrices; with bfloat16 rows are rounded to it before each product.
+
     Raises:
         KernelError: the operators cannot be compiled here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: str = "float32") -> None:
         super().__init__()
-        self.experts = operator("FusedExperts", lambda x, *_: x, first)
+        name = "Bfloat16FusedExperts" if dtype == "bfloat16" else "FusedExperts"
+        self.experts = operator(name, lambda x, *_: x, first)
 
     def construct(
         self,

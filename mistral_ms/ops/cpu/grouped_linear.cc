@@ -19,17 +19,6 @@
 namespace {
 
 constexpr int64_t kWorkOfThread = 1 << 18;  // multiplications; fewer are done before a thread begins
-constexpr int64_t kColumnsOfThread = 64;
-constexpr int64_t kFewRows = 4;
-
-Sgemm FindSgemm() {
-  for (const char* name : {"libdnnl.so.3", "libdnnl.so.2"}) {
-    if (void* library = dlopen(name, RTLD_NOLOAD | RTLD_NOW)) {
-      if (void* symbol = dlsym(library, "dnnl_sgemm")) return reinterpret_cast<Sgemm>(symbol);
-    }
-  }
-  return nullptr;
-}
 
 // The types are those of three inputs and one output; and there is a oneDNN.
 Result Check(int parameters, const char** dtypes, const char* types) {
@@ -37,28 +26,8 @@ Result Check(int parameters, const char** dtypes, const char* types) {
   return AreOfTypes(types, parameters, dtypes) ? kDone : kArguments;
 }
 
-struct Group {
-  int64_t first, rows;
-};
-
-// Where the rows of each expert lie; the last group is what lies behind them.
-std::vector<Group> Groups(const void* sizes, int64_t experts, int64_t rows) {
-  std::vector<Group> groups;
-  int64_t first = 0;
-  for (int64_t e = 0; e < experts; ++e) {
-    const int64_t size = static_cast<const int32_t*>(sizes)[e];
-    groups.push_back({first, std::clamp<int64_t>(size, 0, rows - first)});
-    first += groups.back().rows;
-  }
-  groups.push_back({first, rows - first});
-  return groups;
-}
-
 // The columns that a thread takes at least.
-int64_t Grain(int64_t columns, int64_t work) {
-  if (work == 0) return columns;
-  return std::max(kColumnsOfThread, columns * kWorkOfThread / work);
-}
+int64_t Grain(int64_t columns, int64_t work) { return GrainOf(columns, work, kWorkOfThread); }
 
 // x [rows, I], w [columns, I] -> y [rows, columns], a row of y being `width` long
 MULTIVERSION void FewRows(const float* x, const float* w, float* y, int64_t rows, int64_t columns,
@@ -68,16 +37,19 @@ MULTIVERSION void FewRows(const float* x, const float* w, float* y, int64_t rows
   }
 }
 
-void Clear(float* matrix, const Group& rows, int64_t width, int64_t column, int64_t columns) {
-  for (int64_t r = rows.first; r < rows.first + rows.rows; ++r) {
-    std::fill_n(matrix + r * width + column, columns, 0.0f);
-  }
-}
-
 }  // namespace
 
+void* FindInOneDnn(const char* name) {
+  for (const char* file : {"libdnnl.so.3", "libdnnl.so.2"}) {
+    if (void* library = dlopen(file, RTLD_NOLOAD | RTLD_NOW)) {
+      if (void* symbol = dlsym(library, name)) return symbol;
+    }
+  }
+  return nullptr;
+}
+
 Sgemm OneDnn() {
-  static const Sgemm sgemm = FindSgemm();
+  static const Sgemm sgemm = reinterpret_cast<Sgemm>(FindInOneDnn("dnnl_sgemm"));
   return sgemm;
 }
 

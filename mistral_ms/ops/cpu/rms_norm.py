@@ -26,8 +26,8 @@ class RMSNorm(nn.Cell):
 
     def construct(self, x_TH: Tensor, weight_H: Tensor) -> Tensor:
         """[..., H] and [H] -> [..., H]."""
-        if x_TH.dtype == ms.float32 and weight_H.dtype == ms.float32:
-            return self.operator(x_TH, weight_H)
+        if x_TH.dtype == ms.float32:
+            return self.operator(x_TH, ops.cast(weight_H, ms.float32))
         return reference.rms_norm(x_TH, ops.cast(weight_H, x_TH.dtype), self.epsilon)
 
 
