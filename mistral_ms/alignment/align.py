@@ -12,7 +12,7 @@ from mistral_ms.alignment.compare import TOLERANCE, Comparison, compare
 from mistral_ms.alignment.hugging_face import run_hugging_face
 from mistral_ms.checkpoint import open_checkpoint
 from mistral_ms.checkpoint.adapters import open_adapter
-from mistral_ms.config import ModelConfig, ParallelConfig
+from mistral_ms.config import DType, ModelConfig, ParallelConfig
 from mistral_ms.errors import CheckpointError, GenerationError, TokenizerError
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.tokenizer import check_vocabulary, load_tokenizer
@@ -53,8 +53,9 @@ def align(
     say: Callable[[str], None] = lambda text: None,
     parallel_context: ParallelContext | None = None,
     adapter: Path | None = None,
+    dtype: DType = "float32",
 ) -> Comparison | None:
-    """Runs prompts through Hugging Face (torch, float32) and through us, and compares.
+    """Runs prompts through Hugging Face (torch) and through us, and compares.
 
     Args:
         hf_path: a Hugging Face directory, the oracle.
@@ -63,7 +64,8 @@ def align(
             be used, random token ids of the same lengths.
         ids: token ids instead of texts; the directory's tokenizer is then not looked at.
         new_tokens: greedy tokens to compare.
-        tolerance: allowed difference as a share of the largest logit.
+        tolerance: allowed difference as a share of the largest logit; with bfloat16 what Hugging
+            Face's own rounding allows, if that is more, see :class:`Comparison`.
         kind: which format to take when ``our_path`` holds several.
         verify: compare a checkpoint of ours with its digests while it is read.
         follow_links: links may lead out of both directories; see :func:`open_checkpoint`.
@@ -71,6 +73,8 @@ def align(
         parallel_context: this process's part of several, which must all call this; Hugging Face's
             side runs on the first one alone.
         adapter: directory of an adapter, for both sides; the peft library must be installed.
+        dtype: of weights and activations on both sides; on CPU ours computes in bfloat16 with
+            weights of that dtype and activations in float32.
 
     Returns:
         The comparison; None on all processes but the first.
@@ -112,7 +116,7 @@ def align(
         ParallelContext(ParallelConfig()) if parallel_context is None else parallel_context
     )
     oracle = parallel_context.on_rank_0(
-        lambda: run_hugging_face(hf_path, ids, new_tokens, say, adapter)
+        lambda: run_hugging_face(hf_path, ids, new_tokens, say, adapter, dtype)
     )
     gc.collect()  # both models at once might not fit
     say("mistral_ms: the same")
@@ -127,6 +131,7 @@ def align(
         verify=verify,
         follow_links=follow_links,
         adapter=adapter,
+        dtype=dtype,
     )
     return None if oracle is None else compare(oracle, side, tolerance)
 

@@ -1,4 +1,4 @@
-"""The oracle: Hugging Face transformers on torch, in float32, hooks on every layer."""
+"""The oracle: Hugging Face transformers on torch, hooks on every layer."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def run_hugging_face(
     new_tokens: int,
     say: Callable[[str], None] = lambda text: None,
     adapter: Path | None = None,
+    dtype: str = "float32",
 ) -> Side:
     """Runs every prompt alone, without padding, through the model at ``path``.
 
@@ -38,6 +39,8 @@ def run_hugging_face(
         new_tokens: how many tokens to continue greedily.
         say: told what of the configuration the installed transformers is given in other words.
         adapter: directory of an adapter, which the peft library puts beside the weights.
+        dtype: of weights and activations. With bfloat16 the prompts also run with the same weights
+            in float32, which shows how much this side rounds.
 
     Raises:
         MissingExtraError: torch, transformers or, with an adapter, peft is not installed.
@@ -56,7 +59,7 @@ def run_hugging_face(
         model = AutoModelForCausalLM.from_pretrained(
             path,
             config=_config(path, transformers, say),
-            dtype=torch.float32,
+            dtype=getattr(torch, dtype),
             attn_implementation="eager",
             local_files_only=True,
         )
@@ -82,6 +85,11 @@ def run_hugging_face(
             tokens, rivals = _greedy(model, prompt, new_tokens)
             side.greedy.append(tokens)
             side.rivals.append(rivals)
+        if dtype != "float32":
+            model.float()
+            for prompt in prompts:
+                _forget_lengths(model)
+                side.exact.append(_trace(model, prompt))
     return side
 
 

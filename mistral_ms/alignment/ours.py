@@ -12,8 +12,9 @@ from mindspore import Tensor, nn
 from mistral_ms.alignment.record import Side, Trace
 from mistral_ms.checkpoint import open_merged
 from mistral_ms.checkpoint.load import load_weights
-from mistral_ms.config import DROPLESS, GenerationConfig, ModelConfig, ParallelConfig
+from mistral_ms.config import DROPLESS, DType, GenerationConfig, ModelConfig, ParallelConfig
 from mistral_ms.inference import load_engine
+from mistral_ms.inference.dtypes import check_weights_dtype
 from mistral_ms.layers import RotaryTable
 from mistral_ms.models import CausalLM
 from mistral_ms.ops.modes import pynative_mode
@@ -30,8 +31,9 @@ def run_ours(
     verify: bool = True,
     follow_links: bool = False,
     adapter: Path | None = None,
+    dtype: DType = "float32",
 ) -> Side:
-    """Runs every prompt alone through our model, dropless, in float32, in PyNative mode.
+    """Runs every prompt alone through our model, dropless, in PyNative mode.
 
     The greedy continuation runs through the engine instead: all prompts in one ragged batch, with
     the cache, compiled, as users generate; by the auto-parallel graph where the layout says so.
@@ -46,10 +48,15 @@ def run_ours(
         verify: compare a checkpoint of ours with its digests while it is read.
         follow_links: links may lead out of the directory; see :func:`open_merged`.
         adapter: directory of an adapter of the checkpoint.
+        dtype: of the model.
+
+    Raises:
+        GenerationError: the device does not compute in that dtype.
     """
     parallel_context = (
         ParallelContext(ParallelConfig()) if parallel_context is None else parallel_context
     )
+    check_weights_dtype(dtype, parallel_context.world)
     side = Side()
     with open_merged(
         path,
@@ -61,11 +68,11 @@ def run_ours(
         world=parallel_context.world,
     ) as source:
         model = parallel_context.build_model(
-            source.config, DROPLESS, positions=max(map(len, prompts))
+            source.config, DROPLESS, dtype, positions=max(map(len, prompts))
         )
         load_weights(source, model.weights(), storage=parallel_context.storage(model.specs))
     model.set_train(False)
-    logits = parallel_context.logits(model)
+    logits = parallel_context.logits(model, dtype)
     scaling = model.config.rope_scaling
     for prompt in prompts:
         if scaling is not None and scaling.rope_type == "dynamic":
@@ -86,6 +93,7 @@ def run_ours(
             follow_links=follow_links,
             parallel_context=parallel_context,
             adapter=adapter,
+            dtype=dtype,
         )
         out = engine.generate(prompts, GenerationConfig(max_new_tokens=new_tokens))
         side.greedy.extend(list(c.token_ids) for c in out.completions)

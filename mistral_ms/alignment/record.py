@@ -38,8 +38,11 @@ class Side:
         greedy: greedily continued token ids of each prompt.
         rivals: of each prompt, for each of these tokens, what it was chosen among; the oracle
             alone records them.
+        exact: the traces of the same weights computed in float32; of an oracle that computes in
+            bfloat16 alone.
     """
 
     traces: list[Trace] = field(default_factory=list)
     greedy: list[list[int]] = field(default_factory=list)
     rivals: list[list[Rivals]] = field(default_factory=list)
+    exact: list[Trace] = field(default_factory=list)

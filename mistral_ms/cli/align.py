@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mistral_ms.cli.opening import Adapter, FollowLinks, JsonResult, NoVerify, SourceFormat
+from mistral_ms.cli.opening import (
+    DTYPES,
+    Adapter,
+    ComputeDType,
+    FollowLinks,
+    JsonResult,
+    NoVerify,
+    SourceFormat,
+)
 from mistral_ms.cli.processes import DataRanks, Execution, ExpertRanks, Stages, TensorRanks, Way
 
 if TYPE_CHECKING:
@@ -35,6 +43,10 @@ def align(
         SourceFormat | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
     ] = None,
     adapter: Adapter = None,
+    dtype: Annotated[
+        ComputeDType,
+        typer.Option(help="Compare in this; on CPU our activations stay fp32 with bf16."),
+    ] = ComputeDType.FP32,
     no_verify: NoVerify = False,
     follow_links: FollowLinks = False,
     dp: DataRanks = 1,
@@ -74,24 +86,33 @@ def align(
             say=console.print,
             parallel_context=parallel_context,
             adapter=adapter,
+            dtype=DTYPES[dtype.value],
         )
         parallel_context.barrier()
     if result is None:  # the first process speaks
         return
     if json is not None:
         write_json(json, result.to_json())
-    _report(console, result)
+    _report(console, result, DTYPES[dtype.value])
     if result.failures:
         raise typer.Exit(1)
 
 
-def _report(console: Console, result: Comparison) -> None:
+def _report(console: Console, result: Comparison, dtype: str) -> None:
     from rich.table import Table
 
     table = Table("measure", "value", title="alignment with Hugging Face")
     for name, value in result.to_json().items():
         table.add_row(name, f"{value:.3g}" if isinstance(value, float) else str(value))
     table.add_row("max_abs_diff / largest logit", f"{result.relative:.3g}")
+    if result.rounding is not None:
+        own = result.rounding
+        for name, value in (
+            ("max_abs_diff / largest logit", own.relative),
+            ("top1_agreement", own.top1_agreement),
+            ("routing_agreement", own.routing_agreement),
+        ):
+            table.add_row(f"Hugging Face in {dtype} and float32: {name}", f"{value:.3g}")
     console.print(table)
     if not result.failures:
         console.print("aligned")
