@@ -121,7 +121,7 @@ def serve(
         max_length=min(LENGTH, longest) if max_length is None else max_length,
         chunk=chunk,
         graph=not pynative,
-        dtype=DTYPES[dtype],  # type: ignore[arg-type]
+        dtype=DTYPES[dtype],
         adapter=adapter,
         **options,
     )
