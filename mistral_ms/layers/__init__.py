@@ -9,7 +9,7 @@ from mistral_ms.layers.attention import (
 )
 from mistral_ms.layers.embedding import Embedding, embedded, embedding_noise
 from mistral_ms.layers.feed_forward import FeedForward, GatedLinear
-from mistral_ms.layers.kv_cache import CacheSpec, Columns, KeyPositions, KVCache, forget
+from mistral_ms.layers.kv_cache import CacheSpec, Columns, KeyPositions, KVCache
 from mistral_ms.layers.linear import Linear, OutputLogits, output_logits
 from mistral_ms.layers.loss import HeadLoss, TokenNLL, log_softmax, token_nll
 from mistral_ms.layers.low_rank import LowRank, LowRankGroupedLinear, LowRankLinear
@@ -44,7 +44,6 @@ __all__ = [
     "VocabParallelCrossEntropy",
     "embedded",
     "embedding_noise",
-    "forget",
     "inverse_frequencies",
     "is_buffer",
     "log_softmax",

@@ -89,28 +89,23 @@ class KeyPositions(nn.Cell):
 
     Args:
         spec: sizes.
+        columns: enters positions into the table; :class:`Columns` when None.
     """
 
-    def __init__(self, spec: CacheSpec) -> None:
+    def __init__(self, spec: CacheSpec, columns: nn.Cell | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self.held = buffer(spec.batch * spec.columns, dtype="int32")
-        self.columns = Columns(spec)
-        self.reset()
+        self.held = buffer(spec.batch * spec.columns, dtype="int32", init=-1)
+        self.columns = Columns(spec) if columns is None else columns
 
     def reset(self) -> None:
         """Forgets everything: no column holds a position."""
-        forget(self.held)
+        # assigned in place: a compiled graph does not see what set_data puts there
+        ops.assign(self.held, Tensor(np.full(self.held.shape, -1, np.int32)))
 
     def construct(self, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Enters the new positions (-1 = padding); see :class:`Columns` for what it returns."""
         return self.columns(self.held, positions_BS)
-
-
-def forget(held: Parameter) -> None:
-    """Enters -1, no position, into every column of a table."""
-    # assigned in place: a compiled graph does not see what set_data puts there
-    ops.assign(held, Tensor(np.full(held.shape, -1, np.int32)))
 
 
 class KVCache(nn.Cell):

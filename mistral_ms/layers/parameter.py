@@ -14,7 +14,7 @@ def weight(*shape: int, dtype: str = "float32", init: str = "zeros") -> Paramete
     return Parameter(initializer(init, shape, getattr(ms, dtype)))
 
 
-def buffer(*shape: int, dtype: str = "float32", init: str = "zeros") -> Parameter:
+def buffer(*shape: int, dtype: str = "float32", init: str | int = "zeros") -> Parameter:
     """State that is not trained and not part of a checkpoint, nor of a model's specifications."""
     parameter = Parameter(initializer(init, shape, getattr(ms, dtype)), requires_grad=False)
     parameter.is_buffer = True

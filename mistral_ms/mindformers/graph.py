@@ -30,12 +30,11 @@ from mistral_ms.parallel.graph import (
     build_model,
     decode,
     generation_storage,
-    share_of_square,
 )
 from mistral_ms.parallel.graph.model import GraphModel
-from mistral_ms.parallel.graph.update import NORM_EPS, GlobalNorm
+from mistral_ms.parallel.graph.step import NORM_EPS, GlobalNorm
 from mistral_ms.parallel.pipeline import stages_of
-from mistral_ms.parallel.sharding import Sharding
+from mistral_ms.parallel.sharding import Sharding, replica_fraction
 from mistral_ms.weights import Specs
 
 _hyper_map = ops.HyperMap()
@@ -298,8 +297,11 @@ class GraphClipping(nn.Cell):
         max_grad_norm: float,
     ) -> None:
         super().__init__()
-        shares = tuple(share_of_square(specs[name], sharding, optimizer_parallel) for name in names)
-        self.norm, self.limit = GlobalNorm(shares, sharding is not None), max_grad_norm
+        rank = 0 if sharding is None else get_rank()
+        fractions = tuple(
+            replica_fraction(specs[name], sharding, optimizer_parallel, rank) for name in names
+        )
+        self.norm, self.limit = GlobalNorm(fractions, sharding is not None), max_grad_norm
 
     def construct(self, gradients: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
         """The clipped gradients, and the norm they had, float32 [1]."""

@@ -18,7 +18,7 @@ from mistral_ms.optimizers import with_settings
 from mistral_ms.parallel import graph
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.graph.checks import check_gate
-from mistral_ms.parallel.graph.storage import GraphStorage
+from mistral_ms.parallel.storage import GraphStorage
 from mistral_ms.training.graphs import batch_tensors
 from mistral_ms.training.loss_scale import LossScale
 from mistral_ms.training.lr_scheduler import learning_rate

@@ -1,7 +1,7 @@
 """``train``'s way to the graph of many ranks, as far as it goes without them; other gates, too.
 
 MindSpore compiles the graph of a rank, and cuts its parameters; then weights are drawn into them by
-the tables of :mod:`mistral_ms.parallel.graph.storage`. Shapes must agree (GraphTrainStep checks it)
+the tables of :mod:`mistral_ms.parallel.storage`. Shapes must agree (GraphTrainStep checks it)
 and every value must come back as that part of the whole model.
 """
 

@@ -32,7 +32,7 @@ from mistral_ms.ops.modes import graph_mode
 from mistral_ms.parallel.dryrun.ir import read
 from mistral_ms.parallel.dryrun.process import Compiler, Request
 from mistral_ms.parallel.dryrun.standins import find_runtime, why_impossible
-from mistral_ms.parallel.graph.storage import GraphStorage
+from mistral_ms.parallel.storage import GraphStorage
 from mistral_ms.training.state import FORMAT, OPTIMIZER, encode_state
 
 C, HALF = 7, 2  # ceil(1.1 * 2 * S / E)

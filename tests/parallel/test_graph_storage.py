@@ -8,9 +8,8 @@ from support import configs
 
 from mistral_ms.checkpoint import our_shapes
 from mistral_ms.config import ParallelConfig
-from mistral_ms.parallel.graph import share_of_square
-from mistral_ms.parallel.graph.storage import GraphStorage
-from mistral_ms.parallel.sharding import Sharding
+from mistral_ms.parallel.sharding import Sharding, replica_fraction
+from mistral_ms.parallel.storage import GraphStorage
 from mistral_ms.weights import by_name, specs
 
 E, H, I = 8, 32, 48  # noqa: E741
@@ -106,7 +105,7 @@ def test_each_gradients_square_counts_once(parallel, tied):
     for rank in range(config.world):
         storage = GraphStorage(model, config, rank)
         for name, spec in by_name(specs(model)).items():
-            share = share_of_square(spec, sharding, config.optimizer_parallel, rank)
+            share = replica_fraction(spec, sharding, config.optimizer_parallel, rank)
             if name in storage.specs:
                 part = storage.local_slice(name)
                 counted[name] += share * np.prod([cut.stop - cut.start for cut in part])

@@ -8,8 +8,8 @@ from dryrun.small_runs import small_run
 
 from mistral_ms.config import RunConfig
 from mistral_ms.parallel.context import ParallelContext
-from mistral_ms.parallel.graph.storage import GraphStorage
 from mistral_ms.parallel.pipeline import stages_of
+from mistral_ms.parallel.storage import GraphStorage
 from mistral_ms.planner.memory import card_memory, layer_memories, parameters
 from mistral_ms.training import TrainStep, make_objective
 from mistral_ms.weights import specs

@@ -19,9 +19,9 @@ from mistral_ms.config.layout import Sizes
 from mistral_ms.datasets import InMemorySequences
 from mistral_ms.errors import ConfigError, WeightError
 from mistral_ms.models import CausalLM
-from mistral_ms.parallel.graph.storage import GraphStorage
 from mistral_ms.parallel.pipeline import held_specs, stages_of
 from mistral_ms.parallel.reduction import Reduction
+from mistral_ms.parallel.storage import GraphStorage
 from mistral_ms.parallel.topology import (
     GroupKind,
     Topology,

@@ -1,7 +1,6 @@
 """The auto-parallel graph: one graph with the meaning of one device, divided by MindSpore."""
 
-from mistral_ms.parallel.graph.build import GraphStep, build, build_model, share_of_square
-from mistral_ms.parallel.graph.context import set_context
+from mistral_ms.parallel.graph.build import GraphStep, build, build_model, set_context
 from mistral_ms.parallel.graph.generation import (
     GraphNextToken,
     build_generation,
@@ -20,5 +19,4 @@ __all__ = [
     "generation_storage",
     "prefill",
     "set_context",
-    "share_of_square",
 ]

@@ -1,15 +1,15 @@
-"""From a run to its training step."""
+"""From a run to its training step, and what MindSpore is told before."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-from mindspore import ParameterTuple, Tensor, nn
+from mindspore import ParameterTuple, Tensor, context, nn
 from mindspore.communication import get_rank
 from mindspore.nn.utils import no_init_parameters
 
-from mistral_ms.config import ModelConfig, RunConfig
+from mistral_ms.config import ModelConfig, PredictConfig, RunConfig
 from mistral_ms.models import recompute
 from mistral_ms.moe import router_loss_terms
 from mistral_ms.optimizers import StoredMatrices, WeightUpdate, make_plan
@@ -17,12 +17,34 @@ from mistral_ms.parallel.graph.checks import check_run
 from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
 from mistral_ms.parallel.graph.metrics import LossCoefficients
 from mistral_ms.parallel.graph.model import GraphModel, LazyGraphModel
-from mistral_ms.parallel.graph.step import TrainingGraph
-from mistral_ms.parallel.graph.update import GlobalNorm
+from mistral_ms.parallel.graph.step import GlobalNorm, TrainingGraph
 from mistral_ms.parallel.pipeline import stages_of
-from mistral_ms.parallel.sharding import Sharding, graph_form
+from mistral_ms.parallel.sharding import Sharding, graph_form, replica_fraction
 from mistral_ms.parallel.topology import gradient_group
 from mistral_ms.weights import ParamSpec, specs
+
+
+def set_context(run: RunConfig | PredictConfig) -> None:
+    """Tells MindSpore how the graphs of a run are divided.
+
+    The device target must be Ascend and ``mindspore.communication.init()`` must have been called.
+    All earlier settings are forgotten.
+
+    Args:
+        run: a training, or a prediction.
+    """
+    parallel = run.parallel
+    context.reset_auto_parallel_context()
+    context.set_auto_parallel_context(
+        parallel_mode="semi_auto_parallel",
+        device_num=parallel.world,
+        full_batch=True,
+        pipeline_stages=parallel.pp,
+        enable_alltoall=True,  # else a change of layout is an AllGather and a cut
+        gradients_mean=False,  # the loss is a sum of shares already
+        enable_parallel_optimizer=parallel.optimizer_parallel,
+        parallel_optimizer_config={"parallel_optimizer_threshold": 0},
+    )
 
 
 @dataclass(frozen=True)
@@ -107,10 +129,10 @@ def build_model(
         layer_factory = GraphLayerFactory(
             config,
             run.routing,
+            parallel,
             training.dtype,
             sequence=training.seq_length,
             segmented=segmented,
-            parallel=parallel,
             losses=_coefficients(run, config),
             records_outputs=records_outputs,
         )
@@ -186,39 +208,15 @@ def _step(
     if training.gradient_accumulation_steps > 1:
         every = ParameterTuple((*update.weights, *metrics_buffers))
         reducer = nn.PipelineGradReducer(every, opt_shard=parallel.optimizer_parallel)
-    shares = tuple(
-        share_of_square(model.specs[name], sharding, parallel.optimizer_parallel)
+    rank = 0 if sharding is None else get_rank()
+    fractions = tuple(
+        replica_fraction(model.specs[name], sharding, parallel.optimizer_parallel, rank)
         for name in update.names
     )
-    norm = GlobalNorm(shares, sharding is not None)
+    norm = GlobalNorm(fractions, sharding is not None)
     step = TrainingGraph(net, update, norm, training.max_grad_norm, reducer, metrics_buffers)
     step.set_train()
     return step
-
-
-def share_of_square(
-    spec: ParamSpec, sharding: Sharding | None, optimizer_parallel: bool, rank: int | None = None
-) -> float:
-    """With what share the square of this rank's part of a gradient counts in the global norm: one
-    over the ranks of the stage that hold the same part at the update.
-
-    Of a tied embedding the last stage has the head's gradient, which it sends to the first one,
-    where the sum counts.
-
-    Args:
-        spec: of the weight.
-        sharding: the table; None on one device.
-        optimizer_parallel: whether ranks divide the gradient among them.
-        rank: which; None is this process.
-    """
-    if sharding is None:
-        return 1.0
-    stage = (get_rank() if rank is None else rank) // sharding.ranks
-    if spec.module == "tied" and stage > 0:
-        return 0.0
-    form = graph_form(spec)
-    optimizer_shards = sharding.optimizer_shards(form.layout, form.shape, optimizer_parallel)
-    return optimizer_shards / sharding.replicas_of(form.layout)
 
 
 def _inputs(run: RunConfig) -> tuple[Tensor, ...]:

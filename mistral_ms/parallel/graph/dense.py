@@ -16,7 +16,7 @@ from mistral_ms.layers import GatedLinear, embedded
 from mistral_ms.layers.parameter import weight
 from mistral_ms.ops import select
 from mistral_ms.ops.reference import linear_primitive
-from mistral_ms.parallel.graph.region import Region, Shape, first_shape
+from mistral_ms.parallel.graph.region import Region, Shape
 from mistral_ms.parallel.sharding import Sharding, graph_form
 from mistral_ms.weights import ParamSpec, vocabulary_specs
 
@@ -32,72 +32,37 @@ def gated_shape(x: Shape, w1: Shape, w3: Shape) -> Any:
 
 
 class GraphNorm(Region):
-    """RMSNorm of this rank's rows (sequence parallel).
-
-    Args:
-        size: H.
-        eps: added to the mean square.
-        sharding: the table; None on one device.
-    """
-
-    def __init__(self, size: int, eps: float, sharding: Sharding | None) -> None:
-        super().__init__(sharding, ("rows", "vector"), ("rows",), first_shape, (0,))
-        self.weight = weight(size, init="ones")
-        self.norm, self.cast = select.rms_norm(select.dense_kernels(), eps), ops.Cast()
-
-    def compute(self, x_TH: Tensor, weight_H: Tensor) -> Tensor:
-        """[T, H] -> [T, H]."""
-        return self.norm(x_TH, weight_H)
-
-    def construct(self, x_TH: Tensor) -> Tensor:
-        """[T, H] -> [T, H]."""
-        # rounded out here, so that optimizer parallelism gathers what is rounded
-        weight_H = self.cast(self.weight, x_TH.dtype)
-        if self.morph is not None:
-            return self.morph(x_TH, weight_H)
-        return self.compute(x_TH, weight_H)
-
-
-class GraphPiecewiseNorm(Region):
-    """:class:`~mistral_ms.layers.PiecewiseNorm` of this rank's rows and columns.
+    """:class:`~mistral_ms.layers.PiecewiseNorm` of this rank's rows and columns; with pieces of a
+    whole row :class:`~mistral_ms.layers.RMSNorm`.
 
     Args:
         size: of a piece.
         eps: added to the mean square.
         sharding: the table; None on one device.
+        layout: of the states: ``rows`` (sequence parallel) or ``columns``.
     """
 
-    def __init__(self, size: int, eps: float, sharding: Sharding | None) -> None:
-        super().__init__(sharding, ("columns", "vector"), ("columns",), first_shape, (0,))
-        self.weight, self.size = weight(size, init="ones"), size
+    def __init__(
+        self, size: int, eps: float, sharding: Sharding | None, layout: str = "rows"
+    ) -> None:
+        super().__init__(sharding, (layout, "vector"), (layout,))
+        self.weight, self.size, self.by_row = weight(size, init="ones"), size, layout == "rows"
         self.norm, self.cast = select.rms_norm(select.dense_kernels(), eps), ops.Cast()
 
     def compute(self, x_TQ: Tensor, weight_D: Tensor) -> Tensor:
         """[T, Q] -> [T, Q]."""
+        if self.by_row:
+            return self.norm(x_TQ, weight_D)
         return self.norm(x_TQ.reshape(-1, self.size), weight_D).reshape(x_TQ.shape)
 
     def construct(self, x_TQ: Tensor) -> Tensor:
         """[T, Q] -> [T, Q]."""
-        weight_D = self.cast(self.weight, x_TQ.dtype)
-        if self.morph is not None:
-            return self.morph(x_TQ, weight_D)
-        return self.compute(x_TQ, weight_D)
+        # rounded out here, so that optimizer parallelism gathers what is rounded
+        return self.divided(x_TQ, self.cast(self.weight, x_TQ.dtype))
 
 
-class BiasRegion(Region):
-    """Adds a bias to this rank's rows and columns.
-
-    Args:
-        sharding: the table; None on one device.
-    """
-
-    def __init__(self, sharding: Sharding | None) -> None:
-        inputs = "columns", "divided_vector"
-        super().__init__(sharding, inputs, ("columns",), first_shape, (0,))
-
-    def compute(self, y_TO: Tensor, bias_O: Tensor) -> Tensor:
-        """[T, O] -> [T, O]."""
-        return y_TO + bias_O
+def _plus(y_TO: Tensor, bias_O: Tensor) -> Tensor:
+    return y_TO + bias_O
 
 
 class GraphLinear(nn.Cell):
@@ -124,7 +89,8 @@ class GraphLinear(nn.Cell):
         self.weight = weight(*spec.shape)
         self.biased = bias is not None
         if bias is not None:
-            self.bias, self.add_bias = weight(*bias.shape), BiasRegion(sharding)
+            self.bias, layouts = weight(*bias.shape), ("columns", "divided_vector")
+            self.add_bias = Region(sharding, layouts, ("columns",), compute=_plus)
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
         self.product = linear_primitive()
         if sharding is not None:
@@ -138,9 +104,7 @@ class GraphLinear(nn.Cell):
     def construct(self, x_TI: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
         y_TO = self.product(x_TI, self.cast(self.weight, self.dtype))
-        if self.biased:
-            return self.add_bias(y_TO, self.cast(self.bias, self.dtype))
-        return y_TO
+        return self.add_bias(y_TO, self.cast(self.bias, self.dtype)) if self.biased else y_TO
 
 
 class GraphEmbedding(Region):
@@ -155,10 +119,8 @@ class GraphEmbedding(Region):
     def __init__(self, config: ModelConfig, dtype: str, sharding: Sharding | None) -> None:
         kind = getattr(ms, dtype)
         super().__init__(sharding, ("tokens", "matrix"), ("rows",), row_shape, (kind,))
-        self.dtype = kind
         (spec,) = vocabulary_specs(config)
-        self.weight = weight(*spec.shape)
-        self.cast = ops.Cast()
+        self.weight, self.dtype, self.cast = weight(*spec.shape), kind, ops.Cast()
 
     def compute(self, ids_T: Tensor, weight_VH: Tensor) -> Tensor:
         """[T] int32 -> [T, H]."""
@@ -166,10 +128,7 @@ class GraphEmbedding(Region):
 
     def construct(self, ids_BS: Tensor) -> Tensor:
         """[B, S] int32 -> [T, H]."""
-        ids_T = ids_BS.reshape(-1)
-        if self.morph is not None:
-            return self.morph(ids_T, self.weight)
-        return self.compute(ids_T, self.weight)
+        return self.divided(ids_BS.reshape(-1), self.weight)
 
 
 class GatedRegion(Region):
@@ -182,9 +141,8 @@ class GatedRegion(Region):
 
     def __init__(self, dtype: str, sharding: Sharding | None) -> None:
         inputs = "whole_rows", "output_divided", "output_divided"
-        super().__init__(sharding, inputs, ("columns",), gated_shape, (0,))
-        self.gated = GatedLinear()
-        self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
+        super().__init__(sharding, inputs, ("columns",), gated_shape)
+        self.gated, self.dtype, self.cast = GatedLinear(), getattr(ms, dtype), ops.Cast()
 
     def compute(self, x_TH: Tensor, w1_IH: Tensor, w3_IH: Tensor) -> Tensor:
         """[T, H] -> [T, I]."""
@@ -193,19 +151,4 @@ class GatedRegion(Region):
     def construct(self, x_TH: Tensor, w1_IH: Tensor, w3_IH: Tensor) -> Tensor:
         """[T, H] and float32 weights -> [T, I]."""
         # rounded out here, so that optimizer parallelism gathers what is rounded
-        w1_IH, w3_IH = self.cast(w1_IH, self.dtype), self.cast(w3_IH, self.dtype)
-        if self.morph is not None:
-            return self.morph(x_TH, w1_IH, w3_IH)
-        return self.compute(x_TH, w1_IH, w3_IH)
-
-
-class Weight(nn.Cell):
-    """Holds a weight [O, I] under the name that checkpoints give it.
-
-    Args:
-        spec: of the weight.
-    """
-
-    def __init__(self, spec: ParamSpec) -> None:
-        super().__init__()
-        self.weight = weight(*spec.shape)
+        return self.divided(x_TH, self.cast(w1_IH, self.dtype), self.cast(w3_IH, self.dtype))

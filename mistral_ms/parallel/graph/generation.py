@@ -7,60 +7,18 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, ops
 from mindspore.nn.utils import no_init_parameters
 
-from mistral_ms.config import DROPLESS, ModelConfig, ParallelConfig, PredictConfig
+from mistral_ms.config import DROPLESS, PredictConfig
 from mistral_ms.layers import CacheSpec, output_logits
-from mistral_ms.parallel.graph.attention import CachedAttentionRegion, KeyTable
 from mistral_ms.parallel.graph.checks import check_prediction
 from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
 from mistral_ms.parallel.graph.model import GraphDecoder
 from mistral_ms.parallel.graph.region import Region, Shape
-from mistral_ms.parallel.graph.storage import GraphStorage
 from mistral_ms.parallel.sharding import Sharding
+from mistral_ms.parallel.storage import GraphStorage
 from mistral_ms.weights import HEAD
-
-
-class CachedLayerFactory(GraphLayerFactory):
-    """The pieces of a model with a cache. Routing is dropless.
-
-    Args:
-        config: the architecture.
-        dtype: what is computed in, and the dtype of the cache.
-        cache: sizes of the whole cache.
-        positions: rows of the rotary tables.
-        parallel: the layout.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        dtype: str,
-        cache: CacheSpec,
-        positions: int,
-        parallel: ParallelConfig,
-    ) -> None:
-        super().__init__(
-            config,
-            DROPLESS,
-            dtype,
-            cache,
-            sequence=positions,
-            segmented=True,
-            parallel=parallel,
-            losses=None,
-            sequence_parallel=False,
-        )
-
-    def attention_core(self, layer: int) -> nn.Cell:
-        """See the base; the context is (positions, the cache's rows, positions held)."""
-        window = self.config.window_of(layer)
-        return CachedAttentionRegion(self.config, self.sequence, window, self.sharding)
-
-    def key_positions(self, cache: CacheSpec) -> KeyTable:
-        """See the base."""
-        return KeyTable(cache, self.sharding)
 
 
 class LastLogits(Region):
@@ -95,21 +53,21 @@ class GraphNextToken(GraphDecoder):
     all rows, and all logits.
 
     Args:
-        layer_factory: makes the pieces.
+        layer_factory: makes the pieces, with a cache.
 
     Raises:
         WeightError: its pieces have other parameters than the specifications describe.
 
     Attributes:
         config: the architecture.
-        key_positions: see :class:`~mistral_ms.parallel.graph.attention.KeyTable`.
+        key_positions: see :class:`~mistral_ms.layers.KeyPositions`.
         batch: rows that it takes, those of all ranks.
         packs: whether it takes packed batches.
     """
 
     packs = False
 
-    def __init__(self, layer_factory: CachedLayerFactory) -> None:
+    def __init__(self, layer_factory: GraphLayerFactory) -> None:
         super().__init__(layer_factory)
         assert layer_factory.cache is not None
         self.config, self.batch = layer_factory.config, layer_factory.cache.batch
@@ -177,9 +135,10 @@ def build_generation(run: PredictConfig, layers: int | None = None) -> GraphNext
     check_prediction(run)
     cache = CacheSpec.for_model(config, sizes.batch, sizes.max_length, sizes.chunk)
     with no_init_parameters():
-        model = GraphNextToken(
-            CachedLayerFactory(config, sizes.dtype, cache, sizes.max_length, parallel)
+        layer_factory = GraphLayerFactory(
+            config, DROPLESS, parallel, sizes.dtype, cache, sequence=sizes.max_length
         )
+        model = GraphNextToken(layer_factory)
     for name, weight in model.weights().items():
         if model.specs[name].kind != "buffer":  # nothing is trained: no float32 is needed
             weight.set_dtype(getattr(ms, sizes.dtype))

@@ -6,26 +6,27 @@ from mindspore import nn, ops
 from mindspore.communication import get_group_size, get_rank
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
-from mistral_ms.layers import CacheSpec
+from mistral_ms.layers import CacheSpec, KeyPositions
 from mistral_ms.models import LayerFactory
-from mistral_ms.moe import local_dispatcher
+from mistral_ms.moe import Dispatcher
 from mistral_ms.parallel.collectives import PARTIAL_GRADIENTS, Groups
 from mistral_ms.parallel.dispatchers import make_dispatcher
-from mistral_ms.parallel.graph.attention import AttentionRegion
+from mistral_ms.parallel.graph.attention import (
+    AttentionRegion,
+    CachedAttentionRegion,
+    ColumnsRegion,
+)
 from mistral_ms.parallel.graph.dense import (
     GatedRegion,
     GraphEmbedding,
     GraphLinear,
     GraphNorm,
-    GraphPiecewiseNorm,
-    Weight,
 )
 from mistral_ms.parallel.graph.metrics import LossCoefficients
 from mistral_ms.parallel.graph.moe import GraphMoE
-from mistral_ms.parallel.graph.pooled import PooledLoss
 from mistral_ms.parallel.sharding import Sharding, graph_form
 from mistral_ms.parallel.topology import Topology
-from mistral_ms.weights import ParamSpec, vocabulary_specs
+from mistral_ms.weights import ParamSpec
 
 
 class GraphLayerFactory(LayerFactory):
@@ -34,14 +35,13 @@ class GraphLayerFactory(LayerFactory):
     Args:
         config: the architecture.
         routing: the routing policy.
-        dtype: what is computed in.
+        parallel: the layout of the run.
+        dtype: what is computed in, and the dtype of the cache.
         cache: sizes of the whole cache; None without.
         sequence: S, or rows of the rotary tables.
         segmented: more than the causal rule and the layers' windows hides keys from queries.
-        parallel: the layout of the run.
         losses: coefficients of the router's losses; None where nothing is trained.
         records_outputs: every block records how large its output is.
-        sequence_parallel: see :class:`~mistral_ms.parallel.sharding.Sharding`.
 
     Raises:
         TopologyError: there are more or fewer processes than the layout has.
@@ -55,15 +55,14 @@ class GraphLayerFactory(LayerFactory):
         self,
         config: ModelConfig,
         routing: RoutingConfig,
+        parallel: ParallelConfig,
         dtype: str,
         cache: CacheSpec | None = None,
         *,
         sequence: int,
-        segmented: bool,
-        parallel: ParallelConfig,
-        losses: LossCoefficients | None,
+        segmented: bool = True,
+        losses: LossCoefficients | None = None,
         records_outputs: bool = False,
-        sequence_parallel: bool = True,
     ) -> None:
         super().__init__(config, routing, cache, dtype)
         self.sequence, self.segmented, self.losses = sequence, segmented, losses
@@ -71,7 +70,7 @@ class GraphLayerFactory(LayerFactory):
         self.sharding: Sharding | None = None
         self.groups: Groups | None = None
         if parallel.world > 1:
-            self.sharding = Sharding(parallel, sequence_parallel)
+            self.sharding = Sharding(parallel, sequence_parallel=cache is None)
             self.groups = Groups(Topology.of(parallel, get_group_size()), get_rank())
 
     def held_shape(self, spec: ParamSpec) -> tuple[int, ...]:
@@ -99,49 +98,34 @@ class GraphLayerFactory(LayerFactory):
         return GraphLinear(spec, self.dtype, self.sharding, bias)
 
     def attention_core(self, layer: int) -> nn.Cell:
-        """See the base; the context is (positions, segments)."""
+        """See the base; the context is (positions, segments), or with a cache (positions, the
+        cache's rows, positions held).
+        """
         window = self.config.window_of(layer)
         causal = not self.segmented and (window is None or window >= self.sequence)
-        return AttentionRegion(self.config, self.sequence, window, causal, self.sharding)
+        kind = AttentionRegion if self.cache is None else CachedAttentionRegion
+        return kind(self.config, self.sequence, window, causal, self.sharding)
+
+    def key_positions(self, cache: CacheSpec) -> KeyPositions:
+        """See the base."""
+        return KeyPositions(cache, ColumnsRegion(cache, self.sharding))
 
     def piecewise_norm(self, size: int) -> nn.Cell:
         """See the base."""
-        return GraphPiecewiseNorm(size, self.config.rms_norm_eps, self.sharding)
+        return GraphNorm(size, self.config.rms_norm_eps, self.sharding, "columns")
 
     def gated(self) -> nn.Cell:
         """See the base."""
         return GatedRegion(self.dtype, self.sharding)
 
+    def dispatcher(self) -> Dispatcher:
+        """Brings rows to the experts of a sparse layer and back."""
+        assert self.config.moe is not None
+        experts = self.config.moe.num_local_experts
+        return make_dispatcher(experts, self.routing, self.parallel, self.groups, PARTIAL_GRADIENTS)
+
     def moe(self, layer: int) -> nn.Cell:
         """See the base; the mask is positions and scales, what the gate may know ``random_B3``
         (:class:`~mistral_ms.parallel.graph.model.GraphModel`), and there are no sums.
         """
-        assert self.config.moe is not None
-        experts = self.config.moe.num_local_experts
-        if self.groups is None:
-            dispatcher = local_dispatcher(experts, self.routing)
-        else:
-            dispatcher = make_dispatcher(
-                experts, self.routing, self.parallel, self.groups, PARTIAL_GRADIENTS
-            )
-        return GraphMoE(
-            self.config,
-            self.routing,
-            layer,
-            self.dtype,
-            dispatcher,
-            self.losses,
-            self.parallel.micro_batch_interleave_num,
-            self.sharding,
-            self.shared_experts() if self.config.shared_expert_size else None,
-        )
-
-    def pooled_loss(self) -> nn.Cell:
-        """The load-balancing loss of all layers."""
-        assert self.losses is not None
-        return PooledLoss(self.config, self.losses, self.sharding)
-
-    def head(self) -> nn.Cell:
-        """Holds the output head [V, H]."""
-        (spec,) = vocabulary_specs(self.config)
-        return Weight(spec)
+        return GraphMoE(self, layer)

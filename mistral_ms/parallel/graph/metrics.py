@@ -16,7 +16,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 
-from mistral_ms.parallel.graph.region import Region, first_shape
+from mistral_ms.parallel.graph.region import Region
 from mistral_ms.parallel.sharding import Sharding
 
 _zeros_like = ops.ZerosLike()
@@ -100,7 +100,7 @@ class OutputRegion(Region):
     """
 
     def __init__(self, sharding: Sharding | None) -> None:
-        super().__init__(sharding, ("rows", "matrix"), ("rows",), first_shape, (0,))
+        super().__init__(sharding, ("rows", "matrix"), ("rows",))
         self.record = RecordMetrics()
 
     def compute(self, x_TH: Tensor, buffer: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from mistral_ms.layers import TokenNLL, is_buffer, output_logits
 from mistral_ms.models import DecoderBlock, check_weights
 from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
 from mistral_ms.parallel.graph.metrics import OutputRegion, RecordMetrics, metrics_buffer
+from mistral_ms.parallel.graph.pooled import PooledLoss
 from mistral_ms.parallel.graph.region import Region, Shape
 from mistral_ms.parallel.sharding import Sharding
 from mistral_ms.weights import by_name, specs
@@ -19,18 +20,19 @@ _cast = ops.Cast()
 _sum = ops.ReduceSum()
 
 
-class LossRegion(Region):
-    """Logits and losses of this rank's rows.
+class Loss(Region):
+    """Logits and losses of this rank's rows, brought together from all ranks of the last stage.
 
     Rows are divided among all ranks of the stage, so each forms the whole vocabulary's logits of
     its own ones: no reduction over a divided vocabulary, and no logits that are held twice.
 
     Args:
+        dtype: what the logits are computed in.
         token_nll: see :class:`~mistral_ms.models.Objective`.
         sharding: the table; None on one device.
     """
 
-    def __init__(self, token_nll: nn.Cell, sharding: Sharding | None) -> None:
+    def __init__(self, dtype: str, token_nll: nn.Cell, sharding: Sharding | None) -> None:
         ranks = 1 if sharding is None else sharding.ranks
 
         def shapes(*given: Shape) -> Any:
@@ -39,6 +41,10 @@ class LossRegion(Region):
         inputs = "rows", "matrix", "tokens", "samples", "matrix"
         super().__init__(sharding, inputs, ("tokens",), shapes, (ms.float32,))
         self.token_nll, self.record = token_nll, RecordMetrics()
+        self.metrics_buffer, self.dtype = metrics_buffer(1), getattr(ms, dtype)
+        self.sum = ops.ReduceSum()
+        if sharding is not None:
+            self.sum.shard(((sharding.ranks,),))
 
     def compute(
         self,
@@ -54,31 +60,12 @@ class LossRegion(Region):
         loss = (_sum(nll_T) * scales_B3[0, 0]).reshape(1)
         return self.record(loss * scales_B3[0, 2], metrics_buffer, loss)
 
-
-class Loss(nn.Cell):
-    """The loss of normalised states, brought together from all ranks of the last stage.
-
-    Args:
-        dtype: what the logits are computed in.
-        token_nll: see :class:`~mistral_ms.models.Objective`.
-        sharding: the table; None on one device.
-    """
-
-    def __init__(self, dtype: str, token_nll: nn.Cell, sharding: Sharding | None) -> None:
-        super().__init__()
-        self.region, self.metrics_buffer = LossRegion(token_nll, sharding), metrics_buffer(1)
-        self.dtype = getattr(ms, dtype)
-        self.sum = ops.ReduceSum()
-        if sharding is not None:
-            self.sum.shard(((sharding.ranks,),))
-
     def construct(
         self, x_TH: Tensor, weight_VH: Tensor, labels_BS: Tensor, scales_B3: Tensor
     ) -> Tensor:
         """A float32 scalar, scaled."""
-        labels_T = labels_BS.reshape(-1)
-        weight_VH = _cast(weight_VH, self.dtype)
-        return self.sum(self.region(x_TH, weight_VH, labels_T, scales_B3, self.metrics_buffer))
+        labels_T, weight_VH = labels_BS.reshape(-1), _cast(weight_VH, self.dtype)
+        return self.sum(self.divided(x_TH, weight_VH, labels_T, scales_B3, self.metrics_buffer))
 
 
 class GraphBlock(DecoderBlock):
@@ -104,14 +91,10 @@ class GraphBlock(DecoderBlock):
                 metrics_buffer(2),
             )
 
-    def construct(
-        self,
-        x_TH: Tensor,
-        context: Any,
-        valid_T: Any,
-        gate_context: Any = None,
-        ids_T: Any = None,
-        columns: int = 1,
+    # named arguments: of any number of them MindSpore forgets which cell it compiles, and so that
+    # it is computed again
+    def construct(  # type: ignore[override]
+        self, x_TH: Tensor, context: Any, valid_T: Any, gate_context: Any = None
     ) -> Any:
         """[T, H] -> [T, H], and sums; contexts and mask are what the pieces of
         :class:`GraphLayerFactory` take.
@@ -187,7 +170,9 @@ class GraphModel(GraphDecoder):
         pooled = [number for number, layer in enumerate(self.layers) if layer.pooled]
         self.pooled = bool(pooled)
         if self.pooled:
-            self.pooled_loss, self.last_pooled = layer_factory.pooled_loss(), max(pooled)
+            assert layer_factory.losses is not None
+            self.pooled_loss = PooledLoss(layer_factory, layer_factory.losses)
+            self.last_pooled = max(pooled)
         token_nll = TokenNLL() if token_nll is None else token_nll
         self.loss = Loss(layer_factory.dtype, token_nll, layer_factory.sharding)
         if max(stages) > 0:  # then nothing is pooled
@@ -255,10 +240,5 @@ class LazyGraphModel(GraphModel):
     """
 
     @lazy_inline
-    def __init__(
-        self,
-        layer_factory: GraphLayerFactory,
-        stages: tuple[int, ...],
-        token_nll: nn.Cell | None = None,
-    ) -> None:
-        super().__init__(layer_factory, stages, token_nll)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from mistral_ms.config import ModelConfig, RoutingConfig
+from mistral_ms.config import ModelConfig
 from mistral_ms.layers.parameter import weight
-from mistral_ms.moe import (
-    Dispatcher,
-    make_gate,
-)
+from mistral_ms.moe import SharedExpertGate, joined, make_gate
 from mistral_ms.parallel.graph.checks import check_sparse_layer
-from mistral_ms.parallel.graph.metrics import LossCoefficients, metrics_buffer
+from mistral_ms.parallel.graph.metrics import metrics_buffer
 from mistral_ms.parallel.graph.region import Region
-from mistral_ms.parallel.graph.shared import GraphSharedGate
 from mistral_ms.parallel.graph.sparse_region import (
     GATE_PARAMETERS,
     SparseRegion,
     TrainedSparseRegion,
     gate_parameters,
 )
-from mistral_ms.parallel.sharding import Sharding
+
+if TYPE_CHECKING:
+    from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
 
 
 class MatrixExperts(nn.Cell):
@@ -39,61 +39,82 @@ class MatrixExperts(nn.Cell):
         super().__init__()
         assert config.moe is not None
         rows = config.moe.num_local_experts * config.hidden_size
-        self.w1 = weight(rows, config.expert_size)
-        self.w3 = weight(rows, config.expert_size)
-        self.w2 = weight(rows, config.expert_size)
+        self.w1, self.w3, self.w2 = (weight(rows, config.expert_size) for _ in range(3))
+
+
+def _by_sigmoid(x_TH: Tensor, routed_TH: Tensor, shared_TH: Tensor, weight_1H: Tensor) -> Tensor:
+    return joined("sigmoid", x_TH, routed_TH, shared_TH, (weight_1H,))
+
+
+def _by_softmax_pair(
+    x_TH: Tensor, routed_TH: Tensor, shared_TH: Tensor, weight_2H: Tensor, bias_2: Tensor
+) -> Tensor:
+    return joined("softmax_pair", x_TH, routed_TH, shared_TH, (weight_2H, bias_2))
+
+
+class GraphSharedGate(SharedExpertGate):
+    """:class:`~mistral_ms.moe.SharedExpertGate` in the graph, each rank its own rows; its weights
+    are float32 and whole.
+
+    Args:
+        layer_factory: of the model.
+    """
+
+    def __init__(self, layer_factory: GraphLayerFactory) -> None:
+        super().__init__(layer_factory.config)
+        self.dtype, self.cast = getattr(ms, layer_factory.dtype), ops.Cast()
+        self.add, weights = layer_factory.residual(), ("matrix", "vector")[: len(self.weight_names)]
+        if self.kind != "none":
+            compute = _by_sigmoid if self.kind == "sigmoid" else _by_softmax_pair
+            layouts = *("rows",) * 3, *weights
+            self.region = Region(layer_factory.sharding, layouts, ("rows",), compute=compute)
+
+    def construct(
+        self,
+        x_TH: Tensor,
+        routed_TH: Tensor,
+        shared_TH: Tensor,
+        share_T1: Tensor | None = None,
+    ) -> Tensor:
+        """Three times [T, H] -> [T, H]; conditional routing is refused before."""
+        if self.kind == "none":
+            return self.add(routed_TH, shared_TH)
+        weights: tuple[Tensor, ...] = ()
+        for each in self.held():
+            weights = (*weights, self.cast(each, self.dtype))
+        return self.region(x_TH, routed_TH, shared_TH, *weights)
 
 
 class GraphMoE(nn.Cell):
     """The sparse layer in the place of :class:`~mistral_ms.moe.MoELayer`, by the same names.
 
     Args:
-        config: sizes.
-        routing: the policy.
+        layer_factory: of the model.
         layer: number of the decoder block.
-        dtype: what is computed in.
-        dispatcher: brings rows to the experts and back.
-        coefficients: of the router's losses; None where nothing is trained.
-        interleave: dispatch groups of a micro-batch.
-        sharding: the table; None on one device.
-        shared: the shared experts of a model that has any.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        routing: RoutingConfig,
-        layer: int,
-        dtype: str,
-        dispatcher: Dispatcher,
-        coefficients: LossCoefficients | None,
-        interleave: int,
-        sharding: Sharding | None,
-        shared: nn.Cell | None = None,
-    ) -> None:
+    def __init__(self, layer_factory: GraphLayerFactory, layer: int) -> None:
         super().__init__()
-        self.router = make_gate(config, routing, layer)
+        config, losses = layer_factory.config, layer_factory.losses
+        assert config.moe is not None
+        self.router = make_gate(config, layer_factory.routing, layer)
         check_sparse_layer(self.router.moe)
         self.spare_arguments = GATE_PARAMETERS - len(gate_parameters(self.router))
         for state in self.router.buffers().values():
             state.parallel_optimizer = False  # whole on every rank, which moves it on by itself
         self.experts = MatrixExperts(config)
-        assert config.moe is not None
-        self.trained = coefficients is not None
-        self.pooled = coefficients is not None and coefficients.pooled
-        if coefficients is not None:
-            losses = 2 + len(coefficients.others)
-            self.metrics_buffer = metrics_buffer(losses + 2 * config.moe.num_local_experts)
-            self.region: Region = TrainedSparseRegion(
-                config, dispatcher, self.router, dtype, coefficients, interleave, sharding
-            )
+        self.trained, self.pooled = losses is not None, losses is not None and losses.pooled
+        if losses is not None:
+            recorded = 2 + len(losses.others) + 2 * config.moe.num_local_experts
+            self.metrics_buffer = metrics_buffer(recorded)
+            self.region: Region = TrainedSparseRegion(layer_factory, self.router, losses)
         else:
-            self.region = SparseRegion(config, dispatcher, self.router, dtype, sharding)
-        self.shares = shared is not None
-        if shared is not None:
-            self.shared_experts = shared
-            self.shared_expert_gate = GraphSharedGate(config, dtype, sharding)
-        self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
+            self.region = SparseRegion(layer_factory, self.router)
+        self.shares = config.shared_expert_size > 0
+        if self.shares:
+            self.shared_experts = layer_factory.shared_experts()
+            self.shared_expert_gate = GraphSharedGate(layer_factory)
+        self.dtype, self.cast = getattr(ms, layer_factory.dtype), ops.Cast()
 
     def construct(
         self, x_TH: Tensor, batch: tuple[Tensor, ...], random_B3: Tensor | None = None

@@ -8,30 +8,27 @@ from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, ops
 
-from mistral_ms.config import ModelConfig
 from mistral_ms.moe import load_balancing_loss
+from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
 from mistral_ms.parallel.graph.metrics import AttachLosses, LossCoefficients, RecordMetrics
-from mistral_ms.parallel.graph.region import Region, first_shape
-from mistral_ms.parallel.sharding import Sharding
+from mistral_ms.parallel.graph.region import Region
 
 
-class PooledRegion(Region):
-    """Attaches the loss of this rank's tokens to their states.
+class PooledLoss(Region):
+    """The load-balancing loss of all sparse layers, attached to the states behind the last one:
+    each rank that of its tokens.
 
     Args:
-        config: sizes.
+        layer_factory: of the model.
         coefficients: of the router's losses.
-        sharding: the table; None on one device.
     """
 
-    def __init__(
-        self, config: ModelConfig, coefficients: LossCoefficients, sharding: Sharding | None
-    ) -> None:
+    def __init__(self, layer_factory: GraphLayerFactory, coefficients: LossCoefficients) -> None:
+        config, sharding = layer_factory.config, layer_factory.sharding
         assert config.moe is not None
-        inputs = "rows", "rows", "samples", "matrix"
-        super().__init__(sharding, inputs, ("rows",), first_shape, (0,))
+        super().__init__(sharding, ("rows", "rows", "samples", "matrix"), ("rows",))
         self.experts, self.layers = config.moe.num_local_experts, len(config.sparse_layers)
         # the tensor-parallel ranks form the same loss: each is responsible for its share
         self.share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
@@ -39,6 +36,7 @@ class PooledRegion(Region):
         others = 1 + len(coefficients.others) + 2 * self.experts
         self.others = Tensor(np.zeros(others, np.float32))
         self.attach, self.record = AttachLosses(), RecordMetrics()
+        self.add = layer_factory.residual()
 
     def compute(self, x_TH: Tensor, sums_GF: Tensor, scales_B3: Tensor, buffer: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
@@ -52,25 +50,6 @@ class PooledRegion(Region):
         # the report takes the mean over layers
         seen = total * (scales_B3[0, 1] * (self.share * self.layers))
         return self.record(x_TH, buffer, ops.cat((seen, self.others)))
-
-
-class PooledLoss(nn.Cell):
-    """The load-balancing loss of all sparse layers, attached to the states behind the last one.
-
-    Args:
-        config: sizes.
-        coefficients: of the router's losses.
-        sharding: the table; None on one device.
-    """
-
-    def __init__(
-        self, config: ModelConfig, coefficients: LossCoefficients, sharding: Sharding | None
-    ) -> None:
-        super().__init__()
-        self.region = PooledRegion(config, coefficients, sharding)
-        self.add = ops.Add()
-        if sharding is not None:
-            self.add.shard(in_strategy=(sharding("rows"), sharding("rows")))
 
     def construct(
         self, x_TH: Tensor, layers: tuple[Tensor, ...], scales_B3: Tensor, buffer: Parameter
@@ -87,4 +66,4 @@ class PooledLoss(nn.Cell):
         sums = layers[0]
         for each in layers[1:]:
             sums = self.add(sums, each)
-        return self.region(x_TH, sums, scales_B3, buffer)
+        return self.divided(x_TH, sums, scales_B3, buffer)

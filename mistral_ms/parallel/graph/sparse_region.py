@@ -13,22 +13,17 @@ tensor-parallel ranks exchange are the buffers.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
-from mistral_ms.config import ModelConfig
-from mistral_ms.errors import ConfigError
 from mistral_ms.models.objective import RouterLoss
 from mistral_ms.moe import (
-    Dispatcher,
-    DispatchPlan,
     Gate,
     GateContext,
     RouterSums,
-    Routing,
     TransposedExperts,
     gate_context,
     kept_choices,
@@ -37,9 +32,12 @@ from mistral_ms.moe import (
     router_sums,
     stack_sums,
 )
+from mistral_ms.parallel.graph.checks import EXPLICIT, Broken, refuse
 from mistral_ms.parallel.graph.metrics import AttachLosses, LossCoefficients, RecordMetrics
 from mistral_ms.parallel.graph.region import Region, Shape, first_shape
-from mistral_ms.parallel.sharding import Sharding
+
+if TYPE_CHECKING:
+    from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
 
 _cast = ops.Cast()
 
@@ -49,15 +47,12 @@ not support varargs", its compiler says), so each has a name here, and who has f
 nothing reads."""
 
 
-class SparsePieces(Region):
-    """What regions of a sparse layer have in common.
+class SparseRegion(Region):
+    """Gate, dispatch, experts and combine of this rank's tokens, where nothing is trained.
 
     Args:
-        config: sizes.
-        dispatcher: brings rows to the experts and back.
+        layer_factory: of the model.
         router: chooses.
-        dtype: what is computed in.
-        sharding: the table; None on one device.
         more: layouts of further inputs, before the gate's parameters.
         summed: shape of a second output, float32, whose rows are divided among all ranks; empty
             when there is none.
@@ -65,11 +60,8 @@ class SparsePieces(Region):
 
     def __init__(
         self,
-        config: ModelConfig,
-        dispatcher: Dispatcher,
+        layer_factory: GraphLayerFactory,
         router: Gate,
-        dtype: str,
-        sharding: Sharding | None,
         more: tuple[str, ...] = (),
         summed: tuple[int, ...] = (),
     ) -> None:
@@ -79,53 +71,12 @@ class SparsePieces(Region):
         gate = [(None,) * each.ndim for each in gate_parameters(router)]
         gate += ["samples"] * (GATE_PARAMETERS - len(gate))
         inputs = "whole_rows", "samples", "experts", "experts", "experts", *more, *gate
-        if summed:
-            outputs = "whole_rows", "rows"
-            super().__init__(sharding, inputs, outputs, two_shapes, (0, ms.float32))
-        else:
-            super().__init__(sharding, inputs, ("whole_rows",), first_shape, (0,))
-        self.hidden_size = config.hidden_size
-        self.dispatcher, self.router = dispatcher, router
-        self.experts = TransposedExperts(dtype, dispatcher.packed)
-
-    def chosen(
-        self, x_TH: Tensor, gate: tuple[Tensor, ...], context: GateContext | None
-    ) -> Routing:
-        """The gate's choice under its parameters, weights before state."""
-        first, last = len(self.router.weight_names), len(self.router.buffer_names)
-        return self.router.route(x_TH, gate[:first], gate[first : first + last], context)
-
-    def planned(
-        self, chosen: Routing, valid_T: Tensor, columns: int, context: GateContext | None
-    ) -> DispatchPlan:
-        """Where rows go, and which results count."""
-        plan = self.dispatcher.plan(chosen, valid_T, self.router.priority(chosen, context), columns)
-        mask_TK = self.router.output_mask(chosen, context)
-        return plan if mask_TK is None else masked(plan, mask_TK)
-
-    def valid(self, positions_BS: Tensor) -> Tensor:
-        """1 for tokens, 0 for padding: float32 [T]."""
-        return _cast(positions_BS.reshape(-1) >= 0, ms.float32)
-
-    def matrices(self, *weights: Tensor) -> tuple[Tensor, ...]:
-        """[L * H, I] each -> [L, H, I] each."""
-        return tuple(each.reshape(-1, self.hidden_size, each.shape[1]) for each in weights)
-
-    def results(
-        self,
-        rows: Tensor,
-        group_sizes_L: Tensor | None,
-        plan: DispatchPlan,
-        w1: Tensor,
-        w3: Tensor,
-        w2: Tensor,
-    ) -> Tensor:
-        """What the experts make of dispatched rows, brought back: [T, H]."""
-        return self.dispatcher.combine(self.experts(rows, w1, w3, w2, group_sizes_L), plan)
-
-
-class SparseRegion(SparsePieces):
-    """Gate, dispatch, experts and combine of this rank's tokens, where nothing is trained."""
+        found = ("whole_rows", "rows"), two_shapes, (0, ms.float32)
+        one = ("whole_rows",), first_shape, (0,)
+        super().__init__(layer_factory.sharding, inputs, *(found if summed else one))
+        self.hidden_size = layer_factory.config.hidden_size
+        self.dispatcher, self.router = layer_factory.dispatcher(), router
+        self.experts = TransposedExperts(layer_factory.dtype, self.dispatcher.packed)
 
     def compute(
         self,
@@ -142,65 +93,81 @@ class SparseRegion(SparsePieces):
         gate_5: Tensor,
         gate_6: Tensor,
         gate_7: Tensor,
-    ) -> Tensor:
+    ) -> Any:
         """[T, H] -> [T, H]."""
         gate = (gate_0, gate_1, gate_2, gate_3, gate_4, gate_5, gate_6, gate_7)
-        chosen = self.chosen(x_TH, gate, None)
-        plan = self.planned(chosen, self.valid(positions_BS), positions_BS.shape[1], None)
+        valid_T = self.valid(positions_BS)
+        sent = self.dispatched(x_TH, valid_T, gate, None, positions_BS.shape[1])
+        return self.results(sent, *self.matrices(w1_LH_I, w3_LH_I, w2_LH_I))
+
+    def valid(self, positions_BS: Tensor) -> Tensor:
+        """1 for tokens, 0 for padding: float32 [T]."""
+        return _cast(positions_BS.reshape(-1) >= 0, ms.float32)
+
+    def matrices(self, *weights: Tensor) -> tuple[Tensor, ...]:
+        """[L * H, I] each -> [L, H, I] each."""
+        return tuple(each.reshape(-1, self.hidden_size, each.shape[1]) for each in weights)
+
+    def dispatched(
+        self,
+        x_TH: Tensor,
+        valid_T: Tensor,
+        gate: tuple[Tensor, ...],
+        context: GateContext | None,
+        columns: int,
+    ) -> tuple[Any, ...]:
+        """The gate's choice under its parameters, weights before state; the plan; and rows at the
+        experts with their group sizes.
+        """
+        first, last = len(self.router.weight_names), len(self.router.buffer_names)
+        chosen = self.router.route(x_TH, gate[:first], gate[first : first + last], context)
+        priority_TK = self.router.priority(chosen, context)
+        plan = self.dispatcher.plan(chosen, valid_T, priority_TK, columns)
+        mask_TK = self.router.output_mask(chosen, context)
+        if mask_TK is not None:
+            plan = masked(plan, mask_TK)
         rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
-        matrices = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
-        return self.results(rows, group_sizes_L, plan, *matrices)
+        return chosen, plan, rows, group_sizes_L
+
+    def results(self, sent: tuple[Any, ...], w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        """What the experts make of dispatched rows, brought back: [T, H]."""
+        _, plan, rows, group_sizes_L = sent
+        return self.dispatcher.combine(self.experts(rows, w1, w3, w2, group_sizes_L), plan)
 
 
-class TrainedSparseRegion(SparsePieces):
+class TrainedSparseRegion(SparseRegion):
     """Gate, dispatch, experts and combine in training: one or two dispatch groups, router's losses.
 
     Args:
-        config: sizes.
-        dispatcher: brings rows to the experts and back.
+        layer_factory: of the model.
         router: chooses.
-        dtype: what is computed in.
         coefficients: of the router's losses.
-        groups: dispatch groups; their communication and computation may overlap.
-        sharding: the table; None on one device.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        dispatcher: Dispatcher,
-        router: Gate,
-        dtype: str,
-        coefficients: LossCoefficients,
-        groups: int,
-        sharding: Sharding | None,
+        self, layer_factory: GraphLayerFactory, router: Gate, coefficients: LossCoefficients
     ) -> None:
+        config, sharding = layer_factory.config, layer_factory.sharding
         assert config.moe is not None
+        # dispatch groups; their communication and computation may overlap
+        groups = layer_factory.parallel.micro_batch_interleave_num
         ranks = 1 if sharding is None else sharding.ranks
         summed = (ranks * groups, 2 * config.moe.num_local_experts + 1)
-        super().__init__(
-            config,
-            dispatcher,
-            router,
-            dtype,
-            sharding,
-            ("samples", "samples", "matrix"),
-            summed if coefficients.pooled else (),
-        )
+        more = "samples", "samples", "matrix"
+        super().__init__(layer_factory, router, more, summed if coefficients.pooled else ())
         self.groups, self.attach, self.record = groups, AttachLosses(), RecordMetrics()
         # the tensor-parallel ranks form the same losses: each is responsible for its share
         self.mp_share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
         self.pooled = coefficients.pooled
-        self.losses = nn.CellList()
-        for term in router_loss_terms(config, tuple(coefficients.others)):
-            self.losses.append(RouterLoss(term, False))
+        terms = router_loss_terms(config, tuple(coefficients.others))
+        self.losses = nn.CellList([RouterLoss(term, False) for term in terms])
         of_layer = np.ones(len(self.losses), np.float32)
         of_layer[0] = not self.pooled
         each = [coefficients.aux, coefficients.z, *coefficients.others.values()]
         self.coefficients = Tensor((np.array(each) * self.mp_share).astype(np.float32) * of_layer)
         self.of_layer = Tensor(of_layer)
 
-    def compute(
+    def compute(  # type: ignore[override]
         self,
         x_TH: Tensor,
         positions_BS: Tensor,
@@ -233,18 +200,15 @@ class TrainedSparseRegion(SparsePieces):
             x = x_TH[i * size : (i + 1) * size]
             valid = valid_T[i * size : (i + 1) * size]
             context = gate_context(random_B3[i * samples : (i + 1) * samples], columns)
-            chosen = self.chosen(x, gate, context)
-            plan = self.planned(chosen, valid, columns, context)
-            rows, group_sizes_L = self.dispatcher.dispatch(x, plan)
-            sent = (*sent, (chosen, rows, group_sizes_L, plan, valid))
+            sent = (*sent, (self.dispatched(x, valid, gate, context, columns), valid))
         # share of the batch in its tokens, times the loss scale
         coefficients = self.coefficients * (scales_B3[0, 1] * scales_B3[0, 2])
         out: tuple[Tensor, ...] = ()
         rows_for_pooled: tuple[Tensor, ...] = ()
         for i in range(self.groups):
-            chosen, rows, group_sizes_L, plan, valid = sent[i]
-            y_TH = self.results(rows, group_sizes_L, plan, w1, w3, w2)
-            sums = router_sums(chosen, kept_choices(plan), valid, self.dispatcher.routing, columns)
+            there, valid = sent[i]
+            y_TH, kept_TK = self.results(there, w1, w3, w2), kept_choices(there[1])
+            sums = router_sums(there[0], kept_TK, valid, self.dispatcher.routing, columns)
             scores_E, routed_E, kept_E, _, tokens, _, counted_E = sums
             losses = self.losses_of(sums)
             if self.pooled:
@@ -255,9 +219,7 @@ class TrainedSparseRegion(SparsePieces):
             seen = ops.cat((losses * scales_B3[0, 1], routed_E, kept_E)) * self.mp_share
             out = (*out, self.record(y_TH, metrics_buffer, seen))
         y_TH = out[0] if self.groups == 1 else ops.cat(out, 0)
-        if self.pooled:
-            return y_TH, ops.stack(rows_for_pooled)
-        return y_TH
+        return (y_TH, ops.stack(rows_for_pooled)) if self.pooled else y_TH
 
     def losses_of(self, sums: RouterSums) -> Tensor:
         """Each loss of a dispatch group, times its tokens: float32 [losses]."""
@@ -277,11 +239,6 @@ def gate_parameters(router: Gate) -> tuple[Tensor, ...]:
     weights, state = router.weights_and_state()
     found = (*weights, *state)
     if len(found) > GATE_PARAMETERS:
-        raise ConfigError(
-            "impossible graph",
-            where="model.moe.gate",
-            value=f"{len(found)} parameters",
-            rule=f"a gate has at most {GATE_PARAMETERS} in the auto-parallel graph",
-            todo="use parallel.execution=explicit",
-        )
+        rule = f"a gate has at most {GATE_PARAMETERS} in the auto-parallel graph"
+        refuse(Broken("model.moe.gate", rule, EXPLICIT, f"{len(found)} parameters"))
     return found

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mistral_ms.errors import WeightError
-from mistral_ms.parallel.sharding.layouts import EXPERT, TENSOR, Axes
+from mistral_ms.parallel.sharding.layouts import EXPERT, TENSOR, Axes, Sharding
 from mistral_ms.weights import ParamSpec
 
 Shape = tuple[int, ...]
@@ -103,3 +103,27 @@ def graph_form(spec: ParamSpec) -> GraphForm:
     rows = math.prod(spec.shape[axis] for axis in others)
     shape = (spec.shape[0] * rows, *(spec.shape[axis] for axis in last))
     return GraphForm(shape, (EXPERT, TENSOR)[: len(shape)], (0, *others, *last), rows)
+
+
+def replica_fraction(
+    spec: ParamSpec, sharding: Sharding | None, optimizer_parallel: bool, rank: int
+) -> float:
+    """One over the ranks of a stage that hold the same part of a weight's gradient at the update:
+    what the square of that part counts with in a sum over all ranks.
+
+    Of a tied embedding the last stage has the head's gradient, which it sends to the first one,
+    where the sum counts.
+
+    Args:
+        spec: of the weight.
+        sharding: the table; None on one device.
+        optimizer_parallel: whether ranks divide the gradient among them.
+        rank: of this process.
+    """
+    if sharding is None:
+        return 1.0
+    if spec.module == "tied" and rank >= sharding.ranks:
+        return 0.0
+    form = graph_form(spec)
+    optimizer_shards = sharding.optimizer_shards(form.layout, form.shape, optimizer_parallel)
+    return optimizer_shards / sharding.replicas_of(form.layout)
