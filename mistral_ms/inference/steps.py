@@ -96,7 +96,7 @@ class Steps:
             tokens //= 2
         shapes = {StepShape(columns, tokens)}
         if later := lengths[self.batch :]:
-            narrow = min(columns, _power(sum(later) // len(later)))
+            narrow = min(columns, _power(2 * sum(later) // len(later)))  # most fit as wholes
             alone = narrow + self.batch if self._step.packs else narrow * self.batch
             shapes.add(StepShape(narrow, min(alone, narrow * self.batch)))
         return tuple(sorted(shapes - {self.one}, key=lambda shape: -shape.tokens))

@@ -81,18 +81,13 @@ def test_greedy_tokens_are_hugging_faces(saved, load, kind):
     assert ids(engine.generate(RAGGED, GREEDY)) == [hf_greedy(pair, p) for p in RAGGED]
 
 
-@pytest.mark.parametrize(
-    ("kind", "batch", "chunk"),
-    [
-        ("mixtral", 1, 64),  # alone, in one piece; token by token: the rolling buffer below
-        # two groups, the second with an idle row; a chunk beyond the window
-        pytest.param("mistral-sliding-window", 2, 8, marks=pytest.mark.slow),
-    ],
-)
-def test_batch_chunk_and_cache_do_not_change_the_tokens(saved, load, kind, batch, chunk):
-    pair, _ = saved(kind)
+def test_batch_chunk_and_cache_do_not_change_the_tokens(saved, load):
+    """Alone, in one piece; token by token: the rolling buffer below; more prompts than slots:
+    test_scheduler.py.
+    """
+    pair, _ = saved("mixtral")
     expected = [hf_greedy(pair, p) for p in RAGGED]
-    engine = load(kind, batch=batch, chunk=chunk)
+    engine = load("mixtral")
     assert ids(engine.generate(RAGGED, GREEDY)) == expected
     assert ids(engine.generate(RAGGED[1:], GREEDY)) == expected[1:], "second request"
 
@@ -136,8 +131,8 @@ def test_rolling_buffer_is_shorter_than_the_text(saved, load):
 
 def test_sampling_does_not_depend_on_the_neighbours(load):
     request = GenerationConfig(max_new_tokens=12, temperature=1.5, top_p=0.9, seed=7)
-    together, in_groups = load("mixtral", batch=3, chunk=4), load("mixtral")
-    assert ids(together.generate(RAGGED, request)) == ids(in_groups.generate(RAGGED, request))
+    together, alone = load("mixtral", batch=3, chunk=4), load("mixtral")
+    assert ids(together.generate(RAGGED, request)) == ids(alone.generate(RAGGED, request))
     other = request.model_copy(update={"seed": 8})
     assert ids(together.generate(RAGGED, request)) != ids(together.generate(RAGGED, other))
 

@@ -299,4 +299,29 @@ MUTANTS = [
         "checkpoint/test_parts.py",
         gaps_between_parts_are_allowed=("if held != math.prod(pieces.shape):", "if False:"),
     ),
+    *of(
+        "inference/scheduler.py",
+        "inference/test_scheduler.py",
+        a_slot_that_holds_nan_is_used_again=(
+            "if held is None and row not in self._tainted:",
+            "if held is None:",
+        ),
+        a_cancelled_sequence_keeps_its_slot=(
+            "self._release(self._slots.index(sequence))",
+            "pass",
+        ),
+        prompts_take_more_room_than_there_is=(
+            "min(count, shape.columns, room)",
+            "min(count, shape.columns)",
+        ),
+        tokens_of_a_prompt_are_sampled=("if sequence.cached == sequence.length:", "if True:"),
+    ),
+    *of(
+        "inference/steps.py",
+        "models/test_next_token_logits.py",
+        packed_tokens_are_in_other_places=(
+            "places_T[here] = np.arange(len(here))",
+            "places_T[here] = np.arange(len(here))[::-1]",
+        ),
+    ),
 ]

@@ -23,6 +23,8 @@ from mistral_ms.serving.service import Service
 from mistral_ms.serving.settings import ServerSettings
 from mistral_ms.tokenizer import ChatFormat, copy_files, packaged_tokenizer
 
+pytestmark = pytest.mark.slow  # some 25 s of processor time
+
 KEY = "a-key-that-nobody-guesses"
 MODEL = "tiny"
 SETTINGS = ServerSettings(model=MODEL, port=0, api_key=KEY, shutdown_seconds=20.0)
