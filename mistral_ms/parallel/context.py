@@ -21,7 +21,7 @@ from mistral_ms.models import CausalLM, ModelChunk, NextTokenLogits, StageChunks
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.inference import ParallelLogits, ParallelNextTokenLogits
 from mistral_ms.parallel.layer_factory import ParallelLayerFactory
-from mistral_ms.parallel.pipeline import Schedule, make_schedule
+from mistral_ms.parallel.pipeline import EXPLICIT_BACKWARD, Schedule, make_schedule
 from mistral_ms.parallel.reduction import Reduction
 from mistral_ms.parallel.stage import P2PCommunicator, model_chunks_of
 from mistral_ms.parallel.storage import ParallelStorage, Storage
@@ -205,7 +205,13 @@ class ParallelContext:
         """Which stage works on which of so many micro-batches when."""
         parallel = self.parallel
         chunks = parallel.pp_interleave_num
-        return make_schedule(parallel.pipeline_scheduler, parallel.pp, micro_batches, chunks=chunks)
+        return make_schedule(
+            parallel.pipeline_scheduler,
+            parallel.pp,
+            micro_batches,
+            backward=EXPLICIT_BACKWARD,
+            chunks=chunks,
+        )
 
     def p2p(self) -> P2PCommunicator:
         """The ways to the stages beside this rank's own."""

@@ -4,8 +4,9 @@ from mistral_ms.parallel.pipeline.checks import check_objective, check_trained
 from mistral_ms.parallel.pipeline.costs import LayerCosts, layer_costs
 from mistral_ms.parallel.pipeline.holding import held_specs
 from mistral_ms.parallel.pipeline.picture import schedule_png
-from mistral_ms.parallel.pipeline.program import Transfer, program
+from mistral_ms.parallel.pipeline.program import Transfer, common_order, program
 from mistral_ms.parallel.pipeline.schedule import (
+    EXPLICIT_BACKWARD,
     Phase,
     Schedule,
     Step,
@@ -16,6 +17,7 @@ from mistral_ms.parallel.pipeline.schedule import (
 from mistral_ms.parallel.pipeline.stages import Stage, balance, stages_of
 
 __all__ = [
+    "EXPLICIT_BACKWARD",
     "LayerCosts",
     "Phase",
     "Schedule",
@@ -25,6 +27,7 @@ __all__ = [
     "balance",
     "check_objective",
     "check_trained",
+    "common_order",
     "held_specs",
     "in_flight",
     "layer_costs",

@@ -50,10 +50,15 @@ class Transfer:
         return self.chunk + (1 if self.phase is Phase.FORWARD else -1)
 
 
+def common_order(schedule: Schedule) -> tuple[Step | Transfer, ...]:
+    """All steps and messages of all stages, in the order that each stage keeps."""
+    return tuple(event for _, event in sorted(_events(schedule), key=lambda item: item[0]))
+
+
 def program(schedule: Schedule, stage: int) -> tuple[Step | Transfer, ...]:
     """The steps of a stage and the messages that it takes part in, in its order."""
     found = []
-    for _, event in sorted(_events(schedule), key=lambda item: item[0]):
+    for event in common_order(schedule):
         concerned = (event.stage,) if isinstance(event, Step) else (event.sender, event.receiver)
         if stage in concerned:
             found.append(event)

@@ -18,6 +18,11 @@ from typing import Literal
 from mistral_ms.enums import StrEnum
 from mistral_ms.errors import ConfigError
 
+EXPLICIT_BACKWARD = 3
+"""Time slots of a backward step of explicit collectives, where a forward step takes one: it goes
+forward again, and its two gradients take as long as two forward passes. Messages of interleaved
+chunks are meetings, whose order is that of these slots: slots of other lengths let stages wait."""
+
 
 class Phase(StrEnum):
     """Which half of a micro-batch's work."""
