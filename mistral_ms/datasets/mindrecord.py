@@ -168,13 +168,13 @@ class SequenceReader:
         """
         if not 0 <= number < len(self):
             raise IndexError(number)
-        place = bisect_right(self._ends, number)
-        row = number - (self._ends[place - 1] if place else 0)
-        path = self._paths[place]
+        index = bisect_right(self._ends, number)
+        row = number - (self._ends[index - 1] if index else 0)
+        path = self._paths[index]
         try:
-            if place not in self._open:
-                self._open[place] = _opened(path)
-            *arrays, found = self._open[place][row]
+            if index not in self._open:
+                self._open[index] = _opened(path)
+            *arrays, found = self._open[index][row]
         except Exception as error:  # whatever the back end raises
             raise _damaged(path, number, _reason(error)) from error
         if int(found) != number or any(array.shape != (self._seq_length,) for array in arrays):

@@ -63,12 +63,12 @@ def embedding_noise(
     """Uniform noise in (-bound, bound) for each element of embedded tokens, float32 [T, H]; carries
     no gradient (NEFTune, arXiv:2310.05914).
 
-    It is a function of the key, a token's place and the column alone: however a batch is cut, each
+    It is a function of the key, a token's index and the column alone: however a batch is cut, each
     token gets the same.
 
     Args:
         key: two int32 scalars: the seed of the run, and the step.
-        token_index_T: int32, the place of each token in the global batch.
+        token_index_T: int32, the index of each token in the global batch.
         hidden_size: H.
         bound: of the noise.
     """

@@ -47,8 +47,8 @@ class _VocabParallelNLL(nn.Cell):
         self.first, self.rows = group.position * rows, rows
 
     def construct(self, logits_TW: Tensor, labels_T1: Tensor) -> tuple[Tensor, Tensor]:
-        """Float32 share of the logits, W = V / P; int32 labels 0 .. V: whole losses [T, 1], and
-        this process's share of the probabilities.
+        """Float32 shard of the logits, W = V / P; int32 labels 0 .. V: whole losses [T, 1], and
+        this process's shard of the probabilities.
 
         Three small messages per token: the largest logit, the label's, the sum of exponentials.
         """
@@ -67,7 +67,7 @@ class _VocabParallelNLL(nn.Cell):
         out: tuple[Tensor, ...],
         dout: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor]:
-        """(softmax - one_hot(label)) * dout of this process's share; needs no message."""
+        """(softmax - one_hot(label)) * dout of this process's shard; needs no message."""
         scale_T1 = dout[0]
         row_T1, own_T1 = own_ids(labels_T1, self.first, self.rows)
         numbers_T1 = ops.cast(_range(0, labels_T1.shape[0], 1).reshape(-1, 1), ms.int32)
@@ -77,10 +77,10 @@ class _VocabParallelNLL(nn.Cell):
 
 
 class VocabParallelCrossEntropy(nn.Cell):
-    """The counterpart of :func:`mistral_ms.layers.token_nll` for a share of the logits.
+    """The counterpart of :func:`mistral_ms.layers.token_nll` for a shard of the logits.
 
-    The share is ``output_logits(hidden, weight)`` with this process's rows of the head; the norm
-    before it adds up the gradients of the shares, see :class:`~mistral_ms.layers.RMSNorm`.
+    The shard is ``output_logits(hidden, weight)`` with this process's rows of the head; the norm
+    before it adds up the gradients of the shards, see :class:`~mistral_ms.layers.RMSNorm`.
 
     Args:
         group: the processes that hold the P parts.
@@ -95,7 +95,7 @@ class VocabParallelCrossEntropy(nn.Cell):
         """Negative log-likelihood of every label, and which of them count; whole in all processes.
 
         Args:
-            logits_TW: this process's share, any float dtype; W = V / P.
+            logits_TW: this process's shard, any float dtype; W = V / P.
             labels_T: int32 token ids, IGNORE_INDEX where there is nothing to predict.
 
         Returns:

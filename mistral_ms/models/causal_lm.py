@@ -203,7 +203,7 @@ class CausalLM(nn.Cell):
         segments_BS: Tensor | None = None,
         packing: Packing | None = None,
     ) -> tuple[AttentionContext, ...]:
-        """What layers share, for each of the model's ``windows``: rotary rows, visibility, places
+        """What layers share, for each of the model's ``windows``: rotary rows, visibility, rows
         in the cache, and in a packed batch.
         """
         cos, sin = self.rotary(positions_BS)

@@ -92,7 +92,7 @@ class Dispatcher(nn.Cell):
     def combine(self, y: Tensor, plan: DispatchPlan) -> Tensor:
         """Brings results back, as the rows lay, and adds them up by weight -> [T, H].
 
-        Where several processes hold shares of the same experts, ``y`` is this one's partial sum:
+        Where several processes hold shards of the same experts, ``y`` is this one's partial sum:
         the dispatcher adds the partial sums up on the way.
         """
         raise NotImplementedError

@@ -44,10 +44,10 @@ class MoELayer(nn.Cell):
             experts = RoutedExperts(config, dispatcher, dtype=dtype, forward_only=forward_only)
         self.experts = experts
         self.routing = routing
-        self.shares = config.shared_expert_size > 0
+        self.has_shared = config.shared_expert_size > 0
         self.conditional = config.moe.shared_expert_gate == "cmr"
         self.budget = config.moe.cmr_gate_loss_p
-        if self.shares:
+        if self.has_shared:
             self.shared_experts = local_shared_experts(config, dtype) if shared is None else shared
             self.shared_expert_gate = SharedExpertGate(config, dtype)
 
@@ -79,6 +79,6 @@ class MoELayer(nn.Cell):
             y_TH = self.shared_expert_gate(x_TH, y_TH, self.shared_experts(x_TH), share_T1)
             over_TE = ops.broadcast_to(share_T1 - self.budget, routing[2].shape)
             routing = (*routing[:4], (*routing[4], over_TE))
-        elif self.shares:
+        elif self.has_shared:
             y_TH = self.shared_expert_gate(x_TH, y_TH, self.shared_experts(x_TH))
         return y_TH, router_sums(routing, kept_TK, valid_T, self.routing, columns)

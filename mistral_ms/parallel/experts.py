@@ -1,4 +1,4 @@
-"""The routed region of one rank: its experts, its share of them, and the way to the others.
+"""The routed region of one rank: its experts, its shards of them, and the way to the others.
 
 ``RoutedExperts`` computes whatever experts it holds on whatever rows its dispatcher brings. So a
 rank's region is the ordinary one, with a smaller model's sizes and another dispatcher; it takes

@@ -72,12 +72,12 @@ class ComputeRates(Frozen):
             shortest: the length of its shortest axis.
         """
         points = self.efficiency
-        place = bisect_right(points, shortest, key=lambda point: point[0])
-        if place == 0:  # what is narrower fills less of the unit
+        index = bisect_right(points, shortest, key=lambda point: point[0])
+        if index == 0:  # what is narrower fills less of the unit
             return points[0][1] * shortest / points[0][0]
-        if place == len(points):
+        if index == len(points):
             return points[-1][1]
-        (below, low), (above, high) = points[place - 1], points[place]
+        (below, low), (above, high) = points[index - 1], points[index]
         return low + (high - low) * math.log(shortest / below) / math.log(above / below)
 
 

@@ -43,7 +43,7 @@ class Parameters:
         held: the card's part of every weight, as it computes with it.
         kept: of those the ones that it keeps between steps as weights.
         owned: those whose optimizer state it has.
-        gathered: those of which it keeps a share alone.
+        gathered: those of which it keeps a shard alone.
     """
 
     held: int
@@ -121,7 +121,7 @@ def parameters(
         stage: which.
         weights: of the whole model.
         execution: in the graph a tied embedding is on the first stage alone, and optimizer
-            parallelism gives each card a share of each weight; on the explicit path whole weights
+            parallelism gives each card a shard of each weight; on the explicit path whole weights
             have owners.
     """
     held = [spec for spec in held_specs(stage, weights) if spec.kind == "trained"]
@@ -140,9 +140,9 @@ def parameters(
             zero1 = parallel.optimizer_parallel
             shards = sharding.optimizer_shards(form.layout, form.shape, zero1)
             counted[key] = size, size // shards
-        size, share = counted[key]
-        whole, kept = whole + size, kept + share
-        gathered += size if share < size else 0
+        size, shard = counted[key]
+        whole, kept = whole + size, kept + shard
+        gathered += size if shard < size else 0
     return Parameters(whole, kept, kept, gathered)
 
 

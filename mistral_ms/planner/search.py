@@ -276,7 +276,7 @@ class _Search:
         return self.run.model_copy(update={"parallel": parallel})
 
     def _can_shard(self, sizes: Sizes) -> bool:
-        """Whether each card can have a share of the optimizer's state."""
+        """Whether each card can have a shard of the optimizer's state."""
         moe, copies = self.run.model.moe, sizes.dp // sizes.ep
         if sizes.dp == 1:
             return False

@@ -160,7 +160,7 @@ def _hops(run: RunConfig, phase: str, message: Message) -> Phased:
 
 def _copies(run: RunConfig, execution: Execution, m: int) -> Phased:
     """On the explicit path all copies have the whole gradient: of the rows that came home each
-    takes its share, without a message, and the tokens' gradient is gathered instead.
+    takes its shard, without a message, and the tokens' gradient is gathered instead.
     """
     if execution == "graph":
         return

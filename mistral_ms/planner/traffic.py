@@ -152,7 +152,7 @@ def gradient_messages(run: RunConfig, dense: int, experts: int) -> tuple[Message
 
 
 def weight_messages(run: RunConfig, dense: int, experts: int) -> tuple[Message, ...]:
-    """What puts weights together where optimizer parallelism gives each card a share, once a step.
+    """What puts weights together where optimizer parallelism gives each card a shard, once a step.
 
     Args:
         run: the training.
@@ -167,4 +167,4 @@ def weight_messages(run: RunConfig, dense: int, experts: int) -> tuple[Message, 
         (GroupKind.DATA, dense / sizes.dp),
         (GroupKind.EXPERT_DATA, experts * sizes.ep / sizes.dp),
     )
-    return tuple(Message("AllGather", kind, share * item) for kind, share in counts if share)
+    return tuple(Message("AllGather", kind, shard * item) for kind, shard in counts if shard)

@@ -194,16 +194,16 @@ class Work:
             found += self._one_hot(R / self.mp)
         return Pass(found.forward, found.backward, Seconds(memory_bound=self._streamed(norm)))
 
-    def _one_hot(self, places: float) -> Pass:
+    def _one_hot(self, slots: float) -> Pass:
         """Products of [T, E * C] with tokens, and of its weighted form with rows; the first has no
         gradient of the mask.
         """
         H, T = self.model.hidden_size, self.rows
-        dispatch, combine = Product(places, T, H), Product(T, places, H)
+        dispatch, combine = Product(slots, T, H), Product(T, slots, H)
         forward = self._product(dispatch) + self._product(combine)
-        backward = self._product(Product(T, places, H))
+        backward = self._product(Product(T, slots, H))
         backward += sum(map(self._product, _gradients([combine])))
-        mask = T * places * FLOAT
+        mask = T * slots * FLOAT
         return Pass(
             Seconds(matmul=forward, memory_bound=self._streamed(MASKS_FORWARD * mask)),
             Seconds(matmul=backward, memory_bound=self._streamed(MASKS_BACKWARD * mask)),
@@ -241,7 +241,7 @@ def _gradients(products: list[Product]) -> Iterator[Product]:
 
 
 def update_seconds(elements: float, run: RunConfig, hardware: Hardware) -> float:
-    """How long AdamW takes for a card's share of the weights.
+    """How long AdamW takes for a card's shard of the weights.
 
     The device reads gradient, two means and weight and writes the last three, in float32. In host
     memory the same is done at the memory's bandwidth, which all cards of the node share, after the

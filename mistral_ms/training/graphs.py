@@ -133,8 +133,8 @@ class MicroBatchGradients(nn.Cell):
             positions_BS: int32.
             segments_BS: int32.
             random_B3: int32.
-            scales: float32 [3]: the two shares of this group in the batch (one over all counted
-                labels, one over all tokens), and the loss scale.
+            scales: float32 [3]: one over all counted labels of the batch, one over all its tokens,
+                and the loss scale.
             reference_B: float32, where pairs are learnt.
 
         Returns:

@@ -188,12 +188,12 @@ class PipelinedGradients:
         if self._embeds:
             inputs = {(0, number): ids_BS for number, (ids_BS, *_) in enumerate(parts)}
         for event in self._program:
-            number, place = event.micro_batch, (event.chunk, event.micro_batch)
+            number, key = event.micro_batch, (event.chunk, event.micro_batch)
             if isinstance(event, Transfer):
                 sent = outputs if event.phase is Phase.FORWARD else input_grads
                 kept = inputs if event.phase is Phase.FORWARD else output_grads
                 sending = event.sender == self._stage
-                message = sent.pop(place) if sending else nothing
+                message = sent.pop(key) if sending else nothing
                 arrived = self._p2p.exchange(event, message)
                 if not sending:
                     kept[event.receiving_chunk, number] = arrived
@@ -201,14 +201,14 @@ class PipelinedGradients:
                 forward = self._forward[event.chunk]
                 if forward is not None:
                     _, *rest = parts[number]
-                    outputs[place] = forward(inputs[place], *rest, scales[:2])
+                    outputs[key] = forward(inputs[key], *rest, scales[:2])
             else:
                 _, *rest = parts[number]
-                output_grad = output_grads.pop(place, nothing)
+                output_grad = output_grads.pop(key, nothing)
                 backward = self._backward[event.chunk]
-                found, input_grad = backward(inputs.pop(place), *rest, scales, output_grad)
+                found, input_grad = backward(inputs.pop(key), *rest, scales, output_grad)
                 losses.append(found)
-                input_grads[place] = input_grad
+                input_grads[key] = input_grad
         return added_up(losses)
 
     def cells(self) -> tuple[nn.Cell, ...]:

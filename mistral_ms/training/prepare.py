@@ -206,9 +206,9 @@ def _sequences(
                 path for path, of in zip(data.inputs, data.domains, strict=True) if of == domain
             )
             source = data.model_copy(update={"inputs": inputs, "domains": ()})
-            place = own / f"domain-{domain}"
+            directory = own / f"domain-{domain}"
             parts[domain] = _sequences(
-                run, source, place, batch_size, tokenizer, parallel_context, say
+                run, source, directory, batch_size, tokenizer, parallel_context, say
             )
         return DomainSequences(
             cast(dict[int, MindRecordSequences], parts), batch_size, training.seed

@@ -25,7 +25,7 @@ class StepResult:
         loss_scale: the scale of this step; 1 without scaling.
         routed_LE: choices per sparse layer and expert, before the capacity; [0, 0] when dense.
             Where experts choose, a token that none takes counts as a choice of its best expert.
-        kept_LE: choices that got a place.
+        kept_LE: choices that got a slot.
         gradient_norms: of each trained weight of this process's stage; the auto-parallel graph
             gives them when the global one is not finite.
         router_losses: further router losses by name, without their coefficients.

@@ -226,7 +226,7 @@ class Expected:
             explicit[self.said("ReduceScatter", BACKWARD, kind, many * buffer * FLOAT)] += 1
             explicit[self.said("AllGather", UPDATE, kind, buffer * HALF)] += 1
         return Difference(
-            "In the graph every rank keeps a share of each weight and gathers the weights before "
+            "In the graph every rank keeps a shard of each weight and gathers the weights before "
             "it uses them (embedding and router in float32, which only use rounds); the explicit "
             "path gives whole weights to owners, in buffers as long as the fullest owner's, and "
             "spreads the updated ones, in the dtype of the model.",

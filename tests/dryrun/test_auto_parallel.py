@@ -107,7 +107,7 @@ COPIES = {"dp": 32, "ep": 8, "optimizer_parallel": True}
 
 @pytest.fixture
 def copies(compile_layout):
-    """Four copies of each expert; shares of everything, updated on the host."""
+    """Four copies of each expert; shards of everything, updated on the host."""
     return compile_layout(COPIES, {"offload_optimizer": "host"}, micro=1)[1]
 
 

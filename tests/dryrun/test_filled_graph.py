@@ -14,10 +14,10 @@ from dryrun.small_runs import KEYS, QUERIES, WIDE, E, H, small_run
 
 from mistral_ms.parallel.dryrun.ir import read
 
-SHARES, TENSOR = "shares of a pipeline's last stage, some frozen", "tensor parallel, no shares"
+SHARDS, TENSOR = "shards of a pipeline's last stage, some frozen", "tensor parallel, no shards"
 FROZEN = [{"pattern": "*.moe.router.*", "frozen": True}, {"pattern": "norm.*", "frozen": True}]
 LAYOUTS = {
-    SHARES: (
+    SHARDS: (
         {"dp": 4, "ep": 2, "pp": 2, "optimizer_parallel": True}, 2, 7, "sigmoid_top_k",
         {"optimizer": {"name": "muon"}, "param_groups": FROZEN},
     ),
@@ -51,7 +51,7 @@ def test_muon_brings_rows_together_once_a_step(compiled):
     """Of each matrix that it updates, float32: among all ranks of the stage, which have a share
     each; of experts among those two that have the same ones. AdamW's weights stay where they are.
     """
-    text, groups = compiled(SHARES)
+    text, groups = compiled(SHARDS)
     graph = read(text, 7, 8, groups)
     found = Counter(
         (each.ranks, each.given.shape[-2:], each.given.dtype, each.times)

@@ -35,7 +35,7 @@ def test_dropless_waits_for_the_fullest_rank():
 
 
 def test_a_capacity_drops_what_is_above_it():
-    """100 tokens, two choices each, 25 places an expert: of 60 choices 35 are dropped."""
+    """100 tokens, two choices each, 25 slots an expert: of 60 choices 35 are dropped."""
     loads = (0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
     found = balance(MODEL, CAPACITY, 8, 100, [loads])
     assert found.slowest == 1

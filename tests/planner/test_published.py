@@ -78,12 +78,12 @@ def test_one_hot_masks_are_multiplied_as_if_they_were_full():
     ours, theirs = (
         Work(run, ideal, "graph", EVEN, program).layer(0) for program in (Program(), MODELLINK)
     )
-    T, H, places = 4096, 4096, 8 * 1127
+    T, H, slots = 4096, 4096, 8 * 1127
     peak = 353.9e12
     more = (theirs.forward.matmul - ours.forward.matmul) * peak
-    assert more == pytest.approx(2 * 2 * T * H * places)
+    assert more == pytest.approx(2 * 2 * T * H * slots)
     more = (theirs.backward.matmul - ours.backward.matmul) * peak
-    assert more == pytest.approx(3 * 2 * T * H * places)  # the mask of the dispatch has no gradient
-    masks = MASKS_FORWARD * T * places * 4 - 2 * (T + places) * H * 2
+    assert more == pytest.approx(3 * 2 * T * H * slots)  # the mask of the dispatch has no gradient
+    masks = MASKS_FORWARD * T * slots * 4 - 2 * (T + slots) * H * 2
     more = (theirs.forward.memory_bound - ours.forward.memory_bound) * 1600e9 * 0.8
     assert more == pytest.approx(masks)

@@ -78,7 +78,7 @@ def test_thin_products_are_bound_by_bytes():
 
 
 def test_permuting_moves_what_the_ascendc_operators_count():
-    """ascend_kernels/README.md: MoeDispatch 214.9 MB; MoeCombine 201.5 MB reads no empty places.
+    """ascend_kernels/README.md: MoeDispatch 214.9 MB; MoeCombine 201.5 MB reads no empty slots.
     T = 8192, H = 4096, C = 2253.
     """
     T, H, R = 8192, 4096, 8 * 2253

@@ -78,7 +78,7 @@ class Collectives(nn.Cell):
             send_P: int32, rows for each member.
             receive_P: int32, rows that come from each member; the members agree on these counts
                 beforehand, by an :meth:`all_to_all` of ``send_P``.
-            received_S: float, 1 in the first ``sum(receive_P)`` places, 0 in the others; its
+            received_S: float, 1 in the first ``sum(receive_P)`` rows, 0 in the others; its
                 length is the room that the result has.
 
         Returns:

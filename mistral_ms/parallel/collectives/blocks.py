@@ -22,11 +22,11 @@ _cumsum = ops.CumSum()
 _zeros_like = ops.ZerosLike()
 
 Filling: TypeAlias = tuple[Tensor, Tensor]
-"""What fills each of S places, in this order: ``source_S`` int32, the row that fills it (0 where
+"""What fills each of S rows, in this order: ``source_S`` int32, the row that fills it (0 where
 empty); ``filled_S`` float32, 1 where a row fills it."""
 
 RowMove: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Where R rows go, and what fills S places: a row id map with one choice per row, in this order:
+"""Where R rows go, and what fills S rows: a row id map with one choice per row, in this order:
 ``slot_R1`` int32, ``kept_R1`` float32, ``source_S`` int32, ``filled_S`` float32."""
 
 
@@ -38,7 +38,7 @@ def starts(counts: Tensor, axis: int = 0) -> Tensor:
 def filling(
     source_start_N: Tensor, target_start_N: Tensor, count_N: Tensor, rows_out: int
 ) -> Filling:
-    """Which row fills each place of the target: S * N comparisons, no search, no sorting."""
+    """Which row fills each row of the target: S * N comparisons, no search, no sorting."""
     offset_SN = _numbers(rows_out).reshape(-1, 1) - target_start_N.reshape(1, -1)
     inside_SN = ops.logical_and(offset_SN >= 0, offset_SN < count_N.reshape(1, -1))
     source_SN = offset_SN + source_start_N.reshape(1, -1)
@@ -50,7 +50,7 @@ def filling(
 def move(
     source_start_N: Tensor, target_start_N: Tensor, count_N: Tensor, rows: int, rows_out: int
 ) -> RowMove:
-    """Both directions of the move of N blocks from ``rows`` rows to ``rows_out`` places."""
+    """Both directions of the move of N blocks from ``rows`` rows to ``rows_out`` rows."""
     slot_R, kept_R = filling(target_start_N, source_start_N, count_N, rows)
     source_S, filled_S = filling(source_start_N, target_start_N, count_N, rows_out)
     return slot_R.reshape(-1, 1), kept_R.reshape(-1, 1), source_S, filled_S
@@ -76,25 +76,25 @@ def inverse(moved: RowMove) -> RowMove:
 
 
 def prefix_mask(count: Tensor, rows_out: int) -> Tensor:
-    """float32 [places]: 1 in the first ``count`` places, 0 in the others."""
+    """float32 [rows]: 1 in the first ``count`` rows, 0 in the others."""
     return ops.stop_gradient(ops.cast(_numbers(rows_out) < count, ms.float32))
 
 
 class MoveRows(nn.Cell):
-    """Carries a move out: [R, H] -> [S, H], zero where a place is empty; the gradient goes back."""
+    """Carries a move out: [R, H] -> [S, H], zero where nothing goes; the gradient goes back."""
 
     def __init__(self) -> None:
         super().__init__()
         self.permute = reference.Permute()
 
     def construct(self, rows_RH: Tensor, moved: RowMove) -> Tensor:
-        """Rows to their places."""
+        """Rows to where they go."""
         slot_R1, kept_R1, source_S, filled_S = moved
         return self.permute(rows_RH, slot_R1, kept_R1, source_S, filled_S)
 
 
 def fetch(rows_RH: Tensor, filled: Filling) -> Tensor:
-    """The rows that fill the places, zero where empty; for use inside a written gradient."""
+    """The rows of the target, zero where nothing fills them; for use inside a written gradient."""
     source_S, filled_S = filled
     return _gather(rows_RH, source_S, 0) * as_column(filled_S, rows_RH)
 

@@ -6,7 +6,7 @@ place in a buffer of zeros, the buffers are added, and everyone reads what is me
 zero is exact, except that -0.0 becomes +0.0. This is for tests and small runs: a member sends and
 holds P times what the operation itself would need.
 
-Sums of more than two members are added in an order that depends on the place in the buffer (as in
+Sums of more than two members are added in an order that depends on the row of the buffer (as in
 a ring): a sum of the same numbers in another buffer may differ in the last bit.
 """
 

@@ -129,9 +129,9 @@ class ShardedRows(TensorRows):
     def traffic(self, at_home: Sequence[int], at_experts: Sequence[int], itemsize: int) -> Traffic:
         """See the contract."""
         home = (*at_home[:-1], self.width(at_home[-1]))
-        share = (*at_experts[:-1], self.width(at_experts[-1]))
+        shard = (*at_experts[:-1], self.width(at_experts[-1]))
         return (
-            self.group.traffic("all_gather", share, itemsize)
+            self.group.traffic("all_gather", shard, itemsize)
             + self.group.traffic("reduce_scatter", at_experts, itemsize)
             + self.group.traffic("all_gather", home, itemsize)
         )

@@ -172,10 +172,10 @@ class HierarchicalVariableRoute(VariableRoute):
         # counts by (sender's node, sender's local rank, receiver's node, receiver's local rank)
         counts = counts_PPL.sum(-1).reshape(A, D, A, D)
         numbers = counts_PPL[0].size
-        node, place = self.across.position, self.on_node.position
-        here, relayed = counts[node], counts[:, :, :, place]
+        node, local = self.across.position, self.on_node.position
+        here, relayed = counts[node], counts[:, :, :, local]
         inside = hop_traffic(
-            self.on_node, numbers, here[place].sum(0), here[:, :, place].sum(1), width, itemsize
+            self.on_node, numbers, here[local].sum(0), here[:, :, local].sum(1), width, itemsize
         )
         between = hop_traffic(
             self.across, numbers, relayed[node].sum(0), relayed[:, :, node].sum(1), width, itemsize

@@ -111,8 +111,8 @@ def alltoall_per_layer(graph: Graph, micro_batches: int) -> dict[str, float]:
     for each in graph.communication:
         if each.operator in _EXCHANGES:
             counts[each.phase] += each.times
-    share = max(1, len(layers)) * micro_batches
-    return {phase: counts[phase] / share for phase in ("forward", "backward")}
+    times = max(1, len(layers)) * micro_batches
+    return {phase: counts[phase] / times for phase in ("forward", "backward")}
 
 
 def report(

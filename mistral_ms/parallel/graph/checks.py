@@ -137,7 +137,7 @@ def _of_training(run: RunConfig, layers: int) -> Iterator[Broken]:
         yield Broken("training.neftune_noise_alpha", why, EXPLICIT)
     if parallel.optimizer_parallel and _crosses_experts(run):
         why = (
-            "a rank's share of the experts is some of them, or a part of one: replicas (dp / ep) "
+            "a rank's shard of the experts is some of them, or a part of one: replicas (dp / ep) "
             "divide a rank's experts (num_local_experts / ep), or the other way round"
         )
         value = f"{parallel.dp // parallel.ep} replicas"

@@ -110,8 +110,8 @@ class GraphMoE(nn.Cell):
             self.region: Region = TrainedSparseRegion(layer_factory, self.router, losses)
         else:
             self.region = SparseRegion(layer_factory, self.router)
-        self.shares = config.shared_expert_size > 0
-        if self.shares:
+        self.has_shared = config.shared_expert_size > 0
+        if self.has_shared:
             self.shared_experts = layer_factory.shared_experts()
             self.shared_expert_gate = GraphSharedGate(layer_factory)
         self.dtype, self.cast = getattr(ms, layer_factory.dtype), ops.Cast()
@@ -141,6 +141,6 @@ class GraphMoE(nn.Cell):
             y_TH, sums = self.region(x_TH, *given)
         else:
             y_TH = self.region(x_TH, *given)
-        if self.shares:
+        if self.has_shared:
             y_TH = self.shared_expert_gate(x_TH, y_TH, self.shared_experts(x_TH))
         return y_TH, sums

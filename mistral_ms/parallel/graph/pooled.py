@@ -30,9 +30,9 @@ class PooledLoss(Region):
         assert config.moe is not None
         super().__init__(sharding, ("rows", "rows", "samples", "matrix"), ("rows",))
         self.experts, self.layers = config.moe.num_local_experts, len(config.sparse_layers)
-        # the tensor-parallel ranks form the same loss: each is responsible for its share
-        self.share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
-        self.coefficient = Tensor(np.array([coefficients.aux * self.share], np.float32))
+        # the tensor-parallel ranks form the same loss: each is responsible for its fraction
+        self.fraction = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
+        self.coefficient = Tensor(np.array([coefficients.aux * self.fraction], np.float32))
         others = 1 + len(coefficients.others) + 2 * self.experts
         self.others = Tensor(np.zeros(others, np.float32))
         self.attach, self.record = AttachLosses(), RecordMetrics()
@@ -48,7 +48,7 @@ class PooledLoss(Region):
             total = total + load_balancing_loss(sums, True) * tokens_1 / self.layers
         x_TH = self.attach(x_TH, total, self.coefficient * (scales_B3[0, 1] * scales_B3[0, 2]))
         # the report takes the mean over layers
-        seen = total * (scales_B3[0, 1] * (self.share * self.layers))
+        seen = total * (scales_B3[0, 1] * (self.fraction * self.layers))
         return self.record(x_TH, buffer, ops.cat((seen, self.others)))
 
     def construct(

@@ -156,15 +156,17 @@ class TrainedSparseRegion(SparseRegion):
         more = "samples", "samples", "matrix"
         super().__init__(layer_factory, router, more, summed if coefficients.pooled else ())
         self.groups, self.attach, self.record = groups, AttachLosses(), RecordMetrics()
-        # the tensor-parallel ranks form the same losses: each is responsible for its share
-        self.mp_share = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
+        # the tensor-parallel ranks form the same losses: each is responsible for its fraction
+        self.mp_fraction = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
         self.pooled = coefficients.pooled
         terms = router_loss_terms(config, tuple(coefficients.others))
         self.losses = nn.CellList([RouterLoss(term, False) for term in terms])
         of_layer = np.ones(len(self.losses), np.float32)
         of_layer[0] = not self.pooled
         each = [coefficients.aux, coefficients.z, *coefficients.others.values()]
-        self.coefficients = Tensor((np.array(each) * self.mp_share).astype(np.float32) * of_layer)
+        self.coefficients = Tensor(
+            (np.array(each) * self.mp_fraction).astype(np.float32) * of_layer
+        )
         self.of_layer = Tensor(of_layer)
 
     def compute(  # type: ignore[override]
@@ -201,7 +203,7 @@ class TrainedSparseRegion(SparseRegion):
             valid = valid_T[i * size : (i + 1) * size]
             context = gate_context(random_B3[i * samples : (i + 1) * samples], columns)
             sent = (*sent, (self.dispatched(x, valid, gate, context, columns), valid))
-        # share of the batch in its tokens, times the loss scale
+        # fraction of the batch in its tokens, times the loss scale
         coefficients = self.coefficients * (scales_B3[0, 1] * scales_B3[0, 2])
         out: tuple[Tensor, ...] = ()
         rows_for_pooled: tuple[Tensor, ...] = ()
@@ -216,7 +218,7 @@ class TrainedSparseRegion(SparseRegion):
                 row = ops.cat((scores_E, counted_E, tokens.reshape(1)))
                 rows_for_pooled = (*rows_for_pooled, row)
             y_TH = self.attach(y_TH, losses, coefficients)
-            seen = ops.cat((losses * scales_B3[0, 1], routed_E, kept_E)) * self.mp_share
+            seen = ops.cat((losses * scales_B3[0, 1], routed_E, kept_E)) * self.mp_fraction
             out = (*out, self.record(y_TH, metrics_buffer, seen))
         y_TH = out[0] if self.groups == 1 else ops.cat(out, 0)
         return (y_TH, ops.stack(rows_for_pooled)) if self.pooled else y_TH

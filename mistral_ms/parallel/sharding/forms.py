@@ -68,7 +68,7 @@ class GraphForm:
         if not self.rows:
             return cut
         first, last, size = cut[0].start, cut[0].stop, self.rows
-        if last - first < size:  # a share of one expert's rows
+        if last - first < size:  # some of one expert's rows
             expert = first // size
             experts = slice(expert, expert + 1)
             rows = slice(first - expert * size, last - expert * size)

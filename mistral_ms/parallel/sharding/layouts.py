@@ -116,7 +116,7 @@ class Sharding:
         return tuple(found)
 
     def replica_index(self, layout: str | Axes, number: int) -> int:
-        """The place of a rank among those of its stage that hold the same part, by their numbers.
+        """The position of a rank among those of its stage that hold the same part, by number.
 
         Args:
             layout: of the tensor.

@@ -27,7 +27,7 @@ class RankCoords:
         rank: its number in the world.
         pp: its pipeline stage.
         dp: its data-parallel number: which part of the batch it sees.
-        mp: its tensor-parallel number: which share of every matrix it holds.
+        mp: its tensor-parallel number: which shard of every matrix it holds.
         ep: its number in its expert group: which experts it holds.
         expert_group: which replica of the experts it belongs to, dp // ep of its layout.
         node: its machine.

@@ -58,7 +58,7 @@ class Group:
         return len(self.ranks)
 
     def position(self, rank: int) -> int:
-        """The place of ``rank`` among the members (ValueError when it is none of them)."""
+        """The position of ``rank`` among the members (ValueError when it is none of them)."""
         return self.ranks.index(rank)
 
     def neighbours_on_node(self, position: int) -> int:
