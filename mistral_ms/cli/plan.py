@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mistral_ms.config import ModelConfig, RunConfig
-    from mistral_ms.planner import Candidate
+    from mistral_ms.planner import Candidate, Cluster
     from mistral_ms.planner.sensitivity import Effect
 
 
@@ -29,6 +29,13 @@ class Name(StrEnum):
     MODELS = "models"
     SEQUENCE = "sequence"
     COST = "cost"
+
+
+class Dispatch(StrEnum):
+    """Which dispatch policies are planned."""
+
+    OWN = "own"
+    ANY = "any"
 
 
 def plan(
@@ -55,6 +62,13 @@ def plan(
             "expert has a share of 1 / n ** S.",
         ),
     ] = None,
+    dispatch: Annotated[
+        Dispatch,
+        typer.Option(
+            help="The run file's own routing.policy, or capacity and dropless alike; the other "
+            "one trains something else."
+        ),
+    ] = Dispatch.OWN,
     study: Annotated[
         Name | None,
         typer.Option(
@@ -95,7 +109,7 @@ def plan(
     from mistral_ms.cli.output import write_file, write_json
     from mistral_ms.config import load_run_config
     from mistral_ms.errors import ConfigError
-    from mistral_ms.planner import Cluster, explain, load_hardware
+    from mistral_ms.planner import POLICIES, Cluster, explain, load_hardware
     from mistral_ms.planner import plan as search
     from mistral_ms.planner.sensitivity import sensitivity, weak_numbers
 
@@ -104,7 +118,8 @@ def plan(
         console.width = 120  # a table in a file need not fit a screen
     if study is not None or calibrate is not None:
         others = {"--config": config, "KEY.PATH=VALUE": overrides, "--nodes": nodes,
-                  "--expert-load": expert_load, "--output": output}  # fmt: skip
+                  "--expert-load": expert_load, "--output": output,
+                  "--dispatch": dispatch is not Dispatch.OWN}  # fmt: skip
         if study is not None:
             others["--calibrate"] = calibrate
         if given := [name for name, value in others.items() if value]:
@@ -124,13 +139,16 @@ def plan(
     cards = run.parallel.world if nodes is None else nodes * kind.devices_per_node
     cluster = Cluster.of(kind, cards)
     loads = _loads(expert_load, run.model)
-    candidates = search(run, cluster, loads=loads)
+    policies = POLICIES if dispatch is Dispatch.ANY else ()
+    candidates = search(run, cluster, loads=loads, policies=policies)
     fitting = [each for each in candidates if each.fits]
     console.print(f"{cards} cards, {kind.name}: {len(fitting)} of {len(candidates)} layouts fit")
     if fitting:
         _show(console, fitting[:top])
-    for sentence in explain(candidates):
+    for sentence in explain(candidates, run):
         console.print(sentence, markup=False)
+    if fitting and dispatch is Dispatch.OWN:
+        _show_other_dispatch(console, fitting[0], cluster, loads)
     if sensitive:
         _show_sensitivity(console, sensitivity(candidates, cluster, loads=loads))
     weak = len(weak_numbers(kind))
@@ -235,17 +253,22 @@ def _show(console: Console, candidates: Sequence[Candidate]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in ("dp", "mp", "pp", "ep", "micro", "recompute", "optimizer", "all-to-all"):
-        table.add_column(name, justify="right" if len(name) < 6 else "left")
+    names = ("dp", "mp", "pp", "ep", "micro", "chunks", "run as", "dispatch", "recompute")
+    for name in (*names, "optimizer", "all-to-all"):
+        table.add_column(name, justify="right" if name in names[:6] else "left")
     for name in ("GiB", "bubble", "tokens/s/card"):
         table.add_column(name, justify="right")
     for each in candidates:
         parallel, training, step = each.run.parallel, each.run.training, each.step
         assert step is not None
         route = "-" if parallel.ep == 1 else parallel.all_to_all
+        policy = "-" if each.run.model.moe is None else each.run.routing.policy
         table.add_row(
             *map(str, (parallel.dp, parallel.mp, parallel.pp, parallel.ep)),
             str(training.gradient_accumulation_steps),
+            str(parallel.pp_interleave_num),
+            each.execution,
+            policy,
             parallel.recompute,
             "host" if training.offload_optimizer == "host" else "card",
             f"{route}, shards" if parallel.group_wise_a2a else route,
@@ -254,6 +277,21 @@ def _show(console: Console, candidates: Sequence[Candidate]) -> None:
             f"{each.tokens_per_s_per_card:.0f}",
         )
     console.print(table)
+
+
+def _show_other_dispatch(
+    console: Console,
+    first: Candidate,
+    cluster: Cluster,
+    loads: Sequence[tuple[float, ...]],
+) -> None:
+    """What the other policy would make of the best layout."""
+    from mistral_ms.planner import other_dispatch
+    from mistral_ms.planner.explain import other_dispatch as sentence
+
+    other = other_dispatch(first, cluster, loads=loads)
+    if other is not None:
+        console.print(sentence(other, even=not loads), markup=False)
 
 
 def _show_sensitivity(console: Console, effects: Sequence[Effect]) -> None:

@@ -26,6 +26,8 @@ FLOAT = 4
 ASCEND_GIB = 64.0
 """Device memory of an Ascend 910B."""
 GIB = 1 << 30
+STATISTICS = 8
+"""Times that FlashAttentionScore writes each of its two float32 statistics of a query and head."""
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of an element of each dtype."""
 
@@ -36,12 +38,17 @@ class LayerMemory:
 
     Attributes:
         states: the block's input.
-        norms: what the two norms normalised and gave, the states between them, the router's
-            scores.
+        norms: what the two norms normalised and gave, the states between them, what the router
+            computed from and its scores.
         attention: queries, keys, values and the result.
-        probabilities: of attention; log-sum-exps where the operator is fused.
+        probabilities: of attention; its statistics where the operator is fused.
         feed_forward: the intermediate activations.
         dispatch: token rows on their way to experts and back.
+        results: of the norms and of attention, part of the above: what they gave, which is computed
+            again with them.
+        left: likewise: what the graph keeps of a block that is computed again as a whole, beside
+            its input: queries and keys as they were rotated, and the rows that came back from
+            experts. Its regions are not computed again.
     """
 
     states: int
@@ -50,6 +57,8 @@ class LayerMemory:
     probabilities: int
     feed_forward: int
     dispatch: int
+    results: int
+    left: int
 
     @property
     def total(self) -> int:
@@ -63,15 +72,16 @@ class LayerMemory:
             + self.dispatch
         )
 
-    def kept(self, recompute: Recompute) -> int:
+    def kept(self, recompute: Recompute, *, in_graph: bool = False) -> int:
         """What is left between the forward and the backward pass.
 
         Args:
             recompute: what the backward pass computes again.
+            in_graph: of the auto-parallel graph, see ``left``.
         """
         if recompute == "full":
-            return self.states
-        return self.total - (self.probabilities if recompute == "selective" else 0)
+            return self.states + (self.left if in_graph else 0)
+        return self.total - (self.probabilities + self.results) * (recompute == "selective")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,27 +157,40 @@ def layer_memory(
     # between the norms the states again; of each norm its result, one number a token and, unfused,
     # the normalised states and a float32 copy of its input
     norms = 3 * states + 2 * T * FLOAT
+    results = 2 * states + T * N * D * itemsize
     if not fused:
-        norms += 2 * states + (2 * T * H * FLOAT if itemsize != FLOAT else 0)
+        copies = 2 * states + (2 * T * H * FLOAT if itemsize != FLOAT else 0)
+        norms, results = norms + copies, results + copies
     attention = T * (2 * N + 2 * G) * D * itemsize
+    left = T * (N + G) * D * itemsize
     if model.qk_norm != "none":  # as of the norms: inputs, means, and unfused two copies more
         pieces = N + G if model.qk_norm == "head" else 2
         attention += T * (N + G) * D * itemsize + T * pieces * FLOAT
         if not fused:
             attention += T * (N + G) * D * (itemsize + (FLOAT if itemsize != FLOAT else 0))
     if fused:
-        probabilities = 2 * T * N * FLOAT
+        probabilities = 2 * T * N * STATISTICS * FLOAT
     else:
         copy = itemsize if itemsize != FLOAT else 0  # what the values are multiplied with
         probabilities = T * N * seq_length * (FLOAT + copy)
     widths = 3 if fused else 4  # gate, up, their product; unfused silu(gate), too
     if not model.is_sparse(layer):
         return LayerMemory(
-            states, norms, attention, probabilities, widths * T * I * itemsize, dispatch=0
+            states,
+            norms,
+            attention,
+            probabilities,
+            widths * T * I * itemsize,
+            dispatch=0,
+            results=results,
+            left=left,
         )
     model = model.of_layer(layer)
     assert model.moe is not None
     norms += 2 * T * model.moe.num_local_experts * FLOAT
+    if itemsize != FLOAT and routing.router_dtype == "float32":
+        # the router computes from a copy in float32, and nobody else from what the norm gave
+        norms, results = norms + T * H * FLOAT - states, results - states
     R = expert_rows(model, routing, parallel, T, seq_length)
     I = model.expert_size // parallel.mp  # noqa: E741
     shared = 0
@@ -180,6 +203,8 @@ def layer_memory(
         probabilities,
         widths * R * I * itemsize + shared,
         dispatch=2 * R * H * itemsize,
+        results=results,
+        left=left + R * H * itemsize,
     )
 
 
@@ -235,8 +260,7 @@ def activation_memory(
         gradients: bytes of the weights' gradients from one micro-batch.
     """
     parts = stages_of(model, parallel.pp * parallel.pp_interleave_num)[stage :: parallel.pp]
-    # one of interleaved chunks is computed at a time: the one with the head, or the longest
-    held = replace(max(parts, key=lambda part: (part.head, len(part.layers))), number=stage)
+    held = fullest_chunk(parts, stage)
     layers = [
         layer_memory(
             model,
@@ -261,6 +285,17 @@ def activation_memory(
         logit_tokens=logit_tokens,
         gradients=gradients,
     )
+
+
+def fullest_chunk(parts: Sequence[Stage], stage: int) -> Stage:
+    """Of a stage's interleaved chunks, of which one is computed at a time, the one that needs most:
+    that with the head, or the longest.
+
+    Args:
+        parts: what the stage holds.
+        stage: its number.
+    """
+    return replace(max(parts, key=lambda part: (part.head, len(part.layers))), number=stage)
 
 
 def rows_of(training: TrainingConfig, parallel: ParallelConfig) -> int:
@@ -304,7 +339,8 @@ def stage_memory(
     recompute: Recompute = parallel.recompute
     if explicit and parallel.pp > 1 and recompute == "full":
         recompute = "selective"  # the whole stage is computed again in any case
-    kept = sum(layer.kept(recompute) for layer in layers) * (1 if explicit else flying)
+    left = [layer.kept(recompute, in_graph=not explicit) for layer in layers]
+    kept = sum(left) * (1 if explicit else flying)
     scores = 0 if fused else 2 * max(layer.probabilities for layer in layers)
     inputs = tokens * model.hidden_size * ITEMSIZE[training.dtype]
     logits = 0
@@ -316,7 +352,7 @@ def stage_memory(
         layers=kept,
         in_flight=flying,
         stage_inputs=flying * inputs if explicit and parallel.pp > 1 else 0,
-        working=max(layer.total - layer.kept(recompute) for layer in layers) + scores,
+        working=max(layer.total - own for layer, own in zip(layers, left, strict=True)) + scores,
         dispatch=max(layer.dispatch for layer in layers),
         logits=logits,
         gradients=gradients,

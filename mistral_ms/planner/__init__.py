@@ -8,9 +8,11 @@ from mistral_ms.planner.changed import checked
 from mistral_ms.planner.explain import explain
 from mistral_ms.planner.hardware import Cluster, Hardware, load_hardware
 from mistral_ms.planner.load import read_loads, zipf
-from mistral_ms.planner.search import judge, plan
+from mistral_ms.planner.search import judge, other_dispatch, plan
+from mistral_ms.planner.ways import POLICIES
 
 __all__ = [
+    "POLICIES",
     "Candidate",
     "Cluster",
     "Hardware",
@@ -18,6 +20,7 @@ __all__ = [
     "explain",
     "judge",
     "load_hardware",
+    "other_dispatch",
     "plan",
     "read_loads",
     "zipf",

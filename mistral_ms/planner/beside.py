@@ -34,12 +34,12 @@ def planned_beside(
         model = model.model_copy(update={"num_hidden_layers": layers})
     run, weights = run.model_copy(update={"model": model}), specs(model)
     stage = stages_of(model, run.parallel.pp)[report["stage"]]
-    held = parameters(model, run.parallel, stage, weights, "graph")
+    held = parameters(model, run.parallel, (stage,), weights, "graph")
     compiled: Counter[Sent] = Counter()
     for line in report["communication"]:
         key = Sent(line["operator"], line["phase"], tuple(line["ranks"]))
         compiled[key] += line["bytes"] * line["count"]
-    planned = step_bytes(run, report["rank"], stage, weights, "graph")
+    planned = step_bytes(run, report["rank"], (stage,), weights, "graph")
     return {
         "parameter_bytes": held.kept * FLOAT,
         "optimizer_bytes": held.owned * FLOAT * MEANS,

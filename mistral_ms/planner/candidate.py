@@ -8,7 +8,7 @@ from typing import Any
 from mistral_ms.config import RunConfig
 from mistral_ms.parallel.memory import GIB
 from mistral_ms.planner.load import Balance
-from mistral_ms.planner.memory import CardMemory
+from mistral_ms.planner.memory import CardMemory, Execution
 from mistral_ms.planner.step import StepSeconds
 
 
@@ -23,6 +23,7 @@ class Candidate:
         step: how long a step takes; None of a layout that does not fit.
         balance: of the experts.
         usable_gib: of a card, for a training.
+        execution: who divides it.
     """
 
     run: RunConfig
@@ -31,6 +32,7 @@ class Candidate:
     step: StepSeconds | None
     balance: Balance
     usable_gib: float
+    execution: Execution
 
     @property
     def tokens_per_s_per_card(self) -> float:
@@ -54,12 +56,15 @@ class Candidate:
             "mp": parallel.mp,
             "pp": parallel.pp,
             "ep": parallel.ep,
+            "pp_interleave_num": parallel.pp_interleave_num,
+            "execution": self.execution,
             "micro_batches": training.gradient_accumulation_steps,
             "offload": training.offload_optimizer,
             "recompute": parallel.recompute,
             "optimizer_parallel": parallel.optimizer_parallel,
             "all_to_all": parallel.all_to_all,
             "group_wise_a2a": parallel.group_wise_a2a,
+            "dispatch": None if self.run.model.moe is None else self.run.routing.policy,
             "memory_gib": round(self.memory.gib, 2),
             "memory": {name: round(part / GIB, 3) for name, part in self.memory.parts.items()},
             "host_memory_gib": round(self.memory.host_optimizer / GIB, 2),

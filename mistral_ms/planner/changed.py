@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mistral_ms.config import ParallelConfig, RunConfig
 from mistral_ms.config.base import validate
+from mistral_ms.errors import ConfigError
 
 
 def changed_run(run: RunConfig, **values: object) -> RunConfig:
@@ -16,6 +17,20 @@ def changed_run(run: RunConfig, **values: object) -> RunConfig:
     if training:
         groups["training"] = run.training.model_copy(update=training)
     return run.model_copy(update=groups)
+
+
+def with_policy(run: RunConfig, policy: str) -> RunConfig | None:
+    """The same training under another dispatch policy; None where its other settings refuse it.
+
+    Args:
+        run: whose model has experts.
+        policy: see ``routing.policy``.
+    """
+    routing = run.routing.model_copy(update={"policy": policy})
+    try:
+        return checked(run.model_copy(update={"routing": routing}))
+    except ConfigError:
+        return None
 
 
 def checked(run: RunConfig) -> RunConfig:

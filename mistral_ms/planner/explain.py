@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from mistral_ms.config import RunConfig
 from mistral_ms.parallel.memory import GIB
 from mistral_ms.planner.candidate import Candidate
 
@@ -15,6 +16,7 @@ NAMES = {
     "all_to_all": "all-to-all",
     "tensor_parallel": "tensor-parallel collectives",
     "accumulation": "adding gradients up",
+    "transfers": "messages between stages",
     "bubble": "pipeline bubble",
     "gradient_reduction": "reduction of gradients",
     "weights_gather": "gathering weights",
@@ -40,7 +42,10 @@ def duration(seconds: float) -> str:
 def title(candidate: Candidate) -> str:
     """A layout in one line."""
     parallel, training = candidate.run.parallel, candidate.run.training
-    text = f"{parallel.sizes}, {counted(training.gradient_accumulation_steps, 'micro-batch')}"
+    text = f"{parallel.sizes}, "
+    if parallel.pp_interleave_num > 1:
+        text += f"{parallel.pp_interleave_num} interleaved chunks a stage ({candidate.execution}), "
+    text += f"{counted(training.gradient_accumulation_steps, 'micro-batch')}"
     text += f", recompute {parallel.recompute}"
     if training.offload_optimizer == "host":
         text += ", optimizer on the host"
@@ -49,17 +54,69 @@ def title(candidate: Candidate) -> str:
     return text + (", rows sharded" if parallel.group_wise_a2a else "")
 
 
-def explain(candidates: Sequence[Candidate]) -> list[str]:
+def explain(candidates: Sequence[Candidate], asked: RunConfig | None = None) -> list[str]:
     """Sentences about the first layout, and why the second one lost.
 
     Args:
         candidates: the best first, as :func:`mistral_ms.planner.plan` gives them.
+        asked: the run that was planned, to say where the first layout trains something else.
     """
     fitting = [each for each in candidates if each.fits]
     if not fitting:
         return [*_what_would_have_to_change(candidates[0])]
     first = fitting[0]
-    return [*_about(first), *(_lost(first, fitting[1]) if len(fitting) > 1 else ())]
+    return [
+        *_about(first),
+        *_otherwise(first, fitting, asked),
+        *(_lost(first, fitting[1]) if len(fitting) > 1 else ()),
+    ]
+
+
+def _otherwise(
+    first: Candidate, fitting: Sequence[Candidate], asked: RunConfig | None
+) -> Iterator[str]:
+    """What the first layout does that was not asked for."""
+    if asked is None:
+        return
+    left_open = asked.parallel.execution == "auto" and first.run.parallel.execution == "explicit"
+    if left_open:
+        graph = next((each for each in fitting if each.execution == "graph"), None)
+        text = (
+            "Its stages are interleaved, which MindSpore's graph refuses: the run says "
+            "parallel.execution explicit"
+        )
+        if graph is None:
+            yield f"{text}. Of the graph no layout fits."
+        else:
+            behind = 1 - graph.tokens_per_s_per_card / first.tokens_per_s_per_card
+            yield f"{text}. The graph's fastest is {title(graph)}: {behind:.1%} slower."
+    policy, own = first.run.routing.policy, asked.routing.policy
+    if first.run.model.moe is not None and policy != own:
+        yield (
+            f"Its dispatch is {policy}, and the run file's {own}: it trains something else"
+            + (
+                f", for {first.balance.dropped:.1%} of the choices are dropped"
+                * (own == "dropless")
+            )
+            + "."
+        )
+
+
+def other_dispatch(other: Candidate, *, even: bool) -> str:
+    """A sentence about the first layout under another dispatch policy.
+
+    Args:
+        other: that layout with the policy.
+        even: whether experts were taken for evenly loaded.
+    """
+    text = (
+        f"With routing.policy {other.run.routing.policy} the same layout would give "
+        f"{other.tokens_per_s_per_card:.0f} tokens/s per card"
+    )
+    fits = "" if other.fits else f", but it needs {other.memory.gib:.1f} GiB"
+    dropped = f", and drop {other.balance.dropped:.1%} of the choices"
+    text += dropped if other.balance.dropped else ", if experts are evenly loaded" * even
+    return f"{text}{fits}: --dispatch any plans both."
 
 
 def _about(first: Candidate) -> Iterator[str]:

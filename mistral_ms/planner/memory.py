@@ -8,7 +8,7 @@ run reports, of the explicit path what ``train`` counts. Activations are those o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -18,6 +18,7 @@ from mistral_ms.parallel.memory import (
     GIB,
     ITEMSIZE,
     LayerMemory,
+    fullest_chunk,
     layer_memory,
     rows_of,
     stage_memory,
@@ -44,12 +45,15 @@ class Parameters:
         kept: of those the ones that it keeps between steps as weights.
         owned: those whose optimizer state it has.
         gathered: those of which it keeps a shard alone.
+        rounded: those that are rounded to 16 bits before they are computed with; embedding and
+            router are not.
     """
 
     held: int
     kept: int
     owned: int
     gathered: int = 0
+    rounded: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,8 @@ class CardMemory:
     Attributes:
         stage: its pipeline stage.
         weights: between steps.
-        gathered: weights in 16 bits that optimizer parallelism has put together for the step.
+        gathered: copies of weights that the graph computes with: rounded to 16 bits, or put
+            together where optimizer parallelism keeps a share.
         gradients: sums over micro-batches.
         micro_batch_gradients: of the micro-batch that is being computed.
         optimizer: means, and masters of 16-bit weights, on the card.
@@ -109,7 +114,7 @@ class CardMemory:
 def parameters(
     model: ModelConfig,
     parallel: ParallelConfig,
-    stage: Stage,
+    parts: Sequence[Stage],
     weights: Iterable[ParamSpec],
     execution: Execution,
 ) -> Parameters:
@@ -118,20 +123,21 @@ def parameters(
     Args:
         model: the whole model.
         parallel: the layout.
-        stage: which.
+        parts: what the stage holds: one run of layers, or interleaved ones.
         weights: of the whole model.
         execution: in the graph a tied embedding is on the first stage alone, and optimizer
             parallelism gives each card a shard of each weight; on the explicit path whole weights
             have owners.
     """
-    held = [spec for spec in held_specs(stage, weights) if spec.kind == "trained"]
+    weights = tuple(weights)
+    held = [s for part in parts for s in held_specs(part, weights) if s.kind == "trained"]
     if execution == "explicit":
         return _owned(held, parallel)
     sharding = Sharding(parallel)
-    if not stage.embedding:
+    if not parts[0].embedding:
         held = [spec for spec in held if spec.module != "tied"]
     counted: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
-    whole = kept = gathered = 0
+    whole = kept = gathered = rounded = 0
     for spec in held:
         key = (spec.pattern, spec.shape)
         if key not in counted:
@@ -143,7 +149,13 @@ def parameters(
         size, shard = counted[key]
         whole, kept = whole + size, kept + shard
         gathered += size if shard < size else 0
-    return Parameters(whole, kept, kept, gathered)
+        rounded += 0 if in_float(spec) else size
+    return Parameters(whole, kept, kept, gathered, rounded)
+
+
+def in_float(spec: ParamSpec) -> bool:
+    """Whether the graph computes with a weight in float32 whatever ``training.dtype`` says."""
+    return spec.module in ("embedding", "tied") or spec.name.endswith("moe.router.weight")
 
 
 def _owned(held: list[ParamSpec], parallel: ParallelConfig) -> Parameters:
@@ -193,7 +205,7 @@ def layer_memories(run: RunConfig, *, fused: bool) -> tuple[LayerMemory, ...]:
 
 def card_memory(
     run: RunConfig,
-    stage: Stage,
+    parts: Sequence[Stage],
     counted: Parameters,
     layers: tuple[LayerMemory, ...],
     *,
@@ -205,7 +217,7 @@ def card_memory(
 
     Args:
         run: the training.
-        stage: of the card.
+        parts: what the card's stage holds, see :func:`parameters`.
         counted: its weights, see :func:`parameters`.
         layers: of the whole model, see :func:`layer_memories`.
         execution: who divides the training.
@@ -213,6 +225,7 @@ def card_memory(
         communicator_bytes: buffers for each group that the card communicates in.
     """
     model, training, parallel = run.model, run.training, run.parallel
+    stage = fullest_chunk(parts, parts[0].number)
     item = ITEMSIZE[training.dtype]
     masters = execution == "explicit" and item < FLOAT
     state = counted.owned * FLOAT * (MEANS + masters)
@@ -236,7 +249,7 @@ def card_memory(
     return CardMemory(
         stage=stage.number,
         weights=counted.kept * (FLOAT if execution == "graph" else item),
-        gathered=counted.gathered * item,
+        gathered=counted.rounded * item if item < FLOAT else counted.gathered * item,
         gradients=counted.held * FLOAT if training.gradient_accumulation_steps > 1 else 0,
         micro_batch_gradients=active.gradients,
         optimizer=0 if host else state,

@@ -72,6 +72,8 @@ def plan_png(candidates: Sequence[Candidate]) -> bytes:
 def _label(candidate: Candidate) -> str:
     parallel, training = candidate.run.parallel, candidate.run.training
     text = f"{parallel.sizes}\nm={training.gradient_accumulation_steps}"
+    if parallel.pp_interleave_num > 1:
+        text += f", {parallel.pp_interleave_num} chunks ({candidate.execution})"
     text += f", recompute {parallel.recompute}"
     return text + (", host" if training.offload_optimizer == "host" else "")
 
@@ -88,11 +90,19 @@ def _pipeline(axes: Axes, timeline: Timeline, label: str) -> None:
             axes.broken_barh(
                 spans, (stage - 0.4, 0.8), facecolor=colour, edgecolor="white", linewidth=0.5
             )
+    for event in timeline.critical_path:
+        span = (event.start, event.end - event.start)
+        axes.broken_barh(
+            [span], (event.stage - 0.4, 0.8), facecolor="none", edgecolor="#222222", linewidth=1
+        )
     axes.set_yticks(range(len(timeline.rows)), [f"stage {n}" for n in range(len(timeline.rows))])
     axes.tick_params(labelsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, timeline.length)
-    axes.set_xlabel("seconds: forward blue, backward orange, waiting grey", fontsize=8)
+    axes.set_xlabel(
+        "seconds: forward blue, backward orange, waiting grey; outlined: the critical path",
+        fontsize=8,
+    )
     axes.set_title(label.replace("\n", ", "), fontsize=10, loc="left")
     plain(axes)
 

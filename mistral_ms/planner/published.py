@@ -46,7 +46,6 @@ class Point:
         training: batch and sequence.
         routing: the policy.
         program: what its sparse layers do otherwise than ours.
-        chunks: of layers on each stage.
         open: what the source does not say, and what is assumed for it.
         others: other values of what is open, by a name: changes of ``parallel``, ``training`` and
             ``routing``.
@@ -61,7 +60,6 @@ class Point:
     training: Mapping[str, Any]
     routing: Mapping[str, Any]
     program: Program = OURS
-    chunks: int = 1
     open: str = ""
     others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -100,7 +98,6 @@ class Point:
             run,
             Cluster.of(kind, run.parallel.world),
             loads=loads,
-            chunks=self.chunks,
             program=self.program,
             slowdown=slowdown,
         )
@@ -141,7 +138,7 @@ PREDICTED = (
         parallel={"dp": 8, "pp": 4, "ep": 8, "recompute": "full"},
         training=BATCH_OF_128,
         routing=CAPACITY,
-        open="pp, micro-batches, batch, sequence, recompute, capacity, program",
+        open="pp, micro-batches, batch, sequence, recompute, capacity, optimizer, program",
         others={
             "course, 8 micro-batches": {
                 "training": {"gradient_accumulation_steps": 8, "global_batch_size": 64}
@@ -155,6 +152,7 @@ PREDICTED = (
             },
             "course, sequence 2048": {"training": {"seq_length": 2048}},
             "course, capacity 2.0": {"routing": {"capacity_factor": 2.0}},
+            "course, optimizer on the host": {"training": {"offload_optimizer": "host"}},
         },
     ),
     Point(
@@ -189,10 +187,9 @@ PREDICTED = (
         value=468,
         unit=TFLOPS,
         hardware="h100",
-        parallel={"dp": 8, "pp": 4, "ep": 8, "recompute": "none"},
+        parallel={"dp": 8, "pp": 4, "ep": 8, "pp_interleave_num": 8, "recompute": "none"},
         training={"seq_length": 4096, "global_batch_size": 256, "gradient_accumulation_steps": 32},
         routing={"policy": "dropless"},
-        chunks=8,
         open="cards of the result (the example has 32), batch, recompute",
         others={
             "Megatron-Core, batch 128": {

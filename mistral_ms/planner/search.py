@@ -1,38 +1,38 @@
 """Which layout a cluster should have: every legal one, judged by memory and by time.
 
-For each division (dp, mp, pp, ep) the best of its other settings is found: micro-batches, what is
-computed again, where the optimizer's state lies, the all-to-all. All are estimated first; the best
-are simulated.
+For each division (dp, mp, pp, ep) the best of its other settings is found: virtual stages,
+micro-batches, what is computed again, where the optimizer's state lies, the all-to-all, and on
+request the dispatch policy. All are estimated first; the best are simulated.
+
+MindSpore's graph has no interleaved stages. Where ``parallel.execution`` is left open, layouts with
+them are planned for the explicit path, and their runs say so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Literal
 
 from mistral_ms.config import ModelConfig, Recompute, RunConfig
 from mistral_ms.config.layout import Sizes, divisors, factorisations
 from mistral_ms.errors import ConfigError
 from mistral_ms.parallel.memory import GIB, LayerMemory, rows_of
-from mistral_ms.parallel.pipeline import Stage, held_specs, stages_of
+from mistral_ms.parallel.pipeline import held_specs, stages_of
 from mistral_ms.planner.candidate import Candidate
-from mistral_ms.planner.changed import changed_run
+from mistral_ms.planner.changed import changed_run, with_policy
+from mistral_ms.planner.division import Division
 from mistral_ms.planner.hardware import Cluster
 from mistral_ms.planner.load import Balance, Loads, balance
 from mistral_ms.planner.memory import (
     CardMemory,
-    Execution,
-    Parameters,
-    card_memory,
-    layer_memories,
-    parameters,
 )
 from mistral_ms.planner.program import OURS, Program
-from mistral_ms.planner.step import SLOWDOWN, Elements, StepModel, StepSeconds, elements
+from mistral_ms.planner.step import SLOWDOWN, StepModel, StepSeconds
 from mistral_ms.planner.traffic import tokens_of
+from mistral_ms.planner.ways import POLICIES, Policy, Way, of_policies, ways
 from mistral_ms.weights import ParamSpec, specs
 
 SIMULATED = 24
@@ -40,6 +40,10 @@ SIMULATED = 24
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 Offload = Literal["none", "host"]
 OFFLOAD: tuple[Offload, ...] = ("none", "host")
+CHUNKS = 2, 4, 8
+"""Runs of layers on a stage that are tried, beside as many as it can have."""
+CLOSE = 1.05
+"""Of one division also what is estimated to take so much longer is simulated."""
 
 
 def plan(
@@ -48,6 +52,7 @@ def plan(
     *,
     loads: Sequence[Loads] = (),
     offload: Sequence[Offload] = OFFLOAD,
+    policies: Sequence[Policy] = (),
 ) -> tuple[Candidate, ...]:
     """The layouts of a training on a cluster, each with its best settings.
 
@@ -55,11 +60,16 @@ def plan(
     limits what a card may hold. The rest of ``parallel`` and the number of micro-batches are
     chosen.
 
+    Of ``parallel.execution`` auto, where that is the graph, interleaved pipelines are planned for
+    the explicit path, and their run says ``execution: explicit``.
+
     Args:
         run: the training.
         cluster: where it shall run.
         loads: of the experts of each sparse layer; none: even.
         offload: where the optimizer's state may lie, what is slower last.
+        policies: of the dispatch, which may take the place of the training's own; none: that stays.
+            Another one trains something else: a capacity drops choices.
 
     Returns:
         What fits, the fastest first, then what does not, the smallest first.
@@ -75,7 +85,12 @@ def plan(
             rule="a training is judged while it goes on in one process alone",
             todo="set evaluation=null, and run the evaluate command on its checkpoints",
         )
-    found = list(_Search(run, cluster, loads, offload).options())
+    found = [
+        option
+        for each in of_policies(run, policies)
+        for way in ways(each, cluster.hardware.device)
+        for option in _Search(each, cluster, loads, offload, way).options()
+    ]
     if not found:
         raise ConfigError(
             "no layout",
@@ -85,13 +100,29 @@ def plan(
             "pipeline has at least as many micro-batches as stages",
             todo="use fewer cards or a larger batch",
         )
-    fitting = [each for each in found if each.candidate.fits]
-    fitting.sort(key=lambda each: -each.candidate.tokens_per_s_per_card)
+    fitting = sorted((each for each in found if each.candidate.fits), key=_seconds)
+    quickest: dict[Sizes, float] = {}
+    for each in fitting:
+        quickest.setdefault(each.candidate.run.parallel.sizes, _seconds(each))
+    fitting = [
+        each
+        for each in fitting
+        if _seconds(each) <= CLOSE * quickest[each.candidate.run.parallel.sizes]
+    ]
     best = [each.simulated() for each in fitting[:SIMULATED]]
     best.sort(key=lambda candidate: -candidate.tokens_per_s_per_card)
     others = [each.candidate for each in found if not each.candidate.fits]
     others.sort(key=lambda candidate: candidate.memory.total)
-    return (*best, *(each.candidate for each in fitting[SIMULATED:]), *others)
+    later = (each.candidate for each in fitting[SIMULATED:])
+    return tuple(_first_of_each_division((*best, *later, *others)))
+
+
+def _first_of_each_division(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+    seen: set[Sizes] = set()
+    for each in candidates:
+        if (sizes := each.run.parallel.sizes) not in seen:
+            seen.add(sizes)
+            yield each
 
 
 def judge(
@@ -99,7 +130,6 @@ def judge(
     cluster: Cluster,
     *,
     loads: Sequence[Loads] = (),
-    chunks: int = 1,
     program: Program = OURS,
     slowdown: float = SLOWDOWN,
 ) -> Candidate:
@@ -109,19 +139,35 @@ def judge(
         run: the training.
         cluster: where it runs; as many cards as its layout has.
         loads: see :func:`plan`.
-        chunks: of layers on each stage: the interleaved schedule, for comparison with others; ours
-            have one. Memory is that of one.
-        program: whose sparse layers they are, likewise. Memory is that of ours.
+        program: whose sparse layers they are, for comparison with others. Memory is that of ours.
         slowdown: see :data:`mistral_ms.planner.step.SLOWDOWN`.
     """
-    search = _Search(run, cluster, loads)
-    division = _Division(search, run)
+    way = Way(run.parallel.execution_on(cluster.hardware.device))
+    search = _Search(run, cluster, loads, OFFLOAD, way)
+    division = search.division(run)
     memory = division.memory(run, division.layers(run))
     model = division.step_model(run, program, slowdown)
-    scheduler = "interleaved_1f1b" if chunks > 1 else run.parallel.pipeline_scheduler
-    step = model.step(division.owned, scheduler, chunks=chunks)
+    step = model.step(division.owned)
     fits = search.fits(memory, run.parallel.world)
-    return Candidate(run, memory, fits, step, model.balance, search.usable_gib)
+    return search.candidate(run, memory, fits, step, model.balance)
+
+
+def other_dispatch(
+    best: Candidate, cluster: Cluster, *, loads: Sequence[Loads] = ()
+) -> Candidate | None:
+    """The same layout under the other dispatch policy; None where there is none.
+
+    Args:
+        best: the layout.
+        cluster: where it runs.
+        loads: see :func:`plan`.
+    """
+    run = best.run
+    if run.model.moe is None or run.routing.policy not in POLICIES:
+        return None
+    other = POLICIES[1 - POLICIES.index(run.routing.policy)]
+    changed = with_policy(run, other)
+    return None if changed is None else judge(changed, cluster, loads=loads)
 
 
 @dataclass(frozen=True)
@@ -134,8 +180,7 @@ class _Option:
 
     def simulated(self) -> Candidate:
         assert self.model is not None
-        scheduler = self.candidate.run.parallel.pipeline_scheduler
-        return replace(self.candidate, step=self.model.step(self.owned, scheduler))
+        return replace(self.candidate, step=self.model.step(self.owned))
 
 
 class _Search:
@@ -146,7 +191,8 @@ class _Search:
         run: RunConfig,
         cluster: Cluster,
         loads: Sequence[Loads],
-        offload: Sequence[Offload] = OFFLOAD,
+        offload: Sequence[Offload],
+        way: Way,
     ) -> None:
         if run.lora is not None:
             raise ConfigError(
@@ -166,14 +212,16 @@ class _Search:
             )
         self.run, self.cluster, self.loads, self.offload = run, cluster, loads, offload
         self.hardware = cluster.hardware
-        self.execution: Execution = run.parallel.execution_on(self.hardware.device)
-        self.fused = self.hardware.device != "CPU"
+        self.execution, self.interleaved = way.execution, way.interleaved
         moe = run.model.moe
         self.takes_ids = moe is not None and moe.gate.takes_ids
-        self.explicit_only = moe is not None and (
-            moe.gate.explicit_only
-            or moe.shared_expert_gate == "cmr"
-            or moe.layer_experts is not None
+        self.explicit_only = run.training.neftune_noise_alpha is not None or (
+            moe is not None
+            and (
+                moe.gate.explicit_only
+                or moe.shared_expert_gate == "cmr"
+                or moe.layer_experts is not None
+            )
         )
         self.weights = _weights(run.model)
         limit = run.parallel.max_device_memory
@@ -182,7 +230,11 @@ class _Search:
     def options(self) -> Iterator[_Option]:
         for sizes in factorisations(self.cluster.cards):
             if self._is_possible(sizes):
-                yield from self._best(sizes)
+                found = [
+                    each for chunks in self._chunks(sizes) for each in self._best(sizes, chunks)
+                ]
+                if found:
+                    yield min(found, key=lambda each: (_seconds(each), each.candidate.memory.total))
 
     def fits(self, memory: CardMemory, world: int) -> bool:
         """On the card, and all cards of a node in host memory."""
@@ -199,17 +251,27 @@ class _Search:
             return False
         if self.takes_ids and (sizes.pp > 1 or self.execution == "graph"):
             return False  # neither hands the ids of tokens on to gates
-        if self.explicit_only and self.execution == "graph":
+        if self.explicit_only and (self.execution == "graph" or self.interleaved):
             return False
         plain = run.parallel.model_copy(update={"devices_per_node": devices, **_PLAIN})
         return plain.rules(self.cluster.cards, run.model).broken_by(sizes) is None
 
-    def _best(self, sizes: Sizes) -> Iterator[_Option]:
+    def _chunks(self, sizes: Sizes) -> list[int]:
+        """Runs of layers on each stage: several on the explicit path alone."""
+        most = self.run.model.num_hidden_layers // sizes.pp
+        found = [] if self.interleaved else [1]
+        if self.execution == "explicit" and sizes.pp > 1:
+            found += sorted({each for each in (*CHUNKS, most) if 1 < each <= most})
+        return found
+
+    def _best(self, sizes: Sizes, chunks: int) -> Iterator[_Option]:
         """The fastest settings of a division; if nothing fits, those that need least memory."""
-        division = _Division(self, self._divided(sizes))
+        division = self.division(self._divided(sizes, chunks))
         best: _Option | None = None
         smallest: Candidate | None = None
         for micro_batches in self._micro_batches(sizes):
+            if chunks > 1 and micro_batches % sizes.pp:
+                continue
             with_batches = changed_run(division.run, gradient_accumulation_steps=micro_batches)
             if self.execution == "graph" and tokens_of(with_batches) % sizes.mp:
                 continue
@@ -220,14 +282,13 @@ class _Search:
             for run, memory, fits in self._settings(division, with_batches, layers):
                 if not fits:
                     if smallest is None or memory.total < smallest.memory.total:
-                        smallest = self._candidate(run, memory, fits=False)
+                        smallest = self.candidate(run, memory, fits=False)
                     continue
                 for routed in self._routes(run):
                     model = division.step_model(routed)
-                    scheduler = routed.parallel.pipeline_scheduler
-                    step = model.step(division.owned, scheduler, simulated=False)
+                    step = model.step(division.owned, simulated=False)
                     if best is None or step.seconds < _seconds(best):
-                        candidate = self._candidate(routed, memory, True, step, model.balance)
+                        candidate = self.candidate(routed, memory, True, step, model.balance)
                         best = _Option(candidate, model, division.owned)
         if best is not None:
             yield best
@@ -235,7 +296,7 @@ class _Search:
             yield _Option(smallest)
 
     def _settings(
-        self, division: _Division, run: RunConfig, layers: tuple[LayerMemory, ...]
+        self, division: Division, run: RunConfig, layers: tuple[LayerMemory, ...]
     ) -> Iterator[tuple[RunConfig, CardMemory, bool]]:
         """What fits with the least work: of each place of the optimizer the first recompute."""
         for offload in self.offload:
@@ -264,25 +325,31 @@ class _Search:
                 if changed.rules(model=run.model).broken_by(parallel.sizes) is None:
                     yield run.model_copy(update={"parallel": changed})
 
-    def _divided(self, sizes: Sizes) -> RunConfig:
+    def _divided(self, sizes: Sizes, chunks: int) -> RunConfig:
         values: dict[str, object] = {
             "dp": sizes.dp, "mp": sizes.mp, "pp": sizes.pp, "ep": sizes.ep,
         }  # fmt: skip
         values |= {"devices_per_node": self.hardware.devices_per_node, **_PLAIN}
-        values |= {"optimizer_parallel": self._can_shard(sizes), "pp_interleave_num": 1}
-        if self.execution == "graph":
+        values |= {
+            "optimizer_parallel": self._can_shard(sizes, chunks),
+            "pp_interleave_num": chunks,
+        }
+        if self.interleaved:
+            values["execution"] = "explicit"
+        if self.execution == "graph" or chunks > 1:
             values["pipeline_scheduler"] = "1f1b"
         parallel = self.run.parallel.model_copy(update=values)
         return self.run.model_copy(update={"parallel": parallel})
 
-    def _can_shard(self, sizes: Sizes) -> bool:
+    def _can_shard(self, sizes: Sizes, chunks: int = 1) -> bool:
         """Whether each card can have a shard of the optimizer's state."""
         moe, copies = self.run.model.moe, sizes.dp // sizes.ep
         if sizes.dp == 1:
             return False
         if self.execution == "explicit":  # every card owns at least one weight
-            stages = stages_of(self.run.model, sizes.pp)
-            return all(len(held_specs(stage, self.weights)) >= sizes.dp for stage in stages)
+            parts = stages_of(self.run.model, sizes.pp * chunks)
+            held = [len(held_specs(part, self.weights)) for part in parts]
+            return all(sum(held[stage :: sizes.pp]) >= sizes.dp for stage in range(sizes.pp))
         local = 1 if moe is None else moe.num_local_experts // sizes.ep
         return not (local % copies and copies % local)
 
@@ -299,7 +366,11 @@ class _Search:
                 return [n for n in counts if n == 1]
         return [n for n in counts if n >= sizes.pp or self.execution == "explicit"]
 
-    def _candidate(
+    def division(self, run: RunConfig) -> Division:
+        """The stages of a layout."""
+        return Division(run, self.hardware, self.execution, self.weights, self.balance)
+
+    def candidate(
         self,
         run: RunConfig,
         memory: CardMemory,
@@ -307,71 +378,15 @@ class _Search:
         step: StepSeconds | None = None,
         spread: Balance | None = None,
     ) -> Candidate:
+        """A layout, judged."""
         spread = self.balance(run) if spread is None else spread
-        return Candidate(run, memory, fits, step, spread, self.usable_gib)
+        return Candidate(run, memory, fits, step, spread, self.usable_gib, self.execution)
 
     def balance(self, run: RunConfig) -> Balance:
         """Of the experts, in a layout."""
         tokens = tokens_of(run)
         length = run.training.seq_length
         return balance(run.model, run.routing, run.parallel.ep, tokens, self.loads, length)
-
-
-class _Division:
-    """One division of the model: its stages and weights, counted once."""
-
-    def __init__(self, search: _Search, run: RunConfig) -> None:
-        self.search, self.run = search, run
-        self.stages: tuple[Stage, ...] = stages_of(run.model, run.parallel.pp)
-        self.counted: tuple[Parameters, ...] = tuple(
-            parameters(run.model, run.parallel, stage, search.weights, search.execution)
-            for stage in self.stages
-        )
-
-    @cached_property
-    def held(self) -> Elements:
-        """What a card holds of each module."""
-        return elements(self.search.weights, self.run.parallel.sizes)
-
-    @cached_property
-    def owned(self) -> tuple[int, ...]:
-        """Elements whose optimizer state a card of each stage has."""
-        return tuple(each.owned for each in self.counted)
-
-    def layers(self, run: RunConfig) -> tuple[LayerMemory, ...]:
-        return layer_memories(run, fused=self.search.fused)
-
-    def memory(self, run: RunConfig, layers: tuple[LayerMemory, ...]) -> CardMemory:
-        """Of the fullest card: on the first stage, the last, or one with the most weights."""
-        most = max(range(len(self.stages)), key=lambda n: self.counted[n].held)
-        buffers = int(self.search.hardware.communicator_mib * (1 << 20))
-        found = [
-            card_memory(
-                run,
-                self.stages[number],
-                self.counted[number],
-                layers,
-                execution=self.search.execution,
-                fused=self.search.fused,
-                communicator_bytes=buffers,
-            )
-            for number in sorted({0, most, len(self.stages) - 1})
-        ]
-        return max(found, key=lambda memory: memory.total)
-
-    def step_model(
-        self, run: RunConfig, program: Program = OURS, slowdown: float = SLOWDOWN
-    ) -> StepModel:
-        return StepModel(
-            run,
-            self.search.hardware,
-            self.search.execution,
-            self.stages,
-            self.held,
-            self.search.balance(run),
-            program,
-            slowdown,
-        )
 
 
 @lru_cache(maxsize=8)

@@ -20,7 +20,7 @@ from mistral_ms.parallel.memory import FLOAT, ITEMSIZE
 from mistral_ms.parallel.pipeline import Stage, held_specs
 from mistral_ms.parallel.sharding import Sharding, graph_form
 from mistral_ms.parallel.topology import GroupKind, Topology, gradient_group, owners, shard_shape
-from mistral_ms.planner.memory import Execution
+from mistral_ms.planner.memory import Execution, in_float
 from mistral_ms.planner.traffic import (
     Message,
     exchanged_rows,
@@ -51,7 +51,11 @@ class Sent(NamedTuple):
 
 
 def step_bytes(
-    run: RunConfig, rank: int, stage: Stage, weights: Sequence[ParamSpec], execution: Execution
+    run: RunConfig,
+    rank: int,
+    parts: Sequence[Stage],
+    weights: Sequence[ParamSpec],
+    execution: Execution,
 ) -> Counter[Sent]:
     """Bytes of the tensors that a rank gives (Receive: gets) in one step.
 
@@ -61,31 +65,40 @@ def step_bytes(
     Args:
         run: the training.
         rank: of the card.
-        stage: that it is on.
+        parts: what its stage holds: one run of layers, or interleaved ones.
         weights: of the whole model.
         execution: who divides the training.
     """
     topology = Topology.of(run.parallel)
     found: Counter[Sent] = Counter()
-    held = [spec for spec in held_specs(stage, weights) if spec.kind == "trained"]
-    parts = (
-        _layers(run, stage, execution),
-        _vocabulary(run, stage) if execution == "explicit" else (),
+    held = [s for part in parts for s in held_specs(part, weights) if s.kind == "trained"]
+    stage = parts[0]  # of the graph there is no other
+    phased = [
+        *(_layers(run, part, execution) for part in parts),
+        *(_vocabulary(run, part) for part in parts if execution == "explicit"),
         _gradients(run, held, stage, execution),
         _figures(run, held, stage, execution),
-    )
-    for messages in parts:
+    ]
+    for messages in phased:
         for phase, each in messages:
             ranks = topology.group(each.kind, rank).ranks
             if len(ranks) > 1:
                 found[Sent(each.operator, phase, ranks)] += round(each.bytes * each.count)
     nbytes = round(stage_transfer(run, execution)) * run.training.gradient_accumulation_steps
-    for pair in (stage.number - 1, stage.number):
-        if 0 <= pair < run.parallel.pp - 1:
-            ranks = topology.neighbours(pair, rank).ranks
-            ahead, back = ("Send", "Receive") if pair == stage.number else ("Receive", "Send")
-            found[Sent(ahead, FORWARD, ranks)] += nbytes
-            found[Sent(back, BACKWARD, ranks)] += nbytes
+    pp, last = run.parallel.pp, run.parallel.pp * run.parallel.pp_interleave_num - 1
+    for part in parts:
+        for boundary in (part.number - 1, part.number):
+            if not 0 <= boundary < last:
+                continue
+            pair = boundary % pp
+            group = (
+                topology.neighbours(pair, rank)
+                if pair < pp - 1
+                else topology.group(GroupKind.EMBEDDING, rank)  # from the end to the start
+            )
+            ahead, back = ("Send", "Receive") if boundary == part.number else ("Receive", "Send")
+            found[Sent(ahead, FORWARD, group.ranks)] += nbytes
+            found[Sent(back, BACKWARD, group.ranks)] += nbytes
     if execution == "graph":
         ends = topology.group(GroupKind.EMBEDDING, rank).ranks
         for operator, phase, size in _tied(run, stage, weights):
@@ -237,8 +250,10 @@ def _of_graph(run: RunConfig, held: Iterable[ParamSpec], stage: Stage) -> Phased
             yield BACKWARD, Message("AllReduce", kind, size * FLOAT)
             continue
         # embedding and router compute in float32; what others compute with is rounded first
-        is_float = spec.module in ("embedding", "tied") or spec.name.endswith("moe.router.weight")
-        yield FORWARD, Message("AllGather", kind, size / shards * (FLOAT if is_float else item))
+        yield (
+            FORWARD,
+            Message("AllGather", kind, size / shards * (FLOAT if in_float(spec) else item)),
+        )
         yield BACKWARD, Message("ReduceScatter", kind, size * FLOAT)
 
 

@@ -1,8 +1,9 @@
 """A pipeline in time: which stage does what when, and what the end waited for.
 
 Discrete simulation of operations with real durations. A stage runs its operations in the order
-that its schedule says, each as soon as its inputs are there; messages to the stage before or after
-travel beside the computation, one after the other on each link.
+that its schedule says, each as soon as its inputs are there. In the graph messages to the stage
+before or after travel beside the computation, one after the other on each link. On the explicit
+path a message is a meeting: both stages wait for each other, and neither computes meanwhile.
 """
 
 from __future__ import annotations
@@ -13,9 +14,17 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from mistral_ms.errors import ConfigError
-from mistral_ms.parallel.pipeline import Phase, stage_order
+from mistral_ms.parallel.pipeline import (
+    EXPLICIT_BACKWARD,
+    Phase,
+    Step,
+    Transfer,
+    common_order,
+    make_schedule,
+    stage_order,
+)
 
-Scheduler = Literal["gpipe", "1f1b", "interleaved_1f1b"]
+Scheduler = Literal["gpipe", "1f1b"]
 
 
 class Operation(NamedTuple):
@@ -99,25 +108,24 @@ def orders(
     """What each stage runs, in order.
 
     Args:
-        name: the schedule. Interleaved 1F1B (arXiv:2104.04473, section 2.2) gives a stage several
-            chunks of layers, chunk c of stage s being part c * stages + s of the model.
+        name: the schedule.
         stages: pp.
         micro_batches: m.
-        chunks: of each stage (Megatron's virtual pipeline size); 1 for the other schedules.
+        chunks: of each stage (Megatron's virtual pipeline size). 1F1B of several is interleaved
+            (arXiv:2104.04473, section 2.2); chunk c of stage s is part c * stages + s of the model.
 
     Raises:
         ConfigError: micro-batches that the interleaved schedule cannot be divided into rounds of.
     """
-    if name == "interleaved_1f1b" and micro_batches % stages:
+    if chunks > 1 and (name != "1f1b" or micro_batches % stages):
         raise ConfigError(
             "impossible schedule",
             where="micro_batches",
             value=micro_batches,
             rule=f"interleaved 1F1B takes a multiple of its {stages} stages",
         )
-    plain = "gpipe" if name == "gpipe" else "1f1b"
     return tuple(
-        tuple(Operation(*work) for work in stage_order(plain, stage, stages, micro_batches, chunks))
+        tuple(Operation(*work) for work in stage_order(name, stage, stages, micro_batches, chunks))
         for stage in range(stages)
     )
 
@@ -129,27 +137,36 @@ def simulate(
     backward: Sequence[float],
     transfer: Sequence[float] = (),
     chunks: int = 1,
+    *,
+    meetings: bool = False,
 ) -> Timeline:
     """Runs a pipeline.
 
     Args:
         name: the schedule.
         micro_batches: m.
-        forward: seconds of each stage's forward pass, of all of its chunks together.
+        forward: seconds of the forward pass of each part of the model, in their order; with one
+            chunk a part is a stage.
         backward: likewise, of its gradient.
         transfer: seconds of a message between each stage and the next one; with several chunks also
             between the last and the first. None: no time.
         chunks: of each stage.
+        meetings: whether stages wait for each other's messages, as on the explicit path.
 
     Raises:
         ConfigError: see :func:`orders`.
     """
-    stages = len(forward)
+    stages = len(forward) // chunks
+    if meetings:
+        return _met(name, stages, micro_batches, forward, backward, transfer, chunks)
     plan = orders(name, stages, micro_batches, chunks)
     travel = [*transfer, *([0.0] * (stages - len(transfer)))]
     inputs = {pass_: _input(pass_, stages, chunks) for pass_ in _passes(stages, chunks)}
     outputs = {source: pass_ for pass_, source in inputs.items() if source is not None}
-    seconds = {pass_: (backward if pass_[1] else forward)[pass_[0]] / chunks for pass_ in inputs}
+    seconds = {
+        (stage, is_backward, chunk): (backward if is_backward else forward)[chunk * stages + stage]
+        for stage, is_backward, chunk in inputs
+    }
     done: dict[_Pass, list[Event | None]] = {p: [None] * micro_batches for p in inputs}
     arrived = {pass_: [0.0] * micro_batches for pass_ in inputs}
     links: dict[tuple[int, int], float] = {}
@@ -186,6 +203,49 @@ def simulate(
                 arrived[receiver][number] = links[stage, other] = begins + travel[boundary]
             if (pass_, number) in waiting:
                 todo.append(waiting.pop((pass_, number)))
+    return Timeline(tuple(map(tuple, rows)))
+
+
+@lru_cache(maxsize=16)
+def _meetings(
+    name: Scheduler, stages: int, micro_batches: int, chunks: int
+) -> tuple[Step | Transfer, ...]:
+    """Steps and messages in the order that all stages of the explicit path keep."""
+    backward = EXPLICIT_BACKWARD
+    return common_order(make_schedule(name, stages, micro_batches, 1, backward, chunks))
+
+
+def _met(
+    name: Scheduler,
+    stages: int,
+    micro_batches: int,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    transfer: Sequence[float],
+    chunks: int,
+) -> Timeline:
+    """A pipeline whose messages are meetings. Whoever comes first waits; the order is common to all
+    stages, so one pass through it finds every time.
+    """
+    travel = [*transfer, *([0.0] * (stages - len(transfer)))]
+    clocks = [0.0] * stages
+    before: list[Event | None] = [None] * stages  # what each clock was set by
+    rows: list[list[Event]] = [[] for _ in range(stages)]
+    for each in _meetings(name, stages, micro_batches, chunks):
+        if isinstance(each, Transfer):
+            pair = each.sender, each.receiver
+            later = max(pair, key=lambda stage: clocks[stage])
+            end, waited_for = clocks[later] + travel[each.pair], before[later]
+            for stage in pair:
+                clocks[stage], before[stage] = end, waited_for
+            continue
+        stage = each.stage
+        seconds = forward if each.phase is Phase.FORWARD else backward
+        end = clocks[stage] + seconds[each.chunk * stages + stage]
+        operation = Operation(each.phase, each.micro_batch, each.chunk)
+        event = Event(stage, operation, clocks[stage], end, before[stage])
+        rows[stage].append(event)
+        clocks[stage], before[stage] = end, event
     return Timeline(tuple(map(tuple, rows)))
 
 

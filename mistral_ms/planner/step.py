@@ -21,7 +21,8 @@ from mistral_ms.planner.load import EVEN, Balance
 from mistral_ms.planner.memory import Execution
 from mistral_ms.planner.network import seconds, transfer_seconds
 from mistral_ms.planner.program import OURS, Program, gathered
-from mistral_ms.planner.simulation import Scheduler, Timeline, simulate
+from mistral_ms.planner.simulation import Timeline, simulate
+from mistral_ms.planner.spent import Part, Spent
 from mistral_ms.planner.traffic import (
     Message,
     gradient_messages,
@@ -35,31 +36,6 @@ from mistral_ms.weights import ParamSpec
 SLOWDOWN = 1.236
 """What a training step's operators take in multiples of what they take alone. Fitted on one
 published point, see :mod:`mistral_ms.planner.published`; the only fitted number."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Seconds of a piece of the model for one micro-batch on one card.
-
-    Attributes:
-        compute: forward, gradient, and what selective recompute does again.
-        all_to_all: of the forward pass; the gradient's is as long.
-        tensor: collectives of tensor parallelism, of the forward pass.
-        tensor_gradient: likewise, of the gradient.
-        accumulate: adding the gradients of weights up over micro-batches.
-        dense: elements of weights that data-parallel ranks have alike.
-        experts: elements of experts.
-        is_layer: whether it is a decoder block, and not an end of the model.
-    """
-
-    compute: Pass
-    all_to_all: float = 0.0
-    tensor: float = 0.0
-    tensor_gradient: float = 0.0
-    accumulate: float = 0.0
-    dense: int = 0
-    experts: int = 0
-    is_layer: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +62,21 @@ class StageSeconds:
     def total(self) -> float:
         """Of a micro-batch."""
         return self.forward + self.backward
+
+    @classmethod
+    def of(cls, chunks: Sequence[StageSeconds]) -> StageSeconds:
+        """A stage of several runs of layers, from those of each, in the order of the model."""
+        first = chunks[0]
+        if len(chunks) == 1:
+            return first
+        return cls(
+            number=first.number,
+            forward=sum(each.forward for each in chunks),
+            backward=sum(each.backward for each in chunks),
+            parts={name: sum(each.parts[name] for each in chunks) for name in first.parts},
+            layers=tuple(layer for each in reversed(chunks) for layer in each.layers),
+            gather=sum(each.gather for each in chunks),
+        )
 
 
 @dataclass(frozen=True)
@@ -167,7 +158,8 @@ class StepModel:
         run: the training.
         hardware: the cluster.
         execution: who divides it.
-        stages: of the pipeline.
+        parts: runs of layers in the order of the model: of each stage one, or as many as
+            ``pp_interleave_num`` says.
         held: what a card holds of each module, see :func:`elements`.
         balance: of the experts.
         program: whose sparse layers they are.
@@ -179,7 +171,7 @@ class StepModel:
         run: RunConfig,
         hardware: Hardware,
         execution: Execution,
-        stages: Sequence[Stage],
+        parts: Sequence[Stage],
         held: Elements,
         balance: Balance = EVEN,
         program: Program = OURS,
@@ -195,27 +187,25 @@ class StepModel:
         self.windows = [run.model.window_of(n) for n in range(run.model.num_hidden_layers)]
         self._parts: dict[tuple[bool, int | None], Part] = {}
         self._once: dict[tuple[int, int], tuple[float, float]] = {}
-        self.stages = tuple(map(self._stage, stages))
+        self.parts = tuple(map(self._stage, parts))
+        pp = run.parallel.pp
+        self.stages = tuple(StageSeconds.of(self.parts[number::pp]) for number in range(pp))
 
     def step(
         self,
         owned: Sequence[int],
-        scheduler: Scheduler,
         *,
-        chunks: int = 1,
         simulated: bool = True,
     ) -> StepSeconds:
         """A step.
 
         Args:
             owned: elements whose optimizer state a card of each stage has.
-            scheduler: of the pipeline.
-            chunks: of each stage, for the interleaved one.
             simulated: or else estimated, for a first choice among many: as if all stages had to
                 wait for the slowest one.
         """
-        training, stages = self.run.training, self.stages
-        m = training.gradient_accumulation_steps
+        parallel, stages = self.run.parallel, self.stages
+        m, chunks = self.run.training.gradient_accumulation_steps, parallel.pp_interleave_num
         nbytes = stage_transfer(self.run, self.execution)
         hops = [
             transfer_seconds(nbytes, number, self.sizes, self.hardware)
@@ -223,14 +213,23 @@ class StepModel:
         ]
         if chunks > 1:  # the last stage's chunk goes on at the first stage
             hops.append(max(hops))
-        forward, backward = [s.forward for s in stages], [s.backward for s in stages]
+        meetings = [m * each for each in self._meetings(hops)]
         timeline = None
         if simulated:
-            timeline = simulate(scheduler, m, forward, backward, hops, chunks)
+            timeline = simulate(
+                parallel.pipeline_scheduler,
+                m,
+                [part.forward for part in self.parts],
+                [part.backward for part in self.parts],
+                hops,
+                chunks,
+                meetings=self.execution == "explicit",
+            )
             length, ends = timeline.length, [row[-1].end for row in timeline.rows]
         else:
             filling = sum(s.total for s in stages) - max(s.total for s in stages)
-            length = (filling / chunks) + m * max(s.total for s in stages) + 2 * sum(hops)
+            busy = max(m * s.total + met for s, met in zip(stages, meetings, strict=True))
+            length = (filling / chunks) + busy + 2 * sum(hops)
             ends = [length] * len(stages)
         after = [self._reduced(s, end) for s, end in zip(stages, ends, strict=True)]
         # clipping needs the norm of all gradients: no stage updates before the last one is done
@@ -239,14 +238,28 @@ class StepModel:
         norm = seconds(Message("AllReduce", GroupKind.WORLD, FLOAT), self.sizes, self.hardware)
         gather = max(s.gather for s in stages)
         total = gather + done + norm + max(updates)
-        chosen = max(stages, key=lambda stage: stage.total)
+        chosen = max(stages, key=lambda stage: m * stage.total + meetings[stage.number])
         parts = {name: value * m for name, value in chosen.parts.items()}
-        parts["bubble"] = length - m * chosen.total
+        parts["transfers"] = meetings[chosen.number]
+        parts["bubble"] = length - m * chosen.total - meetings[chosen.number]
         parts["gradient_reduction"] = done - length
         parts["weights_gather"] = gather
         parts["gradient_norm"] = norm
         parts["optimizer"] = max(updates)
         return StepSeconds(total, parts, chosen.number, stages, timeline)
+
+    def _meetings(self, hops: Sequence[float]) -> list[float]:
+        """Seconds of a micro-batch's messages in which each stage takes part and does nothing else:
+        of the graph none. Each chunk's states and their gradient pass each of its boundaries.
+        """
+        pp, chunks = self.run.parallel.pp, self.run.parallel.pp_interleave_num
+        found = [0.0] * pp
+        if self.execution == "explicit":
+            for number, hop in enumerate(hops):
+                times = 2 * (chunks if number < pp - 1 else chunks - 1)
+                for stage in (number, (number + 1) % pp):
+                    found[stage] += times * hop
+        return found
 
     def _stage(self, stage: Stage) -> StageSeconds:
         parallel = self.run.parallel
@@ -254,7 +267,7 @@ class StepModel:
         layers = [self._layer(layer) for layer in stage.layers]
         first = [self._end(self.work.embedding(), ("embedding", "tied"))] if stage.embedding else []
         last = [self._end(self.work.head(), ("head",))] if stage.head else []
-        spent = _Spent(self.slowdown)
+        spent = Spent(self.slowdown)
         for part in (*first, *layers, *last):
             if explicit_pipeline:  # keeps the inputs of its stages alone and goes forward again
                 again = not stage.head
@@ -346,45 +359,3 @@ class StepModel:
                 done = max(done, ready) + each
             return max(done, end)
         return done + sum(stage.layers)
-
-
-class _Spent:
-    """Adds up what the parts of a stage take."""
-
-    def __init__(self, slowdown: float) -> None:
-        self.slowdown = slowdown
-        self.forward = self.backward = 0.0
-        names = ("matmul", "attention", "memory_bound", "recompute", "all_to_all")
-        self.parts = dict.fromkeys((*names, "tensor_parallel", "accumulation"), 0.0)
-
-    def add(self, part: Part, *, again: bool, selective: bool, overlapped: bool) -> None:
-        """One part.
-
-        Args:
-            part: which.
-            again: its forward pass is computed again before its gradient.
-            selective: its core of attention and norms are.
-            overlapped: two halves of it hide half of the shorter one of computation and exchange.
-        """
-        slower = self.slowdown
-        ahead, back = part.compute.forward, part.compute.backward
-        once = part.compute.selective.total * slower if selective else 0.0
-        forward = ahead.total * slower
-        backward = back.total * slower + once + part.accumulate
-        self.parts["matmul"] += (ahead.matmul + back.matmul) * slower
-        self.parts["attention"] += (ahead.attention + back.attention) * slower
-        self.parts["memory_bound"] += (ahead.memory_bound + back.memory_bound) * slower
-        self.parts["recompute"] += once
-        self.parts["accumulation"] += part.accumulate
-        exposed = part.all_to_all
-        if overlapped:
-            exposed -= min(part.all_to_all, forward + part.tensor) / 2
-        passes = 1
-        if again:
-            passes = 2
-            self.parts["recompute"] += forward
-            backward += forward + part.tensor + exposed
-        self.parts["all_to_all"] += (passes + 1) * exposed
-        self.parts["tensor_parallel"] += passes * part.tensor + part.tensor_gradient
-        self.forward += forward + part.tensor + exposed
-        self.backward += backward + part.tensor_gradient + exposed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mistral_ms.planner.course import rows as course_rows
 from mistral_ms.planner.published import FITTED, POINTS, PREDICTED, Point
 from mistral_ms.planner.published import table as assumptions
 from mistral_ms.planner.step import SLOWDOWN
@@ -38,6 +39,11 @@ def published() -> Study:
             for row in assumptions()
         ),
     )
+    course = Table(
+        "The course's point under every combination of what it leaves open",
+        ("", "combinations", "within 15 %", "lowest error", "median", "highest"),
+        tuple(course_rows()),
+    )
     chart = Chart(
         "Published throughput, and what the planner says of it",
         "",
@@ -64,7 +70,8 @@ def published() -> Study:
         "The constant is fitted on the first point; the others are predictions.",
         "What the course leaves open decides about its point: it neither confirms nor refutes.",
     )
-    return Study("published", "How good are the predictions?", (found, dependence), (chart,), notes)
+    tables = (found, dependence, course)
+    return Study("published", "How good are the predictions?", tables, (chart,), notes)
 
 
 def _others(points: Sequence[Point]) -> Series:

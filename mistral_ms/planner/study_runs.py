@@ -103,6 +103,8 @@ def layout(candidate: Candidate | None) -> str:
     parts += [f"{key} {value}" for key in ("mp", "pp", "ep") if (value := getattr(sizes, key)) > 1]
     text = f"{', '.join(parts)}; m {micro}"
     text += "" if run.parallel.recompute == "none" else f", recompute {run.parallel.recompute}"
+    chunks = run.parallel.pp_interleave_num
+    text += f", {chunks} chunks (explicit)" if chunks > 1 else ""
     text += ", host" if run.training.offload_optimizer == "host" else ""
     return text + (", hierarchical" if run.parallel.all_to_all == "hierarchical" else "")
 

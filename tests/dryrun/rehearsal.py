@@ -114,7 +114,7 @@ def rehearse(run: RunConfig, rank: int) -> Counter[Said]:
     parallel_context = ParallelContext(run.parallel, rank)
     groups = UnansweredGroups(parallel_context.topology, rank)
     parallel_context.groups = groups
-    model = parallel_context.build_model(run.model, run.routing, training.dtype)
+    model = parallel_context.build_stage(run.model, run.routing, training.dtype)
     pooled = run.routing.aux_loss == "pooled"
     update = TrainStep(
         make_objective(model, training, pooled_aux=pooled, parallel_context=parallel_context),

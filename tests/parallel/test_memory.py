@@ -63,6 +63,23 @@ def test_a_dense_layer_keeps_what_torch_saves_of_hugging_faces():
     assert ours == theirs
 
 
+def test_what_the_graph_keeps_of_a_block_that_is_computed_again():
+    """Its input, rotated queries and keys, and the rows that came back: tests/dryrun/test_live.py
+    counts them. In 16 bits the router computes from a copy in float32.
+    """
+    sizes = SIZES | {"fused": True, "itemsize": 2}
+    model = SPARSE
+    found = layer_memory(model, DROPLESS, ONE, **sizes)
+    T, H, D = 24, model.hidden_size, model.head_size
+    heads = model.num_attention_heads + model.num_key_value_heads
+    K = model.moe.num_experts_per_tok
+    assert found.kept("full", in_graph=True) == 2 * (T * H + T * heads * D + T * K * H)
+    assert found.kept("full") == 2 * T * H
+    half = RoutingConfig(router_dtype="bfloat16")
+    assert found.norms - layer_memory(model, half, ONE, **sizes).norms == 2 * T * H
+    assert found.probabilities == 2 * T * model.num_attention_heads * 8 * 4
+
+
 def test_a_sparse_layer_by_hand():
     T, H, E, K = 24, SPARSE.hidden_size, 4, SPARSE.moe.num_experts_per_tok
     dense, sparse = (layer_memory(m, DROPLESS, ONE, **SIZES) for m in (DENSE, SPARSE))
@@ -107,11 +124,15 @@ def activations(execution="explicit", stage=0, micro_batches=1, **parallel):
 
 
 def test_recomputing_leaves_less():
-    """Nothing of the attention probabilities; of whole blocks their input."""
+    """Nothing of the attention probabilities, nor of what attention and the norms gave, which are
+    computed again with them (unfused norms keep two tensors more); of whole blocks their input.
+    """
     none, selective, full = (activations(recompute=r) for r in ("none", "selective", "full"))
     rows, length, heads = 8, 12, DENSE.num_attention_heads
     probabilities = rows * heads * length * length * 4
-    assert none.layers - selective.layers == 4 * probabilities
+    states = rows * length * DENSE.hidden_size * 4
+    result = rows * length * heads * DENSE.head_size * 4
+    assert none.layers - selective.layers == 4 * (probabilities + 4 * states + result)
     assert full.layers == 4 * rows * length * DENSE.hidden_size * 4
     assert full.working - none.working == (none.layers - full.layers) // 4
     assert none.logits == 3 * rows * length * DENSE.vocab_size * 4

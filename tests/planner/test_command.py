@@ -35,6 +35,7 @@ def test_a_plan(tmp_path):
     assert "Runner-up" in done.output
     assert "another layout wins" in done.output
     assert "assumed or from memory" in done.output
+    assert "With routing.policy dropless the same layout would give" in done.output
     assert figure.read_bytes().startswith(b"\x89PNG")
     best = json.loads(report.read_text())["candidates"][0]
     run = load_run_config(output)
@@ -73,6 +74,7 @@ def test_a_study(tmp_path):
         (("--study", "routes", "--calibrate", "x.yaml"), "no plan: --study: --calibrate"),
         (("--calibrate", "x.yaml", "--config", RUN), "no plan: --calibrate: --config"),
         (("--study", "routes", "--config", RUN), "no plan: --study: --config"),
+        (("--study", "routes", "--dispatch", "any"), "no plan: --study: --dispatch"),
     ],
 )
 def test_a_plan_or_a_study_or_a_calibration(arguments, message):

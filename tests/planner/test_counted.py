@@ -19,6 +19,7 @@ LAYOUTS = [
     ({"dp": 1}, {"dtype": "float32"}),
     ({"dp": 4, "ep": 2, "optimizer_parallel": True}, {}),
     ({"dp": 2, "ep": 2, "pp": 2, "mp": 2, "optimizer_parallel": True}, {"dtype": "float32"}),
+    ({"dp": 2, "ep": 2, "pp": 2, "pp_interleave_num": 2, "optimizer_parallel": True}, {}),
 ]
 
 
@@ -34,7 +35,7 @@ def counted(run, rank):
     """What the step of a rank that is alone keeps; nothing is compiled or sent."""
     context = ParallelContext(run.parallel, rank)
     context.groups = UnansweredGroups(context.topology, rank)
-    model = context.build_model(run.model, run.routing, run.training.dtype)
+    model = context.build_stage(run.model, run.routing, run.training.dtype)
     objective = make_objective(
         model, run.training, pooled_aux=run.routing.aux_loss == "pooled", parallel_context=context
     )
@@ -47,16 +48,20 @@ def test_the_fullest_card_of_each_stage(parallel, training):
     if "mp" in parallel:  # shared and fine-grained experts, a dense layer, norms of heads
         values["model"] |= {"num_hidden_layers": 3, "layer_types": None, "qk_norm": "head"}
         values["model"]["moe"] |= FINE
+    if chunks := parallel.get("pp_interleave_num"):
+        values["model"] |= {"num_hidden_layers": chunks * parallel["pp"], "layer_types": None}
     run = RunConfig(**values)
-    stage_size = run.parallel.dp * run.parallel.mp
+    stage_size, pp = run.parallel.dp * run.parallel.mp, run.parallel.pp
+    parts = stages_of(run.model, pp * run.parallel.pp_interleave_num)
     layers, weights = layer_memories(run, fused=False), specs(run.model)
-    for stage in stages_of(run.model, run.parallel.pp):
+    for stage in range(pp):
         reports = [
-            counted(run, stage.number * stage_size + number)
+            counted(run, stage * stage_size + number)
             for number in range(0, stage_size, run.parallel.mp)  # tensor ranks hold equal parts
         ]
-        held = parameters(run.model, run.parallel, stage, weights, "explicit")
-        ours = card_memory(run, stage, held, layers, execution="explicit", fused=False)
+        here = parts[stage::pp]
+        held = parameters(run.model, run.parallel, here, weights, "explicit")
+        ours = card_memory(run, here, held, layers, execution="explicit", fused=False)
         assert ours.weights == max(report.device_weights for report in reports)
         assert ours.gradients == max(report.device_gradients for report in reports)
         assert ours.optimizer == max(report.device_optimizer for report in reports)
@@ -84,5 +89,5 @@ def test_the_graph_stores_what_is_planned(parallel):
         storage = GraphStorage(run.model, run.parallel, stage.number * stage_size)
         parts = [storage.local_slice(name) for name in storage.specs]
         stored = sum(math.prod(cut.stop - cut.start for cut in part) for part in parts)
-        found = parameters(run.model, run.parallel, stage, weights, "graph")
+        found = parameters(run.model, run.parallel, (stage,), weights, "graph")
         assert found.kept == found.owned == stored

@@ -27,7 +27,8 @@ in docs/auto_parallel.md: run and stage."""
 
 
 def of(run, stage, execution="graph", fused=True):
-    held = stages_of(run.model, run.parallel.pp)[stage]
+    pp = run.parallel.pp
+    held = stages_of(run.model, pp * run.parallel.pp_interleave_num)[stage::pp]
     counted = parameters(run.model, run.parallel, held, specs(run.model), execution)
     layers = layer_memories(run, fused=fused)
     return card_memory(run, held, counted, layers, execution=execution, fused=fused)
@@ -67,10 +68,14 @@ def test_offload_moves_the_optimizer_and_nothing_else(execution, dtype):
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize(("execution", "stage"), [("graph", 0), ("graph", 1), ("explicit", 0)])
-def test_activations_are_those_that_a_training_calculates(execution, stage, recompute):
+@pytest.mark.parametrize(
+    ("execution", "stage", "chunks"),
+    [("graph", 0, 1), ("graph", 1, 1), ("explicit", 0, 1), ("explicit", 0, 2), ("explicit", 1, 2)],
+)
+def test_activations_are_those_that_a_training_calculates(execution, stage, chunks, recompute):
     """By the same functions, whose layers are counted against PyTorch: tests/parallel."""
-    run = small({"dp": 4, "ep": 4, "pp": 2, "recompute": recompute})
+    parallel = {"dp": 4, "ep": 4, "pp": 2, "recompute": recompute, "pp_interleave_num": chunks}
+    run = small(parallel)
     found = of(run, stage, execution)
     theirs = activation_memory(
         run.model, run.routing, run.training, run.parallel, stage=stage, execution=execution,
@@ -87,13 +92,20 @@ def test_parts_add_up():
     assert memory.gib == memory.total / 2**30
 
 
-def test_what_is_gathered():
-    """In 16 bits: on 16 cards nobody has the same experts, on 64 two cards have."""
+def test_what_is_computed_with():
+    """All but embedding and router is rounded to 16 bits. What float32 gathers are shares alone: on
+    16 cards nobody has the same experts, on 64 two cards have.
+    """
     model = load_run_config(RUNS / "pretrain_mixtral_8x7b_16card.yaml").model
     H, I, V, L = model.hidden_size, model.intermediate_size, model.vocab_size, 16  # noqa: E741
     dense = L * (2 * H * H + 2 * H * H // 4 + 2 * H + 8 * H) + V * H
-    sixteen = of(load_run_config(RUNS / "pretrain_mixtral_8x7b_16card.yaml"), 0)
-    assert sixteen.gathered == 2 * dense
-    sixtyfour = of(load_run_config(RUNS / "pretrain_mixtral_8x7b_64card.yaml"), 0)
+    run = load_run_config(RUNS / "pretrain_mixtral_8x7b_16card.yaml")
+    rounded = dense - V * H - L * 8 * H + L * 3 * H * I  # one expert of each layer
+    assert of(run, 0).gathered == 2 * rounded
+    float32 = ("training.dtype=float32",)
+    assert of(load_run_config(RUNS / "pretrain_mixtral_8x7b_16card.yaml", float32), 0).gathered == (
+        4 * dense
+    )
+    sixtyfour = of(load_run_config(RUNS / "pretrain_mixtral_8x7b_64card.yaml", float32), 0)
     layers = (dense - V * H) // 2 - L // 2 * 8 * H  # 16 cards cannot share the 8 rows of a router
-    assert sixtyfour.gathered == 2 * (layers + V * H + L // 2 * 3 * H * I)
+    assert sixtyfour.gathered == 4 * (layers + V * H + L // 2 * 3 * H * I)

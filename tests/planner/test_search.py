@@ -9,7 +9,18 @@ from mistral_ms.config import load_run_config, read_yaml
 from mistral_ms.config.base import validate
 from mistral_ms.errors import ConfigError
 from mistral_ms.parallel.graph.checks import check_run
-from mistral_ms.planner import Cluster, checked, explain, judge, load_hardware, plan, zipf
+from mistral_ms.planner import (
+    POLICIES,
+    Cluster,
+    checked,
+    explain,
+    judge,
+    load_hardware,
+    other_dispatch,
+    plan,
+    zipf,
+)
+from mistral_ms.planner.explain import other_dispatch as sentence
 from mistral_ms.planner.hardware import DIRECTORY, Hardware
 
 RUNS = Path(__file__).parents[2] / "configs" / "run"
@@ -38,12 +49,19 @@ def test_order(on_32):
 
 
 def test_the_best_are_what_train_and_dryrun_take(on_32):
-    """All rules of configurations, and those of the graph."""
+    """All rules of configurations, and those of the graph; what it refuses is for the explicit
+    path, and its file says so.
+    """
     for each in on_32[:10]:
         assert each.fits
         assert each.memory.gib <= A2.usable_gib
         complete = checked(each.run)
-        check_run(complete, complete.model.num_hidden_layers)
+        if each.execution == "graph":
+            check_run(complete, complete.model.num_hidden_layers)
+        else:
+            assert complete.parallel.execution == "explicit"
+            with pytest.raises(ConfigError, match="the graph's stages are one run"):
+                check_run(complete, complete.model.num_hidden_layers)
         assert complete.model == run().model
         assert complete.training.global_batch_size == run().training.global_batch_size
 
@@ -66,11 +84,71 @@ def test_the_first_is_as_good_as_judged_alone(on_32):
     assert alone.memory == on_32[0].memory
 
 
+def test_virtual_stages_are_searched(on_32):
+    """On the explicit path, each division with as many as are fastest; in the graph none."""
+    for each in on_32:
+        interleaved = each.run.parallel.pp_interleave_num > 1
+        assert interleaved == (each.execution == "explicit")
+    found = plan(run("pretrain_mixtral_8x7b_32card", "parallel.execution=explicit"),
+                 Cluster.of(A2, 32))  # fmt: skip
+    several = [each for each in found if each.run.parallel.pp_interleave_num > 1 and each.fits]
+    assert several
+    assert all(each.execution == "explicit" for each in found)
+    for each in several[:3]:
+        parallel = each.run.parallel
+        assert each.run.training.gradient_accumulation_steps % parallel.pp == 0
+        plain = parallel.model_copy(update={"pp_interleave_num": 1})
+        other = judge(each.run.model_copy(update={"parallel": plain}), Cluster.of(A2, 32))
+        assert other.tokens_per_s_per_card < each.tokens_per_s_per_card
+        # more inputs of stages are kept, and of one chunk alone what its layers keep
+        assert other.memory.in_flight < each.memory.in_flight
+        assert other.memory.activations > each.memory.activations
+    graph = plan(run("pretrain_mixtral_8x7b_32card", "parallel.execution=graph"),
+                 Cluster.of(A2, 32))  # fmt: skip
+    assert {(c.execution, c.run.parallel.pp_interleave_num) for c in graph} == {("graph", 1)}
+
+
+def test_what_the_graph_refuses_never_wins_silently(on_32):
+    """Nor is it missing where the graph's layouts are slower: few micro-batches, full recompute."""
+    asked = run("pretrain_mixtral_8x7b_32card")
+    graph = next(each for each in on_32 if each.execution == "graph")
+    parallel = {"pp_interleave_num": 2, "execution": "explicit"}
+    parallel = asked.parallel.model_copy(update=parallel)
+    other = judge(asked.model_copy(update={"parallel": parallel}), Cluster.of(A2, 32))
+    text = " ".join(explain([other, graph], asked))
+    assert "which MindSpore's graph refuses: the run says parallel.execution explicit" in text
+    assert "The graph's fastest is dp=" in text
+    assert "Of the graph no layout fits" in " ".join(explain([other], asked))
+    assert "graph refuses" not in " ".join(explain([graph, other], asked))
+
+
+def test_dispatch_is_searched_on_request():
+    """Even experts make dropless as fast as it can be; uneven ones drop choices under a capacity,
+    and let the others wait without one. What trains something else says so.
+    """
+    asked, cluster = run("pretrain_mixtral_8x7b_32card"), Cluster.of(A2, 32)
+    assert asked.routing.policy == "capacity"
+    skew = (zipf(8, 1.0),)
+    uneven = plan(asked, cluster, loads=skew, policies=POLICIES)
+    assert uneven[0].run.routing.policy == "capacity"
+    even = plan(asked, cluster, policies=POLICIES)
+    assert {each.run.routing.policy for each in even if each.fits} == {"capacity", "dropless"}
+    dropless = next(each for each in even if each.run.routing.policy == "dropless")
+    assert dropless.values()["dispatch"] == "dropless"
+    text = " ".join(explain([dropless], asked))
+    assert "Its dispatch is dropless, and the run file's capacity" in text
+    other = other_dispatch(dropless, cluster, loads=skew)
+    assert other.run.routing.policy == "capacity"
+    assert other.balance.dropped > 0.25
+    assert f"drop {other.balance.dropped:.1%} of the choices" in sentence(other, even=False)
+
+
 def test_values_for_json(on_32):
     values = on_32[0].values()
     assert {
         "dp", "mp", "pp", "ep", "micro_batches", "offload", "recompute", "memory_gib", "fits",
-        "tokens_per_s_per_card", "breakdown",
+        "tokens_per_s_per_card", "breakdown", "pp_interleave_num", "execution", "dispatch",
+        "all_to_all",
     } <= set(values)  # fmt: skip
     assert sum(values["memory"].values()) == pytest.approx(values["memory_gib"], abs=0.02)
     assert sum(values["breakdown"].values()) == pytest.approx(values["step_seconds"], abs=0.002)

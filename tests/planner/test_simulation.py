@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mistral_ms.errors import ConfigError
-from mistral_ms.parallel.pipeline import Phase, make_schedule
+from mistral_ms.parallel.pipeline import EXPLICIT_BACKWARD, Phase, make_schedule
+from mistral_ms.planner import simulation
 from mistral_ms.planner.simulation import Operation, orders, simulate
 
 F, B = Phase.FORWARD, Phase.BACKWARD
@@ -30,17 +31,20 @@ def test_equal_stages_idle_as_the_papers_say(name, stages, micro):
 @pytest.mark.parametrize(("stages", "micro"), [(2, 4), (4, 4), (4, 16), (8, 16)])
 def test_interleaving_divides_the_bubble_by_the_chunks(stages, micro, chunks):
     """(p - 1) / (v m + p - 1), arXiv:2104.04473, section 2.2."""
-    timeline = simulate("interleaved_1f1b", micro, [1.0] * stages, [2.0] * stages, (), chunks)
+    parts = stages * chunks
+    timeline = simulate("1f1b", micro, [1.0] * parts, [2.0] * parts, (), chunks)
     assert timeline.bubble_fraction == pytest.approx((stages - 1) / (chunks * micro + stages - 1))
 
 
-@pytest.mark.parametrize(("name", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 3)])
-def test_no_order_violates_a_dependency(name, chunks):
+@pytest.mark.parametrize("meetings", [False, True])
+@pytest.mark.parametrize(("name", "chunks"), [("gpipe", 1), ("1f1b", 1), ("1f1b", 3)])
+def test_no_order_violates_a_dependency(name, chunks, meetings):
     """Whatever the durations: all operations, once each, none before its input has arrived."""
     stages, micro = 4, 8
     random = np.random.default_rng(0)
-    forward, backward, transfer = random.uniform(0.1, 2, (3, stages))
-    timeline = simulate(name, micro, forward, backward, transfer, chunks)
+    forward, backward = random.uniform(0.1, 2, (2, stages * chunks))
+    transfer = random.uniform(0.1, 2, stages)
+    timeline = simulate(name, micro, forward, backward, transfer, chunks, meetings=meetings)
     at = {(e.stage, e.operation): e for row in timeline.rows for e in row}
     every = itertools.product((F, B), range(micro), range(chunks))
     assert set(at) == {(s, Operation(*each)) for each in every for s in range(stages)}
@@ -57,6 +61,66 @@ def test_no_order_violates_a_dependency(name, chunks):
             assert ahead.end + hop <= at[after, Operation(F, number, above)].start + 1e-12
             back = at[after, Operation(B, number, above)]
             assert back.end + hop <= at[stage, Operation(B, number, chunk)].start + 1e-12
+
+
+@pytest.mark.parametrize(("name", "chunks"), [("gpipe", 1), ("1f1b", 1), ("1f1b", 2)])
+def test_meetings_keep_both_stages(name, chunks):
+    """Of the explicit path. A stage never computes while it hands something on or takes it: what it
+    computes and its own messages fit, apart from each other, between its beginning and the end.
+    """
+    stages, micro, hop = 4, 8, 0.25
+    parts = stages * chunks
+    timeline = simulate(
+        name, micro, [1.0] * parts, [2.0] * parts, [hop] * stages, chunks, meetings=True
+    )
+    beside = simulate(name, micro, [1.0] * parts, [2.0] * parts, [hop] * stages, chunks)
+    assert timeline.length > beside.length
+    own = [4 * chunks] * stages  # two boundaries, there and back
+    own[0] = own[-1] = 2 * chunks + 2 * (chunks - 1)  # one, and for chunks that from end to start
+    for stage, row in enumerate(timeline.rows):
+        apart = sum(two.start - one.end for one, two in itertools.pairwise(row))
+        before = row[0].start + timeline.length - row[-1].end
+        assert apart + before >= micro * own[stage] * hop - 1e-9
+
+
+def test_a_meeting_by_hand():
+    """Two stages, two micro-batches, forward 1, backward 2, a message 1. F0 travels from 1 to 2, F1
+    from 3 to 4, before the last stage's first gradient, which travels from 6 to 7; the first stage
+    has waited for it since 4. B1's travels from 10 to 11.
+    """
+    timeline = simulate("1f1b", 2, [1.0, 1.0], [2.0, 2.0], [1.0], meetings=True)
+    first, last = ([(str(e)[:2], e.start, e.end) for e in row] for row in timeline.rows)
+    assert first == [("F0", 0, 1), ("F1", 2, 3), ("B0", 7, 9), ("B1", 11, 13)]
+    assert last == [("F0", 2, 3), ("B0", 4, 6), ("F1", 7, 8), ("B1", 8, 10)]
+    path = [str(event)[:2] + str(event)[-1] for event in timeline.critical_path]
+    assert path == ["F00", "F10", "B01", "F11", "B11", "B10"]
+
+
+def test_without_messages_a_meeting_costs_nothing_to_equal_stages():
+    """One slot forward, three backward: the order that all keep is that of whole slots. Of chunks
+    a few slots are lost where the pipeline empties: whoever gives waits for the one that takes.
+    """
+    for chunks in (1, 2):
+        ahead = [1.0] * (4 * chunks)
+        back = [float(EXPLICIT_BACKWARD)] * (4 * chunks)
+        alone = simulate("1f1b", 8, ahead, back, (), chunks)
+        met = simulate("1f1b", 8, ahead, back, (), chunks, meetings=True)
+        assert alone.length <= met.length <= (1.0 if chunks == 1 else 1.03) * alone.length
+
+
+def test_slots_of_other_lengths_let_interleaved_stages_wait(monkeypatch):
+    """Why the explicit path's schedule is made of backward steps of three slots: its own order
+    interleaves with less waiting than one run of layers a stage has, that of equal slots with more.
+    """
+    ahead, back = [1.0] * 4, [3.0] * 4
+    plain = simulate("1f1b", 16, ahead, back, (), meetings=True).length
+    halves = [0.5] * 8, [1.5] * 8
+    ours = simulate("1f1b", 16, *halves, (), 2, meetings=True).length
+    monkeypatch.setattr(simulation, "EXPLICIT_BACKWARD", 1)
+    simulation._meetings.cache_clear()
+    equal = simulate("1f1b", 16, *halves, (), 2, meetings=True).length
+    simulation._meetings.cache_clear()
+    assert ours < plain < equal
 
 
 def test_the_critical_path_has_no_holes_but_messages():
@@ -84,4 +148,4 @@ def test_slower_is_never_faster():
 
 def test_micro_batches_that_cannot_be_interleaved():
     with pytest.raises(ConfigError, match="multiple of its 4 stages"):
-        orders("interleaved_1f1b", 4, 6, 2)
+        orders("1f1b", 4, 6, 2)

@@ -9,7 +9,9 @@ from mistral_ms.parallel.pipeline import stages_of
 from mistral_ms.planner.hardware import load_hardware
 from mistral_ms.planner.load import EVEN
 from mistral_ms.planner.memory import parameters
+from mistral_ms.planner.network import transfer_seconds
 from mistral_ms.planner.step import SLOWDOWN, StepModel, elements
+from mistral_ms.planner.traffic import stage_transfer
 from mistral_ms.planner.work import Work
 from mistral_ms.weights import specs
 
@@ -30,11 +32,14 @@ def changed(run, **values):
 
 
 def step(run=RUN, hardware=A2, execution="graph", **options):
-    stages, weights = stages_of(run.model, run.parallel.pp), specs(run.model)
-    owned = [parameters(run.model, run.parallel, s, weights, execution).owned for s in stages]
+    pp, weights = run.parallel.pp, specs(run.model)
+    parts = stages_of(run.model, pp * run.parallel.pp_interleave_num)
+    owned = [
+        parameters(run.model, run.parallel, parts[number::pp], weights, execution).owned
+        for number in range(pp)
+    ]
     held = elements(weights, run.parallel.sizes)
-    model = StepModel(run, hardware, execution, stages, held)
-    return model.step(owned, run.parallel.pipeline_scheduler, **options)
+    return StepModel(run, hardware, execution, parts, held).step(owned, **options)
 
 
 @pytest.mark.parametrize("execution", ["graph", "explicit"])
@@ -65,6 +70,23 @@ def test_the_bubble_is_that_of_the_papers():
     assert pipeline.bubble_fraction == pytest.approx(3 / (16 + 3), abs=0.02)
 
 
+def test_interleaving_shortens_the_bubble_and_sends_more():
+    """On the explicit path. Of v chunks a stage in the middle has 2 v boundaries, each of which
+    states pass there and their gradients back; an end has v, and v - 1 from end to start.
+    """
+    m, pp = RUN.training.gradient_accumulation_steps, RUN.parallel.pp
+    hop = transfer_seconds(stage_transfer(RUN, "explicit"), 0, RUN.parallel.sizes, A2)
+    bubbles = []
+    for v in (1, 2, 4):
+        found = step(changed(RUN, pp_interleave_num=v), execution="explicit")
+        boundaries = 2 * v - 1 if found.slowest in (0, pp - 1) else 2 * v
+        assert found.breakdown["transfers"] == pytest.approx(2 * m * boundaries * hop)
+        bubbles.append(found.breakdown["bubble"])
+    assert bubbles == sorted(bubbles, reverse=True)
+    assert bubbles[1] < 0.75 * bubbles[0]
+    assert step().breakdown["transfers"] == 0
+
+
 def slower(level, key, factor):
     rates = getattr(A2, level)
     return A2.model_copy(
@@ -80,13 +102,16 @@ def slower(level, key, factor):
         ("inside", "gb_per_s", 0.5),
         ("inside", "latency_us", 10),
         ("between", "gb_per_s", 0.1),
+        ("between", "latency_us", 1000),
         ("host", "gb_per_s", 0.5),
         ("host", "memory_gb_per_s", 0.5),
     ],
 )
 def test_time_never_falls_when_something_gets_slower(level, key, factor):
     run = changed(RUN, offload_optimizer="host", dp=16, global_batch_size=256)
-    assert step(run, slower(level, key, factor)).seconds > step(run).seconds
+    for way, chunks in (("graph", 1), ("explicit", 1), ("explicit", 2)):
+        each = changed(run, pp_interleave_num=chunks)
+        assert step(each, slower(level, key, factor), way).seconds > step(each, A2, way).seconds
 
 
 def test_what_is_computed_again_takes_time():

@@ -11,6 +11,7 @@ from mistral_ms.planner.study_runs import (
     DEEPSEEK,
     MISTRAL_7B,
     MIXTRAL_8X7B,
+    MIXTRAL_8X22B,
     TOP_1,
     TOP_4,
     active_parameters,
@@ -88,5 +89,5 @@ def test_models():
 
 
 def test_what_does_not_fit():
-    assert best(training(MIXTRAL_8X7B, 32), 8) is None
+    assert best(training(MIXTRAL_8X22B, 32), 8) is None
     assert layout(None) == "none fits"

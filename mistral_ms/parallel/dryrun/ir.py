@@ -140,7 +140,7 @@ class Graph:
 
 
 @dataclass
-class _Node:
+class Node:
     """One operator with the lines that belong to it."""
 
     operator: str
@@ -149,10 +149,12 @@ class _Node:
 
     @property
     def head(self) -> str:
+        """The line that names it and its inputs."""
         return self.lines[0]
 
     @cached_property
     def scope(self) -> str:
+        """MindSpore's path of the cell, and the operator's own name."""
         for line in self.lines:
             if "Fullname with scope: (" in line:
                 return line.partition("with scope: (")[2].rstrip().removesuffix(")")
@@ -179,24 +181,31 @@ class _Node:
         return [], []
 
 
-def read(text: str, rank: int, world: int, groups: Mapping[str, tuple[int, ...]]) -> Graph:
-    """Reads the text of one graph.
+@dataclass(frozen=True)
+class Parsed:
+    """The lines of a text, put together.
 
-    Args:
-        text: of the ``.ir`` file.
-        rank: whose graph it is.
-        world: ranks in all.
-        groups: the ranks of groups that were made by hand; the text is wrong about those.
-
-    Raises:
-        DryrunError: a communication operator that cannot be read.
+    Attributes:
+        root: name of the graph that a step runs.
+        parameters: this rank's parts, by name.
+        nodes: all operators, in the order of the text.
+        times: how often each subgraph runs in a step.
     """
+
+    root: str
+    parameters: Mapping[str, TensorType]
+    nodes: tuple[Node, ...]
+    times: Mapping[str, int]
+
+
+def parse(text: str) -> Parsed:
+    """Puts the lines of a graph's text together."""
     parameters: dict[str, TensorType] = {}
-    nodes: list[_Node] = []
+    nodes: list[Node] = []
     calls: defaultdict[str, Counter[str]] = defaultdict(Counter)
     closures: defaultdict[str, Counter[str]] = defaultdict(Counter)
     root = subgraph = ""
-    node: _Node | None = None
+    node: Node | None = None
     for line in text.splitlines():
         if found := _ENTRY.match(line):
             root = found.group(1)
@@ -210,12 +219,28 @@ def read(text: str, rank: int, world: int, groups: Mapping[str, tuple[int, ...]]
             calls[subgraph].update(a or b for a, b in _CALL.findall(line))
             closures[subgraph].update(_CLOSURE.findall(line))
             found = _NODE.match(line)
-            node = _Node(found.group(1), subgraph, [line]) if found else None
+            node = Node(found.group(1), subgraph, [line]) if found else None
             if node is not None:
                 nodes.append(node)
         elif node is not None:
             node.lines.append(line)
-    times = _executions(root, calls, closures)
+    return Parsed(root, parameters, tuple(nodes), _executions(root, calls, closures))
+
+
+def read(text: str, rank: int, world: int, groups: Mapping[str, tuple[int, ...]]) -> Graph:
+    """Reads the text of one graph.
+
+    Args:
+        text: of the ``.ir`` file.
+        rank: whose graph it is.
+        world: ranks in all.
+        groups: the ranks of groups that were made by hand; the text is wrong about those.
+
+    Raises:
+        DryrunError: a communication operator that cannot be read.
+    """
+    parsed = parse(text)
+    nodes, times = parsed.nodes, parsed.times
     on_host = Counter(n.operator for n in nodes if n.text("primitive_target") == "CPU")
     communication = []
     for node in nodes:
@@ -228,11 +253,11 @@ def read(text: str, rank: int, world: int, groups: Mapping[str, tuple[int, ...]]
             communication.append(
                 _communication(node, rank, world, groups, times.get(node.subgraph, 0))
             )
-    return Graph(parameters, tuple(communication), dict(on_host))
+    return Graph(parsed.parameters, tuple(communication), dict(on_host))
 
 
 def _communication(
-    node: _Node, rank: int, world: int, groups: Mapping[str, tuple[int, ...]], times: int
+    node: Node, rank: int, world: int, groups: Mapping[str, tuple[int, ...]], times: int
 ) -> Communication:
     group = node.text("group") or ""
     given, got = node.types
@@ -252,11 +277,11 @@ def _communication(
         )
     moved = got[0] if node.operator == "Receive" else given[0]
     return Communication(
-        node.operator, _phase(node), group, ranks, moved, got[0], times, peer, node.scope
+        node.operator, phase_of(node), group, ranks, moved, got[0], times, peer, node.scope
     )
 
 
-def _peer(node: _Node, ranks: tuple[int, ...]) -> int | None:
+def _peer(node: Node, ranks: tuple[int, ...]) -> int | None:
     whole, within = {
         "Send": ("dst_global_rank", "dest_rank"),
         "Receive": ("src_global_rank", "src_rank"),
@@ -267,7 +292,8 @@ def _peer(node: _Node, ranks: tuple[int, ...]) -> int | None:
     return ranks[number[0]] if number and number[0] < len(ranks) else None
 
 
-def _phase(node: _Node) -> Phase:
+def phase_of(node: Node) -> Phase:
+    """In which part of a step an operator runs, as far as its own lines say."""
     if "duplicated: Bool(1)" in node.head:
         return "recompute"
     if _UPDATE.search(node.scope):
