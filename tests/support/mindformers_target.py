@@ -188,6 +188,7 @@ def predict() -> Step:
 
     given = sections(Layout(dp=1, mp=2))
     given["run_mode"] = "predict"
+    given["parallel"]["enable_alltoall"] = False  # as 1.7's file has it
     given["model"]["model_config"] |= {"use_past": True, "weights_from": str(place / "whole")}
     given["model"]["model_config"] |= {"num_layers": 2, "batch_size": 2}
     config = MindFormerConfig(**given)
