@@ -1,6 +1,6 @@
 """How well the planner predicts the explicit path's step here, on 1, 2 and 4 processes.
 
-    .venv/bin/python benchmarks/planner_prediction.py [--json FILE] [--steps N]
+    .venv/bin/python benchmarks/planner_prediction.py [--processes N ...] [--json FILE] [--steps N]
 
 For each number of processes this machine is calibrated with as many (``plan --calibrate``), and
 each layout of so many processes trains a small Mixtral for a few steps under msrun. The planner
@@ -44,6 +44,7 @@ LAYOUTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("one process", {}),
     ("dp2 ep2", {"dp": 2, "ep": 2}),
     ("pp2", {"pp": 2}),
+    ("pp2, 2 chunks", {"pp": 2, "pp_interleave_num": 2}),
     ("mp2", {"mp": 2}),
     ("dp4 ep4", {"dp": 4, "ep": 4}),
     ("dp2 pp2 ep2", {"dp": 2, "pp": 2, "ep": 2}),
@@ -85,7 +86,7 @@ def measure(layout: dict[str, Any], steps: int) -> float:
         init()
         rank = get_rank()
     context = ParallelContext(run.parallel, rank)
-    model = context.build_model(run.model, run.routing, run.training.dtype)
+    model = context.build_stage(run.model, run.routing, run.training.dtype)
     context.initialize(model, 0)
     objective = make_objective(model, run.training, pooled_aux=False, parallel_context=context)
     update = TrainStep(objective, run.training, parallel_context=context)
@@ -133,6 +134,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2, 4], help="layouts of so many are run"
+    )
     parser.add_argument("--layout", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -146,6 +150,8 @@ def main() -> None:
     for name, layout in LAYOUTS:
         run = run_of(layout)
         world = run.parallel.world
+        if world not in arguments.processes:
+            continue
         if world not in kinds:
             kinds[world] = validate(Hardware, calibrate(world), "calibration")
         seconds = measured(name, layout, arguments.steps)
@@ -169,6 +175,8 @@ def main() -> None:
         )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+    if not rows:
+        raise SystemExit(f"no layout has {arguments.processes} processes")
     worst = max(abs(row["error"]) for row in rows)
     print(f"largest error {worst:.0%}; the aim is {AIM:.0%}")
     sys.exit(0 if worst <= AIM else 1)
