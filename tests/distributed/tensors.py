@@ -65,7 +65,7 @@ class Block(nn.Cell):
         self.norm, self.lm_head, self.nll = layer_factory.norm(), layer_factory.head(), nll
 
     def construct(self, ids_T, labels_T, cos, sin, visible):
-        context = cos, sin, visible, None
+        context = cos, sin, visible, None, None
         embedded = self.embed_tokens(ids_T)
         x_TH = embedded + self.attention(self.input_layernorm(embedded), context)
         x_TH = x_TH + self.feed_forward(self.post_attention_layernorm(x_TH))

@@ -48,6 +48,8 @@ def model(name: str) -> ModelConfig:
         moe["gate"] = GATES[name]
     if name in FINE:
         moe |= FINE[name]
+    if name in CONDITIONAL:
+        moe |= CONDITIONAL[name]
     lora = {"lora": ADAPTERS[name]} if name in ADAPTERS else {}
     layers = 3 if name in FINE else 2 if name in DEEP else stages
     sizes = {"num_hidden_layers": layers}
@@ -82,6 +84,7 @@ GATES = {
     "dp2 mp2 ep2": "noisy_top_k",
     "dp2 ep2 interleaved": {"name": "gshard_top_2", "router_jitter_noise": 0.1},
     "pp4, gpipe": {"name": "sigmoid_top_k", "bias_update_rate": 0.05},
+    "dp2 ep2 zero1, muon": "sinkhorn_top_k",
 }
 """Gates other than the usual one: noise and state are those of one process, too."""
 FINE = {
@@ -108,6 +111,14 @@ ADAPTERS = {
     "mp2, adapters": {"r": 2, "target_modules": "all-linear"},
 }
 """Trained in the place of the weights; those of experts are divided as the experts are."""
+CONDITIONAL = {
+    "dp2 ep2 zero1, adapters": {
+        "n_shared_experts": 1,
+        "shared_expert_gate": "cmr",
+        "cmr_gate_drop": 0.2,
+    }
+}
+"""NLLB-MoE's conditional routing: a gate that at times leaves the shared expert out."""
 TIED = ("dp2 mp2 ep2", "pp4, gpipe", "pp2, two chunks")
 DEEP = ("dp2 ep2 zero1", "generating")
 """Of several layers: what a recomputed block sends must not meet the gradients of the next one."""
@@ -175,6 +186,8 @@ def routing(variant: str) -> RoutingConfig:
     more = {"drop_priority": "random", "aux_choices": "first"} if variant == "plain" else {}
     if variant == "float16":  # where experts are divided, too, every sequence has slots of its own
         more = {"capacity_group": "sequence", "aux_scope": "sequence"}
+    if variant.startswith("muon"):  # Sinkhorn's normalisation looks at all tokens of a group
+        more = {"allow_future": True}
     return RoutingConfig(policy=policy, capacity_factor=1.1, aux_loss="per_layer", **more)
 
 
