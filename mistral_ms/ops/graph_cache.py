@@ -22,7 +22,6 @@ import logging
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
+from mindspore.graph import api
 from mindspore.ops import Primitive
 
 from mistral_ms.cache import cache_directory, compiler_settings
@@ -48,10 +48,11 @@ _FLAGS = (
     "_jit_config_dict", "_has_config_recompute", "_in_strategy", "_out_strategy",
 )  # fmt: skip
 """What every Cell has and a graph depends on; the rest of it is bookkeeping."""
-_RESET = ("stderr", "__stderr__", "displayhook", "excepthook")
-"""What MindSpore puts back to its state at the start of Python: with its cache on it looks for the
-files that the main script imports, and makes ``sys`` anew where that is one of them. Jupyter's
-kernel has replaced them, and cannot run another cell without its own ``stderr``."""
+_NO_SCRIPT = str(Path(__file__).with_name("__init__.py"))
+"""A file without imports (and not empty), in the place of the main script. With its cache on, MindSpore reads that
+script and everything that it imports: it fails where there is no such file (``python -c``, standard
+input, a program in another directory by now) or where imports are relative, and makes ``sys`` anew,
+whose ``stderr`` Jupyter's kernel cannot do without. What graphs are made of is in the digest."""
 _HELD = ("_cells", "_params", "_buffers", "_primitives")
 _CONTEXT = ("mode", "device_target", "graph_kernel_flags", "max_call_depth", "deterministic")
 _PATTERN = "compile_cache_*.mindir"
@@ -78,7 +79,8 @@ def kept_graphs(cells: Sequence[nn.Cell], *inputs: Any) -> Iterator[None]:
         yield
         return
     before = _compiled(cells)
-    kept = {name: getattr(sys, name) for name in _RESET}
+    script = api.entry_script_path
+    api.entry_script_path = _NO_SCRIPT
     process.begin(digest)
     try:
         yield
@@ -86,8 +88,7 @@ def kept_graphs(cells: Sequence[nn.Cell], *inputs: Any) -> Iterator[None]:
         process.give_up()
         raise
     finally:
-        for name, value in kept.items():
-            setattr(sys, name, value)
+        api.entry_script_path = script
     process.end(digest, _compiled(cells) - before)
 
 
@@ -203,10 +204,9 @@ def _digest(cells: Sequence[nn.Cell], inputs: Sequence[Any]) -> str | None:
 
 @functools.cache
 def _sources() -> bytes:
-    """Digest of this package's sources and of the program, which MindSpore looks at, too."""
+    """Digest of this package's sources."""
     found = hashlib.sha256()
-    program = [Path(sys.argv[0])] if sys.argv and Path(sys.argv[0]).is_file() else []
-    for path in (*sorted(PACKAGE.rglob("*.py")), *sorted(PACKAGE.rglob("*.cc")), *program):
+    for path in (*sorted(PACKAGE.rglob("*.py")), *sorted(PACKAGE.rglob("*.cc"))):
         found.update(f"{path}\0".encode())
         found.update(path.read_bytes())
     return found.digest()
