@@ -49,10 +49,11 @@ _FLAGS = (
 )  # fmt: skip
 """What every Cell has and a graph depends on; the rest of it is bookkeeping."""
 _NO_SCRIPT = str(Path(__file__).with_name("__init__.py"))
-"""A file without imports (and not empty), in the place of the main script. With its cache on, MindSpore reads that
-script and everything that it imports: it fails where there is no such file (``python -c``, standard
-input, a program in another directory by now) or where imports are relative, and makes ``sys`` anew,
-whose ``stderr`` Jupyter's kernel cannot do without. What graphs are made of is in the digest."""
+"""A file without imports, and not empty, in the place of the main script. With its cache on,
+MindSpore reads that script and everything that it imports: it fails where there is no such file
+(``python -c``, standard input, a program in another directory by now) or where imports are
+relative, and makes ``sys`` anew, whose ``stderr`` Jupyter's kernel cannot do without. What graphs
+are made of is in the digest."""
 _HELD = ("_cells", "_params", "_buffers", "_primitives")
 _CONTEXT = ("mode", "device_target", "graph_kernel_flags", "max_call_depth", "deterministic")
 _PATTERN = "compile_cache_*.mindir"
