@@ -9,19 +9,23 @@ from mistral_ms.errors import GenerationError
 from mistral_ms.ops import cpu
 
 
-def check_weights_dtype(dtype: DType, world: int) -> None:
+def check_weights_dtype(dtype: DType, world: int, tied: bool = False) -> None:
     """Raises if weights cannot be of a dtype here, with explicit execution.
 
     Args:
         dtype: of the weights.
         world: how many processes there are.
+        tied: whether the embedding is the head, too.
 
     Raises:
-        GenerationError: bfloat16 on CPU in several processes, or without the operators for it.
+        GenerationError: bfloat16 on CPU in several processes, of tied embeddings, or without the
+            operators for it.
     """
     if dtype != "bfloat16" or ms.get_context("device_target") != "CPU":
         return
     missing = cpu.why_missing()
+    if tied:  # MindSpore copies a parameter that two operators take, and has no copy of bfloat16
+        missing = "on CPU the embedding and the head are two weights in bfloat16"
     if world > 1 or missing is not None:
         raise GenerationError(
             "dtype not available",

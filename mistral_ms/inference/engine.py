@@ -167,6 +167,7 @@ class Engine:
             world=parallel_context.world,
         ) as source:
             config = source.config
+            check_weights_dtype(dtype, parallel_context.world, config.tie_word_embeddings)
             length = config.longest_sequence if max_length is None else max_length
             check_length(config, length, "max_length")
             chunk = min(chunk, length)

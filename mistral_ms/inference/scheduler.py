@@ -75,7 +75,7 @@ class Scheduler:
         self._steps, self._shapes, self._clear = steps, tuple(shapes), clear
         self._slots: list[RunningSequence | None] = [None] * steps.batch
         self._waiting: deque[RunningSequence] = deque()
-        self._tainted: set[int] = set()  # slots that hold what is not finite
+        self._tainted: set[int] = set()  # slots that may hold what is not finite
         self._order: list[int] = []  # slots, by the arrival of their sequences
         self.work = Work()
 
@@ -106,7 +106,10 @@ class Scheduler:
         if sequence in self._waiting:
             self._waiting.remove(sequence)
         elif sequence in self._slots:
-            self._release(self._slots.index(sequence))
+            row = self._slots.index(sequence)
+            if sequence.cached and not sequence.new_ids:  # nobody has looked at its logits
+                self._tainted.add(row)
+            self._release(row)
 
     def step(self) -> list[Progress]:
         """Computes one step; returns what it did, the oldest sequence first."""
@@ -130,10 +133,14 @@ class Scheduler:
         return found
 
     def _fill(self) -> None:
-        """Gives free slots to the next sequences of the queue."""
+        """Gives free slots to the next sequences of the queue. Slots that may hold what is not
+        finite wait until no sequence runs, and if they are half of all, the queue waits, too.
+        """
         if self._tainted and not self._order:
             self._clear()
             self._tainted.clear()
+        if 2 * len(self._tainted) >= len(self._slots):
+            return
         for row, held in enumerate(self._slots):
             if not self._waiting:
                 return

@@ -147,7 +147,7 @@ class Steps:
         # the rest are padding: any place without a token will do, and there are some, as P < B * S
         rows_P = np.full(shape.tokens, np.argmin(positions_BS), np.int32)
         rows_P[: len(here)] = here
-        places_T = np.zeros(B * S, np.int32)
+        places_T = np.full(B * S, shape.tokens, np.int32)
         places_T[here] = np.arange(len(here))
         ids_P = ids_BS.reshape(-1)[rows_P]
         return self._run(shape, ids_P, positions_BS, last_B, rows_P, places_T)

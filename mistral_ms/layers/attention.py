@@ -20,10 +20,11 @@ Packing: TypeAlias = tuple[Tensor, Tensor]
 """Of a batch [B, S] with much padding, whose layers compute P tokens alone, in this order:
 
 * rows_P: int32, where each of them stands in the flattened [B * S];
-* places_T: int32, where each of [B * S] stands among the P; anywhere for padding.
+* places_T: int32, where each of [B * S] stands among the P; P for padding.
 """
 
 _gather = ops.Gather()
+_concat = ops.Concat(0)
 
 AttentionContext: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Packing | None]
 """What all layers with the same window share in one forward pass, in this order:
@@ -34,6 +35,14 @@ AttentionContext: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None
 * cache_rows_T: int32, where the cache takes the new keys; None or unused without a cache;
 * packing: how the rows that the core is given stand in [B, S]; None: they are all of them.
 """
+
+
+def _unpack(x_PX: Tensor, places_T: Tensor) -> Tensor:
+    """[P, X] -> [T, X]. Padding is zero and not some sequence's row: that may be NaN, which times a
+    probability of zero is NaN in another sequence.
+    """
+    zeros_1X = ops.zeros((1, x_PX.shape[1]), x_PX.dtype)
+    return _gather(_concat((x_PX, zeros_1X)), places_T, 0)
 
 
 def visible_keys(
@@ -110,8 +119,8 @@ class AttentionCore(nn.Cell):
         if packing is None:
             return self._whole(q_TQ, k_TP, v_TP, context, cache)
         rows_P, places_T = packing
-        q_TQ = _gather(q_TQ, places_T, 0)
-        k_TP, v_TP = _gather(k_TP, places_T, 0), _gather(v_TP, places_T, 0)
+        q_TQ = _unpack(q_TQ, places_T)
+        k_TP, v_TP = _unpack(k_TP, places_T), _unpack(v_TP, places_T)
         return _gather(self._whole(q_TQ, k_TP, v_TP, context, cache), rows_P, 0)
 
     def _whole(

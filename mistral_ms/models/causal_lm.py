@@ -359,5 +359,5 @@ class NextTokenLogits(nn.Cell):
         else:
             packing = rows_P, places_T
             hidden_TH = self.model.hidden_states(ids_BS, positions_BS, packing=packing)[0]
-            rows_B = _gather(places_T, rows_B, 0)
+            rows_B = ops.minimum(_gather(places_T, rows_B, 0), ids_BS.shape[0] - 1)
         return self.logits(_gather(hidden_TH, rows_B, 0), self.model.head_weight())

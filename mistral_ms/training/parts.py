@@ -86,7 +86,7 @@ def take_part(
         model=update.architecture.model_copy(update={"torch_dtype": dtype}),
         sets={
             "model": tuple(_copied(name, name, weights[name]) for name in weights if name in mine),
-            OPTIMIZER: tuple(parts()),
+            **({OPTIMIZER: tuple(parts())} if update.state_kinds() else {}),
         },
         state=state_values(update.progress, identity),
     )

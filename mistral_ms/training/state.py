@@ -64,7 +64,7 @@ class Snapshot:
             self.model,
             _named(self.weights),
             {**files, "state.json": encode_state(self.state)},
-            extra_tensors={OPTIMIZER: _named(self.optimizer)},
+            extra_tensors={OPTIMIZER: _named(self.optimizer)} if self.optimizer else {},
             overwrite=True,
         )
 
@@ -128,6 +128,21 @@ def restore(update: Update, path: Path) -> None:
     # whoever chose the checkpoint has read every byte of it: CheckpointSeries.newest
     with open_checkpoint(path, "mistral_ms", verify=False, adapters=True) as source:
         load_weights(source, update.held(), storage=storage)
+    if update.state_kinds() or any(path.glob(f"{OPTIMIZER}*")):  # SGD may have none
+        _restore_optimizer(update, path)
+    update.restored()
+    try:
+        scale = LossScale(**state["loss_scale"])
+        update.progress = Progress(int(state["step"]), int(state["updates"]), scale)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            "damaged state", where=path / "state.json", value=repr(error)
+        ) from error
+
+
+def _restore_optimizer(update: Update, path: Path) -> None:
+    """Sets the optimizer's state; raises where the checkpoint has that of another one."""
+    storage = update.storage
     wanted = update.state()
     with open_tensor_set(path, OPTIMIZER) as stored:
         kept = stored.names()
@@ -154,14 +169,6 @@ def restore(update: Update, path: Path) -> None:
             part = None if storage.holds_everything else storage.local_slice(weight)
             values = storage.to_parameter(weight, stored.read(name, part))
             set_values(parameter, values)
-    update.restored()
-    try:
-        scale = LossScale(**state["loss_scale"])
-        update.progress = Progress(int(state["step"]), int(state["updates"]), scale)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            "damaged state", where=path / "state.json", value=repr(error)
-        ) from error
 
 
 def _check_optimizer(update: Update, state: Mapping[str, Any], path: Path) -> None:

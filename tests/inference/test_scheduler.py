@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from mindspore import Tensor, nn
 from support.hf import make_pair
 
 from mistral_ms.config import GenerationConfig
@@ -51,7 +52,14 @@ def load(tmp_path_factory):
         path = tmp_path_factory.mktemp(kind)
         pair.hf.save_pretrained(path)
         sizes = {"max_length": 64, "chunk": 8, "with_tokenizer": False}
-        return pair, functools.cache(lambda batch: Engine.load(path, batch=batch, **sizes))
+
+        def engine(batch):
+            """``broken``: one of its own, not compiled, for a test to break."""
+            if batch == "broken":
+                return Engine.load(path, batch=3, graph=False, **sizes)
+            return Engine.load(path, batch=batch, **sizes)
+
+        return pair, functools.cache(engine)
 
     return make
 
@@ -210,6 +218,49 @@ def test_logits_that_are_not_finite_end_one_sequence():
     assert run.rows(1) == [[1, 0]]
     assert run.cleared == 1
     assert not next_one.finished
+
+
+def test_a_prompt_that_is_cancelled_may_have_left_what_is_not_finite():
+    """Nobody has seen its logits; the queue waits as soon as half of the slots are like that."""
+    run = Run(4, chunk=4)
+    long = [run.add(20, 2) for _ in range(2)]
+    other, waiting = run.add(1, 9), [run.add(1, 2) for _ in range(3)]
+    run.rows(1)
+    for each in long:
+        run.scheduler.cancel(each)
+    run.rows(2)
+    assert (run.scheduler.running, run.scheduler.waiting) == (1, 2)
+    while not other.finished:
+        run.scheduler.step()
+    assert run.cleared == 0
+    run.rows(1)
+    assert run.cleared == 1
+    assert not run.scheduler.waiting
+    assert [len(each.new_ids) for each in waiting] == [2, 1, 1]
+
+
+def test_what_is_not_finite_stays_with_its_sequence(load):
+    """Without the C++ operator for attention, where a probability of zero times NaN is NaN."""
+    _, engines = load("mistral-sliding-window")
+    engine = engines("broken")
+    for _, cell in engine.model.cells_and_names():
+        if isinstance(getattr(cell, "cached", None), nn.Cell):
+            cell.cached = None
+    embedding = engine.model.weights()["embed_tokens.weight"]
+    values = embedding.asnumpy().copy()
+    values[7] = np.nan
+    embedding.set_data(Tensor(values))
+    request = GenerationConfig(max_new_tokens=3)
+    ids = [7, *range(20, 29)], [9, 10], list(range(30, 42))
+    scheduler = Scheduler(
+        engine.steps, engine.steps.fixed_shapes(engine.chunk), engine.model.clear_cache
+    )
+    sequences = [engine.sequence(each, request) for each in ids]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    while scheduler.busy:
+        scheduler.step()
+    assert [s.finish_reason for s in sequences] == ["error", "length", "length"]
 
 
 def test_few_shapes_whatever_comes():

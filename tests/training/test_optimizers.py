@@ -106,6 +106,19 @@ def test_trains_resumes_and_is_the_same_on_the_host(trained, make_update, data, 
         )
 
 
+def test_an_optimizer_without_state_is_saved_and_restored(make_update, sparse, capacity, tmp_path):
+    plain = {"optimizer": {"name": "sgd", "momentum": 0.0}}
+    update, other = make_update(**plain), make_update(**plain, seed=99)
+    assert not update.state()
+    take_snapshot(update, identity(update, sparse, capacity)).write(tmp_path / "saved", {})
+    assert bits(other) != bits(update)
+    restore(other, tmp_path / "saved")
+    assert bits(other) == bits(update)
+    heavy = make_update(optimizer={"name": "sgd", "momentum": 0.9})
+    with pytest.raises(CheckpointError, match="optimizer"):
+        restore(heavy, tmp_path / "saved")
+
+
 class TestRefused:
     def test_a_resume_with_another_optimizer(self, make_update, sparse, capacity, tmp_path):
         update, other = make_update(), make_update(optimizer={"name": "sgd"})
