@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mistral_ms.errors import TokenizerError
-from mistral_ms.reading import CONFIG_BYTES, read_text
+from mistral_ms.reading import CONFIG_BYTES, TOKENIZER_BYTES, read_bytes, read_text
 from mistral_ms.tokenizer.base import Tokenizer
 from mistral_ms.tokenizer.dialogue import Dialogue
 from mistral_ms.tokenizer.mistral_chat import MistralChat
@@ -16,6 +17,8 @@ from mistral_ms.tokenizer.tekken import TekkenTokenizer
 from mistral_ms.tokenizer.template_chat import TemplateChat
 
 MISTRAL = "mistral"  # the name of mistral-common's formats where a template can be named
+FIRST_VOCABULARY = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
+"""SHA-256 of Mistral's first ``tokenizer.model``, that of Mistral 7B v0.1 and Mixtral 8x7B."""
 
 
 class ChatFormat:
@@ -63,7 +66,7 @@ class ChatFormat:
                 "no chat format",
                 where=", ".join(str(path) for path in tokenizer.files.values()),
                 rule="needs a chat template (chat_template.jinja or tokenizer_config.json), or "
-                "Mistral's control tokens ([INST])",
+                "Mistral's first vocabulary without added tokens, or its control tokens ([INST])",
                 todo=f"give one: --chat-template FILE, or --chat-template {MISTRAL} for a model "
                 "that was trained with Mistral's first format",
             )
@@ -97,10 +100,20 @@ class ChatFormat:
 
 def _is_mistral(tokenizer: Tokenizer) -> bool:
     """Whether the vocabulary itself says that it is one of Mistral's instruct models'."""
-    # the first version has no control tokens; mistral-common names its file by the version
-    first = any(path.name == "tokenizer.model.v1" for path in tokenizer.files.values())
     return (
-        first
-        or isinstance(tokenizer, TekkenTokenizer)
+        isinstance(tokenizer, TekkenTokenizer)
         or tokenizer.control_id("[INST]") is not None
+        or _is_first(tokenizer)
     )
+
+
+def _is_first(tokenizer: Tokenizer) -> bool:
+    """Whether it is Mistral's first vocabulary, which has no control tokens, and nothing else.
+
+    Added tokens are those of another chat format, whose template is missing.
+    """
+    path = tokenizer.files.get("tokenizer.model")
+    if path is None or tokenizer.vocab_size != tokenizer.base_size:
+        return False
+    data = read_bytes(path, TokenizerError, TOKENIZER_BYTES)
+    return hashlib.sha256(data).hexdigest() == FIRST_VOCABULARY

@@ -10,7 +10,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from support.tokenizers import SIZE, auto, token, write
 
 from mistral_ms.errors import TokenizerError
-from mistral_ms.tokenizer import ChatFormat, load_tokenizer, packaged_tokenizer
+from mistral_ms.tokenizer import ChatFormat, copy_files, load_tokenizer, packaged_tokenizer
 from mistral_ms.tokenizer.template import ChatTemplate
 
 CHATML = (
@@ -363,6 +363,18 @@ def test_without_a_template(tmp_path):
     assert tokenizer.decode(ChatFormat(tokenizer, str(file)).encode_chat(TURNS[:1])) == "own"
     with pytest.raises(TokenizerError, match=r"cannot read: .*none.jinja: No such file"):
         ChatFormat(tokenizer, str(tmp_path / "none.jinja"))
+
+
+def test_mistrals_first_vocabulary_is_known_by_its_content(tmp_path):
+    """Under the name that a checkpoint has for it; with tokens of another format it is another."""
+    copy_files(packaged_tokenizer("v1"), tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert ChatFormat(tokenizer).version == "v1"
+    ids = ChatFormat(tokenizer).encode_chat(TURNS[:1])
+    assert ids == ChatFormat(tokenizer, "mistral").encode_chat(TURNS[:1])
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 32000}))
+    with pytest.raises(TokenizerError, match="no chat format"):
+        ChatFormat(load_tokenizer(tmp_path))
 
 
 def test_helpers_equal_those_of_transformers():
