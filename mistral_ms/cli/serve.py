@@ -25,7 +25,10 @@ def serve(
     ] = None,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(help="File with the key that requests must bring. Default: no key."),
+        typer.Option(
+            help="File with the key that requests must bring, of at least 16 characters. "
+            "Default: no key."
+        ),
     ] = None,
     slots: Annotated[
         int, typer.Option(min=1, help="Sequences that are computed side by side.")
@@ -93,6 +96,7 @@ def serve(
     from mistral_ms.tokenizer import load_tokenizer
 
     key = None if api_key_file is None else _key(api_key_file)
+    _check_port(host, port)
     options: dict[str, Any] = {
         "kind": source,
         "verify": not no_verify,
@@ -139,6 +143,34 @@ def serve(
     Server(Service(runner, tokenizer, settings, chat), ready).serve_until_told()
 
 
+def _check_port(host: str, port: int) -> None:
+    """Listens for a moment: loading and compiling take long, and the server listens after them.
+
+    Raises:
+        ConfigError: no server can listen there.
+    """
+    import socket
+
+    from mistral_ms.errors import ConfigError
+
+    try:
+        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = places[0]
+        with socket.socket(family, kind, protocol) as tried:
+            # as uvicorn does: connections that have ended do not hold the port
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+            tried.listen()
+    except OSError as error:
+        raise ConfigError(
+            "cannot listen",
+            where=f"{host} port {port}",
+            value=error.strerror or error,
+            rule="the address must be this machine's, and the port free",
+            todo="give another --host or --port; --port 0 takes a free one",
+        ) from error
+
+
 def _key(path: Path) -> str:
     """The key in a file, without the space around it."""
     from mistral_ms.errors import ConfigError
@@ -166,7 +198,7 @@ def _chat(tokenizer: Any, template: str | None, ends: tuple[int, ...]) -> Any:
     except TokenizerError as error:
         if template is not None:
             raise
-        _say(f"note: no chat: {error}")
+        _say(f"note: {error}")
         return error
 
 

@@ -26,7 +26,9 @@ def make_app(service: Service) -> FastAPI:
     """
     # no pages of FastAPI: they load scripts from other sites
     app = FastAPI(title="mistral_ms", openapi_url=None, docs_url=None, redoc_url=None)
-    page = PAGE.read_text(encoding="utf-8").replace("{{model}}", _escaped(service.settings.model))
+    page = PAGE.read_text(encoding="utf-8")
+    for name, value in (("model", service.settings.model), ("no-chat", service.no_chat)):
+        page = page.replace(f"{{{{{name}}}}}", _escaped(value))
     policy = _policy(page)
 
     @app.post("/v1/chat/completions", response_model=None)
@@ -57,12 +59,14 @@ def make_app(service: Service) -> FastAPI:
         return JSONResponse({"status": status}, 503)
 
     @app.get("/metrics", response_model=None)
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        service.check_host(request)
         kind = service.metrics.content_type
         return Response(service.metrics.text(), headers={"Content-Type": kind})
 
     @app.get("/", response_model=None)
-    async def chat_page() -> Response:
+    async def chat_page(request: Request) -> Response:
+        service.check_host(request)
         headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
         return HTMLResponse(page, headers=headers)
 

@@ -170,7 +170,14 @@ class ChatRequest(Request):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: TextFormat | None = None
-    tools: list[Any] | None = Field(default=None, max_length=0)
+    tools: list[Any] | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _no_tools(cls, value: list[Any] | None) -> list[Any] | None:
+        if value:
+            raise ValueError("tools are not supported here")
+        return value
 
     @model_validator(mode="after")
     def _settings_agree(self) -> ChatRequest:

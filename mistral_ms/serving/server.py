@@ -19,7 +19,7 @@ _LAST_WORDS_SECONDS = 2
 
 class Server(uvicorn.Server):
     """Serves until it is told to end; then new requests are refused with 503, and those that run
-    have the settings' ``shutdown_seconds``. Told a second time, it ends at once.
+    have the settings' ``shutdown_seconds``. Told a second time, it ends them at once with an error.
 
     Args:
         service: answers.
@@ -43,12 +43,13 @@ class Server(uvicorn.Server):
         )
         self.service, self._on_ready = service, on_ready
         self._drained_from: float | None = None
+        self._hurried = False
         self._told: int | None = None
 
     def end(self) -> None:
         """Begins to end; from any thread."""
         if self.service.draining:
-            self.force_exit = self.should_exit = True
+            self._hurried = True  # on_tick ends the jobs: this may be another thread
         self.service.draining = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -67,7 +68,8 @@ class Server(uvicorn.Server):
         if self.service.draining:
             now = time.monotonic()
             self._drained_from = now if self._drained_from is None else self._drained_from
-            overdue = now - self._drained_from > self.service.settings.shutdown_seconds
+            waited = now - self._drained_from
+            overdue = self._hurried or waited > self.service.settings.shutdown_seconds
             if overdue:
                 self.service.abort()
             if overdue or not self.service.jobs:

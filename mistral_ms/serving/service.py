@@ -63,6 +63,11 @@ class Service:
         self._encoder = ThreadPoolExecutor(1, "tokenizer")
 
     @property
+    def no_chat(self) -> str:
+        """Why there are no chats; empty if there are."""
+        return str(self._chat) if isinstance(self._chat, MistralMsError) else ""
+
+    @property
     def healthy(self) -> bool:
         """Whether new requests are answered."""
         return not (self.draining or self.runner.failed)
@@ -77,17 +82,25 @@ class Service:
             "max_model_len": self.runner.engine.max_length,
         }
 
-    def admit(self, request: HttpRequest) -> None:
-        """Checks who asks.
+    def check_host(self, request: HttpRequest) -> None:
+        """Checks under which name the server is asked.
 
         Raises:
             ApiError: another name than this machine's, where only it may ask: a page in a browser
-                whose name was pointed here; a missing or wrong key.
+                whose name was pointed here.
         """
         host = request.headers.get("host", "")
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if self.settings.local and name not in (*_LOCAL_NAMES, self.settings.host):
             raise ApiError(421, f"this server is not {host[:200]!r}", "wrong_host")
+
+    def admit(self, request: HttpRequest) -> None:
+        """Checks who asks.
+
+        Raises:
+            ApiError: see :meth:`check_host`; a missing or wrong key.
+        """
+        self.check_host(request)
         if self.settings.api_key is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -124,6 +137,10 @@ class Service:
         except ClientDisconnect:
             self.metrics.requests.labels(request.url.path, CLIENT_LEFT).inc()
             return Response(status_code=CLIENT_LEFT)
+        except asyncio.CancelledError:
+            if not self.draining:
+                raise
+            return refusal(draining())  # the rest of its body did not come in time
         if asked.stream:
             return EventStream(job, request.url.path)
         return await self._whole(job, request)

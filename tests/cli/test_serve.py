@@ -2,6 +2,7 @@
 
 import importlib.util
 import signal
+import socket
 import sys
 import time
 
@@ -12,7 +13,7 @@ from support.hf import save_with_tokenizer
 from support.ports import free_port
 
 from mistral_ms.cli import main
-from mistral_ms.cli.serve import _key
+from mistral_ms.cli.serve import _check_port, _key
 from mistral_ms.errors import ConfigError, MissingExtraError
 from mistral_ms.serving import check_installed
 
@@ -66,6 +67,19 @@ def test_keys_that_are_none(tmp_path, key):
     (tmp_path / "key").write_text(key)
     with pytest.raises(ConfigError, match=r"not a key: .*at least 16 printable"):
         _key(tmp_path / "key")
+
+
+def test_a_port_in_use():
+    """It is told before anything is loaded."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen: 127.0.0.1 port {port}: .* in use"):
+            _check_port("127.0.0.1", port)
+    _check_port("127.0.0.1", port)
+    with pytest.raises(ConfigError, match="cannot listen: no.such.name.invalid port 80: "):
+        _check_port("no.such.name.invalid", 80)
 
 
 def test_without_its_packages(monkeypatch, capsys):

@@ -355,7 +355,7 @@ BAD_CHAT = {
     "picture": (
         {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "image"
     ),
-    "tools": ({**CHAT, "tools": [{}]}, 400, "tools"),
+    "tools": ({**CHAT, "tools": [{}]}, 400, "tools are not supported here"),
     "json mode": ({**CHAT, "response_format": {"type": "json_object"}}, 400, "response_format"),
     "top of nothing": ({**CHAT, "top_logprobs": 2}, 400, "logprobs"),
 }  # fmt: skip
@@ -421,6 +421,11 @@ class TestRefusals:
         """Neither a name that was pointed at this machine nor a form reaches the model."""
         refused(post(running, GOOD, Host="evil.example:80"), 421, "evil.example")
         refused(post(running, GOOD, **{"Content-Type": "text/plain"}), 415, "Content-Type")
+        for path, status in (("", 421), ("metrics", 421), ("health", 200)):
+            found = httpx.get(
+                f"{running.url}/{path}", headers={"Host": "evil.example"}, trust_env=False
+            )
+            assert found.status_code == status
 
     def test_paths_and_methods(self, running):
         found = httpx.get(f"{running.url}/v1/embeddings", headers=HEADERS, trust_env=False)
@@ -549,6 +554,22 @@ class TestShutdown:
                 list(stream)
         running.thread.join(20)
         assert not running.thread.is_alive()
+
+    def test_told_twice_it_ends_at_once_and_quietly(self, another, caplog):
+        running = another()
+        body = {**GOOD, "max_tokens": 990}
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            asked = threads.submit(post, running, body)
+            until = time.monotonic() + 10
+            while not running.service.jobs:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            running.server.end()
+            running.server.end()
+            refused(asked.result(), 500, "shut down")
+        running.thread.join(10)
+        assert not running.thread.is_alive()
+        assert not caplog.records
 
 
 def test_a_failed_step_is_told_and_health_says_so(engine, chat, monkeypatch, settings, running):
