@@ -102,7 +102,10 @@ def generate(
     no_verify: NoVerify = False,
     follow_links: FollowLinks = False,
     dtype: Annotated[
-        ComputeDType, typer.Option(help="Compute in this; on CPU bf16 is of weights alone.")
+        ComputeDType,
+        typer.Option(
+            help="Compute in this. On a CPU bf16 rounds the weights alone; activations stay fp32."
+        ),
     ] = ComputeDType.FP32,
     pynative: Annotated[
         bool, typer.Option("--pynative", help="Run operator by operator instead of compiled.")
