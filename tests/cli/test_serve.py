@@ -78,7 +78,7 @@ def test_a_port_in_use():
         with pytest.raises(ConfigError, match=f"cannot listen: 127.0.0.1 port {port}: .* in use"):
             _check_port("127.0.0.1", port)
     _check_port("127.0.0.1", port)
-    with pytest.raises(ConfigError, match="cannot listen: no.such.name.invalid port 80: "):
+    with pytest.raises(ConfigError, match=r"cannot listen: no\.such\.name\.invalid port 80: "):
         _check_port("no.such.name.invalid", 80)
 
 
