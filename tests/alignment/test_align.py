@@ -3,12 +3,14 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from support.hf import KINDS, make_pair
 from support.links import link_files
 from transformers import MixtralConfig
@@ -19,6 +21,7 @@ from mistral_ms.alignment.compare import TOLERANCE, compare
 from mistral_ms.alignment.hugging_face import own_form
 from mistral_ms.alignment.record import Side, Trace
 from mistral_ms.checkpoint import convert
+from mistral_ms.cli.align import _report
 from mistral_ms.errors import CheckpointError, GenerationError, TokenizerError
 
 
@@ -325,6 +328,13 @@ class TestRounding:
         assert result.failures == ()
         assert result.tolerance == pytest.approx(0.02, rel=1e-4)
         assert result.relative == pytest.approx(0.19 / 10.1, rel=1e-4)
+
+    @pytest.mark.parametrize("match", [True, False])
+    def test_the_report_says_that_texts_are_not_judged(self, capsys, match):
+        result = replace(self.compared(self.EXACT), greedy_match=match)
+        _report(Console(width=200), result, "bfloat16")
+        _, said = capsys.readouterr().out.split("aligned\n")
+        assert said.startswith("greedy_match is not judged in bfloat16: ") is not match
 
     def test_more_is_not(self):
         [failure] = self.compared(self.EXACT - 0.2).failures
