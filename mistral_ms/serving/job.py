@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from mistral_ms.inference.sequence import RunningSequence
 from mistral_ms.serving.answers import Answer, Choice, Usage
+from mistral_ms.serving.connection import cut_off
 from mistral_ms.serving.errors import ApiError, timed_out
 from mistral_ms.serving.metrics import Metrics
 from mistral_ms.serving.runner import EngineRunner, OnToken, Token
@@ -21,6 +22,8 @@ from mistral_ms.serving.schema import Request
 
 CLIENT_LEFT = 499
 """The status in the metrics of a request whose client left; nobody is told."""
+LAST_WORDS_SECONDS = 1.0
+"""How long after a request's time its client may take the bytes that say so."""
 
 
 class Job:
@@ -38,8 +41,7 @@ class Job:
 
     Attributes:
         choices: one for each prompt.
-        usage: tokens so far.
-        left: sequences that have not ended.
+        usage: tokens that were read so far.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Job:
         self.asked, self.answer = asked, answer
         self.choices = [Choice(index) for index in range(len(sequences))]
         self.usage = Usage(sum(len(sequence.prompt) for sequence in sequences))
-        self.left = len(sequences)
+        self._ended: set[int] = set()
         self._runner, self._metrics, self._jobs = runner, metrics, jobs
         self._sequences, self._seconds, self._begun = sequences, seconds, begun
         self._loop = asyncio.get_running_loop()
@@ -66,8 +68,25 @@ class Job:
         for index, sequence in enumerate(sequences):
             runner.submit(sequence, self._listener(index))
 
+    @property
+    def left(self) -> int:
+        """Sequences that have not ended, whether their tokens were read or not."""
+        return len(self._sequences) - len(self._ended)
+
+    @property
+    def told(self) -> bool:
+        """Whether all tokens of all sequences were read."""
+        return all(choice.finish_reason is not None for choice in self.choices)
+
+    @property
+    def rest(self) -> float:
+        """Seconds until the request's time is over; negative afterwards."""
+        return self._begun + self._seconds - time.monotonic()
+
     def put(self, index: int, token: Token) -> None:
         """Adds a token of a sequence. From the event loop."""
+        if token.finish_reason is not None:
+            self._ended.add(index)
         self._queue.put_nowait((index, token))
 
     def _listener(self, index: int) -> OnToken:
@@ -84,8 +103,9 @@ class Job:
             ApiError: the time is over, or an error of the engine.
         """
         metrics = self._metrics
-        while self.left:
-            rest = self._begun + self._seconds - time.monotonic()
+        while not self.told:
+            if (rest := self.rest) <= 0:  # also where tokens wait for a client that reads slowly
+                raise timed_out(self._seconds)
             try:
                 index, token = await asyncio.wait_for(self._queue.get(), rest)
             except asyncio.TimeoutError:
@@ -98,7 +118,6 @@ class Job:
             metrics.generated_tokens.inc()
             choice = self.choices[index]
             choice.take(token, self.asked.wants_logprobs)
-            self.left -= token.finish_reason is not None
             yield choice, token
 
     async def read_all(self) -> None:
@@ -137,7 +156,8 @@ class Job:
 
 
 class EventStream(StreamingResponse):
-    """A job's events; when the client leaves, the job is closed.
+    """A job's events; when the client leaves, the job is closed. A client that does not take them
+    is cut off when the job's time is over.
 
     Args:
         job: is closed in any case.
@@ -151,10 +171,26 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends it."""
+
+        async def send_in_time(message: Message) -> None:
+            # waits while the connection's buffer is full
+            rest = max(self._job.rest, 0.0) + LAST_WORDS_SECONDS
+            try:
+                await asyncio.wait_for(send(message), rest)
+            except asyncio.TimeoutError:
+                raise _NotTakenError from None
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
+        except _NotTakenError:
+            if cut_off(scope):
+                await self.listen_for_disconnect(receive)
         finally:
-            self._job.close(self._path, CLIENT_LEFT if self._job.left else 200)
+            self._job.close(self._path, 200 if self._job.told else CLIENT_LEFT)
+
+
+class _NotTakenError(Exception):
+    """The client has not taken what was sent."""
 
 
 def _event(values: dict[str, Any]) -> bytes:

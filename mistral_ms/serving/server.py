@@ -10,6 +10,7 @@ from types import FrameType
 import uvicorn
 
 from mistral_ms.serving.app import make_app
+from mistral_ms.serving.connection import Connection
 from mistral_ms.serving.service import Service
 
 _KEEP_ALIVE_SECONDS = 30
@@ -31,6 +32,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(service),
+                http=Connection,
                 host=settings.host,
                 port=settings.port,
                 log_level="warning",
