@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mistral_ms.datasets.documents import ChatDocument, Rejects, check_unicode, 
 from mistral_ms.datasets.encoding import DocumentEncoder, TokenRun
 from mistral_ms.datasets.shapes import ShapeError, conversation, kind
 from mistral_ms.errors import DataError
+from mistral_ms.reading import open_regular
 from mistral_ms.tokenizer import Tokenizer
 
 ANSWERS = ("chosen", "rejected")
@@ -73,9 +75,10 @@ class PreferenceSequences:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the pairs hold."""
+        """SHA-256 of what the pairs hold, and of their log-probabilities once they are known."""
         found = hashlib.sha256()
-        for array in (self._ids, self._labels, self._positions):
+        reference = () if self.reference_P2 is None else (self.reference_P2,)
+        for array in (self._ids, self._labels, self._positions, *reference):
             found.update(str(array.shape).encode() + array.tobytes())
         return found.hexdigest()
 
@@ -138,16 +141,19 @@ class PreferenceSequences:
             DataError: there is no such file, or it holds something else.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                ids, labels, positions, reference = (file[name] for name in _ARRAYS)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise DataError(
-                "damaged pairs",
-                where=path,
-                value=str(error),
-                rule="a run keeps its pairs and their log-probabilities under the reference there",
-                todo="start the run anew, into another directory",
-            ) from error
+            with (
+                open_regular(path, DataError) as opened,
+                np.load(opened, allow_pickle=False) as file,
+            ):
+                arrays = {name: file[name] for name in _ARRAYS}
+        # NumPy has no error of its own: an empty file, a file of another kind, a broken zip
+        except (
+            OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, MemoryError,
+            SyntaxError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error,
+        ) as error:  # fmt: skip
+            raise _damaged(path, str(error)) from error
+        _check_arrays(path, arrays)
+        ids, labels, positions, reference = (arrays[name] for name in _ARRAYS)
         sequences = cls(ids, labels, positions, batch_size, seed)
         sequences.reference_P2 = reference
         return sequences
@@ -309,6 +315,37 @@ def _filled(
             counted = np.where(run.counted_T[1:], following, IGNORE_INDEX)
             labels[pair, number, : len(inputs)] = counted
     return ids, labels, positions
+
+
+def _check_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Checks that arrays are those that are written, one row of all for each pair.
+
+    Raises:
+        DataError: names the file, the array and the rule.
+    """
+    shape = arrays["ids"].shape
+    if len(shape) != 3 or shape[1] != 2 or 0 in shape:
+        raise _damaged(path, f"ids {list(shape)}", "ids are [pairs, 2, S]")
+    for name, array in arrays.items():
+        wanted, dtype = (shape[:2], "float32") if name == "reference" else (shape, "int32")
+        if array.shape != wanted or array.dtype != dtype:
+            found = f"{name} {array.dtype} {list(array.shape)}"
+            raise _damaged(path, found, f"{name} must be {dtype} {list(wanted)}, as ids are")
+    if not np.isfinite(arrays["reference"]).all():
+        pair = int(np.flatnonzero(~np.isfinite(arrays["reference"]).all(1))[0])
+        found = f"reference of pair {pair}: {arrays['reference'][pair].tolist()}"
+        raise _damaged(path, found, "log-probabilities must be finite")
+    if arrays["ids"].min() < 0:
+        raise _damaged(path, f"token {arrays['ids'].min()}", "tokens must not be negative")
+
+
+def _damaged(
+    path: Path,
+    found: str,
+    rule: str = "a run keeps its pairs and their log-probabilities under the reference there",
+) -> DataError:
+    todo = "start the run anew, into another directory"
+    return DataError("damaged pairs", where=path, value=found, rule=rule, todo=todo)
 
 
 def _bad(what: str, where: str, value: str, rule: str) -> DataError:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,8 @@ class TrainingRun:
         self.series = CheckpointSeries(self.files.checkpoints, run.checkpoint.save_total_limit)
         found = self._newest() if resume else None
         self.update = self._update(drawn=found is None)
+        if found is None:  # a new run's preferences have their reference only now
+            self.identity = replace(self.identity, dataset=self.data.digest)
         start = run.init_from if found is None else None
         begun_from, follow = (start.directory, start.follow_links) if start else (found, False)
         self.side_files = side_files(begun_from, tokenizer, follow)

@@ -108,6 +108,49 @@ def test_saved_pairs_are_the_same(jsonl, tokenizer, tmp_path):
         PreferenceSequences.load(path, 1, 0)
 
 
+RULE = "a run keeps its pairs"
+DAMAGED = {
+    "empty": (lambda path, arrays: path.write_bytes(b""), RULE),
+    "one array": (lambda path, arrays: np.save(path.open("wb"), arrays["ids"]), RULE),
+    "no archive": (lambda path, arrays: path.write_bytes(b"pairs"), RULE),
+    "short reference": ({"reference": np.zeros((1, 2), np.float32)}, r"float32 \[2, 2\]"),
+    "other labels": ({"labels": np.zeros((2, 2, 1), np.int32)}, r"labels must be int32 \[2, 2, 24"),
+    "other type": ({"positions": np.zeros((2, 2, S), np.float64)}, "positions must be int32"),
+    "NaN": ({"reference": np.array([[-1, -1], [-1, np.nan]], np.float32)}, "pair 1: .*finite"),
+    "no pair": ({"ids": np.zeros((0, 2, S), np.int32)}, "ids are"),
+    "negative": ({"ids": np.full((2, 2, S), -3, np.int32)}, "token -3"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_pairs_are_refused(name, tmp_path):
+    """With the file and the rule."""
+    path, (change, rule) = tmp_path / "pairs.npz", DAMAGED[name]
+    values = [np.zeros((2, 2, S), np.int32)] * 3
+    sequences = PreferenceSequences(*values, 1, 0)
+    sequences.reference_P2 = np.full((2, 2), -1, np.float32)
+    sequences.save(path)
+    PreferenceSequences.load(path, 1, 0)
+    with np.load(path) as file:
+        arrays = dict(file)
+    if isinstance(change, dict):
+        np.savez(path, **(arrays | change))
+    else:
+        change(path, arrays)
+    with pytest.raises(DataError, match=rf"damaged pairs: .*pairs\.npz: .*{rule}"):
+        PreferenceSequences.load(path, 1, 0)
+
+
+def test_the_reference_is_a_part_of_the_digest():
+    values = [np.zeros((1, 2, S), np.int32)] * 3
+    found = set()
+    for number in (-1.0, -2.0):
+        sequences = PreferenceSequences(*values, 1, 0)
+        sequences.reference_P2 = np.full((1, 2), number, np.float32)
+        found.add(sequences.digest)
+    assert len(found) == 2
+
+
 BAD = {
     "missing field: .*, line 2: prompt is a string, chosen is a string, rejected is missing": {
         "prompt": "a", "chosen": "b",
