@@ -145,7 +145,7 @@ def plan(
     console.print(f"{cards} cards, {kind.name}: {len(fitting)} of {len(candidates)} layouts fit")
     if fitting:
         _show(console, fitting[:top])
-    for sentence in explain(candidates, run):
+    for sentence in explain(candidates, run, kind.devices_per_node):
         console.print(sentence, markup=False)
     if fitting and dispatch is Dispatch.OWN:
         _show_other_dispatch(console, fitting[0], cluster, loads)
@@ -158,12 +158,15 @@ def plan(
     )
     if json is not None:
         write_json(json, {"candidates": [each.values() for each in candidates]})
+        _say_written(console, "all layouts", json)
     if output is not None and fitting:
         write_file("--output", output, run_file(fitting[0], config).encode())
+        _say_written(console, "best layout", output)
     if figure is not None and fitting:
         from mistral_ms.planner.picture import plan_png
 
         write_file("--figure", figure, plan_png(fitting))
+        _say_written(console, "picture", figure)
     if not fitting:
         raise typer.Exit(1)
 
@@ -183,10 +186,16 @@ def _study(console: Console, name: Name, figure: Path | None, json: Path | None)
     console.print("All times are predictions (docs/planner.md)")
     if json is not None:
         write_json(json, found.values())
+        _say_written(console, "tables", json)
     if figure is not None:
         from mistral_ms.planner.study_picture import study_png
 
         write_file("--figure", figure, study_png(found))
+        _say_written(console, "picture", figure)
+
+
+def _say_written(console: Console, what: str, path: Path) -> None:
+    console.print(f"{what:11}  {path}", markup=False)
 
 
 def _calibrate(console: Console, path: Path, processes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from mistral_ms.config import RunConfig
@@ -54,16 +55,19 @@ def title(candidate: Candidate) -> str:
     return text + (", rows sharded" if parallel.group_wise_a2a else "")
 
 
-def explain(candidates: Sequence[Candidate], asked: RunConfig | None = None) -> list[str]:
+def explain(
+    candidates: Sequence[Candidate], asked: RunConfig | None = None, devices_per_node: int = 1
+) -> list[str]:
     """Sentences about the first layout, and why the second one lost.
 
     Args:
         candidates: the best first, as :func:`mistral_ms.planner.plan` gives them.
         asked: the run that was planned, to say where the first layout trains something else.
+        devices_per_node: of the cluster; where nothing fits, whole nodes are added.
     """
     fitting = [each for each in candidates if each.fits]
     if not fitting:
-        return [*_what_would_have_to_change(candidates[0])]
+        return [*_what_would_have_to_change(candidates[0], devices_per_node)]
     first = fitting[0]
     return [
         *_about(first),
@@ -172,7 +176,7 @@ def _lost(first: Candidate, second: Candidate) -> Iterator[str]:
     yield text + "."
 
 
-def _what_would_have_to_change(smallest: Candidate) -> Iterator[str]:
+def _what_would_have_to_change(smallest: Candidate, devices_per_node: int) -> Iterator[str]:
     """Of a cluster that is too small."""
     memory, parallel = smallest.memory, smallest.run.parallel
     lacking = memory.gib - smallest.usable_gib
@@ -185,8 +189,12 @@ def _what_would_have_to_change(smallest: Candidate) -> Iterator[str]:
     fixed = memory.weights + memory.gathered + memory.gradients + memory.micro_batch_gradients
     fixed += memory.optimizer
     if fixed > memory.total / 2:
-        more = fixed / max(1, fixed - lacking * GIB)
-        need = f"about {more:.1f} times as many cards" if more > 0 else "more cards"
+        room = fixed - lacking * GIB
+        need = "more cards"
+        if room > 0:
+            nodes = math.ceil(parallel.world * fixed / room / devices_per_node)
+            need = f"about {nodes * devices_per_node} cards"
+            need += f" ({counted(nodes, 'node')})" * (devices_per_node > 1)
         yield f"Weights, gradients and optimizer state shrink with pp, ep and mp: {need} would do."
     else:
         yield (

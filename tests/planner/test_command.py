@@ -36,6 +36,7 @@ def test_a_plan(tmp_path):
     assert "another layout wins" in done.output
     assert "assumed or from memory" in done.output
     assert "With routing.policy dropless the same layout would give" in done.output
+    assert [line.split()[-1] for line in lines[-3:]] == list(map(str, (report, output, figure)))
     assert figure.read_bytes().startswith(b"\x89PNG")
     best = json.loads(report.read_text())["candidates"][0]
     run = load_run_config(output)
@@ -60,6 +61,8 @@ def test_a_study(tmp_path):
     assert done.exit_code == 0, done.output
     assert "Where does flat lose" in done.output
     assert "All times are predictions" in done.output
+    said = [line.split()[-1] for line in done.output.splitlines()[-2:]]
+    assert said == list(map(str, (report, figure)))
     values = json.loads(report.read_text())
     assert values["study"] == "routes"
     assert values["tables"][0]["rows"][0]["cards of an expert group"] == "16"

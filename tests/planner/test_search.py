@@ -1,5 +1,6 @@
 """The search: what it gives is legal, in order, and explained."""
 
+import re
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from mistral_ms.config import load_run_config, read_yaml
 from mistral_ms.config.base import validate
 from mistral_ms.errors import ConfigError
 from mistral_ms.parallel.graph.checks import check_run
+from mistral_ms.parallel.memory import GIB
 from mistral_ms.planner import (
     POLICIES,
     Cluster,
@@ -165,9 +167,17 @@ def test_the_first_and_the_runner_up_are_explained(on_32):
 def test_what_does_not_fit_is_explained():
     found = plan(run("pretrain_mixtral_8x22b_128card"), Cluster.of(A2, 8))
     assert not any(each.fits for each in found)
-    text = " ".join(explain(found))
+    text = " ".join(explain(found, None, 8))
     assert "No layout fits. The smallest, dp=" in text
-    assert "times as many cards" in text
+    (said,) = re.findall(r"about (\d+) cards \((\d+) nodes\) would do", text)
+    cards, nodes = map(int, said)
+    assert cards == 8 * nodes > 8
+    # what is left of a card beside the activations is what that many cards divide
+    memory, usable = found[0].memory, found[0].usable_gib * GIB
+    fixed = memory.weights + memory.gathered + memory.gradients
+    fixed += memory.micro_batch_gradients + memory.optimizer
+    needed = 8 * fixed / (usable - memory.total + fixed)
+    assert needed <= cards < needed + 8
 
 
 def test_more_memory_never_makes_a_plan_slower():
