@@ -131,10 +131,12 @@ def _execute(
         parameters = training.memory.parameters
         steps = training.run.training.last_step
         begun = training.update.progress.step
+        data = training.data
+        rows = "sequences of" if training.run.dpo is None else "pairs of answers, each of"
         say(
             f"training {parameters / 1e6:.1f} million parameters"
             f"{' on this rank,' if parallel_context.world > 1 else ''} on "
-            f"{training.data.sequences} sequences of {training.data.seq_length} tokens: "
+            f"{data.sequences} {rows} {data.seq_length} tokens: "
             f"{f'steps {begun + 1} to {steps}' if begun < steps else f'all {steps} steps are made'}"
         )
         say(f"memory {training.memory}")
@@ -163,13 +165,13 @@ def report(console: Console, result: RunResult) -> None:
     """The short summary at the end: what came of it and where it lies."""
     summary, files = result.summary, result.files
     state = "" if summary.finished else ", stopped before the end"
-    console.print(
-        f"\nlm loss {summary.first_lm_loss:.4f} -> {summary.final_lm_loss:.4g} after "
+    lm = f"lm loss {summary.first_lm_loss:.4f} -> {summary.final_lm_loss:.4g} after "
+    console.print(  # preferences do not train the lm loss
+        f"\n{'' if summary.preference else lm}"
         f"{summary.steps} steps ({summary.epochs:.1f} epochs){state}; {summary.seconds:.0f} s, "
         f"{summary.tokens_per_s:.0f} tokens/s"
     )
-    if summary.preference:
-        found = summary.preference
+    if found := summary.preference:
         console.print(
             f"preferences in the last batch: loss {found['loss']:.4f}, "
             f"{100 * found['rewards/accuracies']:.0f} % in the right order, "
@@ -179,6 +181,7 @@ def report(console: Console, result: RunResult) -> None:
         console.print(f"{summary.skipped} steps without an update: float16 overflowed")
     for what, path in (
         ("checkpoint", result.checkpoint),
+        ("adapter", files.adapter),
         ("best", next(iter(sorted(files.best.glob("step-*"))), files.best)),
         ("evaluations", files.evaluations),
         ("metrics", files.metrics),
@@ -186,7 +189,7 @@ def report(console: Console, result: RunResult) -> None:
         ("TensorBoard", files.tensorboard),
         ("summary", files.summary),
     ):
-        if path.exists() or what not in ("best", "evaluations"):
+        if path.exists() or what not in ("adapter", "best", "evaluations"):
             console.print(f"{what:11}  {path}", markup=False)
     if not summary.finished:
         console.print(f"go on with   --resume {files.root}", markup=False)

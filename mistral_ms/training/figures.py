@@ -27,8 +27,9 @@ HEAT_COLUMNS = 120
 
 
 def write_figures(directory: Path, records: Sequence[StepRecord], run: RunConfig) -> None:
-    """Writes the pictures of a training as PNG files: loss and learning rate; and, of a sparse
-    model, expert load, dropped choices, and router losses where there are further ones.
+    """Writes the pictures of a training as PNG files: loss and learning rate, where pairs of
+    answers are learnt those of the preferences with their accuracy; and, of a sparse model,
+    expert load, dropped choices, and router losses where there are further ones.
 
     Args:
         directory: where to; made when it is not there.
@@ -37,7 +38,10 @@ def write_figures(directory: Path, records: Sequence[StepRecord], run: RunConfig
     """
     if not records:
         return
-    pictures = {"loss": loss_figure(records, run.model.vocab_size)}
+    if records[-1].preference:
+        pictures = {"loss": preference_figure(records)}
+    else:
+        pictures = {"loss": loss_figure(records, run.model.vocab_size)}
     if run.model.sparse_layers:
         assert run.model.moe is not None
         factor = run.routing.relative_capacity(run.model.moe.num_experts_per_tok)
@@ -85,14 +89,42 @@ def loss_figure(records: Sequence[StepRecord], vocab_size: int | None = None) ->
         va="center", color=BLUE, fontsize=9, annotation_clip=False,
     )  # fmt: skip
     top.legend(loc="lower left", frameon=False)
-    bottom.plot(steps, [r.lr for r in records], color=GREEN, lw=1.6)
-    bottom.set_ylabel("learning rate")
-    bottom.set_ylim(bottom=0)
-    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    bottom.set_xlabel("step")
-    bottom.set_xlim(0, last.step)
+    _rate_panel(bottom, records)
     _epoch_axis(top, records)
     return png_of(figure)
+
+
+def preference_figure(records: Sequence[StepRecord]) -> bytes:
+    """The loss of the preferences over the steps, how many pairs are in the right order, and the
+    learning rate. The language-model loss is not trained, and not drawn.
+
+    Args:
+        records: of one training on pairs of answers, in order.
+    """
+    figure = new_figure(6.0)
+    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1))
+    steps = [r.step for r in records]
+    top.plot(steps, [r.preference["loss"] for r in records], color=BLUE, lw=1.4)
+    top.set_ylabel("preference loss")
+    top.set_ylim(bottom=0)
+    right = [100.0 * r.preference["rewards/accuracies"] for r in records]
+    middle.plot(steps, right, color=ORANGE, lw=1.4)
+    middle.set_ylabel("accuracy")
+    middle.yaxis.set_major_formatter("{x:g} %")
+    middle.set_ylim(0, 105)
+    _rate_panel(bottom, records)
+    _epoch_axis(top, records)
+    return png_of(figure)
+
+
+def _rate_panel(axes: Axes, records: Sequence[StepRecord]) -> None:
+    """The learning rate over the steps, the lowest panel of a figure."""
+    axes.plot([r.step for r in records], [r.lr for r in records], color=GREEN, lw=1.6)
+    axes.set_ylabel("learning rate")
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    axes.set_xlabel("step")
+    axes.set_xlim(0, records[-1].step)
 
 
 def expert_load_figure(

@@ -41,11 +41,14 @@ class _Speed:
 
 
 def describe(record: StepRecord, left: str) -> str:
-    """Loss, speed and remaining time of a step in one short line."""
-    return (
-        f"loss {record.lm_loss:7.4f}  {record.tokens_per_s:6.0f} tokens/s  "
-        f"lr {record.lr:.1e}  {left} left"
-    )
+    """Loss, speed and remaining time of a step in one short line. Where pairs of answers are
+    learnt, their loss, and how many are in the right order.
+    """
+    losses = f"loss {record.lm_loss:7.4f}"
+    if found := record.preference:
+        right = 100 * found["rewards/accuracies"]
+        losses = f"preference loss {found['loss']:.4f}  accuracy {right:3.0f} %"
+    return f"{losses}  {record.tokens_per_s:6.0f} tokens/s  lr {record.lr:.1e}  {left} left"
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from mistral_ms.training.figures import (
     dropped_figure,
     expert_load_figure,
     loss_figure,
+    preference_figure,
     router_losses_figure,
 )
 
@@ -75,6 +76,18 @@ class TestLoss:
     def test_a_loss_of_zero_can_be_drawn(self, drawn):
         loss_figure(records(loss=lambda t: 0.0))
         assert drawn[0].axes[0].get_yscale() == "linear"
+
+
+def test_of_preferences_their_loss_and_accuracy(drawn):
+    source = [
+        replace(r, preference={"loss": 0.69 / r.step, "rewards/accuracies": 1 - 0.5 / r.step})
+        for r in records(20)
+    ]
+    assert pixels(preference_figure(source)).shape[1] == 1200
+    loss, accuracy, rate = (axes.lines[0].get_ydata() for axes in drawn[0].axes)
+    assert list(loss) == [r.preference["loss"] for r in source]
+    assert list(accuracy) == [100 * r.preference["rewards/accuracies"] for r in source]
+    assert list(rate) == [r.lr for r in source]
 
 
 class TestExpertLoad:

@@ -1,15 +1,25 @@
 """What is shown while a model trains."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from mistral_ms.training import StepRecord, show_progress
+from mistral_ms.training.progress import describe
 
 
 def record(step):
     return StepRecord(step, step / 8, 9.0, 1 / step, 2.0, 0.0, 1e-3, 1.0, 1234.5, 1.0, 0, 0.0, ())
+
+
+def test_of_preferences_their_loss_is_shown():
+    """The language-model loss is not trained."""
+    found = {"loss": 0.6875, "rewards/accuracies": 0.75}
+    said = describe(replace(record(2), preference=found), "0:10")
+    assert said.startswith("preference loss 0.6875  accuracy  75 %")
+    assert "0.5000" not in said
 
 
 class Clock:
