@@ -92,4 +92,11 @@ if [ -n "$print" ]; then
   echo "${words[*]}"
   exit 0
 fi
+if [ "$workers" -ne 1 ] && [ "$node" -eq 0 ]; then
+  # behind a port in use, workers wait for each other until the cluster time out
+  answers='import socket, sys; socket.create_connection((sys.argv[1], sys.argv[2]), 2); sys.exit(3)'
+  status=0
+  python -c "$answers" "$master" "$port" >/dev/null 2>&1 || status=$?
+  [ "$status" -ne 3 ] || fail "port $port of $master is in use: choose another, --master-port P"
+fi
 exec "${words[@]}"

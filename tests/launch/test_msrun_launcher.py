@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,16 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "msrun_launcher.sh"
 COMMAND = "run_mindformer.py --config F"
 
 
-def launched(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """What the script starts: an msrun and a python that print their arguments."""
-    for name in ("msrun", "python", "python3"):
+def launched(
+    tmp_path: Path, *arguments: str, python: str = 'echo python "$@"'
+) -> subprocess.CompletedProcess[str]:
+    """What the script starts: an msrun and a python that print their arguments. That python finds
+    every port free.
+    """
+    bodies = {"msrun": 'echo msrun "$@"', "python": python, "python3": 'echo python3 "$@"'}
+    for name, body in bodies.items():
         stand_in = tmp_path / name
-        stand_in.write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        stand_in.write_text(f"#!/bin/sh\n{body}\n")
         stand_in.chmod(0o755)
     environ = {**os.environ, "PYTHON": str(tmp_path / "python3")}
     return subprocess.run(
@@ -54,6 +61,18 @@ def line(workers=8, local=None, master="127.0.0.1", port=8118, node=0, logs="out
 def test_arguments_are_those_of_msrun(tmp_path, arguments, expected):
     done = launched(tmp_path, COMMAND, *arguments.split())
     assert (done.returncode, done.stdout) == (0, expected), done.stderr
+
+
+def test_a_port_in_use_is_refused(tmp_path):
+    """Workers would wait for each other until the cluster time out."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        words = (COMMAND, "--workers", "2", "--master-port", port)
+        done = launched(tmp_path, *words, python=f'exec {sys.executable} "$@"')
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"port {port} of 127.0.0.1 is in use" in done.stderr
+    done = launched(tmp_path, *words, python=f'exec {sys.executable} "$@"')
+    assert (done.returncode, done.stdout) == (0, line(2, port=port))
 
 
 def test_msrun_takes_a_module(tmp_path, monkeypatch):
