@@ -85,6 +85,20 @@ def lay_out(found: Path, place: Path) -> Path:
     return place
 
 
+def newest_of_rank(path: Path) -> Path | None:
+    """The newest file of what MindFormers' trainer wrote in one process: ``rank_R``, or the
+    directory in which ``rank_0`` stands alone. None of anything else.
+
+    Raises:
+        CheckpointError: two files of one step; a damaged file.
+    """
+    directory = path if path.name.startswith("rank_") else path / "rank_0"
+    if not directory.is_dir() or (directory != path and (path / "rank_1").exists()):
+        return None
+    steps = files_by_step(directory)
+    return steps[newest(steps)] if steps else None
+
+
 def _find(path: Path, name: bool | str) -> Path:
     """The file, or the directory with one training."""
     if path.is_file() or (path / COUNTERS_FILE).is_file():

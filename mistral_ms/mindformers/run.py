@@ -251,7 +251,8 @@ def check_model(config: dict[str, Any]) -> ModelConfig:
 
 
 def prepare(config: dict[str, Any]) -> None:
-    """Checks the model of a run, see :func:`check_model`, and the checkpoint that it begins with.
+    """Checks the model of a run, see :func:`check_model`, its data, and the checkpoint that it
+    begins with.
 
     Has a whole model read ``load_checkpoint`` itself, expert by expert, in whatever known format
     it is; MindFormers would make a second copy of all weights, and only log what is missing. The
@@ -265,18 +266,25 @@ def prepare(config: dict[str, Any]) -> None:
     Raises:
         CheckpointError: see :func:`~mistral_ms.checkpoint.open_checkpoint` and
             :func:`~mistral_ms.mindformers.resume.take_training`.
-        ConfigError: a value that is not supported; a checkpoint of another model.
+        ConfigError: a value that is not supported; no data; a checkpoint of another model.
+        DataError: see :func:`~mistral_ms.mindformers.records.check_records`.
     """
+    from mistral_ms.mindformers.records import check_records
+
     model = check_model(config)
+    check_records(config)
     if not config.get("load_checkpoint"):
         return
-    from mistral_ms.mindformers.resume import take_training
+    from mistral_ms.mindformers.resume import newest_of_rank, take_training
     from mistral_ms.mindformers.weights import check_for_ranks, open_same
 
     path = Path(config["load_checkpoint"])
     if run_file.is_divided(config) and config["run_mode"] != "predict":
         check_for_ranks(config, path, model)
     elif not config.get("resume_training"):
+        if (found := newest_of_rank(path)) is not None:
+            print(f"load_checkpoint: {found}, the newest of {path}")
+            path = found
         open_same(path, model, verify=False).close()
         run_file.put(config, "model.model_config.weights_from", str(path.resolve()))
         config["load_checkpoint"], config["auto_trans_ckpt"] = "", False  # nothing is cut

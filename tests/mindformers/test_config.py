@@ -703,6 +703,48 @@ def test_bad_input_ends_with_2(tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
+def test_data_are_looked_at_before_the_trainer_begins(mf, tmp_path, capsys, monkeypatch):
+    """Each of these ends MindFormers with a traceback, after the model is built."""
+    from mindspore.mindrecord import FileWriter
+
+    def write(name, length):
+        writer = FileWriter(str(tmp_path / f"{name}-{length}.mindrecord"), 1)
+        writer.add_schema({name: {"type": "int32", "shape": [-1]}}, "ids")
+        writer.write_raw_data([{name: np.arange(length, dtype=np.int32)}] * 4)
+        writer.commit()
+        return str(tmp_path / f"{name}-{length}.mindrecord")
+
+    (tmp_path / "broken.mindrecord").write_text("abc")
+    (tmp_path / "broken.mindrecord.db").write_text("")
+    (tmp_path / "empty").mkdir()
+    ours, long = write("tokens", 16), write("input_ids", 18)
+    begun = []
+    monkeypatch.setattr(run, "run", begun.append)
+    for given, message in (
+        ([], "no data: train_dataset.data_loader.dataset_dir: --train_data FILE"),
+        ([str(tmp_path / "empty")], "names of files end in mindrecord"),
+        ([str(tmp_path / "data.bin")], "unknown kind of file"),
+        ([str(tmp_path / "none.mindrecord")], "no such file: train_dataset: "),
+        ([str(tmp_path / "broken.mindrecord")], "not a MindRecord file: "),
+        ([ours], f"no column input_ids: {ours}: it has tokens: input_columns are input_ids"),
+        ([long], f"rows of another length: {long}: input_ids: 18 tokens: seq_length + 1 is 17"),
+    ):
+        words = ["--config", str(CONFIGS[0].with_name("pretrain_mixtral_tiny.yaml"))]
+        words += [part for each in given for part in ("--train_data", each)]
+        assert run.main(words) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+    assert not begun
+    page = (CONFIGS[0].parents[2] / "docs" / "mindformers.md").read_text()
+    (snippet,) = re.findall(r"^writer = FileWriter.*?(?=```)", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for length in (16, 17):
+        rows = np.arange(4 * length, dtype=np.int32).reshape(4, length)
+        exec(snippet, {"FileWriter": FileWriter, "rows": rows})
+        assert run.main([*words[:2], "--train_data", "DATA.mindrecord"]) == 0
+    assert len(begun) == 2
+
+
 def test_without_mindformers_its_commands_say_so(monkeypatch, capsys):
     monkeypatch.setattr(mindformers, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r'pip install "mistral_ms\[mindformers\]"'):

@@ -213,15 +213,24 @@ def test_what_several_processes_load(mixtral, tmp_path):
     take(tmp_path / "parts" / "rank_0" / "x-1_3.safetensors", resume_training=True)
 
 
-def test_a_file_that_their_trainer_wrote_of_our_models(mixtral, tmp_path):
-    """With our names in it, and the optimizer's means."""
+def test_a_file_that_their_trainer_wrote_of_our_models(mixtral, tmp_path, capsys):
+    """With our names in it, and the optimizer's means. Of one process' directory the newest."""
     _, ours = pair(False)
-    save(ours, tmp_path / "rank_0" / "mixtral_rank_0-1_3.safetensors")
-    config = run_file(tmp_path / "rank_0" / "mixtral_rank_0-1_3.safetensors")
-    run.prepare(config)
-    keys = {**config["model"]["model_config"], "moe_config": EXPERTS}
+    file = tmp_path / "rank_0" / "mixtral_rank_0-1_3.safetensors"
+    save(ours, file)
+    save({name: each + 1 for name, each in ours.items()}, file.with_stem("mixtral_rank_0-1_2"))
+    for given in (file, file.parent, tmp_path):
+        config = run_file(given)
+        run.prepare(config)
+        keys = {**config["model"]["model_config"], "moe_config": EXPERTS}
+        assert keys["weights_from"] == str(file)
+        said = f"load_checkpoint: {file}, the newest of {given}\n"
+        assert capsys.readouterr().out.endswith(said) == (given != file)
     del keys["type"]
     assert_same(mixtral(mixtral.config_class(**keys)), ours)
+    (tmp_path / "rank_1").mkdir()  # parts, perhaps
+    with pytest.raises(CheckpointError):
+        run.prepare(run_file(tmp_path))
 
 
 def training(ours: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
