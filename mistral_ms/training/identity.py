@@ -58,7 +58,8 @@ class Identity:
             same command would have given from the start.
 
         Raises:
-            TrainingError: another model, dataset, seed, batch, dtype or optimizer.
+            TrainingError: another model, dataset, seed, batch, dtype, optimizer or loss of
+                preferences.
         """
         ours = _flat(self.as_dict())
         theirs = _flat({key: state.get(key, {}) for key in self.as_dict()})
@@ -68,13 +69,14 @@ class Identity:
             if now == then or (key == "parallel.execution" and then == "auto"):
                 continue  # of a training of another program it is not known
             group, _, name = key.partition(".")
-            if group in ("model", "dataset") or (group == "training" and name in FIXED):
+            fixed = key == "dpo.loss_type" or (group == "training" and name in FIXED)
+            if fixed or group in ("model", "dataset"):
                 raise TrainingError(
-                    f"resume with another {group if group != 'training' else name}",
+                    f"resume with another {name if fixed else group}",
                     where=key,
                     value=f"now {now!r}, in {where} {then!r}",
-                    rule="a training goes on with the model, data, seed, batch and optimizer that "
-                    "it began with",
+                    rule="a training goes on with the model, data, seed, batch, optimizer and loss "
+                    "that it began with",
                     todo="start a new run with init_from to train these weights differently",
                 )
             changed.append(f"{key}: {then!r} before, {now!r} from here on")

@@ -8,10 +8,11 @@ import numpy as np
 from mindspore import Tensor
 
 from mistral_ms.checkpoint.run_files import RunFiles
-from mistral_ms.config import RunConfig, TrainingConfig
+from mistral_ms.config import RunConfig, TrainingConfig, load_run_config
 from mistral_ms.config.run import data_of
 from mistral_ms.datasets import SequenceSource
 from mistral_ms.datasets.preferences import PreferenceSequences, read_preferences
+from mistral_ms.errors import ConfigError
 from mistral_ms.models import CausalLM
 from mistral_ms.models.preference import RowLogProbs
 from mistral_ms.ops.modes import graph_mode
@@ -30,10 +31,12 @@ def open_preferences(
     """The pairs of a run and its tokenizer. A run that goes on has them in its own directory.
 
     Raises:
-        ConfigError: no data.
+        ConfigError: no data; other data than those that a run which goes on began with.
         DataError: lines that are no pairs, or that are not for this model.
     """
     training = run.training
+    if resuming:
+        _check_same_data(run, files)
     tokenizer = tokenizer_of(run, optional=resuming)
     size, seed = training.global_batch_size, training.seed
     if resuming:
@@ -54,6 +57,36 @@ def open_preferences(
             say(f"note: {skipped} lines left out, the first of each kind: {first}")
     sequences.check_model(run.model)
     return sequences, tokenizer
+
+
+def _check_same_data(run: RunConfig, files: RunFiles) -> None:
+    """Checks that a run which goes on names the data of its pairs.
+
+    Raises:
+        ConfigError: it names others, which would not be read.
+    """
+    if not files.config.is_file():
+        return
+    now, then = (_described(each) for each in (run, load_run_config(files.config)))
+    for key, value in then.items():
+        if now[key] != value:
+            raise ConfigError(
+                "resume with other data",
+                where=key,
+                value=f"now {now[key]}, in {files.config} {value}",
+                rule=f"a run with dpo goes on with the pairs in {files.preferences}",
+                todo=f"leave {key} out, or start a new run with init_from",
+            )
+
+
+def _described(run: RunConfig) -> dict[str, object]:
+    """The keys that pairs are made by; their tokenizer may have moved."""
+    data = run.data
+    if data is None:
+        return {"data.inputs": [], "data.packing": {}}
+    inputs = [str(path.resolve()) for path in data.inputs]
+    packing = data.packing.model_dump(mode="json", exclude_defaults=True)
+    return {"data.inputs": inputs, "data.packing": packing}
 
 
 def add_reference(

@@ -15,14 +15,16 @@ from support.preferences import random_pairs, torch_logps, torch_loss
 
 import mistral_ms
 from mistral_ms.checkpoint import open_checkpoint
-from mistral_ms.config import DROPLESS, DpoConfig, ParallelConfig, load_run_config
-from mistral_ms.errors import ConfigError
+from mistral_ms.checkpoint.run_files import RunFiles
+from mistral_ms.config import DROPLESS, DpoConfig, ParallelConfig, load_run_config, spelled_out
+from mistral_ms.errors import ConfigError, DataError, TrainingError
 from mistral_ms.models import CausalLM
 from mistral_ms.models.preference import PreferenceLoss, RowNLL
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.tokenizer import copy_files, packaged_tokenizer
 from mistral_ms.training import TrainingRun, TrainStep, learning_rate, make_objective, read_metrics
-from mistral_ms.training.preferences import add_reference
+from mistral_ms.training.identity import Identity
+from mistral_ms.training.preferences import add_reference, open_preferences
 
 LOSSES = {
     "sigmoid": DpoConfig(beta=0.3),
@@ -188,8 +190,11 @@ class TestRuns:
         result, _ = finished
         shutil.copytree(result.files.root, tmp_path / "out")
         shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-00000004")
-        run = configured(base, tmp_path / "gone.jsonl")
-        again = prepared(run, tmp_path / "out", resume=True).execute()
+        gone = text.rename(text.with_suffix(".gone"))
+        try:
+            again = prepared(configured(base, text), tmp_path / "out", resume=True).execute()
+        finally:
+            gone.rename(text)
         assert tensors(again.checkpoint) == tensors(result.checkpoint)
         found = [
             [(r.loss, r.preference) for r in read_metrics(each.files.metrics)]
@@ -206,6 +211,40 @@ class TestRuns:
         np.testing.assert_array_equal(run.data.reference_P2, before.data.reference_P2)
         result = run.update(run.data.batch(0))
         assert result.preference["loss"] < np.log(2) - 1e-3, "the adapter has learnt something"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.inputs=[other.jsonl]", r"data\.inputs: now \['.*other\.jsonl'\], in .*run\.yaml"),
+        ("data.packing.add_eos=false", r"data\.packing: now {'add_eos': False}, in .*run\.yaml {}"),
+    ],
+)
+def test_a_resume_with_other_data_is_refused(change, message, base, text, tmp_path):
+    """They would not be read, and run.yaml would name them."""
+    files = RunFiles(tmp_path)
+    files.config.write_text(spelled_out(configured(base, text)))
+    with pytest.raises(ConfigError, match=f"resume with other data: {message}"):
+        open_preferences(configured(base, text, change), files, print, resuming=True)
+    with pytest.raises(
+        DataError, match=r"preferences\.npz"
+    ):  # the same data pass, and are looked for
+        open_preferences(configured(base, text), files, print, resuming=True)
+
+
+def test_a_resume_with_another_loss_is_refused(base, text):
+    """The strength of the same loss may change, and is reported."""
+
+    def identity(*changes):
+        run = configured(base, text, *changes)
+        return Identity(run.model, run.routing, run.training, run.parallel, "pairs", run.dpo)
+
+    state = identity().as_dict()
+    with pytest.raises(TrainingError, match=r"another loss_type: dpo\.loss_type: now 'ipo'"):
+        identity("dpo.loss_type=ipo").compare(state, "checkpoint")
+    assert identity("dpo.beta=0.5").compare(state, "checkpoint") == [
+        f"dpo.beta: {state['dpo']['beta']!r} before, 0.5 from here on"
+    ]
 
 
 REFUSED = {
