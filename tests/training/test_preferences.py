@@ -270,6 +270,8 @@ def test_runs_that_cannot_be_are_refused(message, base, text, tmp_path):
         ("distillation=elsewhere", "dpo and distillation do not go together"),
         ("data.packing.boundaries=ignore", r"data\.packing\.boundaries is of texts"),
         ("dpo.loss_type=hinge", "'sigmoid' or 'ipo'"),
+        ("dpo.beta=1e-7", "greater than or equal to 0.000001"),
+        ("dpo.beta=1e4", "less than or equal to 1000"),
         ("dpo.label_smoothing=0.5", "less than 0.5"),
         ("dpo={loss_type: ipo, label_smoothing: 0.1}", "label_smoothing .*is of loss_type sigmoid"),
     ],
