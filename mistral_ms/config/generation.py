@@ -9,6 +9,8 @@ from pydantic import Field, StringConstraints, model_validator
 from mistral_ms.config.base import Frozen
 
 LOWEST_TEMPERATURE = 1e-4  # far below any use; float32 logits divided by less could overflow
+LEAST_REPETITION_PENALTY = 0.01
+LARGEST_REPETITION_PENALTY = 100.0  # both far beyond any use, and safe for logits of float16
 
 
 class GenerationConfig(Frozen):
@@ -23,7 +25,7 @@ class GenerationConfig(Frozen):
             and top_k, add up to at least this; 1 means all.
         repetition_penalty: logits of tokens that the sequence already holds, the prompt included,
             are divided by it where positive and multiplied where negative (CTRL,
-            arXiv:1909.05858, section 4.1). 1 means none. Greedy decoding heeds it too.
+            arXiv:1909.05858, section 4.1). 1 means none; 0.01 to 100. Greedy decoding heeds it too.
         seed: of all random draws; sequence i of a request has its own stream, derived from both.
         top_logprobs: report so many of the most likely tokens in the place of each generated one.
         stop: generation ends where one of these strings first is complete; it is not shown.
@@ -33,7 +35,12 @@ class GenerationConfig(Frozen):
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    repetition_penalty: float = Field(
+        default=1.0,
+        ge=LEAST_REPETITION_PENALTY,
+        le=LARGEST_REPETITION_PENALTY,
+        allow_inf_nan=False,
+    )
     seed: int = Field(default=0, ge=0)
     top_logprobs: int = Field(default=0, ge=0)
     stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = ()

@@ -76,7 +76,8 @@ class Sampler:
                 default. Sequences that have ended need not be given any more.
 
         Raises:
-            GenerationError: logits with a NaN or +inf, or a row that is all -inf.
+            GenerationError: logits with a NaN or +inf, or a row that is all -inf; or penalty or
+                temperature make them so.
         """
         rows = list(range(len(self._streams)) if rows is None else rows)
         if logits.ndim != 2 or len(logits) != len(rows):
@@ -85,11 +86,15 @@ class Sampler:
         scores = logits.astype(np.float32)  # a copy: the caller's logits stay as they are
         if self._config.repetition_penalty != 1.0:
             seen = self._seen_tokens(logits.shape[1])[rows]
-            scores = penalise_repetition(scores, seen, self._config.repetition_penalty)
+            with np.errstate(over="ignore"):  # checked next
+                scores = penalise_repetition(scores, seen, self._config.repetition_penalty)
+            _check_finite(scores, [self._numbers[row] for row in rows])
         if self._config.greedy:
             ids = scores.argmax(axis=1).astype(np.int64)
         else:
-            scores = scores / np.float32(self._config.temperature)
+            with np.errstate(over="ignore"):  # checked next
+                scores = scores / np.float32(self._config.temperature)
+            _check_finite(scores, [self._numbers[row] for row in rows])
             scores = keep_top_k(scores, self._config.top_k)
             scores = keep_top_p(scores, self._config.top_p)
             draws = np.array([self._streams[row].random() for row in rows])

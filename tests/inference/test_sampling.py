@@ -262,6 +262,21 @@ def test_logits_that_are_not_finite(bad, found):
             Sampler(config, [[]] * 3)(logits)
 
 
+@pytest.mark.parametrize(
+    ("settings", "logit"),
+    [
+        ({"repetition_penalty": 0.01}, 1e38),
+        ({"temperature": 1e-4}, 1e36),
+        ({"temperature": 1e-4, "top_k": 2}, 1e36),
+    ],
+)
+def test_scores_that_overflow_are_an_error(settings, logit):
+    """Not token 0: inf - inf is NaN, and a draw from NaN would be the first token."""
+    logits = np.full((1, 4), logit, dtype=np.float32)
+    with pytest.raises(GenerationError, match=r"logits are not finite: sequence 0: .*inf"):
+        Sampler(GenerationConfig(**settings), [[2]])(logits)
+
+
 def test_the_sequence_in_the_message_is_the_caller_s():
     logits = np.full((1, 4), np.nan, dtype=np.float32)
     with pytest.raises(GenerationError, match="sequence 2: "):
