@@ -299,7 +299,10 @@ def _decoded(line: bytes, where: str) -> str:
 
 def bad_document(what: str, where: object, value: object, rule: str) -> DataError:
     """The error of one document, which may be skipped."""
-    todo = "correct it, or pass --skip-bad to count such documents"
+    todo = (
+        "correct it, or leave such documents out: --skip-bad of data, in a run "
+        "data.packing.skip_bad=true"
+    )
     return DataError(what, where=where, value=value, rule=rule, todo=todo)
 
 

@@ -1,9 +1,9 @@
 """Pairs of answers to one prompt, of which the first is preferred.
 
 Each line of a jsonl file is an object with ``prompt``, ``chosen`` and ``rejected``: three texts, or
-three lists of messages (and perhaps ``tools``), as TRL has them. Lists without ``prompt`` are whole
-conversations, and what both begin with is the prompt. Further keys are not looked at. Everything is
-held in memory: 24 bytes for each of the S places of a pair.
+three lists of messages (and perhaps ``tools``), as TRL has them. Lists without ``prompt``, or with
+null, are whole conversations, and what both begin with is the prompt. Further keys are not looked
+at. Everything is held in memory: 24 bytes for each of the S places of a pair.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ import numpy as np
 from mistral_ms.config import IGNORE_INDEX, ModelConfig, PackingConfig, read_end_tokens
 from mistral_ms.config.data import DataConfig
 from mistral_ms.datasets.batches import Batch, SequenceOrder
-from mistral_ms.datasets.documents import ChatDocument, Rejects, check_unicode, read_objects
+from mistral_ms.datasets.documents import (
+    ChatDocument,
+    Rejects,
+    bad_document,
+    check_unicode,
+    read_objects,
+)
 from mistral_ms.datasets.encoding import DocumentEncoder, TokenRun
 from mistral_ms.datasets.shapes import ShapeError, conversation, kind
 from mistral_ms.errors import DataError
@@ -230,6 +236,10 @@ class _PairEncoder:
         Raises:
             DataError: a rule that the line breaks.
         """
+        if record.get("prompt", ()) is None and all(
+            isinstance(record.get(name), list) for name in ANSWERS
+        ):
+            record = {key: value for key, value in record.items() if key != "prompt"}
         missing = [name for name in ANSWERS if name not in record]
         if "prompt" not in record and any(isinstance(record.get(n), str) for n in ANSWERS):
             missing.append("prompt")
@@ -241,18 +251,20 @@ class _PairEncoder:
                 for name in ("prompt", *ANSWERS)
             )
             rule = "prompt, chosen and rejected are three texts, or three lists of messages"
-            raise _bad("missing field" if missing else "wrong type", where, found, rule)
+            raise bad_document("missing field" if missing else "wrong type", where, found, rule)
         if record["chosen"] == record["rejected"]:
-            raise _bad("no preference", where, "chosen equals rejected", "two answers must differ")
+            raise bad_document(
+                "no preference", where, "chosen equals rejected", "two answers must differ"
+            )
         rows = self._texts(record, where) if texts else self._conversations(record, where)
         for name, row in zip(ANSWERS, rows, strict=True):
             inputs, longest = len(row.ids_T) - 1, self._config.seq_length
             if inputs > longest:
                 rule = f"at most training.seq_length, {longest} tokens and the last one"
-                raise _bad("row too long", where, f"{name}: {len(row.ids_T)} tokens", rule)
+                raise bad_document("row too long", where, f"{name}: {len(row.ids_T)} tokens", rule)
             if not row.counted_T[1:].any():
                 rule = "an answer must have a token that its prompt has not"
-                raise _bad("empty answer", where, name, rule)
+                raise bad_document("empty answer", where, name, rule)
         return rows
 
     def _texts(self, record: Mapping[str, Any], where: str) -> tuple[TokenRun, ...]:
@@ -262,7 +274,7 @@ class _PairEncoder:
         rows = []
         for name in ANSWERS:
             if not record[name]:
-                raise _bad(
+                raise bad_document(
                     "empty answer", where, name, "an answer must have at least one character"
                 )
             ids = self._tokenizer.encode(record["prompt"] + record[name], bos=self._bos)
@@ -284,13 +296,15 @@ class _PairEncoder:
         rows = []
         for name, answer in zip(ANSWERS, (chosen, rejected), strict=True):
             if not answer:
-                raise _bad("empty answer", where, name, "an answer must have at least one message")
+                raise bad_document(
+                    "empty answer", where, name, "an answer must have at least one message"
+                )
             whole = {"messages": [*prompt, *answer], "tools": record.get("tools")}
             try:
                 chat = conversation(whole, "messages")
             except ShapeError as error:
                 found = f"{name}, after the prompt: {error.value}"
-                raise _bad(error.what, where, found, error.rule) from error
+                raise bad_document(error.what, where, found, error.rule) from error
             messages = [
                 {**each, "weight": 0} if n < len(prompt) and each["role"] == "assistant" else each
                 for n, each in enumerate(chat.messages)
@@ -346,8 +360,3 @@ def _damaged(
 ) -> DataError:
     todo = "start the run anew, into another directory"
     return DataError("damaged pairs", where=path, value=found, rule=rule, todo=todo)
-
-
-def _bad(what: str, where: str, value: str, rule: str) -> DataError:
-    todo = "correct it, or set data.packing.skip_bad=true to leave such lines out"
-    return DataError(what, where=where, value=value, rule=rule, todo=todo)

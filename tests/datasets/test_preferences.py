@@ -63,13 +63,15 @@ def test_messages(jsonl, tokenizer):
     """Formatted as the model's conversations; answers in the prompt are not learnt."""
     prompt = [USER, ASIDE, USER]
     whole = {"chosen": [*prompt, EBB], "rejected": [*prompt, FLOOD]}
-    path = jsonl({"prompt": prompt, "chosen": [EBB], "rejected": [FLOOD]}, whole)
+    path = jsonl(
+        {"prompt": prompt, "chosen": [EBB], "rejected": [FLOOD]}, whole, whole | {"prompt": None}
+    )
     sequences, _, _ = read_preferences(
         [path], tokenizer, PackingConfig(), seq_length=64, batch_size=1, seed=0
     )
     chat = ChatFormat(tokenizer)
     before = chat.encode_chat(prompt)
-    for pair in (0, 1):
+    for pair in (0, 1, 2):
         batch = sequences.read(np.array([pair], np.int32))
         for number, answer in enumerate((EBB, FLOOD)):
             ids = chat.encode_dialogue([*prompt, answer]).ids
@@ -185,6 +187,7 @@ def test_bad_lines_are_named(message, jsonl, tokenizer):
     with pytest.raises(DataError, match=message) as caught:
         read([path], tokenizer)
     assert str(path) in str(caught.value)
+    assert "data.packing.skip_bad=true" in str(caught.value)
     sequences, errors, skipped = read([path], tokenizer, skip_bad=True)
     assert (sequences.sequences, skipped) == (1, 1)
     [error] = errors.values()
