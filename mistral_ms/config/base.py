@@ -18,6 +18,8 @@ from mistral_ms.config.names import nearest, perhaps
 from mistral_ms.errors import ConfigError
 
 Model = TypeVar("Model", bound="Frozen")
+_LONGEST_VALUE = 200
+"""Characters of a value in a message."""
 
 
 class Frozen(BaseModel):
@@ -70,10 +72,15 @@ def in_our_words(model: type[Frozen], error: ValidationError, where: str) -> Con
     return ConfigError(
         "unknown key" if unknown else "invalid configuration",
         where=f"{where}: {key}" if key else where,
-        value=repr(found) if key and not isinstance(found, Mapping) else None,
+        value=_shortened(repr(found)) if key and not isinstance(found, Mapping) else None,
         rule="no key is ignored" if unknown else message,
         todo=known or _near_value(first),
     )
+
+
+def _shortened(text: str) -> str:
+    """Values come from files and requests of others: a message does not repeat them at length."""
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:150]} ... {text[-40:]}"
 
 
 def nested(model: type[Model], values: Mapping[str, Any]) -> Model:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypeAlias, cast
 
-from pydantic import Field, StrictInt, field_validator, model_validator
+from pydantic import Field, StrictBool, StrictInt, field_validator, model_validator
 
 from mistral_ms.config.base import Frozen
+from mistral_ms.config.generation import (
+    LARGEST_REPETITION_PENALTY,
+    LEAST_REPETITION_PENALTY,
+)
 
 Ids: TypeAlias = list[StrictInt]
 COMPLETION_TOKENS = 16
@@ -43,14 +47,16 @@ class Request(Frozen):
     """
 
     model: str
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: StrictInt | None = Field(default=None, ge=1, lt=2**31)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0)
-    repetition_penalty: float | None = Field(default=None, gt=0)
+    repetition_penalty: float | None = Field(
+        default=None, ge=LEAST_REPETITION_PENALTY, le=LARGEST_REPETITION_PENALTY
+    )
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     stop: str | list[str] | None = None
-    stream: bool | None = False
+    stream: StrictBool | None = False
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = 1
     frequency_penalty: Literal[0] | None = 0
@@ -166,7 +172,7 @@ class ChatRequest(Request):
     """
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: StrictInt | None = Field(default=None, ge=1, lt=2**31)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: TextFormat | None = None

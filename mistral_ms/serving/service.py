@@ -91,7 +91,7 @@ class Service:
         """
         host = request.headers.get("host", "")
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if self.settings.local and name not in (*_LOCAL_NAMES, self.settings.host):
+        if self.settings.local and name.lower() not in (*_LOCAL_NAMES, self.settings.host.lower()):
             raise ApiError(421, f"this server is not {host[:200]!r}", "wrong_host")
 
     def admit(self, request: HttpRequest) -> None:
