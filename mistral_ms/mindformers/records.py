@@ -81,7 +81,7 @@ def _check_file(file: Path, columns: list[str], lengths: range) -> None:
     try:
         reader = FileReader(str(file))
         held = reader.schema()
-        row = next(iter(reader.get_next()), None)
+        row: dict[str, Any] = next(iter(reader.get_next()), {})
         reader.close()
     except Exception as error:  # whatever the back end raises
         raise DataError("not a MindRecord file", where=file, value=error) from error
@@ -93,7 +93,7 @@ def _check_file(file: Path, columns: list[str], lengths: range) -> None:
             rule=f"input_columns are {', '.join(columns)}",
             todo="docs/mindformers.md says how such a file is made",
         )
-    for name in columns if row is not None else ():
+    for name in columns if row else ():
         if (found := int(np.size(row[name]))) not in lengths:
             shortest, longest = lengths[0], lengths[-1]
             raise DataError(
