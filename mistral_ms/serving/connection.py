@@ -18,11 +18,12 @@ class Connection(AutoHTTPProtocol):
     after what was written before has been taken.
     """
 
+    app_state: dict[str, Any]
+
     def connection_made(self, transport: Any) -> None:
         """Called by the event loop."""
         super().connection_made(transport)
-        state: dict[str, Any] = self.app_state
-        self.app_state = state | {_KEY: transport}
+        self.app_state = {**self.app_state, _KEY: transport}
 
 
 def cut_off(scope: Scope) -> bool:
