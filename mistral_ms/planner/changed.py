@@ -40,3 +40,23 @@ def checked(run: RunConfig) -> RunConfig:
         ConfigError: it breaks a rule of configurations.
     """
     return validate(RunConfig, run.model_dump(), "planned run")
+
+
+def check_planned(run: RunConfig) -> None:
+    """Raises for trainings whose memory and time are not calculated.
+
+    Raises:
+        ConfigError: adapters or preferences.
+    """
+    for key, what, todo in (
+        ("lora", "adapters", "without lora: what fits then fits with it"),
+        ("dpo", "preferences", "without dpo, of twice the global_batch_size: a pair is two rows"),
+    ):
+        if (value := getattr(run, key)) is not None:
+            raise ConfigError(
+                f"no plan of {what}",
+                where=key,
+                value=str(value),
+                rule="memory and time are calculated for trainings of all weights on texts",
+                todo=f"plan {todo}",
+            )

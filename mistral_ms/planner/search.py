@@ -22,13 +22,11 @@ from mistral_ms.errors import ConfigError
 from mistral_ms.parallel.memory import GIB, LayerMemory, rows_of
 from mistral_ms.parallel.pipeline import held_specs, stages_of
 from mistral_ms.planner.candidate import Candidate
-from mistral_ms.planner.changed import changed_run, with_policy
+from mistral_ms.planner.changed import changed_run, check_planned, with_policy
 from mistral_ms.planner.division import Division
 from mistral_ms.planner.hardware import Cluster
 from mistral_ms.planner.load import Balance, Loads, balance
-from mistral_ms.planner.memory import (
-    CardMemory,
-)
+from mistral_ms.planner.memory import CardMemory
 from mistral_ms.planner.program import OURS, Program
 from mistral_ms.planner.step import SLOWDOWN, StepModel, StepSeconds
 from mistral_ms.planner.traffic import tokens_of
@@ -194,22 +192,7 @@ class _Search:
         offload: Sequence[Offload],
         way: Way,
     ) -> None:
-        if run.lora is not None:
-            raise ConfigError(
-                "no plan of adapters",
-                where="lora",
-                value=str(run.lora),
-                rule="memory and time are calculated for trainings of all weights",
-                todo="plan without lora: what fits then fits with it",
-            )
-        if run.dpo is not None:
-            raise ConfigError(
-                "no plan of preferences",
-                where="dpo",
-                value=str(run.dpo),
-                rule="memory and time are calculated for trainings on texts",
-                todo="plan without dpo and with twice the global_batch_size: a pair is two rows",
-            )
+        check_planned(run)
         self.run, self.cluster, self.loads, self.offload = run, cluster, loads, offload
         self.hardware = cluster.hardware
         self.execution, self.interleaved = way.execution, way.interleaved

@@ -95,12 +95,7 @@ def check_sparse_layer(moe: MoEArchitecture) -> None:
     for broken, key, value, why in (
         (moe.gate.takes_ids, "gate", moe.gate.name, "it does not get the tokens' ids"),
         (moe.gate.explicit_only, "gate", moe.gate.name, "it cannot go on until the gate is done"),
-        (
-            moe.shared_expert_gate == "cmr",
-            "shared_expert_gate",
-            "cmr",
-            "it does not see shares",
-        ),
+        (moe.shared_expert_gate == "cmr", "shared_expert_gate", "cmr", "it does not see shares"),
     ):
         if broken:
             value, rule = f"{value} with parallel.execution graph", f"a region of the graph: {why}"
