@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from mistral_ms.inference.settings import CheckpointSettings
     from mistral_ms.tokenizer import ChatFormat, Tokenizer
 
-
 CHAT_LENGTH = 4096  # positions of an interactive conversation unless told otherwise
 
 

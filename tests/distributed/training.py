@@ -84,7 +84,6 @@ GATES = {
     "dp2 mp2 ep2": "noisy_top_k",
     "dp2 ep2 interleaved": {"name": "gshard_top_2", "router_jitter_noise": 0.1},
     "pp4, gpipe": {"name": "sigmoid_top_k", "bias_update_rate": 0.05},
-    "dp2 ep2 zero1, muon": "sinkhorn_top_k",
 }
 """Gates other than the usual one: noise and state are those of one process, too."""
 FINE = {
@@ -186,8 +185,6 @@ def routing(variant: str) -> RoutingConfig:
     more = {"drop_priority": "random", "aux_choices": "first"} if variant == "plain" else {}
     if variant == "float16":  # where experts are divided, too, every sequence has slots of its own
         more = {"capacity_group": "sequence", "aux_scope": "sequence"}
-    if variant.startswith("muon"):  # Sinkhorn's normalisation looks at all tokens of a group
-        more = {"allow_future": True}
     return RoutingConfig(policy=policy, capacity_factor=1.1, aux_loss="per_layer", **more)
 
 
