@@ -105,7 +105,8 @@ class OutputRegion(Region):
 
     def compute(self, x_TH: Tensor, buffer: Tensor) -> Tensor:
         """[T, H], unchanged."""
-        wide_TH = _abs(_cast(x_TH, ms.float32))
+        # without a gradient: it would keep magnitudes and a mask of every layer
+        wide_TH = _abs(_cast(ops.stop_gradient(x_TH), ms.float32))
         finite_TH = _is_finite(wide_TH)
         sizes_TH = ops.select(finite_TH, wide_TH, _zeros_like(wide_TH))
         broken = _sum(1.0 - _cast(finite_TH, ms.float32))
