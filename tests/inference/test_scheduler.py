@@ -220,6 +220,21 @@ def test_logits_that_are_not_finite_end_one_sequence():
     assert not next_one.finished
 
 
+def test_a_slot_that_holds_what_is_not_finite_is_left_out():
+    """While others run, whose slots are taken as they end."""
+    run = Run(4, chunk=4)
+    run.step.broken = 3
+    broken, others, next_one = run.add(3, 9), [run.add(1, 20) for _ in range(3)], run.add(1, 2)
+    run.rows(2)
+    assert broken.finish_reason == "error"
+    run.step.broken = None
+    run.rows(2)
+    assert (run.scheduler.waiting, run.step.calls[-1][0]) == (1, [])
+    run.scheduler.cancel(others[1])
+    run.rows(1)
+    assert (run.scheduler.waiting, run.step.calls[-1][0], len(next_one.new_ids)) == (0, [], 1)
+
+
 def test_a_prompt_that_is_cancelled_may_have_left_what_is_not_finite():
     """Nobody has seen its logits; the queue waits as soon as half of the slots are like that."""
     run = Run(4, chunk=4)

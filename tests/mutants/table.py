@@ -307,8 +307,8 @@ MUTANTS = [
             "if held is None:",
         ),
         a_cancelled_sequence_keeps_its_slot=(
-            "self._release(self._slots.index(sequence))",
-            "pass",
+            "                self._tainted.add(row)\n            self._release(row)",
+            "                self._tainted.add(row)",
         ),
         prompts_take_more_room_than_there_is=(
             "min(count, shape.columns, room)",
