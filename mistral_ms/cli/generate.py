@@ -13,7 +13,9 @@ import typer
 from mistral_ms.cli.opening import (
     DTYPES,
     Adapter,
+    ChatTemplate,
     ComputeDType,
+    ComputeIn,
     FollowLinks,
     JsonResult,
     NoVerify,
@@ -69,14 +71,7 @@ def generate(
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Chat in a loop; /reset forgets, /exit ends.")
     ] = False,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(
-            help="Chat by this Jinja file, or mistral for Mistral's own formats. Default: the "
-            "checkpoint's template.",
-            show_default=False,
-        ),
-    ] = None,
+    chat_template: ChatTemplate = None,
     tools: Annotated[
         Path | None,
         typer.Option(help="JSON file with a list of tools that the chat may call."),
@@ -100,12 +95,7 @@ def generate(
     adapter: Adapter = None,
     no_verify: NoVerify = False,
     follow_links: FollowLinks = False,
-    dtype: Annotated[
-        ComputeDType,
-        typer.Option(
-            help="Compute in this. On a CPU bf16 rounds the weights alone; activations stay fp32."
-        ),
-    ] = ComputeDType.FP32,
+    dtype: ComputeIn = ComputeDType.FP32,
     pynative: Annotated[
         bool, typer.Option("--pynative", help="Run operator by operator instead of compiled.")
     ] = False,

@@ -34,6 +34,20 @@ class ComputeDType(StrEnum):
 DTYPES: Mapping[str, Literal["float32", "float16", "bfloat16"]] = {
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16",
 }  # fmt: skip
+ComputeIn = Annotated[
+    ComputeDType,
+    typer.Option(
+        help="Compute in this. On a CPU bf16 rounds the weights alone; activations stay fp32."
+    ),
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        help="Chat by this Jinja file, or mistral for Mistral's own formats. Default: the "
+        "checkpoint's template.",
+        show_default=False,
+    ),
+]
 NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Do not compare a checkpoint of ours with its digests.")
 ]

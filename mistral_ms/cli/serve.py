@@ -7,8 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from mistral_ms.cli.generate import DTYPES, ComputeDType
-from mistral_ms.cli.opening import Adapter, FollowLinks, NoVerify, SourceFormat
+from mistral_ms.cli.opening import (
+    DTYPES,
+    Adapter,
+    ChatTemplate,
+    ComputeDType,
+    ComputeIn,
+    FollowLinks,
+    NoVerify,
+    SourceFormat,
+)
 
 SHORTEST_KEY = 16
 
@@ -60,23 +68,14 @@ def serve(
             "not. Default: temperature 1.",
         ),
     ] = False,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(
-            help="Chat by this Jinja file, or mistral for Mistral's own formats. Default: the "
-            "checkpoint's template.",
-            show_default=False,
-        ),
-    ] = None,
+    chat_template: ChatTemplate = None,
     source: Annotated[
         SourceFormat | None, typer.Option("--from", help="Format to read, when CKPT holds several.")
     ] = None,
     adapter: Adapter = None,
     no_verify: NoVerify = False,
     follow_links: FollowLinks = False,
-    dtype: Annotated[
-        ComputeDType, typer.Option(help="Compute in this; bf16 needs an NPU.")
-    ] = ComputeDType.FP32,
+    dtype: ComputeIn = ComputeDType.FP32,
     pynative: Annotated[
         bool, typer.Option("--pynative", help="Run operator by operator instead of compiled.")
     ] = False,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mindspore import Tensor, ops
-from support.hf import make_pair
+from support.hf import hf_greedy, make_pair
 from support.models import fill
 
 from mistral_ms.config import GenerationConfig
@@ -51,18 +51,6 @@ def load(saved):
     return make
 
 
-def hf_greedy(pair, prompt, new=NEW):
-    pair.hf.config.output_router_logits = False  # transformers' aux loss fails with a cache
-    out = pair.hf.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt)),
-        max_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return out[0, len(prompt) :].tolist()
-
-
 def ids(generation):
     return [list(c.token_ids) for c in generation.completions]
 
@@ -78,7 +66,7 @@ def test_greedy_tokens_are_hugging_faces(saved, load, kind):
     """Of other kinds so does tests/alignment/test_align.py."""
     pair, _ = saved(kind)
     engine = load(kind, batch=3, chunk=4)
-    assert ids(engine.generate(RAGGED, GREEDY)) == [hf_greedy(pair, p) for p in RAGGED]
+    assert ids(engine.generate(RAGGED, GREEDY)) == [hf_greedy(pair, p, NEW) for p in RAGGED]
 
 
 def test_batch_chunk_and_cache_do_not_change_the_tokens(saved, load):
@@ -86,7 +74,7 @@ def test_batch_chunk_and_cache_do_not_change_the_tokens(saved, load):
     test_scheduler.py.
     """
     pair, _ = saved("mixtral")
-    expected = [hf_greedy(pair, p) for p in RAGGED]
+    expected = [hf_greedy(pair, p, NEW) for p in RAGGED]
     engine = load("mixtral")
     assert ids(engine.generate(RAGGED, GREEDY)) == expected
     assert ids(engine.generate(RAGGED[1:], GREEDY)) == expected[1:], "second request"

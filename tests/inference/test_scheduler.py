@@ -4,9 +4,8 @@ import functools
 
 import numpy as np
 import pytest
-import torch
 from mindspore import Tensor, nn
-from support.hf import make_pair
+from support.hf import hf_greedy, make_pair
 
 from mistral_ms.config import GenerationConfig
 from mistral_ms.inference import Engine
@@ -26,18 +25,6 @@ REQUESTS = [
 def prompts():
     rng = np.random.default_rng(3)
     return [rng.integers(3, 320, length).tolist() for length in LENGTHS]
-
-
-def hf_greedy(pair, prompt, new):
-    pair.hf.config.output_router_logits = False  # transformers' aux loss fails with a cache
-    out = pair.hf.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt)),
-        max_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return out[0, len(prompt) :].tolist()
 
 
 @pytest.fixture(scope="module")

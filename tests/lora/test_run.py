@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support.hf import make_pair
+from support.hf import save_one_layer
 
 import mistral_ms
 from mistral_ms.checkpoint import convert, inspect, open_checkpoint, open_tensor_set
 from mistral_ms.checkpoint.adapters import open_adapter
 from mistral_ms.config import from_hf, load_run_config
 from mistral_ms.errors import CheckpointError, ConfigError
-from mistral_ms.tokenizer import copy_files, packaged_tokenizer
 from mistral_ms.training import TrainingRun
 
 SHORT = [
@@ -28,11 +27,7 @@ RUN_FILE = "configs/run/lora_tiny.yaml"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base") / "hf"
-    sizes = dict(hidden_size=32, num_hidden_layers=1, num_local_experts=4)
-    make_pair("mixtral", vocab_size=32000, **sizes).hf.save_pretrained(path)
-    copy_files(packaged_tokenizer(), path)
-    return path
+    return save_one_layer(tmp_path_factory.mktemp("base") / "hf")
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,27 @@ def save_with_tokenizer(path: Path) -> Pair:
     return pair
 
 
+def save_one_layer(path: Path) -> Path:
+    """A Mixtral of one layer with the packaged tokenizer and its vocabulary, in a directory."""
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_local_experts=4)
+    make_pair("mixtral", vocab_size=32000, **sizes).hf.save_pretrained(path)
+    copy_files(packaged_tokenizer(), path)
+    return path
+
+
+def hf_greedy(pair: Pair, prompt: list[int], new: int) -> list[int]:
+    """The new tokens that transformers chooses."""
+    pair.hf.config.output_router_logits = False  # transformers' aux loss fails with a cache
+    out = pair.hf.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt)),
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
 def hf_logits(pair: Pair, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Logits [B, S, V] of right-padded rows (position -1 = padding)."""
     with torch.no_grad():

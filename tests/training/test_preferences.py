@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mindspore import Tensor, ops
-from support.hf import make_pair
+from support.hf import save_one_layer
 from support.lora import tiny_pair, training_config
 from support.models import fill
 from support.preferences import random_pairs, torch_logps, torch_loss
@@ -21,7 +21,6 @@ from mistral_ms.errors import ConfigError, DataError, TrainingError
 from mistral_ms.models import CausalLM
 from mistral_ms.models.preference import PreferenceLoss, RowNLL
 from mistral_ms.parallel.context import ParallelContext
-from mistral_ms.tokenizer import copy_files, packaged_tokenizer
 from mistral_ms.training import TrainingRun, TrainStep, learning_rate, make_objective, read_metrics
 from mistral_ms.training.identity import Identity
 from mistral_ms.training.preferences import add_reference, open_preferences
@@ -132,11 +131,7 @@ SHORT = [
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    path = tmp_path_factory.mktemp("base") / "hf"
-    sizes = dict(hidden_size=32, num_hidden_layers=1, num_local_experts=4)
-    make_pair("mixtral", vocab_size=32000, **sizes).hf.save_pretrained(path)
-    copy_files(packaged_tokenizer(), path)
-    return path
+    return save_one_layer(tmp_path_factory.mktemp("base") / "hf")
 
 
 @pytest.fixture(scope="module")
