@@ -254,6 +254,26 @@ class ParallelContext:
             return values
         return self.groups.of(GroupKind.WORLD).all_reduce(Tensor(values)).asnumpy()
 
+    def gather_from_ranks(self, values: np.ndarray) -> np.ndarray:
+        """The values of every rank, [world, ...], to the bit; all must ask.
+
+        Args:
+            values: float64, of the same shape on all ranks. They travel as integers of 16 bits,
+                which float32 holds exactly: float32 is all that groups add up.
+        """
+        if self.world == 1:
+            return values[None]
+        words = np.ascontiguousarray(values, np.float64).view(np.uint16)
+        slots = np.zeros((self.world, *words.shape), np.float32)
+        slots[self.rank] = words
+        return self.sum_over_ranks(slots).astype(np.uint16).view(np.float64)
+
+    def gather_outputs(self, values: np.ndarray) -> np.ndarray:
+        """The same of what is alike on the ranks of a tensor-parallel group: zeros of all but its
+        first one.
+        """
+        return self.gather_from_ranks(values if self.groups.coords.mp == 0 else 0.0 * values)
+
     def any_rank(self, yes: bool) -> bool:
         """Whether any process says yes; all get the same answer, and all must ask."""
         if self.world == 1:

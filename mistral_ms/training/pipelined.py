@@ -164,6 +164,7 @@ class PipelinedGradients:
             held = each.model.weights()
             own = {name: weight for name, weight in weights.items() if name in held}
             self._backward.append(StageBackward(each, own))
+        self._objectives = tuple(objectives)
         self._embeds = objectives[0].embeds
         self._width = objectives[0].model.config.hidden_size
         self._dtype = next(iter(weights.values())).dtype
@@ -179,14 +180,11 @@ class PipelinedGradients:
         Returns:
             The stage's parts of total and report, added up over the micro-batches.
         """
-        inputs: dict[Place, Tensor] = {}
         outputs: dict[Place, Tensor] = {}
         output_grads: dict[Place, Tensor] = {}
         input_grads: dict[Place, Tensor] = {}
         losses: list[tuple[Tensor, ...]] = []
-        nothing = ops.zeros((parts[0][0].size, self._width), self._dtype)
-        if self._embeds:
-            inputs = {(0, number): ids_BS for number, (ids_BS, *_) in enumerate(parts)}
+        inputs, nothing = self._begun(parts)
         for event in self._program:
             number, key = event.micro_batch, (event.chunk, event.micro_batch)
             if isinstance(event, Transfer):
@@ -210,6 +208,38 @@ class PipelinedGradients:
                 losses.append(found)
                 input_grads[key] = input_grad
         return added_up(losses)
+
+    def forward(self, parts: Sequence[BatchTensors], inv_counts: Tensor) -> None:
+        """All micro-batches go forward through all stages, and nothing comes back; for those who
+        watch the layers.
+
+        Args:
+            parts: the micro-batches of this rank.
+            inv_counts: as of :class:`~mistral_ms.models.Objective`.
+        """
+        outputs: dict[Place, Tensor] = {}
+        inputs, nothing = self._begun(parts)
+        for event in self._program:
+            number, key = event.micro_batch, (event.chunk, event.micro_batch)
+            if event.phase is Phase.BACKWARD:
+                continue
+            if isinstance(event, Transfer):
+                sending = event.sender == self._stage
+                arrived = self._p2p.exchange(event, outputs.pop(key) if sending else nothing)
+                if not sending:
+                    inputs[event.receiving_chunk, number] = arrived
+            else:
+                _, labels, positions, segments, random, *_ = parts[number]
+                _, outputs[key], _ = self._objectives[event.chunk].forward_step(
+                    inputs.pop(key), labels, positions, segments, inv_counts, random
+                )
+
+    def _begun(self, parts: Sequence[BatchTensors]) -> tuple[dict[Place, Tensor], Tensor]:
+        """What the first stage is given, and what stands for a message on its receiver's side."""
+        nothing = ops.zeros((parts[0][0].size, self._width), self._dtype)
+        if not self._embeds:
+            return {}, nothing
+        return {(0, number): ids_BS for number, (ids_BS, *_) in enumerate(parts)}, nothing
 
     def cells(self) -> tuple[nn.Cell, ...]:
         """The cells that are compiled for the device."""

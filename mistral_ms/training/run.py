@@ -389,8 +389,7 @@ class TrainingRun:
 
     def _explain(self, error: NotFiniteError, writer: BackgroundWriter) -> None:
         path = self.files.failure(error.step)
-        if self.parallel_context.is_rank_0:
-            write_failure(path, self.update, error)
+        write_failure(path, self.update, error, self.parallel_context)
         self._save(writer)
         self._say(
             f"report with the samples and the statistics of every layer: {path}; "

@@ -2,71 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, nn
 
-from mistral_ms.datasets.batches import Batch
+from mistral_ms.models import CausalLM, StageChunks
 from mistral_ms.ops.modes import pynative_mode
 
+COLUMNS = 4
+"""Of :func:`magnitudes`."""
 
-def weight_statistics(
-    weights: Mapping[str, Parameter], gradient_norms: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """For each weight its largest and mean magnitude, how many elements are not finite, and its
-    gradient's norm.
+
+def magnitudes(values: np.ndarray) -> np.ndarray:
+    """Float64 [4]: the largest magnitude and the sum of all, of elements that are finite; how many
+    these are, and how many are not.
     """
-    found = []
-    for name, weight in weights.items():
-        values = weight.astype(ms.float32).asnumpy()
-        norm = gradient_norms.get(name)
-        found.append({"name": name, **_described([_sums(values)]), "gradient_norm": norm})
-    return found
-
-
-def layer_statistics(
-    model: nn.Cell, groups: Sequence[Batch], forward: Callable[[Batch], Any]
-) -> list[dict[str, Any]]:
-    """The outputs of embedding and blocks on dispatch groups, in PyNative mode.
-
-    Args:
-        model: with ``embed_tokens`` and ``layers``.
-        groups: what it sees, one after the other.
-        forward: calls the model with a group.
-    """
-    parts: dict[str, list[np.ndarray]] = {}
-
-    def keep(name: str) -> Any:
-        def hook(cell: Any, inputs: Any, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else output
-            parts.setdefault(name, []).append(_sums(value.astype(ms.float32).asnumpy()))
-
-        return hook
-
-    handles = [model.embed_tokens.register_forward_hook(keep("embedding"))]
-    for number, layer in enumerate(model.layers):
-        handles.append(layer.register_forward_hook(keep(f"layer {number}")))
-    try:
-        with pynative_mode():
-            for part in groups:
-                forward(part)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [{"name": name, **_described(each)} for name, each in parts.items()]
-
-
-def _sums(values: np.ndarray) -> np.ndarray:
-    """Largest magnitude, sum of magnitudes, how many are finite, and how many are not."""
     sizes = np.abs(values[np.isfinite(values)], dtype=np.float64)
     return np.array([sizes.max(initial=0.0), sizes.sum(), sizes.size, values.size - sizes.size])
 
 
-def _described(parts: Sequence[np.ndarray]) -> dict[str, Any]:
-    largest = max(part[0] for part in parts)
-    _, total, finite, broken = np.sum(parts, 0)
-    mean = float(total / max(1.0, finite))
-    return {"largest": float(largest), "mean": mean, "not_finite": int(broken)}
+def combined(parts: np.ndarray) -> dict[str, Any]:
+    """What a report says of several parts.
+
+    Args:
+        parts: their :func:`magnitudes`, [parts, 4].
+    """
+    total, finite, broken = parts[:, 1:].sum(0)
+    return {
+        "largest": float(parts[:, 0].max()),
+        "mean": float(total / max(1.0, finite)),
+        "not_finite": int(broken),
+    }
+
+
+def output_magnitudes(model: CausalLM | StageChunks, forward: Callable[[], None]) -> np.ndarray:
+    """The outputs of embedding and blocks in PyNative mode, float64 [1 + layers, 4]: largest, sum,
+    finite and not finite elements of all calls. Layers of other stages have zeros.
+
+    Args:
+        model: whose layers are recorded.
+        forward: calls it, perhaps several times.
+    """
+    table = np.zeros((1 + model.config.num_hidden_layers, COLUMNS))
+
+    def keep(row: int) -> Any:
+        def hook(cell: Any, inputs: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            found = magnitudes(value.astype(ms.float32).asnumpy())
+            table[row, 0] = max(table[row, 0], found[0])
+            table[row, 1:] += found[1:]
+
+        return hook
+
+    handles = []
+    for chunk in model.chunks if isinstance(model, StageChunks) else [model]:
+        held = chunk.model_chunk
+        if held.embeds:
+            handles.append(chunk.embed_tokens.register_forward_hook(keep(0)))
+        for number, layer in zip(held.layers, chunk.layers, strict=True):
+            handles.append(layer.register_forward_hook(keep(1 + number)))
+    try:
+        with pynative_mode():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return table
+
+
+def layer_names(layers: int) -> Sequence[str]:
+    """Of the rows of :func:`output_magnitudes`."""
+    return ["embedding", *(f"layer {number}" for number in range(layers))]

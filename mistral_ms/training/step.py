@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,7 +39,7 @@ from mistral_ms.training.offload import HostOptimizer
 from mistral_ms.training.optimizer import MASTER, DeviceOptimizer, is_mixed
 from mistral_ms.training.pipelined import PipelinedGradients
 from mistral_ms.training.result import NotFiniteError, StepResult
-from mistral_ms.training.statistics import layer_statistics
+from mistral_ms.training.statistics import combined, layer_names, output_magnitudes
 from mistral_ms.weights import specs
 
 
@@ -96,7 +98,7 @@ class Update(Protocol):
         """Bytes that are kept between steps."""
 
     def layer_statistics(self, batch: Batch) -> list[dict[str, Any]]:
-        """The outputs of embedding and blocks on a batch; empty where they cannot be had."""
+        """The outputs of embedding and blocks on a batch, of all processes; all must ask."""
 
 
 def advance(
@@ -188,6 +190,7 @@ class TrainStep:
         self._gradients: GradientAccumulation | PipelinedGradients | None = None
         self._optimizer_step: AccumulatedOptimizerStep | None = None
         parts = objective.parts if isinstance(objective, StageObjectives) else (objective,)
+        self._parts = parts
         self._compiled = False
         if parallel_context is not None and parallel_context.is_pipelined:
             schedule, p2p = (
@@ -221,10 +224,7 @@ class TrainStep:
         coefficients = Tensor(self._plan.coefficients(progress.updates, lr))
         scales = [1.0 / max(1, batch.tokens), 1.0 / max(1, batch.present), scale]
         scales = Tensor(np.array(scales, np.float32))
-        mine = batch
-        if self._parallel_context is not None:
-            number, parts = self._parallel_context.data_parallel
-            mine = batch.split(parts)[number]
+        mine = self._own(batch)
         with graph_mode():
             with self._kept(mine):
                 if self._fused is not None:
@@ -295,10 +295,20 @@ class TrainStep:
 
     def layer_statistics(self, batch: Batch) -> list[dict[str, Any]]:
         """See :class:`Update`."""
-        if self._parallel_context is not None and self._parallel_context.world > 1:
-            return []  # the other processes would have to take part
-        groups = batch.split(self.config.gradient_accumulation_steps)
-        return layer_statistics(self.model, groups, self._forward)
+        context, config = self._parallel_context, self.config
+        parts = self._own(batch).split(config.gradient_accumulation_steps)
+        groups = [self._tensors(part) for part in parts]
+        table_RC = output_magnitudes(self.model, partial(self._forward, groups))
+        tables = table_RC[None] if context is None else context.gather_outputs(table_RC)
+        names = layer_names(self.model.config.num_hidden_layers)
+        return [{"name": name, **combined(tables[:, row])} for row, name in enumerate(names)]
+
+    def _own(self, batch: Batch) -> Batch:
+        """This rank's rows."""
+        if self._parallel_context is None:
+            return batch
+        number, parts = self._parallel_context.data_parallel
+        return batch.split(parts)[number]
 
     def _kept(self, batch: Batch) -> AbstractContextManager[None]:
         """Around the first computation, which compiles: see :func:`kept_graphs`."""
@@ -308,9 +318,14 @@ class TrainStep:
         shapes = [None if t is None else (t.shape, str(t.dtype)) for t in self._tensors(batch)]
         return kept_graphs(self.cells(), shapes, self.config.gradient_accumulation_steps)
 
-    def _forward(self, batch: Batch) -> None:
-        ids, _, positions, segments, random, *_ = self._tensors(batch)
-        self.model.hidden_states(ids, positions, segments, random)
+    def _forward(self, groups: Sequence[BatchTensors]) -> None:
+        """Once more through the objective, or through all stages."""
+        counts = Tensor(np.ones(2, np.float32))
+        if isinstance(self._gradients, PipelinedGradients):
+            self._gradients.forward(groups, counts)
+            return
+        for ids, labels, positions, segments, random, *reference in groups:
+            self._parts[0](ids, labels, positions, segments, counts, random, *reference)
 
     def _accumulated(
         self, batch: Batch, scales: Tensor, coefficients: Tensor

@@ -1,6 +1,7 @@
 """A training in any layout is that of one process with the same dispatch groups."""
 
 import functools
+import json
 import tempfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from distributed.training import (
     CASES,
     LAYOUTS,
     TIED,
+    WATCHED,
     data,
     dpo,
     groups,
@@ -45,7 +47,8 @@ each_case = pytest.mark.parametrize(("world", "name", "variant"), CASES)
 @functools.cache
 def trained(architecture, times, variant):
     """One process with ``times`` as many micro-batches: the steps, the weights after them, the
-    steps with the batches of ``corners``, and the weights at the end.
+    steps with the batches of ``corners``, the weights at the end, and the layers' outputs after
+    the steps.
     """
     config = training(variant, times)
     whole = CausalLM(architecture, routing(variant), dtype=config.dtype)
@@ -57,11 +60,13 @@ def trained(architecture, times, variant):
         add_reference(whole, config, sequences, path, alone, lambda line: None)
     results = run_steps(update, sequences, steps(variant))
     weights = {name: p.asnumpy().copy() for name, p in whole.weights().items()}
+    outputs = update.layer_statistics(sequences.batch(0))
     after = {}
     if variant in corners.TRAINED:
         for name, batch in corners.batches().items():
             after[name] = [update(batch) for _ in range(corners.STEPS)]
-    return results, weights, after, {name: p.asnumpy() for name, p in whole.weights().items()}
+    ends = {name: p.asnumpy() for name, p in whole.weights().items()}
+    return results, weights, after, ends, outputs
 
 
 def alone(world, name, variant):
@@ -195,3 +200,34 @@ def test_something_was_dropped_clipped_and_learnt():
     assert sum(r.dropped_fraction for r in results) > 0
     assert max(r.grad_norm for r in results) > 0.5
     assert results[-1].lm_loss < results[0].lm_loss
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[1] in WATCHED])
+def test_outputs_of_all_layers_are_those_of_one_process(report, case):
+    """Of all rows, and of the layers of all stages."""
+    world, name, _ = case
+    outputs = alone(*case)[4]
+    assert len(outputs) == 1 + model(name).num_hidden_layers
+    for number, want in enumerate(outputs):
+        for largest, mean, broken in report(world).everywhere(f"watched/{name}/{number}"):
+            assert largest == pytest.approx(want["largest"], rel=WEIGHTS)
+            assert mean == pytest.approx(want["mean"], rel=WEIGHTS)
+            assert broken == want["not_finite"] == 0
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[1] in WATCHED])
+def test_the_report_of_a_failed_step_names_what_another_rank_holds(report, case):
+    world, name, _ = case
+    found = json.loads(str(report(world).get(0, f"watched/{name}/failure")))
+    last = model(name).num_hidden_layers - 1
+    broken = {each["name"]: each["not_finite"] > 0 for each in found["layers"]}
+    names = ["embedding", *(f"layer {number}" for number in range(last + 1))]
+    assert broken == {each: each == f"layer {last}" for each in names}
+    weights = {each["name"]: each["not_finite"] for each in found["weights"]}
+    whole = by_name(specs(model(name)))
+    assert set(weights) == set(whole)
+    w1 = f"layers.{last}.moe.experts.w1"
+    experts, size, _ = whole[w1].shape
+    here = experts // LAYOUTS[world][name].ep
+    assert {name: count for name, count in weights.items() if count} == {w1: here * size}
+    assert all(each["gradient_norm"] is not None for each in found["weights"])

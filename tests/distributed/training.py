@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from distributed import corners
 from distributed.worker import Worker
+from mindspore import Tensor
 from support.configs import TINY
 from support.configs import model as small_model
 from support.preferences import random_pairs
@@ -20,10 +21,11 @@ from mistral_ms.config import (
     RoutingConfig,
     TrainingConfig,
 )
-from mistral_ms.datasets import InMemorySequences
+from mistral_ms.datasets import Batch, InMemorySequences
 from mistral_ms.datasets.preferences import PreferenceSequences
 from mistral_ms.parallel.context import ParallelContext
-from mistral_ms.training import TrainStep, make_objective
+from mistral_ms.training import NotFiniteError, TrainStep, make_objective
+from mistral_ms.training.failure import write_failure
 from mistral_ms.training.preferences import add_reference
 
 STEPS = 20
@@ -121,6 +123,8 @@ CONDITIONAL = {
 TIED = ("dp2 mp2 ep2", "pp4, gpipe", "pp2, two chunks")
 DEEP = ("dp2 ep2 zero1", "generating")
 """Of several layers: what a recomputed block sends must not meet the gradients of the next one."""
+WATCHED = ("dp2 ep2 zero1, muon", "pp2, two chunks")
+"""Whose layers' outputs are looked at after the training, and whose next step fails."""
 FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "kept_LE")
 VARIANTS = {
     "plain": {},
@@ -234,6 +238,33 @@ def train(name: str, parallel_context: ParallelContext, variant: str) -> tuple[l
     return results, update
 
 
+def broken(context: ParallelContext, update: TrainStep) -> None:
+    """Puts an infinity into the last rank's part of the last layer's experts."""
+    last = update.model.config.num_hidden_layers - 1
+    for path, weight in update.model.weights().items():
+        if path == f"layers.{last}.moe.experts.w1" and context.rank == context.world - 1:
+            values = weight.asnumpy().copy()
+            values[..., 0] = np.inf
+            weight.set_data(Tensor(values))
+
+
+def watch(
+    worker: Worker, name: str, context: ParallelContext, update: TrainStep, batch: Batch
+) -> None:
+    """Statistics of the layers after a training, and the report of a step that then fails."""
+    for number, each in enumerate(update.layer_statistics(batch)):
+        worker.keep(f"watched/{name}/{number}", np.array(list(each.values())[1:]))
+    broken(context, update)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "failure.json"
+        try:
+            update(batch)
+        except NotFiniteError as error:
+            write_failure(path, update, error, context)
+        if context.is_rank_0:
+            worker.keep(f"watched/{name}/failure", np.array(path.read_text()))
+
+
 def run_training(worker: Worker) -> None:
     worker.mode("graph")
     for world, name, variant in CASES:
@@ -259,6 +290,8 @@ def run_training(worker: Worker) -> None:
                     worker.keep(f"corners/{corner}/{variant}/{figure}", values)
             for path, weight in update.model.weights().items():
                 worker.keep(f"corners/{variant}/weights/{path}", weight.asnumpy())
+        if name in WATCHED:
+            watch(worker, name, parallel_context, update, data(variant).batch(0))
         state = sum(parameter.size for parameter in update.optimizer.state().values())
         worker.keep(f"{key}/state", np.array(state))
     worker.mode("pynative")

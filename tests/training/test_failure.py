@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from mistral_ms.config import ParallelConfig
+from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.training import NotFiniteError
 from mistral_ms.training.failure import write_failure
-from mistral_ms.training.statistics import layer_statistics
 
 
 @pytest.mark.slow
@@ -22,7 +23,7 @@ def test_names_the_samples_and_the_first_layer_that_broke(make_update, data, tmp
     with pytest.raises(NotFiniteError) as caught:
         update(batch)
     path = tmp_path / "failure.json"
-    write_failure(path, update, caught.value)
+    write_failure(path, update, caught.value, ParallelContext(ParallelConfig()))
     report = json.loads(path.read_text())
     assert report["step"] == 1
     assert report["samples"] == batch.samples_B.tolist()
@@ -39,16 +40,12 @@ def test_names_the_samples_and_the_first_layer_that_broke(make_update, data, tmp
 
 
 def test_statistics_are_those_of_the_whole_batch(make_update, data):
-    """The largest and the mean over all parts; by hand for the embedding."""
-    update = make_update(layers=2)
-    batch = data.batch(0)
-    table = update.model.embed_tokens.weight.asnumpy()
-
-    def forward(part):
-        update.model.hidden_states(Tensor(part.ids_BS), Tensor(part.positions_BS))
-
-    for groups in (1, 4):
-        found = layer_statistics(update.model, batch.split(groups), forward)
+    """The largest and the mean over all micro-batches; by hand for the embedding."""
+    for micro_batches in (1, 4):
+        update = make_update(layers=2, gradient_accumulation_steps=micro_batches)
+        batch = data.batch(0)
+        table = update.model.embed_tokens.weight.asnumpy()
+        found = update.layer_statistics(batch)
         sizes = np.abs(table[batch.ids_BS])
         assert found[0]["largest"] == sizes.max()
         assert found[0]["mean"] == pytest.approx(sizes.mean(dtype=np.float64), rel=1e-12)
