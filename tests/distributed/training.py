@@ -50,9 +50,9 @@ def model(name: str) -> ModelConfig:
         moe["gate"] = GATES[name]
     if name in FINE:
         moe |= FINE[name]
-    if name in CONDITIONAL:
-        moe |= CONDITIONAL[name]
-    lora = {"lora": ADAPTERS[name]} if name in ADAPTERS else {}
+    lora = {}
+    if name in ADAPTERS:
+        lora, moe["n_shared_experts"] = {"lora": ADAPTERS[name]}, 1
     layers = 3 if name in FINE else 2 if name in DEEP else stages
     sizes = {"num_hidden_layers": layers}
     tied = name in TIED
@@ -69,7 +69,6 @@ LAYOUTS = {
         "dp2 ep2 zero1, muon": ParallelConfig(dp=2, ep=2, optimizer_parallel=True),
         "dp2 ep2 interleaved": ParallelConfig(dp=2, ep=2, micro_batch_interleave_num=2),
         "dp2 ep2 zero1, adapters": ParallelConfig(dp=2, ep=2, optimizer_parallel=True),
-        "dp2 ep2, preferences": ParallelConfig(dp=2, ep=2),
         "mp2": ParallelConfig(mp=2),
         "mp2, adapters": ParallelConfig(mp=2),
     },
@@ -94,6 +93,8 @@ FINE = {
         "moe_intermediate_size": 12,
         "moe_token_dropout": 0.2,
         "n_shared_experts": 2,
+        "shared_expert_gate": "cmr",
+        "cmr_gate_drop": 0.2,
         "sparse_layers": {"first_k_dense_replace": 1},
         "gate": {
             "name": "sigmoid_top_k",
@@ -105,21 +106,14 @@ FINE = {
     }
 }
 """DeepSeek-V3's layers: the first one dense, fine-grained and shared experts, a bias that balances
-those of two of four groups. Beside that more experts in the last one, and masked results.
+those of two of four groups. Beside that more experts in the last one, masked results, and
+NLLB-MoE's conditional routing: a gate that at times leaves the shared experts out.
 """
 ADAPTERS = {
     "dp2 ep2 zero1, adapters": {"r": 2, "target_modules": "all-linear", "use_dora": True},
     "mp2, adapters": {"r": 2, "target_modules": "all-linear"},
 }
 """Trained in the place of the weights; those of experts are divided as the experts are."""
-CONDITIONAL = {
-    "dp2 ep2 zero1, adapters": {
-        "n_shared_experts": 1,
-        "shared_expert_gate": "cmr",
-        "cmr_gate_drop": 0.2,
-    }
-}
-"""NLLB-MoE's conditional routing: a gate that at times leaves the shared expert out."""
 TIED = ("dp2 mp2 ep2", "pp4, gpipe", "pp2, two chunks")
 DEEP = ("dp2 ep2 zero1", "generating")
 """Of several layers: what a recomputed block sends must not meet the gradients of the next one."""
@@ -140,8 +134,7 @@ VARIANTS = {
     "four micro-batches": {"gradient_accumulation_steps": 4},
     "float16": {"dtype": "float16"},
     "experts choose": {},
-    "host": {"offload_optimizer": "host"},
-    "preferences, dropless": {},
+    "preferences on the host, dropless": {"offload_optimizer": "host"},
 }
 """Of the training."""
 OTHERS = {
@@ -152,8 +145,7 @@ OTHERS = {
     "pp2, two chunks": ("four micro-batches",),
     "pp4, gpipe": ("host, four micro-batches, dropless",),
     "dp4 ep2 zero1": ("experts choose",),
-    "dp2 ep2 zero1, adapters": ("host",),
-    "dp2 ep2, preferences": ("preferences, dropless",),
+    "dp2 ep2 zero1, adapters": ("preferences on the host, dropless",),
     "mp2": ("experts choose",),
     "dp2 pp2 ep2 zero1": ("experts choose",),
 }
