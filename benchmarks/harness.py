@@ -134,7 +134,8 @@ class Running:
             BenchmarkError: it failed.
         """
         path = self._file.with_suffix(".npz")
-        found = self._ask({"do": "prepare", "case": dict(case), "outputs": str(path)})
+        request = {"do": "prepare", "case": dict(case)}
+        found = self._ask({**request, "outputs": str(path)}, {**request, "outputs": None})
         outputs = {}
         if found[0]["outputs"]:
             with np.load(path) as file:
@@ -158,9 +159,13 @@ class Running:
             process.kill()
             process.wait()
 
-    def _ask(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _ask(
+        self, first: Mapping[str, Any], others: Mapping[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """The answers of all processes; the others than the first may be asked something else."""
         self._signal(signal.SIGCONT)
-        for process in self._processes:
+        for number, process in enumerate(self._processes):
+            request = first if number == 0 or others is None else others
             assert process.stdin is not None
             try:
                 process.stdin.write(json.dumps(request) + "\n")

@@ -1,8 +1,8 @@
 """One side of a benchmark as a process of its own: ``python -m benchmarks.peer MODULE:FUNCTION``.
 
 The function makes the work of a case and warms it. The process answers requests, one JSON object a
-line: ``prepare`` (makes a case's work, and writes its outputs if it has any) and ``measure`` (does
-the work once more and says how long it took).
+line: ``prepare`` (makes a case's work, and writes its outputs if it has any and a file is named)
+and ``measure`` (does the work once more and says how long it took).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def serve(side: Side, requests: TextIO, answers: TextIO) -> None:
                 begun = time.perf_counter()
                 work = side(request["case"])
                 facts = {"prepare_seconds": time.perf_counter() - begun, **work.facts}
-                if work.outputs:
+                if work.outputs and request["outputs"] is not None:
                     np.savez(request["outputs"], **work.outputs)
                 answer(facts=facts, outputs=sorted(work.outputs))
             else:
