@@ -28,6 +28,10 @@ ASCEND_GIB = 64.0
 GIB = 1 << 30
 STATISTICS = 8
 """Times that FlashAttentionScore writes each of its two float32 statistics of a query and head."""
+MASK = 1
+"""Bytes of an element of the visible keys, which attention outside a fused operator keeps."""
+Fused = Literal["all", "elementwise", "none"]
+"""Which operators are fused and keep less: attention, norms and SwiGLU; norms and SwiGLU; none."""
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of an element of each dtype."""
 
@@ -41,7 +45,8 @@ class LayerMemory:
         norms: what the two norms normalised and gave, the states between them, what the router
             computed from and its scores.
         attention: queries, keys, values and the result.
-        probabilities: of attention; its statistics where the operator is fused.
+        probabilities: of attention, with the visible keys; its statistics where the operator is
+            fused.
         feed_forward: the intermediate activations.
         dispatch: token rows on their way to experts and back.
         results: of the norms and of attention, part of the above: what they gave, which is computed
@@ -127,6 +132,19 @@ def megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB"
 
 
+def fused_operators(device: str, dtype: str) -> Fused:
+    """What is fused on a device: all of it on Ascend; on a CPU, in float32, what has an operator in
+    C++ (where no compiler is found norms and SwiGLU keep more than that).
+
+    Args:
+        device: "Ascend" or "CPU"; whatever is no CPU has fused operators.
+        dtype: of activations.
+    """
+    if device != "CPU":
+        return "all"
+    return "elementwise" if dtype == "float32" else "none"
+
+
 def layer_memory(
     model: ModelConfig,
     routing: RoutingConfig,
@@ -136,7 +154,7 @@ def layer_memory(
     rows: int,
     seq_length: int,
     itemsize: int,
-    fused: bool,
+    fused: Fused,
 ) -> LayerMemory:
     """What one block keeps of one micro-batch of a rank if nothing is computed again.
 
@@ -148,7 +166,7 @@ def layer_memory(
         rows: sequences of the micro-batch, B.
         seq_length: S.
         itemsize: bytes of an activation.
-        fused: whether attention, norms and SwiGLU are fused operators, which keep less.
+        fused: which operators are fused, see :func:`fused_operators`.
     """
     T, H, D = rows * seq_length, model.hidden_size, model.head_size
     N, G = model.num_attention_heads // parallel.mp, model.num_key_value_heads // parallel.mp
@@ -158,7 +176,7 @@ def layer_memory(
     # the normalised states and a float32 copy of its input
     norms = 3 * states + 2 * T * FLOAT
     results = 2 * states + T * N * D * itemsize
-    if not fused:
+    if fused == "none":
         copies = 2 * states + (2 * T * H * FLOAT if itemsize != FLOAT else 0)
         norms, results = norms + copies, results + copies
     attention = T * (2 * N + 2 * G) * D * itemsize
@@ -166,14 +184,14 @@ def layer_memory(
     if model.qk_norm != "none":  # as of the norms: inputs, means, and unfused two copies more
         pieces = N + G if model.qk_norm == "head" else 2
         attention += T * (N + G) * D * itemsize + T * pieces * FLOAT
-        if not fused:
+        if fused == "none":
             attention += T * (N + G) * D * (itemsize + (FLOAT if itemsize != FLOAT else 0))
-    if fused:
+    if fused == "all":
         probabilities = 2 * T * N * STATISTICS * FLOAT
     else:
         copy = itemsize if itemsize != FLOAT else 0  # what the values are multiplied with
-        probabilities = T * N * seq_length * (FLOAT + copy)
-    widths = 3 if fused else 4  # gate, up, their product; unfused silu(gate), too
+        probabilities = T * N * seq_length * (FLOAT + copy + MASK)
+    widths = 4 if fused == "none" else 3  # gate, up, their product; unfused silu(gate), too
     if not model.is_sparse(layer):
         return LayerMemory(
             states,
@@ -241,7 +259,7 @@ def activation_memory(
     *,
     stage: int,
     execution: Literal["explicit", "graph"],
-    fused: bool,
+    fused: Fused,
     logit_tokens: int | None,
     gradients: int,
 ) -> ActivationMemory:
@@ -312,7 +330,7 @@ def stage_memory(
     layers: Sequence[LayerMemory],
     *,
     execution: Literal["explicit", "graph"],
-    fused: bool,
+    fused: Fused,
     logit_tokens: int | None,
     gradients: int,
 ) -> ActivationMemory:
@@ -341,7 +359,7 @@ def stage_memory(
         recompute = "selective"  # the whole stage is computed again in any case
     left = [layer.kept(recompute, in_graph=not explicit) for layer in layers]
     kept = sum(left) * (1 if explicit else flying)
-    scores = 0 if fused else 2 * max(layer.probabilities for layer in layers)
+    scores = 0 if fused == "all" else 2 * max(layer.probabilities for layer in layers)
     inputs = tokens * model.hidden_size * ITEMSIZE[training.dtype]
     logits = 0
     if held.head:

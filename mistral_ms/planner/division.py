@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from mistral_ms.config import RunConfig
-from mistral_ms.parallel.memory import LayerMemory
+from mistral_ms.parallel.memory import LayerMemory, fused_operators
 from mistral_ms.parallel.pipeline import Stage, stages_of
 from mistral_ms.planner.hardware import Hardware
 from mistral_ms.planner.load import Balance
@@ -44,7 +44,7 @@ class Division:
     ) -> None:
         self.run, self.hardware, self.execution = run, hardware, execution
         self.weights, self.balance = weights, balance
-        self.fused = hardware.device != "CPU"
+        self.fused = fused_operators(hardware.device, run.training.dtype)
         pp = run.parallel.pp
         self.parts: tuple[Stage, ...] = stages_of(run.model, pp * run.parallel.pp_interleave_num)
         self.stages = tuple(self.parts[number::pp] for number in range(pp))

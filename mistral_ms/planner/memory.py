@@ -17,6 +17,7 @@ from mistral_ms.parallel.memory import (
     FLOAT,
     GIB,
     ITEMSIZE,
+    Fused,
     LayerMemory,
     fullest_chunk,
     layer_memory,
@@ -177,12 +178,12 @@ def _owned(held: list[ParamSpec], parallel: ParallelConfig) -> Parameters:
     return Parameters(whole, whole, max(loads))
 
 
-def layer_memories(run: RunConfig, *, fused: bool) -> tuple[LayerMemory, ...]:
+def layer_memories(run: RunConfig, *, fused: Fused) -> tuple[LayerMemory, ...]:
     """What each layer of the model keeps of a micro-batch if nothing is computed again.
 
     Args:
         run: model, routing, layout and micro-batches.
-        fused: whether attention, norms and SwiGLU are fused operators.
+        fused: which operators are fused.
     """
     model, training, parallel = run.model, run.training, run.parallel
     found: dict[int, LayerMemory] = {}
@@ -210,7 +211,7 @@ def card_memory(
     layers: tuple[LayerMemory, ...],
     *,
     execution: Execution,
-    fused: bool,
+    fused: Fused,
     communicator_bytes: int = 0,
 ) -> CardMemory:
     """What a card of a stage holds.

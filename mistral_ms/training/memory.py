@@ -11,7 +11,13 @@ from mistral_ms.config import RunConfig
 from mistral_ms.layers import is_buffer
 from mistral_ms.models import tokens_at_a_time
 from mistral_ms.parallel.context import ParallelContext
-from mistral_ms.parallel.memory import FLOAT, ActivationMemory, activation_memory, megabytes
+from mistral_ms.parallel.memory import (
+    FLOAT,
+    ActivationMemory,
+    activation_memory,
+    fused_operators,
+    megabytes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,7 @@ def step_memory(
         run: the run, its steps counted out.
         parallel_context: this process among the others.
         kept: between steps.
-        device: "Ascend", whose operators are fused, or "CPU".
+        device: "Ascend" or "CPU".
     """
     execution, training = run.parallel.execution_on(device), run.training
     if run.dpo is not None:  # two rows a pair
@@ -102,7 +108,7 @@ def step_memory(
         run.parallel,
         stage=parallel_context.groups.coords.pp,
         execution=execution,
-        fused=device == "Ascend",
+        fused=fused_operators(device, training.dtype),
         logit_tokens=tokens_at_a_time(run.model.vocab_size) if execution == "explicit" else None,
         gradients=kept.parameters * FLOAT,
     )

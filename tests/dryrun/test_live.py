@@ -39,7 +39,7 @@ def test_a_layer_keeps_what_is_planned(compile_run, recompute):
     text, _ = compile_run(values, 3)
     config = RunConfig.model_validate(values)
     found = kept(text)
-    (layer,) = layer_memories(config, fused=True)
+    (layer,) = layer_memories(config, fused="all")
     ends = 2 * T * H * HALF + T * V * FLOAT
     planned = layer.kept(recompute, in_graph=True) + ends
     assert found.activations == pytest.approx(planned, rel=MARGIN)

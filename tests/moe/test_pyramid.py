@@ -179,7 +179,7 @@ def test_a_dense_layer_counts_for_nothing():
 
 def test_memory_and_loads_are_those_of_the_layer():
     config = pyramid((2, 4))
-    sizes = dict(rows=2, seq_length=8, itemsize=4, fused=True)
+    sizes = dict(rows=2, seq_length=8, itemsize=4, fused="all")
     few, many = (
         layer_memory(config, RoutingConfig(), ParallelConfig(), layer=i, **sizes) for i in (0, 1)
     )

@@ -53,7 +53,7 @@ def test_the_fullest_card_of_each_stage(parallel, training):
     run = RunConfig(**values)
     stage_size, pp = run.parallel.dp * run.parallel.mp, run.parallel.pp
     parts = stages_of(run.model, pp * run.parallel.pp_interleave_num)
-    layers, weights = layer_memories(run, fused=False), specs(run.model)
+    layers, weights = layer_memories(run, fused="none"), specs(run.model)
     for stage in range(pp):
         reports = [
             counted(run, stage * stage_size + number)
@@ -61,7 +61,7 @@ def test_the_fullest_card_of_each_stage(parallel, training):
         ]
         here = parts[stage::pp]
         held = parameters(run.model, run.parallel, here, weights, "explicit")
-        ours = card_memory(run, here, held, layers, execution="explicit", fused=False)
+        ours = card_memory(run, here, held, layers, execution="explicit", fused="none")
         assert ours.weights == max(report.device_weights for report in reports)
         assert ours.gradients == max(report.device_gradients for report in reports)
         assert ours.optimizer == max(report.device_optimizer for report in reports)

@@ -26,7 +26,7 @@ DRY_RUN = {
 in docs/auto_parallel.md: run and stage."""
 
 
-def of(run, stage, execution="graph", fused=True):
+def of(run, stage, execution="graph", fused="all"):
     pp = run.parallel.pp
     held = stages_of(run.model, pp * run.parallel.pp_interleave_num)[stage::pp]
     counted = parameters(run.model, run.parallel, held, specs(run.model), execution)
@@ -79,7 +79,7 @@ def test_activations_are_those_that_a_training_calculates(execution, stage, chun
     found = of(run, stage, execution)
     theirs = activation_memory(
         run.model, run.routing, run.training, run.parallel, stage=stage, execution=execution,
-        fused=True, logit_tokens=None, gradients=found.micro_batch_gradients,
+        fused="all", logit_tokens=None, gradients=found.micro_batch_gradients,
     )  # fmt: skip
     assert found.in_flight == theirs.in_flight
     ours = found.activations + found.dispatch + found.working + found.logits
