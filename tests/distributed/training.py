@@ -21,7 +21,7 @@ from mistral_ms.config import (
     RoutingConfig,
     TrainingConfig,
 )
-from mistral_ms.datasets import Batch, InMemorySequences
+from mistral_ms.datasets import InMemorySequences
 from mistral_ms.datasets.preferences import PreferenceSequences
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.training import NotFiniteError, TrainStep, make_objective
@@ -240,17 +240,13 @@ def broken(context: ParallelContext, update: TrainStep) -> None:
             weight.set_data(Tensor(values))
 
 
-def watch(
-    worker: Worker, name: str, context: ParallelContext, update: TrainStep, batch: Batch
-) -> None:
-    """Statistics of the layers after a training, and the report of a step that then fails."""
-    for number, each in enumerate(update.layer_statistics(batch)):
-        worker.keep(f"watched/{name}/{number}", np.array(list(each.values())[1:]))
+def fail(worker: Worker, name: str, context: ParallelContext, update: TrainStep) -> None:
+    """The report of a step that is not finite."""
     broken(context, update)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "failure.json"
         try:
-            update(batch)
+            update(data().batch(0))
         except NotFiniteError as error:
             write_failure(path, update, error, context)
         if context.is_rank_0:
@@ -274,6 +270,9 @@ def run_training(worker: Worker) -> None:
             if weight.requires_grad:
                 norms = [result.gradient_norms[path] for result in results]
                 worker.keep(f"{key}/norms/{path}", np.array(norms))
+        if name in WATCHED:
+            for number, each in enumerate(update.layer_statistics(data(variant).batch(0))):
+                worker.keep(f"watched/{name}/{number}", np.array(list(each.values())[1:]))
         if corners.TRAINED.get(variant) == name:
             for corner, batch in corners.batches().items():
                 results = [update(batch) for _ in range(corners.STEPS)]
@@ -282,8 +281,8 @@ def run_training(worker: Worker) -> None:
                     worker.keep(f"corners/{corner}/{variant}/{figure}", values)
             for path, weight in update.model.weights().items():
                 worker.keep(f"corners/{variant}/weights/{path}", weight.asnumpy())
-        if name in WATCHED:
-            watch(worker, name, parallel_context, update, data(variant).batch(0))
         state = sum(parameter.size for parameter in update.optimizer.state().values())
         worker.keep(f"{key}/state", np.array(state))
+        if name in WATCHED:
+            fail(worker, name, parallel_context, update)
     worker.mode("pynative")
