@@ -68,6 +68,7 @@ void Clocks::set(HardEvent event, int id)
     }
     flag.set = true;
     flag.clock = snapshot(ends(event).from);
+    flag.time = times_[ends(event).from].end();
 }
 
 void Clocks::wait(HardEvent event, int id)
@@ -78,6 +79,8 @@ void Clocks::wait(HardEvent event, int id)
     }
     flag.set = false;
     learn(ends(event).to, flag.clock);
+    uint64_t& free = times_[ends(event).to].free;
+    free = std::max(free, flag.time);
 }
 
 void Clocks::check_all_waited_for(bool reserved_too) const
@@ -291,11 +294,13 @@ void Core::sync_all()
     }
     ++counters.sync_alls;
     clocks.barrier(PIPE_ALL);
+    clocks.pass(kSyncAllCycles);
     grid_->sync_all();
 }
 
-void Core::finish() const
+void Core::finish()
 {
+    counters.cycles = clocks.cycles();
     clocks.check_all_waited_for(true);
     for (size_t i = 0; i < buffers.size(); ++i) {
         if (buffers[i].state != BufferState::free) {

@@ -66,6 +66,7 @@ void load_bursts(const char* what, const LocalView& destination, const GlobalVie
                     length);
         count_read(length);
     }
+    core().clocks.spend_on_dma(PIPE_MTE2, bursts * round_up(length));
     ++core().counters.read_instructions;
 }
 
@@ -90,6 +91,7 @@ void store_bursts(const char* what, const GlobalView& destination, const LocalVi
         }
         count_write(length);
     }
+    core().clocks.spend_on_dma(PIPE_MTE3, bursts * round_up(length));
     ++core().counters.write_instructions;
 }
 
@@ -142,6 +144,7 @@ void load(const LocalView& destination, const GlobalView& source, const DataCopy
         fill(line + left * element + p.blockLen, right, padding, element);
         count_read(p.blockLen);
     }
+    core().clocks.spend_on_dma(PIPE_MTE2, p.blockCount * round_up(p.blockLen));
     ++core().counters.read_instructions;
 }
 

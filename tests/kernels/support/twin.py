@@ -34,6 +34,7 @@ COUNTERS = (
     "flags",
     "sync_alls",
     "ub_peak_bytes",
+    "cycles",
 )
 
 
@@ -60,7 +61,7 @@ class Result:
 
     Attributes:
         outputs: arrays by output name.
-        counters: totals by name (``ub_peak_bytes``: the largest of any block).
+        counters: totals by name (``ub_peak_bytes`` and ``cycles``: the largest of any block).
         blocks: the same per block.
     """
 
@@ -305,7 +306,8 @@ def _attrs(attrs: Mapping[str, float]) -> bytes:
 def _counters(table: np.ndarray) -> tuple[dict[str, int], list[dict[str, int]]]:
     blocks = [dict(zip(COUNTERS, map(int, row), strict=True)) for row in table]
     total = {key: sum(block[key] for block in blocks) for key in COUNTERS}
-    total["ub_peak_bytes"] = max(block["ub_peak_bytes"] for block in blocks)
+    for key in ("ub_peak_bytes", "cycles"):
+        total[key] = max(block[key] for block in blocks)
     return total, blocks
 
 

@@ -24,6 +24,16 @@ def test_a_double_buffered_kernel_with_a_tail(lab, n, blocks):
     assert sum(block["read_bytes"] for block in result.blocks) == 4 * n
 
 
+@pytest.mark.parametrize(("tiles", "cycles"), [(1, 1847), (2, 1860), (3, 2777)])
+def test_cycles_know_what_runs_beside_what(lab, tiles, cycles):
+    """A tile: issued at 4, 13 cycles of 256 bytes and 900 to arrive, 1 and 16 for the vector unit,
+    again 13 and 900 to leave. The second is 13 behind it all the way; the third has to wait for the
+    buffers of the first, whose load it meets at 917 + 17 and whose store at 1847."""
+    x = np.zeros(64 * tiles, np.float32)
+    result = lab("twice", ("i", x), ("o", np.empty_like(x)), n=64 * tiles)
+    assert result.counters["cycles"] == cycles
+
+
 def test_a_queue_that_only_copies(lab):
     x = np.random.default_rng(0).normal(size=640).astype(np.float32)
     y = np.empty_like(x)

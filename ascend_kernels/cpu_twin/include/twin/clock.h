@@ -4,6 +4,9 @@
 // `seen[p][q]` is the number of the latest instruction of pipe q that pipe p is known to run after.
 // Only flags and barriers move it. Two instructions that touch the same bytes, one of them writing,
 // must be ordered by `seen`, or the result depends on luck.
+//
+// Beside it runs a count of cycles: each pipe takes its instructions one after the other, flags and
+// barriers make it wait, and the constants below say how long things take.
 #pragma once
 
 #include <algorithm>
@@ -64,6 +67,14 @@ constexpr int kEventIds = 8;
 
 using Clock = std::array<uint32_t, kPipes>;
 
+// What the count of cycles assumes of a core of a 910B2 at 1.8 GHz. CANN's documents give the clock and
+// the width of the vector unit; the other four are assumptions, not measurements.
+constexpr uint64_t kIssueCycles = 4;        // of the scalar unit for every instruction
+constexpr uint64_t kVectorLatency = 16;     // from a repeat of 256 bytes to its result
+constexpr uint64_t kDmaLatency = 900;       // from a DMA's start to its first byte: half a microsecond
+constexpr double kDmaBytesPerCycle = 18.5;  // a 48th of 1.6 TB/s, each direction by itself
+constexpr uint64_t kSyncAllCycles = 2700;   // a barrier of all cores: 1.5 microseconds
+
 inline const char* name(pipe_t pipe)
 {
     static const char* const names[] = {"S", "V", "MTE2", "MTE3", "ALL"};
@@ -90,7 +101,47 @@ std::string name(HardEvent event);
 class Clocks {
 public:
     // Numbers the next instruction of a pipe.
-    uint32_t issue(pipe_t pipe) { return ++now_[pipe]; }
+    uint32_t issue(pipe_t pipe)
+    {
+        times_[PIPE_S].free += kIssueCycles;
+        return ++now_[pipe];
+    }
+
+    // The latest instruction keeps its pipe busy for so long, and is done so much later.
+    void spend(pipe_t pipe, uint64_t busy, uint64_t latency)
+    {
+        Time& time = times_[pipe];
+        time.free = std::max(time.free, times_[PIPE_S].free) + busy;
+        time.done = std::max(time.done, time.free + latency);
+    }
+
+    void spend_on_dma(pipe_t pipe, size_t bytes)
+    {
+        spend(pipe, static_cast<uint64_t>(static_cast<double>(bytes) / kDmaBytesPerCycle), kDmaLatency);
+    }
+
+    // The scalar unit takes a result of `pipe` from a register.
+    void scalar_waits_for(pipe_t pipe)
+    {
+        times_[PIPE_S].free = std::max(times_[PIPE_S].free, times_[pipe].end());
+    }
+
+    // When everything that was issued is done.
+    uint64_t cycles() const
+    {
+        uint64_t latest = 0;
+        for (const Time& time : times_) {
+            latest = std::max(latest, time.end());
+        }
+        return latest;
+    }
+
+    void pass(uint64_t cycles)
+    {
+        for (Time& time : times_) {
+            time.free += cycles;
+        }
+    }
 
     // Does the next instruction of `pipe` run after instruction `time` of `other`? The scalar unit
     // runs its own instructions strictly one after the other; the other pipes need a barrier.
@@ -103,8 +154,11 @@ public:
     {
         if (pipe == PIPE_ALL) {
             seen_.fill(now_);
+            const uint64_t latest = cycles();
+            times_.fill({latest, latest});
         } else {
             seen_[pipe][pipe] = now_[pipe];
+            times_[pipe].free = times_[pipe].end();
         }
     }
 
@@ -143,12 +197,20 @@ private:
     struct Flag {
         bool set = false, reserved = false, by_queue = false;
         Clock clock{};
+        uint64_t time = 0;
+    };
+
+    // When a pipe can start another instruction, and when its instructions so far are done.
+    struct Time {
+        uint64_t free = 0, done = 0;
+        uint64_t end() const { return std::max(free, done); }
     };
 
     Flag& at(HardEvent event, int id);
 
     Clock now_{};
     std::array<Clock, kPipes> seen_{};
+    std::array<Time, kPipes> times_{};
     std::array<std::array<Flag, kEventIds>, kEvents> flags_{};
 };
 

@@ -61,7 +61,7 @@ public:
     void sync_all();
 
     // The end of the kernel on this core.
-    void finish() const;
+    void finish();
 
 private:
     struct Store {

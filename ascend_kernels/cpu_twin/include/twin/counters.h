@@ -7,7 +7,7 @@
 namespace twin {
 
 // Plain integers in this order: the runner hands them out as an array. Of several blocks the sums,
-// except of `ub_peak_bytes`, which is the largest.
+// except of `ub_peak_bytes` and `cycles`, which are the largest.
 struct Counters {
     uint64_t read_bytes = 0;           // global memory -> UB by DMA, exact
     uint64_t read_block_bytes = 0;     // the same, each burst rounded up to 32 bytes
@@ -23,16 +23,19 @@ struct Counters {
     uint64_t flags = 0;                // SetFlag by the kernel and by its queues
     uint64_t sync_alls = 0;
     uint64_t ub_peak_bytes = 0;
+    uint64_t cycles = 0;               // calculated, under the assumptions of twin/clock.h
 
     void add(const Counters& other)
     {
         const auto* from = reinterpret_cast<const uint64_t*>(&other);
         auto* to = reinterpret_cast<uint64_t*>(this);
         const uint64_t peak = std::max(ub_peak_bytes, other.ub_peak_bytes);
+        const uint64_t latest = std::max(cycles, other.cycles);
         for (unsigned i = 0; i < sizeof(Counters) / sizeof(uint64_t); ++i) {
             to[i] += from[i];
         }
         ub_peak_bytes = peak;
+        cycles = latest;
     }
 };
 

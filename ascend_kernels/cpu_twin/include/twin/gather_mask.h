@@ -47,6 +47,7 @@ void GatherMask(const LocalTensor<T>& dst, const LocalTensor<T>& src, const Loca
     vector.check_overlap();
     vector.count_repeats(static_cast<size_t>(p.repeatTimes) * mask * sizeof(T));
     found = kept.size();
+    twin::core().clocks.scalar_waits_for(PIPE_V);
 }
 
 }  // namespace AscendC

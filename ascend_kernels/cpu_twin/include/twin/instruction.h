@@ -55,7 +55,9 @@ public:
 
     void count_repeats(size_t bytes)
     {
-        core().counters.vector_repeats += round_up(bytes, kRepeat) / kRepeat;
+        const size_t repeats = round_up(bytes, kRepeat) / kRepeat;
+        core().counters.vector_repeats += repeats;
+        core().clocks.spend(PIPE_V, repeats, kVectorLatency);
     }
 
 private:
