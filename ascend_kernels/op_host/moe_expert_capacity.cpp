@@ -1,4 +1,6 @@
 // Host side of MoeExpertCapacity: definition, inference, tiling.
+#include <algorithm>
+
 #include "moe_expert_capacity_tiling.h"
 #include "moe_host_common.h"
 
@@ -32,24 +34,47 @@ ge::graphStatus InferDataType(gert::InferDataTypeContext* context)
     return context->SetOutputDataType(EXPERT_TOKENS, ge::DT_INT32);
 }
 
-// Bytes of UB that the kernel takes for tiles of `tile` rows.
-uint32_t UbBytes(uint32_t tile, uint32_t queues, uint32_t expertsPad)
-{
-    using namespace moe_host;
-    const uint32_t counters = queues * expertsPad * sizeof(float);
-    const uint32_t all = tile * queues * sizeof(int32_t);
-    const uint32_t column = tile * sizeof(int32_t);
-    // inQueue, rowQueue | runQueue | countQueue, start, total | tokensOut
-    uint32_t bytes = 2 * BUFFERS * all + BUFFERS * column + (BUFFERS + 2) * counters +
-        expertsPad * sizeof(int32_t);
-    // experts32, expertsFloat, places, scratch, index, numbers, empty | bits
-    bytes += 7 * column + AlignUp(tile / 8, BLOCK_BYTES);
-    if (queues > 1) {  // rows, offsetsOut, wide, wideReal | offsetsIn
-        bytes += 4 * all + column;
+// What the tiling chooses, and what UB it takes.
+struct Plan {
+    uint32_t queues = 1;
+    uint32_t expertsPad = 8;
+    uint32_t tile = 0;       // rows at a time
+    uint32_t groups = 1;     // one-hot matrices side by side
+    uint32_t countRows = 1;  // blocks whose counters are read as one piece, into the matrices
+
+    uint32_t CounterBytes() const
+    {
+        return queues * expertsPad * sizeof(float);
     }
-    // the one-hot matrix: spread, two matrices with heads | bits | numbers, shifted, ones
-    return bytes + 4 * tile * BLOCK_BYTES + tile + 3 * LANES * sizeof(float);
-}
+
+    uint32_t UbBytes() const
+    {
+        using namespace moe_host;
+        const uint32_t all = tile * queues * sizeof(int32_t);
+        const uint32_t column = tile * sizeof(int32_t);
+        const uint32_t matrix = tile * BLOCK_BYTES;
+        const uint32_t bits = AlignUp(tile / 8, BLOCK_BYTES);
+        const uint32_t perExpert = expertsPad * sizeof(float);
+        // inQueue, rowQueue | four of runQueue | start, total | tokensOut
+        uint32_t bytes = 2 * BUFFERS * all + 4 * column + 2 * CounterBytes() + perExpert;
+        // experts32, expertsFloat, places, scratch, index, numbers, empty | bits
+        bytes += 7 * column + bits;
+        if (queues > 1) {  // rows, offsetsOut, wide, wideReal | offsetsIn
+            bytes += 4 * all + column;
+        }
+        // counts of experts: bits, marks of eight | ones | parts, sums
+        bytes += 8 * (bits + column) + LANES * sizeof(float) + expertsPad * BLOCK_BYTES + perExpert;
+        // one-hot matrices: spread | bits, column | numbers | ones | the matrices
+        bytes += matrix + groups * (tile + column) + perExpert + LANES * sizeof(float);
+        return bytes + std::max(MatricesBytes(), CounterBytes());
+    }
+
+    // Two a group, each with the zero rows ahead of it.
+    uint32_t MatricesBytes() const
+    {
+        return groups * 3 * tile * moe_host::BLOCK_BYTES;
+    }
+};
 
 ge::graphStatus Tile(gert::TilingContext* context)
 {
@@ -89,32 +114,43 @@ ge::graphStatus Tile(gert::TilingContext* context)
     const uint32_t choices = static_cast<uint32_t>(experts.GetDim(1));
     const uint32_t queues = priority == CHOICE_MAJOR ? choices : 1;
     const uint32_t items = static_cast<uint32_t>(experts.GetShapeSize()) / queues;
-    const uint32_t expertsPad = AlignUp(static_cast<uint32_t>(expertNum), 8);
     // a block with fewer rows than the smallest tile would wait for the barrier, not work
     const uint32_t blocks = BlocksFor(machine, CeilDiv(items, SMALLEST_TILE));
+    Plan plan;
+    plan.queues = queues;
+    plan.expertsPad = AlignUp(static_cast<uint32_t>(expertNum), 8);
     // no tile larger than a block's share needs: what is padding costs as much as choices do
-    uint32_t tile = LARGEST_TILE;
-    while (tile > SMALLEST_TILE && tile / 2 >= CeilDiv(items, blocks)) {
-        tile /= 2;
+    plan.tile = LARGEST_TILE;
+    while (plan.tile > SMALLEST_TILE && plan.tile / 2 >= CeilDiv(items, blocks)) {
+        plan.tile /= 2;
     }
-    while (tile > SMALLEST_TILE && UbBytes(tile, queues, expertsPad) > machine.ubBytes) {
-        tile /= 2;
+    while (plan.tile > SMALLEST_TILE && plan.UbBytes() > machine.ubBytes) {
+        plan.tile /= 2;
     }
-    if (UbBytes(tile, queues, expertsPad) > machine.ubBytes) {
+    if (plan.UbBytes() > machine.ubBytes) {
         return Refuse(op, "UB: %u bytes are not enough: %u is the least here", machine.ubBytes,
-            UbBytes(tile, queues, expertsPad));
+            plan.UbBytes());
     }
+    plan.groups = plan.expertsPad > 8 ? 2 : 1;
+    if (plan.UbBytes() > machine.ubBytes) {
+        plan.groups = 1;
+    }
+    // the counters of all blocks lie where the matrices come to lie
+    plan.countRows =
+        std::min(blocks, std::max(1U, plan.MatricesBytes() / plan.CounterBytes()));
 
     optiling::MoeExpertCapacityTilingData tiling;
     tiling.set_items(items);
     tiling.set_queues(queues);
     tiling.set_experts(static_cast<uint32_t>(expertNum));
     tiling.set_capacity(static_cast<uint32_t>(capacity));
-    tiling.set_tile(tile);
+    tiling.set_tile(plan.tile);
+    tiling.set_groups(plan.groups);
+    tiling.set_countRows(plan.countRows);
     context->SetScheduleMode(1);  // the barrier between blocks needs all of them running
     return Commit(context, tiling, blocks,
         queues > 1 ? MOE_CAPACITY_QUEUE_PER_CHOICE : MOE_CAPACITY_ONE_QUEUE, machine,
-        static_cast<size_t>(blocks) * queues * expertsPad * sizeof(float));
+        static_cast<size_t>(blocks) * plan.CounterBytes());
 }
 }  // namespace
 

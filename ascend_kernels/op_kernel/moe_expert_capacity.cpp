@@ -11,6 +11,7 @@
 // The result is that of a single loop over the queue, bit by bit, for any number of blocks.
 //
 // All counts are float32, exact below 2^24 choices; the tiling refuses more.
+#include "moe_expert_counts.h"
 #include "moe_one_hot.h"
 #include "moe_tiling_keys.h"
 #include "moe_transpose.h"
@@ -27,6 +28,7 @@ public:
         experts_ = tiling.experts;
         capacity_ = tiling.capacity;
         tile_ = tiling.tile;
+        countRows_ = tiling.countRows;
         expertsPad_ = AlignUp(experts_, GROUP);
         share_ = ShareOfBlock(items_);
 
@@ -42,8 +44,7 @@ public:
         const uint32_t counterBytes = Counters() * sizeof(float);
         pipe_.InitBuffer(inQueue_, DOUBLE_BUFFER, tileBytes);
         pipe_.InitBuffer(rowQueue_, DOUBLE_BUFFER, tileBytes);
-        pipe_.InitBuffer(runQueue_, DOUBLE_BUFFER, tile_ * sizeof(int32_t));
-        pipe_.InitBuffer(countQueue_, DOUBLE_BUFFER, counterBytes);
+        pipe_.InitBuffer(runQueue_, RUN_BUFFERS, tile_ * sizeof(int32_t));
         pipe_.InitBuffer(start_, counterBytes);
         pipe_.InitBuffer(total_, counterBytes);
         pipe_.InitBuffer(tokensOut_, expertsPad_ * sizeof(int32_t));
@@ -62,7 +63,8 @@ public:
             pipe_.InitBuffer(wide_, tileBytes);
             pipe_.InitBuffer(wideReal_, tileBytes);
         }
-        oneHot_.Init(pipe_, tile_);
+        expertCounts_.Init(pipe_, tile_, expertsPad_);
+        oneHot_.Init(pipe_, tile_, expertsPad_, tiling.groups, countRows_ * counterBytes);
     }
 
     __aicore__ inline void Process()
@@ -71,6 +73,7 @@ public:
         Count();
         SyncAll<true>();
         FindStarts();
+        oneHot_.Clear();
         WriteExpertTokens();
         for (uint32_t first = share_.begin; first < share_.end; first += tile_) {
             Place(first, Smaller(tile_, share_.end - first));
@@ -113,9 +116,7 @@ private:
             LocalTensor<int32_t> in = ReadTile(first, Smaller(tile_, share_.end - first));
             for (uint32_t queue = 0; queue < queues_; ++queue) {
                 TakeQueue(in, queue);
-                for (uint32_t group = 0; group < experts_; group += GROUP) {
-                    oneHot_.AddCounts(counts[queue * expertsPad_ + group], group);
-                }
+                expertCounts_.Add(counts[queue * expertsPad_], expertsFloat_.Get<float>());
             }
             inQueue_.FreeTensor(in);
         }
@@ -125,29 +126,22 @@ private:
     }
 
     // (2) start = choices ahead of this block's first one, per queue and expert; total = choices of
-    // an expert in all queues, in the counters of the first queue.
+    // an expert in all queues, in the counters of the first queue. The counters of all blocks come as
+    // one piece where they fit UB.
     __aicore__ inline void FindStarts()
     {
         const uint32_t blocks = static_cast<uint32_t>(GetBlockNum());
-        const uint32_t block = static_cast<uint32_t>(GetBlockIdx());
         const int32_t counters = static_cast<int32_t>(Counters());
         const int32_t experts = static_cast<int32_t>(expertsPad_);
         LocalTensor<float> start = start_.Get<float>();
         LocalTensor<float> total = total_.Get<float>();
         Duplicate(start, 0.0f, counters);
         VectorBarrier();
-        for (uint32_t other = 0; other < blocks; ++other) {
-            LocalTensor<float> counts = countQueue_.template AllocTensor<float>();
-            Load(counts, counts_[other * Counters()], Counters());
-            countQueue_.EnQue(counts);
-            counts = countQueue_.template DeQue<float>();
-            Add(total, total, counts, counters);
-            if (other < block) {
-                Add(start, start, counts, counters);
-            }
-            VectorBarrier();
-            countQueue_.FreeTensor(counts);
+        for (uint32_t first = 0; first < blocks; first += countRows_) {
+            AddRows(start, total, first, Smaller(countRows_, blocks - first));
         }
+        Add(total, total, start, counters);
+        VectorBarrier();
         for (uint32_t queue = 1; queue < queues_; ++queue) {
             // ahead of a queue: all of the queues before it
             Add(start[queue * expertsPad_], start[queue * expertsPad_], total, experts);
@@ -155,6 +149,45 @@ private:
             Add(total, total, total[queue * expertsPad_], experts);
             VectorBarrier();
         }
+    }
+
+    // The counters of blocks [first, first + rows): to `before` those of blocks ahead of this one, to
+    // `others` the rest. Two sums, each in halves, between the same barriers.
+    __aicore__ inline void AddRows(const LocalTensor<float>& before,
+        const LocalTensor<float>& others, uint32_t first, uint32_t rows)
+    {
+        const uint32_t block = static_cast<uint32_t>(GetBlockIdx());
+        const int32_t counters = static_cast<int32_t>(Counters());
+        LocalTensor<float> counts = oneHot_.Room();
+        Sync<HardEvent::V_MTE2>();
+        Load(counts, counts_[first * Counters()], rows * Counters());
+        Sync<HardEvent::MTE2_V>();
+        const uint32_t ahead = block > first ? Smaller(block - first, rows) : 0;
+        LocalTensor<float> rest = counts[ahead * Counters()];
+        uint32_t left = ahead;
+        uint32_t right = rows - ahead;
+        while (left > 1 || right > 1) {
+            left = AddHalf(counts, left);
+            right = AddHalf(rest, right);
+            VectorBarrier();
+        }
+        if (left > 0) {
+            Add(before, before, counts, counters);
+        }
+        if (right > 0) {
+            Add(others, others, rest, counters);
+        }
+        VectorBarrier();
+    }
+
+    // Adds the second half of some rows of counters to the first; returns how many are left.
+    __aicore__ inline uint32_t AddHalf(const LocalTensor<float>& rows, uint32_t count)
+    {
+        const uint32_t half = CeilDiv(count, 2);
+        if (count > 1) {
+            Add(rows, rows, rows[half * Counters()], static_cast<int32_t>((count - half) * Counters()));
+        }
+        return half;
     }
 
     __aicore__ inline void WriteExpertTokens()
@@ -186,6 +219,7 @@ private:
         LocalTensor<int32_t> rows = rowQueue_.template AllocTensor<int32_t>();
         for (uint32_t queue = 0; queue < queues_; ++queue) {
             TakeQueue(in, queue);
+            oneHot_.SetQueue(expertsFloat_.Get<float>());
             WriteSources(first, queue);
             PlaceQueue(queue);
             if constexpr (QUEUE_PER_CHOICE) {
@@ -218,7 +252,7 @@ private:
         return inQueue_.template DeQue<int32_t>();
     }
 
-    // One queue of a tile as consecutive numbers, and into the one-hot matrix.
+    // One queue of a tile as consecutive numbers.
     __aicore__ inline void TakeQueue(const LocalTensor<int32_t>& in, uint32_t queue)
     {
         LocalTensor<int32_t> experts = in;
@@ -238,14 +272,12 @@ private:
         Select(known, bits, known, static_cast<float>(NOTHING),
             SELMODE::VSEL_TENSOR_SCALAR_MODE, tile_);
         VectorBarrier();
-        oneHot_.SetQueue(known);
     }
 
     // slot_src: per expert, the numbers of its choices, packed in their order by GatherMask.
     __aicore__ inline void WriteSources(uint32_t first, uint32_t queue)
     {
         LocalTensor<int32_t> numbers = numbers_.Get<int32_t>();
-        LocalTensor<uint8_t> bits = bits_.Get<uint8_t>();
         LocalTensor<float> start = start_.Get<float>();
         const int32_t n = static_cast<int32_t>(tile_);
         Muls(numbers, index_.Get<int32_t>(), static_cast<int32_t>(queues_), n);
@@ -253,29 +285,35 @@ private:
         Adds(numbers, numbers, static_cast<int32_t>(first * queues_ + queue), n);
         VectorBarrier();
         Sync<HardEvent::V_S>();  // `start` is as the last queue left it
-        for (uint32_t expert = 0; expert < experts_; ++expert) {
-            const uint32_t place =
-                static_cast<uint32_t>(start.GetValue(queue * expertsPad_ + expert));
-            if (place >= capacity_) {
-                continue;
+        for (uint32_t group = 0; group < experts_; group += ExpertCounts::AT_ONCE) {
+            const uint32_t count = Smaller(ExpertCounts::AT_ONCE, experts_ - group);
+            expertCounts_.Mark(expertsFloat_.Get<float>(), group, count);
+            for (uint32_t i = 0; i < count; ++i) {
+                const uint32_t place = static_cast<uint32_t>(
+                    start.GetValue(queue * expertsPad_ + group + i));
+                if (place < capacity_) {
+                    WriteRun((group + i) * capacity_ + place, capacity_ - place, i);
+                }
             }
-            CompareScalar(bits, expertsFloat_.Get<float>(), static_cast<float>(expert), CMPMODE::EQ,
-                tile_);
-            VectorBarrier();
-            LocalTensor<int32_t> run = runQueue_.template AllocTensor<int32_t>();
-            uint64_t found = 0;
-            GatherMask(run, numbers, bits.template ReinterpretCast<uint32_t>(), true, tile_,
-                {1, 1, 0, 0}, found);
-            VectorBarrier();
-            runQueue_.EnQue(run);
-            run = runQueue_.template DeQue<int32_t>();
-            if (found > 0) {
-                Store(slotSrc_[expert * capacity_ + place], run,
-                    Smaller(static_cast<uint32_t>(found), capacity_ - place));
-            }
-            runQueue_.FreeTensor(run);
+            VectorBarrier();  // the bits have been read and may change
         }
         Sync<HardEvent::S_V>();  // `start` has been read and may change
+    }
+
+    // The choices of the `i`-th expert that is marked, at most `most`, from place `at` on.
+    __aicore__ inline void WriteRun(uint32_t at, uint32_t most, uint32_t i)
+    {
+        LocalTensor<int32_t> run = runQueue_.template AllocTensor<int32_t>();
+        uint64_t found = 0;
+        GatherMask(run, numbers_.Get<int32_t>(),
+            expertCounts_.Bits(i).template ReinterpretCast<uint32_t>(), true, tile_, {1, 1, 0, 0},
+            found);
+        runQueue_.EnQue(run);
+        run = runQueue_.template DeQue<int32_t>();
+        if (found > 0) {
+            Store(slotSrc_[at], run, Smaller(static_cast<uint32_t>(found), most));
+        }
+        runQueue_.FreeTensor(run);
     }
 
     // places = number of each choice in its expert's queue, from 1; 0 for no expert.
@@ -284,10 +322,7 @@ private:
         LocalTensor<float> places = places_.Get<float>();
         Duplicate(places, 0.0f, static_cast<int32_t>(tile_));
         VectorBarrier();
-        for (uint32_t group = 0; group < experts_; group += GROUP) {
-            oneHot_.AddPlaces(places, start_.Get<float>()[queue * expertsPad_ + group],
-                scratch_.Get<float>(), group);
-        }
+        oneHot_.AddPlaces(places, start_.Get<float>()[queue * expertsPad_]);
     }
 
     // dst = expert * C + place - 1 where 1 <= place <= C, -1 elsewhere.
@@ -321,10 +356,11 @@ private:
     }
 
     static constexpr int32_t NOTHING = -1;
+    // runs are short: the store of one takes longer than finding the next
+    static constexpr uint8_t RUN_BUFFERS = 4;
 
     TPipe pipe_;
     TQue<TPosition::VECIN, DOUBLE_BUFFER> inQueue_;
-    TQue<TPosition::VECIN, DOUBLE_BUFFER> countQueue_;
     TQue<TPosition::VECOUT, DOUBLE_BUFFER> rowQueue_;
     TQue<TPosition::VECOUT, DOUBLE_BUFFER> runQueue_;
     TBuf<TPosition::VECCALC> start_;         // [queues, experts]
@@ -343,6 +379,7 @@ private:
     TBuf<TPosition::VECCALC> offsetsOut_;    // [tile, queues]
     TBuf<TPosition::VECCALC> wide_;          // [tile, queues]
     TBuf<TPosition::VECCALC> wideReal_;      // [tile, queues]
+    ExpertCounts expertCounts_;
     OneHot oneHot_;
     GlobalTensor<int32_t> expertIdx_;
     GlobalTensor<int32_t> expandedRowIdx_;
@@ -356,6 +393,7 @@ private:
     uint32_t expertsPad_ = 0;
     uint32_t capacity_ = 0;
     uint32_t tile_ = 0;
+    uint32_t countRows_ = 0;
 };
 
 template <bool QUEUE_PER_CHOICE>

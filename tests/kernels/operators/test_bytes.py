@@ -132,6 +132,16 @@ def test_gating_reads_logits_once_and_writes_results_once(E, dtype):
     assert counters["scalar_ub_accesses"] == 0
 
 
+@pytest.mark.parametrize(("E", "K", "most"), [(8, 2, 90), (256, 8, 900)])
+def test_capacity_has_few_barriers(E, K, most):
+    """Of a core with two tiles of 512. Eight experts take three to count and two to write, sixteen
+    take sixteen to place: 416 a tile of 256 experts. Matrix by matrix it would be 1440."""
+    experts = choices(np.random.default_rng(0), 2 * 512 // K * 4, K, E, "even")
+    attrs = {"expert_num": E, "expert_capacity": len(experts) * K // E + 9}
+    counters = twin.run("moe_expert_capacity", {"expert_idx": experts}, attrs, blocks=4).blocks[1]
+    assert counters["barriers"] <= most
+
+
 @pytest.mark.parametrize("choice_major", [False, True])
 def test_capacity_reads_choices_twice_and_has_no_scalar_loop_over_them(choice_major):
     T, K, E, C, blocks = 2000, 2, 8, 550, 5
@@ -141,6 +151,9 @@ def test_capacity_reads_choices_twice_and_has_no_scalar_loop_over_them(choice_ma
     counts = (K if choice_major else 1) * E * 4
     assert result.counters["read_bytes"] == 2 * T * K * 4 + blocks * blocks * counts
     assert result.counters["write_bytes"] == (T * K + E * C + E) * 4 + blocks * counts
+    # choices twice, and the counters of all blocks as one piece
+    of_a_block = 1 if choice_major else 2  # tiles: 400 tokens, or 800 choices
+    assert {block["read_instructions"] for block in result.blocks} == {2 * of_a_block + 1}
     # scalars: one per expert and tile of 512 choices, and one per expert
     tiles = blocks * -(-T * K // blocks // 512) + blocks
     assert result.counters["scalar_ub_accesses"] <= (tiles + 1) * E
