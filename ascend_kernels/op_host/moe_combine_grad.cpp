@@ -21,10 +21,12 @@ ge::graphStatus InferDataType(gert::InferDataTypeContext* context)
 
 // UB of a block: a 64th for slot_src, a 16th for zeros, an 8th for the tables of the tokens and
 // their products; the rest for rows: per element two buffers each of dy, expanded_x and
-// d_expanded_x, a float32 product, and for 16-bit rows dy and expanded_x in float32.
+// d_expanded_x, a float32 product, and for 16-bit rows dy and expanded_x in float32. What shorter
+// rows leave goes to more buffers of expanded_x: with those of dy they have six of eight event ids.
 ge::graphStatus Tile(gert::TilingContext* context)
 {
     using namespace moe_host;
+    constexpr uint32_t MOST_ROW_BUFFERS = 4;
     const char* op = context->GetNodeName();
     const gert::Shape& dy = context->GetInputShape(DY)->GetStorageShape();
     const gert::Shape& rows = context->GetInputShape(EXPANDED_X)->GetStorageShape();
@@ -77,6 +79,11 @@ ge::graphStatus Tile(gert::TilingContext* context)
     tiling.set_tileTokens(std::min(tokenChoices / k, static_cast<uint32_t>(sizes.tokens)));
     tiling.set_tableSize(tableBytes / sizeof(int32_t));
     tiling.set_zeroBytes(zeroBytes);
+    const uint32_t rowBytes = AlignUp(chunk * DtypeBytes(dtype), BLOCK_BYTES);
+    const uint32_t floatBytes = (dtype == 0 ? 1 : 3) * AlignUp(chunk * sizeof(float), BLOCK_BYTES);
+    const uint32_t forQueue = machine.ubBytes - tableBytes - zeroBytes - tokenBytes -
+        2 * BUFFERS * rowBytes - floatBytes;
+    tiling.set_rowBuffers(std::min(MOST_ROW_BUFFERS, forQueue / rowBytes));
     const uint32_t work = static_cast<uint32_t>(std::max(sizes.tokens, sizes.slots));
     return Commit(context, tiling, BlocksFor(machine, work), MOE_ROWS_FLOAT + dtype, machine);
 }

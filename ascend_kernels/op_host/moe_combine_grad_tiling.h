@@ -14,6 +14,7 @@ BEGIN_TILING_DATA_DEF(MoeCombineGradTilingData)
     TILING_DATA_FIELD_DEF(uint32_t, tileTokens);      // tokens of a part of the tables
     TILING_DATA_FIELD_DEF(uint32_t, tableSize);       // entries of slot_src at a time
     TILING_DATA_FIELD_DEF(uint32_t, zeroBytes);       // of the buffer of zeros
+    TILING_DATA_FIELD_DEF(uint32_t, rowBuffers);      // of the queue of rows of expanded_x
 END_TILING_DATA_DEF;
 
 REGISTER_TILING_DATA_CLASS(MoeCombineGrad, MoeCombineGradTilingData)

@@ -12,6 +12,7 @@ BEGIN_TILING_DATA_DEF(MoeDispatchGradTilingData)
     TILING_DATA_FIELD_DEF(uint32_t, hidden);          // H
     TILING_DATA_FIELD_DEF(uint32_t, chunk);           // elements of a row at a time
     TILING_DATA_FIELD_DEF(uint32_t, tileTokens);      // tokens of a part of the tables
+    TILING_DATA_FIELD_DEF(uint32_t, rowBuffers);      // of the queue of rows
 END_TILING_DATA_DEF;
 
 REGISTER_TILING_DATA_CLASS(MoeDispatchGrad, MoeDispatchGradTilingData)

@@ -40,12 +40,15 @@ inline uint32_t ChunkOf(int64_t hidden, uint32_t bytes, uint32_t bytesPerElement
 }
 
 // UB of a block: per element of the chunk, two row buffers, two output buffers, and for 16-bit
-// rows a float32 row and a float32 sum: 16 bytes either way. One 16th of UB for the tables.
+// rows a float32 row and a float32 sum: 16 bytes either way. One 16th of UB for the tables. What
+// shorter rows leave goes to more row buffers: a queue may have eight, as there are event ids, and
+// with six there are five rows on their way.
 template <typename TilingData>
 ge::graphStatus TileRows(
     gert::TilingContext* context, const RowSizes& sizes, ge::DataType dtype, bool weighted)
 {
     constexpr uint32_t BYTES_PER_ELEMENT = 16;
+    constexpr uint32_t MOST_ROW_BUFFERS = 6;
     const char* op = context->GetNodeName();
     const int32_t number = DtypeNumber(dtype);
     Machine machine;
@@ -66,7 +69,12 @@ ge::graphStatus TileRows(
     if (machine.ubBytes < 4 * 1024 || tileTokens == 0 || chunk == 0) {
         return Refuse(op, "UB: %u bytes are not enough: 4 KB is the least", machine.ubBytes);
     }
+    const uint32_t rowBytes = AlignUp(chunk * DtypeBytes(number), BLOCK_BYTES);
+    const uint32_t floatBytes = number == 0 ? 0 : 2 * AlignUp(chunk * sizeof(float), BLOCK_BYTES);
+    const uint32_t forQueue =
+        machine.ubBytes - tables * (tableBytes + BLOCK_BYTES) - BUFFERS * rowBytes - floatBytes;
     TilingData tiling;
+    tiling.set_rowBuffers(std::min(MOST_ROW_BUFFERS, forQueue / rowBytes));
     tiling.set_tokens(static_cast<uint32_t>(sizes.tokens));
     tiling.set_k(k);
     tiling.set_slots(static_cast<uint32_t>(sizes.slots));

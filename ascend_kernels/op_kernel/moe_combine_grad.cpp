@@ -34,7 +34,7 @@ public:
         const uint32_t rowBytes = AlignUp(chunk_ * sizeof(T), BLOCK_BYTES);
         const uint32_t floatBytes = AlignUp(chunk_ * sizeof(float), BLOCK_BYTES);
         pipe_.InitBuffer(dyQueue_, DOUBLE_BUFFER, rowBytes);
-        pipe_.InitBuffer(rowQueue_, DOUBLE_BUFFER, rowBytes);
+        pipe_.InitBuffer(rowQueue_, static_cast<uint8_t>(tiling.rowBuffers), rowBytes);
         pipe_.InitBuffer(outQueue_, DOUBLE_BUFFER, rowBytes);
         pipe_.InitBuffer(product_, floatBytes);
         if constexpr (!std::is_same<T, float>::value) {

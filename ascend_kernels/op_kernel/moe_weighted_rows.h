@@ -24,7 +24,9 @@ public:
         rows_.SetGlobalBuffer((__gm__ T*)rows, static_cast<uint64_t>(slots_) * hidden_);
         rowIdx_.SetGlobalBuffer((__gm__ int32_t*)rowIdx, tiling.tokens * k_);
         out_.SetGlobalBuffer((__gm__ T*)out, static_cast<uint64_t>(tiling.tokens) * hidden_);
-        pipe_.InitBuffer(rowQueue_, DOUBLE_BUFFER, AlignUp(chunk_ * sizeof(T), BLOCK_BYTES));
+        // all but one are on their way while a row is added
+        pipe_.InitBuffer(rowQueue_, static_cast<uint8_t>(tiling.rowBuffers),
+            AlignUp(chunk_ * sizeof(T), BLOCK_BYTES));
         pipe_.InitBuffer(outQueue_, DOUBLE_BUFFER, AlignUp(chunk_ * sizeof(T), BLOCK_BYTES));
         if constexpr (!std::is_same<T, float>::value) {
             pipe_.InitBuffer(rowFloat_, AlignUp(chunk_ * sizeof(float), BLOCK_BYTES));

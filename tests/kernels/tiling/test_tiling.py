@@ -201,6 +201,19 @@ def test_rows_are_cut_at_whole_repeats_if_at_all(name, H):
     assert chunk == H or (chunk < H and chunk % 64 == 0 and chunk >= 4096)
 
 
+@pytest.mark.parametrize(("name", "most"), [("moe_combine", 6), ("moe_combine_grad", 4)])
+@pytest.mark.parametrize("H", [7, 4096, 7168, 14336])
+def test_rows_are_buffered_as_deep_as_ub_allows(name, most, H):
+    """Up to what event ids allow; one more would not fit, rows that are cut have two."""
+    tiling = tile(name, H=H, T=4, E=1, C=4, dtype=np.uint16)
+    depth, chunk = tiling["rowBuffers"], tiling["chunk"]
+    peak = run(name, 1, twin.UB_BYTES, T=4, E=1, C=4, H=H, dtype=np.uint16).counters["ub_peak_bytes"]
+    assert peak <= 184 * KB
+    # the tables take less than they may where there are few tokens: at most 37 KB
+    assert depth == most or peak + 2 * chunk > (184 - 37) * KB
+    assert depth == 2 or chunk == H
+
+
 REFUSED = [
     ("moe_gating_top_k", {"E": 257}, "E from 1 to 256"),
     ("moe_gating_top_k", {"K": 9, "E": 16}, "from 1 to 8"),
