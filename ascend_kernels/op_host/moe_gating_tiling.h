@@ -15,6 +15,26 @@ struct GatingSizes {
     int32_t dtype = 0;  // DtypeNumber of the logits
 };
 
+// What a gating call makes of the logits; the attributes of both operators.
+struct GatingRules {
+    bool renorm = true;
+    int64_t normType = 0;
+    float factor = 1.0f;
+};
+
+inline ge::graphStatus CheckRules(const char* op, const GatingRules& rules)
+{
+    if (rules.normType != 0 && rules.normType != 1) {
+        return Refuse(op, "norm_type: %ld: 0 (softmax) or 1 (sigmoid)",
+            static_cast<long>(rules.normType));
+    }
+    if (!(rules.factor > 0.0f && rules.factor < 1.0e30f)) {
+        return Refuse(op, "routed_scaling_factor: %g: above 0 and finite",
+            static_cast<double>(rules.factor));
+    }
+    return ge::GRAPH_SUCCESS;
+}
+
 inline bool IsEight(const GatingSizes& sizes)
 {
     return sizes.experts == EIGHT;
@@ -86,7 +106,7 @@ uint32_t LargestTile(const GatingSizes& sizes, uint32_t available, UbBytes ubByt
 
 template <typename TilingData>
 ge::graphStatus CommitGating(gert::TilingContext* context, TilingData& tiling,
-    const GatingSizes& sizes, uint32_t tile, bool renorm, const Machine& machine)
+    const GatingSizes& sizes, uint32_t tile, const GatingRules& rules, const Machine& machine)
 {
     if (tile == 0) {
         return Refuse(context->GetNodeName(), "UB: %u bytes do not hold 8 tokens of %ld experts",
@@ -99,7 +119,9 @@ ge::graphStatus CommitGating(gert::TilingContext* context, TilingData& tiling,
     tiling.set_tokens(tokens);
     tiling.set_experts(static_cast<uint32_t>(sizes.experts));
     tiling.set_k(static_cast<uint32_t>(sizes.k));
-    tiling.set_renorm(renorm ? 1 : 0);
+    tiling.set_renorm(rules.renorm ? 1 : 0);
+    tiling.set_normType(static_cast<uint32_t>(rules.normType));
+    tiling.set_factor(rules.factor);
     tiling.set_width(RowWidth(sizes));
     tiling.set_tileTokens(tile < share ? tile : share);
     const uint64_t first = IsEight(sizes) ? MOE_GATING_EIGHT_FLOAT : MOE_GATING_WIDE_FLOAT;

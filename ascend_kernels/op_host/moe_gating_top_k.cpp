@@ -3,9 +3,19 @@
 #include "moe_gating_top_k_tiling.h"
 
 namespace {
-enum Input { X, FINISHED };
+enum Input { X, BIAS, FINISHED };
 enum Output { Y, EXPERT_IDX, ROW_IDX, SOFTMAX_OUT };
-enum Attribute { K, RENORM };
+enum Attribute {
+    K,
+    RENORM,
+    NORM_TYPE,
+    GROUP_COUNT,
+    K_GROUP,
+    GROUP_SELECT_MODE,
+    ROUTED_SCALING_FACTOR,
+    OUT_FLAG
+};
+enum GroupSelectMode { BEST, TWO_BEST };
 
 ge::graphStatus InferShape(gert::InferShapeContext* context)
 {
@@ -20,6 +30,11 @@ ge::graphStatus InferShape(gert::InferShapeContext* context)
         shape.SetDim(0, x.GetDim(0));
         shape.SetDim(1, i == SOFTMAX_OUT ? x.GetDim(1) : k);
     }
+    if (!*context->GetAttrs()->GetBool(OUT_FLAG)) {
+        // one element: not every framework passes an empty tensor on
+        context->GetOutputShape(SOFTMAX_OUT)->SetDim(0, 1);
+        context->GetOutputShape(SOFTMAX_OUT)->SetDim(1, 1);
+    }
     return ge::GRAPH_SUCCESS;
 }
 
@@ -31,14 +46,50 @@ ge::graphStatus InferDataType(gert::InferDataTypeContext* context)
     return context->SetOutputDataType(SOFTMAX_OUT, ge::DT_FLOAT);
 }
 
+// Groups of neighbouring experts.
+struct Groups {
+    int64_t count = 1;
+    int64_t chosen = 1;
+    int64_t mode = BEST;
+};
+
+ge::graphStatus CheckGroups(
+    const char* op, const moe_host::GatingSizes& sizes, const Groups& groups)
+{
+    using namespace moe_host;
+    if (groups.mode != BEST && groups.mode != TWO_BEST) {
+        return Refuse(op, "group_select_mode: %ld: 0 (the best expert) or 1 (the two best)",
+            static_cast<long>(groups.mode));
+    }
+    if (groups.count < 1 || groups.count > EIGHT || sizes.experts % groups.count != 0 ||
+        (groups.count > 1 && sizes.experts / groups.count < groups.mode + 1)) {
+        return Refuse(op, "group_count: %ld: from 1 to 8 equal groups of the %ld experts%s",
+            static_cast<long>(groups.count), static_cast<long>(sizes.experts),
+            groups.mode == TWO_BEST ? ", of two at least" : "");
+    }
+    if (groups.chosen < 1 || groups.chosen > groups.count ||
+        groups.chosen * (sizes.experts / groups.count) < sizes.k) {
+        return Refuse(op, "k_group: %ld: of the %ld groups as many as have %ld experts",
+            static_cast<long>(groups.chosen), static_cast<long>(groups.count),
+            static_cast<long>(sizes.k));
+    }
+    return ge::GRAPH_SUCCESS;
+}
+
 ge::graphStatus Tile(gert::TilingContext* context)
 {
     using namespace moe_host;
     const char* op = context->GetNodeName();
     const gert::Shape& x = context->GetInputShape(X)->GetStorageShape();
+    const gert::StorageShape* bias = context->GetOptionalInputShape(BIAS);
     const gert::StorageShape* finished = context->GetOptionalInputShape(FINISHED);
     if (x.GetDimNum() != 2) {
         return Refuse(op, "shapes: x must be [T, E]");
+    }
+    if (bias != nullptr && bias->GetStorageShape().GetShapeSize() != x.GetDim(1)) {
+        return Refuse(op, "shapes: bias has %ld entries, x %ld columns: one each",
+            static_cast<long>(bias->GetStorageShape().GetShapeSize()),
+            static_cast<long>(x.GetDim(1)));
     }
     if (finished != nullptr && finished->GetStorageShape().GetShapeSize() != x.GetDim(0)) {
         return Refuse(op, "shapes: finished has %ld entries, x %ld rows: one each",
@@ -47,8 +98,15 @@ ge::graphStatus Tile(gert::TilingContext* context)
     }
     const GatingSizes sizes{x.GetDim(0), x.GetDim(1), *context->GetAttrs()->GetInt(K),
         DtypeNumber(context->GetInputDesc(X)->GetDataType())};
+    const gert::RuntimeAttrs& attrs = *context->GetAttrs();
+    const GatingRules rules{*attrs.GetBool(RENORM), *attrs.GetInt(NORM_TYPE),
+        *attrs.GetFloat(ROUTED_SCALING_FACTOR)};
+    const Groups groups{
+        *attrs.GetInt(GROUP_COUNT), *attrs.GetInt(K_GROUP), *attrs.GetInt(GROUP_SELECT_MODE)};
+    const bool writesScores = *attrs.GetBool(OUT_FLAG);
     Machine machine;
-    if (CheckGating(op, sizes) != ge::GRAPH_SUCCESS ||
+    if (CheckGating(op, sizes) != ge::GRAPH_SUCCESS || CheckRules(op, rules) != ge::GRAPH_SUCCESS ||
+        CheckGroups(op, sizes, groups) != ge::GRAPH_SUCCESS ||
         ReadMachine(context, machine) != ge::GRAPH_SUCCESS) {
         return ge::GRAPH_FAILED;
     }
@@ -57,10 +115,17 @@ ge::graphStatus Tile(gert::TilingContext* context)
     const auto ubBytes = [&](uint32_t tile) {
         const GatingBytes b(sizes, tile);
         // queues: x, softmax | with one buffer: y, experts, rows
-        uint32_t bytes = BUFFERS * (b.logits + b.matrix) + 3 * b.chosen;
+        uint32_t bytes = BUFFERS * (b.logits + (writesScores ? b.matrix : 0)) + 3 * b.chosen;
         // probs, scratch | spread | bits | numbers | column, values, chosen | gathered, offsets,
         // rowPattern
         bytes += 2 * b.matrix + b.spread + b.bits + b.numbers + (1 + 2 * k) * b.column + 3 * b.chosen;
+        if (bias != nullptr) {  // its row, and scores and bias
+            bytes += RowWidth(sizes) * sizeof(float) + b.matrix;
+        }
+        if (groups.count > 1) {  // groupOf, numbers | columns, column | rows, offsets | restricted
+            bytes += b.numbers + LANES * sizeof(float) + (EIGHT + 1) * b.column + 2 * b.spread +
+                b.matrix;
+        }
         if (hasFinished) {  // its queue, as float16 and as float32
             bytes += BUFFERS * AlignUp(tile, BLOCK_BYTES) + b.column / 2 + b.column;
         }
@@ -68,8 +133,13 @@ ge::graphStatus Tile(gert::TilingContext* context)
     };
     optiling::MoeGatingTopKTilingData tiling;
     tiling.set_hasFinished(hasFinished ? 1 : 0);
+    tiling.set_hasBias(bias != nullptr ? 1 : 0);
+    tiling.set_outFlag(writesScores ? 1 : 0);
+    tiling.set_groupCount(static_cast<uint32_t>(groups.count));
+    tiling.set_kGroup(static_cast<uint32_t>(groups.chosen));
+    tiling.set_groupSelectMode(static_cast<uint32_t>(groups.mode));
     return CommitGating(context, tiling, sizes, LargestTile(sizes, machine.ubBytes, ubBytes),
-        *context->GetAttrs()->GetBool(RENORM), machine);
+        rules, machine);
 }
 }  // namespace
 
@@ -80,6 +150,8 @@ public:
     {
         using namespace moe_host;
         this->Input("x").ParamType(REQUIRED).DataType(RowTypes())
+            .Format(AnyLayout()).UnknownShapeFormat(AnyLayout());
+        this->Input("bias").ParamType(OPTIONAL).DataType(Always(ge::DT_FLOAT))
             .Format(AnyLayout()).UnknownShapeFormat(AnyLayout());
         this->Input("finished").ParamType(OPTIONAL).DataType(Always(ge::DT_BOOL))
             .Format(AnyLayout()).UnknownShapeFormat(AnyLayout());
@@ -93,6 +165,12 @@ public:
             .Format(AnyLayout()).UnknownShapeFormat(AnyLayout());
         this->Attr("k").AttrType(REQUIRED).Int();
         this->Attr("renorm").AttrType(OPTIONAL).Bool(true);
+        this->Attr("norm_type").AttrType(OPTIONAL).Int(0);
+        this->Attr("group_count").AttrType(OPTIONAL).Int(1);
+        this->Attr("k_group").AttrType(OPTIONAL).Int(1);
+        this->Attr("group_select_mode").AttrType(OPTIONAL).Int(BEST);
+        this->Attr("routed_scaling_factor").AttrType(OPTIONAL).Float(1.0f);
+        this->Attr("out_flag").AttrType(OPTIONAL).Bool(true);
         this->SetInferShape(InferShape).SetInferDataType(InferDataType);
         this->AICore().SetTiling(Tile);
         AddChips(this->AICore());

@@ -4,7 +4,7 @@
 
 namespace {
 enum Input { X, EXPERT_IDX, DY, D_SOFTMAX_OUT };
-enum Attribute { K, RENORM };
+enum Attribute { K, RENORM, NORM_TYPE, ROUTED_SCALING_FACTOR };
 
 ge::graphStatus InferShape(gert::InferShapeContext* context)
 {
@@ -35,8 +35,10 @@ ge::graphStatus Tile(gert::TilingContext* context)
     }
     const GatingSizes sizes{
         x.GetDim(0), x.GetDim(1), k, DtypeNumber(context->GetInputDesc(X)->GetDataType())};
+    const GatingRules rules{*context->GetAttrs()->GetBool(RENORM),
+        *context->GetAttrs()->GetInt(NORM_TYPE), *context->GetAttrs()->GetFloat(ROUTED_SCALING_FACTOR)};
     Machine machine;
-    if (CheckGating(op, sizes) != ge::GRAPH_SUCCESS ||
+    if (CheckGating(op, sizes) != ge::GRAPH_SUCCESS || CheckRules(op, rules) != ge::GRAPH_SUCCESS ||
         ReadMachine(context, machine) != ge::GRAPH_SUCCESS) {
         return ge::GRAPH_FAILED;
     }
@@ -52,7 +54,7 @@ ge::graphStatus Tile(gert::TilingContext* context)
     optiling::MoeGatingTopKGradTilingData tiling;
     tiling.set_hasDSoftmax(dSoftmax != nullptr ? 1 : 0);
     return CommitGating(context, tiling, sizes, LargestTile(sizes, machine.ubBytes, ubBytes),
-        *context->GetAttrs()->GetBool(RENORM), machine);
+        rules, machine);
 }
 }  // namespace
 
@@ -74,6 +76,8 @@ public:
             .Format(AnyLayout()).UnknownShapeFormat(AnyLayout());
         this->Attr("k").AttrType(REQUIRED).Int();
         this->Attr("renorm").AttrType(OPTIONAL).Bool(true);
+        this->Attr("norm_type").AttrType(OPTIONAL).Int(0);
+        this->Attr("routed_scaling_factor").AttrType(OPTIONAL).Float(1.0f);
         this->SetInferShape(InferShape).SetInferDataType(InferDataType);
         this->AICore().SetTiling(Tile);
         AddChips(this->AICore());

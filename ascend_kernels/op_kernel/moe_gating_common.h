@@ -6,6 +6,9 @@
 #include "moe_transpose.h"
 
 namespace moe {
+// Keeps the quotient of scores that are all zero finite (DeepSeek's constant).
+constexpr float TINY = 1.0e-20f;
+
 // Logits [rows, experts] of dtype T in UB -> float32 matrix; columns past the experts are LOWEST,
 // so that the softmax gives them 0. Rows of `src` start at blocks (EIGHT: without gaps).
 template <typename T, bool IS_EIGHT>
@@ -82,6 +85,51 @@ __aicore__ inline void Softmax(const RowMatrix<IS_EIGHT>& matrix, const LocalTen
     matrix.RowSum(column, values, scratch);
     matrix.Spread(spread, column);
     matrix.DivideByColumn(values, values, spread);
+}
+
+// The logistic function of every element, in place and in float32: 1 / (1 + exp(-x)), which is 0
+// where the exponential overflows. `scratch`: a matrix.
+template <bool IS_EIGHT>
+__aicore__ inline void Sigmoid(const RowMatrix<IS_EIGHT>& matrix, const LocalTensor<float>& values,
+    const LocalTensor<float>& scratch)
+{
+    const int32_t size = matrix.Size();
+    Muls(values, values, -1.0f, size);
+    Duplicate(scratch, 1.0f, size);
+    VectorBarrier();
+    Exp(values, values, size);
+    VectorBarrier();
+    Adds(values, values, 1.0f, size);
+    VectorBarrier();
+    Div(values, scratch, values, size);
+    VectorBarrier();
+}
+
+// What a choice among the columns of a matrix needs.
+struct PickRoom {
+    LocalTensor<float> scratch;   // a matrix
+    LocalTensor<float> spread;    // a block per row
+    LocalTensor<float> numbers;   // column numbers
+    LocalTensor<uint8_t> bits;    // a bit per element
+};
+
+// The largest of every row and its column, the lower one among equals; `none` where nothing equals
+// the largest, as in a row with a NaN. If `remove`, it is not found again.
+template <bool IS_EIGHT>
+__aicore__ inline void PickLargest(const RowMatrix<IS_EIGHT>& matrix,
+    const LocalTensor<float>& values, const PickRoom& room, const LocalTensor<float>& largest,
+    const LocalTensor<float>& column, float none, bool remove)
+{
+    matrix.RowMax(largest, values, room.scratch);
+    matrix.Spread(room.spread, largest);
+    matrix.EqualsColumn(room.bits, values, room.spread);
+    matrix.SelectColumnNumber(room.scratch, room.bits, room.numbers, none);
+    matrix.RowMin(column, room.scratch, room.scratch);
+    if (remove) {
+        matrix.Spread(room.spread, column);
+        matrix.ColumnNumberIs(room.bits, room.numbers, room.spread, CMPMODE::NE);
+        matrix.SelectOr(values, room.bits, values, LOWEST);
+    }
 }
 
 // Column numbers 0, 1, 2, ... for RowMatrix: one row; with EIGHT, eight rows of 0 to 7.

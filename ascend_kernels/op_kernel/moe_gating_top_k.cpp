@@ -1,23 +1,30 @@
-// MoeGatingTopK: softmax over all experts, the k largest, optionally divided by their sum.
+// MoeGatingTopK: scores of all experts, the k best, optionally divided by their sum.
 //
-//   softmax_out = softmax(x) in float32; y, expert_idx = its k largest, best first, the lower expert
-//   first among equals; row_idx[t, j] = j * T + t. A finished token (padding) gets y = 0 and
-//   expert_idx = E, "no expert"; its softmax is still written.
-#include "moe_gating_common.h"
+//   softmax_out = softmax(x) or sigmoid(x) in float32, if it is asked for; expert_idx = the k largest
+//   of it, plus the bias if there is one, among the experts of the best groups if there are groups;
+//   best first, the lower expert first among equals; y = their scores, without the bias, times a
+//   factor; row_idx[t, j] = j * T + t. A finished token (padding) gets y = 0 and expert_idx = E, "no
+//   expert"; its scores are still written.
+#include "moe_expert_groups.h"
 #include "moe_tiling_keys.h"
 
 namespace moe {
 template <typename T, bool IS_EIGHT>
 class GatingTopK {
 public:
-    __aicore__ inline void Init(GM_ADDR x, GM_ADDR finished, GM_ADDR y, GM_ADDR expertIdx,
-        GM_ADDR rowIdx, GM_ADDR softmaxOut, const MoeGatingTopKTilingData& tiling)
+    __aicore__ inline void Init(GM_ADDR x, GM_ADDR bias, GM_ADDR finished, GM_ADDR y,
+        GM_ADDR expertIdx, GM_ADDR rowIdx, GM_ADDR softmaxOut, const MoeGatingTopKTilingData& tiling)
     {
         tokens_ = tiling.tokens;
         experts_ = tiling.experts;
         k_ = tiling.k;
         renorm_ = tiling.renorm != 0;
         hasFinished_ = tiling.hasFinished != 0;
+        hasBias_ = tiling.hasBias != 0;
+        hasGroups_ = tiling.groupCount > 1;
+        isSigmoid_ = tiling.normType != 0;
+        writesScores_ = tiling.outFlag != 0;
+        factor_ = tiling.factor;
         width_ = tiling.width;
         tileTokens_ = tiling.tileTokens;
         columnPitch_ = AlignUp(tileTokens_, LANES);
@@ -27,14 +34,17 @@ public:
         y_.SetGlobalBuffer((__gm__ float*)y, tokens_ * k_);
         expertIdx_.SetGlobalBuffer((__gm__ int32_t*)expertIdx, tokens_ * k_);
         rowIdx_.SetGlobalBuffer((__gm__ int32_t*)rowIdx, tokens_ * k_);
-        softmaxOut_.SetGlobalBuffer((__gm__ float*)softmaxOut, tokens_ * experts_);
+        softmaxOut_.SetGlobalBuffer(
+            (__gm__ float*)softmaxOut, writesScores_ ? tokens_ * experts_ : 1);
 
         const uint32_t matrixBytes = tileTokens_ * width_ * sizeof(float);
         const uint32_t rowBytes = AlignUp(experts_ * sizeof(T), IS_EIGHT ? 1 : BLOCK_BYTES);
         const uint32_t chosenBytes = AlignUp(tileTokens_ * k_ * sizeof(float), BLOCK_BYTES);
         const uint32_t columnBytes = columnPitch_ * sizeof(float);
         pipe_.InitBuffer(xQueue_, DOUBLE_BUFFER, tileTokens_ * rowBytes);
-        pipe_.InitBuffer(softmaxQueue_, DOUBLE_BUFFER, matrixBytes);
+        if (writesScores_) {
+            pipe_.InitBuffer(softmaxQueue_, DOUBLE_BUFFER, matrixBytes);
+        }
         // small and last in a tile: one buffer each, which also spares event ids (8 in all)
         pipe_.InitBuffer(yQueue_, 1, chosenBytes);
         pipe_.InitBuffer(expertQueue_, 1, chosenBytes);
@@ -50,6 +60,15 @@ public:
         pipe_.InitBuffer(gathered_, chosenBytes);
         pipe_.InitBuffer(offsets_, chosenBytes);
         pipe_.InitBuffer(rowPattern_, chosenBytes);
+        if (hasBias_) {
+            bias_.SetGlobalBuffer((__gm__ float*)bias, experts_);
+            pipe_.InitBuffer(biasRow_, width_ * sizeof(float));
+            pipe_.InitBuffer(choice_, matrixBytes);
+        }
+        if (hasGroups_) {
+            groups_.Init(pipe_, tileTokens_, width_, tiling.groupCount,
+                experts_ / tiling.groupCount, tiling.kGroup, tiling.groupSelectMode != 0);
+        }
         if (hasFinished_) {
             finishedIn_.SetGlobalBuffer((__gm__ uint8_t*)finished, tokens_);
             pipe_.InitBuffer(finishedQueue_, DOUBLE_BUFFER, AlignUp(tileTokens_, BLOCK_BYTES));
@@ -64,6 +83,11 @@ public:
             return;
         }
         Prepare();
+        if (!writesScores_ && GetBlockIdx() == 0) {
+            Sync<HardEvent::V_MTE3>();
+            Store(softmaxOut_, values_.Get<float>(), 1);  // an output has one element at least
+            Sync<HardEvent::MTE3_V>();
+        }
         for (uint32_t first = share_.begin; first < share_.end; first += tileTokens_) {
             Tile(first, Smaller(tileTokens_, share_.end - first));
         }
@@ -89,6 +113,22 @@ private:
             Duplicate(finished_.Get<float>(), 0.0f, static_cast<int32_t>(columnPitch_));
         }
         VectorBarrier();
+        if (hasBias_) {
+            LocalTensor<float> row = biasRow_.Get<float>();
+            Duplicate(row, LOWEST, static_cast<int32_t>(width_));
+            Sync<HardEvent::V_MTE2>();
+            LoadPadded(row, bias_, experts_, LOWEST);
+            Sync<HardEvent::MTE2_V>();
+        }
+        if (hasGroups_) {
+            groups_.Prepare(numbers_.Get<float>(), width_, spread_.Get<float>());
+        }
+    }
+
+    __aicore__ inline PickRoom Room()
+    {
+        return {scratch_.Get<float>(), spread_.Get<float>(), numbers_.Get<float>(),
+            bits_.Get<uint8_t>()};
     }
 
     __aicore__ inline void Tile(uint32_t first, uint32_t tokens)
@@ -96,14 +136,33 @@ private:
         const RowMatrix<IS_EIGHT> matrix(AlignUp(tokens, EIGHT), width_);
         LocalTensor<float> probs = probs_.Get<float>();
         ReadTile(first, tokens, matrix);
-        Softmax(matrix, probs, scratch_.Get<float>(), column_.Get<float>(), spread_.Get<float>());
-        WriteSoftmax(first, tokens, matrix);
+        if (isSigmoid_) {
+            Sigmoid(matrix, probs, scratch_.Get<float>());
+        } else {
+            Softmax(
+                matrix, probs, scratch_.Get<float>(), column_.Get<float>(), spread_.Get<float>());
+        }
+        if (writesScores_) {
+            WriteScores(first, tokens, matrix);
+        }
+        LocalTensor<float> choice = probs;
+        if (hasBias_) {
+            choice = choice_.Get<float>();
+            matrix.AddRow(choice, probs, biasRow_.Get<float>());
+        }
+        if (hasGroups_) {
+            choice = groups_.Restrict(matrix, choice, Room());
+        }
         for (uint32_t j = 0; j < k_; ++j) {
-            Pick(matrix, values_.Get<float>()[j * columnPitch_],
-                chosen_.Get<float>()[j * columnPitch_], j + 1 < k_);
+            Pick(matrix, choice, j);
         }
         if (renorm_) {
             Normalize(tokens);
+        }
+        if (factor_ != 1.0f) {
+            Muls(values_.Get<float>(), values_.Get<float>(), factor_,
+                static_cast<int32_t>(k_ * columnPitch_));
+            VectorBarrier();
         }
         if (hasFinished_) {
             MaskFinished(first, tokens);
@@ -130,7 +189,7 @@ private:
         xQueue_.FreeTensor(x);
     }
 
-    __aicore__ inline void WriteSoftmax(
+    __aicore__ inline void WriteScores(
         uint32_t first, uint32_t tokens, const RowMatrix<IS_EIGHT>& matrix)
     {
         LocalTensor<float> out = softmaxQueue_.template AllocTensor<float>();
@@ -147,25 +206,20 @@ private:
         softmaxQueue_.FreeTensor(out);
     }
 
-    // The largest of every row and its column; if `remove`, it is not found again.
-    __aicore__ inline void Pick(const RowMatrix<IS_EIGHT>& matrix, const LocalTensor<float>& value,
-        const LocalTensor<float>& expert, bool remove)
+    // The j-th expert of every row, and its score.
+    __aicore__ inline void Pick(
+        const RowMatrix<IS_EIGHT>& matrix, const LocalTensor<float>& choice, uint32_t j)
     {
-        LocalTensor<float> probs = probs_.Get<float>();
-        LocalTensor<float> scratch = scratch_.Get<float>();
-        LocalTensor<float> spread = spread_.Get<float>();
-        LocalTensor<float> numbers = numbers_.Get<float>();
-        LocalTensor<uint8_t> bits = bits_.Get<uint8_t>();
-        matrix.RowMax(value, probs, scratch);
-        matrix.Spread(spread, value);
-        matrix.EqualsColumn(bits, probs, spread);
-        // where nothing equals the maximum, the row is NaN: E means "no expert"
-        matrix.SelectColumnNumber(scratch, bits, numbers, static_cast<float>(experts_));
-        matrix.RowMin(expert, scratch, scratch);
-        if (remove) {
-            matrix.Spread(spread, expert);
-            matrix.ColumnNumberIs(bits, numbers, spread, CMPMODE::NE);
-            matrix.SelectOr(probs, bits, probs, -1.0f);
+        LocalTensor<float> value = values_.Get<float>()[j * columnPitch_];
+        LocalTensor<float> expert = chosen_.Get<float>()[j * columnPitch_];
+        const PickRoom room = Room();
+        PickLargest(
+            matrix, choice, room, value, expert, static_cast<float>(experts_), j + 1 < k_);
+        if (hasBias_) {  // what was largest is not the score
+            matrix.Spread(room.spread, expert);
+            matrix.ColumnNumberIs(room.bits, room.numbers, room.spread, CMPMODE::EQ);
+            matrix.SelectOr(room.scratch, room.bits, probs_.Get<float>(), 0.0f);
+            matrix.RowSum(value, room.scratch, room.scratch);
         }
     }
 
@@ -178,6 +232,10 @@ private:
         VectorBarrier();
         for (uint32_t j = 1; j < k_; ++j) {
             Add(sum, sum, values[j * columnPitch_], count);
+            VectorBarrier();
+        }
+        if (isSigmoid_) {
+            Adds(sum, sum, TINY, count);
             VectorBarrier();
         }
         for (uint32_t j = 0; j < k_; ++j) {
@@ -261,9 +319,13 @@ private:
     TBuf<TPosition::VECCALC> gathered_;      // [tile, k]
     TBuf<TPosition::VECCALC> offsets_;       // [tile, k]: where in [k, tile]
     TBuf<TPosition::VECCALC> rowPattern_;    // [tile, k]: row_idx of a tile that starts at token 0
+    TBuf<TPosition::VECCALC> biasRow_;       // [width]
+    TBuf<TPosition::VECCALC> choice_;        // [tile, width]: scores and bias
     TBuf<TPosition::VECCALC> finishedHalf_;
     TBuf<TPosition::VECCALC> finished_;
+    ExpertGroups<IS_EIGHT> groups_;
     GlobalTensor<T> x_;
+    GlobalTensor<float> bias_;
     GlobalTensor<uint8_t> finishedIn_;
     GlobalTensor<float> y_;
     GlobalTensor<int32_t> expertIdx_;
@@ -278,40 +340,46 @@ private:
     uint32_t columnPitch_ = 0;
     bool renorm_ = false;
     bool hasFinished_ = false;
+    bool hasBias_ = false;
+    bool hasGroups_ = false;
+    bool isSigmoid_ = false;
+    bool writesScores_ = true;
+    float factor_ = 1.0f;
 };
 
 template <typename T, bool IS_EIGHT>
-__aicore__ inline void RunGatingTopK(GM_ADDR x, GM_ADDR finished, GM_ADDR y, GM_ADDR expertIdx,
-    GM_ADDR rowIdx, GM_ADDR softmaxOut, const MoeGatingTopKTilingData& tiling)
+__aicore__ inline void RunGatingTopK(GM_ADDR x, GM_ADDR bias, GM_ADDR finished, GM_ADDR y,
+    GM_ADDR expertIdx, GM_ADDR rowIdx, GM_ADDR softmaxOut, const MoeGatingTopKTilingData& tiling)
 {
     GatingTopK<T, IS_EIGHT> op;
-    op.Init(x, finished, y, expertIdx, rowIdx, softmaxOut, tiling);
+    op.Init(x, bias, finished, y, expertIdx, rowIdx, softmaxOut, tiling);
     op.Process();
 }
 }  // namespace moe
 
-extern "C" __global__ __aicore__ void moe_gating_top_k(GM_ADDR x, GM_ADDR finished, GM_ADDR y,
-    GM_ADDR expert_idx, GM_ADDR row_idx, GM_ADDR softmax_out, GM_ADDR workspace, GM_ADDR tiling)
+extern "C" __global__ __aicore__ void moe_gating_top_k(GM_ADDR x, GM_ADDR bias, GM_ADDR finished,
+    GM_ADDR y, GM_ADDR expert_idx, GM_ADDR row_idx, GM_ADDR softmax_out, GM_ADDR workspace,
+    GM_ADDR tiling)
 {
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
     GET_TILING_DATA(tilingData, tiling);
     if (TILING_KEY_IS(MOE_GATING_EIGHT_FLOAT)) {
         moe::RunGatingTopK<float, true>(
-            x, finished, y, expert_idx, row_idx, softmax_out, tilingData);
+            x, bias, finished, y, expert_idx, row_idx, softmax_out, tilingData);
     } else if (TILING_KEY_IS(MOE_GATING_EIGHT_HALF)) {
         moe::RunGatingTopK<half, true>(
-            x, finished, y, expert_idx, row_idx, softmax_out, tilingData);
+            x, bias, finished, y, expert_idx, row_idx, softmax_out, tilingData);
     } else if (TILING_KEY_IS(MOE_GATING_EIGHT_BFLOAT16)) {
         moe::RunGatingTopK<bfloat16_t, true>(
-            x, finished, y, expert_idx, row_idx, softmax_out, tilingData);
+            x, bias, finished, y, expert_idx, row_idx, softmax_out, tilingData);
     } else if (TILING_KEY_IS(MOE_GATING_WIDE_FLOAT)) {
         moe::RunGatingTopK<float, false>(
-            x, finished, y, expert_idx, row_idx, softmax_out, tilingData);
+            x, bias, finished, y, expert_idx, row_idx, softmax_out, tilingData);
     } else if (TILING_KEY_IS(MOE_GATING_WIDE_HALF)) {
         moe::RunGatingTopK<half, false>(
-            x, finished, y, expert_idx, row_idx, softmax_out, tilingData);
+            x, bias, finished, y, expert_idx, row_idx, softmax_out, tilingData);
     } else if (TILING_KEY_IS(MOE_GATING_WIDE_BFLOAT16)) {
         moe::RunGatingTopK<bfloat16_t, false>(
-            x, finished, y, expert_idx, row_idx, softmax_out, tilingData);
+            x, bias, finished, y, expert_idx, row_idx, softmax_out, tilingData);
     }
 }

@@ -1,8 +1,9 @@
 // MoeGatingTopKGrad: from the gradients of y and of softmax_out to that of the logits.
 //
-//   p = softmax(x), recomputed; g[t, e] = d_softmax_out[t, e] + sum over j with expert_idx[t, j] = e
-//   of c[t, j]; dx = p * (g - <p, g>). Without renormalisation c = dy. With it, y_j = p_j / S with
-//   S the sum of the chosen p, and c_j = (dy_j - <dy, y>) / S.
+//   p = softmax(x) or sigmoid(x), recomputed; g[t, e] = d_softmax_out[t, e] + sum over j with
+//   expert_idx[t, j] = e of c[t, j]; dx = p * (g - <p, g>), or g * p * (1 - p). With d = dy times the
+//   factor: without renormalisation c = d; with it, y_j = p_j / S with S the sum of the chosen p, and
+//   c_j = (d_j - <d, y>) / S.
 //   A token without experts (expert_idx = E) has no c: only d_softmax_out reaches its logits.
 #include "moe_gating_common.h"
 #include "moe_tiling_keys.h"
@@ -18,6 +19,8 @@ public:
         k_ = tiling.k;
         renorm_ = tiling.renorm != 0;
         hasDSoftmax_ = tiling.hasDSoftmax != 0;
+        isSigmoid_ = tiling.normType != 0;
+        factor_ = tiling.factor;
         width_ = tiling.width;
         tileTokens_ = tiling.tileTokens;
         columnPitch_ = AlignUp(tileTokens_, LANES);
@@ -96,7 +99,11 @@ private:
         LocalTensor<float> spread = spread_.Get<float>();
 
         ReadMatrix(probs, xQueue_, x_[first * experts_], tokens, matrix, LOWEST);
-        Softmax(matrix, probs, scratch, column, spread);
+        if (isSigmoid_) {
+            Sigmoid(matrix, probs, scratch);
+        } else {
+            Softmax(matrix, probs, scratch, column, spread);
+        }
         if (hasDSoftmax_) {
             ReadMatrix(
                 dProbs, dSoftmaxQueue_, dSoftmaxOut_[first * experts_], tokens, matrix, 0.0f);
@@ -105,20 +112,22 @@ private:
             VectorBarrier();
         }
         ReadChosen(first, tokens);
+        if (factor_ != 1.0f) {
+            LocalTensor<float> dChosen = dChosen_.Get<float>();
+            Muls(dChosen, dChosen, factor_, static_cast<int32_t>(k_ * columnPitch_));
+            VectorBarrier();
+        }
         if (renorm_) {
             Renormalize(matrix);
         }
         for (uint32_t j = 0; j < k_; ++j) {
             AddToChosen(matrix, j);
         }
-        // dx = p * (g - <p, g>)
-        Mul(scratch, probs, dProbs, matrix.Size());
-        VectorBarrier();
-        matrix.RowSum(column, scratch, scratch);
-        matrix.Spread(spread, column);
-        matrix.SubtractColumn(dProbs, dProbs, spread);
-        Mul(dProbs, dProbs, probs, matrix.Size());
-        VectorBarrier();
+        if (isSigmoid_) {
+            SigmoidGradient(matrix);
+        } else {
+            SoftmaxGradient(matrix);
+        }
         WriteGradient(first, tokens);
     }
 
@@ -139,6 +148,36 @@ private:
         VectorBarrier();
         ReadLogits<U, IS_EIGHT>(dst, in, tokens, experts_, width_);
         queue.FreeTensor(in);
+    }
+
+    // g -> p * (g - <p, g>)
+    __aicore__ inline void SoftmaxGradient(const RowMatrix<IS_EIGHT>& matrix)
+    {
+        LocalTensor<float> probs = probs_.Get<float>();
+        LocalTensor<float> dProbs = dProbs_.Get<float>();
+        LocalTensor<float> scratch = scratch_.Get<float>();
+        Mul(scratch, probs, dProbs, matrix.Size());
+        VectorBarrier();
+        matrix.RowSum(column_.Get<float>(), scratch, scratch);
+        matrix.Spread(spread_.Get<float>(), column_.Get<float>());
+        matrix.SubtractColumn(dProbs, dProbs, spread_.Get<float>());
+        Mul(dProbs, dProbs, probs, matrix.Size());
+        VectorBarrier();
+    }
+
+    // g -> g * p * (1 - p)
+    __aicore__ inline void SigmoidGradient(const RowMatrix<IS_EIGHT>& matrix)
+    {
+        LocalTensor<float> probs = probs_.Get<float>();
+        LocalTensor<float> dProbs = dProbs_.Get<float>();
+        LocalTensor<float> scratch = scratch_.Get<float>();
+        Muls(scratch, probs, -1.0f, matrix.Size());
+        Mul(dProbs, dProbs, probs, matrix.Size());
+        VectorBarrier();
+        Adds(scratch, scratch, 1.0f, matrix.Size());
+        VectorBarrier();
+        Mul(dProbs, dProbs, scratch, matrix.Size());
+        VectorBarrier();
     }
 
     // Rows [tokens][k] of experts and dy -> columns [k][tokens]; dy is 0 where there is no expert.
@@ -198,7 +237,11 @@ private:
             VectorBarrier();
         }
         // tokens without experts have S = 0 and dy = 0: any divisor keeps their c at 0
-        Maxs(sum, sum, SMALLEST_SUM, count);
+        if (isSigmoid_) {
+            Adds(sum, sum, TINY, count);
+        } else {
+            Maxs(sum, sum, SMALLEST_SUM, count);
+        }
         VectorBarrier();
         Div(inner, inner, sum, count);
         VectorBarrier();
@@ -279,6 +322,8 @@ private:
     uint32_t columnPitch_ = 0;
     bool renorm_ = false;
     bool hasDSoftmax_ = false;
+    bool isSigmoid_ = false;
+    float factor_ = 1.0f;
 };
 
 template <typename T, bool IS_EIGHT>

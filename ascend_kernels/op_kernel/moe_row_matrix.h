@@ -46,6 +46,19 @@ public:
         VectorBarrier();
     }
 
+    // dst = src + row, the same row for all; `row`: a row of floats (EIGHT: one block).
+    __aicore__ inline void AddRow(const LocalTensor<float>& dst, const LocalTensor<float>& src,
+        const LocalTensor<float>& row) const
+    {
+        const BinaryRepeatParams params{
+            1, 1, static_cast<uint8_t>(IS_EIGHT ? 0 : 1), rowStride_, rowStride_, 0};
+        for (uint32_t part = 0; part < parts_; ++part) {
+            Add(dst[part * LANES], src[part * LANES], row[part * LANES],
+                static_cast<uint64_t>(LANES), repeats_, params);
+        }
+        VectorBarrier();
+    }
+
     __aicore__ inline void DivideByColumn(const LocalTensor<float>& dst,
         const LocalTensor<float>& src, const LocalTensor<float>& spread) const
     {
@@ -145,6 +158,11 @@ public:
                 column, folded, static_cast<int32_t>(LANES), repeats_, 1, 1, FoldedStride());
         }
         VectorBarrier();
+    }
+
+    __aicore__ inline uint32_t Rows() const
+    {
+        return rows_;
     }
 
     __aicore__ inline int32_t Size() const

@@ -30,6 +30,66 @@ def softmax(logits_TE: Floats) -> Floats:
     return shifted / shifted.sum(-1, keepdims=True)
 
 
+@dataclass(frozen=True)
+class Rules:
+    """How a DeepSeek-like router chooses.
+
+    Attributes:
+        sigmoid: scores are sigmoids, each by itself, instead of a softmax.
+        groups: of neighbouring experts, of equal size.
+        chosen: groups that a token's experts are of.
+        by_two: a group is as good as the sum of its two best experts, else as its best.
+        factor: of the weights.
+    """
+
+    sigmoid: bool = False
+    groups: int = 1
+    chosen: int = 1
+    by_two: bool = False
+    factor: float = 1.0
+
+    def attrs(self) -> dict[str, float]:
+        """The operator's attributes."""
+        return {
+            "norm_type": int(self.sigmoid),
+            "group_count": self.groups,
+            "k_group": self.chosen,
+            "group_select_mode": int(self.by_two),
+            "routed_scaling_factor": self.factor,
+        }
+
+
+def scores(logits_TE: Floats, sigmoid: bool) -> Floats:
+    if sigmoid:
+        return 1.0 / (1.0 + np.exp(-np.asarray(logits_TE, np.float64)))
+    return softmax(logits_TE)
+
+
+def scored_gating(
+    logits_TE: Floats, bias_E: Floats | None, k: int, renorm: bool, rules: Rules
+) -> Gating:
+    """Token by token: rank the groups, strike out the others, take the k best of score plus bias."""
+    scores_TE = scores(logits_TE, rules.sigmoid)
+    T, E = scores_TE.shape
+    size = E // rules.groups
+    y_TK, experts_TK = np.zeros((T, k)), np.zeros((T, k), np.int32)
+    for t in range(T):
+        value = {e: scores_TE[t, e] + (0.0 if bias_E is None else bias_E[e]) for e in range(E)}
+        rating = {}
+        for g in range(rules.groups):
+            best = sorted((value[e] for e in range(g * size, (g + 1) * size)), reverse=True)
+            rating[g] = sum(best[: 2 if rules.by_two else 1])
+        kept = sorted(rating, key=lambda g: (-rating[g], g))[: rules.chosen]
+        allowed = [e for e in range(E) if e // size in kept]
+        order = sorted(allowed, key=lambda e: (-value[e], e))[:k]
+        experts_TK[t] = order
+        y_TK[t] = scores_TE[t, order]
+        if renorm:
+            y_TK[t] /= y_TK[t].sum()
+    rows_TK = np.arange(T, dtype=np.int32)[:, None] + T * np.arange(k, dtype=np.int32)
+    return Gating(rules.factor * y_TK, experts_TK, rows_TK, scores_TE)
+
+
 def gating(
     logits_TE: Floats,
     k: int,
@@ -54,17 +114,23 @@ def gating(
 
 
 def gating_values(
-    logits_TE: Floats, experts_TK: Ints, renorm: bool, dy_TK: Floats, dprobs_TE: Floats
+    logits_TE: Floats,
+    experts_TK: Ints,
+    renorm: bool,
+    dy_TK: Floats,
+    dprobs_TE: Floats,
+    rules: Rules = Rules(),
 ) -> Floats:
     """Per token <dy, y> + <dprobs, probs> with its experts held fixed: what the gradient is the
     slope of. A token of padding (expert E) has no y."""
-    probs_TE = softmax(logits_TE)
+    probs_TE = scores(logits_TE, rules.sigmoid)
     T, E = probs_TE.shape
     values_T = (dprobs_TE * probs_TE).sum(-1)
     for t in range(T):
         if experts_TK[t, 0] < E:
             chosen = probs_TE[t, experts_TK[t]]
-            values_T[t] += (dy_TK[t] * (chosen / chosen.sum() if renorm else chosen)).sum()
+            y = rules.factor * (chosen / chosen.sum() if renorm else chosen)
+            values_T[t] += (dy_TK[t] * y).sum()
     return values_T
 
 
