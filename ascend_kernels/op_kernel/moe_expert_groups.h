@@ -83,17 +83,23 @@ public:
     }
 
 private:
-    // How good a group is for every token, into its column.
-    __aicore__ inline void Rate(const RowMatrix<IS_EIGHT>& matrix, const LocalTensor<float>& values,
-        const PickRoom& room, uint32_t group)
+    // How good a group is for every token, into its column. Only the parts of the rows that the group
+    // lies in are looked at.
+    __aicore__ inline void Rate(const RowMatrix<IS_EIGHT>& whole, const LocalTensor<float>& values,
+        const PickRoom& wholeRoom, uint32_t group)
     {
-        LocalTensor<float> restricted = restricted_.Get<float>();
+        const uint32_t first = IS_EIGHT ? 0 : group * size_ / LANES * LANES;
+        const RowMatrix<IS_EIGHT> matrix =
+            whole.Parts(CeilDiv((group + 1) * size_ - first, LANES));
+        const PickRoom room{wholeRoom.scratch[first], wholeRoom.spread, wholeRoom.numbers[first],
+            wholeRoom.bits};
+        LocalTensor<float> restricted = restricted_.Get<float>()[first];
         LocalTensor<float> rating = columns_.Get<float>()[group * columnPitch_];
         Duplicate(room.spread, static_cast<float>(group),
             static_cast<int32_t>(matrix.Rows() * BLOCK_FLOATS));
         VectorBarrier();
-        matrix.ColumnNumberIs(room.bits, groupOf_.Get<float>(), room.spread, CMPMODE::EQ);
-        matrix.SelectOr(restricted, room.bits, values, LOWEST);
+        matrix.ColumnNumberIs(room.bits, groupOf_.Get<float>()[first], room.spread, CMPMODE::EQ);
+        matrix.SelectOr(restricted, room.bits, values[first], LOWEST);
         if (!byTwo_) {
             matrix.RowMax(rating, restricted, room.scratch);
             return;

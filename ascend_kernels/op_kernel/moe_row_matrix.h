@@ -21,12 +21,13 @@ template <bool IS_EIGHT>
 class RowMatrix {
 public:
     // `rows`: a multiple of 8, at most 248; `width`: floats of a row, 8 or a multiple of 64.
-    __aicore__ inline RowMatrix(uint32_t rows, uint32_t width)
-        : rows_(rows), width_(width),
-          parts_(IS_EIGHT ? 1 : width / LANES),
-          repeats_(static_cast<uint8_t>(IS_EIGHT ? rows / EIGHT : rows)),
-          rowStride_(static_cast<uint8_t>(IS_EIGHT ? REPEAT_BLOCKS : width / BLOCK_FLOATS))
-    {}
+    __aicore__ inline RowMatrix(uint32_t rows, uint32_t width) : RowMatrix(rows, width, width) {}
+
+    // Some parts of every row, of a matrix whose tensors are handed over from the first of them on.
+    __aicore__ inline RowMatrix Parts(uint32_t count) const
+    {
+        return RowMatrix(rows_, IS_EIGHT ? width_ : count * LANES, rowStride_ * BLOCK_FLOATS);
+    }
 
     // One value per row -> one block per row.
     __aicore__ inline void Spread(
@@ -171,6 +172,14 @@ public:
     }
 
 private:
+    // `pitch`: floats from one row to the next.
+    __aicore__ inline RowMatrix(uint32_t rows, uint32_t width, uint32_t pitch)
+        : rows_(rows), width_(width),
+          parts_(IS_EIGHT ? 1 : width / LANES),
+          repeats_(static_cast<uint8_t>(IS_EIGHT ? rows / EIGHT : rows)),
+          rowStride_(static_cast<uint8_t>(IS_EIGHT ? REPEAT_BLOCKS : pitch / BLOCK_FLOATS))
+    {}
+
     struct MaxOf {
         __aicore__ static inline void Apply(const LocalTensor<float>& dst,
             const LocalTensor<float>& a, const LocalTensor<float>& b, uint8_t repeats,

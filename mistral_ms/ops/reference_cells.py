@@ -8,7 +8,7 @@ from __future__ import annotations
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.ops import reference
-from mistral_ms.ops.reference import RowIdMap
+from mistral_ms.ops.reference import RowIdMap, ScoringRules
 
 
 class ReferenceLinear(nn.Cell):
@@ -111,6 +111,20 @@ class ReferenceGating(nn.Cell):
     def construct(self, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, experts and all probabilities."""
         return reference.gating_top_k(logits_TE, self.k, self.normalize)
+
+
+class ReferenceScoring(nn.Cell):
+    """``reference.scored_top_k`` with its settings."""
+
+    def __init__(self, k: int, normalize: bool, rules: ScoringRules) -> None:
+        super().__init__()
+        self.k, self.normalize, self.rules = k, normalize, rules
+
+    def construct(
+        self, logits_TE: Tensor, bias_E: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights, experts and all scores."""
+        return reference.scored_top_k(logits_TE, bias_E, self.k, self.normalize, self.rules)
 
 
 class ReferenceSlots(nn.Cell):

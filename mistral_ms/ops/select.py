@@ -7,6 +7,8 @@ gating_top_k    MindSpore   MoeGatingTopK     MoeGatingTopKSoftmax finds the exp
                                               and the gradient are plain MindSpore, because the
                                               primitive has neither a gradient nor all
                                               probabilities
+scored_top_k    MindSpore   MoeGatingTopK     none: what MindSpore has of it is neither the bias nor
+                                              the groups
 assign_slots    MindSpore   MoeExpertCapacity none: MoeInitRoutingV2 assigns and moves rows in one,
                                               token by token only, and knows no padding
 ... by_priority MindSpore   none              none
@@ -49,9 +51,13 @@ from mistral_ms.ops.reference_cells import (
     ReferenceNorm,
     ReferencePacking,
     ReferencePrioritySlots,
+    ReferenceScoring,
     ReferenceSlots,
     ReferenceSwiGLU,
 )
+
+MOST_CUSTOM = {"experts": 256, "choices": 8, "groups": 8}
+"""What MoeGatingTopK takes, see ``ascend_kernels/docs/gating.md``."""
 
 Kernels: TypeAlias = Literal["reference", "custom", "cann", "cpu"]
 
@@ -80,6 +86,38 @@ def gating_top_k(kernels: Kernels, k: int, normalize: bool) -> nn.Cell:
     if kernels == "cann":
         return cann.GatingTopK(k, normalize)
     return ReferenceGating(k, normalize)
+
+
+def scored_top_k(
+    kernels: Kernels,
+    num_experts: int,
+    k: int,
+    normalize: bool,
+    rules: reference.ScoringRules,
+    biased: bool,
+) -> nn.Cell:
+    """The Cell of ``reference.scored_top_k``: logits [T, E], and float32 [E] if ``biased`` ->
+    weights, experts, scores.
+
+    Args:
+        kernels: which implementation; the reference runs where the operator takes no such sizes.
+        num_experts: E.
+        k: experts per token.
+        normalize: divide the chosen scores by their sum.
+        rules: how experts are scored and chosen.
+        biased: the choice has a bias.
+
+    Raises:
+        KernelError: the implementation is not there.
+    """
+    sizes = {"experts": num_experts, "choices": k, "groups": rules.groups}
+    over = [name for name, most in MOST_CUSTOM.items() if sizes[name] > most]
+    lack = f"the operator takes {MOST_CUSTOM[over[0]]} {over[0]} at most" if over else None
+    if _choose("scored_top_k", kernels, () if over else ("custom",), lack) == "custom":
+        if biased:
+            return custom.BiasedGatingTopK(k, normalize, rules)
+        return custom.GatingTopK(k, normalize, rules)
+    return ReferenceScoring(k, normalize, rules)
 
 
 def assign_slots(kernels: Kernels, num_experts: int, choice_major: bool) -> nn.Cell:

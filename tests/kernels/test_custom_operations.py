@@ -10,6 +10,7 @@ from mindspore import Tensor, nn
 from support.routing import random_choices, slots_oracle
 
 from mistral_ms.ops import custom, select
+from mistral_ms.ops.reference import ScoringRules
 
 pytestmark = pytest.mark.usefixtures("custom_kernels")
 
@@ -30,8 +31,12 @@ def as_it_is(function):
     return function
 
 
+RULES = ScoringRules(sigmoid=True, groups=4, chosen_groups=2, best=2, factor=2.5)
+
+
 class Operations(nn.Cell):
-    """All four in a row, the experts replaced by squares; every result takes part in the loss."""
+    """All four in a row, the experts replaced by squares; every result takes part in the loss. And
+    beside them DeepSeek-V3's choice of experts."""
 
     def __init__(self, kernels, choice_major, normalize):
         super().__init__()
@@ -39,14 +44,18 @@ class Operations(nn.Cell):
         self.slots = select.assign_slots(kernels, E, choice_major)
         self.dispatch = select.permute(kernels)
         self.combine = select.unpermute(kernels)
+        self.scored = select.scored_top_k(kernels, E, K, normalize, RULES, True)
+        self.bias = Tensor(np.linspace(0.5, -0.5, E).astype(np.float32))
 
     def construct(self, x_TH, logits_TE, valid_T):
         weights_TK, experts_TK, probs_TE = self.gating(logits_TE)
         table = self.slots(experts_TK, valid_T, C)
         rows = self.dispatch(x_TH, *table)
         y_TH = self.combine(rows * rows, weights_TK, *table)
+        scored = self.scored(logits_TE, self.bias)
         loss = (y_TH * y_TH).sum() + (probs_TE * probs_TE * probs_TE).sum()
-        return loss, (weights_TK, experts_TK, probs_TE, table, rows, y_TH)
+        loss = loss + (scored[0] * weights_TK).sum() + (scored[2] * probs_TE).sum()
+        return loss, (weights_TK, experts_TK, probs_TE, table, rows, y_TH, scored)
 
 
 def arrays(nested):
@@ -73,7 +82,7 @@ def results(kernels, execute, choice_major=False, normalize=True, seed=0):
 
 def check(execute, **options):
     want, got = results("reference", execute, **options), results("custom", execute, **options)
-    assert len(want) == len(got) == 12
+    assert len(want) == len(got) == 15
     for theirs, ours in zip(want, got, strict=True):
         assert ours.dtype == theirs.dtype
         assert ours.shape == theirs.shape
@@ -81,8 +90,9 @@ def check(execute, **options):
             np.testing.assert_array_equal(ours, theirs)
         else:
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=RELATIVE * np.abs(theirs).max())
-    _loss, _weights, _experts, _probs, _slot, kept, _source, _filled, rows, _y, _dx, dlogits = want
+    kept, rows, dlogits = want[5], want[8], want[14]
     assert (kept == 0).any(), "the test must drop something"
+    assert (want[11] != want[2]).any(), "bias and groups must change the choice"
     assert np.abs(dlogits).max() > 1e-3
     np.testing.assert_array_equal(got[8], rows)  # dispatch copies: every bit
 

@@ -15,9 +15,13 @@ from mistral_ms.errors import ConfigError, KernelError
 from mistral_ms.moe import local_dispatcher
 from mistral_ms.ops import cann, custom, reference, select
 from mistral_ms.ops.custom import library
+from mistral_ms.ops.reference_cells import ReferenceScoring
 
 OPERATIONS = {
     "gating_top_k": lambda kernels: select.gating_top_k(kernels, 2, True),
+    "scored_top_k": lambda kernels: select.scored_top_k(
+        kernels, 8, 2, True, reference.ScoringRules(), True
+    ),
     "pack_choices": lambda kernels: select.pack_choices(kernels, 8),
     "assign_slots": lambda kernels: select.assign_slots(kernels, 8, False),
     "permute": select.permute,
@@ -51,6 +55,19 @@ def test_every_choice_is_logged_once(operation, caplog):
 def test_custom_without_a_build_says_how_to_build(operation):
     with pytest.raises(KernelError, match=r"missing: .*twin.so: .*build_kernels.sh --target twin"):
         OPERATIONS[operation]("custom")
+
+
+@pytest.mark.parametrize(
+    ("experts", "k", "groups", "lack"),
+    [(257, 2, 1, "256 experts"), (64, 9, 1, "8 choices"), (64, 2, 16, "8 groups")],
+)
+def test_the_reference_chooses_where_the_operator_takes_no_such_sizes(
+    experts, k, groups, lack, caplog
+):
+    rules = reference.ScoringRules(groups=groups)
+    cell = select.scored_top_k("custom", experts, k, True, rules, False)
+    assert type(cell) is ReferenceScoring
+    assert f"scored_top_k: reference (the operator takes {lack} at most)" in caplog.messages
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

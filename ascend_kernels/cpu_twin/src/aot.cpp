@@ -1,7 +1,8 @@
 // The operators as MindSpore's ops.Custom (func_type "aot") calls them on CPU: one C function each,
-// named by OpType. The last input is an int32 tensor with the attributes in the definition's order;
-// an optional input may be left out when all optional ones are.
+// named by OpType. The last input is an int32 tensor with the attributes in the definition's order, a
+// float by its bits; an optional input may be left out when those behind it are.
 #include <cstdio>
+#include <cstring>
 
 #include "data_types.h"
 #include "operator.h"
@@ -27,17 +28,23 @@ int run_operator(const char* type, int count, void** data, int* dims, int64_t** 
         }
         const int outputs = static_cast<int>(definition.outputs.size());
         const int present = count - outputs - 1;  // inputs without the attributes
-        const bool whole = present == static_cast<int>(definition.inputs.size());
+        int optional = present;
+        for (const auto& input : definition.inputs) {
+            optional -= input->option == ops::REQUIRED;
+        }
         std::vector<twin::Tensor> inputs;
         auto next = given.begin();
         for (const auto& input : definition.inputs) {
-            const bool absent = !whole && input->option != ops::REQUIRED;
-            inputs.push_back(absent ? twin::Tensor() : *next++);
+            const bool there = input->option == ops::REQUIRED || optional-- > 0;
+            inputs.push_back(there ? *next++ : twin::Tensor());
         }
         const auto* attrs = static_cast<const int32_t*>(data[present]);
         std::map<std::string, double> values;
         for (size_t i = 0; i < definition.attrs.size(); ++i) {
-            values[definition.attrs[i]->name] = static_cast<double>(attrs[i]);
+            float real = 0;
+            std::memcpy(&real, attrs + i, sizeof(real));
+            const bool is_real = definition.attrs[i]->kind == ops::OpAttrDef::Kind::real;
+            values[definition.attrs[i]->name] = is_real ? real : static_cast<double>(attrs[i]);
         }
         op.run(inputs, {given.end() - outputs, given.end()}, op.attrs(values), kMachine);
         return 0;

@@ -8,18 +8,17 @@ import mindspore as ms
 from mindspore import Tensor, ops
 from pydantic import Field
 
-from mistral_ms.config import GateSettings, ModelConfig
+from mistral_ms.config import GateSettings, ModelConfig, RoutingConfig
 from mistral_ms.moe.gates.base import Gate, register_gate, settings_of
-from mistral_ms.moe.groups import check_groups, in_best_groups, sums_of_groups
+from mistral_ms.moe.groups import check_groups, sums_of_groups
 from mistral_ms.moe.losses import LossTerm, RouterSums
 from mistral_ms.moe.routing import GateContext, Routing
+from mistral_ms.ops import select
+from mistral_ms.ops.reference import ScoringRules
 from mistral_ms.weights import ParamSpec, gate_matrix
 
-_top_k = ops.TopK(sorted=True)
-_softmax = ops.Softmax(-1)
 _sum = ops.ReduceSum()
 _sum_keep = ops.ReduceSum(keep_dims=True)
-_gather = ops.GatherD()
 
 
 class GroupLimitedTopKSettings(GateSettings):
@@ -74,6 +73,25 @@ class GroupLimitedTopK(Gate):
         "communication": communication_loss,
     }
 
+    def __init__(
+        self, config: ModelConfig, routing: RoutingConfig, layer: int = 0, dtype: str = "float32"
+    ) -> None:
+        super().__init__(config, routing, layer, dtype)
+        settings = cast(GroupLimitedTopKSettings, self.moe.gate)
+        rules = ScoringRules(
+            groups=settings.n_group,
+            chosen_groups=settings.topk_group,
+            factor=settings.routed_scaling_factor,
+        )
+        self.scored_top_k = select.scored_top_k(
+            routing.kernels,
+            self.num_experts,
+            self.top_k,
+            self.moe.norm_topk_prob,
+            rules,
+            biased=False,
+        )
+
     @classmethod
     def specs(cls, config: ModelConfig) -> tuple[ParamSpec, ...]:
         """The matrix.
@@ -103,15 +121,7 @@ class GroupLimitedTopK(Gate):
         (weight_EH,) = weights
         D, E = settings.n_group, self.num_experts
         logits_TE = self.logits(x_TH, weight_EH)
-        scores_TE = _softmax(logits_TE)
-        choice_TE = ops.stop_gradient(scores_TE)
-        if D > 1:
-            choice_TE = in_best_groups(choice_TE, D, settings.topk_group, 1)
-        _, experts_TK = _top_k(choice_TE, self.top_k)
-        weights_TK = _gather(scores_TE, 1, experts_TK)
-        if self.moe.norm_topk_prob:
-            weights_TK = weights_TK / _sum_keep(weights_TK, -1)
-        weights_TK = weights_TK * settings.routed_scaling_factor
+        weights_TK, experts_TK, scores_TE = self.scored_top_k(logits_TE)
         chosen_TE = _sum(ops.one_hot(experts_TK, E, Tensor(1.0), Tensor(0.0)), 1)
         sent_TE = ops.cast(sums_of_groups(chosen_TE, D) > 0.0, ms.float32)
         terms = (

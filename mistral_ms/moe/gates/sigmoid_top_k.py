@@ -8,21 +8,19 @@ import numpy as np
 from mindspore import Tensor, ops
 from pydantic import Field
 
-from mistral_ms.config import GateSettings, ModelConfig
+from mistral_ms.config import GateSettings, ModelConfig, RoutingConfig
 from mistral_ms.moe.gates.base import Gate, State, register_gate, settings_of
-from mistral_ms.moe.groups import check_groups, in_best_groups
+from mistral_ms.moe.groups import check_groups
 from mistral_ms.moe.routing import GateContext, Routing
+from mistral_ms.ops import select
+from mistral_ms.ops.reference import ScoringRules
+from mistral_ms.ops.reference.scoring import TINY
 from mistral_ms.weights import ParamSpec, gate_matrix
 
-_top_k = ops.TopK(sorted=True)
 _sum_keep = ops.ReduceSum(keep_dims=True)
-_sigmoid = ops.Sigmoid()
-_gather = ops.GatherD()
 
 BIAS = "e_score_correction_bias"
 """The buffer, by the name that it has in Hugging Face's DeepSeek-V3."""
-TINY = 1e-20
-"""Keeps the quotient of scores that are all zero finite (DeepSeek's constant)."""
 
 
 class SigmoidTopKSettings(GateSettings):
@@ -51,6 +49,27 @@ class SigmoidTopK(Gate):
     With groups, a token's groups are those with the largest sums of their two best biased scores.
     """
 
+    def __init__(
+        self, config: ModelConfig, routing: RoutingConfig, layer: int = 0, dtype: str = "float32"
+    ) -> None:
+        super().__init__(config, routing, layer, dtype)
+        settings = cast(SigmoidTopKSettings, self.moe.gate)
+        rules = ScoringRules(
+            sigmoid=True,
+            groups=settings.n_group,
+            chosen_groups=settings.topk_group,
+            best=2,
+            factor=settings.routed_scaling_factor,
+        )
+        self.scored_top_k = select.scored_top_k(
+            routing.kernels,
+            self.num_experts,
+            self.top_k,
+            self.moe.norm_topk_prob,
+            rules,
+            biased=True,
+        )
+
     @classmethod
     def specs(cls, config: ModelConfig) -> tuple[ParamSpec, ...]:
         """The matrix, and the bias as a buffer.
@@ -73,18 +92,9 @@ class SigmoidTopK(Gate):
         context: GateContext | None,
     ) -> Routing:
         """See the contract; scores are divided by their sum over all experts."""
-        settings = cast(SigmoidTopKSettings, self.moe.gate)
         (weight_EH,), (bias_E,) = weights, state
         logits_TE = self.logits(x_TH, weight_EH)
-        scores_TE = _sigmoid(logits_TE)
-        biased_TE = ops.stop_gradient(scores_TE + bias_E)
-        if settings.n_group > 1:
-            biased_TE = in_best_groups(biased_TE, settings.n_group, settings.topk_group, 2)
-        _, experts_TK = _top_k(biased_TE, self.top_k)
-        weights_TK = _gather(scores_TE, 1, experts_TK)
-        if self.moe.norm_topk_prob:
-            weights_TK = weights_TK / (_sum_keep(weights_TK, -1) + TINY)
-        weights_TK = weights_TK * settings.routed_scaling_factor
+        weights_TK, experts_TK, scores_TE = self.scored_top_k(logits_TE, bias_E)
         return weights_TK, experts_TK, scores_TE / (_sum_keep(scores_TE, -1) + TINY), logits_TE, ()
 
     def next_state(self, state: State, routed_E: np.ndarray) -> State:

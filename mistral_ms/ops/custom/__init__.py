@@ -7,10 +7,11 @@ meant for tests. What they compute is what ``mistral_ms.ops.reference`` computes
 
 from mistral_ms.ops.custom.library import check_installed, on_ascend, use_twin
 from mistral_ms.ops.custom.permute import Permute, Unpermute
-from mistral_ms.ops.custom.routing import AssignSlots, GatingTopK
+from mistral_ms.ops.custom.routing import AssignSlots, BiasedGatingTopK, GatingTopK
 
 __all__ = [
     "AssignSlots",
+    "BiasedGatingTopK",
     "GatingTopK",
     "Permute",
     "Unpermute",

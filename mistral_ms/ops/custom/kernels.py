@@ -6,6 +6,7 @@ once, while it is compiled; in PyNative that costs 0.4 ms a call on a CPU.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ class Kernel(ops.Custom):
         op_type: str,
         inputs: dict[str, str],
         outputs: dict[str, str],
-        attrs: dict[str, int | bool],
+        attrs: dict[str, int | bool | float],
         shapes: Callable[..., Any],
         dtypes: Callable[..., Any],
     ) -> None:
@@ -52,14 +53,35 @@ class Kernel(ops.Custom):
 
 
 class MoeGatingTopK(Kernel):
-    """x [T, E] -> y [T, K], expert_idx [T, K], row_idx [T, K], softmax_out [T, E]."""
+    """x [T, E], and bias [E] if ``biased`` -> y [T, K], expert_idx [T, K], row_idx [T, K],
+    softmax_out [T, E].
+    """
 
-    def __init__(self, k: int, renorm: int) -> None:
+    def __init__(
+        self,
+        k: int,
+        renorm: int,
+        norm_type: int,
+        group_count: int,
+        k_group: int,
+        group_select_mode: int,
+        factor_bits: int,
+        biased: bool,
+    ) -> None:
         super().__init__(
             "MoeGatingTopK",
-            {"x": ROWS},
+            {"x": ROWS, "bias": "float32"} if biased else {"x": ROWS},
             {"y": "float32", "expert_idx": "int32", "row_idx": "int32", "softmax_out": "float32"},
-            {"k": k, "renorm": bool(renorm)},
+            {
+                "k": k,
+                "renorm": bool(renorm),
+                "norm_type": norm_type,
+                "group_count": group_count,
+                "k_group": k_group,
+                "group_select_mode": group_select_mode,
+                "routed_scaling_factor": float_of(factor_bits),
+                "out_flag": True,
+            },
             lambda x, *_: ([x[0], k], [x[0], k], [x[0], k], x),
             lambda *_: (ms.float32, ms.int32, ms.int32, ms.float32),
         )
@@ -68,12 +90,17 @@ class MoeGatingTopK(Kernel):
 class MoeGatingTopKGrad(Kernel):
     """x, expert_idx, dy, d_softmax_out -> dx [T, E]."""
 
-    def __init__(self, k: int, renorm: int) -> None:
+    def __init__(self, k: int, renorm: int, norm_type: int, factor_bits: int) -> None:
         super().__init__(
             "MoeGatingTopKGrad",
             {"x": ROWS, "expert_idx": "int32", "dy": "float32", "d_softmax_out": "float32"},
             {"dx": ROWS},
-            {"k": k, "renorm": bool(renorm)},
+            {
+                "k": k,
+                "renorm": bool(renorm),
+                "norm_type": norm_type,
+                "routed_scaling_factor": float_of(factor_bits),
+            },
             lambda x, *_: x,
             lambda x, *_: x,
         )
@@ -163,12 +190,24 @@ class MoeCombineGrad(Kernel):
         )
 
 
+def bits_of(value: float) -> int:
+    """The bits of a float32 as an int32: attributes reach the CPU twin as integers."""
+    bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return bits
+
+
+def float_of(bits: int) -> float:
+    """The float32 that :func:`bits_of` has taken apart."""
+    value: float = struct.unpack("<f", struct.pack("<i", bits))[0]
+    return value
+
+
 def call(primitive: Kernel, attrs: tuple[int, ...], inputs: tuple[Tensor, ...], twin: bool) -> Any:
     """Calls an operator.
 
     Args:
         primitive: the operator.
-        attrs: what it was made with.
+        attrs: what it was made with, floats by :func:`bits_of`.
         inputs: the operator's inputs.
         twin: it runs on the CPU twin, whose only way to get attributes is a tensor behind the
             inputs (never empty: operators without attributes ignore its zero).
@@ -182,7 +221,7 @@ def _registration(
     op_type: str,
     inputs: dict[str, str],
     outputs: dict[str, str],
-    attrs: dict[str, int | bool],
+    attrs: dict[str, int | bool | float],
 ) -> dict[str, Any]:
     """What MindSpore passes to CANN: names, attributes, and the combinations of data types."""
     info = CustomRegOp(op_type)
@@ -191,7 +230,7 @@ def _registration(
     for index, name in enumerate(outputs):
         info = info.output(index, name, "required")
     for name, value in attrs.items():
-        info = info.attr(name, "required", "bool" if isinstance(value, bool) else "int")
+        info = info.attr(name, "required", type(value).__name__)
     kinds = (*inputs.values(), *outputs.values())
     for floating in FLOATS if ROWS in kinds else FLOATS[:1]:
         row = ((floating if kind == ROWS else kind, "DefaultFormat") for kind in kinds)

@@ -42,11 +42,13 @@ from mistral_ms.ops.reference.routing import (
     pack_choices,
     reroute_tokens,
 )
+from mistral_ms.ops.reference.scoring import ScoringRules, scored_top_k
 
 __all__ = [
     "Auction",
     "Permute",
     "RowIdMap",
+    "ScoringRules",
     "Unpermute",
     "assign_slots",
     "assign_slots_by_priority",
@@ -66,6 +68,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "rows_of_groups",
+    "scored_top_k",
     "sinkhorn",
     "swiglu",
     "threefry2x32",

@@ -68,7 +68,7 @@ def scores(logits_TE: Floats, sigmoid: bool) -> Floats:
 def scored_gating(
     logits_TE: Floats, bias_E: Floats | None, k: int, renorm: bool, rules: Rules
 ) -> Gating:
-    """Token by token: rank the groups, strike out the others, take the k best of score plus bias."""
+    """Token by token: rank groups, strike out the others, take the k best of score plus bias."""
     scores_TE = scores(logits_TE, rules.sigmoid)
     T, E = scores_TE.shape
     size = E // rules.groups

@@ -56,8 +56,7 @@ def test_chooses_as_the_oracle_does(name, renorm):
 
 
 def test_a_bias_below_zero_does_not_let_other_groups_in():
-    """Struck out means minus infinity: a zero would outrank every expert here (Hugging Face's
-    first DeepSeek-V3 did that). The order is that of the biased scores, the weights have no bias."""
+    """Struck out means minus infinity: a zero would outrank every expert here."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(50, 64)).astype(np.float32)
     bias = np.full(64, -9.0, np.float32)

@@ -207,7 +207,9 @@ def test_rows_are_buffered_as_deep_as_ub_allows(name, most, H):
     """Up to what event ids allow; one more would not fit, rows that are cut have two."""
     tiling = tile(name, H=H, T=4, E=1, C=4, dtype=np.uint16)
     depth, chunk = tiling["rowBuffers"], tiling["chunk"]
-    peak = run(name, 1, twin.UB_BYTES, T=4, E=1, C=4, H=H, dtype=np.uint16).counters["ub_peak_bytes"]
+    peak = run(name, 1, twin.UB_BYTES, T=4, E=1, C=4, H=H, dtype=np.uint16).counters[
+        "ub_peak_bytes"
+    ]
     assert peak <= 184 * KB
     # the tables take less than they may where there are few tokens: at most 37 KB
     assert depth == most or peak + 2 * chunk > (184 - 37) * KB
