@@ -9,14 +9,14 @@ ge::graphStatus InferShape(gert::InferShapeContext* context)
 {
     const gert::Shape& rows = *context->GetInputShape(EXPANDED_X);
     const gert::Shape& scales = *context->GetInputShape(SCALES);
-    if (rows.GetDimNum() != 3 || scales.GetDimNum() != 2) {
-        return moe_host::Refuse(
-            context->GetNodeName(), "shapes: expanded_x must be [E, C, H] and scales [T, K]");
+    if (!moe_host::AreRows(rows) || scales.GetDimNum() != 2) {
+        return moe_host::Refuse(context->GetNodeName(),
+            "shapes: expanded_x must be [E, C, H] or [R, H], and scales [T, K]");
     }
     gert::Shape& y = *context->GetOutputShape(0);
     y.SetDimNum(2);
     y.SetDim(0, scales.GetDim(0));
-    y.SetDim(1, rows.GetDim(2));
+    y.SetDim(1, moe_host::WidthOf(rows));
     return ge::GRAPH_SUCCESS;
 }
 
@@ -30,13 +30,13 @@ ge::graphStatus Tile(gert::TilingContext* context)
     const gert::Shape& rows = context->GetInputShape(EXPANDED_X)->GetStorageShape();
     const gert::Shape& rowIdx = context->GetInputShape(EXPANDED_ROW_IDX)->GetStorageShape();
     const gert::Shape& scales = context->GetInputShape(SCALES)->GetStorageShape();
-    if (rows.GetDimNum() != 3 || scales.GetDimNum() != 2 ||
+    if (!moe_host::AreRows(rows) || scales.GetDimNum() != 2 ||
         rowIdx.GetShapeSize() != scales.GetShapeSize()) {
         return moe_host::Refuse(context->GetNodeName(),
-            "shapes: expanded_x must be [E, C, H], scales [T, K], expanded_row_idx [T * K]");
+            "shapes: expanded_x must be [E, C, H] or [R, H], scales [T, K], expanded_row_idx [T * K]");
     }
     const moe_host::RowSizes sizes{
-        scales.GetDim(0), scales.GetDim(1), rows.GetDim(0) * rows.GetDim(1), rows.GetDim(2)};
+        scales.GetDim(0), scales.GetDim(1), moe_host::PlacesOf(rows), moe_host::WidthOf(rows)};
     return moe_host::TileRows<optiling::MoeCombineTilingData>(
         context, sizes, context->GetInputDesc(EXPANDED_X)->GetDataType(), true);
 }

@@ -34,11 +34,11 @@ ge::graphStatus Tile(gert::TilingContext* context)
     const int64_t sources = context->GetInputShape(SLOT_SRC)->GetStorageShape().GetShapeSize();
     const int64_t choices =
         context->GetInputShape(EXPANDED_ROW_IDX)->GetStorageShape().GetShapeSize();
-    if (dy.GetDimNum() != 2 || rows.GetDimNum() != 3 || scales.GetDimNum() != 2 ||
-        dy.GetDim(0) != scales.GetDim(0) || dy.GetDim(1) != rows.GetDim(2) ||
-        choices != scales.GetShapeSize() || sources != rows.GetDim(0) * rows.GetDim(1)) {
-        return Refuse(op, "shapes: dy must be [T, H], expanded_x [E, C, H], slot_src [E * C],"
-            " expanded_row_idx [T * K], scales [T, K]");
+    if (dy.GetDimNum() != 2 || !AreRows(rows) || scales.GetDimNum() != 2 ||
+        dy.GetDim(0) != scales.GetDim(0) || dy.GetDim(1) != WidthOf(rows) ||
+        choices != scales.GetShapeSize() || sources != PlacesOf(rows)) {
+        return Refuse(op, "shapes: dy must be [T, H], expanded_x [E, C, H] or [R, H], slot_src"
+            " [E * C] or [R], expanded_row_idx [T * K], scales [T, K]");
     }
     const RowSizes sizes{dy.GetDim(0), scales.GetDim(1), sources, dy.GetDim(1)};
     const int32_t dtype = DtypeNumber(context->GetInputDesc(DY)->GetDataType());

@@ -77,9 +77,9 @@ ge::graphStatus Tile(gert::TilingContext* context)
     tiling.set_zeroBytes(zeroBytes);
     const bool whole = AlignUp(rowBytes, BLOCK_BYTES) <= bufferBytes;
     const bool byToken = rowIdx != nullptr;
-    const uint64_t key = byToken
-        ? (whole ? MOE_DISPATCH_BY_TOKEN_WHOLE_ROWS : MOE_DISPATCH_BY_TOKEN_SPLIT_ROWS)
-        : (whole ? MOE_DISPATCH_BY_PLACE_WHOLE_ROWS : MOE_DISPATCH_BY_PLACE_SPLIT_ROWS);
+    const uint64_t byPlace =
+        whole ? MOE_DISPATCH_BY_PLACE_WHOLE_ROWS : MOE_DISPATCH_BY_PLACE_SPLIT_ROWS;
+    const uint64_t key = byToken ? MOE_DISPATCH_BY_TOKEN : byPlace;
     // by token the larger of both shares decides: tokens to move, or places to zero
     const int64_t work = byToken ? std::max(sizes.tokens, slots) : slots;
     return Commit(

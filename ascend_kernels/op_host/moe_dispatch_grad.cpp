@@ -11,14 +11,14 @@ ge::graphStatus InferShape(gert::InferShapeContext* context)
     const gert::Shape& rows = *context->GetInputShape(D_EXPANDED_X);
     const gert::Shape& rowIdx = *context->GetInputShape(EXPANDED_ROW_IDX);
     const int64_t k = *context->GetAttrs()->GetInt(K);
-    if (rows.GetDimNum() != 3 || rowIdx.GetDimNum() != 1 || k < 1) {
-        return moe_host::Refuse(context->GetNodeName(),
-            "shapes: d_expanded_x must be [E, C, H], expanded_row_idx [T * K], k at least 1");
+    if (!moe_host::AreRows(rows) || rowIdx.GetDimNum() != 1 || k < 1) {
+        return moe_host::Refuse(context->GetNodeName(), "shapes: d_expanded_x must be [E, C, H] or"
+            " [R, H], expanded_row_idx [T * K], k at least 1");
     }
     gert::Shape& dx = *context->GetOutputShape(0);
     dx.SetDimNum(2);
     dx.SetDim(0, rowIdx.GetDim(0) < 0 ? -1 : rowIdx.GetDim(0) / k);
-    dx.SetDim(1, rows.GetDim(2));
+    dx.SetDim(1, moe_host::WidthOf(rows));
     return ge::GRAPH_SUCCESS;
 }
 
@@ -33,12 +33,12 @@ ge::graphStatus Tile(gert::TilingContext* context)
     const int64_t choices =
         context->GetInputShape(EXPANDED_ROW_IDX)->GetStorageShape().GetShapeSize();
     const int64_t k = *context->GetAttrs()->GetInt(K);
-    if (rows.GetDimNum() != 3 || k < 1 || choices % k != 0) {
-        return moe_host::Refuse(context->GetNodeName(),
-            "shapes: d_expanded_x must be [E, C, H], expanded_row_idx [T * K] a multiple of k");
+    if (!moe_host::AreRows(rows) || k < 1 || choices % k != 0) {
+        return moe_host::Refuse(context->GetNodeName(), "shapes: d_expanded_x must be [E, C, H] or"
+            " [R, H], expanded_row_idx [T * K] a multiple of k");
     }
     const moe_host::RowSizes sizes{
-        choices / k, k, rows.GetDim(0) * rows.GetDim(1), rows.GetDim(2)};
+        choices / k, k, moe_host::PlacesOf(rows), moe_host::WidthOf(rows)};
     return moe_host::TileRows<optiling::MoeDispatchGradTilingData>(
         context, sizes, context->GetInputDesc(D_EXPANDED_X)->GetDataType(), false);
 }

@@ -1,8 +1,6 @@
 // Host side of MoeExpertCapacity: definition, inference, tiling.
-#include <algorithm>
-
 #include "moe_expert_capacity_tiling.h"
-#include "moe_host_common.h"
+#include "moe_queues_tiling.h"
 
 namespace {
 enum Output { EXPANDED_ROW_IDX, SLOT_SRC, EXPERT_TOKENS };
@@ -34,69 +32,16 @@ ge::graphStatus InferDataType(gert::InferDataTypeContext* context)
     return context->SetOutputDataType(EXPERT_TOKENS, ge::DT_INT32);
 }
 
-// What the tiling chooses, and what UB it takes.
-struct Plan {
-    uint32_t queues = 1;
-    uint32_t expertsPad = 8;
-    uint32_t tile = 0;       // rows at a time
-    uint32_t groups = 1;     // one-hot matrices side by side
-    uint32_t countRows = 1;  // blocks whose counters are read as one piece, into the matrices
-
-    uint32_t CounterBytes() const
-    {
-        return queues * expertsPad * sizeof(float);
-    }
-
-    uint32_t UbBytes() const
-    {
-        using namespace moe_host;
-        const uint32_t all = tile * queues * sizeof(int32_t);
-        const uint32_t column = tile * sizeof(int32_t);
-        const uint32_t matrix = tile * BLOCK_BYTES;
-        const uint32_t bits = AlignUp(tile / 8, BLOCK_BYTES);
-        const uint32_t perExpert = expertsPad * sizeof(float);
-        // inQueue, rowQueue | four of runQueue | start, total | tokensOut
-        uint32_t bytes = 2 * BUFFERS * all + 4 * column + 2 * CounterBytes() + perExpert;
-        // experts32, expertsFloat, places, scratch, index, numbers, empty | bits
-        bytes += 7 * column + bits;
-        if (queues > 1) {  // rows, offsetsOut, wide, wideReal | offsetsIn
-            bytes += 4 * all + column;
-        }
-        // counts of experts: bits, marks of eight | ones | parts, sums
-        bytes += 8 * (bits + column) + LANES * sizeof(float) + expertsPad * BLOCK_BYTES + perExpert;
-        // one-hot matrices: spread | bits, column | numbers | ones | the matrices
-        bytes += matrix + groups * (tile + column) + perExpert + LANES * sizeof(float);
-        return bytes + std::max(MatricesBytes(), CounterBytes());
-    }
-
-    // Two a group, each with the zero rows ahead of it.
-    uint32_t MatricesBytes() const
-    {
-        return groups * 3 * tile * moe_host::BLOCK_BYTES;
-    }
-};
-
 ge::graphStatus Tile(gert::TilingContext* context)
 {
     using namespace moe_host;
-    constexpr uint32_t LARGEST_TILE = 512;
-    constexpr uint32_t SMALLEST_TILE = 64;
-    constexpr int64_t MOST_COUNTED = 1 << 24;  // float32 counts exactly up to there
     const char* op = context->GetNodeName();
     const gert::Shape& experts = context->GetInputShape(0)->GetStorageShape();
     const int64_t expertNum = *context->GetAttrs()->GetInt(EXPERT_NUM);
     const int64_t capacity = *context->GetAttrs()->GetInt(EXPERT_CAPACITY);
     const int64_t priority = *context->GetAttrs()->GetInt(DROP_PRIORITY);
-    if (experts.GetDimNum() != 2 || experts.GetDim(0) < 1 || experts.GetDim(1) < 1 ||
-        experts.GetDim(1) > MOST_CHOICES) {
-        return Refuse(op, "shapes: expert_idx must be [T, K] with T at least 1 and K from 1 to 8");
-    }
-    if (experts.GetShapeSize() >= MOST_COUNTED) {
-        return Refuse(op, "shapes: T * K %ld: must be below 2^24, where float32 stops counting",
-            static_cast<long>(experts.GetShapeSize()));
-    }
-    if (expertNum < 1 || expertNum > MOST_EXPERTS) {
-        return Refuse(op, "expert_num: %ld: from 1 to 256", static_cast<long>(expertNum));
+    if (CheckQueues(op, experts, expertNum) != ge::GRAPH_SUCCESS) {
+        return ge::GRAPH_FAILED;
     }
     if (capacity < 1 || capacity > MOST_COUNTED || expertNum * capacity >= MOST_ELEMENTS) {
         return Refuse(op, "expert_capacity: %ld: at least 1, at most 2^24, and E * C below 2^31",
@@ -116,28 +61,18 @@ ge::graphStatus Tile(gert::TilingContext* context)
     const uint32_t items = static_cast<uint32_t>(experts.GetShapeSize()) / queues;
     // a block with fewer rows than the smallest tile would wait for the barrier, not work
     const uint32_t blocks = BlocksFor(machine, CeilDiv(items, SMALLEST_TILE));
-    Plan plan;
-    plan.queues = queues;
-    plan.expertsPad = AlignUp(static_cast<uint32_t>(expertNum), 8);
-    // no tile larger than a block's share needs: what is padding costs as much as choices do
-    plan.tile = LARGEST_TILE;
-    while (plan.tile > SMALLEST_TILE && plan.tile / 2 >= CeilDiv(items, blocks)) {
-        plan.tile /= 2;
+    // beside the queues: two of rows, tokensOut, scratch | queue per choice: rows, offsetsOut, wide,
+    // wideReal
+    const auto more = [&](const QueuePlan& plan) {
+        const uint32_t all = plan.tile * queues * sizeof(int32_t);
+        return (queues > 1 ? 4 + BUFFERS : BUFFERS) * all + plan.tile * sizeof(float) +
+            plan.expertsPad * sizeof(int32_t);
+    };
+    const QueuePlan plan = PlanQueues(queues, static_cast<uint32_t>(expertNum),
+        CeilDiv(items, blocks), blocks, LARGEST_TILE, machine.ubBytes, more);
+    if (plan.tile == 0) {
+        return Refuse(op, "UB: %u bytes do not hold 64 rows of choices", machine.ubBytes);
     }
-    while (plan.tile > SMALLEST_TILE && plan.UbBytes() > machine.ubBytes) {
-        plan.tile /= 2;
-    }
-    if (plan.UbBytes() > machine.ubBytes) {
-        return Refuse(op, "UB: %u bytes are not enough: %u is the least here", machine.ubBytes,
-            plan.UbBytes());
-    }
-    plan.groups = plan.expertsPad > 8 ? 2 : 1;
-    if (plan.UbBytes() > machine.ubBytes) {
-        plan.groups = 1;
-    }
-    // the counters of all blocks lie where the matrices come to lie
-    plan.countRows =
-        std::min(blocks, std::max(1U, plan.MatricesBytes() / plan.CounterBytes()));
 
     optiling::MoeExpertCapacityTilingData tiling;
     tiling.set_items(items);

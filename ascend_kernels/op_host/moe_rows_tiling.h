@@ -15,6 +15,24 @@ struct RowSizes {
     int64_t hidden = 0;
 };
 
+// Rows lie [E, C, H], a place of an expert each, or [R, H], sorted by expert.
+inline bool AreRows(const gert::Shape& rows)
+{
+    return rows.GetDimNum() == 3 || rows.GetDimNum() == 2;
+}
+
+// How many rows, -1 where that is not known yet.
+inline int64_t PlacesOf(const gert::Shape& rows)
+{
+    return rows.GetDimNum() == 3 ? Times(rows.GetDim(0), rows.GetDim(1)) : rows.GetDim(0);
+}
+
+// Their H.
+inline int64_t WidthOf(const gert::Shape& rows)
+{
+    return rows.GetDim(rows.GetDimNum() - 1);
+}
+
 inline ge::graphStatus CheckRowSizes(const char* op, const RowSizes& sizes)
 {
     if (sizes.tokens < 1 || sizes.k < 1 || sizes.slots < 1 || sizes.hidden < 1) {

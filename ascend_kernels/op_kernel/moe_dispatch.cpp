@@ -19,13 +19,9 @@ extern "C" __global__ __aicore__ void moe_dispatch(GM_ADDR x, GM_ADDR slot_src,
         moe::DispatchByPlace<MoeDispatchTilingData> op;
         op.Init(x, slot_src, expanded_x, tilingData);
         op.Process<false>();
-    } else if (TILING_KEY_IS(MOE_DISPATCH_BY_TOKEN_WHOLE_ROWS)) {
+    } else if (TILING_KEY_IS(MOE_DISPATCH_BY_TOKEN)) {
         moe::DispatchByToken<MoeDispatchTilingData> op;
         op.Init(x, slot_src, expanded_row_idx, expanded_x, tilingData);
-        op.Process<true>();
-    } else if (TILING_KEY_IS(MOE_DISPATCH_BY_TOKEN_SPLIT_ROWS)) {
-        moe::DispatchByToken<MoeDispatchTilingData> op;
-        op.Init(x, slot_src, expanded_row_idx, expanded_x, tilingData);
-        op.Process<false>();
+        op.Process();
     }
 }

@@ -22,8 +22,11 @@
 // WHOLE_ROWS: a row fits a buffer. SPLIT_ROWS: a row is moved in pieces.
 #define MOE_DISPATCH_BY_PLACE_WHOLE_ROWS 11
 #define MOE_DISPATCH_BY_PLACE_SPLIT_ROWS 12
-#define MOE_DISPATCH_BY_TOKEN_WHOLE_ROWS 21
-#define MOE_DISPATCH_BY_TOKEN_SPLIT_ROWS 22
+#define MOE_DISPATCH_BY_TOKEN 21
+
+// Permute. TABLES: no rows are given. ROWS: they are moved as well.
+#define MOE_PERMUTE_TABLES 1
+#define MOE_PERMUTE_ROWS 2
 
 // Combine and the gradients of dispatch and combine: the dtype of the rows.
 #define MOE_ROWS_FLOAT 1

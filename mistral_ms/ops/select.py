@@ -13,7 +13,7 @@ assign_slots    MindSpore   MoeExpertCapacity none: MoeInitRoutingV2 assigns and
                                               token by token only, and knows no padding
 ... by_priority MindSpore   none              none
 choose_tokens   MindSpore   none              none
-pack_choices    MindSpore   none              none: MoeTokenPermute sorts and moves rows in one,
+pack_choices    MindSpore   MoePermute        none: MoeTokenPermute sorts and moves rows in one,
                                               and knows no padding
 dispatch        MindSpore   MoeDispatch       none: see above; MoeTokenPermute has no capacity
 combine         MindSpore   MoeCombine        none: MoeFinalizeRouting wants a residual and has no
@@ -174,7 +174,8 @@ def pack_choices(kernels: Kernels, num_experts: int) -> nn.Cell:
     Raises:
         KernelError: the implementation is not there.
     """
-    _choose("pack_choices", kernels, ())
+    if _choose("pack_choices", kernels, ("custom",)) == "custom":
+        return custom.PackChoices(num_experts)
     return ReferencePacking(num_experts)
 
 

@@ -7,12 +7,13 @@ meant for tests. What they compute is what ``mistral_ms.ops.reference`` computes
 
 from mistral_ms.ops.custom.library import check_installed, on_ascend, use_twin
 from mistral_ms.ops.custom.permute import Permute, Unpermute
-from mistral_ms.ops.custom.routing import AssignSlots, BiasedGatingTopK, GatingTopK
+from mistral_ms.ops.custom.routing import AssignSlots, BiasedGatingTopK, GatingTopK, PackChoices
 
 __all__ = [
     "AssignSlots",
     "BiasedGatingTopK",
     "GatingTopK",
+    "PackChoices",
     "Permute",
     "Unpermute",
     "check_installed",

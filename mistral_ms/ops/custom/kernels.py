@@ -128,6 +128,34 @@ class MoeExpertCapacity(Kernel):
         )
 
 
+class MoePermute(Kernel):
+    """expert_idx [T, K] -> expanded_row_idx [T * K], slot_src [T * K], counts [E] and cumulative
+    sums [E]; and [1, 1], which stands for rows that were not given.
+    """
+
+    def __init__(self, expert_num: int) -> None:
+        super().__init__(
+            "MoePermute",
+            {"expert_idx": "int32"},
+            {
+                "expanded_row_idx": "int32",
+                "slot_src": "int32",
+                "expert_tokens_count": "int32",
+                "expert_tokens_cumsum": "int32",
+                "expanded_x": "float32",
+            },
+            {"expert_num": expert_num},
+            lambda x, *_: (
+                [x[0] * x[1]],
+                [x[0] * x[1]],
+                [expert_num],
+                [expert_num],
+                [1, 1],
+            ),
+            lambda *_: (ms.int32, ms.int32, ms.int32, ms.int32, ms.float32),
+        )
+
+
 class MoeDispatch(Kernel):
     """x [T, H], slot_src [E * C], expanded_row_idx [T * K] -> expanded_x [E, C, H]."""
 
@@ -143,7 +171,7 @@ class MoeDispatch(Kernel):
 
 
 class MoeDispatchGrad(Kernel):
-    """d_expanded_x [E, C, H], expanded_row_idx [T * K] -> dx [T, H]."""
+    """d_expanded_x [E, C, H] or [R, H], expanded_row_idx [T * K] -> dx [T, H]."""
 
     def __init__(self, k: int) -> None:
         super().__init__(
@@ -151,13 +179,13 @@ class MoeDispatchGrad(Kernel):
             {"d_expanded_x": ROWS, "expanded_row_idx": "int32"},
             {"dx": ROWS},
             {"k": k},
-            lambda x, rows, *_: [rows[0] // k, x[2]],
+            lambda x, rows, *_: [rows[0] // k, x[-1]],
             lambda x, *_: x,
         )
 
 
 class MoeCombine(Kernel):
-    """expanded_x [E, C, H], expanded_row_idx [T * K], scales [T, K] -> y [T, H]."""
+    """expanded_x [E, C, H] or [R, H], expanded_row_idx [T * K], scales [T, K] -> y [T, H]."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -165,7 +193,7 @@ class MoeCombine(Kernel):
             {"expanded_x": ROWS, "expanded_row_idx": "int32", "scales": "float32"},
             {"y": ROWS},
             {},
-            lambda x, _rows, scales, *_: [scales[0], x[2]],
+            lambda x, _rows, scales, *_: [scales[0], x[-1]],
             lambda x, *_: x,
         )
 

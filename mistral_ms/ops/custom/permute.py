@@ -1,8 +1,8 @@
 """Moving token rows to their experts and back by the custom operators.
 
 The same contracts as ``reference.Permute`` and ``reference.Unpermute``. The operators write an
-absent slot as -1 where the row id map has an index and a flag. They are given one expert with all
-E * C slots, because to whom a slot belongs does not matter for moving its row.
+absent slot as -1 where the row id map has an index and a flag. MoeDispatch is given one expert with
+all E * C slots, because to whom a slot belongs does not matter for moving its row.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Permute(nn.Cell):
         dout: Tensor,
     ) -> tuple[Tensor, ...]:
         """A token collects the gradients of the slots its kept choices fill."""
-        inputs = (dout.reshape(1, *dout.shape), _or_absent(slot_TK, kept_TK).reshape(-1))
+        inputs = (dout, _or_absent(slot_TK, kept_TK).reshape(-1))
         attrs = (slot_TK.shape[1],)
         kernel = kernels.MoeDispatchGrad(*attrs)
         dx_TH = kernels.call(kernel, attrs, inputs, self.twin)
@@ -76,7 +76,7 @@ class Unpermute(nn.Cell):
     ) -> Tensor:
         """Sum over the kept choices of weight * row of the choice's slot."""
         inputs = (
-            y_EC_H.reshape(1, *y_EC_H.shape),
+            y_EC_H,
             _or_absent(slot_TK, kept_TK).reshape(-1),
             ops.cast(weights_TK, ms.float32),
         )
@@ -96,7 +96,7 @@ class Unpermute(nn.Cell):
         """dy[p] = weight * dout[token of p]; dweight = <y[slot], dout[token]>; 0 where empty."""
         inputs = (
             dout,
-            y_EC_H.reshape(1, *y_EC_H.shape),
+            y_EC_H,
             _or_absent(source_EC, filled_EC),
             _or_absent(slot_TK, kept_TK).reshape(-1),
             ops.cast(weights_TK, ms.float32),
@@ -104,7 +104,7 @@ class Unpermute(nn.Cell):
         dy, dweights_TK = kernels.call(self.gradient, (), inputs, self.twin)
         dweights_TK = ops.cast(dweights_TK, weights_TK.dtype)
         no_gradient = _no_gradient(slot_TK, kept_TK, source_EC, filled_EC)
-        return (dy.reshape(y_EC_H.shape), dweights_TK, *no_gradient)
+        return (dy, dweights_TK, *no_gradient)
 
 
 def _or_absent(index: Tensor, present: Tensor) -> Tensor:

@@ -105,18 +105,49 @@ class AssignSlots(nn.Cell):
 
     def construct(self, experts_TK: Tensor, valid_T: Tensor, capacity: int) -> RowIdMap:
         """The row id map; nothing in it carries a gradient."""
-        T, K = experts_TK.shape
-        # the operator knows padding as choices beyond the last expert
-        nobody = ops.fill(ms.int32, (T, K), self.num_experts)
-        valid_TK = ops.broadcast_to(valid_T.reshape(T, 1) > 0, (T, K))
-        chosen_TK = ops.stop_gradient(ops.select(valid_TK, experts_TK, nobody))
+        chosen_TK = _of_somebody(experts_TK, valid_T, self.num_experts)
         attrs = (self.num_experts, capacity, self.drop_priority)
         kernel = kernels.MoeExpertCapacity(*attrs)
         slots_Q, source_EC, _ = kernels.call(kernel, attrs, (chosen_TK,), self.twin)
-        slot_TK = slots_Q.reshape(T, K)
-        return (
-            ops.maximum(slot_TK, 0),
-            ops.stop_gradient(ops.cast(slot_TK >= 0, ms.float32)),
-            ops.maximum(source_EC, 0),
-            ops.stop_gradient(ops.cast(source_EC >= 0, ms.float32)),
+        return _row_id_map(slots_Q.reshape(experts_TK.shape), source_EC)
+
+
+class PackChoices(nn.Cell):
+    """``reference.pack_choices``: MoePermute without rows.
+
+    Args:
+        num_experts: E.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        library.check_installed()
+        self.num_experts = num_experts
+        self.kernel = kernels.MoePermute(num_experts)
+        self.twin = not library.on_ascend()
+
+    def construct(self, experts_TK: Tensor, valid_T: Tensor) -> tuple[RowIdMap, Tensor]:
+        """The row id map, and the choices per expert; nothing carries a gradient."""
+        chosen_TK = _of_somebody(experts_TK, valid_T, self.num_experts)
+        slots_Q, source_Q, count_E, _, _ = kernels.call(
+            self.kernel, (self.num_experts,), (chosen_TK,), self.twin
         )
+        return _row_id_map(slots_Q.reshape(experts_TK.shape), source_Q), ops.stop_gradient(count_E)
+
+
+def _of_somebody(experts_TK: Tensor, valid_T: Tensor, num_experts: int) -> Tensor:
+    """The experts; those of padding beyond the last one, as the operators know nobody's choices."""
+    T, K = experts_TK.shape
+    nobody = ops.fill(ms.int32, (T, K), num_experts)
+    valid_TK = ops.broadcast_to(valid_T.reshape(T, 1) > 0, (T, K))
+    return ops.stop_gradient(ops.select(valid_TK, experts_TK, nobody))
+
+
+def _row_id_map(slot_TK: Tensor, source_R: Tensor) -> RowIdMap:
+    """From tables in which -1 is none."""
+    return (
+        ops.maximum(slot_TK, 0),
+        ops.stop_gradient(ops.cast(slot_TK >= 0, ms.float32)),
+        ops.maximum(source_R, 0),
+        ops.stop_gradient(ops.cast(source_R >= 0, ms.float32)),
+    )

@@ -162,6 +162,29 @@ def places(experts_TK: Ints, num_experts: int, capacity: int, choice_major: bool
     return Places(rows, sources, tokens)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """The tables of the permute operator."""
+
+    rows_Q: Ints
+    sources_Q: Ints
+    count_E: Ints
+    cumsum_E: Ints
+
+
+def packed(experts_TK: Ints, num_experts: int) -> Packed:
+    """Expert by expert, the choices of each by their numbers; what is nobody's has no place."""
+    flat = experts_TK.reshape(-1)
+    rows, sources = np.full(flat.size, -1, np.int32), np.full(flat.size, -1, np.int32)
+    count, place = np.zeros(num_experts, np.int32), 0
+    for e in range(num_experts):
+        for choice in range(flat.size):
+            if flat[choice] == e:
+                rows[choice], sources[place] = place, choice
+                place, count[e] = place + 1, count[e] + 1
+    return Packed(rows, sources, count, np.cumsum(count, dtype=np.int32))
+
+
 def dispatch(x_TH: Floats, sources_S: Ints, k: int) -> Floats:
     out = np.zeros((len(sources_S), x_TH.shape[1]))
     for slot, choice in enumerate(sources_S):

@@ -37,6 +37,7 @@ def call(
         "moe_gating_top_k": (logits, {"k": K}),
         "moe_gating_top_k_grad": (logits | chosen | {"dy": np.zeros((T, K), f32)}, {"k": K}),
         "moe_expert_capacity": (chosen, sizes | {"drop_priority": 0}),
+        "moe_permute": (chosen | {"x": np.zeros((T, H), dtype)}, {"expert_num": E}),
         "moe_dispatch": ({"x": np.zeros((T, H), dtype)} | sources, sizes | {"k": K}),
         "moe_dispatch_grad": ({"d_expanded_x": rows} | places, {"k": K}),
         "moe_combine": ({"expanded_x": rows} | places | scales, {}),
@@ -52,6 +53,7 @@ OPERATORS = (
     "moe_gating_top_k",
     "moe_gating_top_k_grad",
     "moe_expert_capacity",
+    "moe_permute",
     "moe_dispatch",
     "moe_dispatch_grad",
     "moe_combine",
@@ -81,8 +83,8 @@ def test_every_operator_serves_the_chips_it_names_in_all_dtypes(name):
     definition = twin.build().describe(name)
     assert definition.socs == ("ascend910b", "ascend910_93")
     first = definition.inputs[0]
-    wanted = ("int32",) if name == "moe_expert_capacity" else ("float32", "float16", "bfloat16")
-    assert first.types == wanted
+    wanted = {"moe_expert_capacity": ("int32",), "moe_permute": ("int32",) * 3}
+    assert first.types == wanted.get(name, ("float32", "float16", "bfloat16"))
 
 
 @pytest.mark.parametrize(("key", "dtype"), TYPES.items())
@@ -102,11 +104,21 @@ def test_keys_of_dispatch_name_the_tables_and_whether_a_row_fits():
     assert tile("moe_dispatch")["key"] == KEYS["MOE_DISPATCH_BY_PLACE_WHOLE_ROWS"]
     split = tile("moe_dispatch", H=20000)
     assert split["key"] == KEYS["MOE_DISPATCH_BY_PLACE_SPLIT_ROWS"]
-    for H, key in ((32, "WHOLE"), (20000, "SPLIT")):
-        inputs, attrs = call("moe_dispatch", H=H)
-        inputs["expanded_row_idx"] = np.full(128, -1, np.int32)
-        got = twin.build().tile("moe_dispatch", inputs, attrs)["key"]
-        assert got == KEYS[f"MOE_DISPATCH_BY_TOKEN_{key}_ROWS"]
+    inputs, attrs = call("moe_dispatch")
+    inputs["expanded_row_idx"] = np.full(128, -1, np.int32)
+    got = twin.build().tile("moe_dispatch", inputs, attrs)["key"]
+    assert got == KEYS["MOE_DISPATCH_BY_TOKEN"]
+
+
+def test_keys_of_permute_name_whether_there_are_rows():
+    inputs, attrs = call("moe_permute", dtype=np.uint16)
+    rows = twin.build().tile("moe_permute", inputs, attrs)
+    del inputs["x"]
+    tables = twin.build().tile("moe_permute", inputs, attrs, blocks=48)
+    assert rows["key"] == KEYS["MOE_PERMUTE_ROWS"]
+    assert tables["key"] == KEYS["MOE_PERMUTE_TABLES"]
+    assert rows["schedule_mode"] == tables["schedule_mode"] == 1
+    assert tables["block_dim"] == 2  # 128 choices: not a block for every token
 
 
 def test_keys_of_capacity_name_the_queues():
@@ -133,8 +145,8 @@ def test_what_the_tiling_hands_out_fits_every_ub(name, ub_bytes):
     try:
         result = twin.run(name, inputs, attrs, blocks=3, ub_bytes=ub_bytes)
     except twin.RequestError:
-        assert name == "moe_expert_capacity"  # needs 20 KB for its smallest tile
-        assert ub_bytes == 24 * KB
+        # their smallest tile takes so much, and the rows of permute
+        assert ub_bytes < {"moe_expert_capacity": 40 * KB, "moe_permute": 64 * KB}[name]
         return
     assert result.counters["ub_peak_bytes"] <= ub_bytes - 8 * KB
 
@@ -224,6 +236,9 @@ REFUSED = [
     ("moe_expert_capacity", {"K": 9}, "K from 1 to 8"),
     ("moe_expert_capacity", {"E": 257}, "from 1 to 256"),
     ("moe_expert_capacity", {"C": 0}, "at least 1"),
+    ("moe_permute", {"K": 9}, "K from 1 to 8"),
+    ("moe_permute", {"E": 257}, "from 1 to 256"),
+    ("moe_permute", {"H": 0}, "x must be [64, H]"),
     ("moe_dispatch_grad", {"H": 0}, "every size must be at least 1"),
     ("moe_combine", {"K": 9}, "at most 8 experts per token"),
     ("moe_combine_grad", {"T": 0}, "every size must be at least 1"),
@@ -240,6 +255,7 @@ def test_sizes_beyond_the_limits_are_refused_with_the_reason(name, sizes, why, c
 MISFITS = [
     ("moe_gating_top_k", {"finished": np.zeros(3, np.bool_)}, {}, "finished has 3 entries"),
     ("moe_gating_top_k_grad", {"dy": np.zeros((64, 3), np.float32)}, {}, "dy [T, 2]"),
+    ("moe_permute", {"x": np.zeros((63, 8), np.float32)}, {}, "x must be [64, H]"),
     ("moe_dispatch", {"slot_src": np.zeros(3, np.int32)}, {}, "slot_src [E * C] = 160, not 3"),
     ("moe_dispatch", {"expanded_row_idx": np.zeros(3, np.int32)}, {}, "[T * K] = 128, not 3"),
     ("moe_dispatch_grad", {"expanded_row_idx": np.zeros(3, np.int32)}, {}, "a multiple of k"),
@@ -284,6 +300,8 @@ def test_inference_says_what_comes_out():
     ]
     assert outputs("moe_gating_top_k_grad", dtype=bf16) == [((10, 4), "bfloat16")]
     assert outputs("moe_expert_capacity") == [((20,), "int32"), ((24,), "int32"), ((4,), "int32")]
+    tables = [((20,), "int32"), ((20,), "int32"), ((4,), "int32"), ((4,), "int32")]
+    assert outputs("moe_permute", dtype=bf16) == [*tables, ((20, 5), "bfloat16")]
     assert outputs("moe_dispatch", dtype=bf16) == [((4, 6, 5), "bfloat16")]
     assert outputs("moe_dispatch_grad", dtype=bf16) == [((10, 5), "bfloat16")]
     assert outputs("moe_combine", dtype=np.float16) == [((10, 5), "float16")]
