@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from mindspore import ParameterTuple, Tensor, context, nn
+from mindspore import ParameterTuple, Tensor, context, nn, set_recursion_limit
 from mindspore.communication import get_rank
 from mindspore.nn.utils import no_init_parameters
 
@@ -45,6 +45,11 @@ def set_context(run: RunConfig | PredictConfig) -> None:
         enable_parallel_optimizer=parallel.optimizer_parallel,
         parallel_optimizer_config={"parallel_optimizer_threshold": 0},
     )
+
+
+CALL_DEPTH = 10_000
+"""Of calls in a compiled step: updating a weight takes three, and MindSpore's own limit of 1000 is
+less than Mixtral's 32 layers need."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ def build(
             :func:`~mistral_ms.parallel.graph.checks.check_run`.
         TopologyError: there are more or fewer processes than the layout has.
     """
+    set_recursion_limit(CALL_DEPTH)
     model, layer_factory = build_model(run, layers, segmented, token_nll, records_outputs=True)
     with no_init_parameters():
         update = _weight_update(run, model, layer_factory)
