@@ -12,8 +12,10 @@ from mistral_ms.enums import StrEnum
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mistral_ms.cli.dryrun_cost import CostReport
     from mistral_ms.config import PredictConfig, RunConfig
     from mistral_ms.parallel.dryrun.process import Compiler, Request
+    from mistral_ms.planner.compiled import StepCost
 
 
 class Step(StrEnum):
@@ -49,6 +51,22 @@ def dryrun(
     target: Annotated[
         str | None, typer.Option(hidden=True, help="module:function that builds the graph.")
     ] = None,
+    cost: Annotated[
+        bool,
+        typer.Option(
+            "--cost",
+            help="Also what its operators cost: operations, bytes, and predicted time on "
+            "--hardware. Of a training.",
+        ),
+    ] = False,
+    hardware: Annotated[
+        str,
+        typer.Option(help="With --cost: a file of configs/hardware without its suffix, or a path."),
+    ] = "atlas_800t_a2",
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="With --cost, of one rank: draw it into this PNG or SVG file."),
+    ] = None,
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the report to this file as JSON.")
     ] = None,
@@ -59,9 +77,10 @@ def dryrun(
 
     from rich.console import Console
 
+    from mistral_ms.cli.dryrun_cost import CostReport
     from mistral_ms.cli.output import count_progress, write_json
     from mistral_ms.config import load_any_config
-    from mistral_ms.errors import GraphError
+    from mistral_ms.errors import ConfigError, GraphError
     from mistral_ms.parallel.dryrun.process import TARGETS, Compiler, Request
     from mistral_ms.parallel.dryrun.report import summary
     from mistral_ms.parallel.dryrun.servers import check_servers
@@ -73,6 +92,10 @@ def dryrun(
     run = load_any_config(config, changes)
     ranks = _ranks(rank, run.parallel.world)
     step = _step(run, step)
+    if picture is not None and not (cost and len(ranks) == 1):
+        rule = "needs --cost, and one rank"
+        raise ConfigError("no picture", where="--picture", value=picture, rule=rule)
+    costs = CostReport(run, hardware, picture) if cost else None
     runtime = find_runtime(os.environ)
     if target is None:
         _refuse(run, layers)
@@ -81,20 +104,26 @@ def dryrun(
         check_servers(Topology.of(run.parallel))
     kept = logs or Path(tempfile.mkdtemp(prefix="mistral_ms-dryrun-logs-"))
     reports: list[dict[str, Any]] = []
+    found: list[StepCost] = []
     failures: list[str] = []
     with (
         Compiler(runtime, os.environ) as compiler,
         count_progress(console, "compiling", "ranks") as progress,
     ):
-        for done, one in enumerate(ranks):
+        for done, number in enumerate(ranks):
             progress(done, len(ranks))
-            request = Request(one, run.parallel.world, target, config, changes, layers)
+            request = Request(number, run.parallel.world, target, config, changes, layers)
             try:
-                reports.append(_compile(compiler, request, run, kept, time_limit))
+                one, its_cost = _compile(compiler, request, run, kept, time_limit, costs)
+                reports.append(one)
+                found += [its_cost] if its_cost is not None else []
             except GraphError as error:
                 failures.append(str(error))
     for each in reports:
         _show(console, each, whole=len(ranks) == 1)
+    if costs is not None:
+        for each, its_cost in zip(reports, found, strict=True):
+            costs.show(console, its_cost, each)
     for text in failures:
         console.print(f"failed: {text}", style="red", markup=False)
     if json is not None and reports:
@@ -153,7 +182,8 @@ def _compile(
     run: RunConfig | PredictConfig,
     logs: Path,
     time_limit: float,
-) -> dict[str, Any]:
+    costs: CostReport | None,
+) -> tuple[dict[str, Any], StepCost | None]:
     from mistral_ms.config import RunConfig
     from mistral_ms.parallel.dryrun.ir import read
     from mistral_ms.parallel.dryrun.process import TARGETS
@@ -169,7 +199,11 @@ def _compile(
     one = report(graph, topology, request.rank, found.seconds, micro_batches)
     if isinstance(run, RunConfig) and request.target == TARGETS["train"]:
         one["planned"] = planned_beside(run, one, request.layers)
-    return one
+    if costs is None:
+        return one, None
+    cost = costs.of(text, graph, request.rank, request.layers)
+    one["cost"] = cost.values()
+    return one, cost
 
 
 def _show(console: Console, one: dict[str, Any], whole: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,26 @@ def read_ids(path: Path) -> list[list[int]]:
         if words:
             found.append([int(word) for word in words])
     return found
+
+
+def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table; columns of numbers end on the right.
+
+    Args:
+        console: where to.
+        columns: their heads.
+        rows: as many texts each.
+    """
+    from rich.table import Table
+
+    cells = list(rows)
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(columns):
+        is_text = any(row[number][:1].isalpha() for row in cells)
+        table.add_column(name, justify="left" if is_text else "right")
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

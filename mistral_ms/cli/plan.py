@@ -10,7 +10,7 @@ import typer
 from mistral_ms.enums import StrEnum
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from rich.console import Console
 
@@ -173,14 +173,14 @@ def plan(
 
 def _study(console: Console, name: Name, figure: Path | None, json: Path | None) -> None:
     """Prints a study, and writes what is asked for."""
-    from mistral_ms.cli.output import write_file, write_json
+    from mistral_ms.cli.output import print_table, write_file, write_json
     from mistral_ms.planner.studies import STUDIES
 
     found = STUDIES[name]()
     console.print(found.question, markup=False)
     for table in found.tables:
         console.print(f"\n{table.title}", markup=False)
-        _print(console, table.columns, table.rows)
+        print_table(console, table.columns, table.rows)
     for sentence in found.notes:
         console.print(sentence, markup=False)
     console.print("All times are predictions (docs/planner.md)")
@@ -218,20 +218,6 @@ def _calibrate(console: Console, path: Path, processes: int) -> None:
         markup=False,
     )
     console.print(f"written to {path}: plan --hardware {path}", markup=False)
-
-
-def _print(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table; columns of numbers end on the right."""
-    from rich.table import Table
-
-    cells = list(rows)
-    table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(columns):
-        is_text = any(row[number][:1].isalpha() for row in cells)
-        table.add_column(name, justify="left" if is_text else "right")
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
 
 
 def _loads(text: str | None, model: ModelConfig) -> tuple[tuple[float, ...], ...]:
@@ -304,9 +290,11 @@ def _show_other_dispatch(
 
 
 def _show_sensitivity(console: Console, effects: Sequence[Effect]) -> None:
+    from mistral_ms.cli.output import print_table
     from mistral_ms.planner.sensitivity import rows
 
-    _print(console, ("number", "divided by 1.5", "times 1.5", "another layout wins"), rows(effects))
+    columns = ("number", "divided by 1.5", "times 1.5", "another layout wins")
+    print_table(console, columns, rows(effects))
 
 
 def run_file(best: Candidate, source: Path) -> str:

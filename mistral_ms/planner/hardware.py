@@ -80,6 +80,35 @@ class ComputeRates(Frozen):
         (below, low), (above, high) = points[index - 1], points[index]
         return low + (high - low) * math.log(shortest / below) / math.log(above / below)
 
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of the matrix units.
+
+        Args:
+            dtype: of the factors, one of :class:`PeakRates`.
+        """
+        rate: float = getattr(self.peak_tflops, dtype)
+        return rate * TERA
+
+    def streamed(self, nbytes: float) -> float:
+        """Seconds of what is bound by memory.
+
+        Args:
+            nbytes: read and written.
+        """
+        return nbytes / (self.memory_gb_per_s * GIGA * self.memory_efficiency)
+
+    def product(self, flops: float, nbytes: float, shortest: float, dtype: str) -> float:
+        """Seconds of a matrix product: the longer of its operations and its bytes.
+
+        Args:
+            flops: two for each multiplication and addition.
+            nbytes: read and written.
+            shortest: the length of its shortest axis.
+            dtype: of the factors.
+        """
+        rate = self.peak(dtype) * self.product_efficiency(max(1.0, shortest))
+        return max(flops / rate, self.streamed(nbytes))
+
 
 class NetworkRates(Frozen):
     """One level of a network.

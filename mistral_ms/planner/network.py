@@ -71,18 +71,28 @@ def seconds(
     if hardware.device == "CPU":
         message, hierarchical = on_cpu(message, over.size), False
     given = sent(message, over, hierarchical=hierarchical)
-    within = between = 0.0
-    if given.bytes_inside:
-        within = given.messages_inside * hardware.inside.latency
-        within += given.bytes_inside / hardware.inside.bytes_per_s(
-            over.inside, hardware.devices_per_node
-        )
-    if given.bytes_between:
-        between = given.messages_between * hardware.between.latency
-        between += given.bytes_between / hardware.between.bytes_per_s(2, 2)
+    within, between = link_seconds(given, over.inside, hardware)
     if message.operator == "AlltoAll" and not hierarchical:
         return max(within, between)
     return within + between
+
+
+def link_seconds(given: Sent, inside: int, hardware: Hardware) -> tuple[float, float]:
+    """How long the links inside a node and those between nodes are busy.
+
+    Args:
+        given: what a card gives.
+        inside: members of the group on its node, itself included.
+        hardware: the cluster.
+    """
+    within = between = 0.0
+    if given.bytes_inside:
+        rate = hardware.inside.bytes_per_s(inside, hardware.devices_per_node)
+        within = given.messages_inside * hardware.inside.latency + given.bytes_inside / rate
+    if given.bytes_between:
+        rate = hardware.between.bytes_per_s(2, 2)
+        between = given.messages_between * hardware.between.latency + given.bytes_between / rate
+    return within, between
 
 
 def on_cpu(message: Message, members: int) -> Message:

@@ -16,7 +16,7 @@ from mistral_ms.config.layout import Sizes
 from mistral_ms.parallel.memory import FLOAT
 from mistral_ms.parallel.pipeline import Stage
 from mistral_ms.parallel.topology import GroupKind, shard_shape
-from mistral_ms.planner.hardware import GIGA, Hardware
+from mistral_ms.planner.hardware import Hardware
 from mistral_ms.planner.load import EVEN, Balance
 from mistral_ms.planner.memory import Execution
 from mistral_ms.planner.network import seconds, transfer_seconds
@@ -326,8 +326,7 @@ class StepModel:
         """Reads sum and gradient, and writes the sum, in float32."""
         if self.run.training.gradient_accumulation_steps == 1:
             return 0.0
-        rates = self.hardware.compute
-        return 3 * FLOAT * elements / (rates.memory_gb_per_s * GIGA * rates.memory_efficiency)
+        return self.hardware.compute.streamed(3 * FLOAT * elements)
 
     def _seconds(self, message: Message) -> float:
         hierarchical = self.run.parallel.all_to_all == "hierarchical"

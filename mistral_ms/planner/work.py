@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mistral_ms.config import RunConfig
 from mistral_ms.parallel.memory import FLOAT, ITEMSIZE
 from mistral_ms.parallel.pipeline.costs import shared_logits
-from mistral_ms.planner.hardware import GIGA, TERA, Hardware
+from mistral_ms.planner.hardware import GIGA, Hardware
 from mistral_ms.planner.load import Balance
 from mistral_ms.planner.memory import Execution
 from mistral_ms.planner.program import MASKS_BACKWARD, MASKS_FORWARD, OURS, Program
@@ -136,7 +136,7 @@ class Work:
         window = min(S, self._window(layer))
         seen = window - window * window / (2 * S)  # keys of a query on average
         operations = 4 * T * seen * N * D
-        peak = self._peak()
+        peak = self.rates.peak(self.run.training.dtype)
         rotated = 2 * T * (N + G) * D * self.item
         if model.qk_norm != "none":
             rotated *= 2  # read and written once more
@@ -144,7 +144,7 @@ class Work:
         moved = 5 * self.rows * H * self.item + rotated
         core = operations / (peak * self.rates.attention_forward)
         gradient = operations * ATTENTION_GRADIENT / (peak * self.rates.attention_backward)
-        norm = self._streamed(2 * self.rows * H * self.item)
+        norm = self.rates.streamed(2 * self.rows * H * self.item)
         found = self._of(products, moved)
         return Pass(
             found.forward + Seconds(attention=core),
@@ -159,7 +159,7 @@ class Work:
         found = self._of(
             products, norm + 3 * self.rows * H * self.item + 3 * self.T * I * self.item
         )
-        return Pass(found.forward, found.backward, Seconds(memory_bound=self._streamed(norm)))
+        return Pass(found.forward, found.backward, Seconds(memory_bound=self.rates.streamed(norm)))
 
     def _sparse(self) -> Pass:
         model, parallel, T = self.model, self.run.parallel, self.T
@@ -192,7 +192,7 @@ class Work:
         found = self._of(products, moved)
         if self.program.one_hot_dispatch:
             found += self._one_hot(R / self.mp)
-        return Pass(found.forward, found.backward, Seconds(memory_bound=self._streamed(norm)))
+        return Pass(found.forward, found.backward, Seconds(memory_bound=self.rates.streamed(norm)))
 
     def _one_hot(self, slots: float) -> Pass:
         """Products of [T, E * C] with tokens, and of its weighted form with rows; the first has no
@@ -205,32 +205,24 @@ class Work:
         backward += sum(map(self._product, _gradients([combine])))
         mask = T * slots * FLOAT
         return Pass(
-            Seconds(matmul=forward, memory_bound=self._streamed(MASKS_FORWARD * mask)),
-            Seconds(matmul=backward, memory_bound=self._streamed(MASKS_BACKWARD * mask)),
+            Seconds(matmul=forward, memory_bound=self.rates.streamed(MASKS_FORWARD * mask)),
+            Seconds(matmul=backward, memory_bound=self.rates.streamed(MASKS_BACKWARD * mask)),
         )
 
     def _of(self, products: list[Product], moved: float) -> Pass:
         forward = sum(self._product(each) for each in products)
         backward = sum(map(self._product, _gradients(products)))
-        streamed = self._streamed(moved)
+        streamed = self.rates.streamed(moved)
         return Pass(
             Seconds(matmul=forward, memory_bound=streamed),
             Seconds(matmul=backward, memory_bound=2 * streamed),
         )
 
     def _product(self, product: Product) -> float:
-        shortest = min(product.m, product.k, product.n)
-        peak = self._peak(product.dtype) * self.rates.product_efficiency(max(1.0, shortest))
         m, k, n = product.m, product.k, product.n
         moved = (m * k + k * n + m * n) * product.count * self.item
-        return max(product.flops / peak, self._streamed(moved))
-
-    def _peak(self, dtype: str | None = None) -> float:
-        rate: float = getattr(self.rates.peak_tflops, dtype or self.run.training.dtype)
-        return rate * TERA
-
-    def _streamed(self, nbytes: float) -> float:
-        return nbytes / (self.rates.memory_gb_per_s * GIGA * self.rates.memory_efficiency)
+        dtype = product.dtype or self.run.training.dtype
+        return self.rates.product(product.flops, moved, min(m, k, n), dtype)
 
 
 def _gradients(products: list[Product]) -> Iterator[Product]:
@@ -254,8 +246,7 @@ def update_seconds(elements: float, run: RunConfig, hardware: Hardware) -> float
     """
     moved = 7 * FLOAT * elements
     if run.training.offload_optimizer == "none":
-        rates = hardware.compute
-        return moved / (rates.memory_gb_per_s * GIGA * rates.memory_efficiency)
+        return hardware.compute.streamed(moved)
     host, cards = hardware.host, min(hardware.devices_per_node, run.parallel.world)
     travelling = 2 * FLOAT * elements / (host.gb_per_s * GIGA)
     return travelling + moved * cards / (host.memory_gb_per_s * GIGA)

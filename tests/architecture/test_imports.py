@@ -99,7 +99,8 @@ TABLE = {
     "shipped": rule("moe mixtures parallel"),
     "launch": rule("config weights checkpoint datasets parallel.pipeline training shipped"),
     "planner": rule(
-        "config data weights parallel.topology parallel.pipeline parallel.memory parallel.sharding",
+        "config data weights parallel.topology parallel.pipeline parallel.memory parallel.sharding "
+        "parallel.dryrun.cost parallel.dryrun.ir parallel.dryrun.peak parallel.dryrun.report",
         "pydantic matplotlib",  # files of hardware, pictures
     ),
     "mindformers": rule(f"{BELOW_TRAINING} training inference", "mindspore numpy mindformers yaml"),

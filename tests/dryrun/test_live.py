@@ -1,4 +1,4 @@
-"""What a compiled step keeps for its gradients, against what a plan says of a layer.
+"""What a compiled step keeps for its gradients and multiplies, against what a plan says of a layer.
 
 The graph is compiled at sizes at which tables of positions and slots are small beside states.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from mistral_ms.config import RunConfig
+from mistral_ms.config import RunConfig, expert_capacity
+from mistral_ms.parallel.dryrun.cost import costs
 from mistral_ms.parallel.dryrun.live import kept
 from mistral_ms.parallel.pipeline import stages_of
 from mistral_ms.planner.memory import layer_memories, parameters
@@ -44,9 +45,28 @@ def test_a_layer_keeps_what_is_planned(compile_run, recompute):
     planned = layer.kept(recompute, in_graph=True) + ends
     assert found.activations == pytest.approx(planned, rel=MARGIN)
     assert found.activations >= planned  # what is planned is there
+    assert products(text) == operations(config, again=recompute == "full")
     [stage] = stages_of(config.model, 1)
     held = parameters(config.model, config.parallel, (stage,), specs(config.model), "graph")
     assert found.weights == held.rounded * HALF
+
+
+def products(text):
+    """Operations of matrix products."""
+    return sum(cost.flops * times for cost, times in costs(text).items() if cost.kind == "matmul")
+
+
+def operations(config, again):
+    """The same by sizes: a gradient has two products for each one. Of a layer that is computed
+    again MindSpore leaves out, in a graph without stages, values, o_proj and w2.
+    """
+    experts = config.model.moe.num_local_experts
+    slots = experts * expert_capacity(T, experts, 2, config.routing, T)  # as many as it receives
+    router, matrix = 2 * T * H * experts, 2 * slots * H * config.model.intermediate_size
+    queries, keys = 2 * T * H * H, 2 * T * H * (H // 4)
+    layer = 2 * queries + 2 * keys + router + 3 * matrix
+    repeated = queries + keys + router + 2 * matrix if again else 0
+    return 3 * (layer + 2 * T * H * V) + repeated
 
 
 TWO = "<Tuple[Tensor[Float16],Tensor[Float32]], TupleShape((16), (1))>"

@@ -39,11 +39,16 @@ ITEM_BYTES = {
 _ENTRY = re.compile(r"^# IR entry: @(\S+)")
 _SUBGRAPH = re.compile(r"^subgraph @([^(\s]+)\(")
 _PARAMETER = re.compile(r"^%para\d+_(\S+?): <Ref\[Tensor(?:\(\w+\))?\[(\w+)\]\], (\([-\d, ]*\))")
-_NODE = re.compile(r"^\s*%\d+\(.*?\) = (?:PrimFunc_)?(\w+)\(")
+# the call of a closure is written with the node that made it, %3[@Partial(@graph)](...)
+_NODE = re.compile(r"^\s*%\d+\(.*?\) = (?:PrimFunc_)?(?:(\w+)\(|call @|%\d+\[@)")
 # a closure is named where it is made and where it is called; only the latter runs it
 _CALL = re.compile(r"= call @([^(,\s]+)|\[@(?:Partial\(@)?([^(),\]\s]+)")
 _CLOSURE = re.compile(r"= Partial\(@([^(,\s)]+)")
-_TENSOR = re.compile(r"Tensor(?:\(\w+\))?\[(\w+)\](?:\])?,? (?:TupleShape\()?(\([-\d, ]*\))")
+# of a tuple first all dtypes are written, equal ones after each other once, then all shapes
+_RESULT = re.compile(r"^\s*%(\d+)\(")
+_TYPE = re.compile(r"<([^<>]*)>")
+_DTYPE = re.compile(r"Tensor(?:\(\w+\))?\[(\w+)\]\]?(?:\*(\d+))?")
+_SHAPE = re.compile(r"\([-\d, ]*\)")
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,12 @@ class Node:
         return self.lines[0]
 
     @cached_property
+    def number(self) -> str:
+        """Of its result in its subgraph; empty of what has none."""
+        found = _RESULT.match(self.head)
+        return found.group(1) if found else ""
+
+    @cached_property
     def scope(self) -> str:
         """MindSpore's path of the cell, and the operator's own name."""
         for line in self.lines:
@@ -170,6 +181,12 @@ class Node:
     def numbers(self, key: str) -> tuple[int, ...]:
         """An attribute that is a number or several."""
         return _numbers((self.text(key) or "").replace("I64", ""))
+
+    @property
+    def called(self) -> str:
+        """The subgraph that it runs; empty of what runs none."""
+        found = _CALL.search(self.head)
+        return (found.group(1) or found.group(2)) if found and self.operator == "call" else ""
 
     @property
     def types(self) -> tuple[list[TensorType], list[TensorType]]:
@@ -219,7 +236,7 @@ def parse(text: str) -> Parsed:
             calls[subgraph].update(a or b for a, b in _CALL.findall(line))
             closures[subgraph].update(_CLOSURE.findall(line))
             found = _NODE.match(line)
-            node = Node(found.group(1), subgraph, [line]) if found else None
+            node = Node(found.group(1) or "call", subgraph, [line]) if found else None
             if node is not None:
                 nodes.append(node)
         elif node is not None:
@@ -340,7 +357,11 @@ def _executions(
 
 
 def _types(text: str) -> list[TensorType]:
-    found = [TensorType(dtype, _numbers(shape)) for dtype, shape in _TENSOR.findall(text)]
+    found: list[TensorType] = []
+    for each in _TYPE.findall(text):
+        dtypes = [dtype for dtype, times in _DTYPE.findall(each) for _ in range(int(times or 1))]
+        shapes = [_numbers(shape) for shape in _SHAPE.findall(each)]
+        found += [TensorType(*pair) for pair in zip(dtypes, shapes, strict=False)]
     return [each for each in found if each.dtype in ITEM_BYTES]
 
 

@@ -47,11 +47,6 @@ def set_context(run: RunConfig | PredictConfig) -> None:
     )
 
 
-CALL_DEPTH = 10_000
-"""Of calls in a compiled step: updating a weight takes three, and MindSpore's own limit of 1000 is
-less than Mixtral's 32 layers need."""
-
-
 @dataclass(frozen=True)
 class GraphStep:
     """A training step that is ready to be compiled: ``step.cell.compile(*step.inputs)``.
@@ -93,7 +88,9 @@ def build(
             :func:`~mistral_ms.parallel.graph.checks.check_run`.
         TopologyError: there are more or fewer processes than the layout has.
     """
-    set_recursion_limit(CALL_DEPTH)
+    # of calls in a graph: updating a weight takes three, and MindSpore's own limit of 1000 is less
+    # than 32 layers need
+    set_recursion_limit(10_000)
     model, layer_factory = build_model(run, layers, segmented, token_nll, records_outputs=True)
     with no_init_parameters():
         update = _weight_update(run, model, layer_factory)
