@@ -106,15 +106,16 @@ class TransposedExperts(nn.Cell):
     Args:
         dtype: dtype of the weights.
         packed: see :class:`Experts`.
+        keeps: see :func:`~mistral_ms.ops.select.batched_swiglu`.
     """
 
-    def __init__(self, dtype: str, packed: bool) -> None:
+    def __init__(self, dtype: str, packed: bool, keeps: bool = True) -> None:
         super().__init__()
         self.packed, kernels = packed, select.dense_kernels()
         if packed:
             self.grouped_swiglu = select.grouped_swiglu(kernels, dtype)
         else:
-            self.swiglu = select.swiglu(kernels)
+            self.batched_swiglu = select.batched_swiglu(kernels, keeps)
 
     def construct(
         self,
@@ -127,9 +128,7 @@ class TransposedExperts(nn.Cell):
         """See :meth:`Experts.compute`."""
         if self.packed:
             return self.grouped_swiglu(rows, w1_LHI, w3_LHI, w2_LHI, group_sizes_L)
-        gate = reference.batched_matmul(rows, w1_LHI)
-        up = reference.batched_matmul(rows, w3_LHI)
-        return reference.batched_linear(self.swiglu(gate, up), w2_LHI)
+        return reference.batched_linear(self.batched_swiglu(rows, w1_LHI, w3_LHI), w2_LHI)
 
 
 class RoutedExperts(Experts):

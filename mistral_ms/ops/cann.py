@@ -83,6 +83,29 @@ class SwiGLU(nn.Cell):
         return self.swiglu(ops.cat((gate, up), -1), -1)
 
 
+class BatchedSwiGLU(nn.Cell):
+    """``select.batched_swiglu`` by Swiglu, which wants gate and up side by side.
+
+    Where an expert has more rows than a row has elements, w1 and w3 are fewer bytes than their
+    results: then they are put side by side, and multiplied at once.
+
+    Args:
+        keeps: the gradient keeps what the forward pass made. Matrices side by side would be kept
+            for each micro-batch, so results are put side by side whatever their size.
+    """
+
+    def __init__(self, keeps: bool) -> None:
+        super().__init__()
+        self.keeps, self.gated, self.join = keeps, SwiGLU(), ops.Concat(-1)
+
+    def construct(self, x_ECH: Tensor, w1_EHI: Tensor, w3_EHI: Tensor) -> Tensor:
+        """[E, C, H] and twice [E, H, I] -> [E, C, I]."""
+        if self.keeps or x_ECH.shape[1] <= x_ECH.shape[2]:
+            gate = reference.batched_matmul(x_ECH, w1_EHI)
+            return self.gated(gate, reference.batched_matmul(x_ECH, w3_EHI))
+        return self.gated.swiglu(reference.batched_matmul(x_ECH, self.join((w1_EHI, w3_EHI))), -1)
+
+
 class GroupedMatmul(nn.Cell):
     """Rows sorted by expert times their experts' matrices [input, output], every row of a group.
 

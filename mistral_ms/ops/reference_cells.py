@@ -62,6 +62,23 @@ class ComposedGroupedSwiGLU(nn.Cell):
         return self.product(self.gated(gate, up), w2_EHI, group_sizes_E)
 
 
+class ComposedBatchedSwiGLU(nn.Cell):
+    """Made of two products and any implementation of ``swiglu``.
+
+    Args:
+        gated: the Cell of ``swiglu``.
+    """
+
+    def __init__(self, gated: nn.Cell) -> None:
+        super().__init__()
+        self.gated = gated
+
+    def construct(self, x_ECH: Tensor, w1_EHI: Tensor, w3_EHI: Tensor) -> Tensor:
+        """[E, C, I]."""
+        gate = reference.batched_matmul(x_ECH, w1_EHI)
+        return self.gated(gate, reference.batched_matmul(x_ECH, w3_EHI))
+
+
 class ReferenceNorm(nn.Cell):
     """``reference.rms_norm`` with its setting."""
 

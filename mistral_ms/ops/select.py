@@ -20,12 +20,13 @@ combine         MindSpore   MoeCombine        none: MoeFinalizeRouting wants a r
                                               gradient; MoeTokenUnpermute takes no dropped choices
 grouped_linear  MindSpore   none              GroupedMatmul
 grouped_swiglu  MindSpore   none              GroupedMatmul, Swiglu
+batched_swiglu  MindSpore   none              Swiglu
 rms_norm        MindSpore   none              RmsNorm
 swiglu          MindSpore   none              Swiglu
 attention       MindSpore   none              FlashAttentionScore
 ==============  ==========  ================  ===================================================
 
-The last five are no part of the routing and take :func:`dense_kernels`: ``cann`` on Ascend, ``cpu``
+The last six are no part of the routing and take :func:`dense_kernels`: ``cann`` on Ascend, ``cpu``
 elsewhere. ``cpu`` has operators in C++, compiled at first use, for all of these but ``attention``,
 and more in ``ops/select_cpu.py``. They compute in float32; what has another dtype takes the
 reference. Products may have matrices in bfloat16, see ``ops/cpu/bfloat16.py``.
@@ -43,6 +44,7 @@ from mindspore import nn
 from mistral_ms.errors import KernelError
 from mistral_ms.ops import cann, cpu, custom, reference
 from mistral_ms.ops.reference_cells import (
+    ComposedBatchedSwiGLU,
     ComposedGroupedSwiGLU,
     ReferenceAttention,
     ReferenceExpertChoice,
@@ -243,6 +245,22 @@ def grouped_swiglu(kernels: Kernels, dtype: str) -> nn.Cell:
     if _choose("grouped_swiglu", kernels, ("cann",)) == "cann":
         return cann.GroupedSwiGLU()
     return ComposedGroupedSwiGLU(grouped_linear(kernels, dtype), swiglu(kernels))
+
+
+def batched_swiglu(kernels: Kernels, keeps: bool) -> nn.Cell:
+    """The Cell of padded experts' first half: rows [E, C, H], w1 and w3 [E, H, I] ->
+    silu(x w1) * (x w3), [E, C, I].
+
+    Args:
+        kernels: which implementation.
+        keeps: whether the gradient keeps what the forward pass made, or it is computed again.
+
+    Raises:
+        KernelError: the implementation is not there.
+    """
+    if kernels == "cann" and choose_dense("batched_swiglu", kernels) == "cann":
+        return cann.BatchedSwiGLU(keeps)
+    return ComposedBatchedSwiGLU(swiglu(kernels))
 
 
 def rms_norm(kernels: Kernels, eps: float) -> nn.Cell:

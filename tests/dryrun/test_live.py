@@ -46,6 +46,15 @@ def test_a_layer_keeps_what_is_planned(compile_run, recompute):
     assert found.activations == pytest.approx(planned, rel=MARGIN)
     assert found.activations >= planned  # what is planned is there
     assert products(text) == operations(config, again=recompute == "full")
+    side_by_side = {
+        cost.shapes for cost in costs(text) if cost.operator == "Concat" and cost.moved > 8 * T * H
+    }
+    wanted = (
+        "1, 2256, 1792] -> BFloat16 [1, 2256"
+        if recompute == "none"
+        else f"1, {H}, 1792] -> BFloat16 [1, {H}"
+    )
+    assert side_by_side == {f"BFloat16 [{wanted}, 3584]"}
     [stage] = stages_of(config.model, 1)
     held = parameters(config.model, config.parallel, (stage,), specs(config.model), "graph")
     assert found.weights == held.rounded * HALF

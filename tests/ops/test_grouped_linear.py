@@ -169,6 +169,44 @@ def test_experts_of_cann_are_three_products(name, experts):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+class Halves(nn.Cell):
+    """In place of Swiglu."""
+
+    def construct(self, both, axis):
+        gate, up = ms.ops.split(both, both.shape[axis] // 2, axis)
+        return reference.swiglu(gate, up)
+
+
+@pytest.mark.parametrize(("rows", "keeps"), [(9, False), (9, True), (3, False)])
+def test_padded_experts_of_cann_are_two_products(rows, keeps):
+    """Results and gradients, against products one by one."""
+    rng = np.random.default_rng(0)
+    shapes = (2, rows, I), (2, I, 4), (2, I, 4), (2, rows, 4)
+    *given, dout = (Tensor(rng.normal(size=s).astype(np.float32)) for s in shapes)
+    fused = cann.BatchedSwiGLU(keeps)
+    fused.gated.swiglu = Halves()
+    composed = reference_cells.ComposedBatchedSwiGLU(reference_cells.ReferenceSwiGLU())
+    joined, found = [], []
+    fused.join = Noted(fused.join, joined)
+    for cell in (fused, composed):
+        weighted = ms.grad(lambda *x, cell=cell: (cell(*x) * dout).sum(), (0, 1, 2))
+        found.append([part.asnumpy() for part in (cell(*given), *weighted(*given))])
+    for ours, theirs in zip(*found, strict=True):
+        # sums of a few float32 products of size 1
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert bool(joined) == (rows > I and not keeps)
+
+
+class Noted(nn.Cell):
+    def __init__(self, cell, calls):
+        super().__init__()
+        self.cell, self.calls = cell, calls
+
+    def construct(self, *given):
+        self.calls.append(given)
+        return self.cell(*given)
+
+
 class TestChoice:
     @pytest.fixture(autouse=True)
     def nothing_logged(self, monkeypatch):

@@ -68,12 +68,16 @@ class CapacityDispatcher(Dispatcher):
     def by_expert(self, arrived_PLCH: Tensor) -> Tensor:
         """Local, after the exchange: [P, L, C, H] -> [L, P * C, H], sender by sender."""
         P, L, C, H = arrived_PLCH.shape
+        if L == 1:  # the order is the same, and a transpose would copy it
+            return arrived_PLCH.reshape(L, P * C, H)
         return arrived_PLCH.transpose(1, 0, 2, 3).reshape(L, P * C, H)
 
     def by_sender(self, rows_LMH: Tensor) -> Tensor:
         """Local, before the way back: [L, P * C, H] -> [P, L, C, H]."""
         L, M, H = rows_LMH.shape
         P = self.route.members
+        if L == 1:
+            return rows_LMH.reshape(P, L, M // P, H)
         return rows_LMH.reshape(L, P, M // P, H).transpose(1, 0, 2, 3)
 
     def traffic(

@@ -106,8 +106,9 @@ class OutputRegion(Region):
     def compute(self, x_TH: Tensor, buffer: Tensor) -> Tensor:
         """[T, H], unchanged."""
         # without a gradient: it would keep magnitudes and a mask of every layer
-        wide_TH = _abs(_cast(ops.stop_gradient(x_TH), ms.float32))
-        finite_TH = _is_finite(wide_TH)
-        sizes_TH = ops.select(finite_TH, wide_TH, _zeros_like(wide_TH))
-        broken = _sum(1.0 - _cast(finite_TH, ms.float32))
-        return self.record(x_TH, buffer, ops.stack((_sum(sizes_TH), broken)))
+        narrow_TH = ops.stop_gradient(x_TH)
+        finite_TH = _is_finite(narrow_TH)
+        # widened last: until then every operator moves half of the bytes
+        sizes_TH = _abs(ops.select(finite_TH, narrow_TH, _zeros_like(narrow_TH)))
+        broken = _sum(_cast(ops.logical_not(finite_TH), ms.float32))
+        return self.record(x_TH, buffer, ops.stack((_sum(_cast(sizes_TH, ms.float32)), broken)))

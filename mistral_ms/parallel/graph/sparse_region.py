@@ -76,7 +76,8 @@ class SparseRegion(Region):
         super().__init__(layer_factory.sharding, inputs, *(found if summed else one))
         self.hidden_size = layer_factory.config.hidden_size
         self.dispatcher, self.router = layer_factory.dispatcher(), router
-        self.experts = TransposedExperts(layer_factory.dtype, self.dispatcher.packed)
+        keeps = layer_factory.parallel.recompute != "full"
+        self.experts = TransposedExperts(layer_factory.dtype, self.dispatcher.packed, keeps)
 
     def compute(
         self,
@@ -199,9 +200,8 @@ class TrainedSparseRegion(SparseRegion):
         gate = (gate_0, gate_1, gate_2, gate_3, gate_4, gate_5, gate_6, gate_7)
         sent: tuple[Any, ...] = ()
         for i in range(self.groups):
-            x = x_TH[i * size : (i + 1) * size]
-            valid = valid_T[i * size : (i + 1) * size]
-            context = gate_context(random_B3[i * samples : (i + 1) * samples], columns)
+            x, valid = self.part(x_TH, i, size), self.part(valid_T, i, size)
+            context = gate_context(self.part(random_B3, i, samples), columns)
             sent = (*sent, (self.dispatched(x, valid, gate, context, columns), valid))
         # fraction of the batch in its tokens, times the loss scale
         coefficients = self.coefficients * (scales_B3[0, 1] * scales_B3[0, 2])
@@ -222,6 +222,10 @@ class TrainedSparseRegion(SparseRegion):
             out = (*out, self.record(y_TH, metrics_buffer, seen))
         y_TH = out[0] if self.groups == 1 else ops.cat(out, 0)
         return (y_TH, ops.stack(rows_for_pooled)) if self.pooled else y_TH
+
+    def part(self, rows: Tensor, group: int, size: int) -> Tensor:
+        """The rows of a dispatch group; a cut that is everything would still be a copy."""
+        return rows if self.groups == 1 else rows[group * size : (group + 1) * size]
 
     def losses_of(self, sums: RouterSums) -> Tensor:
         """Each loss of a dispatch group, times its tokens: float32 [losses]."""
