@@ -11,7 +11,7 @@ from mindspore import Tensor, nn
 
 from mistral_ms.alignment.record import Side, Trace
 from mistral_ms.checkpoint import open_merged
-from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.checkpoint.load import kept_quantization, load_weights
 from mistral_ms.config import DROPLESS, DType, GenerationConfig, ModelConfig, ParallelConfig
 from mistral_ms.inference import load_engine
 from mistral_ms.inference.dtypes import check_weights_dtype
@@ -67,10 +67,12 @@ def run_ours(
         rank=parallel_context.rank,
         world=parallel_context.world,
     ) as source:
+        kept = kept_quantization(source, dtype, parallel_context.world)
         model = parallel_context.build_model(
-            source.config, DROPLESS, dtype, positions=max(map(len, prompts))
+            source.config, DROPLESS, dtype, positions=max(map(len, prompts)), quantization=kept
         )
-        load_weights(source, model.weights(), storage=parallel_context.storage(model.specs))
+        storage = parallel_context.storage(model.specs) if kept is None else None
+        load_weights(source, model.weights(), storage=storage)
     model.set_train(False)
     logits = parallel_context.logits(model, dtype)
     scaling = model.config.rope_scaling

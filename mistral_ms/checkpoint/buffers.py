@@ -3,19 +3,23 @@
 Before transformers 4.32 the frequencies of the rotary positions were stored with every layer, and
 Meta's format, which Mistral's descends from, has them once. They follow from the configuration.
 MindFormers writes the optimizer's state, counters and the router's statistics into the same files.
+Some store the head of a model whose head is its embedding.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mistral_ms.checkpoint.dtypes import WEIGHT_DTYPES, cast
-from mistral_ms.checkpoint.stream import Store
+from mistral_ms.checkpoint.dtypes import WEIGHT_DTYPES, cast, itemsize
+from mistral_ms.checkpoint.layout import FormatLayout
+from mistral_ms.checkpoint.safetensors_file import TensorInfo
+from mistral_ms.checkpoint.stream import CHUNK_BYTES, Store
 from mistral_ms.config import ModelConfig
 from mistral_ms.errors import CheckpointError
+from mistral_ms.weights import EMBEDDING, HEAD
 
 _FREQUENCIES = {
     "hf": re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
@@ -144,3 +148,42 @@ def _contradiction(where: str, value: str, rule: str) -> CheckpointError:
         rule=rule,
         todo="take the configuration that the weights were published with",
     )
+
+
+def tied_head(config: ModelConfig, layout: FormatLayout, store: Store) -> frozenset[str]:
+    """The head's tensor, where a tied model stores it all the same: it must equal the embedding.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    head = HEAD  # the formats that may have it agree on its name
+    if not config.tie_word_embeddings or head not in store.tensors or head in layout.shapes:
+        return frozenset()
+    embedding = next(p.name for b, p in layout.places.items() if b.name == EMBEDDING)
+    one, two = store.tensors[head], store.tensors.get(embedding)
+    if two is not None and not (
+        one.shape == two.shape
+        and one.dtype == two.dtype
+        and all(_equal_chunks(store, head, embedding, one))
+    ):
+        raise CheckpointError(
+            "contradiction",
+            where=f"{one.file}: {head}",
+            value=f"differs from {embedding}",
+            rule="tie_word_embeddings is true, so they must be equal",
+            todo="set tie_word_embeddings to false if both are meant",
+        )
+    return frozenset({head})
+
+
+def _equal_chunks(store: Store, one: str, two: str, info: TensorInfo) -> Iterator[bool]:
+    """Whether two tensors are the same bits, a few megabytes at a time."""
+    width = itemsize(info.dtype)
+    bits = np.dtype(f"u{width}")
+    step = CHUNK_BYTES // width
+    buffers = np.empty((2, step), WEIGHT_DTYPES[info.dtype])
+    for start in range(0, info.size, step):
+        left, right = buffers[:, : min(step, info.size - start)]
+        store.read_into(one, start, left)
+        store.read_into(two, start, right)
+        yield np.array_equal(left.view(bits), right.view(bits))

@@ -18,8 +18,14 @@ from mistral_ms.config import (
     to_mistral,
     to_native,
 )
+from mistral_ms.config.base import validate
+from mistral_ms.config.quantization import Quantization
+from mistral_ms.config.tables import mapping
 from mistral_ms.errors import CheckpointError, ConfigError
 from mistral_ms.reading import is_file
+
+QUANTIZATION = "quantization"
+"""The key of our block that says how the experts are stored."""
 
 
 def read_config(path: Path, kind: str) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -44,6 +50,31 @@ def read_config(path: Path, kind: str) -> tuple[ModelConfig, tuple[str, ...]]:
         if kind == "mistral_ms":
             _check_format(path, source)
         return from_hf(source, str(path / CONFIG))
+    except ConfigError as error:
+        raise CheckpointError(
+            error.what, where=error.where, value=error.value, rule=error.rule, todo=error.todo
+        ) from error
+
+
+def read_quantization(path: Path, kind: str) -> Quantization | None:
+    """How the experts of a checkpoint of ours are quantised; None: they are not.
+
+    Args:
+        path: the checkpoint's directory.
+        kind: its format.
+
+    Raises:
+        CheckpointError: something that is not known.
+    """
+    if kind != "mistral_ms":
+        return None
+    block = read_json(path / CONFIG).get(NATIVE_BLOCK)
+    values = block.get(QUANTIZATION) if isinstance(block, dict) else None
+    if values is None:
+        return None
+    where = f"{path / CONFIG}: {NATIVE_BLOCK}.{QUANTIZATION}"
+    try:
+        return validate(Quantization, mapping(values, where), where)
     except ConfigError as error:
         raise CheckpointError(
             error.what, where=error.where, value=error.value, rule=error.rule, todo=error.todo
@@ -90,7 +121,10 @@ def _check_format(path: Path, source: Mapping[str, Any]) -> None:
 
 
 def encode_config(
-    config: ModelConfig, kind: str, layout: str | None = None
+    config: ModelConfig,
+    kind: str,
+    layout: str | None = None,
+    quantization: Quantization | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """Name and content of the configuration file of a format.
 
@@ -98,6 +132,7 @@ def encode_config(
         config: the model.
         kind: hf, mistral, mistral_ms or mindformers.
         layout: of mindformers: gmm is for inference with a cache, graph for our own models.
+        quantization: of mistral_ms: how the experts are quantised.
 
     Raises:
         ConfigError: the format cannot express the model.
@@ -108,4 +143,7 @@ def encode_config(
         return PARAMS, to_mistral(config)
     if kind == "mindformers":
         return MINDFORMERS_YAML, to_mindformers(config, use_past=layout == "gmm")
-    return CONFIG, to_native(config)
+    values = to_native(config)
+    if quantization is not None:
+        values[NATIVE_BLOCK][QUANTIZATION] = quantization.model_dump(mode="json")
+    return CONFIG, values

@@ -23,6 +23,7 @@ from mistral_ms.checkpoint.merge_ranks import merged_ranks
 from mistral_ms.checkpoint.merged import open_merged
 from mistral_ms.checkpoint.mindformers_layout import TABLES
 from mistral_ms.checkpoint.plan import make_plan, target_dtype
+from mistral_ms.checkpoint.quantizing import QuantizationError, Quantizer
 from mistral_ms.checkpoint.source import Source, open_checkpoint
 from mistral_ms.checkpoint.target import TargetDirectory, check_target
 from mistral_ms.checkpoint.upcycle import upcycled_config, upcycled_entries
@@ -34,6 +35,7 @@ from mistral_ms.checkpoint.writer import (
     write_tensors,
 )
 from mistral_ms.config import ModelConfig, MoEArchitecture, encode_yaml
+from mistral_ms.config.quantization import Quantization
 from mistral_ms.errors import CheckpointError
 from mistral_ms.weights import specs
 
@@ -50,6 +52,7 @@ class ConvertResult:
         bytes: bytes of those tensors.
         seconds: wall time, until everything was on the disk.
         peak_rss_bytes: the process's largest resident size, mapped file pages included.
+        quantization_error: of the experts, where they were quantised.
     """
 
     source_kind: str
@@ -59,6 +62,7 @@ class ConvertResult:
     seconds: float
     peak_rss_bytes: int
     skipped: tuple[str, ...] = ()
+    quantization_error: QuantizationError | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ def convert(
     merge: Path | None = None,
     upcycle: MoEArchitecture | None = None,
     seed: int = 0,
+    quantize: Quantization | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -113,9 +118,10 @@ def convert(
         src: the checkpoint's directory.
         dst: the new checkpoint's directory; it appears when it is whole.
         to: ``mistral_ms`` (or ``mindspore``), ``hf``, ``mistral`` or ``mindformers``; None: ours
-            from a foreign format, hf from ours. ``peft`` of adapters that a training here has
-            saved, without other options.
-        dtype: ``keep`` leaves every bit; ``fp32``, ``fp16`` and ``bf16`` round to nearest even.
+            from a foreign format and with ``quantize``, hf from ours. ``peft`` of adapters that a
+            training here has saved, without other options.
+        dtype: ``keep`` leaves every bit, and gives what is quantised the dtype of its
+            configuration; ``fp32``, ``fp16`` and ``bf16`` round to nearest even.
         overwrite: replace a checkpoint that is at ``dst``.
         kind: the source's format, when its directory holds several.
         layout: of the experts, to mindformers: ``fused`` (the default) for training and for
@@ -131,6 +137,7 @@ def convert(
         upcycle: sparse layers that a dense model gets, computing the same: see
             :mod:`mistral_ms.checkpoint.upcycle`.
         seed: of what is drawn for them.
+        quantize: how the experts' weights are stored, in our own format alone.
         max_shard_bytes: how large a file of weights may grow (mistral and ckpt are always one).
         progress: called with the bytes written and their total.
         say: told what of the source's configuration is not carried over.
@@ -157,6 +164,7 @@ def convert(
             "strategy": strategy,
             "merge": merge,
             "upcycle": upcycle,
+            "quantize": quantize,
             "dtype": None if dtype == "keep" else dtype,
         }
         return _adapters_alone(src, dst, overwrite, verify, follow_links, options, start)
@@ -168,17 +176,29 @@ def convert(
         )
         if remark := source.remark():
             say(remark)
-        target_kind = _target_kind(source.kind, to)
+        target_kind = _target_kind(source.kind, to, quantize)
         form = _format(target_kind, layout, container)
         config = source.config
         if upcycle is not None:
+            if quantize is not None:
+                raise CheckpointError(
+                    "two options that exclude each other",
+                    where="quantize",
+                    value=quantize,
+                    rule="copies of feed-forwards are written as they are",
+                    todo="convert with upcycle first, then with quantize",
+                )
             config = upcycled_config(config, upcycle)
+        if (chosen := source.dtype_option(dtype)) != dtype:
+            say(f"dtype {chosen}, which the configuration names: quantised weights have none")
+            dtype = chosen
         if dtype in FROM_OPTION:
             config = config.model_copy(update={"torch_dtype": TO_CONFIG[FROM_OPTION[dtype]]})
-        name, values = encode_config(config, target_kind, layout)
+        name, values = encode_config(config, target_kind, layout, quantize)
         table = keys.hf_table(values["model_type"]) if target_kind == "hf" else form.table
+        quantizer = None if quantize is None else Quantizer(source, quantize, config)
         if upcycle is None:
-            entries = _entries(source, config, table, dtype)
+            entries = _entries(source, config, table, dtype, quantizer)
         else:
             entries = upcycled_entries(source, config, table, dtype, seed)
         ours = target_kind == "mistral_ms"
@@ -211,6 +231,7 @@ def convert(
             seconds=time.perf_counter() - start,
             peak_rss_bytes=peak_rss_bytes(),
             skipped=source.skipped,
+            quantization_error=None if quantizer is None else quantizer.error(),
         )
 
 
@@ -248,7 +269,17 @@ def _adapters_alone(
         return ConvertResult(source.kind, PEFT, len(shapes), size, seconds, peak_rss_bytes())
 
 
-def _target_kind(source_kind: str, to: str | None) -> str:
+def _target_kind(source_kind: str, to: str | None, quantize: Quantization | None) -> str:
+    if quantize is not None:
+        if to is not None and kind_of(to) != "mistral_ms":
+            raise CheckpointError(
+                "no quantised experts in this format",
+                where="to",
+                value=repr(to),
+                rule="they are stored in our own format alone",
+                todo="leave it out",
+            )
+        return "mistral_ms"
     if to is None:
         return "hf" if source_kind == "mistral_ms" else "mistral_ms"
     kind = kind_of(to)
@@ -281,11 +312,20 @@ def _format(kind: str, layout: MindFormersLayout | None, container: str | None) 
     return form if layout is None else replace(form, table=TABLES[layout])
 
 
-def _entries(source: Source, config: ModelConfig, table: keys.KeyTable, dtype: str) -> list[Entry]:
+def _entries(
+    source: Source,
+    config: ModelConfig,
+    table: keys.KeyTable,
+    dtype: str,
+    quantizer: Quantizer | None,
+) -> list[Entry]:
     """The tensors to write, checked before the first byte."""
-    entries = []
+    entries: list[Entry] = []
     buffers = {spec.name for spec in specs(config) if spec.kind == "buffer"}
     for assembly in make_plan(source.layout, format_layout(config, table)):
+        if quantizer is not None and assembly.name in quantizer.names:
+            entries += quantizer.entries(assembly)
+            continue
         # the state of gates (a bias, a table of numbers) keeps its bits, as weights need not
         option = "keep" if assembly.pieces[0].block.name in buffers else dtype
         stored = target_dtype(assembly, source.tensors, option)

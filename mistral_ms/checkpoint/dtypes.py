@@ -27,6 +27,14 @@ WEIGHT_DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype("<u2"),
 }
 
+# What files may hold beside them: codes of quantised weights, packed or not.
+STORED_DTYPES: dict[str, np.dtype] = {
+    **WEIGHT_DTYPES,
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "I32": np.dtype("<i4"),
+}
+
 # Names that people and configurations use. The order of WEIGHT_DTYPES' keys is kept.
 FROM_CONFIG = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TO_CONFIG = {name: config for config, name in FROM_CONFIG.items()}
@@ -34,8 +42,8 @@ FROM_OPTION = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes per element of a weight dtype (F32, F16, BF16)."""
-    return WEIGHT_DTYPES[dtype].itemsize
+    """Bytes per element of a stored dtype."""
+    return STORED_DTYPES[dtype].itemsize
 
 
 def count_not_finite(values: np.ndarray, dtype: str) -> tuple[int, int]:

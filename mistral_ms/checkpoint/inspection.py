@@ -44,6 +44,8 @@ class Inspection:
         checksums: ``verified``, ``not verified``, ``none recorded``, or which files differ.
         side_files: names of the tokenizer and generation files.
         unapplied: names of adapters beside the weights, which are not read.
+        parameters: number of elements of all weights.
+        quantization: how some of them are quantised; None: they are not.
     """
 
     path: Path
@@ -59,16 +61,13 @@ class Inspection:
     checksums: str = "none recorded"
     side_files: tuple[str, ...] = ()
     unapplied: tuple[str, ...] = ()
+    parameters: int = 0
+    quantization: str | None = None
 
     @property
     def ok(self) -> bool:
         """Whether the checkpoint is sound."""
         return self.problem is None
-
-    @property
-    def parameters(self) -> int:
-        """Number of elements of all tensors."""
-        return sum(info.size for info in self.tensors.values())
 
     @property
     def dtypes(self) -> dict[str, int]:
@@ -93,6 +92,7 @@ class Inspection:
             "parameters": self.parameters,
             "bytes": sum(self.dtypes.values()),
             "dtypes": self.dtypes,
+            "quantization": self.quantization,
             "layout": self.layout,
             "complete": self.complete,
             "checksums": self.checksums,
@@ -170,6 +170,7 @@ def _adapter(path: Path, follow_links: bool) -> Inspection:
                 path,
                 kind=PEFT,
                 tensors=dict(store.tensors),
+                parameters=sum(info.size for info in store.tensors.values()),
                 layout=f"adapters alone: {lora}",
                 complete="not known without the base model",
                 side_files=tuple(each.name for each in side_files(path, follow_links)),
@@ -213,7 +214,9 @@ def _sound(
         problem=problem,
         config=source.config,
         ignored_keys=source.ignored_keys,
-        tensors=dict(source.tensors),
+        tensors=source.stored_tensors(),
+        parameters=sum(info.size for info in source.tensors.values()),
+        quantization=None if source.quantization is None else f"experts in {source.quantization}",
         skipped=source.skipped,
         not_finite=not_finite,
         layout=f"{layout}, {_experts(source)}",

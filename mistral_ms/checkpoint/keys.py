@@ -8,7 +8,7 @@ property of the table's entry, so that one piece of code reads and writes them a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -247,3 +247,17 @@ MINDFORMERS_GRAPH: KeyTable = _Ours(
         f"{_GRAPH_EXPERTS}.w3": Stored(f"{_GRAPH_EXPERTS}.w3", "transposed", flat=True),
     }
 )
+
+
+def table_of(kind: str, names: Iterable[str], model_type: object) -> KeyTable:
+    """The names in the files of a format other than MindFormers'.
+
+    Args:
+        kind: the format.
+        names: of the tensors in the files.
+        model_type: of Hugging Face's configuration.
+    """
+    if kind == "hf":
+        fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
+        return HF_FUSED if fused else hf_table(model_type)
+    return {"mistral": MISTRAL, "mistral-dump": MISTRAL_DUMP, "mistral_ms": OURS}[kind]

@@ -9,8 +9,13 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor
 
+from mistral_ms.checkpoint.quantized_store import Readable
 from mistral_ms.checkpoint.source import Source
+from mistral_ms.config.quantization import Quantization
 from mistral_ms.errors import CheckpointError
+
+_FLOATS = {ms.float32: "float32", ms.float16: "float16", ms.bfloat16: "bfloat16"}
+_CODES = {ms.int8: "int8", ms.uint8: "uint8"}
 
 
 class Storage(Protocol):
@@ -35,6 +40,18 @@ class Storage(Protocol):
         """A part as it lies in its parameter."""
 
 
+def kept_quantization(source: Source, dtype: str, world: int = 1) -> Quantization | None:
+    """How the experts of a checkpoint stay quantised in a model; None: they become weights.
+
+    Args:
+        source: the checkpoint.
+        dtype: of the model's weights.
+        world: how many processes hold the model.
+    """
+    here = ms.get_context("device_target") == "CPU" and world == 1
+    return source.quantization if here and dtype != "float16" else None
+
+
 def load_weights(
     source: Source,
     parameters: Mapping[str, Parameter],
@@ -43,7 +60,8 @@ def load_weights(
 ) -> None:
     """Reads every tensor of ``source`` into the parameter of the same name.
 
-    Values are cast to the parameter's dtype (round to nearest even). No tensor is left unread and
+    Values are cast to the parameter's dtype (round to nearest even); the experts of a model that
+    keeps them quantised get codes and scales. No tensor is left unread and
     no parameter unfilled; names and shapes are compared before the first one is read, the digests
     of the files when the last one was (:meth:`Source.verify`).
 
@@ -58,7 +76,10 @@ def load_weights(
         CheckpointError: a tensor without a parameter, a parameter without a tensor, a shape
             that differs, or a damaged file.
     """
-    tensors = {name: source.shape(name) for name in source.names()}
+    read: Readable = source
+    if any(parameter.dtype in _CODES for parameter in parameters.values()):
+        read = source.codes_and_scales()
+    tensors = {name: read.shape(name) for name in read.names()}
     alone = storage is None or storage.holds_everything
     unread = set(tensors) - set(parameters) if alone else set()
     for name in sorted(unread | (set(parameters) - set(tensors))):
@@ -80,9 +101,9 @@ def load_weights(
     for name, parameter in parameters.items():
         dtype = dtype_name(parameter.dtype)
         if alone:
-            values = source.read(name, dtype)
+            values = read.read(name, dtype)
         else:
-            values = source.read_slice(name, local_slices[name], dtype)
+            values = read.read_slice(name, local_slices[name], dtype)
         if storage is not None:
             values = storage.to_parameter(name, values)
         set_values(parameter, values)
@@ -107,7 +128,7 @@ def set_values(parameter: Parameter, values: np.ndarray) -> None:
     """Fills a parameter, before any graph with it is run.
 
     Args:
-        parameter: float32, float16 or bfloat16.
+        parameter: float32, float16 or bfloat16; int8 or uint8 of codes.
         values: of its shape and dtype; bfloat16 as bits in uint16.
     """
     # what MindSpore has cut when it divided a graph stays known as cut
@@ -131,5 +152,5 @@ def _tensor(values: np.ndarray, dtype: ms.Type) -> Tensor:
 
 
 def dtype_name(dtype: ms.Type) -> str:
-    """What configurations call a dtype."""
-    return {ms.float32: "float32", ms.float16: "float16", ms.bfloat16: "bfloat16"}[dtype]
+    """What configurations call a dtype; of codes MindSpore's name."""
+    return _CODES.get(dtype) or _FLOATS[dtype]

@@ -52,6 +52,10 @@ class MergedSource(Source):
             if spec.adapts
         }
 
+    def remark(self, kept: bool = False) -> str | None:
+        """See the base class, of the base model; with an adapter no weight stays quantised."""
+        return self._base.remark()
+
     def verify(self) -> None:
         """See the base class, of both."""
         self._base.verify()

@@ -66,7 +66,7 @@ def presplit(
     with open_checkpoint(src, kind, verify=verify, follow_links=follow_links) as source:
         if remark := source.remark():
             say(remark)
-        config = source.config
+        config, dtype = source.config, source.dtype_option(dtype)
         if dtype in FROM_OPTION:
             config = config.model_copy(update={"torch_dtype": TO_CONFIG[FROM_OPTION[dtype]]})
         files = {path.name: path.read_bytes() for path in source.side_files}

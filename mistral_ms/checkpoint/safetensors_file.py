@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mistral_ms.checkpoint.dtypes import BITS, WEIGHT_DTYPES
+from mistral_ms.checkpoint.dtypes import BITS, STORED_DTYPES
 from mistral_ms.errors import CheckpointError
 from mistral_ms.reading import INDEX_BYTES, open_regular, parse_json
 
@@ -252,7 +252,7 @@ class SafetensorsStore:
             One-dimensional, read-only; bfloat16 as uint16 bits.
         """
         info = self.tensors[name]
-        dtype = WEIGHT_DTYPES[info.dtype]
+        dtype = STORED_DTYPES[info.dtype]
         begin = self._begins[name] + start * dtype.itemsize
         return np.frombuffer(self._maps[info.file], dtype, stop - start, begin)
 

@@ -26,13 +26,17 @@ _QUANTISED = ("I8", "U8", "I32", "U32", "F8_", "F6_", "F4")
 _QUANTISED_NAMES = (".qweight", ".qzeros", ".scales", ".weight_scale", ".quant_state", ".absmax")
 
 
-def open_weights(directory: Path, weights: WeightFiles, follow_links: bool = False) -> Store:
+def open_weights(
+    directory: Path, weights: WeightFiles, follow_links: bool = False, quantized: bool = False
+) -> Store:
     """Opens all files of one format.
 
     Args:
         directory: the checkpoint.
         weights: its files.
         follow_links: see :func:`~mistral_ms.checkpoint.files.inside`.
+        quantized: some weights are quantised, and whoever opens them knows how; then
+            :func:`check_dtypes` is left to them.
 
     Raises:
         CheckpointError: missing, damaged or stray files, an index that does not agree with them,
@@ -63,7 +67,8 @@ def open_weights(directory: Path, weights: WeightFiles, follow_links: bool = Fal
     try:
         if weight_map is not None and weights.index is not None:
             _check_index(weights.index, weight_map, store.tensors)
-        _check_dtypes({n: i for n, i in store.tensors.items() if not is_no_weight(weights.kind, n)})
+        if not quantized:
+            check_dtypes(weights.kind, store)
     except BaseException:
         store.close()
         raise
@@ -194,9 +199,19 @@ def _check_index(
         )
 
 
-def _check_dtypes(tensors: Mapping[str, TensorInfo]) -> None:
-    for name, info in tensors.items():
-        if info.dtype in WEIGHT_DTYPES and not name.endswith(_QUANTISED_NAMES):
+def check_dtypes(kind: str, store: Store) -> None:
+    """Raises if a weight is stored as what no weight can be.
+
+    Args:
+        kind: the format.
+        store: its files.
+
+    Raises:
+        CheckpointError: quantised weights, or another dtype.
+    """
+    for name, info in store.tensors.items():
+        known = info.dtype in WEIGHT_DTYPES and not name.endswith(_QUANTISED_NAMES)
+        if known or is_no_weight(kind, name):
             continue
         quantised = info.dtype.startswith(_QUANTISED) or name.endswith(_QUANTISED_NAMES)
         raise CheckpointError(

@@ -12,10 +12,15 @@ import numpy as np
 
 from mistral_ms.checkpoint import keys
 from mistral_ms.checkpoint.boxes import Box
-from mistral_ms.checkpoint.buffers import check_buffers, skipped_text
-from mistral_ms.checkpoint.config_file import describes_itself, model_type_of, read_config
+from mistral_ms.checkpoint.buffers import check_buffers, skipped_text, tied_head
+from mistral_ms.checkpoint.config_file import (
+    describes_itself,
+    model_type_of,
+    read_config,
+    read_quantization,
+)
 from mistral_ms.checkpoint.detect import choose_weights, layout_of
-from mistral_ms.checkpoint.dtypes import FROM_CONFIG, TO_CONFIG, WEIGHT_DTYPES, cast, itemsize
+from mistral_ms.checkpoint.dtypes import FROM_CONFIG, FROM_OPTION, TO_CONFIG, WEIGHT_DTYPES, cast
 from mistral_ms.checkpoint.files import (
     CONFIG,
     MANIFEST,
@@ -29,15 +34,17 @@ from mistral_ms.checkpoint.manifest import read_manifest
 from mistral_ms.checkpoint.mindformers_layout import find_table
 from mistral_ms.checkpoint.parts_store import read_box
 from mistral_ms.checkpoint.plan import Assembly, Piece, check_tensors, make_plan, target_dtype
+from mistral_ms.checkpoint.quantized_store import CodesAndScales, QuantizedStore, native_store
 from mistral_ms.checkpoint.safetensors_file import TensorInfo
-from mistral_ms.checkpoint.shards import open_weights
-from mistral_ms.checkpoint.stream import CHUNK_BYTES, Store, Workspace, read_array, stream
+from mistral_ms.checkpoint.shards import check_dtypes, open_weights
+from mistral_ms.checkpoint.stream import Store, Workspace, read_array, stream
 from mistral_ms.checkpoint.verification import Verification
 from mistral_ms.config import ModelConfig
+from mistral_ms.config.quantization import Quantization
 from mistral_ms.errors import CheckpointError
 from mistral_ms.reading import is_file
 from mistral_ms.recognition import adapter_error
-from mistral_ms.weights import EMBEDDING, HEAD
+from mistral_ms.weights import expert_weights
 
 
 class Source:
@@ -53,7 +60,8 @@ class Source:
         skipped: names of what is in the files and no weight.
         side_files: tokenizer and generation files beside the weights.
         unapplied: names of adapters beside the weights, which are not read.
-        store: random access to the files.
+        store: random access to the files; quantised weights are dequantised.
+        quantization: how the experts are stored, where they are quantised and may stay so.
     """
 
     def __init__(
@@ -67,8 +75,10 @@ class Source:
         skipped: tuple[str, ...] = (),
         verification: Verification | None = None,
         follow_links: bool = False,
+        quantization: Quantization | None = None,
     ) -> None:
         self.path, self.kind, self.config = path, kind, config
+        self.quantization = quantization
         self.layout, self.store, self.ignored_keys = layout, store, ignored_keys
         self.skipped = skipped
         self.tensors: Mapping[str, TensorInfo] = {
@@ -109,11 +119,18 @@ class Source:
         """Lets the files go, without a comparison."""
         self.store.close()
 
-    def remark(self) -> str | None:
-        """One line on what of it has no effect here, for whoever reads the checkpoint to say: keys
-        of its configuration file, buffers, and adapters; None when there is nothing of the kind.
+    def remark(self, kept: bool = False) -> str | None:
+        """One line for whoever reads the checkpoint to say: what of it has no effect here (keys of
+        its configuration file, buffers, adapters), and what becomes of quantised weights; None when
+        there is nothing of the kind.
+
+        Args:
+            kept: the reader keeps quantised weights as they are.
         """
         said = []
+        if self.quantization is not None:
+            read = "are computed so" if kept else "are dequantised while they are read"
+            said.append(f"the experts of {self.path} are {self.quantization}, and {read}")
         if self.ignored_keys:
             keys = ", ".join(self.ignored_keys)
             where = f"in the configuration of {self.path}"
@@ -129,6 +146,22 @@ class Source:
     def _assemblies(self) -> dict[str, Assembly]:
         plan = make_plan(self.layout, format_layout(self.config))
         return {assembly.name: assembly for assembly in plan}
+
+    def stored_tensors(self) -> dict[str, TensorInfo]:
+        """What the files hold of :attr:`tensors`: of quantised weights codes and scales."""
+        store = self.store.stored if isinstance(self.store, QuantizedStore) else self.store
+        return {name: info for name, info in store.tensors.items() if name not in self.skipped}
+
+    def codes_and_scales(self) -> CodesAndScales:
+        """The same checkpoint, with its quantised experts as they are stored.
+
+        Raises:
+            CheckpointError: they are not quantised by us.
+        """
+        if self.quantization is None or not isinstance(self.store, QuantizedStore):
+            raise CheckpointError("no quantised experts", where=self.path)
+        names = [spec.name for spec in expert_weights(self.config)]
+        return CodesAndScales(self, self.store, names)
 
     def names(self) -> tuple[str, ...]:
         """Our names of all tensors, in the order of the computation."""
@@ -153,6 +186,20 @@ class Source:
             CheckpointError: its pieces have different ones.
         """
         return TO_CONFIG[target_dtype(self._assembly(name), self.tensors, "keep")]
+
+    def dtype_option(self, option: str) -> str:
+        """What to convert to: of quantised weights there are no bits to keep.
+
+        Args:
+            option: ``keep``, ``fp32``, ``fp16`` or ``bf16``.
+
+        Returns:
+            The same; the dtype of the configuration where ``keep`` means nothing.
+        """
+        if option != "keep" or not isinstance(self.store, QuantizedStore):
+            return option
+        dtype = FROM_CONFIG[self.config.torch_dtype]
+        return next(name for name, each in FROM_OPTION.items() if each == dtype)
 
     def pieces(self, name: str) -> tuple[Piece, ...]:
         """What one of our tensors is assembled of, in its order."""
@@ -307,17 +354,21 @@ def open_checkpoint(
         if verify:
             verification = Verification(path, records, rank, world)
             verification.check_small()
-    store = open_weights(path, weights, follow_links)
+    quantization = read_quantization(path, weights.kind)
+    store = open_weights(path, weights, follow_links, quantized=quantization is not None)
     try:
+        if quantization is not None:
+            store = native_store(store, config, quantization, path)
+            check_dtypes(weights.kind, store)
         if verification is not None:
             store.observe(verification.see)
         skipped = check_buffers(weights.kind, store, config)
         if weights.kind == "mindformers":
             table = find_table(store.tensors, config, layout_of(kind), path)
         else:
-            table = _table(weights.kind, store.tensors, model_type_of(path, weights.kind))
+            table = keys.table_of(weights.kind, store.tensors, model_type_of(path, weights.kind))
         layout = format_layout(config, table)
-        copies = _tied_head(config, layout, store)
+        copies = tied_head(config, layout, store)
         checked = {n: i for n, i in store.tensors.items() if n not in copies and n not in skipped}
         check_tensors(checked, layout.shapes, path)
         if weights.kind in ("mistral", "mistral-dump", "mindformers"):
@@ -333,19 +384,11 @@ def open_checkpoint(
             skipped,
             verification,
             follow_links,
+            quantization,
         )
     except BaseException:
         store.close()
         raise
-
-
-def _table(kind: str, tensors: Mapping[str, TensorInfo], model_type: object) -> keys.KeyTable:
-    if kind == "hf":
-        if any(name.endswith(".mlp.experts.gate_up_proj") for name in tensors):
-            return keys.HF_FUSED
-        return keys.hf_table(model_type)
-    tables = {"mistral": keys.MISTRAL, "mistral-dump": keys.MISTRAL_DUMP, "mistral_ms": keys.OURS}
-    return tables[kind]
 
 
 def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
@@ -353,42 +396,3 @@ def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
     for info in tensors.values():
         sizes[info.dtype] += info.size
     return TO_CONFIG[max(sizes, key=lambda dtype: sizes[dtype])]
-
-
-def _tied_head(config: ModelConfig, layout: FormatLayout, store: Store) -> frozenset[str]:
-    """The head's tensor, where a tied model stores it all the same: it must equal the embedding.
-
-    Raises:
-        CheckpointError: it does not.
-    """
-    head = HEAD  # the formats that may have it agree on its name
-    if not config.tie_word_embeddings or head not in store.tensors or head in layout.shapes:
-        return frozenset()
-    embedding = next(p.name for b, p in layout.places.items() if b.name == EMBEDDING)
-    one, two = store.tensors[head], store.tensors.get(embedding)
-    if two is not None and not (
-        one.shape == two.shape
-        and one.dtype == two.dtype
-        and all(_equal_chunks(store, head, embedding, one))
-    ):
-        raise CheckpointError(
-            "contradiction",
-            where=f"{one.file}: {head}",
-            value=f"differs from {embedding}",
-            rule="tie_word_embeddings is true, so they must be equal",
-            todo="set tie_word_embeddings to false if both are meant",
-        )
-    return frozenset({head})
-
-
-def _equal_chunks(store: Store, one: str, two: str, info: TensorInfo) -> Iterator[bool]:
-    """Whether two tensors are the same bits, a few megabytes at a time."""
-    width = itemsize(info.dtype)
-    bits = np.dtype(f"u{width}")
-    step = CHUNK_BYTES // width
-    buffers = np.empty((2, step), WEIGHT_DTYPES[info.dtype])
-    for start in range(0, info.size, step):
-        left, right = buffers[:, : min(step, info.size - start)]
-        store.read_into(one, start, left)
-        store.read_into(two, start, right)
-        yield np.array_equal(left.view(bits), right.view(bits))

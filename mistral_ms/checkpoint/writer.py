@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mistral_ms.checkpoint.ckpt_file import encode_record_head, slice_sizes
-from mistral_ms.checkpoint.dtypes import WEIGHT_DTYPES, itemsize
+from mistral_ms.checkpoint.dtypes import STORED_DTYPES, itemsize
 from mistral_ms.checkpoint.file_set import FileSet
 from mistral_ms.checkpoint.safetensors_file import encode_header
 from mistral_ms.checkpoint.stream import Workspace
@@ -32,7 +32,7 @@ class Entry:
     Attributes:
         name: its name.
         shape: its shape.
-        dtype: F32, F16 or BF16.
+        dtype: F32, F16 or BF16; I8 or U8 of codes.
         chunks: gives its elements in memory order, with the buffers of the calling worker.
     """
 
@@ -165,7 +165,7 @@ def _checked(entry: Entry, workspace: Workspace, meter: _Meter | None) -> Iterat
     """The chunks of a tensor, each counted; together they are as long as the tensor."""
     size = 0
     for chunk in entry.chunks(workspace):
-        if chunk.dtype != WEIGHT_DTYPES[entry.dtype]:
+        if chunk.dtype != STORED_DTYPES[entry.dtype]:
             raise TypeError(f"{entry.name}: {chunk.dtype} chunk of a {entry.dtype} tensor")
         if meter is not None:
             meter.add(chunk.nbytes)

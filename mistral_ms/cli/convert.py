@@ -14,6 +14,7 @@ from mistral_ms.enums import StrEnum
 if TYPE_CHECKING:
     from mistral_ms.checkpoint import ConvertResult
     from mistral_ms.config import MoEArchitecture
+    from mistral_ms.config.quantization import Quantization
 
 
 class TargetFormat(StrEnum):
@@ -48,6 +49,13 @@ class DType(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+
+
+class Quantize(StrEnum):
+    """What the experts' weights are quantised to."""
+
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 def convert(
@@ -102,6 +110,17 @@ def convert(
         int | None,
         typer.Option(min=1, help="With --upcycle-experts: experts of each token. Default: 2."),
     ] = None,
+    quantize: Annotated[
+        Quantize | None,
+        typer.Option(
+            help="Store the experts' weights in int8, a scale for each output channel, or in int4, "
+            "one for each group of inputs (mindspore)."
+        ),
+    ] = None,
+    quantize_group: Annotated[
+        int | None,
+        typer.Option(min=2, help="With --quantize int4: inputs that share a scale. Default: 128."),
+    ] = None,
     no_verify: NoVerify = False,
     follow_links: FollowLinks = False,
     run: Annotated[
@@ -124,8 +143,9 @@ def convert(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     moe = _upcycling(upcycle_experts, upcycle_top_k, run)
+    quantization = _quantization(quantize, quantize_group)
     if run is not None:
-        _no_choice(layout, container, strategy, merge)
+        _no_choice(layout, container, strategy, merge, quantize)
         opening = {"kind": source, "verify": not no_verify, "follow_links": follow_links}
         result = _presplit(src, dst, to, dtype, overwrite, run, say, opening)
     else:
@@ -142,6 +162,7 @@ def convert(
                 strategy=strategy,
                 merge=merge,
                 upcycle=moe,
+                quantize=quantization,
                 verify=not no_verify,
                 follow_links=follow_links,
                 progress=progress,
@@ -159,6 +180,11 @@ def convert(
         highlight=False,
         soft_wrap=True,
     )
+    if (error := result.quantization_error) is not None:
+        say(
+            f"experts in {quantization}: |W - read| / |W| of a matrix is {error.mean:.3%} on "
+            f"average, {error.worst:.3%} at worst ({error.matrix})"
+        )
     if json is not None:
         write_json(json, asdict(result))
 
@@ -191,8 +217,33 @@ def _upcycling(experts: int | None, top_k: int | None, run: Path | None) -> MoEA
     return validate(MoEArchitecture, values, "--upcycle-experts")
 
 
+def _quantization(weights: Quantize | None, group: int | None) -> Quantization | None:
+    """How the experts are quantised.
+
+    Raises:
+        ConfigError: a group that is none, or alone.
+    """
+    from mistral_ms.config.base import validate
+    from mistral_ms.config.quantization import GROUP_SIZE, Quantization
+    from mistral_ms.errors import ConfigError
+
+    if weights is None:
+        if group is not None:
+            rule = "it says how many inputs share a scale with --quantize int4"
+            raise ConfigError("option alone", where="--quantize-group", value=group, rule=rule)
+        return None
+    if weights == Quantize.INT4 and group is None:
+        group = GROUP_SIZE
+    values = {"weights": weights.value, "group_size": group}
+    return validate(Quantization, values, "--quantize")
+
+
 def _no_choice(
-    layout: Layout | None, container: Container | None, strategy: Path | None, merge: Path | None
+    layout: Layout | None,
+    container: Container | None,
+    strategy: Path | None,
+    merge: Path | None,
+    quantize: Quantize | None,
 ) -> None:
     """What is cut up for ranks is ours.
 
@@ -214,6 +265,11 @@ def _no_choice(
                 rule="--run cuts a checkpoint up as it is",
                 todo=f"convert with {option} first, then with --run",
             )
+    if quantize is not None:
+        rule = "a run's parts are for training, which needs the weights"
+        raise ConfigError(
+            "two options that exclude each other", where="--quantize", value=quantize, rule=rule
+        )
 
 
 def _presplit(

@@ -264,7 +264,7 @@ def _complete(
     chat, speaks = setting.chats, options["parallel_context"].is_rank_0
     with open_checkpoint(ckpt, **of_checkpoint(options)) as checkpoint:
         if speaks:
-            _remark(checkpoint)
+            _remark(checkpoint, options)
         tokenizer = load_tokenizer(checkpoint.path)
         settings = read_checkpoint_settings(checkpoint.path, checkpoint.config, tokenizer)
         request = setting.request(settings.sampling)
@@ -323,7 +323,7 @@ def _chat_loop(
     from mistral_ms.tokenizer import load_tokenizer
 
     with open_checkpoint(ckpt, **of_checkpoint(options)) as checkpoint:
-        _remark(checkpoint)
+        _remark(checkpoint, options)
         tokenizer = load_tokenizer(checkpoint.path)
         positions = checkpoint.config.longest_sequence
         settings = read_checkpoint_settings(checkpoint.path, checkpoint.config, tokenizer)
@@ -352,11 +352,14 @@ def _chat_loop(
                 print(f"error: {error}")
 
 
-def _remark(checkpoint: Source) -> None:
-    """Says on stderr, for stdout is the text, what of the configuration has no effect."""
+def _remark(checkpoint: Source, options: Mapping[str, Any]) -> None:
+    """Says on stderr, for stdout is the text, what of a checkpoint has no effect or another one."""
     from rich.console import Console
 
-    if remark := checkpoint.remark():
+    from mistral_ms.inference.load import stays_quantized
+
+    wanted = {key: options[key] for key in ("parallel_context", "dtype", "adapter")}
+    if remark := checkpoint.remark(stays_quantized(checkpoint, **wanted)):
         Console(stderr=True, highlight=False, soft_wrap=True).print(
             remark, style="dim", markup=False
         )

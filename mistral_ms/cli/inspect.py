@@ -74,6 +74,8 @@ def _show(console: Console, found: Inspection, with_tensors: bool) -> None:
     if found.tensors:
         dtypes = ", ".join(f"{dtype} {size_text(n)}" for dtype, n in found.dtypes.items())
         rows["tensors"] = f"{len(found.tensors)}, {found.parameters:,} parameters, {dtypes}"
+    if found.quantization is not None:
+        rows["quantised"] = found.quantization
     if found.skipped:
         rows["skipped"] = skipped_text(found.skipped)
     if found.unapplied:

@@ -85,6 +85,7 @@ def serve(
 
     check_installed()
     from mistral_ms.checkpoint import open_checkpoint
+    from mistral_ms.checkpoint.load import kept_quantization
     from mistral_ms.cli.opening import of_checkpoint
     from mistral_ms.inference import Engine
     from mistral_ms.inference.settings import read_checkpoint_settings
@@ -105,6 +106,8 @@ def serve(
         tokenizer = load_tokenizer(checkpoint.path)
         found = read_checkpoint_settings(checkpoint.path, checkpoint.config, tokenizer)
         longest = checkpoint.config.longest_sequence
+        kept = adapter is None and kept_quantization(checkpoint, DTYPES[dtype]) is not None
+        remark = checkpoint.remark(kept)
     settings = ServerSettings(
         model=served_model_name or ckpt.resolve().name,
         host=host,
@@ -116,6 +119,8 @@ def serve(
         request_seconds=request_timeout,
         shutdown_seconds=shutdown_timeout,
     )
+    if remark:
+        _say(remark)
     for note in found.notes:
         _say(f"note: {note}")
     engine = Engine.load(

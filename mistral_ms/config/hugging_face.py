@@ -249,7 +249,8 @@ def _merge_ours(values: dict[str, Any], ours: Any, where: str) -> dict[str, Any]
     """Adds what HF's keys cannot say (the block ``mistral_ms`` of our own checkpoints)."""
     ours = mapping(ours, where)
     moe = ours.pop("moe", None)
-    ours.pop("format", None)
+    for key in ("format", "quantization"):  # how the weights are stored is no part of the model
+        ours.pop(key, None)
     if moe is not None:
         values["moe"] = {**(values.get("moe") or {}), **mapping(moe, f"{where}.moe")}
     return values | ours

@@ -13,7 +13,7 @@ from mindspore import Parameter, nn
 
 from mistral_ms.checkpoint import open_merged
 from mistral_ms.checkpoint.dtypes import FROM_CONFIG, count_not_finite
-from mistral_ms.checkpoint.load import load_weights, to_numpy
+from mistral_ms.checkpoint.load import kept_quantization, load_weights, to_numpy
 from mistral_ms.config import DROPLESS, DType, GenerationConfig, ModelConfig, ParallelConfig
 from mistral_ms.errors import GenerationError
 from mistral_ms.inference.dtypes import check_weights_dtype
@@ -137,7 +137,8 @@ class Engine:
             kind: which format to take when the directory holds several.
             graph: see the class.
             dtype: dtype of weights, cache and activations; on CPU bfloat16 is of weights alone, see
-                :func:`mistral_ms.ops.select_cpu.activations`.
+                :func:`mistral_ms.ops.select_cpu.activations`. Quantised experts stay so on CPU in
+                one process, with activations in float32.
             with_tokenizer: load the directory's tokenizer; without it completions have no text.
             verify: compare a checkpoint of ours with its digests while it is read.
             follow_links: links may lead out of the directory; see :func:`open_merged`.
@@ -177,12 +178,14 @@ class Engine:
             if with_tokenizer:
                 tokenizer = load_tokenizer(source.path)
                 check_vocabulary(tokenizer, config)
+            kept = kept_quantization(source, dtype, parallel_context.world)
             model = parallel_context.build_model(
-                config, DROPLESS, dtype, cache=spec, positions=length
+                config, DROPLESS, dtype, cache=spec, positions=length, quantization=kept
             )
             if eos_ids is None:
                 eos_ids = read_checkpoint_settings(source.path, config, tokenizer).eos_ids
-            load_weights(source, model.weights(), storage=parallel_context.storage(model.specs))
+            storage = parallel_context.storage(model.specs) if kept is None else None
+            load_weights(source, model.weights(), storage=storage)
         step = parallel_context.next_token(model, dtype)
         return cls(
             model,
@@ -272,6 +275,8 @@ class Engine:
         """An error of logits that are not finite with its cause, where that is a weight."""
         for name, parameter in self.model.weights().items():
             values, dtype = to_numpy(parameter)
+            if dtype not in FROM_CONFIG:
+                continue  # codes are finite
             nans, infinities = count_not_finite(values, FROM_CONFIG[dtype])
             if nans or infinities:
                 return GenerationError(

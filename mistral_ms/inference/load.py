@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypedDict
 
 import mindspore as ms
 
-from mistral_ms.checkpoint import open_checkpoint
+from mistral_ms.checkpoint import Source, open_checkpoint
+from mistral_ms.checkpoint.load import kept_quantization
 from mistral_ms.config import PredictConfig
 from mistral_ms.config.base import validate
 from mistral_ms.config.model import DType
@@ -32,6 +33,22 @@ class Opening(TypedDict, total=False):
     with_tokenizer: bool
     eos_ids: Sequence[int] | None
     adapter: Path | None
+
+
+def stays_quantized(
+    source: Source, *, parallel_context: ParallelContext, dtype: DType, adapter: Path | None
+) -> bool:
+    """Whether :func:`load_engine` keeps the quantised experts of a checkpoint as they are.
+
+    Args:
+        source: the checkpoint.
+        parallel_context: see there, as for the others.
+        dtype: of the other weights.
+        adapter: an adapter of the checkpoint.
+    """
+    explicit = parallel_context.parallel.execution_on(ms.get_context("device_target")) == "explicit"
+    kept = kept_quantization(source, dtype, parallel_context.world)
+    return explicit and adapter is None and kept is not None
 
 
 def load_engine(

@@ -304,10 +304,13 @@ def check_weights(
         WeightError: another set of names, or other shapes.
     """
     held = {name: tuple(parameter.shape) for name, parameter in weights.items()}
-    check_parameters(held, {name: layer_factory.held_shape(spec) for name, spec in specs.items()})
-    for name, parameter in weights.items():
-        if specs[name].kind != "trained":
-            parameter.requires_grad = False
+    expected: dict[str, tuple[int, ...]] = {}
+    for spec in specs.values():
+        expected |= layer_factory.held_parameters(spec)
+    check_parameters(held, expected)
+    for name, spec in specs.items():
+        if spec.kind != "trained":
+            weights[name].requires_grad = False
 
 
 class NextTokenLogits(nn.Cell):

@@ -20,7 +20,7 @@ from mistral_ms.layers import (
     PiecewiseNorm,
     RMSNorm,
 )
-from mistral_ms.moe import MoELayer
+from mistral_ms.moe import MoELayer, RoutedExperts
 from mistral_ms.weights import (
     ParamSpec,
     bias_specs,
@@ -62,6 +62,10 @@ class LayerFactory:
     def held_shape(self, spec: ParamSpec) -> tuple[int, ...]:
         """The shape in which the pieces hold a parameter."""
         return spec.shape
+
+    def held_parameters(self, spec: ParamSpec) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parameters in which the pieces hold it: one of its own name."""
+        return {spec.name: self.held_shape(spec)}
 
     def embedding(self) -> nn.Cell:
         """[T] int32 -> [T, H]."""
@@ -146,10 +150,19 @@ class LayerFactory:
             self.config.of_layer(layer),
             self.routing,
             self.dtype,
+            self.routed_experts(layer),
             forward_only=forward_only,
             layer=layer,
             shared=self.shared_experts() if self.config.shared_expert_size else None,
         )
+
+    def routed_experts(self, layer: int) -> RoutedExperts | None:
+        """The routed region of a sparse layer; None: all experts, as weights.
+
+        Args:
+            layer: index of the block.
+        """
+        return None
 
     def shared_experts(self) -> FeedForward:
         """The shared experts of a sparse layer as one feed-forward: [T, H] -> [T, H].

@@ -64,17 +64,21 @@ class Experts(nn.Cell):
         super().__init__()
         assert config.moe is not None
         L = config.moe.num_local_experts if local_experts is None else local_experts
-        H, I = config.hidden_size, config.expert_size  # noqa: E741
-        self.w1 = weight(L, I, H, dtype=dtype)
-        self.w3 = weight(L, I, H, dtype=dtype)
-        self.w2 = weight(L, H, I, dtype=dtype)
+        self.hold(L, config.hidden_size, config.expert_size, dtype)
         self.frozen = min(L, max(0, config.moe.gate.frozen - first_expert))
         self.held = FrozenRows(self.frozen)
         self.packed = packed
         self.swiglu = select.swiglu(select.dense_kernels())
-        self.w1_linear, self.w3_linear, self.w2_linear = (self._product(dtype) for _ in range(3))
+        self.w1_linear, self.w3_linear, self.w2_linear = (self.product(dtype) for _ in range(3))
 
-    def _product(self, dtype: str) -> nn.Cell:
+    def hold(self, L: int, H: int, I: int, dtype: str) -> None:  # noqa: E741
+        """Makes the weights."""
+        self.w1 = weight(L, I, H, dtype=dtype)
+        self.w3 = weight(L, I, H, dtype=dtype)
+        self.w2 = weight(L, H, I, dtype=dtype)
+
+    def product(self, dtype: str) -> nn.Cell:
+        """Multiplies rows by one of them."""
         if self.packed:
             return select.grouped_linear(select.dense_kernels(), dtype)
         return ReferenceBatchedLinear()
@@ -160,7 +164,17 @@ class RoutedExperts(Experts):
             and type(dispatcher) is PackedDispatcher
             and not dispatcher.routing.rescale_survivors
         ):
-            self.fused = select_cpu.fused_experts(select.dense_kernels(), dtype)
+            self.fused = self.fused_experts(dtype)
+
+    def fused_experts(self, dtype: str) -> nn.Cell | None:
+        """All experts of a few tokens in one operator, where there is one."""
+        return select_cpu.fused_experts(select.dense_kernels(), dtype)
+
+    def compute_few(
+        self, x_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor, valid_T: Tensor
+    ) -> Tensor:
+        """[T, H] by that operator."""
+        return self.fused(x_TH, experts_TK, weights_TK, valid_T, self.w1, self.w3, self.w2)
 
     def construct(
         self,
@@ -181,7 +195,7 @@ class RoutedExperts(Experts):
         if self.fused is not None and T * K <= cpu.FEW_CHOICES:
             if mask_TK is not None:
                 weights_TK = weights_TK * mask_TK
-            y_TH = self.fused(x_TH, experts_TK, weights_TK, valid_T, self.w1, self.w3, self.w2)
+            y_TH = self.compute_few(x_TH, experts_TK, weights_TK, valid_T)
             chosen_TK = ops.cast(experts_TK < self.dispatcher.num_experts, valid_T.dtype)
             return y_TH, chosen_TK * valid_T.reshape(T, 1)
         plan = self.dispatcher.plan(routing, valid_T, priority_TK, columns)

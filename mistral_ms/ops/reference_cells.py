@@ -35,6 +35,28 @@ class ReferenceGroupedLinear(nn.Cell):
         return reference.grouped_linear(x_RI, w_EOI, group_sizes_E)
 
 
+class ReferenceQuantizedLinear(nn.Cell):
+    """``reference.grouped_linear``, or ``reference.batched_linear``, with dequantised matrices:
+    those of all experts, in each call.
+
+    Args:
+        packed: which of the two.
+    """
+
+    def __init__(self, packed: bool) -> None:
+        super().__init__()
+        self.packed = packed
+
+    def construct(
+        self, x: Tensor, codes: Tensor, scales_EOG: Tensor, group_sizes_E: Tensor | None = None
+    ) -> Tensor:
+        """[R, O], or [E, C, O]."""
+        weight_EOI = reference.dequantized(codes, scales_EOG)
+        if self.packed:
+            return reference.grouped_linear(x, weight_EOI, group_sizes_E)
+        return reference.batched_linear(x, weight_EOI)
+
+
 class ComposedGroupedSwiGLU(nn.Cell):
     """Made of products by any implementation of ``grouped_linear``; copies w1 and w3, to transpose
     them.

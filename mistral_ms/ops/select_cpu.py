@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.ops import cpu
-from mistral_ms.ops.reference_cells import ReferenceLinear
+from mistral_ms.ops.reference_cells import ReferenceLinear, ReferenceQuantizedLinear
 from mistral_ms.ops.select import Kernels, choose_dense, dense_kernels
 
 _sum = ops.ReduceSum()
@@ -55,6 +57,33 @@ def fused_experts(kernels: Kernels, dtype: str) -> nn.Cell | None:
         return None
     chosen = choose_dense("fused_experts", kernels, on_ascend=False)
     return cpu.FusedExperts(dtype) if chosen == "cpu" else None
+
+
+def quantized_linear(kernels: Kernels, weights: Literal["int8", "int4"], packed: bool) -> nn.Cell:
+    """The Cell of products with quantised experts: rows, codes, scales and group sizes, see
+    :class:`cpu.QuantizedGroupedLinear`; rows that are padded, [E, C, I], have no group sizes, and
+    take the reference.
+
+    Args:
+        kernels: which implementation.
+        weights: what the codes are.
+        packed: whether rows come packed, or padded.
+    """
+    lack = None if packed else "the CPU's operator is for packed rows"
+    if choose_dense("quantized_linear", kernels, on_ascend=False, lack=lack) == "cpu":
+        return cpu.QuantizedGroupedLinear(weights)
+    return ReferenceQuantizedLinear(packed)
+
+
+def quantized_fused_experts(kernels: Kernels, weights: Literal["int8", "int4"]) -> nn.Cell | None:
+    """:func:`fused_experts` with quantised matrices, see :class:`cpu.QuantizedFusedExperts`.
+
+    Args:
+        kernels: which implementation.
+        weights: what the codes are.
+    """
+    chosen = choose_dense("quantized_fused_experts", kernels, on_ascend=False)
+    return cpu.QuantizedFusedExperts(weights) if chosen == "cpu" else None
 
 
 def cached_attention(kernels: Kernels, heads: int, kv_heads: int) -> nn.Cell | None:

@@ -15,9 +15,11 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from mistral_ms.config import ModelConfig, ParallelConfig, Recompute, RoutingConfig
+from mistral_ms.config.quantization import Quantization
 from mistral_ms.errors import ConfigError, TopologyError
 from mistral_ms.layers import CacheSpec, VocabParallelCrossEntropy
 from mistral_ms.models import CausalLM, ModelChunk, NextTokenLogits, StageChunks
+from mistral_ms.models.quantized import quantized_model
 from mistral_ms.parallel.collectives import Groups
 from mistral_ms.parallel.inference import ParallelLogits, ParallelNextTokenLogits
 from mistral_ms.parallel.layer_factory import ParallelLayerFactory
@@ -73,6 +75,7 @@ class ParallelContext:
         *,
         cache: CacheSpec | None = None,
         positions: int | None = None,
+        quantization: Quantization | None = None,
     ) -> CausalLM:
         """This rank's part of the model, its weights zero, under the whole model's names.
 
@@ -82,13 +85,16 @@ class ParallelContext:
             dtype: dtype of weights and activations.
             cache: sizes of the key/value cache, of this rank's rows; None without.
             positions: see :class:`~mistral_ms.models.CausalLM`.
+            quantization: how its experts stay quantised, in one process; None: they do not.
 
         Raises:
             ConfigError: the layout does not divide the model.
         """
         self.parallel.check(config)
         if self.world == 1:
-            return CausalLM(config, routing, cache=cache, dtype=dtype, positions=positions)
+            return quantized_model(
+                config, routing, quantization, dtype, cache=cache, positions=positions
+            )
         if self.parallel.pp_interleave_num > 1:
             raise ConfigError(
                 "impossible stage",

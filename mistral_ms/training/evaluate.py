@@ -12,13 +12,14 @@ import numpy as np
 from mindspore import Tensor
 
 from mistral_ms.checkpoint import open_merged
-from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.checkpoint.load import kept_quantization, load_weights
 from mistral_ms.checkpoint.tensor_set import STATE, read_state
 from mistral_ms.config import DROPLESS, IGNORE_INDEX, RoutingConfig
 from mistral_ms.config.base import validate
 from mistral_ms.datasets import Batch, MindRecordSequences, SequenceSource
 from mistral_ms.errors import ConfigError, TokenizerError
 from mistral_ms.models import CausalLM, Scores
+from mistral_ms.models.quantized import quantized_model
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.reading import is_file
 from mistral_ms.tokenizer import load_tokenizer
@@ -146,8 +147,10 @@ def load_for_evaluation(
     adapter: Path | None = None,
     verify: bool = True,
     follow_links: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> CausalLM:
-    """A checkpoint's model in float32, after checking that it fits the dataset.
+    """A checkpoint's model in float32, after checking that it fits the dataset. Quantised experts
+    stay so on CPU.
 
     It is dropless, unless the training whose checkpoint it is has ``routing.eval_capacity_factor``.
     Then the batches of the evaluation are its dispatch groups.
@@ -159,6 +162,7 @@ def load_for_evaluation(
         adapter: directory of an adapter of the checkpoint.
         verify: compare a checkpoint of ours with its digests while it is read.
         follow_links: links may lead out of the directory; see :func:`open_merged`.
+        say: told what of the checkpoint has no effect, and what becomes of quantised weights.
 
     Raises:
         CheckpointError: anything that is wrong with the checkpoint.
@@ -172,8 +176,11 @@ def load_for_evaluation(
         except TokenizerError:
             tokenizer = None  # then the sizes of the vocabularies are compared
         data.check_model(source.config, tokenizer)
-        model = CausalLM(
-            source.config, _routing(source.path), positions=data.info.config.seq_length
+        kept = kept_quantization(source, "float32")
+        if remark := source.remark(kept is not None):
+            say(remark)
+        model = quantized_model(
+            source.config, _routing(source.path), kept, positions=data.info.config.seq_length
         )
         load_weights(source, model.weights())
     return model

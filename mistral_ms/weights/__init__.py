@@ -21,7 +21,14 @@ from mistral_ms.weights.lora import (
     adaptable_modules,
     unmatched,
 )
-from mistral_ms.weights.model import Specs, by_name, check_parameters, specs, stored_specs
+from mistral_ms.weights.model import (
+    Specs,
+    by_name,
+    check_parameters,
+    expert_weights,
+    specs,
+    stored_specs,
+)
 from mistral_ms.weights.moe import expert_specs, moe_specs, shared_gate_specs
 from mistral_ms.weights.norm import norm_specs
 from mistral_ms.weights.registry import Registry
@@ -48,6 +55,7 @@ __all__ = [
     "by_name",
     "check_parameters",
     "expert_specs",
+    "expert_weights",
     "feed_forward_specs",
     "gate_matrix",
     "init_values",

@@ -45,6 +45,18 @@ def stored_specs(config: ModelConfig) -> tuple[ParamSpec, ...]:
     return found if config.lora is None else tuple(each for each in found if each.adapts)
 
 
+def expert_weights(config: ModelConfig) -> tuple[ParamSpec, ...]:
+    """The stacked matrices of all routed experts, in the order of the computation.
+
+    Args:
+        config: the architecture; of a sparse layer of another kind nothing is known.
+    """
+    if config.layer_kinds.sparse != "moe":
+        return ()
+    names = {f"layers.{{layer}}.moe.experts.{name}" for name in ("w1", "w2", "w3")}
+    return tuple(spec for spec in specs(config) if spec.pattern in names)
+
+
 def by_name(parameters: Iterable[ParamSpec]) -> dict[str, ParamSpec]:
     """Parameters by name, in their order."""
     return {spec.name: spec for spec in parameters}

@@ -7,6 +7,7 @@ from mistral_ms.ops.cpu.fused_experts import FEW_CHOICES, FusedExperts
 from mistral_ms.ops.cpu.grouped_linear import GroupedLinear
 from mistral_ms.ops.cpu.library import why_missing
 from mistral_ms.ops.cpu.linear import Linear
+from mistral_ms.ops.cpu.quantized import QuantizedFusedExperts, QuantizedGroupedLinear
 from mistral_ms.ops.cpu.rms_norm import RMSNorm
 from mistral_ms.ops.cpu.swiglu import SwiGLU
 
@@ -20,6 +21,8 @@ __all__ = [
     "FusedExperts",
     "GroupedLinear",
     "Linear",
+    "QuantizedFusedExperts",
+    "QuantizedGroupedLinear",
     "RMSNorm",
     "SumOfSquares",
     "SwiGLU",

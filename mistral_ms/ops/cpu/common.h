@@ -29,13 +29,16 @@
 
 enum Result { kDone = 0, kNoOneDnn = 1, kArguments = 2, kProduct = 3 };
 
-// Whether the parameters have these types: 'f' is float32, 'h' bfloat16, 'i' int32, 'b' bool.
+// Whether the parameters have these types: 'f' is float32, 'h' bfloat16, 'i' int32, 'c' int8, 'u'
+// uint8, 'b' bool.
 inline bool AreOfTypes(const char* types, int parameters, const char** dtypes) {
   if (parameters != static_cast<int>(std::strlen(types))) return false;
   for (int i = 0; i < parameters; ++i) {
     const char* type = types[i] == 'f'   ? "float32"
                        : types[i] == 'h' ? "bfloat16"
                        : types[i] == 'i' ? "int32"
+                       : types[i] == 'c' ? "int8"
+                       : types[i] == 'u' ? "uint8"
                                          : "bool";
     if (std::strcmp(dtypes[i], type) != 0) return false;
   }
@@ -130,6 +133,8 @@ INLINE float SumOfLanes(const float* lanes) {
 
 INLINE float Widened(float x) { return x; }
 
+INLINE float Widened(int8_t x) { return static_cast<float>(x); }
+
 // The value of the bits of a bfloat16: the upper half of a float32.
 INLINE float Widened(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
@@ -147,7 +152,7 @@ INLINE uint16_t Rounded(float x) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : nearest);
 }
 
-// The product of vectors of which `w`, float32 or bfloat16, is read from memory and `x` from the
+// The product of vectors of which `w`, float32, bfloat16 or codes, is read from memory and `x` from the
 // cache. Four independent sums and the prefetches are what memory's speed takes.
 template <typename W>
 INLINE float Dot(const float* x, const W* w, int64_t n) {

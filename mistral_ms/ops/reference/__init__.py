@@ -22,6 +22,7 @@ from mistral_ms.ops.reference.attention import attention
 from mistral_ms.ops.reference.matmul import (
     batched_linear,
     batched_matmul,
+    dequantized,
     grouped_linear,
     linear,
     linear_primitive,
@@ -57,6 +58,7 @@ __all__ = [
     "batched_matmul",
     "choose_tokens",
     "count_choices",
+    "dequantized",
     "expert_one_hot",
     "gating_top_k",
     "grouped_linear",

@@ -61,6 +61,24 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, group_sizes_E: Tensor) -> T
     return _sum(batched_linear(own_ERI, weight_EOI), 0)
 
 
+def dequantized(codes: Tensor, scales_EOG: Tensor) -> Tensor:
+    """Matrices of which codes and scales are stored: float32 [E, O, I].
+
+    Args:
+        codes: int8 [E, O, I]; or uint8 [E, O, I / 2], two codes in a byte, the lower half first,
+            each stored as code + 8.
+        scales_EOG: float32, of neighbouring inputs as many as fit: I / G share one.
+    """
+    E, O, G = scales_EOG.shape  # noqa: E741
+    if codes.dtype == ms.int8:
+        wide = ops.cast(codes, ms.float32)
+    else:
+        pairs = ops.cast(codes, ms.int32)
+        high = pairs // 16
+        wide = ops.cast(ops.stack((pairs - 16 * high, high), -1) - 8, ms.float32)
+    return (wide.reshape(E, O, G, -1) * scales_EOG.reshape(E, O, G, 1)).reshape(E, O, -1)
+
+
 def rows_of_groups(group_sizes_E: Tensor, rows: int) -> Tensor:
     """Bool [E, R]: whether a row belongs to a group, when groups stand side by side."""
     sizes_E1 = ops.maximum(group_sizes_E, 0).reshape(-1, 1)
