@@ -19,6 +19,7 @@ from mistral_ms.config import (
     to_native,
 )
 from mistral_ms.config.base import validate
+from mistral_ms.config.packed_quantization import PackedQuantization, read_packed_quantization
 from mistral_ms.config.quantization import Quantization
 from mistral_ms.config.tables import mapping
 from mistral_ms.errors import CheckpointError, ConfigError
@@ -26,6 +27,7 @@ from mistral_ms.reading import is_file
 
 QUANTIZATION = "quantization"
 """The key of our block that says how the experts are stored."""
+HF_QUANTIZATION = "quantization_config"
 
 
 def read_config(path: Path, kind: str) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -49,6 +51,8 @@ def read_config(path: Path, kind: str) -> tuple[ModelConfig, tuple[str, ...]]:
         source = read_json(path / CONFIG)
         if kind == "mistral_ms":
             _check_format(path, source)
+        elif read_quantization(path, kind) is not None:
+            del source[HF_QUANTIZATION]  # how weights are stored is no part of the model
         return from_hf(source, str(path / CONFIG))
     except ConfigError as error:
         raise CheckpointError(
@@ -56,25 +60,28 @@ def read_config(path: Path, kind: str) -> tuple[ModelConfig, tuple[str, ...]]:
         ) from error
 
 
-def read_quantization(path: Path, kind: str) -> Quantization | None:
-    """How the experts of a checkpoint of ours are quantised; None: they are not.
+def read_quantization(path: Path, kind: str) -> Quantization | PackedQuantization | None:
+    """How weights of a checkpoint are quantised; None: they are not.
 
     Args:
         path: the checkpoint's directory.
         kind: its format.
 
     Raises:
-        CheckpointError: something that is not known.
+        CheckpointError: in a way that is not known.
     """
-    if kind != "mistral_ms":
+    if kind not in ("mistral_ms", "hf"):
         return None
-    block = read_json(path / CONFIG).get(NATIVE_BLOCK)
-    values = block.get(QUANTIZATION) if isinstance(block, dict) else None
-    if values is None:
-        return None
-    where = f"{path / CONFIG}: {NATIVE_BLOCK}.{QUANTIZATION}"
+    source = read_json(path / CONFIG)
+    block = source.get(NATIVE_BLOCK) if kind == "mistral_ms" else None
     try:
-        return validate(Quantization, mapping(values, where), where)
+        if isinstance(block, dict) and block.get(QUANTIZATION) is not None:
+            where = f"{path / CONFIG}: {NATIVE_BLOCK}.{QUANTIZATION}"
+            return validate(Quantization, mapping(block[QUANTIZATION], where), where)
+        if kind == "hf" and source.get(HF_QUANTIZATION) is not None:
+            where = f"{path / CONFIG}: {HF_QUANTIZATION}"
+            return read_packed_quantization(source[HF_QUANTIZATION], where)
+        return None
     except ConfigError as error:
         raise CheckpointError(
             error.what, where=error.where, value=error.value, rule=error.rule, todo=error.todo

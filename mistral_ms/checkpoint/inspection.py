@@ -216,7 +216,7 @@ def _sound(
         ignored_keys=source.ignored_keys,
         tensors=source.stored_tensors(),
         parameters=sum(info.size for info in source.tensors.values()),
-        quantization=None if source.quantization is None else f"experts in {source.quantization}",
+        quantization=None if source.quantization is None else str(source.quantization),
         skipped=source.skipped,
         not_finite=not_finite,
         layout=f"{layout}, {_experts(source)}",

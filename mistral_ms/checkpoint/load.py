@@ -48,8 +48,9 @@ def kept_quantization(source: Source, dtype: str, world: int = 1) -> Quantizatio
         dtype: of the model's weights.
         world: how many processes hold the model.
     """
-    here = ms.get_context("device_target") == "CPU" and world == 1
-    return source.quantization if here and dtype != "float16" else None
+    how = source.quantization
+    here = ms.get_context("device_target") == "CPU" and world == 1 and dtype != "float16"
+    return how if here and isinstance(how, Quantization) else None
 
 
 def load_weights(

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mistral_ms.checkpoint.dtypes import FROM_OPTION
+from mistral_ms.checkpoint.dtypes import FROM_OPTION, TO_CONFIG
 from mistral_ms.checkpoint.keys import Layout
 from mistral_ms.checkpoint.layout import Block, FormatLayout
 from mistral_ms.checkpoint.safetensors_file import TensorInfo
@@ -145,6 +145,14 @@ def target_dtype(assembly: Assembly, tensors: Mapping[str, TensorInfo], option: 
             todo="choose one with --dtype",
         )
     return next(iter(found))
+
+
+def main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+    """What configurations call the dtype of most elements."""
+    sizes: dict[str, int] = defaultdict(int)
+    for info in tensors.values():
+        sizes[info.dtype] += info.size
+    return TO_CONFIG[max(sizes, key=lambda dtype: sizes[dtype])]
 
 
 def check_tensors(

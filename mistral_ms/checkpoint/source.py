@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -32,14 +31,23 @@ from mistral_ms.checkpoint.files import (
 from mistral_ms.checkpoint.layout import FormatLayout, format_layout
 from mistral_ms.checkpoint.manifest import read_manifest
 from mistral_ms.checkpoint.mindformers_layout import find_table
+from mistral_ms.checkpoint.packed_store import dequantized, leave_out_empty_biases
 from mistral_ms.checkpoint.parts_store import read_box
-from mistral_ms.checkpoint.plan import Assembly, Piece, check_tensors, make_plan, target_dtype
-from mistral_ms.checkpoint.quantized_store import CodesAndScales, QuantizedStore, native_store
+from mistral_ms.checkpoint.plan import (
+    Assembly,
+    Piece,
+    check_tensors,
+    main_dtype,
+    make_plan,
+    target_dtype,
+)
+from mistral_ms.checkpoint.quantized_store import CodesAndScales, QuantizedStore
 from mistral_ms.checkpoint.safetensors_file import TensorInfo
 from mistral_ms.checkpoint.shards import check_dtypes, open_weights
 from mistral_ms.checkpoint.stream import Store, Workspace, read_array, stream
 from mistral_ms.checkpoint.verification import Verification
 from mistral_ms.config import ModelConfig
+from mistral_ms.config.packed_quantization import PackedQuantization
 from mistral_ms.config.quantization import Quantization
 from mistral_ms.errors import CheckpointError
 from mistral_ms.reading import is_file
@@ -61,7 +69,7 @@ class Source:
         side_files: tokenizer and generation files beside the weights.
         unapplied: names of adapters beside the weights, which are not read.
         store: random access to the files; quantised weights are dequantised.
-        quantization: how the experts are stored, where they are quantised and may stay so.
+        quantization: how weights are quantised in the files, if they are.
     """
 
     def __init__(
@@ -75,7 +83,7 @@ class Source:
         skipped: tuple[str, ...] = (),
         verification: Verification | None = None,
         follow_links: bool = False,
-        quantization: Quantization | None = None,
+        quantization: Quantization | PackedQuantization | None = None,
     ) -> None:
         self.path, self.kind, self.config = path, kind, config
         self.quantization = quantization
@@ -129,8 +137,9 @@ class Source:
         """
         said = []
         if self.quantization is not None:
+            what = "experts" if isinstance(self.quantization, Quantization) else "matrices"
             read = "are computed so" if kept else "are dequantised while they are read"
-            said.append(f"the experts of {self.path} are {self.quantization}, and {read}")
+            said.append(f"the {what} of {self.path} are {self.quantization}, and {read}")
         if self.ignored_keys:
             keys = ", ".join(self.ignored_keys)
             where = f"in the configuration of {self.path}"
@@ -158,7 +167,7 @@ class Source:
         Raises:
             CheckpointError: they are not quantised by us.
         """
-        if self.quantization is None or not isinstance(self.store, QuantizedStore):
+        if not isinstance(self.store, QuantizedStore):
             raise CheckpointError("no quantised experts", where=self.path)
         names = [spec.name for spec in expert_weights(self.config)]
         return CodesAndScales(self, self.store, names)
@@ -358,7 +367,7 @@ def open_checkpoint(
     store = open_weights(path, weights, follow_links, quantized=quantization is not None)
     try:
         if quantization is not None:
-            store = native_store(store, config, quantization, path)
+            store = dequantized(store, config, quantization, path)
             check_dtypes(weights.kind, store)
         if verification is not None:
             store.observe(verification.see)
@@ -368,12 +377,14 @@ def open_checkpoint(
         else:
             table = keys.table_of(weights.kind, store.tensors, model_type_of(path, weights.kind))
         layout = format_layout(config, table)
+        if isinstance(store, QuantizedStore):
+            leave_out_empty_biases(store, layout.shapes)
         copies = tied_head(config, layout, store)
         checked = {n: i for n, i in store.tensors.items() if n not in copies and n not in skipped}
         check_tensors(checked, layout.shapes, path)
         if weights.kind in ("mistral", "mistral-dump", "mindformers"):
             # their configurations do not say the dtype: the files do
-            config = config.model_copy(update={"torch_dtype": _main_dtype(checked)})
+            config = config.model_copy(update={"torch_dtype": main_dtype(checked)})
         return Source(
             path,
             weights.kind,
@@ -389,10 +400,3 @@ def open_checkpoint(
     except BaseException:
         store.close()
         raise
-
-
-def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
-    sizes: dict[str, int] = defaultdict(int)
-    for info in tensors.values():
-        sizes[info.dtype] += info.size
-    return TO_CONFIG[max(sizes, key=lambda dtype: sizes[dtype])]
