@@ -194,13 +194,16 @@ def dequantized(
     return native_store(stored, config, quantization, where)
 
 
-def leave_out_empty_biases(store: QuantizedStore, expected: Collection[str]) -> None:
-    """Early versions of AutoGPTQ wrote a bias of zeros beside every matrix.
+def leave_out_empty_biases(store: Store, expected: Collection[str]) -> None:
+    """Of quantised checkpoints alone: early versions of AutoGPTQ wrote a bias of zeros beside every
+    matrix.
 
     Args:
         store: of the checkpoint.
         expected: the tensors that the model has.
     """
+    if not isinstance(store, QuantizedStore):
+        return
     for name, info in list(store.tensors.items()):
         stranger = name.endswith(".bias") and name not in expected and info.dtype in WEIGHT_DTYPES
         if stranger and not store.flat(name, 0, info.size).any():

@@ -137,9 +137,8 @@ class Source:
         """
         said = []
         if self.quantization is not None:
-            what = "experts" if isinstance(self.quantization, Quantization) else "matrices"
             read = "are computed so" if kept else "are dequantised while they are read"
-            said.append(f"the {what} of {self.path} are {self.quantization}, and {read}")
+            said.append(f"weights of {self.path} are {self.quantization}, and {read}")
         if self.ignored_keys:
             keys = ", ".join(self.ignored_keys)
             where = f"in the configuration of {self.path}"
@@ -377,8 +376,7 @@ def open_checkpoint(
         else:
             table = keys.table_of(weights.kind, store.tensors, model_type_of(path, weights.kind))
         layout = format_layout(config, table)
-        if isinstance(store, QuantizedStore):
-            leave_out_empty_biases(store, layout.shapes)
+        leave_out_empty_biases(store, layout.shapes)
         copies = tied_head(config, layout, store)
         checked = {n: i for n, i in store.tensors.items() if n not in copies and n not in skipped}
         check_tensors(checked, layout.shapes, path)

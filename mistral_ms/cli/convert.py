@@ -182,7 +182,7 @@ def convert(
     )
     if (error := result.quantization_error) is not None:
         say(
-            f"experts in {quantization}: |W - read| / |W| of a matrix is {error.mean:.3%} on "
+            f"{quantization}: |W - read| / |W| of a matrix is {error.mean:.3%} on "
             f"average, {error.worst:.3%} at worst ({error.matrix})"
         )
     if json is not None:

@@ -91,7 +91,8 @@ def read_packed_quantization(value: Any, where: str) -> PackedQuantization:
     group = keys.pop("group_size", None)
     whole = isinstance(group, int) and not isinstance(group, bool) and (group == -1 or group > 0)
     if not whole:
-        raise _refused(f"{where}.group_size", group, "must be -1 or a positive number")
+        rule = f"of {method} it must be -1 or a positive number"
+        raise _refused(f"{where}.group_size", group, rule)
     offset, symmetric = 0, False
     if method == "gptq":
         form = keys.pop("checkpoint_format", keys.pop("format", None))

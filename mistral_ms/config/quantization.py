@@ -39,7 +39,7 @@ class Quantization(Frozen):
 
     def __str__(self) -> str:
         shared = "output channel" if self.group_size is None else f"{self.group_size} inputs"
-        return f"{self.weights}, a float32 scale for each {shared}"
+        return f"{self.weights} (experts), a float32 scale for each {shared}"
 
     @property
     def largest(self) -> int:
