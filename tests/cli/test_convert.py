@@ -70,6 +70,27 @@ def test_round_trip_through_every_format(ours, run, tmp_path):
         assert (source / name).read_bytes() == (ours / name).read_bytes()
 
 
+def test_quantised_experts_are_measured_and_shown(ours, run, tmp_path):
+    code, out, _ = run("convert", ours, tmp_path / "q", "--quantize", "int4", "--quantize-group", 4,
+                       "--json", tmp_path / "j")  # fmt: skip
+    assert code == 0
+    error = json.loads((tmp_path / "j").read_text())["quantization_error"]
+    assert 0.05 < error["mean"] <= error["worst"] < 0.2  # a step of seven for normal numbers
+    assert "int4 (experts), a float32 scale for each 4 inputs: |W - read| / |W|" in out
+    assert f"{error['worst']:.3%} at worst ({error['matrix']})" in out
+    code, out, _ = run("inspect", tmp_path / "q")
+    assert code == 0 and "int4 (experts), a float32 scale for each 4 inputs" in out and "U8" in out
+    code, out, _ = run("convert", tmp_path / "q", tmp_path / "hf")
+    assert code == 0 and "are dequantised while they are read" in out
+    for options, message in (
+        (["--quantize-group", 4], "option alone: --quantize-group"),
+        (["--quantize", "int8", "--quantize-group", 4], "group_size is of int4"),
+        (["--quantize", "int8", "--to", "hf"], "no quantised experts in this format"),
+    ):
+        code, _, error = run("convert", ours, tmp_path / "x", *options)
+        assert code == 2 and message in error and not (tmp_path / "x").exists()
+
+
 def test_ignored_keys_are_said(ours, run, tmp_path):
     run("convert", ours, tmp_path / "hf", "--to", "hf")
     file = tmp_path / "hf" / "config.json"
@@ -99,6 +120,7 @@ def test_json_holds_exactly_the_promised_keys(ours, run, tmp_path):
         "seconds",
         "peak_rss_bytes",
         "skipped",
+        "quantization_error",
     ]
     assert (result["source_kind"], result["target_kind"]) == ("mistral_ms", "hf")
     assert result["bytes"] == 4 * inspect(ours).parameters
