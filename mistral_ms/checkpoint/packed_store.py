@@ -73,7 +73,7 @@ class PackedMatrix:
         scale = "F16" if scales is None or scales.dtype not in WEIGHT_DTYPES else scales.dtype
         check_part(stored, f"{name}.qzeros", "I32", (groups, -(-outputs // PER_INT)), where)
         check_part(stored, f"{name}.scales", scale, (groups, outputs), where)
-        self.shape = (outputs, inputs)
+        self.shape: tuple[int, ...] = (outputs, inputs)
         self.parts: tuple[str, ...] = tuple(f"{name}.{p}" for p in ("qweight", "qzeros", "scales"))
         self.strip = max(PER_INT, _STRIP_BYTES // (4 * inputs) // PER_INT * PER_INT)
         self._groups = np.arange(inputs) // group

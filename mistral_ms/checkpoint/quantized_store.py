@@ -111,7 +111,7 @@ class NativeMatrix:
 
     def __init__(self, name: str, shape: tuple[int, ...], quantization: Quantization) -> None:
         self.shape, self._quantization = shape, quantization
-        self.parts = (name, scales_name(name))
+        self.parts: tuple[str, ...] = (name, scales_name(name))
 
     def rows(self, store: Store, first: int, last: int) -> np.ndarray:
         """See :class:`QuantizedMatrix`."""

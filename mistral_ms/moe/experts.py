@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.config import ModelConfig
@@ -158,7 +160,7 @@ class RoutedExperts(Experts):
     ) -> None:
         super().__init__(config, local_experts, dtype, dispatcher.packed, first_expert)
         self.dispatcher = dispatcher
-        self.fused = None
+        self.fused: Any = None  # a Cell, where there is one
         if (
             forward_only
             and type(dispatcher) is PackedDispatcher

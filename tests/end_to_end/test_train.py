@@ -64,6 +64,24 @@ class TestLearnsByHeart:
         assert found["accuracy"] > 0.97
         assert found["perplexity"] < 1.3  # dropless here, with a capacity while training
 
+    def test_evaluate_measures_what_quantised_experts_cost(self, trained):
+        """In four bits, in groups of 32 inputs, it still knows nearly all of the text."""
+        done = run(
+            "convert", trained.summary["checkpoint"], "int4", "--quantize", "int4",
+            "--quantize-group", 32, cwd=trained.root,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        done = run(
+            "evaluate", "int4", "--baseline", trained.summary["checkpoint"],
+            "--data", "out/dataset",
+            "--json", "evaluation.json", cwd=trained.root,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "int4 (experts)" in done.stdout and "are computed so" in done.stdout
+        found = json.loads((trained.root / "evaluation.json").read_text())
+        assert found["baseline"]["perplexity"] < found["perplexity"] < 1.5
+        assert f"baseline   {found['baseline']['perplexity']:.4f}" in done.stdout
+
     def test_says_what_was_written_where(self, trained):
         assert trained.stderr == ""
         for said in ("packed", "10.6 million", "memory on the device", "lm loss 10."):
