@@ -39,6 +39,31 @@ struct Scaled {
   INLINE static float Taken(float x) { return x; }
 };
 
+// Vectors of the compiler's own: of loops over numbers of two sizes it makes none.
+typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+typedef uint8_t Pairs __attribute__((vector_size(kLanes)));
+
+template <typename V, typename T>
+INLINE V Load(const T* from) {
+  typedef V Anywhere __attribute__((aligned(1), may_alias));
+  return *reinterpret_cast<const Anywhere*>(from);
+}
+
+INLINE Floats AsFloats(Bytes bytes) {
+#if defined(__x86_64__)
+  asm("" : "+x"(bytes));  // of bytes that it finds in memory it converts one by one
+#endif
+  return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+}
+
+INLINE float SumOf(const Floats& vector) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &vector, sizeof(lanes));
+  return SumOfLanes(lanes);
+}
+
 // Whether scales are those of matrices [rows, columns] whose groups are of whole bytes.
 inline bool AreScales(const int64_t* shape, int64_t E, int64_t rows, int64_t columns,
                       int64_t packed) {
@@ -59,12 +84,33 @@ struct Int8 : Scaled {
   }
   INLINE void Arrange(const float* x, float* out) const { std::copy_n(x, columns, out); }
   INLINE float Times(int64_t row, const float* x) const {
-    return scales[row] * Dot(x, codes + row * columns, columns);
+    constexpr int64_t kStep = 4 * kLanes, kAhead = 1024;
+    const int8_t* own = codes + row * columns;
+    Floats first = {}, second = {}, third = {}, fourth = {};
+    int64_t i = 0;
+    for (; i + kStep <= columns; i += kStep) {
+      __builtin_prefetch(own + i + kAhead);
+      AddProduct(x + i, own + i, &first);
+      AddProduct(x + i + kLanes, own + i + kLanes, &second);
+      AddProduct(x + i + 2 * kLanes, own + i + 2 * kLanes, &third);
+      AddProduct(x + i + 3 * kLanes, own + i + 3 * kLanes, &fourth);
+    }
+    float sum = SumOf((first + second) + (third + fourth));
+    for (; i < columns; ++i) sum += x[i] * static_cast<float>(own[i]);
+    return scales[row] * sum;
+  }
+  INLINE static void AddProduct(const float* x, const int8_t* own, Floats* sum) {
+    *sum += Load<Floats>(x) * AsFloats(Load<Bytes>(own));
   }
   INLINE void Widen(int64_t row, float* out) const {
     const int8_t* own = codes + row * columns;
     const float scale = scales[row];
-    for (int64_t i = 0; i < columns; ++i) out[i] = static_cast<float>(own[i]) * scale;
+    int64_t i = 0;
+    for (; i + kLanes <= columns; i += kLanes) {
+      const Floats values = AsFloats(Load<Bytes>(own + i)) * scale;
+      std::memcpy(out + i, &values, sizeof(values));
+    }
+    for (; i < columns; ++i) out[i] = static_cast<float>(own[i]) * scale;
   }
 };
 
@@ -92,22 +138,26 @@ struct Int4 : Scaled {
     const int64_t half = columns / 2, bytes = half / groups;
     const uint8_t* own = codes + row * half;
     const float *even = x, *odd = x + half, *scale = scales + row * groups;
-    float total[kLanes] = {}, rest = 0.0f;
+    Floats total = {};
+    float rest = 0.0f;
     for (int64_t g = 0; g < groups; ++g, own += bytes, even += bytes, odd += bytes) {
-      float low[kLanes] = {}, high[kLanes] = {}, tail = 0.0f;
+      Floats low[2] = {}, high[2] = {};
+      float tail = 0.0f;
       int64_t i = 0;
-      for (; i + kLanes <= bytes; i += kLanes) {
+      for (; i + 2 * kLanes <= bytes; i += 2 * kLanes) {
         __builtin_prefetch(own + i + kAhead);
-        for (int64_t j = 0; j < kLanes; ++j) {
-          low[j] += even[i + j] * Low(own[i + j]);
-          high[j] += odd[i + j] * High(own[i + j]);
+        for (int64_t k = 0; k < 2; ++k) {
+          const int64_t at = i + k * kLanes;
+          const auto pairs = Load<Pairs>(own + at);
+          low[k] += Load<Floats>(even + at) * AsFloats((Bytes)(pairs & 15) - 8);
+          high[k] += Load<Floats>(odd + at) * AsFloats((Bytes)(pairs >> 4) - 8);
         }
       }
       for (; i < bytes; ++i) tail += even[i] * Low(own[i]) + odd[i] * High(own[i]);
-      for (int64_t j = 0; j < kLanes; ++j) total[j] += scale[g] * (low[j] + high[j]);
+      total += scale[g] * ((low[0] + low[1]) + (high[0] + high[1]));
       rest += scale[g] * tail;
     }
-    return SumOfLanes(total) + rest;
+    return SumOf(total) + rest;
   }
   INLINE void Widen(int64_t row, float* out) const {
     const int64_t half = columns / 2, bytes = half / groups;
