@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int64_t kWorkOfThread = 1 << 18;  // multiplications; fewer are done before a thread begins
-constexpr int64_t kWidened = 64;            // rows of the matrix
+constexpr int64_t kWidened = 256;           // rows of the matrix
 
 // x [rows, columns of the matrix], arranged -> columns of y [rows, width]
 #define FOR_MATRICES(M)                                                                        \
