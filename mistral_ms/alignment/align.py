@@ -10,8 +10,9 @@ import numpy as np
 
 from mistral_ms.alignment.compare import TOLERANCE, Comparison, compare
 from mistral_ms.alignment.hugging_face import run_hugging_face
-from mistral_ms.checkpoint import open_checkpoint
+from mistral_ms.checkpoint import Source, open_checkpoint
 from mistral_ms.checkpoint.adapters import open_adapter
+from mistral_ms.checkpoint.load import kept_quantization
 from mistral_ms.config import DType, ModelConfig, ParallelConfig
 from mistral_ms.errors import CheckpointError, GenerationError, TokenizerError
 from mistral_ms.parallel.context import ParallelContext
@@ -90,7 +91,10 @@ def align(
         open_checkpoint(hf_path, "hf", follow_links=follow_links) as theirs,
     ):
         config = source.config
-        for remark in dict.fromkeys((theirs.remark(), source.remark())):
+        _check_oracle(theirs)
+        world = 1 if parallel_context is None else parallel_context.world
+        kept = adapter is None and kept_quantization(source, dtype, world) is not None
+        for remark in dict.fromkeys((theirs.remark(), source.remark(kept))):
             if remark:
                 say(remark)
         _check_comparable(theirs.config, config, ours)
@@ -134,6 +138,18 @@ def align(
         dtype=dtype,
     )
     return None if oracle is None else compare(oracle, side, tolerance)
+
+
+def _check_oracle(theirs: Source) -> None:
+    """Raises if transformers would compute with packages of others."""
+    if theirs.quantization is not None:
+        raise CheckpointError(
+            "quantised weights",
+            where=theirs.path,
+            value=theirs.quantization,
+            rule="Hugging Face's side needs weights in float32, float16 or bfloat16",
+            todo="convert it --to hf, which dequantises it, and compare with that",
+        )
 
 
 def _check_comparable(oracle: ModelConfig, ours: ModelConfig, where: Path) -> None:

@@ -81,6 +81,8 @@ def experts(
         byte_progress(console, "writing") as progress,
         open_checkpoint(src, verify=not no_verify, follow_links=follow_links) as source,
     ):
+        if remark := source.remark():
+            console.print(remark, markup=False, highlight=False, soft_wrap=True)
         options: dict[str, Any] = {"overwrite": overwrite, "progress": progress}
         if export is not None:
             found: dict[str, Any] = {

@@ -33,6 +33,8 @@ def extract(
         byte_progress(console, "extracting") as progress,
         open_checkpoint(src, verify=not no_verify, follow_links=follow_links) as source,
     ):
+        if remark := source.remark():
+            console.print(remark, markup=False, highlight=False, soft_wrap=True)
         result = extract_domain(source, dst, domain, overwrite=overwrite, progress=progress)
     kind = f"{result.experts} experts a layer" if result.experts else "dense"
     console.print(
