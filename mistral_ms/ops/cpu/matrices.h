@@ -47,15 +47,22 @@ typedef uint8_t Pairs __attribute__((vector_size(kLanes)));
 
 template <typename V, typename T>
 INLINE V Load(const T* from) {
-  typedef V Anywhere __attribute__((aligned(1), may_alias));
-  return *reinterpret_cast<const Anywhere*>(from);
+  V vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
 }
 
 INLINE Floats AsFloats(Bytes bytes) {
 #if defined(__x86_64__)
-  asm("" : "+x"(bytes));  // of bytes that it finds in memory it converts one by one
+  asm("" : "+x"(bytes));  // bytes that it finds in memory the compiler converts one by one
 #endif
+#if defined(__clang__) || __GNUC__ >= 9
   return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Floats);
+#else
+  Floats values;
+  for (int64_t j = 0; j < kLanes; ++j) values[j] = static_cast<float>(bytes[j]);
+  return values;
+#endif
 }
 
 INLINE float SumOf(const Floats& vector) {
