@@ -20,14 +20,21 @@ from support.slowest import Slowest
 
 use_jemalloc(os.environ)  # of the processes of pytest-xdist, and of all that they start
 
-TOGETHER = ("tests/distributed/", "tests/dryrun/")
-"""Folders whose tests share jobs and processes: one after the other."""
+TOGETHER = ("tests/distributed/", "tests/dryrun/", "tests/serving/")
+"""Folders whose tests share jobs, processes, a server: one after the other."""
 APART = ("_command.py", "_launch.py")
 """Ends of names of files in them that start jobs of their own."""
-SHARING = tuple(
-    f"tests/training/test_{name}.py" for name in ("loss_scale", "offload", "optimizers", "state")
-)
-"""Files whose tests share trainings that have been compiled."""
+SHARING = {
+    f"tests/{folder}/test_{name}.py": folder
+    for folder, names in {
+        "training": ("loss_scale", "offload", "optimizers", "state"),
+        "mindformers": ("config", "files", "model"),
+    }.items()
+    for name in names
+}
+"""Files whose tests share trainings that have been compiled, or classes that take seconds to
+import.
+"""
 SLOW = (
     "alignment", "cli", "distributed", "dryrun", "end_to_end", "fuzz", "kernels", "launch",
     "mindformers", "mutants",
@@ -80,7 +87,7 @@ def pytest_xdist_make_scheduler(config, log):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
             if file in SHARING:
-                return SHARING[0]
+                return SHARING[file]
             return file if file.endswith(APART) else next(filter(file.startswith, TOGETHER), file)
 
     return Scheduler(config, log)
