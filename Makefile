@@ -35,10 +35,10 @@ fast: install
 	$(BIN)/python -m pytest -n 2 --fast
 
 # Speed beside other programs, about a quarter of an hour on a machine with nothing else to do: writes
-# benchmarks/results and the tables and pictures of docs/performance.md.
+# benchmarks/results and the tables and pictures of docs/performance.md and its translation.
 bench: install
 	$(BIN)/python run_mixtral.py bench all --output benchmarks/results
-	$(BIN)/python -m benchmarks.page benchmarks/results docs/performance.md
+	$(BIN)/python -m benchmarks.page benchmarks/results docs/performance.md docs/performance_CN.md
 
 # Plants defects, one after the other; each must be noticed by the fast tests.
 mutants: install

@@ -1,7 +1,8 @@
-"""Puts results into a page: ``python -m benchmarks.page RESULTS PAGE``.
+"""Puts results into pages: ``python -m benchmarks.page RESULTS PAGE...``.
 
-Between ``<!-- results: NAME -->`` and ``<!-- end -->`` of the page comes the table of NAME.json,
-and above it a picture of how cost grows, drawn into ``images`` beside the page.
+Between ``<!-- results: NAME -->`` and ``<!-- end -->`` of a page comes the table of NAME.json,
+and above it a picture of how cost grows, drawn into ``images`` beside the page. Tables are in
+English on every page; the sentences around them are in Chinese on pages that end in ``_CN``.
 """
 
 from __future__ import annotations
@@ -16,29 +17,45 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import table
+from benchmarks.report import CHANGED, GROWTH, table
 from benchmarks.suite import SUITE, groups
 
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WIDE = 4
 """Panels in a row."""
+MACHINE = (
+    "{cores} cores of {cpu}, {memory_gb} GB; Python {python}, {packages}; {dtype}, {threads} "
+    "threads; {malloc}. The whole took {minutes:.0f} minutes; the load was at most {load:.1f}.\n"
+)
+MACHINE_CN = (
+    "{cpu} 的 {cores} 个核，{memory_gb} GB；Python {python}，{packages}；{dtype}，"
+    "{threads} 个线程；{malloc}。全部用时 {minutes:.0f} 分钟；负载最高 {load:.1f}。\n"
+)
+IN_CHINESE = {
+    re.escape(GROWTH): "增长方式（毫秒；最差点的偏差）：",
+    CHANGED.format(name="(.+?)", text="(.+)"): r"\1 中的改动：\2。",
+}
+"""Expressions for what tables say in sentences."""
 
 
-def fill(page: str, results: dict[str, dict[str, Any]], images: Path) -> str:
+def fill(page: str, results: dict[str, dict[str, Any]], images: Path, chinese: bool = False) -> str:
     """The page with the tables of all results that are there; pictures are written.
 
     Args:
         page: its text.
         results: by name.
         images: a directory beside the page.
+        chinese: the language of sentences.
     """
 
     def block(match: re.Match[str]) -> str:
         opening, name, closing = match.groups()
         if name == "machine":
-            content = _machine(results)
+            content = _machine(results, MACHINE_CN if chinese else MACHINE)
         elif name in results:
             content = f"{_pictures(results[name], images)}{table(results[name])}\n"
+            for english, words in IN_CHINESE.items() if chinese else ():
+                content = re.sub(f"^{english}$", words, content, flags=re.MULTILINE)
         else:
             return match[0]
         return f"{opening}{content}{closing}"
@@ -46,17 +63,15 @@ def fill(page: str, results: dict[str, dict[str, Any]], images: Path) -> str:
     return BLOCK.sub(block, page)
 
 
-def _machine(results: dict[str, dict[str, Any]]) -> str:
+def _machine(results: dict[str, dict[str, Any]], sentence: str) -> str:
     """What all was measured on, and how busy that was."""
     first = next(iter(results.values()))["machine"]
     packages = ", ".join(f"{name} {found}" for name, found in first["packages"].items() if found)
-    load = max(each["machine"]["load_average"] for each in results.values())
-    seconds = sum(each["seconds"] for each in results.values())
     malloc = ", ".join(f"`{name}={value}`" for name, value in first["malloc"].items())
-    return (
-        f"{first['cores']} cores of {first['cpu']}, {first['memory_gb']} GB; Python "
-        f"{first['python']}, {packages}; {first['dtype']}, {first['threads']} threads; {malloc}. "
-        f"The whole took {seconds / 60:.0f} minutes; the load was at most {load:.1f}.\n"
+    return sentence.format(
+        **{**first, "packages": packages, "malloc": malloc},
+        load=max(each["machine"]["load_average"] for each in results.values()),
+        minutes=sum(each["seconds"] for each in results.values()) / 60,
     )
 
 
@@ -124,16 +139,19 @@ def draw(panels: dict[Any, list[dict[str, Any]]], axis: str) -> bytes:
 
 
 def main() -> None:
-    """Reads all results of a directory, and rewrites the page."""
-    folder, path = Path(sys.argv[1]), Path(sys.argv[2])
+    """Reads all results of a directory, and rewrites the pages."""
+    folder, *paths = map(Path, sys.argv[1:])
     results = {name: json.loads(file.read_text(encoding="utf-8")) for name in SUITE
                if (file := folder / f"{name}.json").is_file()}  # fmt: skip
     if not results:
         raise SystemExit(f"no results in {folder}")
-    images = path.parent / "images"
-    images.mkdir(exist_ok=True)
-    path.write_text(fill(path.read_text(encoding="utf-8"), results, images), encoding="utf-8")
-    print(f"{path}: {', '.join(results)}")
+    for path in paths:
+        images = path.parent / "images"
+        images.mkdir(exist_ok=True)
+        chinese = path.stem.endswith("_CN")
+        page = fill(path.read_text(encoding="utf-8"), results, images, chinese)
+        path.write_text(page, encoding="utf-8")
+        print(f"{path}: {', '.join(results)}")
 
 
 if __name__ == "__main__":

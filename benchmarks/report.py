@@ -14,6 +14,8 @@ from benchmarks.fits import fit
 from benchmarks.harness import MALLOC, Measured
 from benchmarks.suite import SUITE, Bench, groups
 
+GROWTH = "How it grows (milliseconds; deviation of the worst point):"
+CHANGED = "Changed in {name}: {text}."
 PACKAGES = ("mindspore", "mindformers", "torch", "transformers", "numpy")
 
 
@@ -114,7 +116,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(_line(cells))
     lines += _facts(bench, rows, shown)
     if result["growth"]:
-        lines += ["", "How it grows (milliseconds; deviation of the worst point):", ""]
+        lines += ["", GROWTH, ""]
         lines += [_line(["", "side", "formula"]), _line(["---"] * 3)]
         for each in result["growth"]:
             others = ", ".join(f"{key} {value}" for key, value in each["others"].items())
@@ -122,7 +124,7 @@ def table(result: dict[str, Any]) -> str:
             lines.append(_line([what, each["side"], each["text"]]))
     changed = {name: text for row in rows for name, text in row["changed"].items()}
     lines += [""] if changed else []
-    lines += [f"Changed in {name}: {text}." for name, text in changed.items()]
+    lines += [CHANGED.format(name=name, text=text) for name, text in changed.items()]
     return "\n".join(lines)
 
 

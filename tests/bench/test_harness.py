@@ -199,7 +199,7 @@ def test_a_page_gets_tables_and_pictures(tmp_path):
             {name: {} for name in sides},
             {},
             ("products alone",),
-            {},
+            {"transformers": "its dtype"},
         )
         for tokens in (64, 128, 256)
     ]
@@ -215,6 +215,11 @@ def test_a_page_gets_tables_and_pictures(tmp_path):
     (picture,) = (tmp_path / "images").iterdir()
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert page.fill(found, results, tmp_path / "images") == found
+    chinese = page.fill(blocks, results, tmp_path / "images", chinese=True)
+    sentences = [text for text in found.splitlines() if text not in chinese.splitlines()]
+    starts = ("How it grows", "Changed in transformers: its dtype.")
+    assert [text.startswith(starts) for text in sentences] == [True, True, False]
+    assert "全部用时 1 分钟" in chinese and "transformers 中的改动：its dtype。" in chinese
 
 
 def test_an_installed_package_says_where_the_benchmarks_are(tmp_path, monkeypatch):
