@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mistral_ms.alignment.record import Rivals, Side, Trace
-from mistral_ms.checkpoint.adapters import PEFT, open_adapter, write_peft
+from mistral_ms.checkpoint.adapters import PEFT, PEFT_FUSED, open_adapter, write_peft
 from mistral_ms.checkpoint.config_file import read_config
 from mistral_ms.errors import CheckpointError, MissingExtraError, MistralMsError
 from mistral_ms.reading import read_json
@@ -70,7 +70,7 @@ def run_hugging_face(
             "transformers cannot load it", where=path, value=" ".join(str(error).split())[:300]
         ) from error
     if adapter is not None:
-        _add_adapter(model, path, adapter)
+        _add_adapter(model, path, adapter, _major(transformers))
     model.eval()
     model.config.output_router_logits = False  # its aux loss fails with a cache
     model.generation_config = transformers.GenerationConfig(
@@ -93,15 +93,16 @@ def run_hugging_face(
     return side
 
 
-def _add_adapter(model: Any, path: Path, adapter: Path) -> None:
-    """Puts an adapter beside the weights, in place."""
+def _add_adapter(model: Any, path: Path, adapter: Path, major: int) -> None:
+    """Puts an adapter beside the weights, in place, under a major version of transformers."""
     try:
         import peft
     except ImportError as error:
         raise MissingExtraError("peft", "peft", "align --adapter") from error
     config, _ = read_config(path, "hf")
     with TemporaryDirectory() as directory, open_adapter(adapter, config) as source:
-        if source.kind != PEFT:
+        # PEFT reads the names of transformers 4 beside version 5, too, but not the other way round
+        if source.kind not in ((PEFT,) if major < 5 else (PEFT, PEFT_FUSED)):
             adapter = Path(directory) / "adapter"
             write_peft(source, adapter, None)
         peft.PeftModel.from_pretrained(model, adapter)
@@ -118,12 +119,16 @@ def _forget_lengths(model: Any) -> None:
 def _config(path: Path, transformers: Any, say: Callable[[str], None]) -> Any:
     """The directory's configuration, in the form that the installed transformers understands."""
     source = read_json(Path(path) / "config.json", CheckpointError)
-    keys, changes = own_form(source, int(transformers.__version__.split(".")[0]))
+    keys, changes = own_form(source, _major(transformers))
     if changes:
         say(f"told transformers {transformers.__version__} in its own words: {', '.join(changes)}")
     with TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(keys), encoding="utf-8")
         return transformers.AutoConfig.from_pretrained(directory)
+
+
+def _major(transformers: Any) -> int:
+    return int(transformers.__version__.split(".")[0])
 
 
 def own_form(source: Mapping[str, Any], major: int) -> tuple[dict[str, Any], list[str]]:

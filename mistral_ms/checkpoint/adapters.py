@@ -19,6 +19,7 @@ from mistral_ms.checkpoint.files import (
     inside,
     read_json,
 )
+from mistral_ms.checkpoint.fused_adapters import FusedStore
 from mistral_ms.checkpoint.layout import format_layout
 from mistral_ms.checkpoint.plan import check_tensors, make_plan, target_dtype
 from mistral_ms.checkpoint.shards import open_weights
@@ -30,11 +31,15 @@ from mistral_ms.config import LoraConfig, ModelConfig
 from mistral_ms.config.computation import check_same_model
 from mistral_ms.config.lora import ALL_LINEAR
 from mistral_ms.config.peft import from_peft, to_peft
+from mistral_ms.config.peft_fused import read_fused
 from mistral_ms.errors import CheckpointError
 from mistral_ms.reading import is_dir, is_file
 from mistral_ms.weights import adaptable_modules, specs, unmatched
 
-PEFT = "peft"
+PEFT, PEFT_FUSED = "peft", "peft-fused"
+"""PEFT's files beside the classes of transformers 4, and those beside the classes of version 5,
+which are read, not written.
+"""
 
 
 def open_adapter(
@@ -94,12 +99,17 @@ def read_adapter_config(path: Path) -> LoraConfig:
 def _open_peft(path: Path, base: ModelConfig, follow_links: bool) -> Source:
     inside(path, ADAPTER_CONFIG, path, follow_links)
     lora = _without_strangers(read_adapter_config(path), base)
+    fused = read_fused(read_json(path / ADAPTER_CONFIG), str(path / ADAPTER_CONFIG))
     config = base.model_copy(update={"lora": lora})
     layout = format_layout(config, keys.PEFT)  # first: says what of the names is wrong
     store = open_peft_tensors(path, follow_links)
     try:
-        check_tensors(store.tensors, layout.shapes, path)
-        source = Source(path, PEFT, config, layout, store, follow_links=follow_links)
+        if fused is None:
+            check_tensors(store.tensors, layout.shapes, path)
+        else:
+            store = FusedStore(store, layout.shapes, fused, path)
+        kind = PEFT if fused is None else PEFT_FUSED
+        source = Source(path, kind, config, layout, store, follow_links=follow_links)
         source.unapplied = ()
         return source
     except BaseException:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mistral_ms.config.base import validate
 from mistral_ms.config.lora import LoraConfig
+from mistral_ms.config.peft_fused import read_fused
 from mistral_ms.errors import ConfigError
 
 _OURS = tuple(LoraConfig.model_fields)
@@ -33,7 +34,7 @@ _TODO = {
 
 
 def from_peft(source: Mapping[str, Any], where: str) -> LoraConfig:
-    """The adapters that PEFT's configuration describes.
+    """The adapters that PEFT's configuration describes, in terms of transformers 4.
 
     Args:
         source: the content of ``adapter_config.json``.
@@ -45,8 +46,11 @@ def from_peft(source: Mapping[str, Any], where: str) -> LoraConfig:
     if "peft_type" not in source or "target_modules" not in source:
         missing = "peft_type" if "peft_type" not in source else "target_modules"
         raise ConfigError("missing key", where=f"{where}: {missing}", rule="PEFT writes it")
-    values = {}
+    fused = read_fused(source, where)
+    values = {} if fused is None else dict(fused.keys)
     for key, value in source.items():
+        if fused is not None and key in fused.read:
+            continue
         if key in _OURS:
             values[key] = value
         elif key in _NEUTRAL:

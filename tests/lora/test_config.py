@@ -147,7 +147,7 @@ class TestPeftsConfiguration:
             ("peft_type", "IA3"), ("bias", "all"), ("modules_to_save", ["lm_head"]),
             ("rank_pattern", {"q_proj": 8}), ("alpha_pattern", {"q_proj": 8}),
             ("layers_to_transform", [0]), ("fan_in_fan_out", True), ("lora_bias", True),
-            ("target_parameters", ["mlp.experts.gate_up_proj"]), ("init_lora_weights", "pissa"),
+            ("target_parameters", ["mlp.experts.gate_proj"]), ("init_lora_weights", "pissa"),
             ("a_key_of_later_versions", 3), ("r", 0), ("target_modules", []),
         ],
     )  # fmt: skip
