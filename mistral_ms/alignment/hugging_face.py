@@ -72,6 +72,8 @@ def run_hugging_face(
     if adapter is not None:
         _add_adapter(model, path, adapter, _major(transformers))
     model.eval()
+    if hasattr(model, "set_experts_implementation"):  # version 5: fused ones want rows of 16 bytes
+        model.set_experts_implementation("eager")
     model.config.output_router_logits = False  # its aux loss fails with a cache
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id
@@ -101,10 +103,10 @@ def _add_adapter(model: Any, path: Path, adapter: Path, major: int) -> None:
         raise MissingExtraError("peft", "peft", "align --adapter") from error
     config, _ = read_config(path, "hf")
     with TemporaryDirectory() as directory, open_adapter(adapter, config) as source:
-        # PEFT reads the names of transformers 4 beside version 5, too, but not the other way round
-        if source.kind not in ((PEFT,) if major < 5 else (PEFT, PEFT_FUSED)):
+        fused = major > 4
+        if source.kind != (PEFT_FUSED if fused else PEFT):
             adapter = Path(directory) / "adapter"
-            write_peft(source, adapter, None)
+            write_peft(source, adapter, None, fused=fused)
         peft.PeftModel.from_pretrained(model, adapter)
 
 
@@ -178,8 +180,8 @@ def _trace(model: Any, prompt: Sequence[int]) -> Trace:
 
     def keep_experts(layer: int, top_k: int) -> Any:
         def hook(module: Any, args: Any, output: Any) -> None:
-            if isinstance(output, tuple):  # the choice itself, not logits
-                chosen = output[0]
+            if isinstance(output, tuple):  # with the choice itself, beside weights or logits
+                chosen = next(each for each in output if not each.is_floating_point())
             else:
                 chosen = torch.topk(output.float().softmax(-1), top_k, dim=-1).indices
             experts[layer] = np.sort(chosen.numpy(), -1)

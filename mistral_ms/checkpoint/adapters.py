@@ -19,7 +19,7 @@ from mistral_ms.checkpoint.files import (
     inside,
     read_json,
 )
-from mistral_ms.checkpoint.fused_adapters import FusedStore
+from mistral_ms.checkpoint.fused_adapters import FusedStore, fused_form
 from mistral_ms.checkpoint.layout import format_layout
 from mistral_ms.checkpoint.plan import check_tensors, make_plan, target_dtype
 from mistral_ms.checkpoint.shards import open_weights
@@ -37,9 +37,7 @@ from mistral_ms.reading import is_dir, is_file
 from mistral_ms.weights import adaptable_modules, specs, unmatched
 
 PEFT, PEFT_FUSED = "peft", "peft-fused"
-"""PEFT's files beside the classes of transformers 4, and those beside the classes of version 5,
-which are read, not written.
-"""
+"""PEFT's files beside the classes of transformers 4, and those beside the classes of version 5."""
 
 
 def open_adapter(
@@ -147,7 +145,14 @@ def _without_strangers(lora: LoraConfig, base: ModelConfig) -> LoraConfig:
     return lora.model_copy(update={"target_modules": kept}) if kept else lora
 
 
-def write_peft(adapter: Source, path: Path, base: Path | None, *, overwrite: bool = False) -> None:
+def write_peft(
+    adapter: Source,
+    path: Path,
+    base: Path | None,
+    *,
+    overwrite: bool = False,
+    fused: bool = False,
+) -> None:
     """Writes an adapter as PEFT does: all of it, or nothing.
 
     Args:
@@ -155,9 +160,11 @@ def write_peft(adapter: Source, path: Path, base: Path | None, *, overwrite: boo
         path: the directory.
         base: where the model that it changes lies, for ``base_model_name_or_path``.
         overwrite: replace an adapter that is at ``path``.
+        fused: as beside the classes of transformers 5, whose experts' weights are stacked.
 
     Raises:
         CheckpointError: something at ``path``, a full disk.
+        ConfigError: ``fused``, and decomposed weights of experts or router.
     """
     config = adapter.config
     assert config.lora is not None
@@ -166,13 +173,18 @@ def write_peft(adapter: Source, path: Path, base: Path | None, *, overwrite: boo
         modules = adaptable_modules(specs(config))
         names = tuple(sorted({name.rpartition(".")[2] for name in modules}))
         lora = lora.model_copy(update={"target_modules": names})
-    entries = []
-    for assembly in make_plan(adapter.layout, format_layout(config, keys.PEFT)):
-        stored = target_dtype(assembly, adapter.tensors, "keep")
-        chunks = partial(adapter.stream, assembly, stored)
-        entries.append(Entry(assembly.name, assembly.shape, stored, chunks))
+    values = to_peft(lora, None if base is None else str(base))
+    if fused:
+        changed, entries = fused_form(adapter)
+        values |= changed
+    else:
+        entries = []
+        for assembly in make_plan(adapter.layout, format_layout(config, keys.PEFT)):
+            stored = target_dtype(assembly, adapter.tensors, "keep")
+            chunks = partial(adapter.stream, assembly, stored)
+            entries.append(Entry(assembly.name, assembly.shape, stored, chunks))
     with TargetDirectory(path, overwrite=overwrite) as target:
-        target.write_json(ADAPTER_CONFIG, to_peft(lora, None if base is None else str(base)))
+        target.write_json(ADAPTER_CONFIG, values)
         for file in adapter.side_files:
             target.copy(file)
         write_tensors(

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Literal
 
 from mistral_ms.checkpoint import keys
-from mistral_ms.checkpoint.adapters import PEFT, write_peft
+from mistral_ms.checkpoint.adapters import PEFT, PEFT_FUSED, write_peft
 from mistral_ms.checkpoint.config_file import encode_config
 from mistral_ms.checkpoint.detect import ALIASES, LAYOUTS, MindFormersLayout, kind_of
 from mistral_ms.checkpoint.dtypes import FROM_OPTION, TO_CONFIG
-from mistral_ms.checkpoint.files import MINDFORMERS_YAML, PARAM_NAME_MAP
+from mistral_ms.checkpoint.files import ADAPTER_MODEL, MINDFORMERS_YAML, PARAM_NAME_MAP
 from mistral_ms.checkpoint.layout import format_layout
 from mistral_ms.checkpoint.merge_ranks import merged_ranks
 from mistral_ms.checkpoint.merged import open_merged
 from mistral_ms.checkpoint.mindformers_layout import TABLES
 from mistral_ms.checkpoint.plan import make_plan, target_dtype
 from mistral_ms.checkpoint.quantizing import QuantizationError, Quantizer
+from mistral_ms.checkpoint.safetensors_file import read_header
 from mistral_ms.checkpoint.source import Source, open_checkpoint
 from mistral_ms.checkpoint.target import TargetDirectory, check_target
 from mistral_ms.checkpoint.upcycle import upcycled_config, upcycled_entries
@@ -118,8 +119,8 @@ def convert(
         src: the checkpoint's directory.
         dst: the new checkpoint's directory; it appears when it is whole.
         to: ``mistral_ms`` (or ``mindspore``), ``hf``, ``mistral`` or ``mindformers``; None: ours
-            from a foreign format and with ``quantize``, hf from ours. ``peft`` of adapters that a
-            training here has saved, without other options.
+            from a foreign format and with ``quantize``, hf from ours. Adapters that a training here
+            has saved: ``peft``, or ``peft-fused`` for transformers 5, without other options.
         dtype: ``keep`` leaves every bit, and gives what is quantised the dtype of its
             configuration; ``fp32``, ``fp16`` and ``bf16`` round to nearest even.
         overwrite: replace a checkpoint that is at ``dst``.
@@ -157,7 +158,7 @@ def convert(
     check_target(dst, overwrite)
     if os.path.realpath(src) == os.path.realpath(dst):
         raise CheckpointError("source is the target", where=src, todo="choose another target")
-    if to == PEFT:
+    if to in (PEFT, PEFT_FUSED):
         options: dict[str, object] = {
             "layout": layout,
             "container": container,
@@ -167,7 +168,7 @@ def convert(
             "quantize": quantize,
             "dtype": None if dtype == "keep" else dtype,
         }
-        return _adapters_alone(src, dst, overwrite, verify, follow_links, options, start)
+        return _adapters_alone(src, dst, to, overwrite, verify, follow_links, options, start)
     with contextlib.ExitStack() as opened:
         if strategy is not None:
             src = opened.enter_context(merged_ranks(src, Path(strategy), dst))
@@ -238,6 +239,7 @@ def convert(
 def _adapters_alone(
     src: Path,
     dst: Path,
+    to: str,
     overwrite: bool,
     verify: bool,
     follow_links: bool,
@@ -262,11 +264,11 @@ def _adapters_alone(
                 where=src,
                 rule="to peft goes what a training with lora has saved",
             )
-        write_peft(source, dst, None, overwrite=overwrite)
-        shapes = format_layout(source.config, keys.PEFT).shapes
-        size = sum(info.nbytes for info in source.tensors.values())
+        write_peft(source, dst, None, overwrite=overwrite, fused=to == PEFT_FUSED)
+        written = read_header(dst / ADAPTER_MODEL).tensors.values()
+        size = sum(info.nbytes for info in written)
         seconds = time.perf_counter() - start
-        return ConvertResult(source.kind, PEFT, len(shapes), size, seconds, peak_rss_bytes())
+        return ConvertResult(source.kind, to, len(written), size, seconds, peak_rss_bytes())
 
 
 def _target_kind(source_kind: str, to: str | None, quantize: Quantization | None) -> str:

@@ -25,6 +25,7 @@ class TargetFormat(StrEnum):
     MISTRAL = "mistral"
     MINDFORMERS = "mindformers"
     PEFT = "peft"
+    PEFT_FUSED = "peft-fused"
 
 
 class Layout(StrEnum):
@@ -67,7 +68,7 @@ def convert(
         TargetFormat | None,
         typer.Option(
             help="Format to write. Default: mindspore from the others, hf from ours; peft of "
-            "adapters that a training has saved."
+            "adapters that a training has saved (peft-fused for transformers 5)."
         ),
     ] = None,
     source: Annotated[

@@ -12,6 +12,7 @@ from typing import Any
 
 from mistral_ms.config.model import ModelConfig
 from mistral_ms.config.tables import pick
+from mistral_ms.errors import ConfigError
 
 Keys = Mapping[str, tuple[str, Any]]
 """Key in ``config.json`` -> our key, and the class's default; ... = must be there."""
@@ -33,6 +34,7 @@ class Family:
         gate_keys: keys of the gate's settings.
         switched_window: ``sliding_window`` counts with ``use_sliding_window`` alone.
         first_window: the key of the first layer that has the window, where no ``layer_types`` are.
+        words_of_5: what transformers 5 writes in the place of other keys.
     """
 
     architectures: tuple[str, ...]
@@ -46,6 +48,7 @@ class Family:
     gate_keys: Keys = field(default_factory=dict)
     switched_window: bool = False
     first_window: str | None = None
+    words_of_5: Mapping[str, str] = field(default_factory=dict)
 
 
 _SILENT = {"bos_token_id": None, "eos_token_id": None, "sliding_window": None}
@@ -98,6 +101,7 @@ FAMILIES: dict[str, Family] = {
         },
         placement=_QWEN_PLACEMENT,
         switched_window=True,
+        words_of_5={"num_local_experts": "num_experts"},
     ),
     "olmoe": Family(
         architectures=("OlmoeForCausalLM", "OlmoeModel"),
@@ -174,6 +178,16 @@ def take_window(source: dict[str, Any], family: Family) -> None:
 
 def take_sparse_layers(source: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
     """Takes the keys of a family's sparse layers out and translates them."""
+    for newer, key in family.words_of_5.items():
+        if newer in source:
+            value = source.pop(newer)
+            if source.setdefault(key, value) != value:
+                raise ConfigError(
+                    "contradiction",
+                    where=f"{where}: {newer}",
+                    value=repr(value),
+                    rule=f"{key} is {source[key]!r}, which says the same",
+                )
     moe = pick(source, family.moe, where) | dict(family.moe_always)
     if moe.get("n_shared_experts", 0) is None:
         moe["n_shared_experts"] = 0

@@ -1,4 +1,4 @@
-"""PEFT's configuration of adapters beside the classes of transformers 5, in terms of version 4.
+"""PEFT's configuration of adapters beside the classes of transformers 5, from and to version 4's.
 
 The matrices of experts are no modules there but stacked parameters, ``mlp.experts.gate_up_proj``
 and ``mlp.experts.down_proj``, and the router's is one, ``mlp.gate.weight``. PEFT adapts them by
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -149,3 +150,47 @@ def _in_words_of_4(
                 rule="adapters are read of mlp.experts.gate_up_proj, mlp.experts.down_proj and "
                 "mlp.gate.weight, of all layers or of one",
             )
+
+
+def fused_keys(
+    lora: LoraConfig, modules: list[str], parameters: list[str], doubled: bool, layers: int
+) -> dict[str, Any]:
+    """The keys of ``adapter_config.json`` that differ from version 4's.
+
+    Args:
+        lora: the adapters.
+        modules: whole names of the modules that have one.
+        parameters: whole names of the parameters that have one.
+        doubled: those of ``gate_up_proj`` have twice the rank.
+        layers: of the model.
+
+    Raises:
+        ConfigError: PEFT does not decompose stacked weights.
+    """
+    if lora.use_dora and parameters:
+        raise ConfigError(
+            "impossible adapter",
+            where="lora.use_dora",
+            value=parameters[0],
+            rule="beside transformers 5 PEFT does not decompose the weights of experts and router",
+            todo="write it for transformers 4, or merge it",
+        )
+    # twice the rank under the same factor
+    alpha = lora.lora_alpha * (2**0.5 if lora.use_rslora else 2)
+    return {
+        "target_modules": _shortened(modules, layers),
+        "exclude_modules": None,
+        "target_parameters": _shortened(parameters, layers),
+        "rank_pattern": {_GATE_UP[0]: 2 * lora.r} if doubled else {},
+        "alpha_pattern": {_GATE_UP[0]: alpha} if doubled else {},
+    }
+
+
+def _shortened(names: list[str], layers: int) -> list[str]:
+    """What all layers have is named once, without a layer's number."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        found[re.sub(r"^model\.layers\.\d+\.", "", name)].append(name)
+    return [
+        name for end, whole in found.items() for name in ([end] if len(whole) == layers else whole)
+    ]

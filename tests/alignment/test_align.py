@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from rich.console import Console
-from support.hf import KINDS, make_pair
+from support.hf import KINDS, SPARSE, STACKED, make_pair
 from support.links import link_files
 from transformers import MixtralConfig
 
@@ -115,12 +115,12 @@ def test_a_configuration_of_transformers_5_is_put_in_the_oracles_words(tmp_path)
     pair.hf.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     keys = json.loads(file.read_text())
-    del keys["rope_theta"]
+    keys.pop("rope_theta", None)
     keys["rope_parameters"] = {"rope_type": "default", "rope_theta": 321.0}
     file.write_text(json.dumps(keys))
     said = []
     assert align(tmp_path, new_tokens=0, say=said.append).failures == ()
-    assert any("rope_parameters as rope_theta" in line for line in said)
+    assert any("rope_parameters as rope_theta" in line for line in said) != STACKED
     assert any("ignored in the configuration" in line and "use_cache" in line for line in said)
 
 
@@ -131,7 +131,7 @@ def test_own_form_of_a_scaled_configuration():
     keys, changes = own_form(newer, 4)
     assert keys == source | {"rope_theta": 5.0, "rope_scaling": scaling, "head_dim": 16}
     assert len(changes) == 2
-    assert MixtralConfig(**keys).rope_scaling == scaling
+    assert MixtralConfig(**keys).rope_scaling.items() >= scaling.items()
     assert own_form(newer, 5)[0]["rope_parameters"] == newer["rope_parameters"]
     assert own_form(source, 4) == (source, [])
 
@@ -173,7 +173,7 @@ def test_a_defect_in_the_router_is_found(tmp_path):
     pair = make_pair("mixtral")
     pair.hf.save_pretrained(tmp_path / "good")
     with torch.no_grad():
-        gate = pair.hf.model.layers[0].block_sparse_moe.gate.weight
+        gate = getattr(pair.hf.model.layers[0], SPARSE).gate.weight
         gate.copy_(gate.roll(1, 0))
     pair.hf.save_pretrained(tmp_path / "bad")
     result = align(tmp_path / "good", tmp_path / "bad", new_tokens=0)

@@ -12,6 +12,7 @@ import pytest
 import safetensors
 import torch
 from safetensors.torch import save_file
+from support.hf import STACKED, expert_weights
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from mistral_ms.checkpoint import our_shapes, save_native
@@ -45,6 +46,21 @@ def _model(kind: str, dtype: torch.dtype) -> torch.nn.Module:
     return cls(config).to(dtype)
 
 
+def _state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """By the names of transformers 4: version 5 stacks experts in memory."""
+    state = model.state_dict()
+    if not STACKED:
+        return state
+    found = {n: t for n, t in state.items() if ".experts." not in n}
+    for layer in range(model.config.num_hidden_layers):
+        experts = f"model.layers.{layer}.mlp.experts"
+        if f"{experts}.down_proj" in state:
+            for w, matrices in expert_weights(state, experts).items():
+                found |= {f"{experts}.{e}.{w}.weight": each for e, each in enumerate(matrices)}
+    sparse = isinstance(model, MixtralForCausalLM)
+    return {n.replace(".mlp.", ".block_sparse_moe.") if sparse else n: found[n] for n in found}
+
+
 def _save_hf(path: Path, kind: str, dtype: torch.dtype = torch.float32, **options) -> Path:
     _model(kind, dtype).save_pretrained(path, **options)
     return path
@@ -54,7 +70,7 @@ def _save_bin(path: Path, kind: str, shards: int = 1, legacy: bool = False) -> P
     """pytorch_model.bin as transformers wrote it before safetensors, with its index."""
     model = _model(kind, torch.bfloat16)
     model.config.save_pretrained(path)
-    state = list(model.state_dict().items())
+    state = list(_state(model).items())
     zipped = {"_use_new_zipfile_serialization": not legacy}
     if shards == 1:
         torch.save(dict(state), path / "pytorch_model.bin", **zipped)
@@ -147,7 +163,7 @@ def _params(config) -> dict[str, object]:
 def _save_mistral(path: Path, kind: str, dtype=torch.bfloat16, pickle: bool = False) -> Path:
     path.mkdir()
     model = _model(kind, dtype)
-    state = _mistral_state(model.state_dict(), model.config)
+    state = _mistral_state(_state(model), model.config)
     if pickle:
         torch.save(state, path / "consolidated.00.pth")
     else:
@@ -172,7 +188,7 @@ def _save_dump(path: Path, kind: str = "mixtral", hf_params: bool = False) -> Pa
     """One file per layer here; the published dump has eight files of four layers each."""
     path.mkdir()
     model = _model(kind, torch.bfloat16)
-    state = _dump_state(model.state_dict(), model.config)
+    state = _dump_state(_state(model), model.config)
     last = model.config.num_hidden_layers - 1
     for layer in range(model.config.num_hidden_layers):
         outer = {"tok_embeddings.weight"} if layer == 0 else set()
@@ -190,7 +206,7 @@ def _save_fused(path: Path) -> Path:
     path.mkdir()
     model = _model("mixtral", torch.bfloat16)
     model.config.save_pretrained(path)
-    state = model.state_dict()
+    state = _state(model)
     fused = {n: t for n, t in state.items() if "block_sparse_moe" not in n}
     for layer in range(model.config.num_hidden_layers):
         old, new = f"model.layers.{layer}.block_sparse_moe", f"model.layers.{layer}.mlp"

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from support.configs import SIZES, model
+from support.hf import STACKED
 from transformers import AutoConfig, MinistralConfig, MistralConfig, MixtralConfig
 
 from mistral_ms.config import (
@@ -54,10 +55,18 @@ HF_CONFIGS = {
     ),
     "mistral": MistralConfig(**SIZES),
     "mistral-no-window": MistralConfig(**SIZES, sliding_window=None, rope_theta=1e6),
-    "mistral-no-grouping": MistralConfig(**{**SIZES, "num_key_value_heads": None}),
+    # transformers 5 does not take None
+    "mistral-no-grouping": MistralConfig(
+        **{**SIZES, "num_key_value_heads": SIZES["num_attention_heads"] if STACKED else None}
+    ),
     "mistral-published-sizes": MistralConfig(),
     "mixtral-published-sizes": MixtralConfig(),
 }
+
+
+def value_of(config, key):
+    """Of transformers' configuration; version 5 keeps theta elsewhere."""
+    return config.rope_parameters[key] if STACKED and key == "rope_theta" else getattr(config, key)
 
 
 def saved(config, directory):
@@ -74,7 +83,7 @@ class TestHuggingFaceBothWays:
     def test_every_value_is_read(self, theirs, tmp_path):
         config, ignored = from_hf(saved(theirs, tmp_path))
         for key in set(SEMANTICS) - {"hidden_act", "eos_token_id"}:
-            assert getattr(config, key) == getattr(theirs, key), key
+            assert getattr(config, key) == value_of(theirs, key), key
         ends = theirs.eos_token_id
         assert config.eos_token_ids == tuple(ends if isinstance(ends, list) else [ends])
         head_dim = theirs.head_dim or theirs.hidden_size // theirs.num_attention_heads
@@ -100,7 +109,7 @@ class TestHuggingFaceBothWays:
         again = AutoConfig.from_pretrained(ours)
         assert type(again) is type(theirs)
         for key in SEMANTICS + (MOE_SEMANTICS if config.moe is not None else ()):
-            assert getattr(again, key) == getattr(theirs, key), key
+            assert value_of(again, key) == value_of(theirs, key), key
         assert again.head_dim == config.head_size
         assert again.architectures == [type(theirs).__name__.replace("Config", "ForCausalLM")]
         assert str(again.dtype) == f"torch.{config.torch_dtype}"
@@ -143,7 +152,10 @@ class TestAbsentKeysMeanWhatTransformersMeans:
         ).to_dict()
         other.pop(key, None)
         theirs = config_class(**other)
-        assert from_hf(other)[0] == from_hf(theirs.to_dict())[0]
+        found, wanted = from_hf(other)[0], from_hf(theirs.to_dict())[0]
+        if STACKED:  # which writes it out
+            found = found.model_copy(update={"head_dim": found.head_size})
+        assert found == wanted
 
     def test_no_window_and_no_word_about_it_differ_for_mistral(self):
         """MistralConfig's default is 4096: published files that mean none say null."""
@@ -203,6 +215,18 @@ class TestTransformers5:
         rope = {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
         with pytest.raises(ConfigError, match=r"contradiction: c\.json: rope_parameters"):
             from_hf(MIXTRAL | {"rope_parameters": rope, key: value}, "c.json")
+
+    def test_the_experts_of_qwen3(self):
+        """Which version 5 calls as Mixtral's."""
+        qwen = SIZES | dict(model_type="qwen3_moe", num_experts=16, head_dim=8)
+        config, ignored = from_hf(qwen)
+        newer = {k: v for k, v in qwen.items() if k != "num_experts"} | {"num_local_experts": 16}
+        assert from_hf(newer) == (config, ignored)
+        assert config.moe.num_local_experts == 16
+        with pytest.raises(
+            ConfigError, match=r"contradiction: c\.json: num_local_experts: 8: num_"
+        ):
+            from_hf(qwen | {"num_local_experts": 8}, "c.json")
 
 
 class TestRefused:

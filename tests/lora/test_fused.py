@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mistral_ms.checkpoint import inspect
+from mistral_ms.checkpoint import inspect, keys
 from mistral_ms.checkpoint.adapters import open_adapter, write_peft
+from mistral_ms.checkpoint.layout import format_layout
 from mistral_ms.config import LoraConfig, ModelConfig
-from mistral_ms.config.peft import from_peft
+from mistral_ms.config.peft import from_peft, to_peft
 from mistral_ms.errors import CheckpointError, ConfigError
+from mistral_ms.weights import A, B
 
 E, H, I, LAYERS, R = 3, 8, 12, 2, 2  # noqa: E741
 MODEL = ModelConfig(
@@ -93,16 +95,75 @@ def test_every_matrix_changes_as_in_the_file(tmp_path, more, rank):
             np.testing.assert_array_equal(b[:, :R], tensors[f"{q_proj}.lora_B.weight"])
             assert not a[R:].any() and not b[:, R:].any()
         write_peft(source, tmp_path / "written", None)
+        write_peft(source, tmp_path / "fused", None, fused=True)
         names = source.names()
         held = {name: source.read(name) for name in names}
-    assert all(
-        ".mlp." not in name for name in load_file(tmp_path / "written/adapter_model.safetensors")
-    )
-    with open_adapter(tmp_path / "written", MODEL) as again:
-        assert again.names() == names and again.config.lora == lora
-        for name, values in held.items():
-            np.testing.assert_array_equal(again.read(name), values)
+    kinds = {"written": "peft", "fused": "peft-fused"}
+    for directory, kind in kinds.items():
+        with open_adapter(tmp_path / directory, MODEL) as again:
+            assert (again.kind, again.names()) == (kind, names)
+            assert (again.config.lora.r, again.config.lora.scaling) == (rank, 1.5)
+            for name, values in held.items():
+                np.testing.assert_array_equal(again.read(name), values)
+    if not more:  # with one rank, what is written is what was read
+        found = load_file(tmp_path / "fused" / "adapter_model.safetensors")
+        assert set(found) == set(tensors)
+        for name, values in tensors.items():
+            np.testing.assert_array_equal(found[name], values)
     assert "w1, w2, w3" in inspect(tmp_path / "peft").layout
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    ("modules", "rank"), [(("w1", "w2", "w3", "gate", "q_proj"), 2 * R), (("w3", "o_proj"), R)]
+)
+def test_adapters_of_version_4_are_written_for_5(tmp_path, modules, rank, rslora):
+    """Those of w1 and w3, of which each has its A, become one of twice the rank."""
+    lora = LoraConfig(r=R, lora_alpha=3, target_modules=modules, use_rslora=rslora)
+    config = MODEL.model_copy(update={"lora": lora})
+    random = np.random.default_rng(1)
+    tensors = {
+        name: random.standard_normal(shape).astype(np.float32)
+        for name, shape in format_layout(config, keys.PEFT).shapes.items()
+    }
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(to_peft(lora)))
+    save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors")
+    with open_adapter(tmp_path / "peft", MODEL) as source:
+        write_peft(source, tmp_path / "fused", None, fused=True)
+        with open_adapter(tmp_path / "fused", MODEL) as again:
+            found = again.config.lora
+            # a root of two in the factor, twice
+            assert (found.r, found.scaling) == (rank, pytest.approx(lora.scaling, rel=1e-14))
+            for name in filter(lambda name: name.endswith(A), source.names()):
+                path = name.removesuffix(A)
+                for one in (source, again):
+                    a, b = (one.read(f"{path}{factor}").astype(np.float64) for factor in (A, B))
+                    if one is source:
+                        wanted = b @ a
+                # what is added is products with zeros
+                np.testing.assert_array_equal(b @ a, wanted)
+            if (
+                "w1" not in modules
+            ):  # adapters of one half: the other's are there, and change nothing
+                w1 = again.read(f"layers.0.moe.experts.w1_linear.{B}")
+                assert not w1.any() and not set(again.names()) <= set(source.names())
+
+
+def test_decomposed_experts_are_not_written_for_5(tmp_path):
+    lora = LoraConfig(r=R, target_modules=("w1", "w3"), use_dora=True)
+    shapes = format_layout(MODEL.model_copy(update={"lora": lora}), keys.PEFT).shapes
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(to_peft(lora)))
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors")
+    message = r"lora\.use_dora: .*does not decompose"
+    with (
+        open_adapter(tmp_path / "peft", MODEL) as source,
+        pytest.raises(ConfigError, match=message),
+    ):
+        write_peft(source, tmp_path / "fused", None, fused=True)
+    assert not (tmp_path / "fused").exists()
 
 
 def test_one_of_a_modules_parameters_is_not_nested(tmp_path):

@@ -4,7 +4,7 @@ import mindspore as ms
 import numpy as np
 import torch
 from mindspore import Tensor, nn
-from support.moe import hf_block, moe_config, moe_layer
+from support.moe import hf_block, hf_states, moe_config, moe_layer
 
 from mistral_ms.mixtures.fastmoe import NaiveGate
 from mistral_ms.mixtures.naive import NaiveMoELayer
@@ -37,7 +37,7 @@ def test_it_is_mixtrals_block_and_our_layer():
     naive = NaiveMoELayer(experts, dense(weights["router.weight"]), 2)
     x = np.random.default_rng(3).normal(0, 1, (11, 6)).astype(np.float32)
     found = naive(Tensor(x)).asnumpy()
-    theirs, _ = hf_block(config, weights)(torch.tensor(x)[None])
+    theirs = hf_states(hf_block(config, weights)(torch.tensor(x)[None]))
     np.testing.assert_allclose(found, theirs[0].detach().numpy(), **CLOSE)
     ours, _ = layer(Tensor(x), Tensor(np.ones(11, np.float32)))
     np.testing.assert_allclose(ours.asnumpy(), found, **CLOSE)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from mindspore import Tensor
-from support.hf import Pair, make_mixed_pair, make_pair, our_weights
+from support.hf import SPARSE, Pair, make_mixed_pair, make_pair, our_weights
 from support.models import fill, next_labels, ragged_batch
 from support.moe import CapacityBlock
 from support.routing import capacity_oracle
@@ -203,7 +203,7 @@ class CapacityPair:
         capacity = capacity_oracle(position_ids.size, 8, 2, routing.capacity_factor)
         self.blocks = [
             CapacityBlock(
-                layer.block_sparse_moe,
+                getattr(layer, SPARSE),
                 valid,
                 capacity,
                 routing.drop_priority == "choice_major",
@@ -213,7 +213,7 @@ class CapacityPair:
         ]
         self.weights = self.pair.weights()
         for layer, block in zip(self.pair.hf.model.layers, self.blocks, strict=True):
-            layer.block_sparse_moe = block
+            setattr(layer, SPARSE, block)
 
     def loss_and_gradients(self, ids):
         labels = torch.tensor(np.where(self.position_ids >= 0, ids, -100)).long()

@@ -6,7 +6,15 @@ import pytest
 import torch
 from mindspore import Tensor, nn
 from support.gates import context
-from support.moe import CapacityBlock, ExpertChoiceBlock, hf_block, moe_config, moe_layer
+from support.hf import expert_weights
+from support.moe import (
+    CapacityBlock,
+    ExpertChoiceBlock,
+    hf_block,
+    hf_states,
+    moe_config,
+    moe_layer,
+)
 from support.routing import capacity_oracle, expert_choice_moe_oracle, moe_oracle
 
 from mistral_ms.config import MoEArchitecture, RoutingConfig
@@ -73,7 +81,7 @@ def test_dropless_equals_hugging_face():
     layer, weights = moe_layer(config)
     x, valid = inputs(pads=())
     with torch.no_grad():
-        want = hf_block(config, weights)(torch.tensor(x)[None])[0][0].numpy()
+        want = hf_states(hf_block(config, weights)(torch.tensor(x)[None]))[0].numpy()
     got = layer(Tensor(x), Tensor(valid))[0].numpy()
     np.testing.assert_allclose(got, want, atol=RELATIVE * np.abs(want).max())
 
@@ -219,17 +227,16 @@ def torch_gradients(config, weights, routing, x, valid, d):
             routing.drop_priority == "choice_major",
             routing.rescale_survivors,
         )
-    (run(leaf[None])[0][0] * torch.tensor(d)).sum().backward()
+    (hf_states(run(leaf[None]))[0] * torch.tensor(d)).sum().backward()
 
-    def stack(w):
-        parts = [getattr(expert, w).weight for expert in block.experts]
-        return np.stack(
-            [np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy() for p in parts]
-        )
-
+    found = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in block.named_parameters()
+    }
+    experts = expert_weights(found, "experts")
     return leaf.grad.numpy(), {
         "router.weight": block.gate.weight.grad.numpy(),
-        **{f"experts.{w}": stack(w) for w in ("w1", "w2", "w3")},
+        **{f"experts.{w}": values.numpy() for w, values in experts.items()},
     }
 
 

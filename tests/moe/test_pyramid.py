@@ -6,6 +6,8 @@ import pytest
 import torch
 from mindspore import Tensor
 from support.configs import model as small_model
+from support.hf import SPARSE, hf_experts
+from support.moe import hf_states
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralSparseMoeBlock,
@@ -61,18 +63,20 @@ def hugging_face(config, weights):
     )  # fmt: skip
     oracle = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4)).eval()
     fewer = MixtralConfig(**sizes, num_local_experts=2)
-    oracle.model.layers[0].block_sparse_moe = MixtralSparseMoeBlock(fewer)
-    state = {}
+    setattr(oracle.model.layers[0], SPARSE, MixtralSparseMoeBlock(fewer))
+    state, experts = {}, {}
     for name, values in weights.items():
         theirs = name if name.startswith("lm_head") else f"model.{name}"
         theirs = theirs.replace(".attention.", ".self_attn.").replace(
-            ".moe.router.", ".block_sparse_moe.gate."
+            ".moe.router.", f".{SPARSE}.gate."
         )
         if ".moe.experts." in name:
-            path, w = theirs.replace(".moe.", ".block_sparse_moe.").rsplit(".", 1)
-            state |= {f"{path}.{e}.{w}.weight": torch.tensor(m) for e, m in enumerate(values)}
+            path, w = theirs.replace(".moe.", f".{SPARSE}.").rsplit(".", 1)
+            experts.setdefault(path, {})[w] = values
         else:
             state[theirs] = torch.tensor(values)
+    for path, matrices in experts.items():
+        state |= {name: torch.tensor(each) for name, each in hf_experts(path, matrices).items()}
     oracle.load_state_dict(state)
     return oracle
 
@@ -88,9 +92,13 @@ def test_equals_hugging_face_with_blocks_of_other_sizes():
     ids, positions = batch()
     oracle = hugging_face(config, weights)
     found = oracle(torch.tensor(ids, dtype=torch.long), output_router_logits=False)
-    blocks = [layer.block_sparse_moe for layer in oracle.model.layers]
+    blocks = [getattr(layer, SPARSE) for layer in oracle.model.layers]
     logits = []
-    hooks = [b.gate.register_forward_hook(lambda m, i, o: logits.append(o)) for b in blocks]
+
+    def keep(gate, given, found):
+        logits.append(hf_states(found))
+
+    hooks = [b.gate.register_forward_hook(keep) for b in blocks]
     found = oracle(torch.tensor(ids, dtype=torch.long))
     for hook in hooks:
         hook.remove()

@@ -8,8 +8,9 @@ import pytest
 import torch
 from mindspore import Tensor, nn
 from support.configs import model as small_model
+from support.hf import STACKED
 from transformers import DeepseekV2Config, DeepseekV3Config, Dots1Config, Qwen2MoeConfig
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MoE
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.dots1.modeling_dots1 import Dots1MoE
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
@@ -49,7 +50,7 @@ FAMILIES = {
         ),
     ),
     "deepseek-v1": (
-        lambda: DeepseekV2MoE(
+        lambda: modeling_deepseek_v2.DeepseekV2MoE(
             DeepseekV2Config(
                 **DEEPSEEK | dict(n_group=1, topk_group=1, routed_scaling_factor=1.0),
                 topk_method="greedy",
@@ -59,7 +60,7 @@ FAMILIES = {
         dict(n_shared_experts=2, norm_topk_prob=False, gate="group_limited_top_k"),
     ),
     "deepseek-v2": (
-        lambda: DeepseekV2MoE(
+        lambda: modeling_deepseek_v2.DeepseekV2MoE(
             DeepseekV2Config(**DEEPSEEK, topk_method="group_limited_greedy", norm_topk_prob=False)
         ),
         dict(
@@ -144,6 +145,7 @@ class Product(nn.Cell):
         return (self.cell(x, self.valid)[0] * dout).sum()
 
 
+@pytest.mark.skipif(STACKED, reason="blocks of transformers 4")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_equals_hugging_face_forward_and_backward(name):
     make, moe = FAMILIES[name]

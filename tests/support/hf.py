@@ -1,4 +1,7 @@
-"""Tiny Hugging Face models: the oracle. The key mapping is written apart from the package's."""
+"""Tiny Hugging Face models: the oracle. The key mapping is written apart from the package's.
+
+Of transformers 4, whose Mixtral has a module for each expert, and of 5, which stacks their weights.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from transformers import (
     MinistralConfig,
     MinistralForCausalLM,
@@ -21,6 +25,11 @@ from mistral_ms.config import ModelConfig, from_hf
 from mistral_ms.tokenizer import copy_files, packaged_tokenizer
 
 torch.set_num_threads(2)
+
+STACKED = int(transformers.__version__.split(".")[0]) >= 5
+"""The weights of experts are parameters [E, ...] of transformers 5."""
+SPARSE = "mlp" if STACKED else "block_sparse_moe"
+"""What a decoder layer calls its sparse layer."""
 
 BASE = dict(
     vocab_size=320,
@@ -161,8 +170,9 @@ def hf_logits(pair: Pair, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
 class DenseBlock(MistralMLP):
     """A dense feed-forward where Mixtral's decoder layer expects a sparse block."""
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return super().forward(x), None
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, None]:
+        y = super().forward(x)
+        return y if STACKED else (y, None)
 
 
 def make_mixed_pair(layers: int, sparse_layers: tuple[int, ...], seed: int = 0) -> Pair:
@@ -170,8 +180,9 @@ def make_mixed_pair(layers: int, sparse_layers: tuple[int, ...], seed: int = 0) 
     pair = make_pair("mixtral", seed, num_hidden_layers=layers)
     for i, layer in enumerate(pair.hf.model.layers):
         if i not in sparse_layers:
-            layer.block_sparse_moe = DenseBlock(pair.hf.config)
-            for parameter in layer.block_sparse_moe.parameters():
+            block = DenseBlock(pair.hf.config)
+            setattr(layer, SPARSE, block)
+            for parameter in block.parameters():
                 torch.nn.init.normal_(parameter, std=BASE["initializer_range"])
     moe = pair.config.moe.model_copy(update={"sparse_layers": sparse_layers})
     return Pair(pair.hf, pair.config.model_copy(update={"moe": moe}))
@@ -196,14 +207,36 @@ def our_weights(hf: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, n
         for x in "qkvo":
             ours[f"{mine}attention.{x}_proj.weight"] = take(f"{theirs}self_attn.{x}_proj")
         if not config.is_sparse(i):
-            dense = theirs + ("mlp." if config.moe is None else "block_sparse_moe.")
+            dense = theirs + ("mlp." if config.moe is None else f"{SPARSE}.")
             for w, name in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
                 ours[f"{mine}feed_forward.{w}.weight"] = take(dense + name)
         else:
-            block = theirs + "block_sparse_moe."
+            block = f"{theirs}{SPARSE}."
             ours[f"{mine}moe.router.weight"] = take(block + "gate")
-            for w in ("w1", "w2", "w3"):
-                ours[f"{mine}moe.experts.{w}"] = np.stack(
-                    [take(f"{block}experts.{e}.{w}") for e in range(config.moe.num_local_experts)]
-                )
+            for w, values in expert_weights(hf, f"{block}experts").items():
+                ours[f"{mine}moe.experts.{w}"] = values.detach().float().numpy()
     return ours
+
+
+def hf_experts(experts: str, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The way back, from w1, w2 and w3."""
+    if STACKED:
+        gate_up = np.concatenate([weights["w1"], weights["w3"]], 1)
+        return {f"{experts}.gate_up_proj": gate_up, f"{experts}.down_proj": weights["w2"]}
+    return {
+        f"{experts}.{e}.{w}.weight": matrix
+        for w, matrices in weights.items()
+        for e, matrix in enumerate(matrices)
+    }
+
+
+def expert_weights(hf: dict[str, torch.Tensor], experts: str) -> dict[str, torch.Tensor]:
+    """Those of the experts of a layer, stacked: w1 and w3 [E, I, H], w2 [E, H, I]."""
+    if STACKED:
+        w1, w3 = hf[f"{experts}.gate_up_proj"].chunk(2, dim=1)
+        return {"w1": w1, "w2": hf[f"{experts}.down_proj"], "w3": w3}
+    number = sum(name.startswith(f"{experts}.") and name.endswith(".w1.weight") for name in hf)
+    return {
+        w: torch.stack([hf[f"{experts}.{e}.{w}.weight"] for e in range(number)])
+        for w in ("w1", "w2", "w3")
+    }

@@ -10,6 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from mistral_ms.config import DROPLESS, ModelConfig, MoEArchitecture, RoutingConfig
 from mistral_ms.moe import MoELayer
+from support.hf import STACKED, hf_experts
 from support.routing import expert_choice_oracle, slots_oracle
 
 
@@ -51,11 +52,29 @@ def hf_block(config: ModelConfig, weights: dict[str, np.ndarray]) -> MixtralSpar
         )
     )
     state = {"gate.weight": weights["router.weight"]}
-    for e in range(config.moe.num_local_experts):
-        for w in ("w1", "w2", "w3"):
-            state[f"experts.{e}.{w}.weight"] = weights[f"experts.{w}"][e]
+    experts = {w: weights[f"experts.{w}"] for w in ("w1", "w2", "w3")}
+    state |= hf_experts("experts", experts)
     block.load_state_dict({k: torch.tensor(v) for k, v in state.items()})
     return block
+
+
+def hf_states(found: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """What Hugging Face's block gives: states, beside logits in version 4."""
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _logits(block: MixtralSparseMoeBlock, x_TH: torch.Tensor) -> torch.Tensor:
+    """Of the block's gate [T, E]; version 5 gives weights and choices, too."""
+    return hf_states(block.gate(x_TH))
+
+
+def _expert(block: MixtralSparseMoeBlock, e: int, x: torch.Tensor) -> torch.Tensor:
+    """What one of the block's experts makes of rows [..., H]."""
+    if not STACKED:
+        return block.experts[e](x)
+    w1, w3 = block.experts.gate_up_proj[e].chunk(2)
+    up = torch.nn.functional.silu(x @ w1.T) * (x @ w3.T)
+    return up @ block.experts.down_proj[e].T
 
 
 class CapacityBlock(torch.nn.Module):
@@ -85,12 +104,12 @@ class CapacityBlock(torch.nn.Module):
         self.kept: np.ndarray | None = None
         self.logits: torch.Tensor | None = None
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         x_TH = hidden.reshape(-1, hidden.shape[-1])
-        self.logits = logits_TE = self.block.gate(x_TH)
+        self.logits = logits_TE = _logits(self.block, x_TH)
         weights_TK, chosen_TK = torch.topk(torch.softmax(logits_TE, -1), self.block.top_k, -1)
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        E, chosen = self.block.num_experts, chosen_TK.numpy()
+        E, chosen = logits_TE.shape[-1], chosen_TK.numpy()
         kept_TK = slots_oracle(chosen, self.valid_T, E, self.capacity, self.choice_major).kept_TK
         self.routed = np.bincount(chosen[self.valid_T > 0].ravel(), minlength=E)
         self.kept = np.bincount(chosen[kept_TK > 0].ravel(), minlength=E)
@@ -100,9 +119,11 @@ class CapacityBlock(torch.nn.Module):
             total = weights_TK[t, kept].sum() if self.rescale and kept else 1.0
             row = torch.zeros_like(x_TH[t])
             for k in kept:
-                row = row + weights_TK[t, k] / total * self.block.experts[chosen[t, k]](x_TH[t])
+                y = _expert(self.block, chosen[t, k], x_TH[t])
+                row = row + weights_TK[t, k] / total * y
             rows.append(row)
-        return torch.stack(rows).reshape(hidden.shape), logits_TE
+        states = torch.stack(rows).reshape(hidden.shape)
+        return states if STACKED else (states, logits_TE)
 
 
 class ExpertChoiceBlock(torch.nn.Module):
@@ -122,9 +143,9 @@ class ExpertChoiceBlock(torch.nn.Module):
         self.block, self.valid_T = block, valid_T
         self.capacity, self.rescale = capacity, rescale
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         x_TH = hidden.reshape(-1, hidden.shape[-1])
-        logits_TE = self.block.gate(x_TH)
+        logits_TE = _logits(self.block, x_TH)
         scores_TE = torch.softmax(logits_TE, -1)
         taken = expert_choice_oracle(scores_TE.detach().numpy(), self.valid_T, self.capacity)
         weights_TE = scores_TE * torch.tensor(taken.kept_TK)
@@ -132,6 +153,6 @@ class ExpertChoiceBlock(torch.nn.Module):
             total_T1 = weights_TE.sum(-1, keepdim=True)
             weights_TE = weights_TE / torch.where(total_T1 > 0, total_T1, torch.ones_like(total_T1))
         y_TH = torch.zeros_like(x_TH)
-        for e, expert in enumerate(self.block.experts):
-            y_TH = y_TH + weights_TE[:, e : e + 1] * expert(x_TH)
-        return y_TH.reshape(hidden.shape), logits_TE
+        for e in range(logits_TE.shape[-1]):
+            y_TH = y_TH + weights_TE[:, e : e + 1] * _expert(self.block, e, x_TH)
+        return y_TH.reshape(hidden.shape)

@@ -7,7 +7,7 @@ import torch
 from mindspore import Tensor, ops
 from support.moe import moe_config
 from transformers import DeepseekV2Config
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MoEGate
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
 
 from mistral_ms.config import DROPLESS, MoEArchitecture
 from mistral_ms.errors import ConfigError
@@ -54,15 +54,22 @@ def softmax(weight):
 def test_equals_hugging_face(groups):
     """Its class never divides the weights by their sum."""
     cell, weight = gate(routed_scaling_factor=16.0, **groups)
-    theirs = DeepseekV2MoEGate(
+    version_4, version_5 = "DeepseekV2MoEGate", "DeepseekV2TopkRouter"
+    kind = getattr(modeling_deepseek_v2, version_5, None)
+    theirs = (kind or getattr(modeling_deepseek_v2, version_4))(
         DeepseekV2Config(
-            hidden_size=H, n_routed_experts=E, num_experts_per_tok=K, norm_topk_prob=False,
+            hidden_size=H, num_attention_heads=1, n_routed_experts=E, num_experts_per_tok=K,
+            norm_topk_prob=False,
             routed_scaling_factor=16.0, topk_method="group_limited_greedy" if groups else "greedy",
             **{"n_group": 1, "topk_group": 1, **groups},
         )
     )  # fmt: skip
     theirs.weight.data = torch.tensor(weight)
-    experts, weights, *_ = theirs(torch.tensor(tokens())[None])
+    given = theirs(
+        torch.tensor(tokens())[None]
+    )  # experts, weights, and further ones before or after
+    experts = next(each for each in given if not each.is_floating_point())
+    weights = next(each for each in given if each.is_floating_point() and each.shape[-1] == K)
     got_weights, got_experts, *_ = cell(Tensor(tokens()))
     # MindSpore's exponential is good to 6e-6
     np.testing.assert_allclose(

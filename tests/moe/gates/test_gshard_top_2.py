@@ -5,6 +5,7 @@ import pytest
 import torch
 from mindspore import Tensor
 from support.gates import context, gated, results_and_gradients, torch_gradients
+from support.hf import STACKED
 from support.moe import hf_block, moe_layer
 from support.routing import priority_oracle, silu, softmax
 from transformers import NllbMoeConfig
@@ -142,6 +143,7 @@ def test_a_sampled_second_expert_has_its_share():
         assert (((counts - expected) ** 2 / expected).sum() < 33) == right
 
 
+@pytest.mark.skipif(STACKED, reason="blocks of transformers 4")
 @pytest.mark.parametrize("priority", ["choice_major", "score"])
 @pytest.mark.parametrize("before", [True, False], ids=["before dropping", "after dropping"])
 def test_equals_nllb_moe(before, priority):
