@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mistral_ms.checkpoint import open_checkpoint
-from mistral_ms.config import ModelConfig, load_model_config
+from mistral_ms.config import ModelConfig, from_hf, load_model_config
 from mistral_ms.config.base import validate
+from mistral_ms.config.hugging_face_keys import HF_MOE_KEYS
+from mistral_ms.errors import ConfigError
 
 
 class AutoConfig:
@@ -32,10 +34,31 @@ class AutoConfig:
             return source.config
 
     @staticmethod
-    def for_model(**keys: Any) -> ModelConfig:
+    def for_model(model_type: str | None = None, **keys: Any) -> ModelConfig:
         """The architecture of some keys.
 
+        Args:
+            model_type: ``mistral``, ``mixtral`` or another one that checkpoints of Hugging Face
+                may have: then the keys are those of its ``config.json``, ``num_local_experts``
+                beside ``hidden_size``. None: they are those of the configuration that this
+                returns, whose sparse layers are the group ``moe``.
+            keys: and their values.
+
         Raises:
-            ConfigError: an unknown key or an impossible value.
+            ConfigError: an unknown key, one that is missing, or an impossible value.
         """
-        return validate(ModelConfig, keys, "AutoConfig.for_model")
+        where = "AutoConfig.for_model"
+        if model_type is not None:
+            return from_hf({**keys, "model_type": model_type}, where)[0]
+        flat = next((key for key in HF_MOE_KEYS if key in keys), None)
+        if flat is not None:
+            raise ConfigError(
+                "unknown key",
+                where=f"{where}: {flat}",
+                value=keys[flat],
+                rule="without model_type keys are those of the configuration, whose sparse layers "
+                "are the group moe",
+                todo=f'write moe={{"{flat}": ...}}, or model_type="mixtral" before keys of '
+                "config.json",
+            )
+        return validate(ModelConfig, keys, where)

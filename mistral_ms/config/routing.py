@@ -41,7 +41,9 @@ class RoutingConfig(Frozen):
             choice (GShard, algorithm 1), earlier tokens first; ``score``: likewise, but the tokens
             with the largest scores first (batch prioritized routing, arXiv:2106.05974);
             ``random``: likewise, in an order that is drawn anew for each step and layer (random
-            token selection, arXiv:2109.10465; outside of training: earlier tokens first).
+            token selection, arXiv:2109.10465; outside of training: earlier tokens first);
+            ``probs``: each expert serves the choices that score highest with it, first or not
+            (DeepSpeed's and Megatron's name for it).
             All but ``token_major`` look at later tokens. Where experts choose there is no order.
         capacity_group: the tokens among which slots are shared out, each such local group having
             slots of its own (GShard, section 2.2): ``batch``: a whole dispatch group; ``sequence``:
@@ -79,7 +81,9 @@ class RoutingConfig(Frozen):
     min_capacity: int = Field(default=1, ge=1)
     capacity_multiple_of: int = Field(default=1, ge=1)
     eval_capacity_factor: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    drop_priority: Literal["token_major", "choice_major", "score", "random"] = "token_major"
+    drop_priority: Literal["token_major", "choice_major", "score", "random", "probs"] = (
+        "token_major"
+    )
     capacity_group: LocalGroup = "batch"
     reroute_rounds: int = Field(default=0, ge=0)
     rescale_survivors: bool = False
@@ -141,7 +145,7 @@ class RoutingConfig(Frozen):
         given = f"reroute_rounds ({self.reroute_rounds})"
         if self.policy != "capacity":
             raise ValueError(f"{given} needs policy capacity, not {self.policy}: no expert is full")
-        if self.drop_priority in ("score", "random"):
+        if self.drop_priority in ("score", "random", "probs"):
             raise ValueError(
                 f"{given} serves earlier tokens first, drop_priority ({self.drop_priority}) does "
                 "not: set drop_priority=token_major"

@@ -48,7 +48,7 @@ class RouterMonitor(Callback):
     def on_train_step_end(self, run_context: Any) -> None:
         """Called by MindSpore."""
         parameters = run_context.original_args()
-        step = parameters.cur_step_num
+        step = steps_before(parameters) + parameters.cur_step_num
         if self._read is None:  # of the step; data that is sunk has a cell of its own around it
             cells = (cell for _, cell in parameters.train_network.cells_and_names())
             reads = (getattr(cell, "losses", None) for cell in cells)
@@ -56,6 +56,19 @@ class RouterMonitor(Callback):
         if step % self.per_print_times or (losses := self._read()) is None:
             return
         logger.info("step %s: %s", step, describe(losses))
+
+
+def steps_before(parameters: Any) -> int:
+    """The steps of the training that this run goes on with: MindFormers counts from 1 again, and
+    tells its own callbacks, MFLossMonitor among them, how many there were.
+
+    Args:
+        parameters: of the run, as callbacks get them.
+    """
+    of_run = parameters.get("initial_step")
+    callbacks = parameters.get("list_callback") or ()
+    steps = (getattr(each, "initial_step", None) or 0 for each in callbacks)
+    return of_run if of_run is not None else max(steps, default=0)
 
 
 def describe(losses: StepLosses) -> str:

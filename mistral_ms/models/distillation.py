@@ -15,7 +15,7 @@ from mistral_ms.models.objective import Objective
 _sum = ops.ReduceSum()
 
 DISTANCE = "distillation"
-"""Its name among the further losses of the report."""
+"""Its name among the measures of the report."""
 
 
 class DistillationObjective(Objective):
@@ -24,8 +24,7 @@ class DistillationObjective(Objective):
     without forgetting, arXiv:1606.09282; the regulariser of Lifelong-MoE, arXiv:2305.12281, is of
     that kind).
 
-    The distance is reported behind the router's losses, as :data:`DISTANCE`. Logits of both models
-    are held whole.
+    The distance is a measure of the report, :data:`DISTANCE`. Logits of both models are held whole.
 
     Args:
         model: what is trained, whole.
@@ -34,12 +33,13 @@ class DistillationObjective(Objective):
         options: as for :class:`~mistral_ms.models.Objective`.
     """
 
+    measures = (DISTANCE,)
+
     def __init__(
         self, model: CausalLM, before: CausalLM, coefficient: float, **options: Any
     ) -> None:
         super().__init__(model, **options)
         self.before, self.coefficient = before, coefficient
-        self.others = (*self.others, DISTANCE)
         for parameter in before.get_parameters():
             parameter.requires_grad = False
 

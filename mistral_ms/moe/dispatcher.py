@@ -33,7 +33,7 @@ _sum_keep = ops.ReduceSum(keep_dims=True)
 MOST_CUSTOM_CHOICES = 8
 """K of the operators MoeDispatch and MoeCombine, see ``ascend_kernels/docs``."""
 
-PRIORITIES = ("score", "random")
+PRIORITIES = ("score", "random", "probs")
 """Values of ``routing.drop_priority`` under which a gate says which choices come first."""
 
 DispatchPlan: TypeAlias = tuple[RowIdMap, Tensor, Tensor | None, tuple[Any, ...]]

@@ -43,6 +43,7 @@ def write_failure(
         "aux_loss": result.aux_loss,
         "z_loss": result.z_loss,
         "router_losses": result.router_losses,
+        "distillation": result.distillation,
         "grad_norm": result.grad_norm,
         "lr": result.learning_rate,
         "loss_scale": result.loss_scale,

@@ -56,7 +56,8 @@ def write_figures(directory: Path, records: Sequence[StepRecord], run: RunConfig
 
 
 def loss_figure(records: Sequence[StepRecord], vocab_size: int | None = None) -> bytes:
-    """The loss over the steps, and the learning rate below it.
+    """The loss over the steps, where outputs are held to those of another model the distance from
+    it, and the learning rate below.
 
     The axis of the loss is logarithmic when the loss falls to less than a tenth.
 
@@ -70,6 +71,10 @@ def loss_figure(records: Sequence[StepRecord], vocab_size: int | None = None) ->
     lm = [r.lm_loss for r in records]
     top.plot(steps, [r.loss for r in records], color=ORANGE, alpha=0.4, lw=4, label="total loss")
     top.plot(steps, lm, color=BLUE, lw=1.4, label="language model loss")
+    if records[-1].distillation is not None:
+        # a resumed training may have begun without it
+        far = [math.nan if r.distillation is None else r.distillation for r in records]
+        top.plot(steps, far, color=GREEN, lw=1.4, label="distance from the other model")
     if np.nanmax(lm) > 10 * np.nanmin(lm) > 0:
         logarithmic(top)
     else:

@@ -41,6 +41,8 @@ class StepRecord:
         preference: where pairs of answers are learnt: their loss, rewards, margins, how often the
             chosen answer has the larger reward, and log-probabilities, means over the pairs; see
             :data:`mistral_ms.models.preference.MEASURES`.
+        distillation: where outputs are held to those of another model, the distance from it,
+            without its coefficient.
     """
 
     step: int
@@ -58,6 +60,7 @@ class StepRecord:
     expert_load: tuple[tuple[float, ...], ...]
     router_losses: dict[str, float] = field(default_factory=dict)
     preference: dict[str, float] = field(default_factory=dict)
+    distillation: float | None = None
 
 
 def make_record(
@@ -82,6 +85,7 @@ def make_record(
         expert_load=tuple(tuple(round(float(x), 6) for x in row) for row in load),
         router_losses=result.router_losses,
         preference=result.preference,
+        distillation=result.distillation,
     )
 
 
@@ -120,6 +124,8 @@ def _line(record: StepRecord) -> str:
     values = asdict(record)
     if not record.preference:
         del values["preference"]
+    if record.distillation is None:
+        del values["distillation"]
     for group in (values, values["router_losses"], values.get("preference", {})):
         for name, value in group.items():
             if isinstance(value, float) and not math.isfinite(value):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mindspore as ms
 from mindspore import Parameter
@@ -57,8 +57,8 @@ def check_settings(run: RunConfig) -> RunConfig:
     Raises:
         ConfigError: a dtype that the device does not compute in; an optimizer, its settings or its
             parameter groups; losses that the layout cannot form or the gate does not have; a gate
-            with impossible settings, or one that breaks its contract; what only one process with
-            explicit execution can train; preferences without a reference.
+            with impossible settings, or one that breaks its contract; what the layout or the
+            auto-parallel graph cannot train; preferences without a reference.
     """
     check_device(run)
     run = run.model_copy(update={"training": with_settings(run.training)})
@@ -77,28 +77,48 @@ def check_settings(run: RunConfig) -> RunConfig:
         )
     if run.model.sparse_layers:
         try_gates(make_gate(run.model, run.routing), run.model, training=True)
-    _check_one_process(run, graph)
+    _check_way(run, graph)
     return run
 
 
-def _check_one_process(run: RunConfig, graph: bool) -> None:
-    """Raises where several processes or the auto-parallel graph have what one process trains."""
+def _check_way(run: RunConfig, graph: bool) -> None:
+    """Raises where the auto-parallel graph, or a layout, has what it cannot train."""
+    parallel = run.parallel
     frozen = 0 if run.model.moe is None else run.model.moe.gate.frozen
-    alone = {
-        "model.moe.gate.frozen_experts": frozen or None,
-        "distillation": run.distillation and run.distillation.path,
-        "data.domains": (run.data and list(run.data.domains)) or None,
+    divided = {"parallel.mp": parallel.mp, "parallel.pp": parallel.pp}
+    given: dict[str, tuple[Any, dict[str, int], str]] = {
+        "model.moe.gate.frozen_experts": (frozen or None, {}, ""),
+        "distillation": (
+            run.distillation and run.distillation.path,
+            divided,
+            "each process has the other model, and both models' logits, whole",
+        ),
+        "data.domains": (
+            (run.data and list(run.data.domains)) or None,
+            {"parallel.pp": parallel.pp},
+            "experts are chosen by tokens and domains, which only the first stage has",
+        ),
     }
-    world, way = run.parallel.world, "graph" if graph else "explicit"
-    for key, value in alone.items():
-        if value is not None and (world > 1 or graph):
+    for key, (value, of_one, rule) in given.items():
+        if value is None:
+            continue
+        if graph:
             raise ConfigError(
                 "impossible layout",
                 where=key,
-                value=f"{value} with {world} processes, parallel.execution {way}",
-                rule="is trained in one process with explicit execution alone",
-                todo="leave it out, or set parallel to one process and parallel.execution=explicit",
+                value=f"{value} with parallel.execution graph",
+                rule="is trained with explicit execution alone",
+                todo="leave it out, or set parallel.execution=explicit",
             )
+        for size, number in of_one.items():
+            if number > 1:
+                raise ConfigError(
+                    "impossible layout",
+                    where=key,
+                    value=f"{value} with {size} {number}",
+                    rule=rule,
+                    todo=f"leave it out, or set {size}=1",
+                )
 
 
 def open_teacher(run: RunConfig, say: Say) -> tuple[CausalLM, float] | None:

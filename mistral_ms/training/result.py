@@ -31,6 +31,8 @@ class StepResult:
         router_losses: further router losses by name, without their coefficients.
         preference: where pairs of answers are learnt, what is reported of them; see
             :data:`mistral_ms.models.preference.MEASURES`.
+        distillation: the distance from another model to whose outputs this one is held, without
+            its coefficient; None without one.
     """
 
     loss: float
@@ -45,12 +47,14 @@ class StepResult:
     gradient_norms: dict[str, float]
     router_losses: dict[str, float] = field(default_factory=dict)
     preference: dict[str, float] = field(default_factory=dict)
+    distillation: float | None = None
 
     @property
     def finite(self) -> bool:
         """Whether losses and gradients were; otherwise the weights were left alone."""
         losses = (self.loss, self.lm_loss, self.aux_loss, self.z_loss, self.grad_norm)
-        return all(map(math.isfinite, (*losses, *self.router_losses.values())))
+        distance = 0.0 if self.distillation is None else self.distillation
+        return all(map(math.isfinite, (*losses, *self.router_losses.values(), distance)))
 
     @property
     def dropped_fraction(self) -> float:
@@ -73,6 +77,8 @@ class NotFiniteError(TrainingError):
     def __init__(self, step: int, batch: Batch, result: StepResult, scaled: bool) -> None:
         names = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm")
         values = {name: getattr(result, name) for name in names} | result.router_losses
+        if result.distillation is not None:
+            values["distillation"] = result.distillation
         name = next(name for name, value in values.items() if not math.isfinite(value))
         self.step, self.batch, self.result = step, batch, result
         super().__init__(

@@ -14,6 +14,7 @@ from mindspore import Parameter, Tensor, nn
 from mistral_ms.config import ModelConfig, TrainingConfig
 from mistral_ms.datasets.batches import Batch
 from mistral_ms.models import CausalLM, LossReport, StageChunks, StageObjectives, recompute
+from mistral_ms.models.distillation import DISTANCE
 from mistral_ms.moe import try_gates
 from mistral_ms.ops.graph_cache import kept_graphs
 from mistral_ms.ops.modes import graph_mode
@@ -355,6 +356,7 @@ class TrainStep:
         total, report = float(sums[0]), LossReport.unpack(sums[1:])
         norms = zip(self.weights, norms_n.asnumpy().tolist(), strict=True)
         values, others = list(map(float, report.others)), len(self._others)
+        measures = dict(zip(self._measures, values[others:], strict=True))
         return StepResult(
             loss=total,
             lm_loss=float(report.lm),
@@ -367,7 +369,8 @@ class TrainStep:
             kept_LE=_table(report.kept_LE),
             gradient_norms=dict(norms),
             router_losses=dict(zip(self._others, values[:others], strict=True)),
-            preference=dict(zip(self._measures, values[others:], strict=True)),
+            distillation=measures.pop(DISTANCE, None),
+            preference=measures,
         )
 
 

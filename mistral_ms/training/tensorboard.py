@@ -39,6 +39,8 @@ class TensorBoardWriter:
             scalars[f"loss/{name}"] = loss
         for name, value in record.preference.items():
             scalars[f"preference/{name}"] = value
+        if record.distillation is not None:
+            scalars["loss/distillation"] = record.distillation
         for layer, load in enumerate(record.expert_load):
             # 1 when every expert is asked equally often
             scalars[f"routing/busiest_expert/layer_{layer}"] = max(load) * len(load)

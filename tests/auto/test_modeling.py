@@ -7,6 +7,7 @@ from mindspore import Tensor
 from support.hf import make_pair, save_with_tokenizer
 from transformers import AutoModelForCausalLM as TheirModel
 from transformers import AutoTokenizer as TheirTokenizer
+from transformers import MixtralConfig
 
 import mistral_ms
 from mistral_ms import (
@@ -220,6 +221,18 @@ def test_configurations_and_fresh_models(tmp_path):
     assert a.num_parameters() == sum(p.size for p in a.parameters())
     with pytest.raises(ConfigError, match="perhaps hidden_size"):
         AutoConfig.for_model(**config.model_dump(), hiden_size=2)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    theirs = MixtralConfig(**sizes, num_local_experts=4).to_dict()
+    sparse = AutoConfig.for_model("mixtral", **sizes, num_local_experts=4)
+    assert sparse == AutoConfig.for_model(**theirs)
+    assert (sparse.moe.num_local_experts, sparse.rope_theta) == (4, 1e6)
+    with pytest.raises(
+        ConfigError, match=r"for_model: num_local_experts: 4: .* model_type=\"mixtral"
+    ):
+        AutoConfig.for_model(**sizes, num_local_experts=4)
+    with pytest.raises(ConfigError, match="for_model: model_type: 'bert'"):
+        AutoConfig.for_model("bert", **sizes)
     with pytest.raises(ConfigError, match="no configuration: config: dict: AutoConfig"):
         AutoModelForCausalLM.from_config({})
     a.tokenizer = AutoTokenizer.from_pretrained("packaged-v1")

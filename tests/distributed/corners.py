@@ -10,7 +10,7 @@ from mistral_ms.datasets.batches import Batch
 STEPS = 3
 TRAINED = {
     "plain": "dp2 ep2 interleaved",
-    "muon on the host, two micro-batches, dropless": "dp2 ep2 zero1, muon",
+    "muon on the host, two micro-batches, dropless, held": "dp2 ep2 zero1, muon",
 }
 """Trainings of two processes, by variant, that go on with these batches: they have compiled."""
 

@@ -42,7 +42,7 @@ def test_weights_end_where_one_process_ends(report, variant):
     for path, want in alone(2, TRAINED[variant], variant)[3].items():
         for rank in (0, 1):
             got = report(2).get(rank, f"corners/{variant}/weights/{path}")
-            part = np.float64(want[weight_slice(weights[path], topology, rank)])
+            part = want[weight_slice(weights[path], topology, rank)].astype(np.float64)
             assert np.linalg.norm(got - part) <= WEIGHTS * np.linalg.norm(part), path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,11 @@ from mistral_ms.config import (
     RoutingConfig,
     TrainingConfig,
 )
-from mistral_ms.datasets import InMemorySequences
+from mistral_ms.datasets import Batch, InMemorySequences
 from mistral_ms.datasets.preferences import PreferenceSequences
+from mistral_ms.mixtures.domains import RandomRoutedSettings
+from mistral_ms.mixtures.lifelong import StagedTopKSettings
+from mistral_ms.models import CausalLM
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.training import NotFiniteError, TrainStep, make_objective
 from mistral_ms.training.failure import write_failure
@@ -48,6 +52,8 @@ def model(name: str) -> ModelConfig:
     moe = {"sparse_layers": tuple(range(1, stages, 2))} if name in MIXED else {}
     if name in GATES:
         moe["gate"] = GATES[name]
+    if name in OF_ONE:
+        moe |= {"num_experts_per_tok": 1, "norm_topk_prob": False}
     if name in FINE:
         moe |= FINE[name]
     lora = {}
@@ -81,12 +87,20 @@ LAYOUTS = {
 }
 MIXED = ("pp4, gpipe", "dp2 pp2 ep2 zero1")
 """Layouts with stages that have no experts, with ZeRO-1 too."""
+FROZEN, DOMAINS = 5, 2
 GATES = {
     "dp2 mp2 ep2": "noisy_top_k",
     "dp2 ep2 interleaved": {"name": "gshard_top_2", "router_jitter_noise": 0.1},
     "pp4, gpipe": {"name": "sigmoid_top_k", "bias_update_rate": 0.05},
+    "dp2 ep2 zero1, muon": StagedTopKSettings(frozen_experts=FROZEN),
+    "dp4 ep2 zero1": RandomRoutedSettings(domains=DOMAINS),
 }
-"""Gates other than the usual one: noise and state are those of one process, too."""
+"""Gates other than the usual one: noise and state are those of one process, too. With the frozen
+experts outputs are held to those of another model: a stage of Lifelong-MoE. Domains: PanGu-Sigma's
+random routed experts, where each rank has those of one domain, and rows of both.
+"""
+OF_ONE = ("dp4 ep2 zero1",)
+"""Layouts whose gates choose one expert."""
 FINE = {
     "dp2 ep2 interleaved": {
         "num_local_experts": (8, 16),
@@ -120,9 +134,11 @@ DEEP = ("dp2 ep2 zero1", "generating")
 WATCHED = ("dp2 ep2 zero1, muon", "pp2, two chunks")
 """Whose layers' outputs are looked at after the training, and whose next step fails."""
 FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "kept_LE")
+EXPERTS = ({"pattern": "*.experts.*", "lr_factor": 0.5, "weight_decay": 0.02},)
+"""Settings of the optimizer for experts alone."""
 VARIANTS = {
     "plain": {},
-    "muon on the host, two micro-batches, dropless": {
+    "muon on the host, two micro-batches, dropless, held": {
         "offload_optimizer": "host",
         "gradient_accumulation_steps": 2,
         "optimizer": {"name": "muon", "learning_rate": 1e-3},
@@ -133,7 +149,8 @@ VARIANTS = {
     },
     "four micro-batches": {"gradient_accumulation_steps": 4},
     "float16": {"dtype": "float16"},
-    "experts choose": {},
+    "experts choose": {"param_groups": EXPERTS},
+    "host": {"offload_optimizer": "host", "param_groups": EXPERTS},
     "preferences on the host, dropless": {"offload_optimizer": "host"},
 }
 """Of the training."""
@@ -141,10 +158,10 @@ OTHERS = {
     "dp2": ("float16",),
     "pp2": ("float16",),
     "dp2 ep2 zero1": ("float16",),
-    "dp2 ep2 zero1, muon": ("muon on the host, two micro-batches, dropless",),
+    "dp2 ep2 zero1, muon": ("muon on the host, two micro-batches, dropless, held",),
     "pp2, two chunks": ("four micro-batches",),
     "pp4, gpipe": ("host, four micro-batches, dropless",),
-    "dp4 ep2 zero1": ("experts choose",),
+    "dp4 ep2 zero1": ("host",),
     "dp2 ep2 zero1, adapters": ("preferences on the host, dropless",),
     "mp2": ("experts choose",),
     "dp2 pp2 ep2 zero1": ("experts choose",),
@@ -202,12 +219,30 @@ def dpo(variant: str) -> DpoConfig | None:
     return DpoConfig(beta=0.5, label_smoothing=0.1) if "preferences" in variant else None
 
 
-def data(variant: str = "plain") -> InMemorySequences | PreferenceSequences:
+def before(variant: str) -> tuple[CausalLM, float] | None:
+    """In one variant a model to whose outputs the training is held, and the coefficient."""
+    if "held" not in variant:
+        return None
+    other = CausalLM(small_model(**TINY | {"num_hidden_layers": 1}))
+    other.initialize(7)
+    return other, 0.5
+
+
+class OfDomains(InMemorySequences):
+    """Windows that are of several domains in turn."""
+
+    def batch(self, step: int) -> Batch:
+        batch = super().batch(step)
+        return replace(batch, domains_B=batch.samples_B % np.int32(DOMAINS))
+
+
+def data(architecture: ModelConfig, variant: str) -> InMemorySequences | PreferenceSequences:
     """147 tokens: 18 windows of eight and one of three, most of which is padding. Or 19 pairs."""
     if dpo(variant) is not None:
         return random_pairs(19, 8, 16)
     text = np.random.default_rng(3).integers(3, 48, 148).tolist()
-    return InMemorySequences(text, 8, 16, 0)
+    of_domains = architecture.moe is not None and architecture.moe.gate.row_domains > 1
+    return (OfDomains if of_domains else InMemorySequences)(text, 8, 16, 0)
 
 
 def train(name: str, parallel_context: ParallelContext, variant: str) -> tuple[list, TrainStep]:
@@ -217,12 +252,17 @@ def train(name: str, parallel_context: ParallelContext, variant: str) -> tuple[l
     parallel_context.initialize(part, 0)
     update = TrainStep(
         make_objective(
-            part, config, pooled_aux=False, parallel_context=parallel_context, dpo=dpo(variant)
+            part,
+            config,
+            pooled_aux=False,
+            parallel_context=parallel_context,
+            before=before(variant),
+            dpo=dpo(variant),
         ),
         config,
         parallel_context=parallel_context,
     )
-    sequences = data(variant)
+    sequences = data(model(name), variant)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.npz"
         add_reference(part, config, sequences, path, parallel_context, lambda line: None)
@@ -240,13 +280,15 @@ def broken(context: ParallelContext, update: TrainStep) -> None:
             weight.set_data(Tensor(values))
 
 
-def fail(worker: Worker, name: str, context: ParallelContext, update: TrainStep) -> None:
+def fail(
+    worker: Worker, name: str, context: ParallelContext, update: TrainStep, batch: Batch
+) -> None:
     """The report of a step that is not finite."""
     broken(context, update)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "failure.json"
         try:
-            update(data().batch(0))
+            update(batch)
         except NotFiniteError as error:
             write_failure(path, update, error, context)
         if context.is_rank_0:
@@ -265,13 +307,18 @@ def run_training(worker: Worker) -> None:
             worker.keep(f"{key}/{figure}", np.array([getattr(r, figure) for r in results]))
         measures = [list(result.preference.values()) for result in results]
         worker.keep(f"{key}/preference", np.array(measures))
+        if results[0].distillation is not None:
+            distances = [result.distillation for result in results]
+            worker.keep(f"{key}/distillation", np.array(distances))
         for path, weight in update.model.weights().items():
             worker.keep(f"{key}/weights/{path}", weight.asnumpy().copy())  # corners go on
             if weight.requires_grad:
                 norms = [result.gradient_norms[path] for result in results]
                 worker.keep(f"{key}/norms/{path}", np.array(norms))
         if name in WATCHED:
-            for number, each in enumerate(update.layer_statistics(data(variant).batch(0))):
+            for number, each in enumerate(
+                update.layer_statistics(data(model(name), variant).batch(0))
+            ):
                 worker.keep(f"watched/{name}/{number}", np.array(list(each.values())[1:]))
         if corners.TRAINED.get(variant) == name:
             for corner, batch in corners.batches().items():
@@ -284,5 +331,6 @@ def run_training(worker: Worker) -> None:
         state = sum(parameter.size for parameter in update.optimizer.state().values())
         worker.keep(f"{key}/state", np.array(state))
         if name in WATCHED:
-            fail(worker, name, parallel_context, update)
+            batch = data(model(name), variant).batch(0)
+            fail(worker, name, parallel_context, update, batch)
     worker.mode("pynative")

@@ -80,6 +80,27 @@ def test_what_router_monitor_says():
     assert stage.startswith("aux_loss 2.125000, z_loss 0.500000 of layers 3, dropped 0.0000")
 
 
+def test_router_monitor_counts_on_after_a_resume(monkeypatch):
+    """Their trainer counts from 1 again, and tells MFLossMonitor how many steps there were."""
+    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    from mindformers import MFLossMonitor
+    from mindspore import nn
+    from mindspore.train.callback._callback import InternalCallbackParam, RunContext
+
+    from mistral_ms.mindformers import monitor
+
+    network, table, said = nn.Cell(), np.ones((1, 2)), []
+    network.losses = lambda: monitor.StepLosses(2.5, 2.0, 0.5, table, table)
+    monkeypatch.setattr(monitor.logger, "info", lambda text, *args: said.append(text % args))
+    for begun, step, seen in ((0, 2, 2), (20, 2, 22), (21, 2, None)):
+        theirs = MFLossMonitor(initial_step=begun, dataset_size=8, origin_epochs=4)
+        ours = monitor.RouterMonitor(per_print_times=2)
+        state = {"cur_step_num": step, "train_network": network, "list_callback": [ours, theirs]}
+        ours.on_train_step_end(RunContext(InternalCallbackParam(state)))
+        assert [line.split(":")[0] for line in said] == [f"step {seen}"] * (seen is not None)
+        said.clear()
+
+
 def test_columns_are_those_that_the_file_names():
     pytest.importorskip("mindformers", reason="MindFormers is not installed")
     from mistral_ms.mindformers.wrapper import in_order

@@ -149,6 +149,12 @@ def test_what_a_run_file_may_not_say(run_file, change, message):
 
 
 def test_where_it_may_not_be_trained(run_file):
-    for change in ("parallel.dp=2", "parallel.execution=graph"):
-        with pytest.raises(ConfigError, match=r"impossible layout: data\.domains: \[1, 0, 0\] "):
-            check_settings(load_run_config(run_file, [change]))
+    for change, message in (
+        ("parallel.pp=2", r"parallel\.pp 2: .* only the first stage has"),
+        ("parallel.execution=graph", r"parallel\.execution graph: is trained with explicit"),
+    ):
+        changes = [change, "model.num_hidden_layers=2", "routing.aux_loss=per_layer"]
+        with pytest.raises(
+            ConfigError, match=rf"layout: data\.domains: \[1, 0, 0\] with {message}"
+        ):
+            check_settings(load_run_config(run_file, changes))

@@ -183,7 +183,7 @@ def test_the_distance(base, batch):
     logs = [x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logits]
     distance = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean()
     np.testing.assert_allclose(float(total) - float(plain), 0.7 * distance, rtol=1e-4)
-    assert objective.others == ("distillation",)
+    assert (objective.others, objective.measures) == ((), ("distillation",))
     np.testing.assert_allclose(float(parts[-1]), distance, rtol=1e-4)
 
 

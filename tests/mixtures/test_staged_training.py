@@ -105,7 +105,8 @@ def test_a_stage_is_trained_and_resumed(stages, tmp_path):
         elif part != "router.opening_bias":
             assert (values != old[name]).any(), name
     for record in read_metrics(tmp_path / "run" / "metrics.jsonl"):
-        distance = record.router_losses["distillation"]
+        distance = record.distillation
+        assert not record.router_losses
         want = record.lm_loss + 0.01 * record.aux_loss + 2.0 * distance
         assert record.loss == pytest.approx(want, rel=1e-5)
         assert distance > 1e-4
@@ -150,19 +151,22 @@ def test_no_optimizer_moves_a_frozen_row(stages, name):
 
 def test_what_is_refused(stages, tmp_path):
     run = load_run_config(file_of(stages, tmp_path))
-    for key, message in (
-        ("parallel.dp=2", "2 processes"), ("parallel.execution=graph", "execution graph")
-    ):  # fmt: skip
-        other = load_run_config(file_of(stages, tmp_path), [key])
-        with pytest.raises(ConfigError, match=rf"model\.moe\.gate\.frozen_experts: 4.*{message}"):
-            check_settings(other)
+    graph = load_run_config(file_of(stages, tmp_path), ["parallel.execution=graph"])
+    with pytest.raises(ConfigError, match=r"moe\.gate\.frozen_experts: 4 with .*execution graph"):
+        check_settings(graph)
+    several = run.model_copy(update={"parallel": ParallelConfig(dp=2, ep=2)})
+    check_settings(several)
     held = load_run_config(
         file_of(stages, tmp_path),
         [f"model={stages / 'new'}", "model.moe.gate.frozen_experts=0",
-         f"distillation={stages / 'old'}"],
+         f"distillation={stages / 'old'}", "routing.aux_loss=per_layer"],
     )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"impossible layout: distillation: .*old with 2 proc"):
-        check_settings(held.model_copy(update={"parallel": ParallelConfig(dp=2)}))
+    for size in ("mp", "pp"):
+        divided = held.model_copy(update={"parallel": ParallelConfig(**{size: 2})})
+        with pytest.raises(
+            ConfigError, match=rf"distillation: .*old with parallel\.{size} 2: each"
+        ):
+            check_settings(divided)
     # what is frozen is no part of the model: the checkpoint fits
     check_same_model(held.model, run.model, "", "")
     assert held.distillation.coefficient == 1.0

@@ -68,6 +68,11 @@ class TestLoss:
         assert guess[0] == pytest.approx(10.373, abs=1e-3)
         assert list(bottom.lines[0].get_ydata()) == [r.lr for r in source]
 
+    def test_shows_the_distance_from_another_model(self, drawn):
+        loss_figure([replace(each, distillation=each.lm_loss / 4) for each in records()])
+        lines = {line.get_label(): list(line.get_ydata()) for line in drawn[0].axes[0].lines}
+        assert lines["distance from the other model"] == [r.lm_loss / 4 for r in records()]
+
     def test_logarithmic_only_where_it_falls_far(self, drawn):
         loss_figure(records())
         loss_figure(records(loss=lambda t: 5 - 0.01 * t))

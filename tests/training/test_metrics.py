@@ -86,14 +86,17 @@ class TestFile:
     def test_figures_that_are_no_numbers_come_back_as_nan(self, tmp_path):
         path = tmp_path / "metrics.jsonl"
         broken = replace(
-            result(), loss=math.nan, grad_norm=math.inf, router_losses={"a": 0.5, "b": math.nan}
-        )
+            result(), loss=math.nan, grad_norm=math.inf,
+            router_losses={"a": 0.5, "b": math.nan}, distillation=math.nan,
+        )  # fmt: skip
+        assert not replace(result(), distillation=math.nan).finite
         with MetricsWriter(path) as write:
             write(make_record(1, 0.1, 30, 0.5, broken, skipped=1))
         assert json.loads(path.read_text())["loss"] is None
         [record] = read_metrics(path)
         assert math.isnan(record.loss) and math.isnan(record.grad_norm)
         assert record.router_losses["a"] == 0.5 and math.isnan(record.router_losses["b"])
+        assert math.isnan(record.distillation)
         assert record.lm_loss == 3.0
 
     def test_a_resumed_training_keeps_its_history_and_drops_what_came_after(self, tmp_path):

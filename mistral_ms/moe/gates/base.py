@@ -46,10 +46,8 @@ _range = ops.Range()
 _max_keep = ops.ReduceMax(keep_dims=True)
 
 PRIORITY_DRAWS, MASK_DRAWS, CMR_DRAWS = 0, 4, 5
-"""The numbers of the draws of :meth:`Gate.uniform` that :meth:`Gate.priority`,
-:meth:`Gate.output_mask` and :meth:`Gate.share_after_dropout` take; those between are of
-``noise.py``.
-"""
+"""The draws of :meth:`Gate.uniform` that :meth:`Gate.priority`, :meth:`Gate.output_mask` and
+:meth:`Gate.share_after_dropout` take by their numbers; those between are of ``noise.py``."""
 
 State = dict[str, np.ndarray]
 """Buffers of a gate by their names within it."""
@@ -155,7 +153,6 @@ class Gate(nn.Cell):
 
     def next_state(self, state: State, routed_E: np.ndarray) -> State:
         """The buffers after an update of the weights; unchanged where a gate does not say more.
-
         Called once for each optimizer step whose gradients are finite, on every process alike.
 
         Args:
@@ -222,21 +219,24 @@ class Gate(nn.Cell):
         ``routing.drop_priority`` names an order among tokens and choices, or nothing can be drawn.
 
         Under ``score`` and ``random`` the largest score of a token, or a uniform number, with one
-        more for each later choice that it has: all first choices come before any second one. The
-        sum is one of float32: what differs by less than 2^-23 K may count as equal.
+        more for each later choice that it has: all first choices come before any second one, and
+        in float32 what differs by less than 2^-23 K is equal. Under ``probs`` the score of each.
 
         Args:
             chosen: of every token.
             context: None outside of training.
         """
         _, experts_TK, scores_TE, _, _ = chosen
+        if self.drop_priority == "probs":  # what a gate leaves out gets no slot, whatever it has
+            there_TK = experts_TK % self.num_experts
+            return ops.stop_gradient(ops.gather_elements(scores_TE, 1, there_TK))
+        K = experts_TK.shape[-1]
         if self.drop_priority == "score":
             first_T1 = ops.stop_gradient(_max_keep(scores_TE, -1))
         elif self.drop_priority == "random" and context is not None:
             first_T1 = self.uniform(context, 1, PRIORITY_DRAWS)
         else:
             return None
-        K = experts_TK.shape[-1]
         return first_T1 + _cast(_range(K - 1, -1, -1), ms.float32).reshape(1, K)
 
     def output_mask(self, chosen: Routing, context: GateContext | None) -> Tensor | None:

@@ -83,9 +83,11 @@ def test_two_experts(sampling, monkeypatch):
     assert_same(found, result)
 
 
-def test_three_experts_in_token_major_order():
+@pytest.mark.parametrize(("priority", "policy"), [("token_major", "position"), ("probs", "probs")])
+def test_three_experts(priority, policy):
     found = ours(
-        "softmax_top_k", 3, True, capacity_factor=0.5, rescale_survivors=True, aux_normalize=True
-    )
-    result = theirs.topkgating(torch.tensor(found[3]), 3, 0.5, 1, drop_policy="position")
+        "softmax_top_k", 3, True, capacity_factor=0.5, drop_priority=priority,
+        rescale_survivors=True, aux_normalize=True,
+    )  # fmt: skip
+    result = theirs.topkgating(torch.tensor(found[3]), 3, 0.5, 1, drop_policy=policy)
     assert_same(found, result)

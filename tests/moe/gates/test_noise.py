@@ -7,7 +7,7 @@ from support.gates import context
 from support.moe import moe_config
 
 from mistral_ms.config import DROPLESS, RoutingConfig
-from mistral_ms.moe import make_gate
+from mistral_ms.moe import kept_choices, local_dispatcher, make_gate
 from mistral_ms.moe.gates.noise import gumbel, jittered
 
 T = 40
@@ -80,3 +80,29 @@ def test_priorities(priority):
     first = scores.max(-1) if priority == "score" else cell.uniform(context(T), 1, 0).numpy()[:, 0]
     np.testing.assert_array_equal(got.numpy(), np.stack([first + np.float32(1), first], -1))
     assert (outside is None) == (priority == "random"), "nothing is drawn outside of training"
+
+
+def test_each_expert_serves_the_choices_that_score_highest_with_it():
+    """``probs``: one expert after the other by a loop; some second choices are left out."""
+    E, C, rng = 4, 5, np.random.default_rng(2)
+    routing = RoutingConfig(
+        policy="capacity", capacity_factor=C * E / (2 * T), drop_priority="probs"
+    )
+    scores = rng.dirichlet(np.ones(E), T).astype(np.float32)
+    experts = np.argsort(-scores, -1)[:, :2].astype(np.int32)
+    experts[::5, 1] = E
+    weights = np.where(experts < E, 0.5, 0).astype(np.float32)
+    chosen = Tensor(weights), Tensor(experts), Tensor(scores), Tensor(scores), ()
+    valid = np.ones(T, np.float32)
+    valid[3] = 0
+    kept = np.zeros((T, 2))
+    for e in range(E):
+        wanting = [(t, k) for t in range(T) for k in range(2) if experts[t, k] == e and valid[t]]
+        for place in sorted(wanting, key=lambda place: -scores[place[0], e])[:C]:
+            kept[place] = 1
+    first = kept[:, 0][(experts[:, 0] < E) & (valid > 0)]
+    assert kept[:, 1].any() and not first.all(), "a second choice is served, a first one is not"
+    for given in (context(T), None):
+        priority = gate(routing=routing).priority(chosen, given)
+        plan = local_dispatcher(E, routing).plan(chosen, Tensor(valid), priority)
+        np.testing.assert_array_equal(kept_choices(plan).numpy(), kept)

@@ -92,6 +92,25 @@ def test_equals_the_loop_and_its_losses():
         np.testing.assert_allclose(float(term(sums, False)), want, rtol=1e-4)
 
 
+def test_the_load_is_how_often_an_expert_is_chosen_when_its_noise_is_drawn_again():
+    """Appendix A by drawing, with no formula: the others' noise stays."""
+    cell, weight, noise_weight = gate()
+    drawn = cell.normal(context()).numpy().astype(np.float64)
+    _, _, _, _, (_, load) = cell(Tensor(tokens()), context())
+    rng, draws, few = np.random.default_rng(2), 20_000, 8
+    clean = tokens().astype(np.float64) @ weight.T
+    std = np.log1p(np.exp(tokens().astype(np.float64) @ noise_weight.T)) + 1e-2
+    for t in range(few):
+        noisy = clean[t] + drawn[t] * std[t]
+        for e in range(E):
+            again = clean[t, e] + std[t, e] * rng.standard_normal(draws)
+            better = (np.delete(noisy, e)[:, None] > again).sum(0)
+            found, p = (better < K).mean(), float(load.numpy()[t, e])
+            # five standard errors: one of two million such frequencies lies outside
+            assert abs(found - p) <= 5 * np.sqrt(p * (1 - p) / draws) + ABSOLUTE, (t, e)
+    assert (np.abs(load.numpy()[:few] - 0.5) < 0.4).any(), "some are neither sure nor impossible"
+
+
 def test_noise_is_a_function_of_seed_step_layer_and_place():
     cell, _, _ = gate()
     first = cell.normal(context()).numpy()
