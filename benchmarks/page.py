@@ -96,6 +96,7 @@ def draw(panels: dict[Any, list[dict[str, Any]]], axis: str) -> bytes:
     the third quartile.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, NullFormatter
 
     columns = min(WIDE, len(panels))
     lines = -(-len(panels) // columns)
@@ -105,6 +106,7 @@ def draw(panels: dict[Any, list[dict[str, Any]]], axis: str) -> bytes:
     sides = list(
         dict.fromkeys(s for rows in panels.values() for row in rows for s in row["rounds"])
     )
+    measured = sorted({row["case"][axis] for rows in panels.values() for row in rows})
     for place, ((name, others), rows) in zip(axes.flat, panels.items(), strict=False):
         for number, side in enumerate(sides):
             there = [row for row in rows if side in row["rounds"]]
@@ -120,6 +122,11 @@ def draw(panels: dict[Any, list[dict[str, Any]]], axis: str) -> bytes:
                 color=f"C{number}", capsize=2,
             )  # fmt: skip
         place.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms")
+        place.tick_params(labelbottom=True)
+        place.set_xticks(measured, list(map(str, measured)))
+        place.xaxis.set_minor_formatter(NullFormatter())
+        for which in (place.yaxis.set_major_formatter, place.yaxis.set_minor_formatter):
+            which(LogFormatter(minor_thresholds=(1, 0.4)))
         title = ", ".join(f"{key} {value}" for key, value in others)
         place.set_title(f"{name}\n{title}" if title else name, fontsize=9)
         place.grid(alpha=0.3, which="both")
@@ -129,7 +136,7 @@ def draw(panels: dict[Any, list[dict[str, Any]]], axis: str) -> bytes:
     for place in axes.flat:
         drawn, labels = place.get_legend_handles_labels()
         handles |= dict(zip(labels, drawn, strict=True))
-    names = min(4, len(handles))
+    names = min(columns, len(handles))  # a panel is as wide as the longest name
     figure.legend(
         handles.values(), handles.keys(), loc="outside lower center", ncols=names, fontsize=8
     )
