@@ -182,6 +182,26 @@ def check_slots(p: Problem) -> list[Check]:
     return checks
 
 
+def check_choices(p: Problem) -> list[Check]:
+    """DeepSeek-V3's choice of experts, and the tables of dropless routing."""
+    s, k = p.sizes, p.sizes.k
+    rules = reference.ScoringRules(sigmoid=True, groups=2, chosen_groups=2, best=2, factor=2.5)
+    bias = Tensor(np.linspace(0.05, -0.05, s.experts).astype(np.float32))
+    fused = custom.BiasedGatingTopK(k, True, rules)(p.logits_TE, bias)
+    plain = reference.scored_top_k(p.logits_TE, bias, k, True, rules)
+    checks = [
+        check(f"scored {name}", "float32", got, want)
+        for name, got, want in zip(("weights", "experts", "scores"), fused, plain, strict=True)
+    ]
+    got, got_sizes = custom.PackChoices(s.experts)(p.experts_TK, p.valid_T)
+    want, want_sizes = reference.pack_choices(p.experts_TK, p.valid_T, s.experts)
+    names = ("slot", "kept", "source", "filled", "sizes")
+    for name, a, b in zip(names, (*got, got_sizes), (*want, want_sizes), strict=True):
+        difference = float(np.abs(floats(a) - floats(b)).max())
+        checks.append(Check(f"packed {name}", "int32", difference, 0.0))
+    return checks
+
+
 def check_rows(p: Problem, dtype: str) -> list[Check]:
     """Dispatch and combine with their gradients, against the reference in float32."""
     wide_x, wide_rows = p.x_TH.astype(ms.float32), p.rows_EC_H.astype(ms.float32)
@@ -221,7 +241,8 @@ def compare(problems: Sequence[Sizes], dtypes: Sequence[str]) -> list[Check]:
         for dtype in dtypes:
             p = make(sizes, dtype)
             checks += check_gating(p, dtype) + check_rows(p, dtype)
-        checks += check_slots(make(sizes, "float32"))
+        p = make(sizes, "float32")
+        checks += check_slots(p) + check_choices(p)
     return checks
 
 

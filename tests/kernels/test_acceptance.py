@@ -44,7 +44,7 @@ def test_agrees_on_the_twin_and_says_that_no_npu_was_there(on_twin, tmp_path, ca
     results = json.loads(written.read_text())
     assert results["device"] == "cpu twin"
     assert results["timings"] == []
-    assert len(results["comparisons"]) == 51
+    assert len(results["comparisons"]) == 75
     assert all(one["agrees"] for one in results["comparisons"])
 
 

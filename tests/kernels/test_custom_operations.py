@@ -109,6 +109,32 @@ def test_all_settings(choice_major, normalize):
         check(as_it_is, choice_major=choice_major, normalize=normalize, seed=seed)
 
 
+def test_dropless_is_the_reference_to_the_bit():
+    """Tables, rows, and what is added up in the order of the choices; but not the gradient of the
+    weights, whose products are summed in another order."""
+    rng = np.random.default_rng(5)
+    experts = Tensor(random_choices(rng, T, E, K))
+    valid = Tensor((rng.random(T) > 0.2).astype(np.float32))
+    x, weights = (Tensor(rng.normal(size=(T, n)).astype(np.float32)) for n in (H, K))
+    results = {}
+    for kernels in ("reference", "custom"):
+        pack = select.pack_choices(kernels, E)
+        permute, unpermute = select.permute(kernels), select.unpermute(kernels)
+
+        def sums(x, pack=pack, permute=permute, unpermute=unpermute):
+            table, sizes = pack(experts, valid)
+            rows = permute(x, *table)
+            y = unpermute(rows, weights, *table)
+            return (y * y).sum(), (table, sizes, rows, y)
+
+        gradient = ms.value_and_grad(sums, has_aux=True)
+        (_, aux), dx = gradient(x)
+        results[kernels] = [*arrays(aux[0]), *arrays(aux[1:]), dx.asnumpy()]
+    for ours, theirs in zip(results["custom"], results["reference"], strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_slots_of_the_loop():
     """Not only as the reference: as the loop in float64 that the reference is tested by."""
     rng = np.random.default_rng(3)

@@ -46,12 +46,20 @@ def all_outputs(twin: Twin) -> dict[str, np.ndarray]:
             probs = rng.normal(size=(T, E)).astype(np.float32)
             inputs = {"x": x, "expert_idx": chosen, "dy": gate["y"], "d_softmax_out": probs}
             run("moe_gating_top_k_grad", inputs, k=K, renorm=1)
+            groups = next(g for g in (4, 3, 2, 1) if (E % g == 0 and E // g >= 2) or g == 1)
+            rules = dict(norm_type=1, group_count=groups, k_group=groups, group_select_mode=1)
+            rules = rules if E > 1 else dict(norm_type=1)
+            biased = {"x": x, "bias": probs[0], "finished": finished}
+            run("moe_gating_top_k", biased, f"{case}-{dtype}-biased", k=K, out_flag=0, **rules)
             table = run(
                 "moe_expert_capacity", {"expert_idx": chosen},
                 expert_num=E, expert_capacity=C, drop_priority=case % 2,
             )  # fmt: skip
             rows, source = table["expanded_row_idx"], table["slot_src"]
             tokens = cast(rng.normal(size=(T, H)), dtype)
+            for given in ({}, {"x": tokens}):
+                label = f"{case}-{dtype}-{len(given)}"
+                run("moe_permute", {"expert_idx": chosen, **given}, label, expert_num=E)
             for inverse in (None, rows):
                 given = {"x": tokens, "slot_src": source, "expanded_row_idx": inverse}
                 moved = run("moe_dispatch", given, expert_num=E, expert_capacity=C, k=K)
