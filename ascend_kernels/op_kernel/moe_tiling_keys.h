@@ -28,7 +28,7 @@
 #define MOE_PERMUTE_TABLES 1
 #define MOE_PERMUTE_ROWS 2
 
-// Combine and the gradients of dispatch and combine: the dtype of the rows.
+// Combine, the gradients of dispatch and combine, SwiGLU and its gradient: the dtype of the rows.
 #define MOE_ROWS_FLOAT 1
 #define MOE_ROWS_HALF 2
 #define MOE_ROWS_BFLOAT16 3

@@ -63,7 +63,7 @@ class ComposedGroupedSwiGLU(nn.Cell):
 
     Args:
         product: the Cell of ``grouped_linear``.
-        gated: the Cell of ``swiglu``.
+        gated: the Cell of ``packed_swiglu``.
     """
 
     def __init__(self, product: nn.Cell, gated: nn.Cell) -> None:
@@ -81,7 +81,7 @@ class ComposedGroupedSwiGLU(nn.Cell):
         """[R, H]."""
         gate = self.product(x_RH, w1_EHI.transpose(0, 2, 1), group_sizes_E)
         up = self.product(x_RH, w3_EHI.transpose(0, 2, 1), group_sizes_E)
-        return self.product(self.gated(gate, up), w2_EHI, group_sizes_E)
+        return self.product(self.gated(gate, up, group_sizes_E), w2_EHI, group_sizes_E)
 
 
 class ComposedBatchedSwiGLU(nn.Cell):
@@ -119,6 +119,22 @@ class ReferenceSwiGLU(nn.Cell):
     def construct(self, gate: Tensor, up: Tensor) -> Tensor:
         """[..., I]."""
         return reference.swiglu(gate, up)
+
+
+class ComposedPackedSwiGLU(nn.Cell):
+    """Any implementation of ``swiglu`` on packed rows, also on those behind the groups.
+
+    Args:
+        gated: the Cell of ``swiglu``.
+    """
+
+    def __init__(self, gated: nn.Cell) -> None:
+        super().__init__()
+        self.gated = gated
+
+    def construct(self, gate_RI: Tensor, up_RI: Tensor, group_sizes_E: Tensor) -> Tensor:
+        """[R, I]."""
+        return self.gated(gate_RI, up_RI)
 
 
 class ReferenceAttention(nn.Cell):

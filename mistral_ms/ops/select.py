@@ -21,6 +21,7 @@ combine         MindSpore   MoeCombine        none: MoeFinalizeRouting wants a r
 grouped_linear  MindSpore   none              GroupedMatmul
 grouped_swiglu  MindSpore   none              GroupedMatmul, Swiglu
 batched_swiglu  MindSpore   none              Swiglu
+packed_swiglu   MindSpore   MoeSwiglu         Swiglu, also on the rows behind the groups
 rms_norm        MindSpore   none              RmsNorm
 swiglu          MindSpore   none              Swiglu
 attention       MindSpore   none              FlashAttentionScore
@@ -46,6 +47,7 @@ from mistral_ms.ops import cann, cpu, custom, reference
 from mistral_ms.ops.reference_cells import (
     ComposedBatchedSwiGLU,
     ComposedGroupedSwiGLU,
+    ComposedPackedSwiGLU,
     ReferenceAttention,
     ReferenceExpertChoice,
     ReferenceGating,
@@ -244,7 +246,23 @@ def grouped_swiglu(kernels: Kernels, dtype: str) -> nn.Cell:
     """
     if _choose("grouped_swiglu", kernels, ("cann",)) == "cann":
         return cann.GroupedSwiGLU()
-    return ComposedGroupedSwiGLU(grouped_linear(kernels, dtype), swiglu(kernels))
+    return ComposedGroupedSwiGLU(grouped_linear(kernels, dtype), packed_swiglu(kernels))
+
+
+def packed_swiglu(kernels: Kernels) -> nn.Cell:
+    """The Cell of ``reference.swiglu`` on packed rows: gate and up [R, I], zero behind the groups,
+    and group sizes int32 [E] -> [R, I].
+
+    Args:
+        kernels: which implementation.
+
+    Raises:
+        KernelError: the implementation is not there.
+    """
+    if kernels == "custom":
+        _choose("packed_swiglu", kernels, ("custom",))
+        return custom.PackedSwiGLU()
+    return ComposedPackedSwiGLU(swiglu(kernels))
 
 
 def batched_swiglu(kernels: Kernels, keeps: bool) -> nn.Cell:

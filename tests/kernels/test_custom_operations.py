@@ -36,7 +36,7 @@ RULES = ScoringRules(sigmoid=True, groups=4, chosen_groups=2, best=2, factor=2.5
 
 class Operations(nn.Cell):
     """All four in a row, the experts replaced by squares; every result takes part in the loss. And
-    beside them DeepSeek-V3's choice of experts."""
+    beside them DeepSeek-V3's choice of experts, and dropless routing with SwiGLU for experts."""
 
     def __init__(self, kernels, choice_major, normalize):
         super().__init__()
@@ -44,6 +44,7 @@ class Operations(nn.Cell):
         self.slots = select.assign_slots(kernels, E, choice_major)
         self.dispatch = select.permute(kernels)
         self.combine = select.unpermute(kernels)
+        self.pack, self.swiglu = select.pack_choices(kernels, E), select.packed_swiglu(kernels)
         self.scored = select.scored_top_k(kernels, E, K, normalize, RULES, True)
         self.bias = Tensor(np.linspace(0.5, -0.5, E).astype(np.float32))
 
@@ -53,9 +54,14 @@ class Operations(nn.Cell):
         rows = self.dispatch(x_TH, *table)
         y_TH = self.combine(rows * rows, weights_TK, *table)
         scored = self.scored(logits_TE, self.bias)
-        loss = (y_TH * y_TH).sum() + (probs_TE * probs_TE * probs_TE).sum()
+        packed, sizes = self.pack(experts_TK, valid_T)
+        rows_R = self.dispatch(x_TH, *packed)
+        hidden_R = self.swiglu(rows_R, rows_R * rows_R, sizes)
+        z_TH = self.combine(hidden_R, weights_TK, *packed)
+        loss = (y_TH * y_TH).sum() + (z_TH * z_TH).sum() + (probs_TE * probs_TE * probs_TE).sum()
         loss = loss + (scored[0] * weights_TK).sum() + (scored[2] * probs_TE).sum()
-        return loss, (weights_TK, experts_TK, probs_TE, table, rows, y_TH, scored)
+        dropless = packed, sizes, rows_R, z_TH
+        return loss, (weights_TK, experts_TK, probs_TE, table, rows, y_TH, scored, dropless)
 
 
 def arrays(nested):
@@ -82,7 +88,7 @@ def results(kernels, execute, choice_major=False, normalize=True, seed=0):
 
 def check(execute, **options):
     want, got = results("reference", execute, **options), results("custom", execute, **options)
-    assert len(want) == len(got) == 15
+    assert len(want) == len(got) == 22
     for theirs, ours in zip(want, got, strict=True):
         assert ours.dtype == theirs.dtype
         assert ours.shape == theirs.shape
@@ -90,7 +96,7 @@ def check(execute, **options):
             np.testing.assert_array_equal(ours, theirs)
         else:
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=RELATIVE * np.abs(theirs).max())
-    kept, rows, dlogits = want[5], want[8], want[14]
+    kept, rows, dlogits = want[5], want[8], want[21]
     assert (kept == 0).any(), "the test must drop something"
     assert (want[11] != want[2]).any(), "bias and groups must change the choice"
     assert np.abs(dlogits).max() > 1e-3

@@ -15,7 +15,7 @@ from mistral_ms.errors import ConfigError, KernelError
 from mistral_ms.moe import local_dispatcher
 from mistral_ms.ops import cann, custom, reference, select
 from mistral_ms.ops.custom import library
-from mistral_ms.ops.reference_cells import ReferenceScoring
+from mistral_ms.ops.reference_cells import ComposedPackedSwiGLU, ReferenceScoring
 
 OPERATIONS = {
     "gating_top_k": lambda kernels: select.gating_top_k(kernels, 2, True),
@@ -68,6 +68,12 @@ def test_the_reference_chooses_where_the_operator_takes_no_such_sizes(
     cell = select.scored_top_k("custom", experts, k, True, rules, False)
     assert type(cell) is ReferenceScoring
     assert f"scored_top_k: reference (the operator takes {lack} at most)" in caplog.messages
+
+
+def test_packed_swiglu_is_made_of_swiglu_where_no_operator_is_asked_for(caplog):
+    assert type(select.packed_swiglu("reference")) is ComposedPackedSwiGLU
+    with pytest.raises(KernelError, match=r"missing: .*build_kernels.sh --target twin"):
+        select.packed_swiglu("custom")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

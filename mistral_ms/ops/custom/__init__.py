@@ -5,6 +5,7 @@ same kernel sources run in the library of the CPU twin, which checks every instr
 meant for tests. What they compute is what ``mistral_ms.ops.reference`` computes.
 """
 
+from mistral_ms.ops.custom.activation import PackedSwiGLU
 from mistral_ms.ops.custom.library import check_installed, on_ascend, use_twin
 from mistral_ms.ops.custom.permute import Permute, Unpermute
 from mistral_ms.ops.custom.routing import AssignSlots, BiasedGatingTopK, GatingTopK, PackChoices
@@ -14,6 +15,7 @@ __all__ = [
     "BiasedGatingTopK",
     "GatingTopK",
     "PackChoices",
+    "PackedSwiGLU",
     "Permute",
     "Unpermute",
     "check_installed",

@@ -218,6 +218,34 @@ class MoeCombineGrad(Kernel):
         )
 
 
+class MoeSwiglu(Kernel):
+    """gate [R, I], up [R, I], expert_tokens_cumsum [E] -> y [R, I]."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "MoeSwiglu",
+            {"gate": ROWS, "up": ROWS, "expert_tokens_cumsum": "int32"},
+            {"y": ROWS},
+            {},
+            lambda gate, *_: gate,
+            lambda gate, *_: gate,
+        )
+
+
+class MoeSwigluGrad(Kernel):
+    """dy, gate, up, expert_tokens_cumsum -> d_gate [R, I], d_up [R, I]."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "MoeSwigluGrad",
+            {"dy": ROWS, "gate": ROWS, "up": ROWS, "expert_tokens_cumsum": "int32"},
+            {"d_gate": ROWS, "d_up": ROWS},
+            {},
+            lambda dy, *_: (dy, dy),
+            lambda dy, *_: (dy, dy),
+        )
+
+
 def bits_of(value: float) -> int:
     """The bits of a float32 as an int32: attributes reach the CPU twin as integers."""
     bits: int = struct.unpack("<i", struct.pack("<f", value))[0]

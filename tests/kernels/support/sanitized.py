@@ -60,6 +60,10 @@ def all_outputs(twin: Twin) -> dict[str, np.ndarray]:
             for given in ({}, {"x": tokens}):
                 label = f"{case}-{dtype}-{len(given)}"
                 run("moe_permute", {"expert_idx": chosen, **given}, label, expert_num=E)
+            packed = {n: cast(rng.normal(size=(T, H)), dtype) for n in ("gate", "up")}
+            packed["expert_tokens_cumsum"] = np.full(E, T - T // 3, np.int32)
+            run("moe_swiglu", packed)
+            run("moe_swiglu_grad", {"dy": tokens, **packed})
             for inverse in (None, rows):
                 given = {"x": tokens, "slot_src": source, "expanded_row_idx": inverse}
                 moved = run("moe_dispatch", given, expert_num=E, expert_capacity=C, k=K)

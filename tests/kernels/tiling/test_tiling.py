@@ -33,11 +33,15 @@ def call(
     rows = np.zeros((E, C, H), dtype)
     scales = {"scales": np.zeros((T, K), f32)}
     sizes = {"expert_num": E, "expert_capacity": C}
+    packed = {name: np.zeros((T * K, H), dtype) for name in ("gate", "up")}
+    packed |= {"expert_tokens_cumsum": np.full(E, T * K // 2, np.int32)}
     calls = {
         "moe_gating_top_k": (logits, {"k": K}),
         "moe_gating_top_k_grad": (logits | chosen | {"dy": np.zeros((T, K), f32)}, {"k": K}),
         "moe_expert_capacity": (chosen, sizes | {"drop_priority": 0}),
         "moe_permute": (chosen | {"x": np.zeros((T, H), dtype)}, {"expert_num": E}),
+        "moe_swiglu": (packed, {}),
+        "moe_swiglu_grad": ({"dy": np.zeros((T * K, H), dtype)} | packed, {}),
         "moe_dispatch": ({"x": np.zeros((T, H), dtype)} | sources, sizes | {"k": K}),
         "moe_dispatch_grad": ({"d_expanded_x": rows} | places, {"k": K}),
         "moe_combine": ({"expanded_x": rows} | places | scales, {}),
@@ -58,6 +62,8 @@ OPERATORS = (
     "moe_dispatch_grad",
     "moe_combine",
     "moe_combine_grad",
+    "moe_swiglu",
+    "moe_swiglu_grad",
 )
 
 
@@ -96,7 +102,7 @@ def test_keys_name_dtype_and_variant(key, dtype):
         assert chosen(name, E=8) == KEYS[f"MOE_GATING_EIGHT_{key}"]
         assert chosen(name, E=7) == KEYS[f"MOE_GATING_WIDE_{key}"]
         assert chosen(name, E=16) == KEYS[f"MOE_GATING_WIDE_{key}"]
-    for name in ("moe_dispatch_grad", "moe_combine", "moe_combine_grad"):
+    for name in OPERATORS[5:]:
         assert chosen(name) == KEYS[f"MOE_ROWS_{key}"]
 
 
@@ -240,6 +246,8 @@ REFUSED = [
     ("moe_permute", {"E": 257}, "from 1 to 256"),
     ("moe_permute", {"H": 0}, "x must be [64, H]"),
     ("moe_dispatch_grad", {"H": 0}, "every size must be at least 1"),
+    ("moe_swiglu", {"H": 0}, "every size at least 1"),
+    ("moe_swiglu_grad", {"E": 0}, "[E] with E at least 1"),
     ("moe_combine", {"K": 9}, "at most 8 experts per token"),
     ("moe_combine_grad", {"T": 0}, "every size must be at least 1"),
 ]
@@ -261,6 +269,7 @@ MISFITS = [
     ("moe_dispatch_grad", {"expanded_row_idx": np.zeros(3, np.int32)}, {}, "a multiple of k"),
     ("moe_combine", {"expanded_row_idx": np.zeros(3, np.int32)}, {}, "expanded_row_idx [T * K]"),
     ("moe_combine_grad", {"dy": np.zeros((64, 3), np.float32)}, {}, "dy must be [T, H]"),
+    ("moe_swiglu", {"up": np.zeros((128, 3), np.float32)}, {}, "must be [R, I]"),
     ("moe_expert_capacity", {}, {"drop_priority": 2}, "0 (token-major) or 1 (choice-major)"),
 ]
 
@@ -304,6 +313,8 @@ def test_inference_says_what_comes_out():
     assert outputs("moe_permute", dtype=bf16) == [*tables, ((20, 5), "bfloat16")]
     assert outputs("moe_dispatch", dtype=bf16) == [((4, 6, 5), "bfloat16")]
     assert outputs("moe_dispatch_grad", dtype=bf16) == [((10, 5), "bfloat16")]
+    assert outputs("moe_swiglu", dtype=bf16) == [((20, 5), "bfloat16")]
+    assert outputs("moe_swiglu_grad") == [((20, 5), "float32")] * 2
     assert outputs("moe_combine", dtype=np.float16) == [((10, 5), "float16")]
     assert outputs("moe_combine_grad", dtype=bf16) == [
         ((4, 6, 5), "bfloat16"),
