@@ -14,18 +14,22 @@ public:
     __aicore__ inline void Init(TPipe& pipe, GM_ADDR slotSrc, uint32_t slots, uint32_t choices,
         uint32_t tableSize, uint32_t zeroBytes)
     {
-        share_ = ShareOfBlock(slots);
+        const uint32_t share = CeilDiv(slots, static_cast<uint32_t>(GetBlockNum()));
+        slots_ = slots;
         choices_ = choices;
-        tableSize_ = tableSize;
+        part_ = Smaller(Smaller(AlignUp(share, BLOCK_FLOATS), MOST_PART), tableSize);
         table_.Init(pipe, slotSrc, slots, tableSize);
         zeros_.Init(pipe, zeroBytes);
     }
 
-    // Zeroes this block's share of the empty places of `rows`, each `size` elements long.
+    // Zeroes this block's share of the empty places of `rows`, each `size` elements long. Blocks take
+    // turns at short parts: the empty places of an expert lie together, behind its last choice.
     __aicore__ inline void Zero(GlobalTensor<T>& rows, uint32_t size)
     {
-        for (uint32_t first = share_.begin; first < share_.end; first += tableSize_) {
-            const uint32_t count = Smaller(tableSize_, share_.end - first);
+        const uint32_t step = static_cast<uint32_t>(GetBlockNum()) * part_;
+        for (uint64_t at = static_cast<uint64_t>(GetBlockIdx()) * part_; at < slots_; at += step) {
+            const uint32_t first = static_cast<uint32_t>(at);
+            const uint32_t count = Smaller(part_, slots_ - first);
             table_.Read(first, count);
             uint32_t i = 0;
             while (i < count) {
@@ -48,11 +52,13 @@ private:
         return static_cast<uint32_t>(table_.Get(i)) >= choices_;  // -1 is the largest number
     }
 
+    static constexpr uint32_t MOST_PART = 64;
+
     TablePart table_;
     ZeroRows zeros_;
-    Range share_{0, 0};
+    uint32_t slots_ = 0;
     uint32_t choices_ = 0;
-    uint32_t tableSize_ = 0;
+    uint32_t part_ = 0;
 };
 }  // namespace moe
 
