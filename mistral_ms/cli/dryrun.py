@@ -122,6 +122,8 @@ def dryrun(
     for each in reports:
         _show(console, each, whole=len(ranks) == 1)
     if costs is not None:
+        if not console.is_terminal:
+            console.width = 120  # a table in a file need not fit a screen
         for each, its_cost in zip(reports, found, strict=True):
             costs.show(console, its_cost, each)
     for text in failures:

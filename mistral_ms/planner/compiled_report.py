@@ -29,6 +29,10 @@ NAMES: Mapping[Kind, str] = {
 """Of the classes of operators, for readers."""
 
 
+SMALL = 0.02
+"""Share of the step below which a picture does not show a class by itself."""
+
+
 def tables(cost: StepCost) -> tuple[Table, ...]:
     """Operators by class, communication by link, and the operators with the most bytes."""
     whole = cost.seconds()
@@ -142,10 +146,15 @@ def cost_figure(cost: StepCost, title: str, suffix: str) -> bytes:
 
     from mistral_ms.planner.picture import bars
 
+    small = {c.kind for c in cost.classes if c.seconds < SMALL * cost.seconds()}
     parts: list[dict[str, float]] = []
     for fused in (False, True):
         part = {
             NAMES[each.kind]: each.seconds_fused if fused else each.seconds for each in cost.classes
+        }
+        part = {
+            **{NAMES[c.kind]: part[NAMES[c.kind]] for c in cost.classes if c.kind not in small},
+            "other operators": sum(part[NAMES[kind]] for kind in small),
         }
         part["communication"] = cost.communication
         part["filling the pipeline"] = cost.seconds(fused=fused) - sum(part.values())
