@@ -35,6 +35,7 @@ def test_rank_19_of_32(environ, config, tmp_path):
     out = tmp_path / "out.json"
     line = [sys.executable, ROOT / "run_mixtral.py", "dryrun", "--config", config, "--rank", "19"]
     line += ["--target", "dryrun.auto_target:build", "--json", out, "--logs", tmp_path / "logs"]
+    line += ["--cost", "--picture", tmp_path / "cost.png"]
     done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr + done.stdout
     found = json.loads(out.read_text())
@@ -60,6 +61,11 @@ def test_rank_19_of_32(environ, config, tmp_path):
     assert found["sent"]["bytes_inside"] == inside + ring * (H * 4 // 32 + -(-4 // 32))
     assert found["sent"]["bytes_between"] == 2 * 3 * (H * H * 4 // 4)
     assert "all-to-all per sparse layer and micro-batch: 2 forward, 2 backward" in done.stdout
+    # the expert's product and its two gradients, of the slots that the eight of a group send
+    products = {each["class"]: each for each in found["cost"]["operators"]}["matmul"]
+    assert products["flops"] == 3 * 2 * (8 * C) * H * H
+    assert "Predicted; never run on an NPU" in done.stdout
+    assert (tmp_path / "cost.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_a_graph_that_does_not_compile_is_a_failed_check(command, config, tmp_path):
@@ -74,6 +80,26 @@ def test_an_impossible_rank_is_bad_input(command, config):
     done = command("--config", config, "--rank", "32")
     assert isinstance(done.exception, ConfigError)
     assert str(done.exception) == "no such rank: --rank: 32: 0 to 31, or all"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--picture", "a.png"], "no picture: --picture: a.png: needs --cost, and one rank"),
+        (["--cost", "--picture", "a.jpg"], "no picture: --picture: a.jpg: ends with .png or .svg"),
+        (["--cost", "--hardware", "b"], "unknown hardware: --hardware: b: known: atlas_800t_a2, "),
+    ],
+)
+def test_a_cost_that_cannot_be_shown_is_bad_input(command, config, more, message):
+    done = command("--config", config, *more)
+    assert isinstance(done.exception, ConfigError)
+    assert str(done.exception).startswith(message)
+
+
+def test_a_prediction_has_no_cost(command):
+    done = command("--config", ROOT / "configs/run/predict_mixtral_8x7b_8card.yaml", "--cost")
+    assert isinstance(done.exception, ConfigError)
+    assert str(done.exception).startswith("no cost: --cost: a prediction file: ")
 
 
 CAPACITY = ["routing.policy=capacity", "routing.aux_loss=per_layer"]
