@@ -1,5 +1,6 @@
 """The decoder and the causal language model on top of it."""
 
+from mistral_ms.models.adapters import insert_adapters
 from mistral_ms.models.block import DecoderBlock
 from mistral_ms.models.causal_lm import CausalLM, NextTokenLogits, check_weights
 from mistral_ms.models.distillation import DistillationObjective
@@ -26,6 +27,7 @@ __all__ = [
     "StageChunks",
     "StageObjectives",
     "check_weights",
+    "insert_adapters",
     "recompute",
     "share_parameters",
     "tokens_at_a_time",

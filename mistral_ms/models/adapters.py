@@ -48,10 +48,10 @@ def insert_adapters(
         packed = isinstance(holder, Experts) and holder.packed
         kind = LowRankGroupedLinear if packed else LowRankLinear
         shapes = tuple(layer_factory.held_shape(spec) for spec in parameters)
-        adapted = kind(getattr(holder, name), shapes, lora.scaling, layer_factory.dtype)
-        for each, parameter in adapted.parameters_dict().items():
-            parameter.name = f"{path}.{each}"  # what holds the cell has its names already
+        adapted = kind(getattr(holder, name), shapes, lora.scaling, layer_factory.weight_dtype)
         setattr(holder, name, adapted)
+        for each, parameter in adapted.parameters_and_names():
+            parameter.name = f"{path}.{each}"  # what holds the cell has its names already
         if isinstance(holder, RoutedExperts):
             holder.fused = None  # computes with the weights alone
 

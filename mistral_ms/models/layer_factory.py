@@ -45,6 +45,7 @@ class LayerFactory:
         dtype: dtype of the weights.
 
     Attributes:
+        weight_dtype: what the pieces keep weights in.
         heads: query heads that the pieces hold.
         kv_heads: key/value heads.
     """
@@ -57,6 +58,7 @@ class LayerFactory:
         dtype: str = "float32",
     ) -> None:
         self.config, self.routing, self.cache, self.dtype = config, routing, cache, dtype
+        self.weight_dtype = dtype
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
 
     def held_shape(self, spec: ParamSpec) -> tuple[int, ...]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from mindspore import Parameter
 
 from mistral_ms.checkpoint.adapters import open_adapter, write_peft
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import ModelConfig, RunConfig
 from mistral_ms.errors import ConfigError
-from mistral_ms.models import CausalLM
 from mistral_ms.parallel.context import ParallelContext
 from mistral_ms.parallel.storage import Storage
 from mistral_ms.training.prepare import Say, initialize
@@ -39,7 +40,7 @@ def check_adapters(run: RunConfig, given: bool) -> None:
 
 
 def initialize_weights(
-    model: CausalLM,
+    weights: Mapping[str, Parameter],
     storage: Storage,
     run: RunConfig,
     parallel_context: ParallelContext,
@@ -49,19 +50,19 @@ def initialize_weights(
     """Draws a model's weights or reads them; those of adapters are drawn, or read as well.
 
     Args:
-        model: this process's part.
+        weights: what this process holds, by the names of checkpoints.
         storage: how it lies in a checkpoint.
         run: the run.
         parallel_context: which part of the run this process has.
         say: told where they are from.
-        begun: called when the model is what training begins with, but for an adapter to go on with.
+        begun: called when the weights are those that training begins with, but for magnitudes and
+            an adapter to go on with.
 
     Raises:
         ConfigError: a checkpoint of another model, an adapter of another shape.
         CheckpointError: anything that is wrong with either.
     """
-    initialize(model.weights(), storage, run, parallel_context, say)
-    model.begin_adapters()
+    initialize(weights, storage, run, parallel_context, say)
     begun()
     start = run.init_from
     if run.lora is None or start is None or start.adapter is None:
@@ -71,7 +72,8 @@ def initialize_weights(
         start.adapter, base, verify=start.verify, follow_links=start.follow_links
     ) as source:
         _check_same(run.model, source.config, start.adapter)
-        load_weights(source, model.stored_weights(), storage=storage)
+        adapters = {name: each for name, each in weights.items() if storage.specs[name].adapts}
+        load_weights(source, adapters, storage=storage)
     say(f"adapter from {start.adapter}")
 
 

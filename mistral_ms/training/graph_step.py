@@ -94,9 +94,16 @@ class GraphTrainStep:
         """See Update."""
         return self._model
 
+    def weights(self) -> dict[str, Parameter]:
+        """All weights of this stage, by the names of checkpoints."""
+        return self.storage.held(self._built.model.weights())
+
     def held(self) -> dict[str, Parameter]:
         """See Update; of this stage."""
-        return self.storage.held(self._built.model.weights())
+        weights = self.weights()
+        if self._model.lora is None:
+            return weights
+        return {n: each for n, each in weights.items() if self.storage.specs[n].adapts}
 
     def state(self) -> dict[str, Parameter]:
         """See Update; of this stage."""
@@ -112,7 +119,7 @@ class GraphTrainStep:
 
     def memory(self) -> MemoryReport:
         """See Update; of this stage, without the sums of gradients, which MindSpore makes."""
-        weights, state = self.held(), list(self.state().values())
+        weights, state = self.weights(), list(self.state().values())
         held, names = list(weights.values()), self._cell.weight_update.names
         trained = [weights[name] for name in names if name in weights]
         on_host = self.config.offload_optimizer == "host"
@@ -159,7 +166,7 @@ class GraphTrainStep:
             *arrays, random = batch_tensors(ordered, config.seed, progress.step)
             self._cell(*arrays, Tensor(rows), random)
         result = self._result(lr, scale)
-        if result.finite:
+        if result.finite and self._model.lora is None:
             here = self.storage.stage.layers
             update_gates(
                 {layer: self._built.model.layers[layer] for layer in here},
@@ -234,7 +241,7 @@ class GraphTrainStep:
 
     def _check_parts(self) -> None:
         """Raises where MindSpore has cut a weight otherwise than its checkpoints will be."""
-        for name, parameter in self.held().items():
+        for name, parameter in self.weights().items():
             local_slice = self.storage.local_slice(name)
             part = tuple(each.stop - each.start for each in local_slice)
             wanted = self.storage.parameter_shape(name, part)

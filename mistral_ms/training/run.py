@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ from mistral_ms.training.preferences import add_reference, open_preferences
 from mistral_ms.training.prepare import (
     Say,
     check_settings,
-    initialize,
     open_data,
     open_held_out,
     open_teacher,
@@ -214,14 +212,15 @@ class TrainingRun:
             drawn: its weights are drawn or read now; otherwise a checkpoint's will come.
         """
         run, parallel_context = self.run, self.parallel_context
+        drawn = drawn or run.lora is not None  # a checkpoint of adapters has no base
         if run.parallel.execution_on(ms.get_context("device_target")) == "graph":
             update = GraphTrainStep(run, parallel_context, segmented=self.data.segmented)
             if drawn:
-                initialize(update.held(), update.storage, run, parallel_context, self._say)
+                held, lies = update.weights(), update.storage
+                initialize_weights(held, lies, run, parallel_context, self._say)
             return update
         *_, model = self._given
         if model is None:
-            drawn = drawn or run.lora is not None  # a checkpoint of adapters has no base
             model = parallel_context.build_stage(
                 run.model, run.routing, run.training.dtype, run.training.seq_length
             )
@@ -230,10 +229,12 @@ class TrainingRun:
         if drawn:  # before the optimizer copies them
             storage = parallel_context.storage(model.specs)
             path, say = self.files.preferences, self._say
-            reference = partial(
-                add_reference, model, run.training, self.data, path, parallel_context, say
-            )
-            initialize_weights(model, storage, run, parallel_context, self._say, reference)
+
+            def begun() -> None:
+                model.begin_adapters()
+                add_reference(model, run.training, self.data, path, parallel_context, say)
+
+            initialize_weights(model.weights(), storage, run, parallel_context, say, begun)
         objective = make_objective(
             model,
             run.training,

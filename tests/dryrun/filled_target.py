@@ -59,7 +59,7 @@ def build(run: RunConfig, layers: int | None = None) -> Any:
     update = GraphTrainStep(
         run, ParallelContext(run.parallel, rank, run.parallel.world), segmented=False
     )
-    weights = update.held()
+    weights = update.weights()
     fill_and_compare(weights, update.storage)
     for name, mean in update.state().items():
         assert tuple(mean.shape) == tuple(weights[name.partition(".")[2]].shape), name

@@ -15,6 +15,7 @@ from dryrun.small_runs import KEYS, QUERIES, WIDE, E, H, small_run
 from mistral_ms.parallel.dryrun.ir import read
 
 SHARDS, TENSOR = "shards of a pipeline's last stage, some frozen", "tensor parallel, no shards"
+ADAPTERS = "adapters of attention, shards of a pipeline's first stage"
 FROZEN = [{"pattern": "*.moe.router.*", "frozen": True}, {"pattern": "norm.*", "frozen": True}]
 LAYOUTS = {
     SHARDS: (
@@ -24,6 +25,9 @@ LAYOUTS = {
     TENSOR: (
         {"dp": 4, "mp": 2, "ep": 2}, 1, 5, "noisy_top_k",
         {"router_losses": {"importance": 0.1, "load": 0.1}},
+    ),
+    ADAPTERS: (
+        {"dp": 4, "ep": 2, "pp": 2, "optimizer_parallel": True}, 2, 3, "softmax_top_k", {},
     ),
 }  # fmt: skip
 """Layout, micro-batches, rank, gate, and what else the training says."""
@@ -37,6 +41,8 @@ def compiled(compile_run):
         parallel, micro, rank, gate, training = LAYOUTS[case]
         run = small_run({**parallel, "execution": "graph"}, micro, **training)
         run["model"]["moe"]["gate"] = gate
+        if case == ADAPTERS:
+            run["lora"] = {"r": 4, "target_modules": ["q_proj", "o_proj"]}
         return compile_run(run, rank, "dryrun.filled_target:build")
 
     return one

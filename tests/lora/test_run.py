@@ -12,8 +12,10 @@ from support.hf import save_one_layer
 import mistral_ms
 from mistral_ms.checkpoint import convert, inspect, open_checkpoint, open_tensor_set
 from mistral_ms.checkpoint.adapters import open_adapter
-from mistral_ms.config import from_hf, load_run_config
+from mistral_ms.checkpoint.files import ADAPTER_MODEL
+from mistral_ms.config import ParallelConfig, from_hf, load_run_config
 from mistral_ms.errors import CheckpointError, ConfigError
+from mistral_ms.parallel.adapters import adapters_outside_graph
 from mistral_ms.training import TrainingRun
 
 SHORT = [
@@ -137,6 +139,36 @@ def test_a_run_goes_on_with_an_adapter(finished, base, text, tmp_path):
             prepared(configured(base, text, *start, change), tmp_path / "no")
 
 
+@pytest.mark.slow
+def test_the_graph_trains_adapters_of_attention_alike(base, text, tmp_path):
+    """It saves them alone, and goes on from there beside a base that it reads again."""
+    changes = [
+        "lora.target_modules=[q_proj, o_proj]", "training.gradient_accumulation_steps=1",
+        "training.max_steps=2", "checkpoint.save_steps=1",
+    ]  # fmt: skip
+    found = {}
+    for way in ("explicit", "graph"):
+        run = configured(base, text, *changes, f"parallel.execution={way}")
+        result = prepared(run, tmp_path / way).execute()
+        found[way] = tensors(result.checkpoint), load_file(result.files.adapter / ADAPTER_MODEL)
+    for ours, theirs in zip(*found.values(), strict=True):
+        assert set(ours) == set(theirs) and len(ours) == 4
+        for name, values in ours.items():
+            # the same operations; the first step is 5e-4 long
+            np.testing.assert_allclose(theirs[name], values, atol=1e-7, err_msg=name)
+    shutil.rmtree(result.checkpoint)
+    again = prepared(run, tmp_path / "graph", resume=True).update
+    assert again.progress.step == 1
+    saved = tensors(result.checkpoint.with_name("step-00000001"))
+    assert {name: each.asnumpy().tobytes() for name, each in again.held().items()} == {
+        name: values.tobytes() for name, values in saved.items()
+    }
+    with open_checkpoint(base) as source:
+        for name in source.names():
+            held = again.storage.from_parameter(name, again.weights()[name].asnumpy())
+            np.testing.assert_array_equal(held, source.read(name))
+
+
 class TestRefused:
     def test_names_that_no_matrix_has(self, base, text, tmp_path):
         run = configured(base, text, "lora.target_modules=[q_proj, w4]")
@@ -144,10 +176,26 @@ class TestRefused:
             prepared(run, tmp_path / "out")
         assert not list((tmp_path / "out").glob("dataset"))
 
-    def test_the_graph(self, base, text, tmp_path):
-        run = configured(base, text, "parallel.execution=graph")
-        with pytest.raises(ConfigError, match=r"impossible graph: lora: .*execution=explicit"):
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ("lora.target_modules=[w1, q_proj]", r"target_modules: layers\.0\.moe\.experts\.w1"),
+            ("lora.target_modules=[gate]", r"target_modules: layers\.0\.moe\.router\.weight"),
+            ("lora.use_dora=true", "use_dora: True"),
+        ],
+    )
+    def test_in_the_graph(self, base, text, tmp_path, change, message):
+        changes = "parallel.execution=graph", "lora.target_modules=[v_proj]", change
+        run = configured(base, text, *changes)
+        found = rf"impossible graph: lora\.{message}: .*execution=explicit"
+        with pytest.raises(ConfigError, match=found):
             prepared(run, tmp_path / "out")
+
+    def test_in_the_graph_with_divided_matrices(self, base, text):
+        model = configured(base, text, "lora.target_modules=[v_proj]").model
+        for mp, found in ((1, []), (2, ["lora"])):
+            keys = [key for key, _, _ in adapters_outside_graph(model, ParallelConfig(mp=mp))]
+            assert keys == found
 
     def test_no_base(self, base, text, tmp_path):
         run = configured(base, text).model_copy(update={"init_from": None})

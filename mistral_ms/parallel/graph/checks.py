@@ -17,6 +17,7 @@ from mistral_ms.config import (
 from mistral_ms.errors import ConfigError
 from mistral_ms.moe import make_gate, try_gates
 from mistral_ms.optimizers import check_layout, make_plan
+from mistral_ms.parallel.adapters import adapters_outside_graph
 from mistral_ms.parallel.pipeline import check_objective, check_trained
 from mistral_ms.weights import specs
 
@@ -104,9 +105,8 @@ def check_sparse_layer(moe: MoEArchitecture) -> None:
 
 def _of_graph(run: RunConfig | PredictConfig) -> Iterator[Broken]:
     model, parallel = run.model, run.parallel
-    if model.lora is not None:
-        why = "adapters are trained with explicit execution"
-        yield Broken("lora", why, EXPLICIT, str(model.lora))
+    for key, value, why in adapters_outside_graph(model, parallel):
+        yield Broken(key, why, EXPLICIT, value)
     if len(set(model.expert_counts)) > 1:
         why = "what the graph records of its layers has one shape, so they have as many experts"
         yield Broken("model.moe.num_local_experts", why, EXPLICIT, list(model.expert_counts))

@@ -92,18 +92,18 @@ class GraphLinear(nn.Cell):
             self.bias, layouts = weight(*bias.shape), ("columns", "divided_vector")
             self.add_bias = Region(sharding, layouts, ("columns",), compute=_plus)
         self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
-        self.product = linear_primitive()
+        self.linear = linear_primitive()
         if sharding is not None:
             layout = graph_form(spec).layout
             before, after = ("columns", "rows") if layout[0] is None else ("whole_rows", "columns")
-            self.product.shard(
+            self.linear.shard(
                 in_strategy=(sharding(before), sharding(layout)),
                 out_strategy=(sharding(after),),
             )
 
     def construct(self, x_TI: Tensor) -> Tensor:
         """[T, I] -> [T, O]."""
-        y_TO = self.product(x_TI, self.cast(self.weight, self.dtype))
+        y_TO = self.linear(x_TI, self.cast(self.weight, self.dtype))
         return self.add_bias(y_TO, self.cast(self.bias, self.dtype)) if self.biased else y_TO
 
 

@@ -66,6 +66,7 @@ class GraphLayerFactory(LayerFactory):
     ) -> None:
         super().__init__(config, routing, cache, dtype)
         self.sequence, self.segmented, self.losses = sequence, segmented, losses
+        self.weight_dtype = "float32"
         self.parallel, self.records_outputs = parallel, records_outputs
         self.sharding: Sharding | None = None
         self.groups: Groups | None = None
@@ -89,8 +90,7 @@ class GraphLayerFactory(LayerFactory):
         """See the base. Left to itself the compiler divides the rows among all ranks."""
         add = ops.Add()
         if self.sharding is not None:
-            rows = self.sharding("rows")
-            add.shard(in_strategy=(rows, rows))
+            add.shard(in_strategy=(self.sharding("rows"),) * 2)
         return add
 
     def linear(self, spec: ParamSpec, bias: ParamSpec | None = None) -> nn.Cell:

@@ -8,7 +8,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, lazy_inline, nn, ops
 
 from mistral_ms.layers import TokenNLL, is_buffer, output_logits
-from mistral_ms.models import DecoderBlock, check_weights
+from mistral_ms.models import DecoderBlock, ModelChunk, check_weights, insert_adapters
 from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
 from mistral_ms.parallel.graph.metrics import OutputRegion, RecordMetrics, metrics_buffer
 from mistral_ms.parallel.graph.pooled import PooledLoss
@@ -134,6 +134,7 @@ class GraphDecoder(nn.Cell):
         if not self.tied:
             self.lm_head = layer_factory.head()
         self.specs = by_name(specs(config))
+        insert_adapters(self.layers, ModelChunk.whole(config), self.specs, config, layer_factory)
         check_weights(self.weights(), self.specs, layer_factory)
 
     def head_weight(self) -> Parameter:
