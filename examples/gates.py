@@ -109,7 +109,7 @@ def main(output: Path, short: bool = False) -> Numbers:
         axis.set(xlabel="step", title=f"{title}\n{what}\n{varies}")
     axes[0].axhline(best, color="grey", linestyle=":", label=f"best possible: {best:.2f}")
     axes[0].set(xlabel="step", ylabel="loss of the batch", title="Three languages at once")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, loc="upper right")
     bar = drawn.colorbar(image, ax=axes[-1], extend="max")
     bar.set_ticks([0, 100 / EXPERTS, 200 / EXPERTS], labels=["unused", "balanced", "twice"])
     return save(drawn, output, "gates", numbers)

@@ -220,7 +220,7 @@ class Gate(nn.Cell):
 
         Under ``score`` and ``random`` the largest score of a token, or a uniform number, with one
         more for each later choice that it has: all first choices come before any second one, and
-        in float32 what differs by less than 2^-23 K is equal. Under ``probs`` the score of each.
+        in float32 what differs by less than 2^-23 K may be one. Under ``probs`` the score of each.
 
         Args:
             chosen: of every token.
