@@ -215,8 +215,7 @@ class TrainedSparseRegion(SparseRegion):
             losses = self.losses_of(sums)
             if self.pooled:
                 losses = losses * self.of_layer
-                row = ops.cat((scores_E, counted_E, tokens.reshape(1)))
-                rows_for_pooled = (*rows_for_pooled, row)
+                rows_for_pooled += (ops.cat((scores_E, counted_E, tokens.reshape(1))),)
             y_TH = self.attach(y_TH, losses, coefficients)
             seen = ops.cat((losses * scales_B3[0, 1], routed_E, kept_E)) * self.mp_fraction
             out = (*out, self.record(y_TH, metrics_buffer, seen))
