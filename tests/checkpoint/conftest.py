@@ -148,7 +148,7 @@ def _params(config) -> dict[str, object]:
         "n_kv_heads": config.num_key_value_heads,
         "norm_eps": config.rms_norm_eps,
         "vocab_size": config.vocab_size,
-        "rope_theta": config.rope_theta,
+        "rope_theta": config.rope_parameters["rope_theta"] if STACKED else config.rope_theta,
     }
     if config.sliding_window is not None:
         params["sliding_window"] = config.sliding_window

@@ -2,6 +2,7 @@
 
 import pytest
 from support.configs import model
+from support.hf import STACKED
 
 from mistral_ms.checkpoint import our_shapes
 from mistral_ms.checkpoint.keys import (
@@ -40,7 +41,7 @@ def test_hf_names_and_shapes_are_those_of_the_transformers_classes(foreign, kind
     theirs = foreign.model(kind, torch.float32)
     config, _ = from_hf(theirs.config.to_dict())
     expected = {name: tuple(p.shape) for name, p in theirs.named_parameters()}
-    assert format_layout(config, HF).shapes == expected
+    assert format_layout(config, HF_FUSED if STACKED else HF).shapes == expected
 
 
 def test_our_names_and_shapes_with_a_sparse_pattern():

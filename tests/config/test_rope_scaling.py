@@ -41,7 +41,7 @@ class TestRopeScaling:
         assert from_hf(newer) == (config, ignored)
         (tmp_path / "config.json").write_text(json.dumps(to_hf(config)))
         theirs = AutoConfig.from_pretrained(tmp_path)
-        assert theirs.rope_scaling == scaling
+        assert theirs.rope_scaling.items() >= scaling.items()  # theta, too, with transformers 5
         assert from_hf(saved(theirs, tmp_path))[0].rope_scaling == config.rope_scaling
 
     def test_a_key_without_effect_is_reported(self):

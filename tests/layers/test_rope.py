@@ -146,7 +146,7 @@ class TestScaling:
             num_attention_heads=2,
             head_dim=head_dim,
             rope_theta=theta,
-            rope_scaling=scaling,
+            rope_scaling=dict(scaling),  # transformers 5 writes into it
             max_position_embeddings=8192,
         )
         compute = ROPE_INIT_FUNCTIONS[scaling["rope_type"]]
@@ -164,7 +164,7 @@ class TestScaling:
         module = MixtralRotaryEmbedding(
             MixtralConfig(
                 hidden_size=32, num_attention_heads=2, head_dim=16,
-                rope_scaling=SCALINGS["yarn"], max_position_embeddings=32768,
+                rope_scaling=dict(SCALINGS["yarn"]), max_position_embeddings=32768,
             )
         )  # fmt: skip
         cos, sin = module(torch.zeros(1), torch.arange(50)[None])

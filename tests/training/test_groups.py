@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mindspore import Tensor
-from support.hf import make_pair
+from support.hf import SPARSE, STACKED, make_pair
 from support.models import fill
 from support.training import torch_group_loss
 
@@ -118,7 +118,8 @@ def test_the_loss_scale_multiplies_gradients_and_nothing_else(summed):
 
 def test_torchs_gradient_is_a_real_one(pair, batch):
     """The oracle itself against finite differences, on one expert's weight."""
-    weight = pair.hf.model.layers[1].block_sparse_moe.experts[3].w2.weight
+    experts = getattr(pair.hf.model.layers[1], SPARSE).experts
+    weight = experts.down_proj if STACKED else experts[3].w2.weight
     pair.hf.zero_grad()
     torch_group_loss(pair.hf, batch, batch, AUX, Z).backward()
     place = np.unravel_index(int(weight.grad.abs().argmax()), weight.shape)
