@@ -158,7 +158,8 @@ def test_experts_of_cann_are_three_products(name, experts):
     fused = with_products(cann.GroupedSwiGLU())
     fused.swiglu = reference_cells.ReferenceSwiGLU()
     composed = reference_cells.ComposedGroupedSwiGLU(
-        reference_cells.ReferenceGroupedLinear(), fused.swiglu
+        reference_cells.ReferenceGroupedLinear(),
+        reference_cells.ComposedPackedSwiGLU(fused.swiglu),
     )
     found = []
     for cell in (fused, composed):

@@ -26,14 +26,19 @@ class PackedSwiGLU(nn.Cell):
 
     def construct(self, gate_RI: Tensor, up_RI: Tensor, group_sizes_E: Tensor) -> Tensor:
         """Twice [R, I] and int32 [E] -> [R, I]."""
-        end_E = _cast(_cumsum(group_sizes_E, 0), ms.int32)
+        end_E = _ends(group_sizes_E)
         return kernels.call(self.kernel, (), (gate_RI, up_RI, end_E), self.twin)
 
     def bprop(
         self, gate_RI: Tensor, up_RI: Tensor, group_sizes_E: Tensor, out: Tensor, dout: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of gate and up, zero behind the groups."""
-        end_E = _cast(_cumsum(group_sizes_E, 0), ms.int32)
+        end_E = _ends(group_sizes_E)
         inputs = (dout, gate_RI, up_RI, end_E)
         dgate_RI, dup_RI = kernels.call(self.gradient, (), inputs, self.twin)
         return dgate_RI, dup_RI, _zeros_like(group_sizes_E)
+
+
+def _ends(group_sizes_E: Tensor) -> Tensor:
+    """int32 [E]: where each group ends; below zero counts as none, as for the products."""
+    return _cast(_cumsum(ops.maximum(group_sizes_E, 0), 0), ms.int32)
