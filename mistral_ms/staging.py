@@ -116,10 +116,18 @@ class _Hold:
         descriptor, self.descriptor = self.descriptor, None
         if descriptor is None or self._process != os.getpid():  # a fork's copy is not the lock
             return
+        try:
+            self._remove(descriptor)
+        except BaseException:  # of a signal that came just now
+            self._remove(descriptor)
+            raise
+        finally:
+            os.close(descriptor)
+
+    def _remove(self, descriptor: int) -> None:
         with contextlib.suppress(OSError):
             if _leads_to(self._path, descriptor):
                 self._path.unlink()
-        os.close(descriptor)
 
 
 def _leads_to(path: Path, descriptor: int) -> bool:
