@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -142,6 +143,27 @@ def files_by_step(directory: Path) -> dict[tuple[int, int], Path]:
     return steps
 
 
+@contextlib.contextmanager
+def _without_waiting() -> Iterator[None]:
+    """MindSpore 2.9 sleeps behind each file that it has written for as long as more than half of
+    the machine's memory is in use, by whomever: for ever, where that is another program. It has
+    given back nothing and has nothing more to give back then.
+    """
+    from mindspore.parallel import transform_safetensors
+
+    real = getattr(transform_safetensors, "psutil", None)
+    if real is None:  # another version
+        yield
+        return
+    transform_safetensors.psutil = SimpleNamespace(
+        virtual_memory=lambda: SimpleNamespace(percent=0.0)
+    )
+    try:
+        yield
+    finally:
+        transform_safetensors.psutil = real
+
+
 def _merge(path: Path, strategy: Path, root: Path, container: str) -> Path:
     """Calls MindSpore; returns the directory that it has written."""
     import mindspore as ms
@@ -152,7 +174,8 @@ def _merge(path: Path, strategy: Path, root: Path, container: str) -> Path:
         if merged != strategy:
             ms.merge_pipeline_strategys(str(strategy), str(merged))
         if container == ".safetensors":
-            ms.unified_safetensors(parts, str(merged), str(whole))
+            with _without_waiting():
+                ms.unified_safetensors(parts, str(merged), str(whole))
         else:
             ms.transform_checkpoints(parts, str(whole), "merged", str(merged), None)
     # whatever MindSpore raises about files that do not belong together

@@ -1,7 +1,10 @@
 """The parts of many ranks, merged; the strategy files are as MindSpore describes them."""
 
+import time
+
 import mindspore as ms
 import numpy as np
+import psutil
 import pytest
 import yaml
 from mindspore import Parameter, Tensor
@@ -74,8 +77,12 @@ def make(tmp_path, tiny_config):
 
 
 @pytest.mark.parametrize("container", ["safetensors", "ckpt"])
-def test_the_newest_step_of_all_ranks(tmp_path, make, container):
+def test_the_newest_step_of_all_ranks(tmp_path, make, container, monkeypatch):
+    """On a machine whose memory is in use by others, for whom MindSpore would wait."""
     path, whole = make(container)
+    used = psutil.virtual_memory()._replace(percent=90.0)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: used)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits for memory"))
     with pytest.raises(CheckpointError, match=r"the parts of many ranks.*--strategy DIRECTORY"):
         convert(path / "checkpoint", tmp_path / "ours")
     result = convert(path / "checkpoint", tmp_path / "ours", strategy=path / "strategy")
