@@ -278,7 +278,8 @@ class ParallelContext:
         """The same of what is alike on the ranks of a tensor-parallel group: zeros of all but its
         first one.
         """
-        return self.gather_from_ranks(values if self.groups.coords.mp == 0 else 0.0 * values)
+        speaks = self.groups.coords.mp == 0
+        return self.gather_from_ranks(values if speaks else np.zeros_like(values))
 
     def any_rank(self, yes: bool) -> bool:
         """Whether any process says yes; all get the same answer, and all must ask."""

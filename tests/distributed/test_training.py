@@ -255,7 +255,8 @@ def test_the_report_of_a_failed_step_names_what_another_rank_holds(report, case)
     assert set(weights) == set(whole)
     w1 = f"layers.{last}.moe.experts.w1"
     experts, size, _ = whole[w1].shape
-    here = experts // LAYOUTS[world][name].ep
-    assert {name: count for name, count in weights.items() if count} == {w1: here * size}
+    layout = LAYOUTS[world][name]
+    here = experts // layout.ep * (size // layout.mp)
+    assert {name: count for name, count in weights.items() if count} == {w1: here}
     normed = {each["name"] for each in found["weights"] if each["gradient_norm"] is not None}
     assert normed == {path for path, spec in whole.items() if spec.kind == "trained"}

@@ -131,7 +131,7 @@ ADAPTERS = {
 TIED = ("dp2 mp2 ep2", "pp4, gpipe", "pp2, two chunks")
 DEEP = ("dp2 ep2 zero1", "generating")
 """Of several layers: what a recomputed block sends must not meet the gradients of the next one."""
-WATCHED = ("dp2 ep2 zero1, muon", "pp2, two chunks")
+WATCHED = ("dp2 ep2 zero1, muon", "pp2, two chunks", "mp2")
 """Whose layers' outputs are looked at after the training, and whose next step fails."""
 FIGURES = ("loss", "lm_loss", "aux_loss", "z_loss", "grad_norm", "routed_LE", "kept_LE")
 EXPERTS = ({"pattern": "*.experts.*", "lr_factor": 0.5, "weight_decay": 0.02},)

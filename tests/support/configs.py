@@ -29,3 +29,8 @@ def model(**changes) -> ModelConfig:
         **{**SIZES, **changes},
         moe=None if moe is None else MoEArchitecture(**{"num_local_experts": 8, **moe}),
     )
+
+
+HF_MIXTRAL = dict(SIZES, model_type="mixtral", num_local_experts=8)
+HF_MISTRAL = dict(SIZES, model_type="mistral")
+"""Of those sizes, as a ``config.json`` of Hugging Face has them."""
