@@ -84,6 +84,12 @@ def upcycled_config(dense: ModelConfig, moe: MoEArchitecture) -> ModelConfig:
             moe.shared_expert_gate,
             "the shares of chosen and shared experts must add up to 1, as those of softmax_pair do",
         ),
+        (
+            moe.extra_feed_forward != "none",
+            "extra_feed_forward",
+            moe.extra_feed_forward,
+            "the dense model has no such feed-forward",
+        ),
     )
     for broken, key, value, rule in rules:
         if broken:

@@ -28,6 +28,7 @@ def _plain_experts(model: ModelConfig) -> dict[str, Any]:
         "cmr_gate_drop": 0.0,
         "cmr_gate_loss_p": 1.0,
         "moe_token_dropout": 0.0,
+        "extra_feed_forward": "none",
         "layer_experts": None,
     }
 

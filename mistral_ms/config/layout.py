@@ -139,7 +139,8 @@ def _divided(model: ModelConfig, rows: bool) -> Iterator[tuple[str, int]]:
     """
     for name in ("num_attention_heads", "num_key_value_heads"):
         yield name, getattr(model, name)
-    if model.moe is None or len(model.sparse_layers) < model.num_hidden_layers:
+    dense = len(model.sparse_layers) < model.num_hidden_layers
+    if dense or model.extra_feed_forwards:
         yield "intermediate_size", model.intermediate_size
     if model.moe is not None:
         own = model.moe.moe_intermediate_size is not None

@@ -230,6 +230,12 @@ class ModelConfig(Frozen):
         return self.moe.shared_expert_intermediate_size or each
 
     @property
+    def extra_feed_forwards(self) -> tuple[str, ...]:
+        """The sides of a sparse layer that a dense feed-forward stands on, in their order."""
+        given = "none" if self.moe is None else self.moe.extra_feed_forward
+        return tuple(side for side in ("before", "after") if given in (side, "both"))
+
+    @property
     def longest_sequence(self) -> int:
         """The longest sequence the model may see, scaling of its positions included.
 

@@ -24,6 +24,7 @@ SHAPE_KEYS = (
     "cmr_gate_drop",
     "cmr_gate_loss_p",
     "moe_token_dropout",
+    "extra_feed_forward",
     "layer_experts",
 )
 """Keys of :class:`MoEArchitecture` that Mixtral's configuration has not."""
@@ -60,6 +61,10 @@ class MoEArchitecture(Frozen):
         moe_token_dropout: in training each result of a chosen expert is left out with this
             probability, for each token and expert, the rest as it is; otherwise it is multiplied
             by 1 minus it (expert output masking, NLLB-MoE; HF's key).
+        extra_feed_forward: dense feed-forwards, as wide as those of layers without experts, beside
+            those in the same block, each with a norm and a residual of its own: ``after`` the
+            experts (OpenMoE, arXiv:2402.01739), ``before`` them, or ``both`` (ST-MoE,
+            arXiv:2202.08906, tried one on either side).
         norm_topk_prob: divide the K chosen probabilities by their sum (Mixtral does).
         gate: which gate routes the tokens, by its name or with its settings; see
             ``mistral_ms.moe.gates``.
@@ -77,6 +82,7 @@ class MoEArchitecture(Frozen):
     cmr_gate_drop: float = Field(default=0.0, ge=0, lt=1)
     cmr_gate_loss_p: float = Field(default=1.0, ge=0, le=1)
     moe_token_dropout: float = Field(default=0.0, ge=0, lt=1)
+    extra_feed_forward: Literal["none", "before", "after", "both"] = "none"
     norm_topk_prob: bool = True
     gate: SerializeAsAny[GateSettings] = SoftmaxTopKSettings()
     router_aux_loss_coef: float = Field(default=0.001, ge=0, allow_inf_nan=False)

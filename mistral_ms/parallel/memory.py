@@ -42,8 +42,8 @@ class LayerMemory:
 
     Attributes:
         states: the block's input.
-        norms: what the two norms normalised and gave, the states between them, what the router
-            computed from and its scores.
+        norms: what they normalised and gave, the states between them, what the router computed
+            from and its scores.
         attention: queries, keys, values and the result.
         probabilities: of attention, with the visible keys; its statistics where the operator is
             fused.
@@ -174,10 +174,11 @@ def layer_memory(
     states = T * H * itemsize
     # between the norms the states again; of each norm its result, one number a token and, unfused,
     # the normalised states and a float32 copy of its input
-    norms = 3 * states + 2 * T * FLOAT
-    results = 2 * states + T * N * D * itemsize
+    count = 2 + (len(model.extra_feed_forwards) if model.is_sparse(layer) else 0)
+    norms = (2 * count - 1) * states + count * T * FLOAT
+    results = count * states + T * N * D * itemsize
     if fused == "none":
-        copies = 2 * states + (2 * T * H * FLOAT if itemsize != FLOAT else 0)
+        copies = count * (states + (T * H * FLOAT if itemsize != FLOAT else 0))
         norms, results = norms + copies, results + copies
     attention = T * (2 * N + 2 * G) * D * itemsize
     left = T * (N + G) * D * itemsize
@@ -210,7 +211,7 @@ def layer_memory(
         # the router computes from a copy in float32, and nobody else from what the norm gave
         norms, results = norms + T * H * FLOAT - states, results - states
     R = expert_rows(model, routing, parallel, T, seq_length)
-    I = model.expert_size // parallel.mp  # noqa: E741
+    expert = model.expert_size // parallel.mp
     shared = 0
     if model.shared_expert_size:  # its own activations, its result and that of the chosen ones
         shared = widths * T * model.shared_expert_size // parallel.mp * itemsize + 2 * states
@@ -219,7 +220,7 @@ def layer_memory(
         norms,
         attention,
         probabilities,
-        widths * R * I * itemsize + shared,
+        widths * (R * expert + (count - 2) * T * I) * itemsize + shared,
         dispatch=2 * R * H * itemsize,
         results=results,
         left=left + R * H * itemsize,

@@ -109,9 +109,11 @@ def _tensor(run: RunConfig, sparse: bool, execution: Execution) -> Iterator[Mess
     if mp == 1:
         return
     states = tokens_of(run) * run.model.hidden_size * ITEMSIZE[run.training.dtype]
-    divided = 1 if sparse and not run.model.shared_expert_size else 2  # attention, feed-forward
+    extra = len(run.model.extra_feed_forwards) if sparse else 0
+    gathers = 2 + extra  # before attention and before what follows
+    divided = gathers - 1 if sparse and not run.model.shared_expert_size else gathers
     if execution == "graph":  # rows are divided between the matrices
-        yield Message("AllGather", GroupKind.TENSOR, states / mp, 2)
+        yield Message("AllGather", GroupKind.TENSOR, states / mp, gathers)
         yield Message("ReduceScatter", GroupKind.TENSOR, states, divided)
     else:
         yield Message("AllReduce", GroupKind.TENSOR, states, divided)

@@ -111,8 +111,12 @@ class Work:
 
     def layer(self, layer: int) -> Pass:
         """One decoder block."""
-        second = self._sparse() if self.model.is_sparse(layer) else self._dense()
-        return self._attention(layer) + second
+        if not self.model.is_sparse(layer):
+            return self._attention(layer) + self._dense()
+        found = self._attention(layer) + self._sparse()
+        for _ in self.model.extra_feed_forwards:
+            found += self._dense()
+        return found
 
     def embedding(self) -> Pass:
         """The lookup."""

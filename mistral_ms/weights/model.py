@@ -111,15 +111,24 @@ def _specs(config: ModelConfig) -> Iterator[ParamSpec]:
 def _block(config: ModelConfig, layer: int) -> tuple[ParamSpec, ...]:
     """:class:`mistral_ms.models.DecoderBlock`."""
     H, kinds = config.hidden_size, config.layer_kinds
+    extra: dict[str, tuple[ParamSpec, ...]] = {"before": (), "after": ()}
     if config.is_sparse(layer):
         second = inside("moe", layer_specs(kinds.sparse, config.of_layer(layer)))
+        for side in config.extra_feed_forwards:
+            pieces = (
+                *inside("layernorm", norm_specs(H)),
+                *inside("feed_forward", layer_specs(kinds.dense, config)),
+            )
+            extra[side] = inside(f"extra_{side}", pieces)
     else:
         second = inside("feed_forward", layer_specs(kinds.dense, config))
     return (
         *inside("input_layernorm", norm_specs(H)),
         *inside("attention", layer_specs(kinds.attention, config)),
+        *extra["before"],
         *inside("post_attention_layernorm", norm_specs(H)),
         *second,
+        *extra["after"],
     )
 
 

@@ -109,8 +109,9 @@ def test_a_checkpoint_of_ours_in_half_precision_and_another_seed(dense, tmp_path
         ({"moe_intermediate_size": 12}, r"moe_intermediate_size: 12: .* of width 24"),
         ({"n_shared_experts": 1}, r"shared_expert_gate: none: the shares of chosen and shared"),
         ({"n_shared_experts": 2, "shared_expert_gate": "softmax_pair"}, r"48: .* of width 24"),
+        ({"extra_feed_forward": "after"}, r"extra_feed_forward: after: .* no such feed-forward"),
     ],
-    ids=["raw", "scaled", "alone", "fine-grained", "added", "wide"],
+    ids=["raw", "scaled", "alone", "fine-grained", "added", "wide", "behind"],
 )
 def test_what_would_be_another_model_is_refused(dense, tmp_path, moe, message):
     with pytest.raises(ConfigError, match=f"another model than the dense one: .*{message}"):

@@ -32,6 +32,7 @@ CONFIG = small_model(
         "moe_intermediate_size": 8,
         "n_shared_experts": 2,
         "shared_expert_gate": "sigmoid",
+        "extra_feed_forward": "both",
     },
 )
 LAYOUTS = {

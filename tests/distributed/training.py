@@ -56,6 +56,7 @@ def model(name: str) -> ModelConfig:
         moe |= {"num_experts_per_tok": 1, "norm_topk_prob": False}
     if name in FINE:
         moe |= FINE[name]
+    moe["extra_feed_forward"] = EXTRA.get(name, "none")
     lora = {}
     if name in ADAPTERS:
         lora, moe["n_shared_experts"] = {"lora": ADAPTERS[name]}, 1
@@ -99,6 +100,8 @@ GATES = {
 experts outputs are held to those of another model: a stage of Lifelong-MoE. Domains: PanGu-Sigma's
 random routed experts, where each rank has those of one domain, and rows of both.
 """
+EXTRA = {"dp2 ep2 interleaved": "after", "dp2 pp2 ep2 zero1": "both"}
+"""Where dense feed-forwards stand beside the experts, in the same block."""
 OF_ONE = ("dp4 ep2 zero1",)
 """Layouts whose gates choose one expert."""
 FINE = {

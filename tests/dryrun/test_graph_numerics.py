@@ -128,12 +128,13 @@ CASES = {
         "routing": {"policy": "dropless", "aux_loss": "pooled"},
         "tie_word_embeddings": True,
     },
-    "token-major in one layer, shared experts; window in the other, stretched positions": {
+    "token-major in one layer, all kinds of others; window in the other, stretched positions": {
         "moe": {
             "sparse_layers": "every_other",
             "moe_intermediate_size": 32,
             "n_shared_experts": 2,
             "shared_expert_gate": "sigmoid",
+            "extra_feed_forward": "both",
         },
         "sliding_window": 5,
         "layer_types": ["sliding_attention", "full_attention"],

@@ -23,7 +23,7 @@ SEEDS = 0, 1, 5
 NARROW = (
     "model.hidden_size=64", "model.intermediate_size=128", "model.vocab_size=512",
     "model.num_attention_heads=4", "model.num_key_value_heads=4", "training.seq_length=64",
-    "model.moe.moe_intermediate_size=32",
+    "model.moe.moe_intermediate_size=32", "model.moe.extra_feed_forward=both",
 )  # fmt: skip
 
 

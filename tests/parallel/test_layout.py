@@ -111,7 +111,10 @@ def test_rules_that_need_an_odd_model():
         with pytest.raises(ConfigError, match=rf"mp \(2\) must divide {named}"):
             one.check(model(moe=moe))
     # the width of dense layers where there are none is nobody's
-    one.check(model(intermediate_size=97, moe={"moe_intermediate_size": 24}))
+    fine = {"moe_intermediate_size": 24}
+    one.check(model(intermediate_size=97, moe=fine))
+    with pytest.raises(ConfigError, match=r"mp \(2\) must divide intermediate_size \(97\)"):
+        one.check(model(intermediate_size=97, moe=fine | {"extra_feed_forward": "after"}))
     with pytest.raises(ConfigError, match=r"mp \(2\) must divide vocab_size \(321\)"):
         one.check(model(vocab_size=321))
     with pytest.raises(ConfigError, match=r"ep \(2\) must be 1 for a model without experts"):

@@ -100,6 +100,17 @@ def test_shared_experts_keep_the_activations_of_a_dense_layer_and_two_results():
     assert found.feed_forward == (K + 3) * dense.feed_forward // 2 + 2 * T * H * 4
 
 
+def test_extra_feed_forwards_keep_what_dense_layers_keep_without_attention():
+    T, H = 24, DENSE.hidden_size
+    both = SPARSE.moe.model_copy(update={"extra_feed_forward": "both"})
+    extra = SPARSE.model_copy(update={"moe": both})
+    dense, plain, found = (layer_memory(m, DROPLESS, ONE, **SIZES) for m in (DENSE, SPARSE, extra))
+    assert found.feed_forward - plain.feed_forward == 2 * dense.feed_forward
+    # of each norm what it normalised, and gave, and unfused the normalised states; the mean squares
+    assert found.norms - plain.norms == 2 * (3 * T * H + T) * 4
+    assert found.results - plain.results == 2 * 2 * T * H * 4
+
+
 def test_rows_of_experts():
     capacity = RoutingConfig(policy="capacity", capacity_factor=1.5)
     shared = ParallelConfig(dp=4, ep=4, devices_per_node=4)

@@ -27,6 +27,7 @@ FINE = {
     "moe_intermediate_size": 32,
     "n_shared_experts": 2,
     "shared_expert_gate": "sigmoid",
+    "extra_feed_forward": "after",
     "sparse_layers": {"first_k_dense_replace": 1},
 }
 

@@ -170,6 +170,10 @@ def test_messages_of_tensor_parallel_ranks(shared):
     }
     assert set(layer_messages(beside, sparse=True, execution="explicit")) == experts | explicit
     assert set(layer_messages(beside, sparse=True, execution="graph")) == experts | graph
+    values["model"]["moe"]["extra_feed_forward"] = "both"  # as test_planned.py compiles
+    beside = RunConfig(**values)
+    explicit = {Message("AllReduce", GroupKind.TENSOR, states, 4)}
+    assert set(layer_messages(beside, sparse=True, execution="explicit")) == experts | explicit
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ SHARED = configs.model(
         "moe_intermediate_size": 32,
         "n_shared_experts": 2,
         "shared_expert_gate": "softmax_pair",
+        "extra_feed_forward": "both",
         "sparse_layers": {"first_k_dense_replace": 1},
     }
 )

@@ -45,6 +45,7 @@ def layer_costs(model: ModelConfig, seq_length: int) -> LayerCosts:
     if model.moe is not None:
         visited = model.moe.num_experts_per_tok * model.expert_size + model.shared_expert_size
         sparse = 6 * H * visited + 2 * H * shared_logits(model)
+        sparse += len(model.extra_feed_forwards) * dense
     experts = dict(zip(model.sparse_layers, model.expert_counts, strict=True))
     layers = tuple(
         float(

@@ -80,6 +80,9 @@ def test_costs_count_multiplications_and_additions():
     moe = {"moe_intermediate_size": 16, "n_shared_experts": 3, "shared_expert_gate": "sigmoid"}
     fine = layer_costs(model(moe=moe), S)
     assert fine.layers[0] == attention + 2 * E * H + (K + 3) * 2 * 3 * H * 16 + 2 * H
+    extra = layer_costs(model(moe={"extra_feed_forward": "both", "sparse_layers": (1,)}), S)
+    assert extra.layers[0] == attention + dense
+    assert extra.layers[1] == attention + 2 * E * H + (K + 2) * dense
     windowed = layer_costs(model(sliding_window=4, moe=None), S)
     assert windowed.layers[0] == costs.layers[0] - 2 * 2 * (S - 4) * N * D
 
