@@ -69,7 +69,9 @@ def _read_model(path: Path, kind: object = None) -> dict[str, Any]:
     if not is_dir(path):
         if (error := explain(path, ConfigError)) is not None:
             raise error
-        return read_yaml(path)
+        values = read_yaml(path)
+        _move_token_counts(values, path.parent)
+        return values
     mistrals = isinstance(kind, str) and kind.startswith("mistral")
     for name, read in (("config.json", from_hf), ("params.json", from_mistral)):
         if is_file(path / name) and not (mistrals and name == "config.json"):
@@ -108,10 +110,19 @@ def _beside(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
             if isinstance(source.get("inputs"), list):
                 source["inputs"] = [moved(item) for item in source["inputs"]]
             values[group] = source
+    if isinstance(values.get("model"), dict):
+        _move_token_counts(values["model"], directory)
     data = values.get("data")
     if isinstance(data, dict) and not str(data.get("tokenizer")).startswith(PACKAGED_TOKENIZER):
         data["tokenizer"] = moved(data.get("tokenizer"))
     return values
+
+
+def _move_token_counts(model: dict[str, Any], directory: Path) -> None:
+    """The path among a gate's settings."""
+    gate = moe.get("gate") if isinstance(moe := model.get("moe"), dict) else None
+    if isinstance(gate, dict) and isinstance(gate.get("token_counts"), str):
+        gate["token_counts"] = str(directory / gate["token_counts"])
 
 
 def _without_rival(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mistral_ms.config import DataConfig, read_end_tokens
+from mistral_ms.config.token_counts import TOKEN_COUNTS, token_counts_text
 from mistral_ms.datasets.description import (
     DESCRIPTION,
     Counts,
@@ -82,11 +85,12 @@ def build_dataset(
     advance = _meter(total, progress)
     with new_directory(output, overwrite) as directory:
         writer = SequenceWriter(directory, config.seq_length)
-        largest = 0
+        largest, occurs = 0, np.zeros(tokenizer.vocab_size, np.int64)
         for path in inputs:
             for document in read_documents(path, config, reject, advance):
                 for run in _runs(encoder, document, reject):
                     largest = max(largest, int(run.ids_T.max()))
+                    occurs += np.bincount(run.ids_T, minlength=len(occurs))
                     for sequence in packer.add(run):
                         writer.write(sequence)
         for sequence in packer.finish():
@@ -98,7 +102,7 @@ def build_dataset(
             config=config,
             vocabulary=Vocabulary.of(tokenizer),
             counts=counts,
-            files=_sealed(directory, writer.close()),
+            files=_sealed(directory, {**writer.close(), **_counted(directory, occurs)}),
         )
         path = directory / DESCRIPTION
         text = json.dumps(info.model_dump(), indent=2, ensure_ascii=False)
@@ -124,6 +128,14 @@ def _runs(encoder: DocumentEncoder, document: Document, reject: Rejects) -> Iter
         reject(error)
         return
     yield from runs
+
+
+def _counted(directory: Path, occurs_V: np.ndarray) -> dict[str, int]:
+    """Writes how often each id occurs; no sequences."""
+    found = {int(token): int(occurs_V[token]) for token in np.flatnonzero(occurs_V)}
+    text = token_counts_text(found, len(occurs_V))
+    (directory / TOKEN_COUNTS).write_text(text, encoding="utf-8")
+    return {TOKEN_COUNTS: 0}
 
 
 def _sealed(directory: Path, files: Mapping[str, int]) -> tuple[DataFile, ...]:

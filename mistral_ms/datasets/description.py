@@ -71,7 +71,8 @@ class DataFile(Frozen):
         name: its name in the directory.
         size: its bytes.
         sha256: its digest.
-        sequences: how many it holds; 0 for the index that MindRecord keeps beside each file.
+        sequences: how many it holds; 0 for the index that MindRecord keeps beside each file, and
+            for the counts of tokens.
     """
 
     name: str

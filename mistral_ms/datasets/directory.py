@@ -14,12 +14,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from mistral_ms.config.token_counts import TOKEN_COUNTS
 from mistral_ms.datasets.description import DESCRIPTION
 from mistral_ms.errors import DataError
 from mistral_ms.staging import StagedDirectory, sync_directory
 
 SEQUENCE_FILES = "sequences-*.mindrecord"
-_KNOWN = (DESCRIPTION, SEQUENCE_FILES, f"{SEQUENCE_FILES}.db")
+_KNOWN = (DESCRIPTION, TOKEN_COUNTS, SEQUENCE_FILES, f"{SEQUENCE_FILES}.db")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

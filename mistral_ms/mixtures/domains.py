@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import mindspore as ms
-import numpy as np
 from mindspore import Tensor, ops
 from pydantic import Field
 
@@ -22,6 +21,7 @@ from mistral_ms.config import (
     DROPLESS,
     GateSettings,
     ModelConfig,
+    MoEArchitecture,
     RoutingConfig,
 )
 from mistral_ms.errors import ConfigError
@@ -29,7 +29,7 @@ from mistral_ms.layers import output_logits
 from mistral_ms.mixtures.rewriting import Part, Rows, rewrite
 from mistral_ms.models import CausalLM
 from mistral_ms.moe import Gate, GateContext, Routing, register_gate, settings_of
-from mistral_ms.weights import ParamSpec, balanced, specs
+from mistral_ms.weights import ParamSpec, specs
 
 TABLE = "expert_of_token"
 """The buffer [D, V]: which expert of a domain's group computes a token; whole numbers, float32."""
@@ -42,11 +42,16 @@ class RandomRoutedSettings(GateSettings):
 
     Attributes:
         domains: D, groups of neighbouring experts; divides their number.
+        token_counts: a file as the ``data`` command writes it, by which new tables give each expert
+            of a group as many tokens; None: as many ids. Not looked at again. In a run file beside
+            it.
     """
 
     takes_ids: ClassVar[bool] = True
+    of_training: ClassVar[tuple[str, ...]] = ("token_counts",)
     name: str = "random_routed"
     domains: int = Field(default=1, ge=1)
+    token_counts: str | None = None
 
     @property
     def row_domains(self) -> int:
@@ -86,6 +91,7 @@ class RandomRouted(Gate):
                 decay=False,
                 init="balanced",
                 levels=E // D,
+                token_counts=settings.token_counts,
                 kind="buffer",
             ),
         )
@@ -143,51 +149,6 @@ class DomainLM(CausalLM):
         for layer in self.layers:
             x_TH, _ = layer(x_TH, contexts[layer.window], valid_T, None, place_T)
         return output_logits(self.norm(x_TH), self.head_weight()).reshape(B, S, -1)
-
-    def initialize(self, seed: int, counts_V: np.ndarray | None = None) -> None:
-        """Draws fresh weights, and the tables: another one for each layer and domain.
-
-        Args:
-            seed: of both.
-            counts_V: see :func:`token_map`.
-        """
-        super().initialize(seed)
-        if counts_V is None:
-            return
-        for name, parameter in self.weights().items():
-            if name.endswith(TABLE):
-                (D, V), levels = parameter.shape, self.specs[name].levels
-                rng = np.random.default_rng([seed, *name.encode()])
-                table = [token_map(V, levels, rng, counts_V) for _ in range(D)]
-                parameter.set_data(Tensor(np.stack(table).astype(np.float32)))
-
-
-def token_map(
-    vocab_size: int,
-    experts: int,
-    rng: np.random.Generator,
-    counts_V: np.ndarray | None = None,
-) -> np.ndarray:
-    """A random expert for each token id, int64 [V].
-
-    Args:
-        vocab_size: V.
-        experts: of the group.
-        rng: draws.
-        counts_V: how often each id occurs. None: each expert gets V / experts ids, give or take
-            one, however frequent they are. Given: from the most frequent id on, each goes to the
-            expert with the fewest tokens so far, so that the load is even, too; ids that are as
-            frequent as one another are in random order.
-    """
-    if counts_V is None:
-        return balanced(vocab_size, experts, rng)
-    order = rng.permutation(vocab_size)
-    found = np.empty(vocab_size, np.int64)
-    load = np.zeros(experts)
-    for token in order[np.argsort(-counts_V[order], kind="stable")]:
-        found[token] = np.argmin(load)
-        load[found[token]] += counts_V[token]
-    return found
 
 
 @dataclass(frozen=True)
@@ -251,14 +212,8 @@ def extract_domain(source: Source, dst: Path, domain: int, **options: Any) -> Ex
         )
     group = old.moe.num_local_experts // D
     first = domain * group
-    if group == 1 and old.shared_expert_size:
-        raise ConfigError(
-            "no dense model",
-            where="model.moe.n_shared_experts",
-            value=old.moe.n_shared_experts,
-            rule="a domain of one expert becomes a dense model, which has no shared experts",
-        )
     if group == 1:
+        _check_alone(old.moe)
         config = old.model_copy(update={"moe": None})
         experts = 0
     else:
@@ -276,6 +231,21 @@ def extract_domain(source: Source, dst: Path, domain: int, **options: Any) -> Ex
                 tensors[f"layers.{layer}.feed_forward.{w}.weight"] = [stacked]
     written = rewrite(source, dst, config, tensors, **options)
     return ExtractResult(domain, experts, written, sum(t.nbytes for t in source.tensors.values()))
+
+
+def _check_alone(moe: MoEArchitecture) -> None:
+    """One expert becomes the only feed-forward of a block."""
+    for key, none, others in (
+        ("n_shared_experts", 0, "shared experts"),
+        ("extra_feed_forward", "none", "second feed-forward"),
+    ):
+        if (value := getattr(moe, key)) != none:
+            raise ConfigError(
+                "no dense model",
+                where=f"model.moe.{key}",
+                value=value,
+                rule=f"a domain of one expert becomes a dense model, which has no {others}",
+            )
 
 
 def _one_domain(config: ModelConfig, experts: int) -> ModelConfig:

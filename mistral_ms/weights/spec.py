@@ -48,9 +48,11 @@ class ParamSpec:
         decay: whether weight decay applies.
         init: initial values: normal or uniform with mean 0 and ``std``, the normal ones cut off at
             twice ``std``, ones or zeros; ``balanced``: in each row the whole numbers below
-            ``levels``, each as often, give or take one, in random order.
+            ``levels``, see :func:`mistral_ms.weights.balanced`.
         std: standard deviation of what is drawn; of ``truncated_normal`` before it is cut off.
         levels: of ``balanced``.
+        token_counts: of ``balanced``: a file that says how often each of the ids occurs that the
+            last axis counts; None: nobody knows.
         kind: ``trained``; ``frozen``, a weight without a gradient; ``buffer``, state without a
             gradient that the layer itself changes. All are in checkpoints.
         partial_gradient: tensor-parallel ranks hold all of the parameter and each has a part of its
@@ -72,6 +74,7 @@ class ParamSpec:
     init: Init = "normal"
     std: float = 0.02
     levels: int = 1
+    token_counts: str | None = None
     kind: Kind = "trained"
     partial_gradient: bool = False
     frozen_rows: int = 0

@@ -77,7 +77,7 @@ def test_every_option(run, corpus, checkpoint, tmp_path):
         "boundaries": "attention",
         "vocab_size": 32768,
         "tokenizer_sha256": info.vocabulary.sha256,
-        "files": 2,
+        "files": 3,
         "bytes": sum(file.size for file in info.files),
     }
 

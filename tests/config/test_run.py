@@ -1,5 +1,6 @@
 """Rules between the sections of a run file."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,19 @@ def test_keys_of_other_programs_lead_to_ours(override, advice):
 def test_a_file_of_a_prediction_is_no_training():
     with pytest.raises(ConfigError, match=r"not a training: .*predict_mixtral_8x7b.*is for gener"):
         load_run_config(CONFIGS / "predict_mixtral_8x7b_8card.yaml")
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["inline", "a file of its own"])
+def test_counts_of_tokens_lie_beside_the_file_that_names_them(tmp_path, apart):
+    gate = {"name": "hash_top_1", "table": "frequency", "token_counts": "counts/c.json"}
+    moe = {"gate": gate, "num_experts_per_tok": 1, "norm_topk_prob": False}
+    model = configs.model(moe=moe).model_dump(mode="json", exclude_none=True)
+    training = {"max_steps": 1, "seq_length": 8, "global_batch_size": 1}
+    values = {"model": "models/m.yaml" if apart else model, "training": training}
+    where = tmp_path / "models" if apart else tmp_path
+    if apart:
+        where.mkdir()
+        (where / "m.yaml").write_text(json.dumps(model))
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    found = load_run_config(tmp_path / "run.yaml").model.moe.gate
+    assert found.token_counts == str(where / "counts" / "c.json")

@@ -5,12 +5,14 @@ import json
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mistral_ms.config import DataConfig
+from mistral_ms.config.token_counts import read_token_counts
 from mistral_ms.datasets import (
     build,
     build_dataset,
@@ -81,6 +83,8 @@ def test_the_description_tells_all(make, jsonl, tokenizer, tmp_path):
     for file in info.files:
         data = (tmp_path / "out" / file.name).read_bytes()
         assert (file.size, file.sha256) == (len(data), sha256(data).hexdigest())
+    occurs = Counter(t for each in GOOD for t in (*tokenizer.encode(each["text"]), 2))
+    assert read_token_counts(tmp_path / "out" / "token_counts.json", 32000) == occurs
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "dataset.json",
         *(file.name for file in info.files),
@@ -109,7 +113,7 @@ def test_the_same_bytes_every_time(make, jsonl, tmp_path):
 def test_files_are_begun_when_one_is_full(tmp_path, make, jsonl, monkeypatch):
     monkeypatch.setattr(mindrecord, "FILE_SEQUENCES", 3)
     info = make(jsonl({"text": "a b c d e f g h i j k l m n"}), seq_length=2).info
-    assert [file.sequences for file in info.files] == [3, 0, 3, 0, 2, 0]
+    assert [file.sequences for file in info.files] == [3, 0, 3, 0, 2, 0, 0]
     reader = mindrecord.SequenceReader(tmp_path / "out", info.files, 2)
     stream = [1, *(int(i) for n in range(8) for i in reader[n].labels_S if i != -100)]
     ids = [int(i) for n in range(8) for i in reader[n].ids_S]

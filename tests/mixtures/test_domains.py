@@ -9,17 +9,18 @@ from support.routing import silu
 
 from mistral_ms.checkpoint import convert, open_checkpoint, save_native
 from mistral_ms.config import RoutingConfig
+from mistral_ms.config.token_counts import token_counts_text
 from mistral_ms.errors import ConfigError
 from mistral_ms.layers import CacheSpec
-from mistral_ms.mixtures.domains import DomainLM, extract_domain, token_map
+from mistral_ms.mixtures.domains import DomainLM, extract_domain
 from mistral_ms.mixtures.expand import remove_experts
 from mistral_ms.models import CausalLM, NextTokenLogits
 
 V = 48
 
 
-def config(experts=6, domains=3, sparse=(1,)):
-    gate = {"name": "random_routed", "domains": domains}
+def config(experts=6, domains=3, sparse=(1,), **settings):
+    gate = {"name": "random_routed", "domains": domains, **settings}
     moe = {
         "num_local_experts": experts,
         "num_experts_per_tok": 1,
@@ -49,30 +50,6 @@ def batch():
     return ids, places
 
 
-def test_maps_are_balanced_random_and_different():
-    rng = np.random.default_rng(0)
-    maps = [token_map(50, 4, rng) for _ in range(300)]
-    for found in maps:
-        assert sorted(np.bincount(found, minlength=4)) == [12, 12, 13, 13]
-    assert len({found.tobytes() for found in maps}) == 300
-    # chi-square of the experts that token 7 got: 3 degrees of freedom, 21.1 has probability 1e-4
-    counts = np.bincount([found[7] for found in maps], minlength=4)
-    assert ((counts - 75) ** 2 / 75).sum() < 21.1
-    biased = np.bincount([7 % 4 for _ in maps], minlength=4)  # what a plain modulus would give
-    assert ((biased - 75) ** 2 / 75).sum() > 21.1
-
-
-def test_maps_by_frequency_are_even_in_tokens():
-    """Zipf's law: as many ids for each expert leaves the load uneven; counting tokens does not."""
-    counts = np.round(1e5 / np.arange(1, 2001))
-    plain = token_map(2000, 4, np.random.default_rng(1))
-    even = token_map(2000, 4, np.random.default_rng(1), counts)
-    loads = [np.bincount(m, counts, minlength=4) for m in (plain, even)]
-    variation = [load.std() / load.mean() for load in loads]
-    assert variation[0] > 0.05
-    assert variation[1] < 1e-3
-
-
 def test_tables_of_layers_and_domains_differ_and_are_the_seeds():
     made = DomainLM(config(sparse=(0, 1)))
     made.initialize(3)
@@ -84,6 +61,17 @@ def test_tables_of_layers_and_domains_differ_and_are_the_seeds():
     again.initialize(3)
     found = again.weights()["layers.1.moe.router.expert_of_token"].asnumpy()
     np.testing.assert_array_equal(found, tables[1])
+
+
+def test_tables_by_counts_give_experts_of_a_group_as_many_tokens(tmp_path):
+    counts = {token: 1000 // (token + 1) for token in range(V)}
+    path = tmp_path / "token_counts.json"
+    path.write_text(token_counts_text(counts, V))
+    made = DomainLM(config(token_counts=str(path)))
+    made.initialize(0)
+    for row in made.weights()["layers.1.moe.router.expert_of_token"].asnumpy():
+        loads = np.bincount(row.astype(int), list(counts.values()), minlength=2)
+        assert abs(loads[0] - loads[1]) <= min(counts.values())  # what came last filled a gap
 
 
 def test_a_layer_by_tokens(batch):
@@ -194,15 +182,18 @@ def test_what_is_refused(batch, tmp_path):
         extract_domain(source, tmp_path / "one", 3)
 
 
-def test_a_domain_of_one_expert_beside_shared_ones_is_no_dense_model(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value"), [("n_shared_experts", 1), ("extra_feed_forward", "after")]
+)
+def test_a_domain_of_one_expert_beside_others_is_no_dense_model(tmp_path, key, value):
     plain = config(experts=3)
-    moe = plain.moe.model_copy(update={"n_shared_experts": 1})
+    moe = plain.moe.model_copy(update={key: value})
     made = DomainLM(plain.model_copy(update={"moe": moe}))
     made.initialize(0)
     saved(tmp_path / "whole", made)
     with (
         open_checkpoint(tmp_path / "whole") as source,
-        pytest.raises(ConfigError, match=r"no dense model: model.moe.n_shared_experts: 1"),
+        pytest.raises(ConfigError, match=rf"no dense model: model\.moe\.{key}: {value}"),
     ):
         extract_domain(source, tmp_path / "one", 0)
     assert not (tmp_path / "one").exists()

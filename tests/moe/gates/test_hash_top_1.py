@@ -10,7 +10,11 @@ from support.gates import gated
 from support.moe import moe_layer
 from support.routing import silu
 
-from mistral_ms.config import DROPLESS, RunConfig, TrainingConfig
+from mistral_ms.checkpoint import open_checkpoint, save_native
+from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.config import DROPLESS, MoEArchitecture, RunConfig, TrainingConfig
+from mistral_ms.config.base import validate
+from mistral_ms.config.token_counts import read_token_counts, token_counts_text
 from mistral_ms.errors import ConfigError
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM, ModelChunk, NextTokenLogits
@@ -76,6 +80,84 @@ def test_a_layer_equals_one_dense_expert_for_each_token(mode):
     np.testing.assert_allclose(got.numpy(), want, atol=2e-5 * np.abs(want).max())
     counts = np.bincount(experts_of(ids).astype(int), minlength=E)
     np.testing.assert_array_equal(sums[1].numpy(), counts)
+
+
+def zipf_text(size, vocab_size, seed):
+    shares = 1 / np.arange(1, vocab_size + 1)
+    return np.random.default_rng(seed).choice(vocab_size, size, p=shares / shares.sum())
+
+
+def test_a_table_by_frequency_is_stored_and_evens_the_load_of_texts(tmp_path):
+    """On another text than the one that was counted; each layer has a table of its own."""
+    V, path = TINY["vocab_size"], tmp_path / "token_counts.json"
+    counted = np.bincount(zipf_text(20000, V, 0), minlength=V)
+    path.write_text(token_counts_text({i: int(n) for i, n in enumerate(counted) if n}, V))
+    loads, tables = {}, []
+    for table in ("hash", "frequency"):
+        gate = {"name": "hash_top_1", "table": table}
+        if table == "frequency":
+            gate["token_counts"] = str(path)
+        moe = {"gate": gate, "num_local_experts": 4, "num_experts_per_tok": 1,
+               "norm_topk_prob": False}  # fmt: skip
+        model = CausalLM(small_model(**TINY, moe=moe))
+        model.initialize(0)
+        ids = zipf_text(20000, V, 1).astype(np.int32)
+        x = Tensor(np.zeros((20000, 1), np.float32))
+        for layer in model.layers:
+            router = layer.moe.router
+            chosen = router(x, None, Tensor(ids))[1].numpy()[:, 0]
+            loads.setdefault(table, []).append(np.bincount(chosen, minlength=4))
+            if table == "frequency":
+                tables.append(router.expert_of_token.numpy())
+                np.testing.assert_array_equal(chosen, tables[-1][ids])
+    varies = {name: [each.std() / each.mean() for each in ls] for name, ls in loads.items()}
+    # an expert has 5000 tokens, and their number a deviation of 61: 0.012; 4 of those
+    assert max(varies["frequency"]) < 0.05
+    assert min(varies["hash"]) > 0.1
+    assert (tables[0] != tables[1]).any()
+    name = "layers.1.moe.router.expert_of_token"
+    held = ((n, p.shape, "float32", p.asnumpy()) for n, p in model.weights().items())
+    save_native(tmp_path / "model", model.config, held)
+    path.unlink()  # is of the first moment alone
+    with open_checkpoint(tmp_path / "model") as source:
+        again = CausalLM(source.config)
+        load_weights(source, again.weights())
+    np.testing.assert_array_equal(again.weights()[name].numpy(), tables[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"table": "frequency"}, "table frequency with token_counts None: the table frequency"),
+        ({"token_counts": "c.json"}, r"table hash with token_counts c\.json"),
+        ({"table": "balanced", "hash_seed": 3}, r"hash_seed \(3\) needs table hash, not balanced"),
+    ],
+)
+def test_contradicting_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(
+            MoEArchitecture,
+            {"num_local_experts": 4, "gate": {"name": "hash_top_1", **settings}},
+            "moe",
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", r"no token counts: .*: \[\]: must have vocab_size and counts"),
+        ('{"vocab_size":47,"counts":{}}', r"vocab_size 47: model\.vocab_size is 48"),
+        ('{"vocab_size":48,"counts":{"48":1}}', r"id '48': ids are 0 to 47"),
+        ('{"vocab_size":48,"counts":{"7":-1}}', r"-1 times id 7: must be a whole number"),
+        (None, "cannot read: .*: No such file"),
+    ],
+)
+def test_bad_counts(tmp_path, text, message):
+    path = tmp_path / "c.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_token_counts(path, 48)
 
 
 def test_what_has_no_ids_is_refused():
