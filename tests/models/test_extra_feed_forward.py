@@ -16,6 +16,7 @@ from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSN
 from mistral_ms.checkpoint import open_checkpoint, save_native
 from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import DROPLESS, to_hf, to_mistral
+from mistral_ms.config.mindformers_yaml import to_mindformers
 from mistral_ms.errors import ConfigError
 from mistral_ms.layers import CacheSpec
 from mistral_ms.models import CausalLM, DecoderBlock, LayerFactory
@@ -144,7 +145,7 @@ def test_selective_recompute_takes_their_norms():
     assert DecoderBlock(LayerFactory(config(), DROPLESS), 0).extra_after is None  # a dense block
 
 
-@pytest.mark.parametrize("to", [to_hf, to_mistral])
+@pytest.mark.parametrize("to", [to_hf, to_mistral, to_mindformers])
 def test_other_formats_cannot_express_them(to):
     every = small_model(**TINY, moe={"extra_feed_forward": "after"})
     with pytest.raises(ConfigError, match=r"moe\.extra_feed_forward: after"):
