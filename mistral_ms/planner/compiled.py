@@ -22,7 +22,6 @@ from mistral_ms.parallel.pipeline.costs import layer_costs
 from mistral_ms.parallel.topology import Topology
 from mistral_ms.planner.hardware import GIGA, Hardware
 from mistral_ms.planner.network import Sent, link_seconds
-from mistral_ms.planner.step import SLOWDOWN
 
 PRODUCTS = ("matmul", "attention")
 """Classes of what a step is for; all others are beside it."""
@@ -99,6 +98,7 @@ class StepCost:
         peak_flops: of a card's matrix units in the dtype of the computation, a second.
         peak: bytes at once.
         unknown: operators with tensors whose shape is known at run time alone.
+        slowdown: the hardware's, see :class:`~mistral_ms.planner.hardware.ComputeRates`.
     """
 
     classes: tuple[Class, ...]
@@ -109,6 +109,7 @@ class StepCost:
     peak_flops: float
     peak: Peak
     unknown: int
+    slowdown: float
 
     @property
     def communication(self) -> float:
@@ -143,8 +144,8 @@ class StepCost:
         ways: dict[str, dict[str, Any]] = {
             "as_written": {},
             "fused": {"fused": True},
-            "as_written_slowed": {"slowdown": SLOWDOWN},
-            "fused_slowed": {"fused": True, "slowdown": SLOWDOWN},
+            "as_written_slowed": {"slowdown": self.slowdown},
+            "fused_slowed": {"fused": True, "slowdown": self.slowdown},
         }
         return {
             "operators": [
@@ -230,6 +231,7 @@ def step_cost(
         peak_flops=hardware.compute.peak(training.dtype),
         peak=peak,
         unknown=sum(count for cost, count in operators.items() if cost.unknown),
+        slowdown=hardware.compute.slowdown,
     )
 
 

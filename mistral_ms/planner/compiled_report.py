@@ -10,7 +10,6 @@ from mistral_ms.parallel.dryrun.cost import Kind
 from mistral_ms.parallel.memory import GIB
 from mistral_ms.planner.compiled import PRODUCTS, StepCost
 from mistral_ms.planner.hardware import GIGA, TERA, Hardware
-from mistral_ms.planner.step import SLOWDOWN
 from mistral_ms.planner.study import Table
 
 NAMES: Mapping[Kind, str] = {
@@ -118,9 +117,9 @@ def sentences(cost: StepCost, run: RunConfig, hardware: Hardware) -> list[str]:
             else "."
         ),
         f"Model FLOPs utilization: {cost.utilization():.1%} to {cost.utilization(fused=True):.1%}; "
-        f"if operators take {SLOWDOWN} times as long as alone, which the planner fitted, "
-        f"{cost.utilization(slowdown=SLOWDOWN):.1%} to "
-        f"{cost.utilization(fused=True, slowdown=SLOWDOWN):.1%}.",
+        f"if operators take {cost.slowdown:g} times as long as alone, as the hardware's file says, "
+        f"{cost.utilization(slowdown=cost.slowdown):.1%} to "
+        f"{cost.utilization(fused=True, slowdown=cost.slowdown):.1%}.",
         f"Bytes beside products and attention: {beside / GIGA:.0f} GB a step.",
         f"What a step makes takes {cost.peak.total / GIB:.1f} GiB at most, in the order of the "
         f"text; a micro-batch keeps {cost.peak.kept / GIB:.2f} GiB for its gradients, "

@@ -19,7 +19,7 @@ from mistral_ms.planner.memory import (
     parameters,
 )
 from mistral_ms.planner.program import OURS, Program
-from mistral_ms.planner.step import SLOWDOWN, Elements, StepModel, elements
+from mistral_ms.planner.step import Elements, StepModel, elements
 from mistral_ms.weights import ParamSpec
 
 
@@ -85,7 +85,7 @@ class Division:
         return max(found, key=lambda memory: memory.total)
 
     def step_model(
-        self, run: RunConfig, program: Program = OURS, slowdown: float = SLOWDOWN
+        self, run: RunConfig, program: Program = OURS, slowdown: float | None = None
     ) -> StepModel:
         """The time of its step."""
         return StepModel(

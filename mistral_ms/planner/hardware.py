@@ -47,6 +47,11 @@ class ComputeRates(Frozen):
         attention_backward: likewise, its gradient.
         memory_gb_per_s: bandwidth of the card's memory.
         memory_efficiency: what operators that are bound by memory reach of it.
+        slowdown: what a training step's operators take in multiples of what they take alone.
+        stream_efficiency: what passes through whole weights reach of the memory's bandwidth: adding
+            gradients up, updates, and what products read and write; None: as ``memory_efficiency``.
+        alone: how many times as fast a card computes while all others of its node wait: of
+            processes that share cores more than 1. None: cards share nothing.
     """
 
     peak_tflops: PeakRates
@@ -55,6 +60,9 @@ class ComputeRates(Frozen):
     attention_backward: float = _Share
     memory_gb_per_s: float = _Positive
     memory_efficiency: float = _Share
+    slowdown: float = Field(ge=1, allow_inf_nan=False)
+    stream_efficiency: float | None = Field(default=None, gt=0, le=1)
+    alone: float | None = Field(default=None, ge=1, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _rising(self) -> ComputeRates:
@@ -97,6 +105,16 @@ class ComputeRates(Frozen):
         """
         return nbytes / (self.memory_gb_per_s * GIGA * self.memory_efficiency)
 
+    def passed(self, nbytes: float) -> float:
+        """Seconds of a pass through whole weights, see ``stream_efficiency``.
+
+        Args:
+            nbytes: read and written.
+        """
+        if self.stream_efficiency is None:
+            return self.streamed(nbytes)
+        return nbytes / (self.memory_gb_per_s * GIGA * self.stream_efficiency)
+
     def product(self, flops: float, nbytes: float, shortest: float, dtype: str) -> float:
         """Seconds of a matrix product: the longer of its operations and its bytes.
 
@@ -107,7 +125,7 @@ class ComputeRates(Frozen):
             dtype: of the factors.
         """
         rate = self.peak(dtype) * self.product_efficiency(max(1.0, shortest))
-        return max(flops / rate, self.streamed(nbytes))
+        return max(flops / rate, self.passed(nbytes))
 
 
 class NetworkRates(Frozen):
@@ -259,9 +277,11 @@ def load_hardware(name: str | Path) -> Hardware:
 
 
 def _numbers(group: Frozen, prefix: str = "") -> Iterator[str]:
-    """The keys of all numbers; peak rates and curves count as one."""
+    """The keys of all numbers that are given; peak rates and curves count as one."""
     for key in type(group).model_fields:
         value = getattr(group, key)
+        if value is None:
+            continue
         if isinstance(value, Frozen) and not isinstance(value, PeakRates):
             yield from _numbers(value, f"{prefix}{key}.")
         elif not isinstance(value, str | dict):

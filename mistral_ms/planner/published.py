@@ -19,7 +19,6 @@ from mistral_ms.planner.load import Loads, zipf
 from mistral_ms.planner.program import OURS, Program
 from mistral_ms.planner.search import judge
 from mistral_ms.planner.sensitivity import scaled
-from mistral_ms.planner.step import SLOWDOWN
 
 MIXTRAL_8X7B: dict[str, Any] = {
     "vocab_size": 32000,
@@ -81,7 +80,7 @@ class Point:
         name: str | None = None,
         *,
         hardware: Hardware | None = None,
-        slowdown: float = SLOWDOWN,
+        slowdown: float | None = None,
         loads: tuple[Loads, ...] = (),
     ) -> float:
         """What the planner says, in the point's unit.
@@ -89,7 +88,7 @@ class Point:
         Args:
             name: of other values of what is open; None: those that are assumed.
             hardware: another than the point's.
-            slowdown: another constant than the fitted one.
+            slowdown: another constant than the hardware's.
             loads: of the experts; none: even.
         """
         run = self.run(name)
@@ -127,7 +126,7 @@ FITTED = Point(
     open="the variant of the chip; the file has full recompute and one sequence a micro-batch",
     others={"MindFormers, no recompute": {"parallel": {"recompute": "none"}}},
 )
-"""Fits ``SLOWDOWN``."""
+"""Fits ``compute.slowdown`` of the files of hardware."""
 PREDICTED = (
     Point(
         name="course, 32 cards, ep 8, mp 1",
@@ -232,7 +231,7 @@ def fitted(hardware: Hardware, name: str | None = None) -> float:
         predicted = FITTED.predicted(name, hardware=hardware, slowdown=slowdown)
         return FITTED.value / predicted - 1
 
-    before, now = 1.0, SLOWDOWN
+    before, now = 1.0, hardware.compute.slowdown
     error = too_slow(before)
     while abs(now - before) > 1e-4:
         last, error_now = now, too_slow(now)

@@ -28,7 +28,7 @@ from mistral_ms.planner.hardware import Cluster
 from mistral_ms.planner.load import Balance, Loads, balance
 from mistral_ms.planner.memory import CardMemory
 from mistral_ms.planner.program import OURS, Program
-from mistral_ms.planner.step import SLOWDOWN, StepModel, StepSeconds
+from mistral_ms.planner.step import StepModel, StepSeconds
 from mistral_ms.planner.traffic import tokens_of
 from mistral_ms.planner.ways import POLICIES, Policy, Way, of_policies, ways
 from mistral_ms.weights import ParamSpec, specs
@@ -129,7 +129,7 @@ def judge(
     *,
     loads: Sequence[Loads] = (),
     program: Program = OURS,
-    slowdown: float = SLOWDOWN,
+    slowdown: float | None = None,
 ) -> Candidate:
     """A training in the layout that it has.
 
@@ -138,7 +138,7 @@ def judge(
         cluster: where it runs; as many cards as its layout has.
         loads: see :func:`plan`.
         program: whose sparse layers they are, for comparison with others. Memory is that of ours.
-        slowdown: see :data:`mistral_ms.planner.step.SLOWDOWN`.
+        slowdown: another one than the hardware's.
     """
     way = Way(run.parallel.execution_on(cluster.hardware.device))
     search = _Search(run, cluster, loads, OFFLOAD, way)

@@ -139,6 +139,7 @@ def simulate(
     chunks: int = 1,
     *,
     meetings: bool = False,
+    alone: float | None = None,
 ) -> Timeline:
     """Runs a pipeline.
 
@@ -152,11 +153,17 @@ def simulate(
             between the last and the first. None: no time.
         chunks: of each stage.
         meetings: whether stages wait for each other's messages, as on the explicit path.
+        alone: with meetings, how many times as fast a stage computes while all others wait, for
+            they share processor cores; seconds are those of all stages at once. None: they share
+            nothing.
 
     Raises:
         ConfigError: see :func:`orders`.
     """
     stages = len(forward) // chunks
+    if meetings and alone is not None:
+        events = _meetings(name, stages, micro_batches, chunks)
+        return _shared(events, stages, forward, backward, transfer, alone)
     if meetings:
         return _met(name, stages, micro_batches, forward, backward, transfer, chunks)
     plan = orders(name, stages, micro_batches, chunks)
@@ -246,6 +253,70 @@ def _met(
         event = Event(stage, operation, clocks[stage], end, before[stage])
         rows[stage].append(event)
         clocks[stage], before[stage] = end, event
+    return Timeline(tuple(map(tuple, rows)))
+
+
+def _shared(
+    events: Sequence[Step | Transfer],
+    stages: int,
+    forward: Sequence[float],
+    backward: Sequence[float],
+    transfer: Sequence[float],
+    alone: float,
+) -> Timeline:
+    """The same where stages share the cores of a machine. Those that wait leave theirs to the
+    others: all cores stay at work, but a stage is at most ``alone`` times as fast as among all.
+    """
+    travel = [*transfer, *([0.0] * (stages - len(transfer)))]
+    queues: list[list[Step | Transfer]] = [[] for _ in range(stages)]
+    for each in events:
+        of = (each.sender, each.receiver) if isinstance(each, Transfer) else (each.stage,)
+        for stage in of:
+            queues[stage].append(each)
+    for queue in queues:
+        queue.reverse()
+    now = 0.0
+    left: dict[Step | Transfer, float] = {}  # of what goes on: seconds at the rate of all at once
+    begun: dict[Step | Transfer, float] = {}
+    before: list[Event | None] = [None] * stages
+    since = [0.0] * stages  # when each stage came to what stands first in its queue
+    rows: list[list[Event]] = [[] for _ in range(stages)]
+    while any(queues):
+        for queue in queues:
+            if not queue or (each := queue[-1]) in left:
+                continue
+            if isinstance(each, Transfer):
+                if any(queues[s][-1] is not each for s in (each.sender, each.receiver)):
+                    continue
+                left[each] = travel[each.pair]
+            else:
+                seconds = forward if each.phase is Phase.FORWARD else backward
+                left[each] = seconds[each.chunk * stages + each.stage]
+            begun[each] = now
+        busy = sum(2 if isinstance(each, Transfer) else 1 for each in left)
+        faster = min(alone, stages / busy)
+        rates = {each: 1.0 if isinstance(each, Transfer) else faster for each in left}
+        passed = min(seconds / rates[each] for each, seconds in left.items())
+        done = [each for each, seconds in left.items() if seconds / rates[each] <= passed]
+        now += passed
+        for each in left:
+            left[each] -= passed * rates[each]
+        for each in done:
+            del left[each]
+            if isinstance(each, Transfer):
+                pair = each.sender, each.receiver
+                later = max(pair, key=lambda stage: since[stage])
+                waited_for = before[later]
+                for stage in pair:
+                    before[stage], since[stage] = waited_for, now
+                    queues[stage].pop()
+                continue
+            stage = each.stage
+            operation = Operation(each.phase, each.micro_batch, each.chunk)
+            event = Event(stage, operation, begun[each], now, before[stage])
+            rows[stage].append(event)
+            before[stage], since[stage] = event, now
+            queues[stage].pop()
     return Timeline(tuple(map(tuple, rows)))
 
 

@@ -30,12 +30,8 @@ from mistral_ms.planner.traffic import (
     stage_transfer,
     weight_messages,
 )
-from mistral_ms.planner.work import Pass, Work, update_seconds
+from mistral_ms.planner.work import Pass, Work, accumulated_bytes, update_seconds
 from mistral_ms.weights import ParamSpec
-
-SLOWDOWN = 1.236
-"""What a training step's operators take in multiples of what they take alone. Fitted on one
-published point, see :mod:`mistral_ms.planner.published`; the only fitted number."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +159,7 @@ class StepModel:
         held: what a card holds of each module, see :func:`elements`.
         balance: of the experts.
         program: whose sparse layers they are.
-        slowdown: see :data:`SLOWDOWN`.
+        slowdown: another one than the hardware's.
     """
 
     def __init__(
@@ -175,12 +171,13 @@ class StepModel:
         held: Elements,
         balance: Balance = EVEN,
         program: Program = OURS,
-        slowdown: float = SLOWDOWN,
+        slowdown: float | None = None,
     ) -> None:
         self.run, self.hardware, self.execution = run, hardware, execution
         self.sizes = run.parallel.sizes
         self.work = Work(run, hardware, execution, balance, program)
-        self.balance, self.program, self.slowdown = balance, program, slowdown
+        self.balance, self.program = balance, program
+        self.slowdown = hardware.compute.slowdown if slowdown is None else slowdown
         self.held = held
         sparse = set(run.model.sparse_layers)
         self.sparse = [layer in sparse for layer in range(run.model.num_hidden_layers)]
@@ -224,6 +221,7 @@ class StepModel:
                 hops,
                 chunks,
                 meetings=self.execution == "explicit",
+                alone=self.hardware.compute.alone,
             )
             length, ends = timeline.length, [row[-1].end for row in timeline.rows]
         else:
@@ -239,9 +237,13 @@ class StepModel:
         gather = max(s.gather for s in stages)
         total = gather + done + norm + max(updates)
         chosen = max(stages, key=lambda stage: m * stage.total + meetings[stage.number])
-        parts = {name: value * m for name, value in chosen.parts.items()}
+        busy, faster = m * chosen.total, 1.0
+        if timeline is not None and self.hardware.compute.alone is not None:
+            # while others wait a stage is faster than among all
+            faster = timeline.busy(chosen.number) / busy
+        parts = {name: value * m * faster for name, value in chosen.parts.items()}
         parts["transfers"] = meetings[chosen.number]
-        parts["bubble"] = length - m * chosen.total - meetings[chosen.number]
+        parts["bubble"] = length - busy * faster - meetings[chosen.number]
         parts["gradient_reduction"] = done - length
         parts["weights_gather"] = gather
         parts["gradient_norm"] = norm
@@ -323,10 +325,9 @@ class StepModel:
         return Part(compute, accumulate=self._accumulated(dense), dense=dense)
 
     def _accumulated(self, elements: int) -> float:
-        """Reads sum and gradient, and writes the sum, in float32."""
         if self.run.training.gradient_accumulation_steps == 1:
             return 0.0
-        return self.hardware.compute.streamed(3 * FLOAT * elements)
+        return self.hardware.compute.passed(accumulated_bytes(elements))
 
     def _seconds(self, message: Message) -> float:
         hierarchical = self.run.parallel.all_to_all == "hierarchical"

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mistral_ms.planner.course import rows as course_rows
+from mistral_ms.planner.hardware import load_hardware
 from mistral_ms.planner.published import FITTED, POINTS, PREDICTED, Point
 from mistral_ms.planner.published import table as assumptions
-from mistral_ms.planner.step import SLOWDOWN
 from mistral_ms.planner.study import Chart, Series, Study, Table
 
 
 def published() -> Study:
     """What others have published against what the planner says."""
+    slowdown = load_hardware(FITTED.hardware).compute.slowdown
     rows = []
     for point in POINTS:
         for name in (None, *point.others):
@@ -27,13 +28,13 @@ def published() -> Study:
                 )
             )
     found = Table(
-        f"Published and predicted; SLOWDOWN {SLOWDOWN:g} is fitted on the first row alone",
+        f"Published and predicted; slowdown {slowdown:g} is fitted on the first row alone",
         ("", "published", "predicted", "error", "open"),
         tuple(rows),
     )
     dependence = Table(
-        "Errors of the predictions under other assumptions, SLOWDOWN fitted again each time",
-        ("assumption", "SLOWDOWN", *(point.name for point in PREDICTED)),
+        "Errors of the predictions under other assumptions, slowdown fitted again each time",
+        ("assumption", "slowdown", *(point.name for point in PREDICTED)),
         tuple(
             (row.name, f"{row.slowdown:.2f}", *(f"{100 * error:+.0f} %" for error in row.errors))
             for row in assumptions()

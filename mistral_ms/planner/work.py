@@ -236,11 +236,31 @@ def _gradients(products: list[Product]) -> Iterator[Product]:
         yield Product(each.k, each.m, each.n, each.count, each.dtype)
 
 
+def accumulated_bytes(elements: float) -> float:
+    """What adding gradients to their sums reads and writes, in float32."""
+    return 3 * FLOAT * elements
+
+
+def update_bytes(elements: float, device: str, micro_batches: int) -> float:
+    """What AdamW reads and writes, in float32: gradient, two means, weight, the last three twice.
+    The operators of a CPU also read each gradient for the norm; and they set the sums of several
+    micro-batches to zero, from a tensor of zeros.
+
+    Args:
+        elements: that are updated.
+        device: of the hardware.
+        micro_batches: of an update.
+    """
+    times = 7
+    if device == "CPU":
+        times += 1 if micro_batches == 1 else 3
+    return times * FLOAT * elements
+
+
 def update_seconds(elements: float, run: RunConfig, hardware: Hardware) -> float:
     """How long AdamW takes for a card's shard of the weights.
 
-    The device reads gradient, two means and weight and writes the last three, in float32. In host
-    memory the same is done at the memory's bandwidth, which all cards of the node share, after the
+    In host memory it goes at the memory's bandwidth, which all cards of the node share, after the
     gradients came and before the weights go.
 
     Args:
@@ -248,9 +268,10 @@ def update_seconds(elements: float, run: RunConfig, hardware: Hardware) -> float
         run: says where that lies.
         hardware: the cluster.
     """
-    moved = 7 * FLOAT * elements
-    if run.training.offload_optimizer == "none":
-        return hardware.compute.streamed(moved)
+    training = run.training
+    moved = update_bytes(elements, hardware.device, training.gradient_accumulation_steps)
+    if training.offload_optimizer == "none":
+        return hardware.compute.passed(moved)
     host, cards = hardware.host, min(hardware.devices_per_node, run.parallel.world)
     travelling = 2 * FLOAT * elements / (host.gb_per_s * GIGA)
     return travelling + moved * cards / (host.memory_gb_per_s * GIGA)

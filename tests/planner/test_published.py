@@ -10,7 +10,6 @@ from mistral_ms.planner.hardware import load_hardware
 from mistral_ms.planner.load import EVEN
 from mistral_ms.planner.program import MASKS_FORWARD, Program, gathered
 from mistral_ms.planner.published import FITTED, MODELLINK, PREDICTED, fitted
-from mistral_ms.planner.step import SLOWDOWN
 from mistral_ms.planner.study import markdown
 from mistral_ms.planner.study_published import published
 from mistral_ms.planner.traffic import layer_messages
@@ -22,7 +21,7 @@ A2 = load_hardware("atlas_800t_a2")
 
 def test_the_fitted_point_is_met():
     assert abs(FITTED.error()) < 0.01
-    assert fitted(A2) == pytest.approx(SLOWDOWN, abs=0.0005)  # as it is written down
+    assert fitted(A2) == pytest.approx(A2.compute.slowdown, abs=0.0005)  # as it is written down
 
 
 def test_the_page_shows_the_errors_that_there_are():

@@ -96,6 +96,28 @@ def test_a_meeting_by_hand():
     assert path == ["F00", "F10", "B01", "F11", "B11", "B10"]
 
 
+@pytest.mark.parametrize(("name", "chunks"), [("gpipe", 1), ("1f1b", 1), ("1f1b", 2)])
+def test_stages_that_share_cores(name, chunks):
+    """Alone no faster than among all, they run as on cores of their own. With all cores for one of
+    them, and messages that take no time, no core is ever idle: the pipeline takes its whole work
+    divided by its stages, whatever the order.
+    """
+    stages, micro = 4, 8
+    forward = [1.0 + part for part in range(stages * chunks)]
+    backward = [3.0 * each for each in forward]
+    own, alike, shared = (
+        simulate(name, micro, forward, backward, hops, chunks, meetings=True, alone=alone)
+        for hops, alone in (([0.5] * stages, None), ([0.5] * stages, 1.0), ((), float(stages)))
+    )
+    for before, now in zip(own.rows, alike.rows, strict=True):
+        for one, other in zip(before, now, strict=True):
+            assert other.operation == one.operation
+            # times are added up in another order
+            assert (other.start, other.end) == pytest.approx((one.start, one.end), rel=1e-12)
+    work = micro * (sum(forward) + sum(backward))
+    assert shared.length == pytest.approx(work / stages, rel=1e-12)
+
+
 def test_without_messages_a_meeting_costs_nothing_to_equal_stages():
     """One slot forward, three backward: the order that all keep is that of whole slots. Of chunks
     a few slots are lost where the pipeline empties: whoever gives waits for the one that takes.

@@ -10,7 +10,7 @@ from mistral_ms.planner.hardware import load_hardware
 from mistral_ms.planner.load import EVEN
 from mistral_ms.planner.memory import parameters
 from mistral_ms.planner.network import transfer_seconds
-from mistral_ms.planner.step import SLOWDOWN, StepModel, elements
+from mistral_ms.planner.step import StepModel, elements
 from mistral_ms.planner.traffic import stage_transfer
 from mistral_ms.planner.work import Work
 from mistral_ms.weights import specs
@@ -58,7 +58,7 @@ def test_one_card_takes_the_sum_of_its_operators():
     work, found = Work(run, A2, "graph", EVEN), step(run)
     layers = [work.layer(n) for n in range(32)]
     passes = [work.embedding(), *layers, work.head()]
-    seconds = sum(p.forward.total + p.backward.total for p in passes) * SLOWDOWN
+    seconds = sum(p.forward.total + p.backward.total for p in passes) * A2.compute.slowdown
     assert found.seconds == pytest.approx(seconds + found.breakdown["optimizer"])
     assert found.breakdown["bubble"] == pytest.approx(0)
 
@@ -68,6 +68,20 @@ def test_the_bubble_is_that_of_the_papers():
     found = step()
     pipeline = found.timeline
     assert pipeline.bubble_fraction == pytest.approx(3 / (16 + 3), abs=0.02)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_cores_that_stages_share_are_never_idle(chunks):
+    """What a stage waits for then takes no core away from the others: a step takes less time, and
+    is still the sum of its parts.
+    """
+    shared = A2.model_copy(update={"compute": A2.compute.model_copy(update={"alone": 4.0})})
+    run = changed(RUN, pp_interleave_num=chunks)
+    own, found = (step(run, hardware, "explicit") for hardware in (A2, shared))
+    assert found.seconds < own.seconds
+    assert sum(found.breakdown.values()) == pytest.approx(found.seconds)
+    assert min(found.breakdown.values()) >= 0
+    assert found.breakdown["optimizer"] == own.breakdown["optimizer"]
 
 
 def test_interleaving_shortens_the_bubble_and_sends_more():
