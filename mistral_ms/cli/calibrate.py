@@ -1,4 +1,4 @@
-"""Measures this machine for ``plan --calibrate``: products, memory, attention, messages.
+"""Measures this machine for ``plan --calibrate``, and writes what was found as a file of hardware.
 
 Every process measures at the same time as all others, as in a training on so many processes: on a
 machine with fewer cores than processes each gets a part. Rates are those of one process.
@@ -7,30 +7,19 @@ machine with fewer cores than processes each gets a part. Rates are those of one
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 LENGTHS = (8, 32, 128, 512)
 """Shortest axes of the products that are measured."""
-LONG = 1024
-"""Their other axes."""
 MESSAGES = (1 << 13, 1 << 22)
 """Bytes of the tensors that are reduced: short for the latency, long for the bandwidth."""
-STREAMS = (1 << 25, 1 << 20)
-"""Bytes of the tensors that are added: beyond all caches, and as operators of a step have them."""
-CHAIN = 8
-"""Additions that follow each other."""
-SECONDS, REPEATED = 0.4, 20
-"""How long an operation is repeated; how often an exchange is."""
-FLOAT = 4
 LIMIT = 300.0
 """Seconds that all processes have."""
 
@@ -103,12 +92,14 @@ def hardware_of(measured: Mapping[str, Any], processes: int) -> dict[str, Any]:
     """A file of hardware from what was measured.
 
     Args:
-        measured: ``products`` FLOP/s for each of ``LENGTHS``; ``stream`` and ``operator`` bytes/s
-            of long and of short tensors; ``attention`` forward and gradient FLOP/s; ``messages``
-            seconds of an AllReduce of each of ``MESSAGES``, if there are several processes.
+        measured: ``products`` FLOP/s for each of ``LENGTHS``; ``attention`` forward and gradient
+            FLOP/s; ``stream`` bytes/s of passes through whole weights, ``beside`` those of other
+            operators; and of several processes ``messages``, seconds of an AllReduce of each of
+            ``MESSAGES``, and ``alone``, how many times as fast a process is while others wait.
         processes: that measured at the same time.
     """
-    peak, stream = max(measured["products"]), measured["stream"]
+    peak = max(measured["products"])
+    stream = max(measured["stream"], measured["beside"])
     curve, share = [], 0.0
     for length, rate in zip(LENGTHS, measured["products"], strict=True):
         share = max(share, rate / peak)  # what is wider is not slower, whatever the clock says
@@ -135,8 +126,12 @@ def hardware_of(measured: Mapping[str, Any], processes: int) -> dict[str, Any]:
         "attention_forward": round(min(1.0, forward / peak), 4),
         "attention_backward": round(min(1.0, backward / peak), 4),
         "memory_gb_per_s": round(stream / 1e9, 4),
-        "memory_efficiency": round(min(1.0, measured["operator"] / stream), 4),
+        "memory_efficiency": round(measured["beside"] / stream, 4),
+        "slowdown": 1.0,
+        "stream_efficiency": round(measured["stream"] / stream, 4),
     }
+    if processes > 1:
+        compute["alone"] = round(max(1.0, measured["alone"]), 4)
     host = {
         "gb_per_s": compute["memory_gb_per_s"],
         "memory_gb_per_s": compute["memory_gb_per_s"],
@@ -161,6 +156,7 @@ def hardware_of(measured: Mapping[str, Any], processes: int) -> dict[str, Any]:
     sources |= dict.fromkeys(("reserved_gib", "communicator_mib"), "assumed")
     sources |= {f"compute.{key}": text for key in compute}
     sources["compute.peak_tflops"] = f"{text}, in float32; other dtypes are taken for as fast"
+    sources["compute.slowdown"] = "operators are measured as a step has them"
     one = "one process sends nothing"
     for level in ("inside", "between"):
         sources |= {f"{level}.{key}": text if processes > 1 else one for key in network}
@@ -170,103 +166,10 @@ def hardware_of(measured: Mapping[str, Any], processes: int) -> dict[str, Any]:
     return {**values, "sources": sources}
 
 
-def measure(processes: int) -> dict[str, Any]:
-    """One process's part: rates of operations as a training has them, in float32.
-
-    Args:
-        processes: in all; MindSpore knows its own number.
-    """
-    import mindspore as ms
-    import numpy as np
-    from mindspore import Tensor, ops
-
-    from mistral_ms.config.layout import Sizes
-    from mistral_ms.ops import reference
-    from mistral_ms.parallel.collectives import Groups
-    from mistral_ms.parallel.topology import GroupKind, Topology
-
-    if ms.get_context("device_target") != "CPU":
-        ms.set_device("CPU")
-    rank, everyone = 0, None
-    if processes > 1:
-        from mindspore.communication import get_rank, init
-
-        init()
-        rank = get_rank()
-        topology = Topology(Sizes(processes, 1, 1, 1), processes)
-        everyone = Groups(topology, rank).of(GroupKind.WORLD)
-
-    def numbers(*shape: int) -> Tensor:
-        return Tensor(np.random.default_rng(0).standard_normal(shape, np.float32))
-
-    def wait() -> None:
-        if everyone is not None:
-            everyone.all_reduce(numbers(1)).asnumpy()
-
-    def seconds(operation: Callable[..., Any], *inputs: Tensor, times: int | None = None) -> float:
-        """Of one execution, the median of repetitions that all processes begin together.
-
-        What exchanges must be repeated equally often everywhere: ``times``.
-        """
-
-        def once() -> float:
-            begun = time.perf_counter()
-            operation(*inputs)
-            ms.runtime.synchronize()
-            return time.perf_counter() - begun
-
-        once()
-        wait()
-        if times is None:
-            times = max(3, min(200, math.ceil(SECONDS / max(once(), 1e-6))))
-        return statistics.median(once() for _ in range(times))
-
-    wide = numbers(LONG, LONG)
-    products = []
-    for length in LENGTHS:
-        narrow, short = numbers(LONG, length), numbers(length, LONG)
-        # the shortest axis is once the inner one and once an outer one
-        inner = seconds(ops.matmul, narrow, short)
-        outer = seconds(ops.matmul, short, wide)
-        products.append(2.0 * LONG * LONG * length / ((inner + outer) / 2))
-
-    def chain(x: Tensor, y: Tensor) -> Tensor:
-        for _ in range(CHAIN):
-            x = ops.add(x, y)
-        return x
-
-    added = ms.jit(chain)  # as in a step, which is compiled: no Python between operators
-    rates = []
-    for nbytes in STREAMS:
-        x = numbers(nbytes // FLOAT)
-        rates.append(3 * nbytes * CHAIN / seconds(added, x, x))
-    found: dict[str, Any] = {"products": products, "stream": rates[0], "operator": rates[1]}
-    B, S, N, G, D = 2, 256, 8, 2, 64
-    q, k = numbers(B, S, N, D), numbers(B, G, S, D)
-    visible = Tensor(np.tril(np.ones((1, 1, S, S), bool)).repeat(B, 0))
-
-    def mixed(q: Tensor, k: Tensor) -> Tensor:
-        return reference.attention(q, k, k, visible)
-
-    def loss(q: Tensor, k: Tensor) -> Tensor:
-        return mixed(q, k).sum()
-
-    forward, gradient = ms.jit(mixed), ms.jit(ms.grad(loss, (0, 1)))
-    ahead = seconds(forward, q, k)
-    both = seconds(gradient, q, k)
-    operations = 4.0 * B * S * S / 2 * N * D  # of half of the keys, as plans count them
-    back = max(both - ahead, ahead / 2)
-    found["attention"] = [operations / ahead, 2.5 * operations / back]
-    if everyone is not None:
-        found["messages"] = [
-            seconds(everyone.all_reduce, numbers(nbytes // FLOAT), times=REPEATED)
-            for nbytes in MESSAGES
-        ]
-    return found
-
-
 def main(directory: str, processes: int) -> None:
     """Measures, and writes what was found for the process that waits for it."""
+    from mistral_ms.cli.calibrate_operators import measure
+
     found = measure(processes)
     number = os.environ.get("RANK_ID", "0")
     (Path(directory) / f"rank_{number}.json").write_text(json.dumps(found))

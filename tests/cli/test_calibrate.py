@@ -7,7 +7,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from mistral_ms.cli import calibrate
+from mistral_ms.cli import calibrate, calibrate_operators
 from mistral_ms.cli.plan import plan
 from mistral_ms.config.base import validate
 from mistral_ms.config.layout import Sizes
@@ -19,8 +19,9 @@ from mistral_ms.planner.traffic import Message
 MEASURED = {
     "products": [1e9, 8e9, 7e9, 2e10],  # the third is an accident of the clock
     "stream": 1e10,
-    "operator": 4e9,
+    "beside": 4e9,
     "attention": [2e9, 1e9],
+    "alone": 1.9,
     "messages": [2e-3, 5e-1],
 }
 
@@ -35,7 +36,10 @@ def test_rates():
     shares = [share for _, share in compute.efficiency]
     assert shares == pytest.approx([0.05, 0.4, 0.4, 1.0])  # never falls
     assert compute.memory_gb_per_s == 10
-    assert compute.memory_efficiency == pytest.approx(0.4)
+    assert compute.streamed(4e9) == pytest.approx(1)  # operators of a block
+    assert compute.passed(1e10) == pytest.approx(1)  # updates, sums of gradients
+    assert compute.slowdown == 1  # they are measured as a step has them
+    assert (compute.alone, of(2).compute.alone) == (None, 1.9)
     assert compute.attention_forward == pytest.approx(0.1)
     assert compute.attention_backward == pytest.approx(0.05)
 
@@ -77,12 +81,11 @@ def test_the_file_can_be_read(tmp_path, processes):
 
 def test_what_a_process_measures(monkeypatch):
     """Every rate is there and finite; tiny operations, a few times each."""
-    monkeypatch.setattr(calibrate, "SECONDS", 0.0)
-    monkeypatch.setattr(calibrate, "LENGTHS", (4, 16))
-    monkeypatch.setattr(calibrate, "LONG", 32)
-    monkeypatch.setattr(calibrate, "STREAMS", (4096, 1024))
-    found = calibrate.measure(1)
-    assert set(found) == {"products", "stream", "operator", "attention"}
-    rates = [*found["products"], found["stream"], found["operator"], *found["attention"]]
+    tiny = {"SECONDS": 0.0, "LENGTHS": (4, 16), "LONG": 32, "WIDTH": 32, "HEADS": 4, "HEAD": 8}
+    for name, value in {**tiny, "LENGTH": 16, "VOCABULARY": 64}.items():
+        monkeypatch.setattr(calibrate_operators, name, value)
+    found = calibrate_operators.measure(1)
+    assert set(found) == {"products", "stream", "beside", "attention"}
+    rates = [*found["products"], found["stream"], found["beside"], *found["attention"]]
     assert all(0 < rate < math.inf for rate in rates)
     assert len(found["products"]) == 2
