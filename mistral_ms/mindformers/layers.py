@@ -29,7 +29,7 @@ class SwitchedExperts(RoutedExperts):
     def __init__(self, config: ModelConfig, routing: RoutingConfig, dtype: str) -> None:
         assert config.moe is not None
         E = config.moe.num_local_experts
-        super().__init__(config, local_dispatcher(E, routing), dtype=dtype)
+        super().__init__(config, local_dispatcher(E, routing, dtype), dtype=dtype)
         self.every_choice = local_dispatcher(E, DROPLESS)
         self.grouped_linear = select.grouped_linear(select.dense_kernels(), dtype)
 

@@ -252,11 +252,46 @@ class PackedDispatcher(_LocalDispatcher):
         return slots, self.weights(weights_TK, slots), group_sizes_E, ()
 
 
-def local_dispatcher(num_experts: int, routing: RoutingConfig) -> Dispatcher:
-    """The dispatcher of a policy on a single device."""
+class KeptDispatcher(_LocalDispatcher):
+    """What another dispatcher keeps, packed: rows of empty slots are not computed.
+
+    Args:
+        padded: says which choices are kept.
+    """
+
+    packed = True
+
+    def __init__(self, padded: Dispatcher) -> None:
+        super().__init__(padded.num_experts, padded.routing)
+        self.padded = padded
+
+    def plan(
+        self,
+        chosen: Routing,
+        valid_T: Tensor,
+        priority_TK: Tensor | None = None,
+        columns: int = 1,
+    ) -> DispatchPlan:
+        """See the contract."""
+        slots, weights_TK, _, _ = self.padded.plan(chosen, valid_T, priority_TK, columns)
+        slots, group_sizes_E = reference.pack_slots(slots, self.num_experts)
+        return slots, weights_TK, group_sizes_E, ()
+
+
+def local_dispatcher(
+    num_experts: int, routing: RoutingConfig, dtype: str = "float32"
+) -> Dispatcher:
+    """The dispatcher of a policy on a single device.
+
+    Args:
+        num_experts: E.
+        routing: the policy.
+        dtype: of the experts' weights, see :func:`~mistral_ms.ops.select.packs_kept`.
+    """
     if routing.policy == "dropless":
         return PackedDispatcher(num_experts, routing)
-    return padded_dispatcher(num_experts, routing)
+    padded = padded_dispatcher(num_experts, routing)
+    return KeptDispatcher(padded) if select.packs_kept(select.dense_kernels(), dtype) else padded
 
 
 def padded_dispatcher(num_experts: int, routing: RoutingConfig) -> Dispatcher:

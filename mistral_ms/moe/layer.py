@@ -40,7 +40,7 @@ class MoELayer(nn.Cell):
         assert config.moe is not None
         self.router = make_gate(config, routing, layer, dtype)
         if experts is None:
-            dispatcher = local_dispatcher(config.moe.num_local_experts, routing)
+            dispatcher = local_dispatcher(config.moe.num_local_experts, routing, dtype)
             experts = RoutedExperts(config, dispatcher, dtype=dtype, forward_only=forward_only)
         self.experts = experts
         self.routing = routing

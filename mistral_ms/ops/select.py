@@ -63,6 +63,9 @@ from mistral_ms.ops.reference_cells import (
 MOST_CUSTOM = {"experts": 256, "choices": 8, "groups": 8}
 """What MoeGatingTopK takes, see ``ascend_kernels/docs/gating.md``."""
 
+CPU_GROUPED = ("float32", "bfloat16")
+"""Dtypes of matrices that the CPU's operator of ``grouped_linear`` takes."""
+
 Kernels: TypeAlias = Literal["reference", "custom", "cann", "cpu"]
 
 log = logging.getLogger(__name__)
@@ -225,12 +228,23 @@ def grouped_linear(kernels: Kernels, dtype: str) -> nn.Cell:
     Raises:
         KernelError: the implementation is not there.
     """
-    known = dtype in ("float32", "bfloat16")
-    lack = None if known else "the CPU's operator is for float32 and bfloat16"
+    lack = None if dtype in CPU_GROUPED else "the CPU's operator is for float32 and bfloat16"
     chosen = choose_dense("grouped_linear", kernels, lack=lack)
     if chosen == "cpu":
         return cpu.Bfloat16GroupedLinear() if dtype == "bfloat16" else cpu.GroupedLinear()
     return cann.GroupedLinear() if chosen == "cann" else ReferenceGroupedLinear()
+
+
+def packs_kept(kernels: Kernels, dtype: str) -> bool:
+    """Whether rows with a capacity lie packed before the experts, those that are kept alone: where
+    ``grouped_linear`` is the CPU's operator. On Ascend they lie padded, in batched products; the
+    reference of ``grouped_linear`` would multiply E times as many.
+
+    Args:
+        kernels: which implementation of ``grouped_linear`` is asked for.
+        dtype: of rows and matrices.
+    """
+    return kernels == "cpu" and dtype in CPU_GROUPED and cpu.why_missing() is None
 
 
 def grouped_swiglu(kernels: Kernels, dtype: str) -> nn.Cell:

@@ -47,7 +47,9 @@ def routed_experts(
     held = expert_slice(model, groups.topology, groups.coords.rank)
     if model.moe is None:  # expert_slice has raised
         raise TopologyError("no experts")
-    dispatcher = make_dispatcher(model.moe.num_local_experts, routing, parallel, groups)
+    dispatcher = make_dispatcher(
+        model.moe.num_local_experts, routing, parallel, groups, dtype=dtype
+    )
     moe = model.moe.model_copy(update={"moe_intermediate_size": len(held.columns)})
     local_config = model.model_copy(update={"moe": moe})
     return RoutedExperts(

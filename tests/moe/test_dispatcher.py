@@ -7,7 +7,7 @@ from support.routing import capacity_oracle, packed_oracle, random_choices, slot
 
 from mistral_ms.config import RoutingConfig
 from mistral_ms.errors import ConfigError
-from mistral_ms.moe import PaddedDispatcher, kept_choices, local_dispatcher
+from mistral_ms.moe import PaddedDispatcher, kept_choices, local_dispatcher, padded_dispatcher
 
 E, T, H = 4, 15, 3
 ROUTINGS = {
@@ -44,25 +44,32 @@ class Case:
 
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_rows_lie_where_the_plan_says_and_come_back(name):
+    """On a CPU packed under every policy; padded, under a capacity, by ``padded_dispatcher``."""
     case, routing = Case(), ROUTINGS[name]
-    dispatcher = local_dispatcher(E, routing)
-    if dispatcher.packed:
+    if routing.policy == "dropless":
+        capacity = T
         want, sizes = packed_oracle(case.experts, case.valid, E)
     else:
         capacity = capacity_oracle(T, E, 2, routing.capacity_factor)
         want = case.slots(capacity, routing.drop_priority == "choice_major")
-    plan, rows, group_sizes, back = case.there_and_back(dispatcher)
-    np.testing.assert_array_equal(kept_choices(plan).numpy(), want.kept_TK)
+        sizes = want.filled_EC.reshape(E, capacity).sum(1)
     want_rows = np.where(want.filled_EC[:, None] > 0, case.x[want.source_EC // 2], 0)
-    if dispatcher.packed:
-        np.testing.assert_array_equal(rows, want_rows)
-        np.testing.assert_array_equal(group_sizes.numpy(), sizes)
-    else:
-        np.testing.assert_array_equal(rows, want_rows.reshape(E, capacity, H))
-        assert group_sizes is None
+    kept_rows = want_rows[want.filled_EC > 0]
     share = (case.weights * want.kept_TK).sum(-1, keepdims=True)
+    plan, rows, group_sizes, back = case.there_and_back(local_dispatcher(E, routing))
+    assert rows.shape == (min(E * capacity, 2 * T), H)
+    np.testing.assert_array_equal(rows[: len(kept_rows)], kept_rows)
+    assert not rows[len(kept_rows) :].any()
+    np.testing.assert_array_equal(group_sizes.numpy(), sizes)
+    np.testing.assert_array_equal(kept_choices(plan).numpy(), want.kept_TK)
     np.testing.assert_allclose(back, case.x * share, atol=1e-6)  # two float32 products and a sum
     assert (want.kept_TK[case.valid > 0] == 0).any() == (routing.policy == "capacity")
+    if routing.policy == "capacity":
+        plan, rows, group_sizes, padded_back = case.there_and_back(padded_dispatcher(E, routing))
+        np.testing.assert_array_equal(rows, want_rows.reshape(E, capacity, H))
+        assert group_sizes is None
+        np.testing.assert_array_equal(kept_choices(plan).numpy(), want.kept_TK)
+        np.testing.assert_array_equal(padded_back, back)
 
 
 def test_padded_rows_under_dropless_have_a_place_for_everyone():

@@ -159,7 +159,8 @@ def test_which_orders_of_service_look_at_later_tokens(priority, k):
         before = layer(Tensor(x), valid, context(24, seed=seed))[0].numpy()
         x[15:] = np.random.default_rng(seed).normal(0, 3, (9, 6))
         after = layer(Tensor(x), valid, context(24, seed=seed))[0].numpy()
-        changed |= bool((before[:15] != after[:15]).any())
+        # products of another number of rows round differently; an expert's part is of size 1
+        changed |= bool(np.abs(before[:15] - after[:15]).max() > 1e-5)
     ahead = priority in ("score", "random", "probs")
     assert changed == (ahead or (priority == "choice_major" and k == 2))
 

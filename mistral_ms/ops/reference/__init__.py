@@ -41,6 +41,7 @@ from mistral_ms.ops.reference.routing import (
     expert_one_hot,
     gating_top_k,
     pack_choices,
+    pack_slots,
     reroute_tokens,
 )
 from mistral_ms.ops.reference.scoring import ScoringRules, scored_top_k
@@ -66,6 +67,7 @@ __all__ = [
     "linear_primitive",
     "normal",
     "pack_choices",
+    "pack_slots",
     "reroute_tokens",
     "rms_norm",
     "rotate",

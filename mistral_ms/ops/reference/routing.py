@@ -12,6 +12,7 @@ _top_k = ops.TopK(sorted=True)
 _sum = ops.ReduceSum(keep_dims=False)
 _sum_keep = ops.ReduceSum(keep_dims=True)
 _cumsum = ops.CumSum()
+_gather = ops.Gather()
 _one_hot = ops.OneHot()
 _range = ops.Range()
 _ON, _OFF = Tensor(1.0, ms.float32), Tensor(0.0, ms.float32)
@@ -325,6 +326,30 @@ def pack_choices(experts_TK: Tensor, valid_T: Tensor, num_experts: int) -> tuple
     kept_TK = _sum(queue_QE, -1).reshape(T, K)
     source_Q, filled_Q = _what_fills(slot_TK, kept_TK > 0.0, T * K)
     table = slot_TK, ops.stop_gradient(kept_TK), source_Q, filled_Q
+    return table, ops.stop_gradient(ops.cast(count_E, ms.int32))
+
+
+def pack_slots(slots: RowIdMap, num_experts: int) -> tuple[RowIdMap, Tensor]:
+    """Moves the filled slots of a map together, each expert's in their order: rows of empty ones
+    are then behind all others, and no product has to multiply them.
+
+    Args:
+        slots: of C slots for each expert.
+        num_experts: E.
+
+    Returns:
+        A row id map of R slots, as many as can be filled: E * C, or all choices if they are fewer;
+        and int32 [E], choices that each expert keeps. Nothing carries a gradient.
+    """
+    slot_TK, kept_TK, source_EC, filled_EC = slots
+    T, K = slot_TK.shape
+    rows = min(source_EC.shape[0], T * K)
+    # float32 counts are exact below 2^24 slots
+    before_EC = _cumsum(filled_EC, 0) - filled_EC
+    slot_TK = ops.cast(_gather(before_EC, slot_TK, 0) * kept_TK, ms.int32)
+    source_R, filled_R = _what_fills(slot_TK, kept_TK > 0.0, rows)
+    count_E = _sum(filled_EC.reshape(num_experts, -1), -1)
+    table = slot_TK, kept_TK, source_R, filled_R
     return table, ops.stop_gradient(ops.cast(count_E, ms.int32))
 
 

@@ -18,6 +18,7 @@ def make_dispatcher(
     parallel: ParallelConfig,
     groups: Groups | None,
     mappings: Mappings = WHOLE_GRADIENTS,
+    dtype: str = "float32",
 ) -> Dispatcher:
     """The dispatcher of one rank; the local one where nothing has to travel.
 
@@ -27,13 +28,14 @@ def make_dispatcher(
         parallel: the layout and how tokens travel.
         groups: this rank's groups; None: it is alone.
         mappings: what communicates.
+        dtype: of the experts' weights.
 
     Raises:
         TopologyError: a hierarchical exchange where expert groups do not lie evenly on the nodes.
         ConfigError: a route that carries no exact numbers of rows, for dropless routing.
     """
     if groups is None or (parallel.ep == 1 and parallel.mp == 1):
-        return local_dispatcher(num_experts, routing)
+        return local_dispatcher(num_experts, routing, dtype)
     tensor = groups.of(GroupKind.TENSOR)
     rows = (ShardedRows if parallel.group_wise_a2a else ReplicatedRows)(tensor, mappings)
     kind = route_kind(parallel.all_to_all)
