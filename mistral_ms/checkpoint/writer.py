@@ -20,6 +20,9 @@ from mistral_ms.checkpoint.target import TargetDirectory
 from mistral_ms.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers writes as well
+SHARED_BYTES = (
+    256_000_000  # shards that are made smaller to be written at the same time have as many
+)
 MAX_WORKERS = 4  # shards written at a time: their buffers together stay far below 256 MB
 
 Progress = Callable[[int, int], None]
@@ -68,14 +71,27 @@ class _Meter:
                 self._progress(self._done, self._total)
 
 
-def split_shards(entries: Sequence[Entry], max_bytes: int) -> list[list[Entry]]:
-    """Fills shards in order; a tensor is never split, so one that is larger gets its own."""
+def split_shards(entries: Sequence[Entry], max_bytes: int, least: int = 1) -> list[list[Entry]]:
+    """Fills shards in order; a tensor is never split, so one that is larger gets its own.
+
+    Args:
+        entries: the tensors.
+        max_bytes: of a shard.
+        least: so many shards of about equal size, if as many tensors allow it, even where fewer
+            would hold all.
+    """
     shards: list[list[Entry]] = [[]]
-    size = 0
+    size, left = (
+        0,
+        sum(entry.nbytes for entry in entries),
+    )  # of this shard; of it and all later ones
     for entry in entries:
-        if shards[-1] and size + entry.nbytes > max_bytes:
+        to_come = least - len(shards)
+        # the tensor in whose middle an even share of what is left ends goes to the next shard
+        enough = to_come > 0 and (size + entry.nbytes / 2) * (to_come + 1) > left
+        if shards[-1] and (size + entry.nbytes > max_bytes or enough):
             shards.append([])
-            size = 0
+            size, left = 0, left - size
         shards[-1].append(entry)
         size += entry.nbytes
     return shards
@@ -116,7 +132,9 @@ def write_tensors(
     """
     total = sum(entry.nbytes for entry in entries)
     target.require_space(total)
-    shards = split_shards(entries, max_shard_bytes)
+    # the same files on every machine, so not as many as it has processors
+    least = 1 if single is not None else max(1, min(workers, total // SHARED_BYTES))
+    shards = split_shards(entries, max_shard_bytes, least)
     names = shard_names(stem, len(shards))
     if single is not None and len(shards) == 1:
         names = [single]

@@ -376,6 +376,24 @@ def test_a_killed_process_leaves_no_target(source, tmp_path):
     assert "incomplete" in (inspect(partial).problem or "")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "limit", "least", "want"),
+    [
+        ([1] * 10, 100, 4, [3, 2, 3, 2]),
+        ([5, 1, 1, 1, 1, 1], 100, 3, [1, 3, 2]),
+        ([100, 1, 1, 1, 1, 1], 1000, 4, [1, 2, 2, 1]),
+        ([1, 1], 100, 4, [1, 1]),
+        ([1] * 10, 3, 2, [3, 3, 3, 1]),
+    ],
+)
+def test_shards_that_are_written_at_the_same_time_are_about_equal(sizes, limit, least, want):
+    """A limit in float32 numbers, and how many tensors each shard has."""
+    entries = [writer.Entry(str(n), (n,), "F32", lambda w: iter(())) for n in sizes]
+    shards = writer.split_shards(entries, 4 * limit, least)
+    assert [len(shard) for shard in shards] == want
+    assert [e for shard in shards for e in shard] == entries
+
+
 def test_a_tensor_gets_its_own_shard_when_it_is_larger_than_the_limit():
     entries = [
         writer.Entry(str(i), (n,), "F32", lambda w: iter(())) for i, n in enumerate([3, 9, 1, 1])
