@@ -144,7 +144,10 @@ def cases(*layouts: tuple[int, int, int, int], policies: tuple[str, ...]) -> lis
 
 CASES = {
     2: cases((2, 1, 2, 1), (1, 2, 1, 2), policies=("capacity", "choice_major", "dropless")),
-    4: cases((4, 1, 4, 2), (2, 2, 2, 2), (4, 1, 2, 4), policies=("capacity", "dropless")),
+    4: [
+        *cases((4, 1, 4, 2), (2, 2, 2, 2), policies=("capacity", "dropless")),
+        *cases((4, 1, 2, 4), policies=("dropless",)),
+    ],
     8: cases((8, 1, 8, 4), policies=("capacity", "dropless")),
 }
 """The cases of each world size. (8, 1, 8, 4): two nodes of four, one expert group over both."""

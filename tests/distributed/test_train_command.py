@@ -36,10 +36,10 @@ RUN = dict(
 )  # fmt: skip
 FIRST = [
     "parallel.dp=2", "parallel.pp=2", "parallel.ep=2", "parallel.optimizer_parallel=true",
-    "parallel.micro_batch_interleave_num=2", "training.gradient_accumulation_steps=2",
+    "training.gradient_accumulation_steps=2",
 ]  # fmt: skip
-THEN = ["parallel.dp=2", "parallel.ep=2", "training.gradient_accumulation_steps=4"]
-GROUPS = "training.gradient_accumulation_steps=8"
+THEN = ["parallel.dp=2", "parallel.ep=2", "training.gradient_accumulation_steps=2"]
+GROUPS = "training.gradient_accumulation_steps=4"
 """Dispatch groups of one process: as many as either layout has."""
 
 
