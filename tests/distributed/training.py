@@ -100,7 +100,7 @@ GATES = {
 experts outputs are held to those of another model: a stage of Lifelong-MoE. Domains: PanGu-Sigma's
 random routed experts, where each rank has those of one domain, and rows of both.
 """
-EXTRA = {"dp2 ep2 interleaved": "after", "dp2 pp2 ep2 zero1": "both"}
+EXTRA = {"dp2 ep2 interleaved": "after", "pp4, gpipe": "both"}
 """Where dense feed-forwards stand beside the experts, in the same block."""
 OF_ONE = ("dp4 ep2 zero1",)
 """Layouts whose gates choose one expert."""
