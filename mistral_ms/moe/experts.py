@@ -20,6 +20,9 @@ _zeros_like = ops.ZerosLike()
 class FrozenRows(nn.Cell):
     """A stacked weight as it is; the gradient of its first experts is exactly zero.
 
+    Each weight needs an instance of its own: MindSpore 2.9 compiles calls of one instance with
+    weights of the same shape as if they had one weight.
+
     Args:
         number: how many.
     """
@@ -68,7 +71,7 @@ class Experts(nn.Cell):
         L = config.moe.num_local_experts if local_experts is None else local_experts
         self.hold(L, config.hidden_size, config.expert_size, dtype)
         self.frozen = min(L, max(0, config.moe.gate.frozen - first_expert))
-        self.held = FrozenRows(self.frozen)
+        self.held_w1, self.held_w2, self.held_w3 = (FrozenRows(self.frozen) for _ in range(3))
         self.packed = packed
         self.swiglu = select.swiglu(select.dense_kernels())
         self.w1_linear, self.w3_linear, self.w2_linear = (self.product(dtype) for _ in range(3))
@@ -97,7 +100,7 @@ class Experts(nn.Cell):
         """
         w1, w2, w3 = self.w1, self.w2, self.w3
         if self.frozen > 0:
-            w1, w2, w3 = self.held(w1), self.held(w2), self.held(w3)
+            w1, w2, w3 = self.held_w1(w1), self.held_w2(w2), self.held_w3(w3)
         if self.packed:
             gate = self.w1_linear(rows, w1, group_sizes_L)
             up = self.w3_linear(rows, w3, group_sizes_L)
