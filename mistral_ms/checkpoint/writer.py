@@ -20,9 +20,7 @@ from mistral_ms.checkpoint.target import TargetDirectory
 from mistral_ms.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers writes as well
-SHARED_BYTES = (
-    256_000_000  # shards that are made smaller to be written at the same time have as many
-)
+SHARED_BYTES = 256_000_000  # the least of shards made smaller to be written at the same time
 MAX_WORKERS = 4  # shards written at a time: their buffers together stay far below 256 MB
 
 Progress = Callable[[int, int], None]
@@ -81,10 +79,8 @@ def split_shards(entries: Sequence[Entry], max_bytes: int, least: int = 1) -> li
             would hold all.
     """
     shards: list[list[Entry]] = [[]]
-    size, left = (
-        0,
-        sum(entry.nbytes for entry in entries),
-    )  # of this shard; of it and all later ones
+    size = 0  # of this shard
+    left = sum(entry.nbytes for entry in entries)  # of it and all later ones
     for entry in entries:
         to_come = least - len(shards)
         # the tensor in whose middle an even share of what is left ends goes to the next shard

@@ -47,7 +47,7 @@ def test_a_process_can_hold_only_some(local):
 
 
 class Squared(nn.Cell):
-    """Of what experts give, the sum."""
+    """The sum of the squares of what experts give."""
 
     def __init__(self, experts: Experts, group_sizes_L: Tensor | None) -> None:
         super().__init__()
