@@ -11,8 +11,10 @@ from mindspore import Parameter, Tensor
 
 from mistral_ms.checkpoint.quantized_store import Readable
 from mistral_ms.checkpoint.source import Source
+from mistral_ms.config import LoraConfig, ModelConfig
 from mistral_ms.config.quantization import Quantization
 from mistral_ms.errors import CheckpointError
+from mistral_ms.weights import expert_weights, stored_specs
 
 _FLOATS = {ms.float32: "float32", ms.float16: "float16", ms.bfloat16: "bfloat16"}
 _CODES = {ms.int8: "int8", ms.uint8: "uint8"}
@@ -40,17 +42,28 @@ class Storage(Protocol):
         """A part as it lies in its parameter."""
 
 
-def kept_quantization(source: Source, dtype: str, world: int = 1) -> Quantization | None:
+def kept_quantization(
+    source: Source, dtype: str, world: int = 1, lora: LoraConfig | None = None
+) -> Quantization | None:
     """How the experts of a checkpoint stay quantised in a model; None: they become weights.
 
     Args:
         source: the checkpoint.
         dtype: of the model's weights.
         world: how many processes hold the model.
+        lora: adapters that are trained beside them.
     """
     how = source.quantization
+    if lora is not None and lora.use_dora and _adapts_experts(source.config, lora):
+        return None  # codes have no lengths of rows
     here = ms.get_context("device_target") == "CPU" and world == 1 and dtype != "float16"
     return how if here and isinstance(how, Quantization) else None
+
+
+def _adapts_experts(config: ModelConfig, lora: LoraConfig) -> bool:
+    experts = {spec.name for spec in expert_weights(config)}
+    adapted = config.model_copy(update={"lora": lora})
+    return any(spec.adapts in experts for spec in stored_specs(adapted))
 
 
 def load_weights(
@@ -79,7 +92,7 @@ def load_weights(
     """
     read: Readable = source
     if any(parameter.dtype in _CODES for parameter in parameters.values()):
-        read = source.codes_and_scales()
+        read, storage = source.codes_and_scales(), None  # of a process that is alone
     tensors = {name: read.shape(name) for name in read.names()}
     alone = storage is None or storage.holds_everything
     unread = set(tensors) - set(parameters) if alone else set()

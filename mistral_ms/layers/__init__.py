@@ -12,7 +12,12 @@ from mistral_ms.layers.feed_forward import FeedForward, GatedLinear
 from mistral_ms.layers.kv_cache import CacheSpec, Columns, KeyPositions, KVCache
 from mistral_ms.layers.linear import Linear, OutputLogits, output_logits
 from mistral_ms.layers.loss import HeadLoss, TokenNLL, log_softmax, token_nll
-from mistral_ms.layers.low_rank import LowRank, LowRankGroupedLinear, LowRankLinear
+from mistral_ms.layers.low_rank import (
+    LowRank,
+    LowRankGroupedLinear,
+    LowRankLinear,
+    LowRankQuantizedLinear,
+)
 from mistral_ms.layers.norm import PiecewiseNorm, RMSNorm
 from mistral_ms.layers.parameter import is_buffer
 from mistral_ms.layers.rope import RotaryTable, rope_angles
@@ -35,6 +40,7 @@ __all__ = [
     "LowRank",
     "LowRankGroupedLinear",
     "LowRankLinear",
+    "LowRankQuantizedLinear",
     "OutputLogits",
     "Packing",
     "PiecewiseNorm",

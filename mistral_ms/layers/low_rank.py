@@ -88,3 +88,40 @@ class LowRankGroupedLinear(LowRank):
         inside_ER = reference.rows_of_groups(group_sizes_E, x_RI.shape[0])
         own_RE = _cast(inside_ER, ms.float32).transpose(1, 0)
         return y * _cast(_matmul(own_RE, self.factors(weight_EOI)), y.dtype)
+
+
+class LowRankQuantizedLinear(LowRank):
+    """Of stacked matrices that are kept as codes and scales, which have no lengths of rows here.
+
+    Args:
+        product: multiplies by them: of rows, codes, scales, and group sizes where rows are packed.
+        shapes: see the base class; without a magnitude.
+        scaling: s.
+        dtype: of the parameters.
+        low: multiplies by A and by B: :func:`~mistral_ms.ops.reference.grouped_linear`, or
+            ``batched_linear`` of rows that are padded.
+    """
+
+    def __init__(
+        self,
+        product: nn.Cell,
+        shapes: tuple[Shape, ...],
+        scaling: float,
+        dtype: str = "float32",
+        *,
+        low: nn.Cell,
+    ) -> None:
+        super().__init__(product, shapes, scaling, dtype)
+        assert not self.decomposed
+        self.low = low
+
+    def construct(
+        self, x: Tensor, codes: Tensor, scales_EOG: Tensor, group_sizes_E: Tensor | None = None
+    ) -> Tensor:
+        """[R, I], rows packed by expert -> [R, O], or [E, C, I] -> [E, C, O]."""
+        a, b = _cast(self.lora_A, x.dtype), _cast(self.lora_B, x.dtype)
+        if group_sizes_E is None:
+            y = self.product(x, codes, scales_EOG)
+            return y + self.scaling * self.low(self.low(x, a), b)
+        low = self.low(self.low(x, a, group_sizes_E), b, group_sizes_E)
+        return self.product(x, codes, scales_EOG, group_sizes_E) + self.scaling * low

@@ -54,6 +54,7 @@ class CausalLM(nn.Cell):
     Attributes:
         specs: what is true of each of its parameters as wholes, by name.
         weight_dtype: dtype of the weights.
+        quantization: how the experts are quantised in memory; None: they are not.
 
     Raises:
         ConfigError: experts that choose tokens in generation; a gate that takes ids in a model
@@ -78,6 +79,7 @@ class CausalLM(nn.Cell):
         layer_factory = (
             LayerFactory(config, routing, cache, dtype) if layer_factory is None else layer_factory
         )
+        self.quantization = layer_factory.quantization
         self.tied = config.tie_word_embeddings
         if self.model_chunk.embeds or (self.tied and self.model_chunk.predicts):
             self.embed_tokens = layer_factory.embedding()
@@ -243,7 +245,8 @@ class CausalLM(nn.Cell):
         weights = self.weights()
         if self.config.lora is None:
             return weights
-        return {name: each for name, each in weights.items() if self.specs[name].adapts}
+        adapters = {name for name, spec in self.specs.items() if spec.adapts}
+        return {name: each for name, each in weights.items() if name in adapters}
 
     def update_gates(self, routed_LE: np.ndarray) -> None:
         """Moves the state of all gates on, after an update of the weights.

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from mindspore import nn, ops
 
 from mistral_ms.config import ModelConfig, RoutingConfig
+from mistral_ms.config.quantization import Quantization
 from mistral_ms.layers import (
     Attention,
     AttentionCore,
@@ -48,7 +49,10 @@ class LayerFactory:
         weight_dtype: what the pieces keep weights in.
         heads: query heads that the pieces hold.
         kv_heads: key/value heads.
+        quantization: how the experts are quantised in memory; None: they are not.
     """
+
+    quantization: Quantization | None = None
 
     def __init__(
         self,

@@ -1,4 +1,6 @@
-"""A model whose experts stay quantised in memory, for generation and evaluation."""
+"""A model whose experts stay quantised in memory: for generation, evaluation and the training of
+adapters.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ class QuantizedLayerFactory(LayerFactory):
         dtype: str = "float32",
     ) -> None:
         super().__init__(config, routing, cache, dtype)
-        self.quantization = quantization
+        self.quantization: Quantization = quantization
         self._quantized = {spec.name for spec in expert_weights(config)}
 
     def held_parameters(self, spec: ParamSpec) -> dict[str, tuple[int, ...]]:
@@ -50,7 +52,8 @@ class QuantizedLayerFactory(LayerFactory):
         config = self.config.of_layer(layer)
         assert config.moe is not None
         dispatcher = local_dispatcher(config.moe.num_local_experts, self.routing)
-        return QuantizedExperts(config, dispatcher, self.quantization)
+        forward_only = config.lora is None  # a model with adapters is trained
+        return QuantizedExperts(config, dispatcher, self.quantization, forward_only)
 
 
 def quantized_model(

@@ -9,6 +9,7 @@ from mistral_ms.errors import WeightError
 from mistral_ms.layers import CacheSpec, is_buffer
 from mistral_ms.models.causal_lm import CausalLM
 from mistral_ms.models.model_chunk import ModelChunk
+from mistral_ms.models.quantized import quantized_model
 
 
 def share_parameters(
@@ -37,7 +38,9 @@ def share_parameters(
     if model.model_chunk != ModelChunk.whole(model.config):
         raise WeightError("part of a model", rule="whole models share their parameters")
     with no_init_parameters():  # what is replaced is never allocated
-        other = CausalLM(model.config, routing, cache=cache, dtype=dtype, positions=positions)
+        other = quantized_model(
+            model.config, routing, model.quantization, dtype, cache=cache, positions=positions
+        )
     held = {path: cell for path, cell in model.cells_and_names()}
     for path, cell in other.cells_and_names():
         for name, parameter in list(cell._params.items()):

@@ -1,4 +1,4 @@
-"""Routed experts whose weights stay quantised in memory; for computation without gradients."""
+"""Routed experts whose weights stay quantised in memory, and are not trained."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ class QuantizedExperts(RoutedExperts):
         config: sizes.
         dispatcher: brings rows to experts and back.
         quantization: how the weights are quantised.
+        forward_only: nobody asks for gradients of rows.
     """
 
     def __init__(
-        self, config: ModelConfig, dispatcher: Dispatcher, quantization: Quantization
+        self,
+        config: ModelConfig,
+        dispatcher: Dispatcher,
+        quantization: Quantization,
+        forward_only: bool = True,
     ) -> None:
         self.quantization = quantization  # before the weights are made
-        super().__init__(config, dispatcher, dtype="float32", forward_only=True)
+        super().__init__(config, dispatcher, dtype="float32", forward_only=forward_only)
 
     def hold(self, L: int, H: int, I: int, dtype: str) -> None:  # noqa: E741
         """See the base class."""
@@ -49,6 +54,10 @@ class QuantizedExperts(RoutedExperts):
         """See the base class."""
         kernels = select.dense_kernels()
         return select_cpu.quantized_linear(kernels, self.quantization.weights, self.packed)
+
+    def product_of_adapters(self) -> nn.Cell:
+        """Multiplies rows by matrices that are not quantised."""
+        return super().product("float32")
 
     def fused_experts(self, dtype: str) -> nn.Cell | None:
         """See the base class."""

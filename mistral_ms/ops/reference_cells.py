@@ -10,6 +10,11 @@ from mindspore import Tensor, nn, ops
 from mistral_ms.ops import reference
 from mistral_ms.ops.reference import RowIdMap, ScoringRules
 
+_depend = ops.Depend()
+_transpose = ops.Transpose()
+# the primitive, not ops.zeros_like: GRAPH_MODE may lose that Python function inside a bprop
+_zeros_like = ops.ZerosLike()
+
 
 class ReferenceLinear(nn.Cell):
     """``reference.linear``."""
@@ -36,25 +41,51 @@ class ReferenceGroupedLinear(nn.Cell):
 
 
 class ReferenceQuantizedLinear(nn.Cell):
-    """``reference.grouped_linear``, or ``reference.batched_linear``, with dequantised matrices:
-    those of all experts, in each call.
-
-    Args:
-        packed: which of the two.
+    """``reference.grouped_linear`` with dequantised matrices: those of all experts, in each call,
+    and again for the gradient of rows. Codes and scales are constants.
     """
 
-    def __init__(self, packed: bool) -> None:
-        super().__init__()
-        self.packed = packed
-
     def construct(
-        self, x: Tensor, codes: Tensor, scales_EOG: Tensor, group_sizes_E: Tensor | None = None
+        self, x_RI: Tensor, codes: Tensor, scales_EOG: Tensor, group_sizes_E: Tensor
     ) -> Tensor:
-        """[R, O], or [E, C, O]."""
+        """[R, O]."""
         weight_EOI = reference.dequantized(codes, scales_EOG)
-        if self.packed:
-            return reference.grouped_linear(x, weight_EOI, group_sizes_E)
-        return reference.batched_linear(x, weight_EOI)
+        return reference.grouped_linear(x_RI, weight_EOI, group_sizes_E)
+
+    def bprop(
+        self,
+        x_RI: Tensor,
+        codes: Tensor,
+        scales_EOG: Tensor,
+        group_sizes_E: Tensor,
+        out: Tensor,
+        dout: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """The gradient of rows; zeros, which nobody asks for, of all others."""
+        # after dout: otherwise the compiler keeps the matrices of the forward pass for this
+        weight_EOI = reference.dequantized(_depend(codes, dout), scales_EOG)
+        return (
+            reference.grouped_linear(dout, _transpose(weight_EOI, (0, 2, 1)), group_sizes_E),
+            _zeros_like(codes),
+            _zeros_like(scales_EOG),
+            _zeros_like(group_sizes_E),
+        )
+
+
+class ReferenceQuantizedBatchedLinear(nn.Cell):
+    """``reference.batched_linear``, likewise."""
+
+    def construct(self, x_ECI: Tensor, codes: Tensor, scales_EOG: Tensor) -> Tensor:
+        """[E, C, O]."""
+        return reference.batched_linear(x_ECI, reference.dequantized(codes, scales_EOG))
+
+    def bprop(
+        self, x_ECI: Tensor, codes: Tensor, scales_EOG: Tensor, out: Tensor, dout: Tensor
+    ) -> tuple[Tensor, ...]:
+        """See :class:`ReferenceQuantizedLinear`."""
+        weight_EOI = reference.dequantized(_depend(codes, dout), scales_EOG)
+        dx_ECI = reference.batched_matmul(dout, weight_EOI)
+        return dx_ECI, _zeros_like(codes), _zeros_like(scales_EOG)
 
 
 class ComposedGroupedSwiGLU(nn.Cell):

@@ -7,7 +7,11 @@ from typing import Literal
 from mindspore import Tensor, nn, ops
 
 from mistral_ms.ops import cpu
-from mistral_ms.ops.reference_cells import ReferenceLinear, ReferenceQuantizedLinear
+from mistral_ms.ops.reference_cells import (
+    ReferenceLinear,
+    ReferenceQuantizedBatchedLinear,
+    ReferenceQuantizedLinear,
+)
 from mistral_ms.ops.select import Kernels, choose_dense, dense_kernels
 
 _sum = ops.ReduceSum()
@@ -72,7 +76,7 @@ def quantized_linear(kernels: Kernels, weights: Literal["int8", "int4"], packed:
     lack = None if packed else "the CPU's operator is for packed rows"
     if choose_dense("quantized_linear", kernels, on_ascend=False, lack=lack) == "cpu":
         return cpu.QuantizedGroupedLinear(weights)
-    return ReferenceQuantizedLinear(packed)
+    return ReferenceQuantizedLinear() if packed else ReferenceQuantizedBatchedLinear()
 
 
 def quantized_fused_experts(kernels: Kernels, weights: Literal["int8", "int4"]) -> nn.Cell | None:

@@ -112,6 +112,7 @@ class ParallelContext:
         routing: RoutingConfig,
         dtype: str = "float32",
         positions: int | None = None,
+        quantization: Quantization | None = None,
     ) -> CausalLM | StageChunks:
         """The same for training, where a stage may hold several interleaved chunks.
 
@@ -120,13 +121,16 @@ class ParallelContext:
             routing: the routing policy.
             dtype: dtype of weights and activations.
             positions: see :class:`~mistral_ms.models.CausalLM`.
+            quantization: see :meth:`build_model`.
 
         Raises:
             ConfigError: the layout does not divide the model.
         """
         chunks = self.parallel.pp_interleave_num
         if chunks == 1:
-            return self.build_model(config, routing, dtype, positions=positions)
+            return self.build_model(
+                config, routing, dtype, positions=positions, quantization=quantization
+            )
         self.parallel.check(config)
         held = model_chunks_of(config, self.parallel.pp, self.groups.coords.pp, chunks)
         return StageChunks(

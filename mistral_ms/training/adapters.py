@@ -72,7 +72,8 @@ def initialize_weights(
         start.adapter, base, verify=start.verify, follow_links=start.follow_links
     ) as source:
         _check_same(run.model, source.config, start.adapter)
-        adapters = {name: each for name, each in weights.items() if storage.specs[name].adapts}
+        names = {name for name, spec in storage.specs.items() if spec.adapts}
+        adapters = {name: each for name, each in weights.items() if name in names}
         load_weights(source, adapters, storage=storage)
     say(f"adapter from {start.adapter}")
 

@@ -9,11 +9,12 @@ from typing import Any, cast
 import mindspore as ms
 from mindspore import Parameter
 
-from mistral_ms.checkpoint import open_checkpoint, open_merged, tokenizer_files
-from mistral_ms.checkpoint.load import load_weights
+from mistral_ms.checkpoint import Source, open_checkpoint, open_merged, tokenizer_files
+from mistral_ms.checkpoint.load import kept_quantization, load_weights
 from mistral_ms.checkpoint.run_files import RunFiles
 from mistral_ms.config import DROPLESS, DataConfig, DataSourceConfig, PackingConfig, RunConfig
 from mistral_ms.config.computation import check_same_model
+from mistral_ms.config.quantization import Quantization
 from mistral_ms.config.run import data_of
 from mistral_ms.datasets import DomainSequences, MindRecordSequences, build_dataset, check_length
 from mistral_ms.errors import ConfigError, TokenizerError
@@ -289,6 +290,36 @@ def side_files(
     return {n: data if isinstance(data, bytes) else data.read_bytes() for n, data in files.items()}
 
 
+def quantization_of_base(run: RunConfig, parallel_context: ParallelContext) -> Quantization | None:
+    """How the experts of the checkpoint that a run begins with stay quantised beside adapters that
+    are trained; None: they are weights.
+
+    Args:
+        run: the run.
+        parallel_context: which part of the run this process has.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    start = run.init_from
+    if run.lora is None or start is None:
+        return None
+    with open_checkpoint(
+        start.path, start.format, verify=False, follow_links=start.follow_links
+    ) as source:
+        return kept_in_training(source, run, parallel_context)
+
+
+def kept_in_training(
+    source: Source, run: RunConfig, parallel_context: ParallelContext
+) -> Quantization | None:
+    """The same of a checkpoint that is open."""
+    graph = run.parallel.execution_on(ms.get_context("device_target")) == "graph"
+    if run.lora is None or graph:
+        return None
+    return kept_quantization(source, run.training.dtype, parallel_context.world, run.lora)
+
+
 def initialize(
     weights: Mapping[str, Parameter],
     storage: Storage,
@@ -313,7 +344,8 @@ def initialize(
         storage.initialize(weights, run.training.seed)
         return
     start, rank, world = run.init_from, parallel_context.rank, parallel_context.world
-    drawn = {name: each for name, each in weights.items() if storage.specs[name].adapts}
+    adapters = {name for name, spec in storage.specs.items() if spec.adapts}
+    drawn = {name: each for name, each in weights.items() if name in adapters}
     storage.initialize(drawn, run.training.seed)
     base = run.model.model_copy(update={"lora": None})
     with open_merged(
@@ -329,7 +361,8 @@ def initialize(
         check_same_model(base, source.config, f"init_from {start.path}", todo)
         held = {name: each for name, each in weights.items() if name not in drawn}
         load_weights(source, held, storage=storage)
-        remark = source.remark()
+        kept = kept_in_training(source, run, parallel_context)
+        remark = source.remark(kept is not None)
     say(f"weights from {start.path}")
     if remark:
         say(remark)

@@ -41,6 +41,7 @@ from mistral_ms.training.prepare import (
     open_data,
     open_held_out,
     open_teacher,
+    quantization_of_base,
     side_files,
 )
 from mistral_ms.training.result import NotFiniteError
@@ -222,7 +223,11 @@ class TrainingRun:
         *_, model = self._given
         if model is None:
             model = parallel_context.build_stage(
-                run.model, run.routing, run.training.dtype, run.training.seq_length
+                run.model,
+                run.routing,
+                run.training.dtype,
+                run.training.seq_length,
+                quantization_of_base(run, parallel_context),
             )
         else:
             drawn = False  # it has its weights

@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import mindspore as ms
 import numpy as np
 import pytest
+from mindspore import Tensor
 from safetensors.numpy import load_file
 from support.hf import save_one_layer
 
@@ -13,8 +15,11 @@ import mistral_ms
 from mistral_ms.checkpoint import convert, inspect, open_checkpoint, open_tensor_set
 from mistral_ms.checkpoint.adapters import open_adapter
 from mistral_ms.checkpoint.files import ADAPTER_MODEL
+from mistral_ms.checkpoint.load import load_weights
 from mistral_ms.config import ParallelConfig, from_hf, load_run_config
+from mistral_ms.config.quantization import Quantization
 from mistral_ms.errors import CheckpointError, ConfigError
+from mistral_ms.models import CausalLM
 from mistral_ms.parallel.adapters import adapters_outside_graph
 from mistral_ms.training import TrainingRun
 
@@ -167,6 +172,49 @@ def test_the_graph_trains_adapters_of_attention_alike(base, text, tmp_path):
         for name in source.names():
             held = again.storage.from_parameter(name, again.weights()[name].asnumpy())
             np.testing.assert_array_equal(held, source.read(name))
+
+
+@pytest.mark.slow
+def test_a_quantised_base_stays_quantised(base, text, tmp_path):
+    """Trained, saved, resumed and merged beside codes; on the graph its experts are weights."""
+    quantised = tmp_path / "int8"
+    convert(base, quantised, quantize=Quantization(weights="int8"))
+    changes = ["training.max_steps=2", "checkpoint.save_steps=1"]
+    run = prepared(configured(quantised, text, *changes), tmp_path / "out")
+    assert any(line.endswith("and are computed so") for line in run.said)
+    model = run.update.model
+    codes = {n: p.asnumpy() for n, p in model.weights().items() if p.dtype == ms.int8}
+    assert len(codes) == 3
+    with open_checkpoint(base) as source:
+        elements = sum(np.prod(source.shape(name)) for name in source.names())
+    trained = sum(p.size for p in model.stored_weights().values())
+    scales = sum(p.size for n, p in model.weights().items() if n.endswith("_scales"))
+    in_codes = sum(each.size for each in codes.values())
+    wanted = 4 * (elements - in_codes + scales + trained) + in_codes
+    assert run.memory.device_weights == wanted
+    result = run.execute()
+    for name, values in codes.items():
+        np.testing.assert_array_equal(model.weights()[name].asnumpy(), values)
+    convert(quantised, tmp_path / "merged", "hf", "fp32", merge=result.files.adapter)
+    ids = Tensor(np.arange(3, 15, dtype=np.int32).reshape(2, 6))
+    places = Tensor(np.tile(np.arange(6, dtype=np.int32), (2, 1)))
+    with open_checkpoint(tmp_path / "merged") as source:
+        merged = CausalLM(source.config, run.run.routing, positions=8)
+        load_weights(source, merged.weights())
+    found, wanted = model(ids, places).asnumpy(), merged(ids, places).asnumpy()
+    # sums of float32 in another order
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    shutil.rmtree(result.checkpoint)
+    again = prepared(run.run, tmp_path / "out", resume=True).update
+    saved = tensors(result.checkpoint.with_name("step-00000001"))
+    assert {name: each.asnumpy().tobytes() for name, each in again.held().items()} == {
+        name: values.tobytes() for name, values in saved.items()
+    }
+    assert again.model.weights()["layers.0.moe.experts.w2"].dtype == ms.int8
+    changes += ["parallel.execution=graph", "lora.target_modules=[q_proj]"]
+    changes += ["training.gradient_accumulation_steps=1"]
+    other = prepared(configured(quantised, text, *changes), tmp_path / "graph")
+    assert any("are dequantised while they are read" in line for line in other.said)
 
 
 class TestRefused:

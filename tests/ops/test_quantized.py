@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor
+from mindspore import Tensor, nn
 
 from mistral_ms.ops import cpu, select_cpu
 
@@ -56,6 +57,60 @@ def test_grouped_linear(kernels, weights, groups, exact):
         np.testing.assert_array_equal(found, wanted)
     else:  # float32 sums of 108 products, each rounded a few times
         np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+
+
+class Two(nn.Cell):
+    """Products with two weights of the same shape, as w1 and w3 have."""
+
+    def __init__(self, kernels, weights, packed):
+        super().__init__()
+        self.first, self.second = (
+            select_cpu.quantized_linear(kernels, weights, packed) for _ in range(2)
+        )
+
+    def construct(self, x, one, one_scales, other, other_scales, factors, *sizes):
+        y = self.first(x, one, one_scales, *sizes)
+        return (factors * (y + 3 * self.second(x, other, other_scales, *sizes))).sum()
+
+
+@pytest.fixture(scope="module", params=[("int8", 1), ("int4", 3)], ids=["int8", "int4"])
+def two_weights(request):
+    """More rows of a matrix than are dequantised at a time, and columns for two threads."""
+    weights, groups = request.param
+    rng = np.random.default_rng(2)
+    return weights, [stored(rng, weights, (3, 300, 132), groups) for _ in range(2)]
+
+
+@pytest.mark.parametrize("mode", [ms.PYNATIVE_MODE, ms.GRAPH_MODE], ids=["pynative", "graph"])
+@pytest.mark.parametrize("kernels", [*KERNELS, "padded"])
+def test_gradients_of_rows(kernels, two_weights, mode):
+    sizes, C = [9, 0, 8], 5
+    packed, rng = kernels != "padded", np.random.default_rng(3)
+    weights, pairs = two_weights
+    _, O, I = pairs[0][2].shape  # noqa: E741
+    rows = (20,) if packed else (len(sizes), C)
+    x, factors = (rng.standard_normal((*rows, n)).astype(np.float32) for n in (I, O))
+    matrix = pairs[0][2] + 3 * pairs[1][2]
+    if packed:
+        wanted, first = np.zeros((*rows, I)), 0
+        for expert, size in enumerate(sizes):
+            own = slice(first, first + size)
+            wanted[own] = factors[own].astype(np.float64) @ matrix[expert]
+            first += size
+    else:
+        wanted = factors.astype(np.float64) @ matrix
+    two = Two(kernels if packed else "reference", weights, packed)
+    arrays = [x, *pairs[0][:2], *pairs[1][:2], factors]
+    if packed:
+        arrays.append(np.array(sizes, np.int32))
+    before = ms.get_context("mode")
+    ms.set_context(mode=mode)
+    try:
+        found = ms.grad(two, 0)(*map(Tensor, arrays)).asnumpy()
+    finally:
+        ms.set_context(mode=before)
+    # float32 sums of twice 300 products, each rounded a few times
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=4e-6 * np.abs(wanted).max())
 
 
 @needs_compiler

@@ -4,7 +4,7 @@
 //   Taken(x)         a number as the products take it: rounded to bfloat16 for such matrices
 //   Arrange(x, out)  a vector [columns] as Times takes it
 //   Times(row, x)    the product of a row with an arranged vector
-//   Widen(row, out)  a row as float32
+//   Widen(row, first, count, out)  some columns of a row, of int4 whole bytes, as float32
 
 #ifndef MISTRAL_MS_OPS_CPU_MATRICES_H_
 #define MISTRAL_MS_OPS_CPU_MATRICES_H_
@@ -109,15 +109,15 @@ struct Int8 : Scaled {
   INLINE static void AddProduct(const float* x, const int8_t* own, Floats* sum) {
     *sum += Load<Floats>(x) * AsFloats(Load<Bytes>(own));
   }
-  INLINE void Widen(int64_t row, float* out) const {
-    const int8_t* own = codes + row * columns;
+  INLINE void Widen(int64_t row, int64_t first, int64_t count, float* out) const {
+    const int8_t* own = codes + row * columns + first;
     const float scale = scales[row];
     int64_t i = 0;
-    for (; i + kLanes <= columns; i += kLanes) {
+    for (; i + kLanes <= count; i += kLanes) {
       const Floats values = AsFloats(Load<Bytes>(own + i)) * scale;
       std::memcpy(out + i, &values, sizeof(values));
     }
-    for (; i < columns; ++i) out[i] = static_cast<float>(own[i]) * scale;
+    for (; i < count; ++i) out[i] = static_cast<float>(own[i]) * scale;
   }
 };
 
@@ -166,14 +166,16 @@ struct Int4 : Scaled {
     }
     return SumOf(total) + rest;
   }
-  INLINE void Widen(int64_t row, float* out) const {
+  INLINE void Widen(int64_t row, int64_t first, int64_t count, float* out) const {
     const int64_t half = columns / 2, bytes = half / groups;
+    const int64_t begin = first / 2, end = (first + count) / 2;
     const uint8_t* own = codes + row * half;
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = begin / bytes; g * bytes < end; ++g) {
       const float scale = scales[row * groups + g];
-      for (int64_t i = g * bytes; i < (g + 1) * bytes; ++i) {
-        out[2 * i] = Low(own[i]) * scale;
-        out[2 * i + 1] = High(own[i]) * scale;
+      const int64_t last = std::min(end, (g + 1) * bytes);
+      for (int64_t i = std::max(begin, g * bytes); i < last; ++i) {
+        out[2 * (i - begin)] = Low(own[i]) * scale;
+        out[2 * (i - begin) + 1] = High(own[i]) * scale;
       }
     }
   }

@@ -11,6 +11,8 @@ from mindspore import Tensor, ops
 _cumsum = ops.CumSum()
 _range = ops.Range()
 _sum = ops.ReduceSum()
+# the primitive, not ops.zeros_like: GRAPH_MODE may lose that Python function inside a bprop
+_zeros_like = ops.ZerosLike()
 _batch_matmul_t = ops.BatchMatMul(transpose_b=True)
 _batch_matmul = ops.BatchMatMul()
 
@@ -57,7 +59,7 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, group_sizes_E: Tensor) -> T
     (R, I), E = x_RI.shape, weight_EOI.shape[0]  # noqa: E741
     inside_ER1 = rows_of_groups(group_sizes_E, R).reshape(E, R, 1)
     x_ERI = ops.broadcast_to(x_RI.reshape(1, R, I), (E, R, I))
-    own_ERI = ops.select(ops.broadcast_to(inside_ER1, (E, R, I)), x_ERI, ops.zeros_like(x_ERI))
+    own_ERI = ops.select(ops.broadcast_to(inside_ER1, (E, R, I)), x_ERI, _zeros_like(x_ERI))
     return _sum(batched_linear(own_ERI, weight_EOI), 0)
 
 
