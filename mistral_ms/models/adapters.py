@@ -9,16 +9,10 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from mistral_ms.config import ModelConfig
-from mistral_ms.layers import (
-    LowRank,
-    LowRankGroupedLinear,
-    LowRankLinear,
-    LowRankQuantizedLinear,
-)
+from mistral_ms.layers import LowRank
 from mistral_ms.models.layer_factory import LayerFactory
 from mistral_ms.models.model_chunk import ModelChunk
-from mistral_ms.moe import Experts, RoutedExperts
-from mistral_ms.moe.quantized import QuantizedExperts
+from mistral_ms.moe import RoutedExperts
 from mistral_ms.weights import MAGNITUDE, ParamSpec, Specs
 
 
@@ -52,25 +46,12 @@ def insert_adapters(
         for step in inner:
             holder = getattr(holder, step)
         shapes = tuple(layer_factory.held_shape(spec) for spec in parameters)
-        adapted = _adapted(holder, name, shapes, lora.scaling, layer_factory.weight_dtype)
+        adapted = layer_factory.low_rank(holder, name, shapes, lora.scaling)
         setattr(holder, name, adapted)
         for each, parameter in adapted.parameters_and_names():
             parameter.name = f"{path}.{each}"  # what holds the cell has its names already
         if isinstance(holder, RoutedExperts):
             holder.fused = None  # computes with the weights alone
-
-
-def _adapted(
-    holder: nn.Cell, name: str, shapes: tuple[tuple[int, ...], ...], scaling: float, dtype: str
-) -> LowRank:
-    """What takes the place of the product that a cell has under a name."""
-    product = getattr(holder, name)
-    if isinstance(holder, QuantizedExperts):
-        low = holder.product_of_adapters()
-        return LowRankQuantizedLinear(product, shapes, scaling, dtype, low=low)
-    packed = isinstance(holder, Experts) and holder.packed
-    kind = LowRankGroupedLinear if packed else LowRankLinear
-    return kind(product, shapes, scaling, dtype)
 
 
 def set_magnitudes(

@@ -18,10 +18,12 @@ from mistral_ms.layers import (
     KeyPositions,
     KVCache,
     Linear,
+    LowRankGroupedLinear,
+    LowRankLinear,
     PiecewiseNorm,
     RMSNorm,
 )
-from mistral_ms.moe import MoELayer, RoutedExperts
+from mistral_ms.moe import Experts, MoELayer, RoutedExperts
 from mistral_ms.weights import (
     ParamSpec,
     bias_specs,
@@ -72,6 +74,22 @@ class LayerFactory:
     def held_parameters(self, spec: ParamSpec) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the parameters in which the pieces hold it: one of its own name."""
         return {spec.name: self.held_shape(spec)}
+
+    def low_rank(
+        self, holder: nn.Cell, name: str, shapes: tuple[tuple[int, ...], ...], scaling: float
+    ) -> nn.Cell:
+        """What takes the place of a product and holds its adapter; see
+        :class:`~mistral_ms.layers.LowRank`.
+
+        Args:
+            holder: the piece that multiplies.
+            name: of the product in it.
+            shapes: of the adapter's parameters, as they are held.
+            scaling: s.
+        """
+        packed = isinstance(holder, Experts) and holder.packed
+        kind = LowRankGroupedLinear if packed else LowRankLinear
+        return kind(getattr(holder, name), shapes, scaling, self.weight_dtype)
 
     def embedding(self) -> nn.Cell:
         """[T] int32 -> [T, H]."""

@@ -4,9 +4,11 @@ adapters.
 
 from __future__ import annotations
 
+from mindspore import nn
+
 from mistral_ms.config import ModelConfig, RoutingConfig
 from mistral_ms.config.quantization import Quantization, scales_name
-from mistral_ms.layers import CacheSpec
+from mistral_ms.layers import CacheSpec, LowRankQuantizedLinear
 from mistral_ms.models.causal_lm import CausalLM
 from mistral_ms.models.layer_factory import LayerFactory
 from mistral_ms.moe import RoutedExperts, local_dispatcher
@@ -46,6 +48,15 @@ class QuantizedLayerFactory(LayerFactory):
             spec.name: how.code_shape(spec.shape),
             scales_name(spec.name): how.scale_shape(spec.shape),
         }
+
+    def low_rank(
+        self, holder: nn.Cell, name: str, shapes: tuple[tuple[int, ...], ...], scaling: float
+    ) -> nn.Cell:
+        """See the base."""
+        if not isinstance(holder, QuantizedExperts):
+            return super().low_rank(holder, name, shapes, scaling)
+        product, low = getattr(holder, name), holder.product_of_adapters()
+        return LowRankQuantizedLinear(product, shapes, scaling, self.weight_dtype, low=low)
 
     def routed_experts(self, layer: int) -> RoutedExperts | None:
         """See the base."""

@@ -11,7 +11,12 @@ from mistral_ms.moe.dispatcher import (
     masked,
     padded_dispatcher,
 )
-from mistral_ms.moe.experts import Experts, RoutedExperts, TransposedExperts
+from mistral_ms.moe.experts import (
+    AdaptedTransposedExperts,
+    Experts,
+    RoutedExperts,
+    TransposedExperts,
+)
 from mistral_ms.moe.gates import (
     Gate,
     gate_class,
@@ -39,6 +44,7 @@ from mistral_ms.moe.routing import GateContext, Routing, gate_context
 from mistral_ms.moe.shared import SharedExpertGate, joined
 
 __all__ = [
+    "AdaptedTransposedExperts",
     "DispatchPlan",
     "Dispatcher",
     "ExpertChoiceDispatcher",

@@ -14,6 +14,7 @@ from mistral_ms.ops import cpu, reference, select, select_cpu
 from mistral_ms.ops.reference_cells import ReferenceBatchedLinear
 
 _concat = ops.Concat(0)
+_transpose = ops.Transpose()
 _zeros_like = ops.ZerosLike()
 
 
@@ -138,6 +139,85 @@ class TransposedExperts(nn.Cell):
         if self.packed:
             return self.grouped_swiglu(rows, w1_LHI, w3_LHI, w2_LHI, group_sizes_L)
         return reference.batched_linear(self.batched_swiglu(rows, w1_LHI, w3_LHI), w2_LHI)
+
+
+class AdaptedProduct(nn.Cell):
+    """y = W x + s B (A x) of each row x by its expert, all three handed in; without an adapter W x.
+
+    Args:
+        dtype: of the matrices.
+        packed: see :class:`Experts`.
+        scaling: s; None: there is no adapter.
+    """
+
+    def __init__(self, dtype: str, packed: bool, scaling: float | None) -> None:
+        super().__init__()
+        self.packed, self.scaling = packed, scaling
+        kernels = select.dense_kernels()
+        # each weight needs an instance of its own, see FrozenRows
+        self.base, self.low_a, self.low_b = (
+            select.grouped_linear(kernels, dtype) if packed else ReferenceBatchedLinear()
+            for _ in range(3)
+        )
+
+    def construct(
+        self,
+        rows: Tensor,
+        weight_LOI: Tensor,
+        a_LrI: Tensor,
+        b_LOr: Tensor,
+        group_sizes_L: Tensor | None,
+    ) -> Tensor:
+        """Packed [R, I] -> [R, O], or padded [L, C, I] -> [L, C, O]."""
+        if self.packed:
+            y = self.base(rows, weight_LOI, group_sizes_L)
+            if self.scaling is None:
+                return y
+            low = self.low_b(self.low_a(rows, a_LrI, group_sizes_L), b_LOr, group_sizes_L)
+            return y + self.scaling * low
+        y = self.base(rows, weight_LOI)
+        if self.scaling is None:
+            return y
+        return y + self.scaling * self.low_b(self.low_a(rows, a_LrI), b_LOr)
+
+
+class AdaptedTransposedExperts(nn.Cell):
+    """:class:`TransposedExperts` with adapters that are handed in.
+
+    Args:
+        dtype: of the matrices.
+        packed: see :class:`Experts`.
+        scalings: s of w1, w3 and w2; None of one that has no adapter.
+    """
+
+    def __init__(
+        self, dtype: str, packed: bool, scalings: tuple[float | None, float | None, float | None]
+    ) -> None:
+        super().__init__()
+        kernels = select.dense_kernels()
+        self.w1_linear, self.w3_linear, self.w2_linear = (
+            AdaptedProduct(dtype, packed, scaling) for scaling in scalings
+        )
+        self.packed = packed
+        self.swiglu = select.packed_swiglu(kernels) if packed else select.swiglu(kernels)
+
+    def construct(
+        self,
+        rows: Tensor,
+        w1_LHI: Tensor,
+        w3_LHI: Tensor,
+        w2_LHI: Tensor,
+        group_sizes_L: Tensor | None,
+        adapters: tuple[Tensor, ...],
+    ) -> Tensor:
+        """See :meth:`Experts.compute`; ``adapters`` are A [L, r, inputs] and B [L, outputs, r] of
+        w1, w3 and w2.
+        """
+        a1, b1, a3, b3, a2, b2 = adapters
+        gate = self.w1_linear(rows, _transpose(w1_LHI, (0, 2, 1)), a1, b1, group_sizes_L)
+        up = self.w3_linear(rows, _transpose(w3_LHI, (0, 2, 1)), a3, b3, group_sizes_L)
+        hidden = self.swiglu(gate, up, group_sizes_L) if self.packed else self.swiglu(gate, up)
+        return self.w2_linear(hidden, w2_LHI, a2, b2, group_sizes_L)
 
 
 class RoutedExperts(Experts):

@@ -1,8 +1,5 @@
-"""Which adapters the auto-parallel graph trains: those of attention's projections, by data, expert
-and pipeline parallelism.
-
-Its other matrices are multiplied inside regions, which take a fixed number of inputs: two more for
-each matrix would be needed. The explicit path trains all adapters.
+"""Which adapters the auto-parallel graph trains: all but the router's, by data, expert and pipeline
+parallelism. The explicit path trains all adapters.
 """
 
 from __future__ import annotations
@@ -35,6 +32,6 @@ def adapters_outside_graph(
         why = "in the graph products with adapters are not divided among tensor-parallel ranks"
         yield "lora", f"{lora}, with parallel.mp {parallel.mp}", why
     for spec in stored_specs(model):
-        if ".attention." not in spec.name:
-            why = "in the graph q_proj, k_proj, v_proj and o_proj alone have adapters"
+        if ".router." in spec.name:
+            why = "in the graph the gate's product stands in a region that takes no adapter of it"
             yield "lora.target_modules", spec.adapts, why

@@ -15,7 +15,7 @@ from dryrun.small_runs import KEYS, QUERIES, WIDE, E, H, small_run
 from mistral_ms.parallel.dryrun.ir import read
 
 SHARDS, TENSOR = "shards of a pipeline's last stage, some frozen", "tensor parallel, no shards"
-ADAPTERS = "adapters of attention, shards of a pipeline's first stage"
+ADAPTERS = "adapters, shards of a pipeline's first stage"
 FROZEN = [{"pattern": "*.moe.router.*", "frozen": True}, {"pattern": "norm.*", "frozen": True}]
 LAYOUTS = {
     SHARDS: (
@@ -42,7 +42,7 @@ def compiled(compile_run):
         run = small_run({**parallel, "execution": "graph"}, micro, **training)
         run["model"]["moe"]["gate"] = gate
         if case == ADAPTERS:
-            run["lora"] = {"r": 4, "target_modules": ["q_proj", "o_proj"]}
+            run["lora"] = {"r": 4, "target_modules": ["q_proj", "o_proj", "w1", "w3", "w2"]}
         return compile_run(run, rank, "dryrun.filled_target:build")
 
     return one

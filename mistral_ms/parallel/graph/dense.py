@@ -152,3 +152,30 @@ class GatedRegion(Region):
         """[T, H] and float32 weights -> [T, I]."""
         # rounded out here, so that optimizer parallelism gathers what is rounded
         return self.divided(x_TH, self.cast(w1_IH, self.dtype), self.cast(w3_IH, self.dtype))
+
+
+class GatedProducts(nn.Cell):
+    """The same as products that the compiler divides, which adapters can stand beside.
+
+    Args:
+        dtype: what is computed in.
+        sharding: the table; None on one device.
+    """
+
+    def __init__(self, dtype: str, sharding: Sharding | None) -> None:
+        super().__init__()
+        self.w1_linear, self.w3_linear = linear_primitive(), linear_primitive()
+        if sharding is not None:
+            for each in (self.w1_linear, self.w3_linear):
+                each.shard(
+                    in_strategy=(sharding("whole_rows"), sharding("output_divided")),
+                    out_strategy=(sharding("columns"),),
+                )
+        swiglu = select.swiglu(select.dense_kernels())
+        self.swiglu = Region(sharding, ("columns",) * 2, ("columns",), compute=swiglu)
+        self.dtype, self.cast = getattr(ms, dtype), ops.Cast()
+
+    def construct(self, x_TH: Tensor, w1_IH: Tensor, w3_IH: Tensor) -> Tensor:
+        """[T, H] and float32 weights -> [T, I]."""
+        gate_TI = self.w1_linear(x_TH, self.cast(w1_IH, self.dtype))
+        return self.swiglu(gate_TI, self.w3_linear(x_TH, self.cast(w3_IH, self.dtype)))

@@ -17,13 +17,14 @@ from mistral_ms.parallel.graph.attention import (
     ColumnsRegion,
 )
 from mistral_ms.parallel.graph.dense import (
+    GatedProducts,
     GatedRegion,
     GraphEmbedding,
     GraphLinear,
     GraphNorm,
 )
 from mistral_ms.parallel.graph.metrics import LossCoefficients
-from mistral_ms.parallel.graph.moe import GraphMoE
+from mistral_ms.parallel.graph.moe import GraphMoE, MatrixAdapter, MatrixExperts
 from mistral_ms.parallel.sharding import Sharding, graph_form
 from mistral_ms.parallel.topology import Topology
 from mistral_ms.weights import ParamSpec
@@ -116,7 +117,17 @@ class GraphLayerFactory(LayerFactory):
 
     def gated(self) -> nn.Cell:
         """See the base."""
-        return GatedRegion(self.dtype, self.sharding)
+        if self.config.lora is None:
+            return GatedRegion(self.dtype, self.sharding)
+        return GatedProducts(self.dtype, self.sharding)
+
+    def low_rank(
+        self, holder: nn.Cell, name: str, shapes: tuple[tuple[int, ...], ...], scaling: float
+    ) -> nn.Cell:
+        """See the base."""
+        if isinstance(holder, MatrixExperts):
+            return MatrixAdapter(shapes)
+        return super().low_rank(holder, name, shapes, scaling)
 
     def dispatcher(self) -> Dispatcher:
         """Brings rows to the experts of a sparse layer and back."""

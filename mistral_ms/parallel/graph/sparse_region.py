@@ -13,6 +13,7 @@ tensor-parallel ranks exchange are the buffers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
@@ -21,6 +22,7 @@ from mindspore import Tensor, nn, ops
 
 from mistral_ms.models.objective import RouterLoss
 from mistral_ms.moe import (
+    AdaptedTransposedExperts,
     Gate,
     GateContext,
     RouterSums,
@@ -35,16 +37,25 @@ from mistral_ms.moe import (
 from mistral_ms.parallel.graph.checks import EXPLICIT, Broken, refuse
 from mistral_ms.parallel.graph.metrics import AttachLosses, LossCoefficients, RecordMetrics
 from mistral_ms.parallel.graph.region import Region, Shape, first_shape
+from mistral_ms.parallel.sharding import Axes, graph_form
+from mistral_ms.weights import ParamSpec
 
 if TYPE_CHECKING:
     from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
 
 _cast = ops.Cast()
+_transpose = ops.Transpose()
 
 GATE_PARAMETERS = 8
 """What a gate may have: MindSpore's Morph takes neither tuples nor any number of arguments ("does
 not support varargs", its compiler says), so each has a name here, and who has fewer hands in what
 nothing reads."""
+
+
+ADAPTED = "w1", "w3", "w2"
+"""The experts' matrices, in the order in which regions take their adapters."""
+Adapters = Mapping[str, tuple[ParamSpec, ParamSpec]]
+"""A and B of those matrices that have an adapter."""
 
 
 class SparseRegion(Region):
@@ -53,6 +64,7 @@ class SparseRegion(Region):
     Args:
         layer_factory: of the model.
         router: chooses.
+        adapters: of the experts.
         more: layouts of further inputs, before the gate's parameters.
         summed: shape of a second output, float32, whose rows are divided among all ranks; empty
             when there is none.
@@ -62,6 +74,7 @@ class SparseRegion(Region):
         self,
         layer_factory: GraphLayerFactory,
         router: Gate,
+        adapters: Adapters,
         more: tuple[str, ...] = (),
         summed: tuple[int, ...] = (),
     ) -> None:
@@ -70,14 +83,36 @@ class SparseRegion(Region):
 
         gate = [(None,) * each.ndim for each in gate_parameters(router)]
         gate += ["samples"] * (GATE_PARAMETERS - len(gate))
-        inputs = "whole_rows", "samples", "experts", "experts", "experts", *more, *gate
-        found = ("whole_rows", "rows"), two_shapes, (0, ms.float32)
+        low: list[str | Axes] = []
+        for name in ADAPTED:
+            found = [graph_form(spec).layout for spec in adapters.get(name, ())]
+            low += found or ["samples"] * 2
+        inputs = "whole_rows", "samples", "experts", "experts", "experts", *more, *gate, *low
+        two = ("whole_rows", "rows"), two_shapes, (0, ms.float32)
         one = ("whole_rows",), first_shape, (0,)
-        super().__init__(layer_factory.sharding, inputs, *(found if summed else one))
+        super().__init__(layer_factory.sharding, inputs, *(two if summed else one))
         self.hidden_size = layer_factory.config.hidden_size
         self.dispatcher, self.router = layer_factory.dispatcher(), router
-        keeps = layer_factory.parallel.recompute != "full"
-        self.experts = TransposedExperts(layer_factory.dtype, self.dispatcher.packed, keeps)
+        self.rows_of_adapters = tuple(
+            0 if spec is None else graph_form(spec).rows
+            for name in ADAPTED
+            for spec in adapters.get(name, (None, None))
+        )
+        # B of w1 and w3 lies as [r, I]
+        self.turned = tuple(
+            spec is not None and graph_form(spec).order == (0, 2, 1)
+            for name in ADAPTED
+            for spec in adapters.get(name, (None, None))
+        )
+        self.adapted, dtype = bool(adapters), layer_factory.dtype
+        if adapters:
+            lora = layer_factory.config.lora
+            assert lora is not None
+            w1, w3, w2 = (lora.scaling if name in adapters else None for name in ADAPTED)
+            self.experts = AdaptedTransposedExperts(dtype, self.dispatcher.packed, (w1, w3, w2))
+        else:
+            keeps = layer_factory.parallel.recompute != "full"
+            self.experts = TransposedExperts(dtype, self.dispatcher.packed, keeps)
 
     def compute(
         self,
@@ -94,12 +129,19 @@ class SparseRegion(Region):
         gate_5: Tensor,
         gate_6: Tensor,
         gate_7: Tensor,
+        w1_a: Tensor,
+        w1_b: Tensor,
+        w3_a: Tensor,
+        w3_b: Tensor,
+        w2_a: Tensor,
+        w2_b: Tensor,
     ) -> Any:
         """[T, H] -> [T, H]."""
         gate = (gate_0, gate_1, gate_2, gate_3, gate_4, gate_5, gate_6, gate_7)
         valid_T = self.valid(positions_BS)
         sent = self.dispatched(x_TH, valid_T, gate, None, positions_BS.shape[1])
-        return self.results(sent, *self.matrices(w1_LH_I, w3_LH_I, w2_LH_I))
+        adapters = self.stacked((w1_a, w1_b, w3_a, w3_b, w2_a, w2_b))
+        return self.results(sent, *self.matrices(w1_LH_I, w3_LH_I, w2_LH_I), adapters)
 
     def valid(self, positions_BS: Tensor) -> Tensor:
         """1 for tokens, 0 for padding: float32 [T]."""
@@ -108,6 +150,18 @@ class SparseRegion(Region):
     def matrices(self, *weights: Tensor) -> tuple[Tensor, ...]:
         """[L * H, I] each -> [L, H, I] each."""
         return tuple(each.reshape(-1, self.hidden_size, each.shape[1]) for each in weights)
+
+    def stacked(self, adapters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A and B of w1, w3 and w2 as they lie in the graph -> [L, r, inputs] and [L, outputs, r];
+        what stands for an adapter that is not there stays.
+        """
+        found: tuple[Tensor, ...] = ()
+        for i in range(len(adapters)):
+            each = adapters[i]
+            if self.rows_of_adapters[i] > 0:
+                each = each.reshape(-1, self.rows_of_adapters[i], each.shape[1])
+            found = (*found, _transpose(each, (0, 2, 1)) if self.turned[i] else each)
+        return found
 
     def dispatched(
         self,
@@ -130,10 +184,21 @@ class SparseRegion(Region):
         rows, group_sizes_L = self.dispatcher.dispatch(x_TH, plan)
         return chosen, plan, rows, group_sizes_L
 
-    def results(self, sent: tuple[Any, ...], w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    def results(
+        self,
+        sent: tuple[Any, ...],
+        w1: Tensor,
+        w3: Tensor,
+        w2: Tensor,
+        adapters: tuple[Tensor, ...],
+    ) -> Tensor:
         """What the experts make of dispatched rows, brought back: [T, H]."""
         _, plan, rows, group_sizes_L = sent
-        return self.dispatcher.combine(self.experts(rows, w1, w3, w2, group_sizes_L), plan)
+        if self.adapted:
+            y = self.experts(rows, w1, w3, w2, group_sizes_L, adapters)
+        else:
+            y = self.experts(rows, w1, w3, w2, group_sizes_L)
+        return self.dispatcher.combine(y, plan)
 
 
 class TrainedSparseRegion(SparseRegion):
@@ -142,20 +207,26 @@ class TrainedSparseRegion(SparseRegion):
     Args:
         layer_factory: of the model.
         router: chooses.
+        adapters: of the experts.
         coefficients: of the router's losses.
     """
 
     def __init__(
-        self, layer_factory: GraphLayerFactory, router: Gate, coefficients: LossCoefficients
+        self,
+        layer_factory: GraphLayerFactory,
+        router: Gate,
+        adapters: Adapters,
+        coefficients: LossCoefficients,
     ) -> None:
         config, sharding = layer_factory.config, layer_factory.sharding
         assert config.moe is not None
         # dispatch groups; their communication and computation may overlap
         groups = layer_factory.parallel.micro_batch_interleave_num
         ranks = 1 if sharding is None else sharding.ranks
-        summed = (ranks * groups, 2 * config.moe.num_local_experts + 1)
+        summed: tuple[int, ...] = (ranks * groups, 2 * config.moe.num_local_experts + 1)
         more = "samples", "samples", "matrix"
-        super().__init__(layer_factory, router, more, summed if coefficients.pooled else ())
+        summed = summed if coefficients.pooled else ()
+        super().__init__(layer_factory, router, adapters, more, summed)
         self.groups, self.attach, self.record = groups, AttachLosses(), RecordMetrics()
         # the tensor-parallel ranks form the same losses: each is responsible for its fraction
         self.mp_fraction = 1.0 if sharding is None else 1.0 / sharding.parallel.mp
@@ -188,6 +259,12 @@ class TrainedSparseRegion(SparseRegion):
         gate_5: Tensor,
         gate_6: Tensor,
         gate_7: Tensor,
+        w1_a: Tensor,
+        w1_b: Tensor,
+        w3_a: Tensor,
+        w3_b: Tensor,
+        w2_a: Tensor,
+        w2_b: Tensor,
     ) -> Any:
         """[T, H] -> [T, H], with the router's losses attached, and what is recorded of them; for
         the pooled loss also what it takes, see
@@ -195,6 +272,7 @@ class TrainedSparseRegion(SparseRegion):
         """
         valid_T = self.valid(positions_BS)
         w1, w3, w2 = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
+        adapters = self.stacked((w1_a, w1_b, w3_a, w3_b, w2_a, w2_b))
         samples, columns = positions_BS.shape[0] // self.groups, positions_BS.shape[1]
         size = samples * columns
         gate = (gate_0, gate_1, gate_2, gate_3, gate_4, gate_5, gate_6, gate_7)
@@ -209,7 +287,8 @@ class TrainedSparseRegion(SparseRegion):
         rows_for_pooled: tuple[Tensor, ...] = ()
         for i in range(self.groups):
             there, valid = sent[i]
-            y_TH, kept_TK = self.results(there, w1, w3, w2), kept_choices(there[1])
+            y_TH = self.results(there, w1, w3, w2, adapters)
+            kept_TK = kept_choices(there[1])
             sums = router_sums(there[0], kept_TK, valid, self.dispatcher.routing, columns)
             scores_E, routed_E, kept_E, _, tokens, _, counted_E = sums
             losses = self.losses_of(sums)

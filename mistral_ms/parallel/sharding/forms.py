@@ -6,7 +6,8 @@ Two things differ from the explicit path and from checkpoints:
 * Stacked experts are matrices: the axis that tensor parallelism divides comes last, everything
   else is one axis. Optimizer parallelism divides the first axis alone, and of [E, ...] there is
   nothing to divide once a rank holds one expert. So w1 [E, I, H] lies here as [E * H, I],
-  transposed, and w2 [E, H, I] as [E * H, I].
+  transposed, and w2 [E, H, I] as [E * H, I]. Of a parameter that tensor parallelism does not
+  divide, as A of w1 [E, r, H], the last axis comes last.
 """
 
 from __future__ import annotations
@@ -92,6 +93,9 @@ def graph_form(spec: ParamSpec) -> GraphForm:
         layout = tuple(TENSOR if axis == divided else None for axis in axes)
         return GraphForm(spec.shape, layout, tuple(axes))
     others = [axis for axis in axes if axis not in (0, divided)]
+    if len(others) == 2 and divided is None:
+        *_, inner, last = spec.shape
+        return GraphForm((spec.shape[0] * inner, last), (EXPERT, None), tuple(axes), inner)
     if len(others) > 1:
         raise WeightError(
             "impossible in the graph",
