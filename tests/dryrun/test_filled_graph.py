@@ -42,7 +42,9 @@ def compiled(compile_run):
         run = small_run({**parallel, "execution": "graph"}, micro, **training)
         run["model"]["moe"]["gate"] = gate
         if case == ADAPTERS:
-            run["lora"] = {"r": 4, "target_modules": ["q_proj", "o_proj", "w1", "w3", "w2"]}
+            names = "q_proj", "o_proj", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"
+            run["lora"] = {"r": 4, "target_modules": list(names)}
+            run["model"]["moe"]["sparse_layers"] = [0]
         return compile_run(run, rank, "dryrun.filled_target:build")
 
     return one
