@@ -13,10 +13,12 @@ from mistral_ms.layers.kv_cache import CacheSpec, Columns, KeyPositions, KVCache
 from mistral_ms.layers.linear import Linear, OutputLogits, output_logits
 from mistral_ms.layers.loss import HeadLoss, TokenNLL, log_softmax, token_nll
 from mistral_ms.layers.low_rank import (
+    HandedAdapter,
     LowRank,
     LowRankGroupedLinear,
     LowRankLinear,
     LowRankQuantizedLinear,
+    with_adapter,
 )
 from mistral_ms.layers.norm import PiecewiseNorm, RMSNorm
 from mistral_ms.layers.parameter import is_buffer
@@ -33,6 +35,7 @@ __all__ = [
     "Embedding",
     "FeedForward",
     "GatedLinear",
+    "HandedAdapter",
     "HeadLoss",
     "KVCache",
     "KeyPositions",
@@ -57,4 +60,5 @@ __all__ = [
     "rope_angles",
     "token_nll",
     "visible_keys",
+    "with_adapter",
 ]

@@ -7,6 +7,8 @@ that cell and holds the adapter; the layer stays as it is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
@@ -125,3 +127,27 @@ class LowRankQuantizedLinear(LowRank):
             return y + self.scaling * self.low(self.low(x, a), b)
         low = self.low(self.low(x, a, group_sizes_E), b, group_sizes_E)
         return self.product(x, codes, scales_EOG, group_sizes_E) + self.scaling * low
+
+
+class HandedAdapter(nn.Cell):
+    """The parameters of an adapter, under the names that they have in :class:`LowRank`, for whoever
+    is handed them; they lie as its shapes say.
+
+    Args:
+        shapes: of A and B.
+        product: what it takes the place of, where somebody calls it.
+    """
+
+    def __init__(self, shapes: tuple[Shape, ...], product: nn.Cell | None = None) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B = (weight(*shape) for shape in shapes)
+        self.product: Any = product
+
+    def construct(self, x: Tensor, weight_OI: Tensor) -> Tensor:
+        """The product, without the adapter."""
+        return self.product(x, weight_OI)
+
+
+def with_adapter(weight_OI: Tensor, a_rI: Tensor, b_Or: Tensor, scaling: float) -> Tensor:
+    """W + s B A, for a matrix that is small beside the rows that it multiplies."""
+    return weight_OI + scaling * _matmul(b_Or, a_rI)

@@ -148,11 +148,12 @@ class AdaptedProduct(nn.Cell):
         dtype: of the matrices.
         packed: see :class:`Experts`.
         scaling: s; None: there is no adapter.
+        turned: W and B lie with their outputs last.
     """
 
-    def __init__(self, dtype: str, packed: bool, scaling: float | None) -> None:
+    def __init__(self, dtype: str, packed: bool, scaling: float | None, turned: bool) -> None:
         super().__init__()
-        self.packed, self.scaling = packed, scaling
+        self.packed, self.scaling, self.turned = packed, scaling, turned
         kernels = select.dense_kernels()
         # each weight needs an instance of its own, see FrozenRows
         self.base, self.low_a, self.low_b = (
@@ -163,22 +164,40 @@ class AdaptedProduct(nn.Cell):
     def construct(
         self,
         rows: Tensor,
-        weight_LOI: Tensor,
+        weight_L: Tensor,
         a_LrI: Tensor,
-        b_LOr: Tensor,
+        b_L: Tensor,
         group_sizes_L: Tensor | None,
     ) -> Tensor:
-        """Packed [R, I] -> [R, O], or padded [L, C, I] -> [L, C, O]."""
-        if self.packed:
-            y = self.base(rows, weight_LOI, group_sizes_L)
-            if self.scaling is None:
-                return y
-            low = self.low_b(self.low_a(rows, a_LrI, group_sizes_L), b_LOr, group_sizes_L)
-            return y + self.scaling * low
-        y = self.base(rows, weight_LOI)
+        """Packed [R, I] -> [R, O], or padded [L, C, I] -> [L, C, O].
+
+        Args:
+            rows: of tokens.
+            weight_L: [L, O, I], or [L, I, O].
+            a_LrI: [L * r, I].
+            b_L: [L * O, r], or [L * r, O].
+            group_sizes_L: int32, packed rows of each expert.
+        """
+        y = self.times(self.base, rows, self.upright(weight_L), group_sizes_L)
         if self.scaling is None:
             return y
-        return y + self.scaling * self.low_b(self.low_a(rows, a_LrI), b_LOr)
+        L = weight_L.shape[0]
+        a = a_LrI.reshape(L, -1, a_LrI.shape[-1])
+        b = self.upright(b_L.reshape(L, -1, b_L.shape[-1]))
+        low = self.times(self.low_a, rows, a, group_sizes_L)
+        return y + self.scaling * self.times(self.low_b, low, b, group_sizes_L)
+
+    def upright(self, stacked: Tensor) -> Tensor:
+        """With the outputs before the inputs."""
+        return _transpose(stacked, (0, 2, 1)) if self.turned else stacked
+
+    def times(
+        self, product: nn.Cell, rows: Tensor, stacked: Tensor, group_sizes_L: Tensor | None
+    ) -> Tensor:
+        """Rows by their expert's matrix."""
+        if self.packed:
+            return product(rows, stacked, group_sizes_L)
+        return product(rows, stacked)
 
 
 class AdaptedTransposedExperts(nn.Cell):
@@ -196,7 +215,8 @@ class AdaptedTransposedExperts(nn.Cell):
         super().__init__()
         kernels = select.dense_kernels()
         self.w1_linear, self.w3_linear, self.w2_linear = (
-            AdaptedProduct(dtype, packed, scaling) for scaling in scalings
+            AdaptedProduct(dtype, packed, scaling, turned)
+            for scaling, turned in zip(scalings, (True, True, False), strict=True)
         )
         self.packed = packed
         self.swiglu = select.packed_swiglu(kernels) if packed else select.swiglu(kernels)
@@ -210,12 +230,12 @@ class AdaptedTransposedExperts(nn.Cell):
         group_sizes_L: Tensor | None,
         adapters: tuple[Tensor, ...],
     ) -> Tensor:
-        """See :meth:`Experts.compute`; ``adapters`` are A [L, r, inputs] and B [L, outputs, r] of
-        w1, w3 and w2.
+        """See :meth:`Experts.compute`; ``adapters`` are A [L * r, inputs] and B of w1, w3 and w2:
+        [L * r, I], [L * r, I] and [L * H, r]; anything where there is none.
         """
         a1, b1, a3, b3, a2, b2 = adapters
-        gate = self.w1_linear(rows, _transpose(w1_LHI, (0, 2, 1)), a1, b1, group_sizes_L)
-        up = self.w3_linear(rows, _transpose(w3_LHI, (0, 2, 1)), a3, b3, group_sizes_L)
+        gate = self.w1_linear(rows, w1_LHI, a1, b1, group_sizes_L)
+        up = self.w3_linear(rows, w3_LHI, a3, b3, group_sizes_L)
         hidden = self.swiglu(gate, up, group_sizes_L) if self.packed else self.swiglu(gate, up)
         return self.w2_linear(hidden, w2_LHI, a2, b2, group_sizes_L)
 

@@ -222,13 +222,9 @@ class TrainingRun:
             return update
         *_, model = self._given
         if model is None:
-            model = parallel_context.build_stage(
-                run.model,
-                run.routing,
-                run.training.dtype,
-                run.training.seq_length,
-                quantization_of_base(run, parallel_context),
-            )
+            kept = quantization_of_base(run, parallel_context)
+            dtype, length = run.training.dtype, run.training.seq_length
+            model = parallel_context.build_stage(run.model, run.routing, dtype, length, kept)
         else:
             drawn = False  # it has its weights
         if drawn:  # before the optimizer copies them

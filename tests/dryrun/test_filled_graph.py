@@ -42,8 +42,7 @@ def compiled(compile_run):
         run = small_run({**parallel, "execution": "graph"}, micro, **training)
         run["model"]["moe"]["gate"] = gate
         if case == ADAPTERS:
-            names = "q_proj", "o_proj", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"
-            run["lora"] = {"r": 4, "target_modules": list(names)}
+            run["lora"] = {"r": 4, "target_modules": "all-linear"}
             run["model"]["moe"]["sparse_layers"] = [0]
         return compile_run(run, rank, "dryrun.filled_target:build")
 

@@ -175,7 +175,12 @@ def test_experts_of_the_graph(packed, adapted):
 
     def graph(x):
         turned = (each.transpose(0, 2, 1) for each in (w1, w3))
-        return (other(x, *turned, w2, sizes, tuple(low)) * factors).sum()
+        lies = []
+        for name, each in zip(parts, low, strict=True):  # B of w1 and w3 as [E * r, I]
+            upright = name.endswith("A") or name.startswith("w2") or name not in held
+            each = each if upright else each.transpose(0, 2, 1)
+            lies.append(each.reshape(-1, each.shape[-1]))
+        return (other(x, *turned, w2, sizes, tuple(lies)) * factors).sum()
 
     trained = [held[name] for name in parts if name in held]
     found, wanted = (ms.value_and_grad(each, 0, trained)(Tensor(x)) for each in (graph, explicit))

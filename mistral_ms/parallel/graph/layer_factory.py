@@ -6,9 +6,9 @@ from mindspore import nn, ops
 from mindspore.communication import get_group_size, get_rank
 
 from mistral_ms.config import ModelConfig, ParallelConfig, RoutingConfig
-from mistral_ms.layers import CacheSpec, KeyPositions
+from mistral_ms.layers import CacheSpec, HandedAdapter, KeyPositions
 from mistral_ms.models import LayerFactory
-from mistral_ms.moe import Dispatcher
+from mistral_ms.moe import Dispatcher, Gate
 from mistral_ms.parallel.collectives import PARTIAL_GRADIENTS, Groups
 from mistral_ms.parallel.dispatchers import make_dispatcher
 from mistral_ms.parallel.graph.attention import (
@@ -24,7 +24,7 @@ from mistral_ms.parallel.graph.dense import (
     GraphNorm,
 )
 from mistral_ms.parallel.graph.metrics import LossCoefficients
-from mistral_ms.parallel.graph.moe import GraphMoE, MatrixAdapter, MatrixExperts
+from mistral_ms.parallel.graph.moe import GraphMoE, MatrixExperts
 from mistral_ms.parallel.sharding import Sharding, graph_form
 from mistral_ms.parallel.topology import Topology
 from mistral_ms.weights import ParamSpec
@@ -126,7 +126,9 @@ class GraphLayerFactory(LayerFactory):
     ) -> nn.Cell:
         """See the base."""
         if isinstance(holder, MatrixExperts):
-            return MatrixAdapter(shapes)
+            return HandedAdapter(shapes)
+        if isinstance(holder, Gate):
+            return HandedAdapter(shapes, getattr(holder, name))
         return super().low_rank(holder, name, shapes, scaling)
 
     def dispatcher(self) -> Dispatcher:

@@ -10,18 +10,16 @@ from mindspore import Tensor, nn, ops
 from mistral_ms.config import ModelConfig
 from mistral_ms.layers.parameter import weight
 from mistral_ms.moe import SharedExpertGate, joined, make_gate
+from mistral_ms.parallel.adapters import ADAPTED, Adapters, sparse_adapters
 from mistral_ms.parallel.graph.checks import check_sparse_layer
 from mistral_ms.parallel.graph.metrics import metrics_buffer
 from mistral_ms.parallel.graph.region import Region
 from mistral_ms.parallel.graph.sparse_region import (
-    ADAPTED,
     GATE_PARAMETERS,
-    Adapters,
     SparseRegion,
     TrainedSparseRegion,
     gate_parameters,
 )
-from mistral_ms.weights import ParamSpec, specs
 
 if TYPE_CHECKING:
     from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
@@ -44,7 +42,7 @@ class MatrixExperts(nn.Cell):
         assert config.moe is not None
         rows = config.moe.num_local_experts * config.hidden_size
         self.w1, self.w3, self.w2 = (weight(rows, config.expert_size) for _ in range(3))
-        self.has_w1, self.has_w3, self.has_w2 = (name in adapters for name in ADAPTED)
+        self.has_w1, self.has_w3, self.has_w2 = (name in adapters for name in ADAPTED[:3])
 
     def adapters(self, spare: Tensor) -> tuple[Tensor, ...]:
         """A and B of w1, w3 and w2; of a matrix without ``spare``, twice."""
@@ -53,30 +51,6 @@ class MatrixExperts(nn.Cell):
         w3 = (self.w3_linear.lora_A, self.w3_linear.lora_B) if self.has_w3 else none
         w2 = (self.w2_linear.lora_A, self.w2_linear.lora_B) if self.has_w2 else none
         return (*w1, *w3, *w2)
-
-
-class MatrixAdapter(nn.Cell):
-    """The parameters of an adapter of such matrices, which a region is handed.
-
-    Args:
-        shapes: of A and B in the graph.
-    """
-
-    def __init__(self, shapes: tuple[tuple[int, ...], ...]) -> None:
-        super().__init__()
-        self.lora_A, self.lora_B = (weight(*shape) for shape in shapes)
-
-
-def expert_adapters(config: ModelConfig, layer: int) -> Adapters:
-    """A and B of the experts' matrices of a layer, by the names of the matrices."""
-    if config.lora is None:
-        return {}
-    found: dict[str, list[ParamSpec]] = {}
-    experts = f"layers.{layer}.moe.experts."
-    for spec in specs(config):
-        if spec.adapts and spec.adapts.startswith(experts):
-            found.setdefault(spec.adapts.removeprefix(experts), []).append(spec)
-    return {name: (each[0], each[1]) for name, each in found.items()}
 
 
 def _by_sigmoid(x_TH: Tensor, routed_TH: Tensor, shared_TH: Tensor, weight_1H: Tensor) -> Tensor:
@@ -139,8 +113,9 @@ class GraphMoE(nn.Cell):
         self.spare_arguments = GATE_PARAMETERS - len(gate_parameters(self.router))
         for state in self.router.buffers().values():
             state.parallel_optimizer = False  # whole on every rank, which moves it on by itself
-        adapters = expert_adapters(config, layer)
-        self.experts, self.adapted = MatrixExperts(config, adapters), bool(adapters)
+        adapters = sparse_adapters(config, layer)
+        self.experts = MatrixExperts(config, adapters)
+        self.adapted, self.routes_adapted = bool(adapters), "router" in adapters
         self.trained, self.pooled = losses is not None, losses is not None and losses.pooled
         if losses is not None:
             recorded = 2 + len(losses.others) + 2 * config.moe.num_local_experts
@@ -176,6 +151,10 @@ class GraphMoE(nn.Cell):
         given = (*given, *weights, *state, *(batch[0],) * self.spare_arguments)
         for each in self.experts.adapters(batch[0]):
             given = (*given, self.cast(each, self.dtype) if self.adapted else each)
+        if self.routes_adapted:
+            given = (*given, self.router.linear.lora_A, self.router.linear.lora_B)
+        else:
+            given = (*given, batch[0], batch[0])
         sums = None
         if self.pooled:
             y_TH, sums = self.region(x_TH, *given)

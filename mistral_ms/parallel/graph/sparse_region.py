@@ -13,13 +13,13 @@ tensor-parallel ranks exchange are the buffers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from mistral_ms.layers import with_adapter
 from mistral_ms.models.objective import RouterLoss
 from mistral_ms.moe import (
     AdaptedTransposedExperts,
@@ -34,28 +34,20 @@ from mistral_ms.moe import (
     router_sums,
     stack_sums,
 )
+from mistral_ms.parallel.adapters import ADAPTED, Adapters, layouts_of
 from mistral_ms.parallel.graph.checks import EXPLICIT, Broken, refuse
 from mistral_ms.parallel.graph.metrics import AttachLosses, LossCoefficients, RecordMetrics
 from mistral_ms.parallel.graph.region import Region, Shape, first_shape
-from mistral_ms.parallel.sharding import Axes, graph_form
-from mistral_ms.weights import ParamSpec
 
 if TYPE_CHECKING:
     from mistral_ms.parallel.graph.layer_factory import GraphLayerFactory
 
 _cast = ops.Cast()
-_transpose = ops.Transpose()
 
 GATE_PARAMETERS = 8
 """What a gate may have: MindSpore's Morph takes neither tuples nor any number of arguments ("does
 not support varargs", its compiler says), so each has a name here, and who has fewer hands in what
 nothing reads."""
-
-
-ADAPTED = "w1", "w3", "w2"
-"""The experts' matrices, in the order in which regions take their adapters."""
-Adapters = Mapping[str, tuple[ParamSpec, ParamSpec]]
-"""A and B of those matrices that have an adapter."""
 
 
 class SparseRegion(Region):
@@ -64,7 +56,7 @@ class SparseRegion(Region):
     Args:
         layer_factory: of the model.
         router: chooses.
-        adapters: of the experts.
+        adapters: of the experts and the router.
         more: layouts of further inputs, before the gate's parameters.
         summed: shape of a second output, float32, whose rows are divided among all ranks; empty
             when there is none.
@@ -83,32 +75,20 @@ class SparseRegion(Region):
 
         gate = [(None,) * each.ndim for each in gate_parameters(router)]
         gate += ["samples"] * (GATE_PARAMETERS - len(gate))
-        low: list[str | Axes] = []
-        for name in ADAPTED:
-            found = [graph_form(spec).layout for spec in adapters.get(name, ())]
-            low += found or ["samples"] * 2
+        low = layouts_of(adapters)
         inputs = "whole_rows", "samples", "experts", "experts", "experts", *more, *gate, *low
         two = ("whole_rows", "rows"), two_shapes, (0, ms.float32)
         one = ("whole_rows",), first_shape, (0,)
         super().__init__(layer_factory.sharding, inputs, *(two if summed else one))
         self.hidden_size = layer_factory.config.hidden_size
         self.dispatcher, self.router = layer_factory.dispatcher(), router
-        self.rows_of_adapters = tuple(
-            0 if spec is None else graph_form(spec).rows
-            for name in ADAPTED
-            for spec in adapters.get(name, (None, None))
-        )
-        # B of w1 and w3 lies as [r, I]
-        self.turned = tuple(
-            spec is not None and graph_form(spec).order == (0, 2, 1)
-            for name in ADAPTED
-            for spec in adapters.get(name, (None, None))
-        )
+        self.routes_adapted = "router" in adapters
         self.adapted, dtype = bool(adapters), layer_factory.dtype
         if adapters:
             lora = layer_factory.config.lora
             assert lora is not None
-            w1, w3, w2 = (lora.scaling if name in adapters else None for name in ADAPTED)
+            self.scaling = lora.scaling
+            w1, w3, w2 = (lora.scaling if name in adapters else None for name in ADAPTED[:3])
             self.experts = AdaptedTransposedExperts(dtype, self.dispatcher.packed, (w1, w3, w2))
         else:
             keeps = layer_factory.parallel.recompute != "full"
@@ -116,32 +96,21 @@ class SparseRegion(Region):
 
     def compute(
         self,
-        x_TH: Tensor,
-        positions_BS: Tensor,
-        w1_LH_I: Tensor,
-        w3_LH_I: Tensor,
-        w2_LH_I: Tensor,
-        gate_0: Tensor,
-        gate_1: Tensor,
-        gate_2: Tensor,
-        gate_3: Tensor,
-        gate_4: Tensor,
-        gate_5: Tensor,
-        gate_6: Tensor,
-        gate_7: Tensor,
-        w1_a: Tensor,
-        w1_b: Tensor,
-        w3_a: Tensor,
-        w3_b: Tensor,
-        w2_a: Tensor,
-        w2_b: Tensor,
-    ) -> Any:
+        x_TH: Tensor, positions_BS: Tensor, w1_LH_I: Tensor, w3_LH_I: Tensor, w2_LH_I: Tensor,
+        gate_0: Tensor, gate_1: Tensor, gate_2: Tensor, gate_3: Tensor,
+        gate_4: Tensor, gate_5: Tensor, gate_6: Tensor, gate_7: Tensor,
+        w1_a: Tensor, w1_b: Tensor, w3_a: Tensor, w3_b: Tensor, w2_a: Tensor, w2_b: Tensor,
+        router_a: Tensor, router_b: Tensor,
+    ) -> Any:  # fmt: skip
         """[T, H] -> [T, H]."""
+        if self.routes_adapted:
+            gate_0 = with_adapter(gate_0, router_a, router_b, self.scaling)
         gate = (gate_0, gate_1, gate_2, gate_3, gate_4, gate_5, gate_6, gate_7)
         valid_T = self.valid(positions_BS)
         sent = self.dispatched(x_TH, valid_T, gate, None, positions_BS.shape[1])
-        adapters = self.stacked((w1_a, w1_b, w3_a, w3_b, w2_a, w2_b))
-        return self.results(sent, *self.matrices(w1_LH_I, w3_LH_I, w2_LH_I), adapters)
+        adapters = (w1_a, w1_b, w3_a, w3_b, w2_a, w2_b)
+        w1, w3, w2 = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
+        return self.results(sent, w1, w3, w2, adapters)
 
     def valid(self, positions_BS: Tensor) -> Tensor:
         """1 for tokens, 0 for padding: float32 [T]."""
@@ -150,18 +119,6 @@ class SparseRegion(Region):
     def matrices(self, *weights: Tensor) -> tuple[Tensor, ...]:
         """[L * H, I] each -> [L, H, I] each."""
         return tuple(each.reshape(-1, self.hidden_size, each.shape[1]) for each in weights)
-
-    def stacked(self, adapters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """A and B of w1, w3 and w2 as they lie in the graph -> [L, r, inputs] and [L, outputs, r];
-        what stands for an adapter that is not there stays.
-        """
-        found: tuple[Tensor, ...] = ()
-        for i in range(len(adapters)):
-            each = adapters[i]
-            if self.rows_of_adapters[i] > 0:
-                each = each.reshape(-1, self.rows_of_adapters[i], each.shape[1])
-            found = (*found, _transpose(each, (0, 2, 1)) if self.turned[i] else each)
-        return found
 
     def dispatched(
         self,
@@ -207,7 +164,7 @@ class TrainedSparseRegion(SparseRegion):
     Args:
         layer_factory: of the model.
         router: chooses.
-        adapters: of the experts.
+        adapters: of the experts and the router.
         coefficients: of the router's losses.
     """
 
@@ -243,38 +200,24 @@ class TrainedSparseRegion(SparseRegion):
 
     def compute(  # type: ignore[override]
         self,
-        x_TH: Tensor,
-        positions_BS: Tensor,
-        w1_LH_I: Tensor,
-        w3_LH_I: Tensor,
-        w2_LH_I: Tensor,
-        scales_B3: Tensor,
-        random_B3: Tensor,
-        metrics_buffer: Tensor,
-        gate_0: Tensor,
-        gate_1: Tensor,
-        gate_2: Tensor,
-        gate_3: Tensor,
-        gate_4: Tensor,
-        gate_5: Tensor,
-        gate_6: Tensor,
-        gate_7: Tensor,
-        w1_a: Tensor,
-        w1_b: Tensor,
-        w3_a: Tensor,
-        w3_b: Tensor,
-        w2_a: Tensor,
-        w2_b: Tensor,
-    ) -> Any:
+        x_TH: Tensor, positions_BS: Tensor, w1_LH_I: Tensor, w3_LH_I: Tensor, w2_LH_I: Tensor,
+        scales_B3: Tensor, random_B3: Tensor, metrics_buffer: Tensor,
+        gate_0: Tensor, gate_1: Tensor, gate_2: Tensor, gate_3: Tensor,
+        gate_4: Tensor, gate_5: Tensor, gate_6: Tensor, gate_7: Tensor,
+        w1_a: Tensor, w1_b: Tensor, w3_a: Tensor, w3_b: Tensor, w2_a: Tensor, w2_b: Tensor,
+        router_a: Tensor, router_b: Tensor,
+    ) -> Any:  # fmt: skip
         """[T, H] -> [T, H], with the router's losses attached, and what is recorded of them; for
         the pooled loss also what it takes, see
         :class:`~mistral_ms.parallel.graph.pooled.PooledLoss`.
         """
         valid_T = self.valid(positions_BS)
         w1, w3, w2 = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
-        adapters = self.stacked((w1_a, w1_b, w3_a, w3_b, w2_a, w2_b))
+        adapters = (w1_a, w1_b, w3_a, w3_b, w2_a, w2_b)
         samples, columns = positions_BS.shape[0] // self.groups, positions_BS.shape[1]
         size = samples * columns
+        if self.routes_adapted:
+            gate_0 = with_adapter(gate_0, router_a, router_b, self.scaling)
         gate = (gate_0, gate_1, gate_2, gate_3, gate_4, gate_5, gate_6, gate_7)
         sent: tuple[Any, ...] = ()
         for i in range(self.groups):

@@ -94,8 +94,8 @@ def graph_form(spec: ParamSpec) -> GraphForm:
         return GraphForm(spec.shape, layout, tuple(axes))
     others = [axis for axis in axes if axis not in (0, divided)]
     if len(others) == 2 and divided is None:
-        *_, inner, last = spec.shape
-        return GraphForm((spec.shape[0] * inner, last), (EXPERT, None), tuple(axes), inner)
+        E, inner, columns = spec.shape
+        return GraphForm((E * inner, columns), (EXPERT, None), tuple(axes), inner)
     if len(others) > 1:
         raise WeightError(
             "impossible in the graph",
