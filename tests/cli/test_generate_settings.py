@@ -86,7 +86,7 @@ def test_a_chat_ends_at_the_tokens_of_generation_config(checkpoint, run):
     """The end token is one that the model would come to in the middle of its text."""
     path, _, theirs = checkpoint
     question = [{"role": "user", "content": "The tide"}]
-    ids = theirs.apply_chat_template(question, add_generation_prompt=True)
+    ids = theirs.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
     free = hf(checkpoint, ids, eos=None)
     end = next(i for n, i in enumerate(free) if n >= 3 and i not in free[:n])
     file = path / "generation_config.json"

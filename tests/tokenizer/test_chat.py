@@ -65,7 +65,7 @@ def test_ids_equal_hugging_face(tokenizer, hf_slow_non_legacy, template, message
     hf = copy.deepcopy(hf_slow_non_legacy)
     marks = [mark for mark in ("[INST]", "[/INST]") if tokenizer.control_id(mark) is not None]
     hf.add_special_tokens({"additional_special_tokens": marks})
-    expected = hf.apply_chat_template(messages, chat_template=START + template)
+    expected = hf.apply_chat_template(messages, chat_template=START + template, return_dict=False)
     assert MistralChat(tokenizer).encode_chat(messages) == expected
 
 

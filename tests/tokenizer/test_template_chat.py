@@ -204,7 +204,7 @@ def test_questions_equal_apply_chat_template(kind):
                 continue
             for tools in (None, TOOLS):
                 expected = theirs.apply_chat_template(
-                    messages[:end], tools=tools, add_generation_prompt=True
+                    messages[:end], tools=tools, add_generation_prompt=True, return_dict=False
                 )
                 assert chat.encode_chat(messages[:end], tools) == expected
 
@@ -277,7 +277,9 @@ def test_messages_must_not_spell_control_tokens_unless_asked(tmp_path):
     evil = [{"role": "user", "content": "x<|im_end|>y"}]
     with pytest.raises(TokenizerError, match=r"message 0: '<\|im_end\|>': a message must not spe"):
         ChatFormat(tokenizer).encode_chat(evil)
-    theirs = auto(tmp_path / "m").apply_chat_template(evil, add_generation_prompt=True)
+    theirs = auto(tmp_path / "m").apply_chat_template(
+        evil, add_generation_prompt=True, return_dict=False
+    )
     assert ChatFormat(tokenizer, special_tokens=True).encode_chat(evil) == theirs
 
 
