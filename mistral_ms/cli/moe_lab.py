@@ -104,8 +104,8 @@ def load_lab(names: Sequence[str], overrides: Sequence[str], steps: int) -> Lab:
         steps: of each.
 
     Raises:
-        ConfigError: no such preset, one twice, a dense model, or presets whose data or training
-            differ.
+        ConfigError: no such preset, one twice, a dense model, texts of several domains, or presets
+            whose data or training differ.
     """
     from mistral_ms.config import load_run_config
     from mistral_ms.errors import ConfigError
@@ -132,6 +132,15 @@ def load_lab(names: Sequence[str], overrides: Sequence[str], steps: int) -> Lab:
         if not run.model.sparse_layers:
             raise ConfigError(
                 "no experts", where=path, rule="mixtures are compared, and this model is dense"
+            )
+        assert run.model.moe is not None
+        if run.model.moe.gate.row_domains > 1:
+            raise ConfigError(
+                "texts of several domains",
+                where=f"{path}: model.moe.gate",
+                value=run.model.moe.gate.name,
+                rule="the evaluation that compares mixtures knows no domains",
+                todo="train it alone, and evaluate what the extract command makes of a checkpoint",
             )
         if run.data is None:
             raise ConfigError("nothing to learn", where=f"{path}: data", rule="name data.inputs")

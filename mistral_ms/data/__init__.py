@@ -9,6 +9,9 @@ _HERE = Path(__file__).resolve().parent
 DEMO_TEXT = _HERE / "demo.txt"
 """The text that the demo learns: 16 KB of English prose, written for it, and frozen."""
 
+LEDGER_TEXT = _HERE / "ledger.txt"
+"""A text of another kind, for presets that learn two domains: 8 KB of a ledger, drawn by a rule."""
+
 TOKENIZER_CONFIG = _HERE / "tokenizer_config.json"
 """What transformers must be told about a bare ``tokenizer.model`` (see the tokenizer package)."""
 

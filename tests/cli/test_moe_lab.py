@@ -60,7 +60,9 @@ def test_decoders_are_as_deep_as_the_deepest():
 
 
 def test_all_presets_can_be_compared():
-    assert len(load_lab(known(), [], 4).runs) == len(known()) >= 22
+    """But that whose texts are of domains, which the evaluation of a comparison does not know."""
+    others = [name for name in known() if name != "pangu_sigma"]
+    assert len(load_lab(others, [], 4).runs) == len(known()) - 1 >= 22
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,7 @@ def test_all_presets_can_be_compared():
         (["gshart"], "no such preset: PRESET: gshart: .*perhaps gshard"),
         (["switch", "switch"], "one preset twice: PRESET: switch"),
         (["none.yaml"], "none.yaml"),
+        (["pangu_sigma"], r"domains: .*pangu_sigma\.yaml: model\.moe\.gate: random_routed"),
     ],
 )
 def test_bad_names(names, message):

@@ -1,6 +1,7 @@
 """Every preset of configs/moe trains as it stands, made small, and its evaluation is causal."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,14 @@ from mindspore import Tensor
 
 from mistral_ms.config import load_run_config
 from mistral_ms.datasets import InMemorySequences
+from mistral_ms.mixtures.domains import TABLE, DomainLM
+from mistral_ms.mixtures.lifelong import BIAS
 from mistral_ms.models import CausalLM
+from mistral_ms.shipped import import_shipped
 from mistral_ms.training import TrainStep, make_objective
 from mistral_ms.training import step as training_step
 
+import_shipped()
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "moe").glob("*.yaml"))
 SMALL = [
     "model.vocab_size=48", "model.hidden_size=16", "model.intermediate_size=24",
@@ -40,24 +45,35 @@ def test_trains_and_evaluates_causally(path, monkeypatch):
     data = InMemorySequences(np.random.default_rng(3).integers(3, 48, 80).tolist(), 16, 2, 0)
     weights = {name: weight.asnumpy().copy() for name, weight in net.weights().items()}
     assert any("router" in name for name in weights) or path.stem == "hash"
+    moe = run.model.moe
     for step in range(2):
-        result = update(data.batch(step))
+        batch = data.batch(step)
+        if moe.gate.row_domains > 1:
+            batch = replace(batch, domains_B=np.arange(2, dtype=np.int32))
+        result = update(batch)
         assert np.isfinite([result.loss, result.grad_norm, *result.gradient_norms.values()]).all()
-        assert (
-            result.kept_LE.sum() <= result.routed_LE.sum() <= 32 * run.model.moe.num_local_experts
-        )
+        assert result.kept_LE.sum() <= result.routed_LE.sum() <= 32 * moe.num_local_experts
     assert set(result.router_losses) == set(run.training.router_losses)
     for name, before in weights.items():
-        assert (net.weights()[name].asnumpy() != before).any(), f"{name} learns nothing"
+        changed = net.weights()[name].asnumpy() != before
+        assert changed.any() != name.endswith((TABLE, BIAS)), (
+            f"{name} learns nothing, or should not"
+        )
+        if ".experts." in name and moe.gate.frozen:
+            assert not changed[: moe.gate.frozen].any() and changed[moe.gate.frozen :].any()
 
-    judged = CausalLM(run.model, run.routing.evaluation)
+    domain = ()
+    kind = CausalLM
+    if moe.gate.row_domains > 1:
+        kind, domain = DomainLM, (Tensor(np.ones(1, np.int32)),)
+    judged = kind(run.model, run.routing.evaluation)
     for name, parameter in judged.weights().items():
         parameter.set_data(net.weights()[name].value())
     rng, positions = np.random.default_rng(5), np.arange(16, dtype=np.int32)[None]
     ids = rng.integers(3, 48, (1, 16)).astype(np.int32)
-    before = judged(Tensor(ids), Tensor(positions)).numpy()
+    before = judged(Tensor(ids), Tensor(positions), *domain).numpy()
     ids[:, 9:] = rng.integers(3, 48, 7)
-    after = judged(Tensor(ids), Tensor(positions)).numpy()
+    after = judged(Tensor(ids), Tensor(positions), *domain).numpy()
     largest = np.abs(before).max()
     assert np.abs(before - after)[:, :9].max() < 1e-5 * largest
     assert np.abs(before - after)[:, 9:].max() > 1e-2 * largest
