@@ -26,6 +26,14 @@ class Step(StrEnum):
     DECODE = "decode"
 
 
+TARGETS = {
+    "train": "mistral_ms.cli.graph_targets:build",
+    "prefill": "mistral_ms.cli.graph_targets:prefill",
+    "decode": "mistral_ms.cli.graph_targets:decode",
+}
+"""What is compiled of a run file."""
+
+
 def dryrun(
     config: Annotated[Path, typer.Option(help="A run file.")],
     overrides: Annotated[
@@ -81,7 +89,7 @@ def dryrun(
     from mistral_ms.cli.output import count_progress, write_json
     from mistral_ms.config import load_any_config
     from mistral_ms.errors import ConfigError, GraphError
-    from mistral_ms.parallel.dryrun.process import TARGETS, Compiler, Request
+    from mistral_ms.parallel.dryrun.process import Compiler, Request
     from mistral_ms.parallel.dryrun.report import summary
     from mistral_ms.parallel.dryrun.servers import check_servers
     from mistral_ms.parallel.dryrun.standins import find_runtime
@@ -188,7 +196,6 @@ def _compile(
 ) -> tuple[dict[str, Any], StepCost | None]:
     from mistral_ms.config import RunConfig
     from mistral_ms.parallel.dryrun.ir import read
-    from mistral_ms.parallel.dryrun.process import TARGETS
     from mistral_ms.parallel.dryrun.report import report
     from mistral_ms.parallel.topology import Topology
     from mistral_ms.planner.beside import planned_beside

@@ -19,8 +19,8 @@ class GateSettings(Frozen):
 
     Attributes:
         name: of the gate.
-        takes_ids: whether it routes by the ids of tokens, which its ``construct`` then gets; it has
-            no ``route``, and neither pipelines nor the auto-parallel graph can have it.
+        takes_ids: whether it routes by the ids of tokens; it has ``route_with_ids`` in the place
+            of ``route``.
         looks_ahead: whether in training a token's experts depend on later tokens, which
             ``routing.allow_future`` must say.
         explicit_only: whether the auto-parallel graph cannot have it.

@@ -96,17 +96,16 @@ class RandomRouted(Gate):
             ),
         )
 
-    def construct(
-        self, x_TH: Tensor, context: GateContext | None = None, ids_T: Tensor | None = None
+    def route_with_ids(
+        self,
+        x_TH: Tensor,
+        ids_T: Tensor | None,
+        weights: tuple[Tensor, ...],
+        state: tuple[Tensor, ...],
+        context: GateContext | None,
     ) -> Routing:
-        """See the contract; the places of the tokens in the table, domain * V + id, alone decide.
-
-        Args:
-            x_TH: token rows.
-            context: is not looked at.
-            ids_T: int32, see :meth:`~mistral_ms.models.CausalLM.gate_ids`.
-        """
-        table_DV = self.expert_of_token
+        """See the contract; a token's place in the table, domain * V + id, alone decides."""
+        (table_DV,) = state
         group = self.num_experts // cast(RandomRoutedSettings, self.moe.gate).domains
         domain_T = ids_T // table_DV.shape[1]
         local_T = _cast(_gather(table_DV.reshape(-1), ids_T, 0), ms.int32)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
-from mindspore.ops import constexpr
 
 from mistral_ms.config import DROPLESS, ModelConfig, RoutingConfig
 from mistral_ms.errors import ConfigError
@@ -29,7 +28,7 @@ from mistral_ms.models.adapters import insert_adapters, set_magnitudes
 from mistral_ms.models.block import DecoderBlock
 from mistral_ms.models.layer_factory import LayerFactory
 from mistral_ms.models.model_chunk import ModelChunk
-from mistral_ms.moe import RouterSums, gate_context, stack_sums, update_gates
+from mistral_ms.moe import RouterSums, gate_context, gate_ids, stack_sums, update_gates
 from mistral_ms.weights import Specs, by_name, check_parameters, init_values, specs
 
 _gather = ops.Gather()
@@ -57,8 +56,7 @@ class CausalLM(nn.Cell):
         quantization: how the experts are quantised in memory; None: they are not.
 
     Raises:
-        ConfigError: experts that choose tokens in generation; a gate that takes ids in a model
-            chunk that has none.
+        ConfigError: experts that choose tokens in generation.
         WeightError: its pieces have other parameters than the specifications describe.
     """
 
@@ -105,15 +103,6 @@ class CausalLM(nn.Cell):
                 todo="generate dropless: tokens choose their experts by the same gate",
             )
         self.takes_ids = config.moe is not None and config.moe.gate.takes_ids
-        if self.takes_ids and not (self.model_chunk.embeds and self.predicts):
-            assert config.moe is not None
-            raise ConfigError(
-                "impossible pipeline",
-                where="model.moe.gate",
-                value=f"{config.moe.gate.name} with parallel.pp above 1",
-                rule="the gate routes by token ids, which only the first stage has",
-                todo="set parallel.pp=1",
-            )
         self.row_domains = 1 if config.moe is None else config.moe.gate.row_domains
         self.cached = cache is not None
         if cache is not None:
@@ -177,7 +166,9 @@ class CausalLM(nn.Cell):
             valid_T = _gather(valid_T, packing[0], 0)
         columns = positions_BS.shape[1]
         context = None if random_B3 is None else gate_context(random_B3, columns)
-        ids_T = self.gate_ids(ids_BS, random_B3) if self.takes_ids and ids_BS is not None else None
+        ids_T = None
+        if self.takes_ids and ids_BS is not None:
+            ids_T = gate_ids(ids_BS, random_B3, self.row_domains, self.config.vocab_size)
         found: tuple[RouterSums, ...] = ()
         for layer in self.layers:
             x_TH, sums = layer(x_TH, contexts[layer.window], valid_T, context, ids_T, columns)
@@ -188,16 +179,6 @@ class CausalLM(nn.Cell):
         if not self.sparse:
             return x_TH, None
         return x_TH, stack_sums(found)
-
-    def gate_ids(self, ids_BS: Tensor, random_B3: Tensor | None) -> Tensor:
-        """What gates that take ids get, int32 [T]: the ids; where rows are of domains, the domain
-        (the fourth column of ``random_B3``) times V plus the id.
-        """
-        if self.row_domains == 1:
-            return ids_BS.reshape(-1)
-        if random_B3 is None or random_B3.shape[1] < 4:
-            return _refuse_unknown_domains()
-        return (random_B3[:, 3:4] * self.config.vocab_size + ids_BS).reshape(-1)
 
     def attention_contexts(
         self,
@@ -279,18 +260,6 @@ class CausalLM(nn.Cell):
         them; to be called when everything else has its first values.
         """
         set_magnitudes(self.layers, self.model_chunk, self.weights(), self.specs)
-
-
-@constexpr
-def _refuse_unknown_domains() -> Tensor:
-    """Compiled code may not raise errors of ours; what is computed while compiling may."""
-    raise ConfigError(
-        "unknown domains",
-        where="model.moe.gate",
-        rule="routes by the domain of each row, which the train command and a program "
-        "(mistral_ms.mixtures.domains.DomainLM) tell it, and no other command",
-        todo="extract one domain",
-    )
 
 
 def check_weights(

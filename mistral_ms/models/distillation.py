@@ -52,9 +52,10 @@ class DistillationObjective(Objective):
         inv_counts: Tensor,
         random_B3: Tensor | None,
         number: int,
+        ids_BS: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         total, hidden_TH, parts = super().interleaved_part(
-            x, labels_BS, positions_BS, segments_BS, inv_counts, random_B3, number
+            x, labels_BS, positions_BS, segments_BS, inv_counts, random_B3, number, ids_BS
         )
         ids_BS, positions_BS = self.rows(x, number), self.rows(positions_BS, number)
         segments_BS = None if segments_BS is None else self.rows(segments_BS, number)

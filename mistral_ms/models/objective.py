@@ -222,6 +222,7 @@ class Objective(nn.Cell):
         segments_BS: Tensor | None,
         inv_counts: Tensor,
         random_B3: Tensor | None = None,
+        ids_BS: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """This model chunk's part of the total loss, what it hands on, and its parts of the report.
 
@@ -232,13 +233,14 @@ class Objective(nn.Cell):
             segments_BS: int32.
             inv_counts: float32 [2].
             random_B3: int32.
+            ids_BS: int32, the tokens, for gates that take them; None where the model chunk embeds.
         """
         total, states, parts = self.interleaved_part(
-            x, labels_BS, positions_BS, segments_BS, inv_counts, random_B3, 0
+            x, labels_BS, positions_BS, segments_BS, inv_counts, random_B3, 0, ids_BS
         )
         for number in range(1, self.interleave_num):
             other, more_states, others = self.interleaved_part(
-                x, labels_BS, positions_BS, segments_BS, inv_counts, random_B3, number
+                x, labels_BS, positions_BS, segments_BS, inv_counts, random_B3, number, ids_BS
             )
             total = total + other
             states = _concat((states, more_states))
@@ -257,13 +259,15 @@ class Objective(nn.Cell):
         inv_counts: Tensor,
         random_B3: Tensor | None,
         number: int,
+        ids_BS: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """The same of one dispatch group, the rows of part ``number``."""
         x, labels_BS = self.rows(x, number), self.rows(labels_BS, number)
         positions_BS = self.rows(positions_BS, number)
         segments_BS = None if segments_BS is None else self.rows(segments_BS, number)
         random_B3 = None if random_B3 is None else self.rows(random_B3, number)
-        hidden_TH, sums = self.states(x, positions_BS, segments_BS, random_B3)
+        ids_BS = None if ids_BS is None else self.rows(ids_BS, number)
+        hidden_TH, sums = self.states(x, positions_BS, segments_BS, random_B3, ids_BS)
         lm = ops.zeros((), ms.float32)
         if self.predicts:
             lm = self.nll(hidden_TH, labels_BS.reshape(-1)) * inv_counts[0]
@@ -276,12 +280,13 @@ class Objective(nn.Cell):
         positions_BS: Tensor,
         segments_BS: Tensor | None,
         random_B3: Tensor | None,
+        ids_BS: Tensor | None = None,
     ) -> tuple[Tensor, RouterSums | None]:
         """What the model chunk makes of its input, as :meth:`CausalLM.decode` gives it."""
         x_TH = self.model.embed(x) if self.embeds else x
         if self.embeds and self.noise_alpha is not None and random_B3 is not None:
             x_TH = self.noisy(x_TH, random_B3, positions_BS.shape[1])
-        ids_BS = x if self.embeds else None
+        ids_BS = x if self.embeds else ids_BS
         return self.model.decode(x_TH, positions_BS, segments_BS, random_B3, ids_BS)
 
     def with_router_losses(

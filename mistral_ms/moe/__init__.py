@@ -40,7 +40,7 @@ from mistral_ms.moe.losses import (
     stack_sums,
     widened,
 )
-from mistral_ms.moe.routing import GateContext, Routing, gate_context
+from mistral_ms.moe.routing import GateContext, Routing, gate_context, gate_ids
 from mistral_ms.moe.shared import SharedExpertGate, joined
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "TransposedExperts",
     "gate_class",
     "gate_context",
+    "gate_ids",
     "joined",
     "kept_choices",
     "layer_of",

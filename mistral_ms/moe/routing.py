@@ -6,6 +6,9 @@ from typing import TypeAlias
 
 import mindspore as ms
 from mindspore import Tensor, ops
+from mindspore.ops import constexpr
+
+from mistral_ms.errors import ConfigError
 
 _cast = ops.Cast()
 _range = ops.Range()
@@ -45,3 +48,35 @@ def gate_context(random_B3: Tensor, columns: int) -> GateContext:
     rows_B1 = random_B3[:, 2].reshape(-1, 1)
     token_index_BS = rows_B1 * columns + _cast(_range(0, columns, 1), ms.int32)
     return random_B3[0, 0], random_B3[0, 1], token_index_BS.reshape(-1)
+
+
+def gate_ids(ids_BS: Tensor, random_B3: Tensor | None, domains: int, vocab_size: int) -> Tensor:
+    """What gates that take ids get, int32 [T]: the ids; where rows are of domains, the domain times
+    V plus the id.
+
+    Args:
+        ids_BS: int32, the tokens.
+        random_B3: int32; its fourth column has the domains of the rows.
+        domains: how many the gate knows.
+        vocab_size: V.
+
+    Raises:
+        ConfigError: there are several domains, and nobody says which a row is of.
+    """
+    if domains == 1:
+        return ids_BS.reshape(-1)
+    if random_B3 is None or random_B3.shape[1] < 4:
+        return _refuse_unknown_domains()
+    return (random_B3[:, 3:4] * vocab_size + ids_BS).reshape(-1)
+
+
+@constexpr
+def _refuse_unknown_domains() -> Tensor:
+    """Compiled code may not raise errors of ours; what is computed while compiling may."""
+    raise ConfigError(
+        "unknown domains",
+        where="model.moe.gate",
+        rule="routes by the domain of each row, which the train command and a program "
+        "(mistral_ms.mixtures.domains.DomainLM) tell it, and no other command",
+        todo="extract one domain",
+    )

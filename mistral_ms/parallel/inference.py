@@ -59,7 +59,7 @@ class ParallelLogits(nn.Cell):
             x_TH = self.before.send_forward(x_TH)
         else:
             x_TH = self.model.embed(ids_BS)
-        hidden_TH = self.model.decode(x_TH, positions_BS)[0]
+        hidden_TH = self.model.decode(x_TH, positions_BS, None, None, ids_BS)[0]
         if self.after is not None:
             sent_TH = self.after.send_forward(hidden_TH)
             # not before the states have gone, or the two stages would wait for different things:

@@ -232,8 +232,8 @@ class _Search:
         coupled = run.routing.aux_loss == "pooled" and run.training.router_aux_loss_coef > 0
         if sizes.pp > 1 and coupled and run.model.sparse_layers:
             return False
-        if self.takes_ids and (sizes.pp > 1 or self.execution == "graph"):
-            return False  # neither hands the ids of tokens on to gates
+        if self.takes_ids and sizes.pp > 1 and self.execution == "graph":
+            return False
         if self.explicit_only and (self.execution == "graph" or self.interleaved):
             return False
         plain = run.parallel.model_copy(update={"devices_per_node": devices, **_PLAIN})

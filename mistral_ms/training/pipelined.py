@@ -37,6 +37,7 @@ class StageForward(nn.Cell):
     def construct(
         self,
         x: Tensor,
+        ids_BS: Tensor,
         labels_BS: Tensor,
         positions_BS: Tensor,
         segments_BS: Tensor,
@@ -45,7 +46,7 @@ class StageForward(nn.Cell):
     ) -> Tensor:
         """[B * S, H]; the arguments are those of :meth:`Objective.forward_step`."""
         return self.objective.forward_step(
-            x, labels_BS, positions_BS, segments_BS, inv_counts, random_B3
+            x, labels_BS, positions_BS, segments_BS, inv_counts, random_B3, ids_BS
         )[1]
 
 
@@ -61,6 +62,7 @@ class _WithOutputGrad(nn.Cell):
     def construct(
         self,
         x: Tensor,
+        ids_BS: Tensor,
         labels_BS: Tensor,
         positions_BS: Tensor,
         segments_BS: Tensor,
@@ -69,7 +71,7 @@ class _WithOutputGrad(nn.Cell):
         output_grad_TH: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         total, states_TH, parts = self.objective.forward_step(
-            x, labels_BS, positions_BS, segments_BS, scales[:2], random_B3
+            x, labels_BS, positions_BS, segments_BS, scales[:2], random_B3, ids_BS
         )
         scaled = total * scales[2]
         if not self.predicts:
@@ -100,6 +102,7 @@ class StageBackward(nn.Cell):
     def construct(
         self,
         x: Tensor,
+        ids_BS: Tensor,
         labels_BS: Tensor,
         positions_BS: Tensor,
         segments_BS: Tensor,
@@ -111,6 +114,7 @@ class StageBackward(nn.Cell):
 
         Args:
             x: what the stage was given.
+            ids_BS: int32, the tokens: every stage reads the batch, and gates may take them.
             labels_BS: int32.
             positions_BS: int32.
             segments_BS: int32.
@@ -120,7 +124,7 @@ class StageBackward(nn.Cell):
                 one.
         """
         (_, parts), gradients = self.gradient(
-            x, labels_BS, positions_BS, segments_BS, random_B3, scales, output_grad_TH
+            x, ids_BS, labels_BS, positions_BS, segments_BS, random_B3, scales, output_grad_TH
         )
         input_grad = scales
         if not self.embeds:
@@ -198,13 +202,11 @@ class PipelinedGradients:
             elif event.phase is Phase.FORWARD:
                 forward = self._forward[event.chunk]
                 if forward is not None:
-                    _, *rest = parts[number]
-                    outputs[key] = forward(inputs[key], *rest, scales[:2])
+                    outputs[key] = forward(inputs[key], *parts[number], scales[:2])
             else:
-                _, *rest = parts[number]
                 output_grad = output_grads.pop(key, nothing)
                 backward = self._backward[event.chunk]
-                found, input_grad = backward(inputs.pop(key), *rest, scales, output_grad)
+                found, input_grad = backward(inputs.pop(key), *parts[number], scales, output_grad)
                 losses.append(found)
                 input_grads[key] = input_grad
         return added_up(losses)
@@ -229,9 +231,9 @@ class PipelinedGradients:
                 if not sending:
                     inputs[event.receiving_chunk, number] = arrived
             else:
-                _, labels, positions, segments, random, *_ = parts[number]
+                ids, labels, positions, segments, random, *_ = parts[number]
                 _, outputs[key], _ = self._objectives[event.chunk].forward_step(
-                    inputs.pop(key), labels, positions, segments, inv_counts, random
+                    inputs.pop(key), labels, positions, segments, inv_counts, random, ids
                 )
 
     def _begun(self, parts: Sequence[BatchTensors]) -> tuple[dict[Place, Tensor], Tensor]:

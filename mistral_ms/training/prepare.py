@@ -94,11 +94,6 @@ def _check_way(run: RunConfig, graph: bool) -> None:
             divided,
             "each process has the other model, and both models' logits, whole",
         ),
-        "data.domains": (
-            (run.data and list(run.data.domains)) or None,
-            {"parallel.pp": parallel.pp},
-            "experts are chosen by tokens and domains, which only the first stage has",
-        ),
     }
     for key, (value, of_one, rule) in given.items():
         if value is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import mistral_ms
 
 GRAPH = Path(mistral_ms.__file__).parent / "parallel" / "graph"
-LIMIT = 1280
+LIMIT = 1300
 SILENT = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE),
     *(tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER),

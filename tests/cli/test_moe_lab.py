@@ -9,9 +9,12 @@ import pytest
 
 from mistral_ms.cli import main
 from mistral_ms.cli.moe_lab import PRESETS, known, load_lab
+from mistral_ms.config import when_unknown
 from mistral_ms.errors import ConfigError
+from mistral_ms.shipped import import_shipped
 from mistral_ms.training import evaluate, read_metrics, step
 
+when_unknown(import_shipped)  # as the command line does
 SMALL = [
     "model.hidden_size=8", "model.intermediate_size=8", "model.num_attention_heads=2",
     "model.num_key_value_heads=2", "model.num_hidden_layers=2", "training.global_batch_size=2",

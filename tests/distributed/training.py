@@ -96,14 +96,17 @@ GATES = {
     "pp4, gpipe": {"name": "sigmoid_top_k", "bias_update_rate": 0.05},
     "dp2 ep2 zero1, muon": StagedTopKSettings(frozen_experts=FROZEN),
     "dp4 ep2 zero1": RandomRoutedSettings(domains=DOMAINS),
+    "pp2, two chunks": RandomRoutedSettings(domains=DOMAINS),
+    "generating": {"name": "hash_top_1", "table": "balanced"},
 }
 """Gates other than the usual one: noise and state are those of one process, too. With the frozen
 experts outputs are held to those of another model: a stage of Lifelong-MoE. Domains: PanGu-Sigma's
-random routed experts, where each rank has those of one domain, and rows of both.
+random routed experts, where each rank has those of one domain, and rows of both; in a pipeline
+every stage needs ids and domains of the tokens, and so it does when tokens are generated.
 """
 EXTRA = {"dp2 ep2 interleaved": "after", "pp4, gpipe": "both"}
 """Where dense feed-forwards stand beside the experts, in the same block."""
-OF_ONE = ("dp4 ep2 zero1",)
+OF_ONE = ("dp4 ep2 zero1", "pp2, two chunks", "generating")
 """Layouts whose gates choose one expert."""
 FINE = {
     "dp2 ep2 interleaved": {

@@ -102,7 +102,7 @@ def test_as_many_processes_as_the_layout_has(monkeypatch):
 
 def test_a_region_takes_gates_of_few_parameters():
     gate = SimpleNamespace(weights_and_state=lambda: ((None,) * 5, (None,) * 4))
-    with pytest.raises(ConfigError, match=r"model\.moe\.gate: 9 parameters: .* at most 8"):
+    with pytest.raises(ConfigError, match=r"model\.moe\.gate: 9 parameters: .* at most 7"):
         gate_parameters(gate)
 
 

@@ -9,6 +9,7 @@ from mindspore import Tensor, ops
 from support import configs
 
 from mistral_ms.config import IGNORE_INDEX, RunConfig
+from mistral_ms.mixtures import domains  # noqa: F401 - the gate random_routed
 from mistral_ms.models import CausalLM, Objective
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.parallel import graph
@@ -16,6 +17,8 @@ from mistral_ms.parallel import graph
 B, S = 3, 16
 AUX, Z = 0.05, 0.01
 NO_NOISE = Tensor(np.zeros((B, 3), np.int32))
+OF_DOMAINS = Tensor(np.array([[0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 2, 0]], np.int32))
+"""The same of rows that are of domains, by the fourth column."""
 
 
 def run(moe=None, routing=None, parallel=None, **changes):
@@ -65,8 +68,9 @@ def build(config):
     """Both models with the same weights."""
     ours = CausalLM(config.model, config.routing, positions=S)
     ours.initialize(7)
-    for parameter in ours.weights().values():  # larger weights make routing less even
-        parameter.set_data(parameter * (4.0 if parameter.ndim > 1 else 1.0))
+    for name, parameter in ours.weights().items():  # larger weights make routing less even
+        larger = parameter.ndim > 1 and ours.specs[name].kind != "buffer"
+        parameter.set_data(parameter * (4.0 if larger else 1.0))
     step = graph.build(config)
     parameters = step.model.weights()
     assert set(parameters) == set(ours.weights())
@@ -83,16 +87,17 @@ def both_gradients(config, scale=1.0):
     arrays = batch(config.model)
     tensors = [Tensor(each) for each in arrays]
     pooled = config.routing.aux_loss == "pooled"
+    random = OF_DOMAINS if ours.row_domains > 1 else NO_NOISE
     objective = Objective(ours, router_aux_loss_coef=AUX, router_z_loss_coef=Z, pooled_aux=pooled)
     expected = ms.value_and_grad(objective, None, ms.ParameterTuple(ours.weights().values()), True)
     net = step.model
     scales = np.array([1 / (arrays[1] != IGNORE_INDEX).sum(), 1 / (arrays[2] >= 0).sum(), scale])
-    inputs = (*tensors, Tensor(np.tile(scales.astype(np.float32), (B, 1))), NO_NOISE)
+    inputs = (*tensors, Tensor(np.tile(scales.astype(np.float32), (B, 1))), random)
     parameters, metrics_buffers = net.weights(), net.metrics_buffers()
     in_order = [parameters[name] for name in ours.weights()]
     got = ms.value_and_grad(net, None, ms.ParameterTuple((*in_order, *metrics_buffers.values())))
     with graph_mode():
-        (_, parts), wanted = expected(*tensors)
+        (_, parts), wanted = expected(*tensors, None, random if ours.row_domains > 1 else None)
         loss, gradients = got(*inputs)
     named = {
         name: (mine.asnumpy(), weights_in_graph(name, theirs.asnumpy()))
@@ -128,8 +133,11 @@ CASES = {
         "routing": {"policy": "dropless", "aux_loss": "pooled"},
         "tie_word_embeddings": True,
     },
-    "token-major in one layer, all kinds of others; window in the other, stretched positions": {
+    "by ids and domains in one layer, all kinds of others; window in the other, yarn": {
         "moe": {
+            "num_experts_per_tok": 1,
+            "norm_topk_prob": False,
+            "gate": {"name": "random_routed", "domains": 2},
             "sparse_layers": "every_other",
             "moe_intermediate_size": 32,
             "n_shared_experts": 2,

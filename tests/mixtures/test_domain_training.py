@@ -18,7 +18,6 @@ from mistral_ms.mixtures.domains import DomainLM, extract_domain
 from mistral_ms.training import TrainingRun, evaluate, read_metrics
 from mistral_ms.training import run as training_run
 from mistral_ms.training import step as training_step
-from mistral_ms.training.prepare import check_settings
 
 TEXTS = (
     "The town by the river has two bridges and a market on Mondays. " * 6,
@@ -146,15 +145,3 @@ def test_trains_resumes_extracts_evaluates(run_file, tmp_path, monkeypatch, caps
 def test_what_a_run_file_may_not_say(run_file, change, message):
     with pytest.raises(ConfigError, match=message):
         load_run_config(run_file, [change])
-
-
-def test_where_it_may_not_be_trained(run_file):
-    for change, message in (
-        ("parallel.pp=2", r"parallel\.pp 2: .* only the first stage has"),
-        ("parallel.execution=graph", r"parallel\.execution graph: is trained with explicit"),
-    ):
-        changes = [change, "model.num_hidden_layers=2", "routing.aux_loss=per_layer"]
-        with pytest.raises(
-            ConfigError, match=rf"layout: data\.domains: \[1, 0, 0\] with {message}"
-        ):
-            check_settings(load_run_config(run_file, changes))

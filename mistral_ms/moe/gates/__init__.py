@@ -10,9 +10,9 @@ from mistral_ms.moe.gates.base import (
     register_gate,
     router_loss_terms,
     settings_of,
-    update_gates,
 )
 from mistral_ms.moe.gates.contract import try_gates
+from mistral_ms.moe.gates.update import update_gates
 
 import_all(__name__, __path__)
 

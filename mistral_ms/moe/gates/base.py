@@ -151,6 +151,19 @@ class Gate(nn.Cell):
         """
         raise NotImplementedError
 
+    def route_with_ids(
+        self,
+        x_TH: Tensor,
+        ids_T: Tensor | None,
+        weights: tuple[Tensor, ...],
+        state: tuple[Tensor, ...],
+        context: GateContext | None,
+    ) -> Routing:
+        """The same with int32 ids, see :func:`~mistral_ms.moe.gate_ids`: what a gate whose settings
+        say ``takes_ids`` has in the place of :meth:`route`.
+        """
+        return self.route(x_TH, weights, state, context)
+
     def next_state(self, state: State, routed_E: np.ndarray) -> State:
         """The buffers after an update of the weights; unchanged where a gate does not say more.
         Called once for each optimizer step whose gradients are finite, on every process alike.
@@ -173,7 +186,7 @@ class Gate(nn.Cell):
             ids_T: int32, the tokens; for gates that take them.
         """
         weights, state = self.weights_and_state()
-        return self.route(x_TH, weights, state, context)
+        return self.route_with_ids(x_TH, ids_T, weights, state, context)
 
     def weights_and_state(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The gate's own parameters, as :meth:`route` takes them."""
@@ -294,23 +307,6 @@ class Gate(nn.Cell):
     def buffers(self) -> dict[str, Parameter]:
         """The state, by name."""
         return {name: getattr(self, name) for name in self.buffer_names}
-
-
-def update_gates(
-    layers: Mapping[int, nn.Cell], sparse_layers: Sequence[int], routed_LE: np.ndarray
-) -> None:
-    """Moves the state of gates on, after an update of the weights.
-
-    Args:
-        layers: decoder blocks that are here, by their numbers in the model.
-        sparse_layers: the numbers of all sparse ones.
-        routed_LE: of those, the choices of each expert before the capacity, of the whole batch.
-    """
-    for number, routed_E in zip(sparse_layers, routed_LE, strict=True):
-        if number in layers:
-            for _, cell in layers[number].cells_and_names():
-                if isinstance(cell, Gate):
-                    cell.update(routed_E[: cell.num_experts])
 
 
 _GATES: Registry[type[Gate]] = Registry("gate", "model.moe.gate")

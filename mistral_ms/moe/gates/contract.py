@@ -57,14 +57,11 @@ def try_gates(cells: nn.Cell, config: ModelConfig, training: bool) -> None:
     state = _drawn(gate, config, gate.buffer_names)
     with pynative_mode():
         for context in (None, gate_context(random_B3, TOKENS)) if training else (None,):
-            if gate.takes_ids:
-                ids_T = Tensor(np.arange(TOKENS, dtype=np.int32))
-                chosen = _called(gate, "construct", gate.construct, x_TH, context, ids_T)
-            else:
-                weights = _drawn(gate, config, gate.weight_names)
-                x_TH = x_TH.astype(weights[0].dtype) if weights else x_TH
-                given = x_TH, weights, state, context
-                chosen = _called(gate, "route", gate.route, *given)
+            weights = _drawn(gate, config, gate.weight_names)
+            x_TH = x_TH.astype(weights[0].dtype) if weights else x_TH
+            ids_T = Tensor(np.arange(TOKENS, dtype=np.int32))
+            given = x_TH, ids_T, weights, state, context
+            chosen = _called(gate, _method(gate), gate.route_with_ids, *given)
             _check_routing(gate, chosen)
         _check_losses(gate, chosen)
     if state and training:
@@ -167,7 +164,7 @@ def _called(gate: Gate, method: str, function: Callable[..., Result], *given: An
 
 
 def _method(gate: Gate) -> str:
-    return "construct" if gate.takes_ids else "route"
+    return "route_with_ids" if gate.takes_ids else "route"
 
 
 def _refuse(

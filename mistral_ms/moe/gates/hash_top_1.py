@@ -96,10 +96,15 @@ class HashTop1(Gate):
             ),
         )
 
-    def construct(
-        self, x_TH: Tensor, context: GateContext | None = None, ids_T: Tensor | None = None
+    def route_with_ids(
+        self,
+        x_TH: Tensor,
+        ids_T: Tensor | None,
+        weights: tuple[Tensor, ...],
+        state: tuple[Tensor, ...],
+        context: GateContext | None,
     ) -> Routing:
-        """See the contract; the ids, which must be there, alone decide."""
+        """See the contract; the ids alone decide."""
         settings = cast(HashTop1Settings, self.moe.gate)
         if settings.table == "hash":
             key = Tensor(settings.hash_seed, ms.int32), Tensor(self.layer, ms.int32)
@@ -109,7 +114,7 @@ class HashTop1(Gate):
                 _cast(drawn_T * self.num_experts, ms.int32), self.num_experts - 1
             )
         else:
-            expert_T = _cast(_gather(self.expert_of_token, ids_T, 0), ms.int32)
+            expert_T = _cast(_gather(state[0], ids_T, 0), ms.int32)
         scores_TE = ops.one_hot(expert_T, self.num_experts, Tensor(1.0), Tensor(0.0))
         weights_T1 = ops.ones((expert_T.shape[0], 1), ms.float32)
         return weights_T1, expert_T.reshape(-1, 1), scores_TE, ops.zeros_like(scores_TE), ()

@@ -225,5 +225,6 @@ def _step(
 def _inputs(run: RunConfig) -> tuple[Tensor, ...]:
     B, S = run.training.global_batch_size, run.training.seq_length
     batch = tuple(Tensor(np.zeros((B, S), np.int32)) for _ in range(4))
-    scales, random = (Tensor(np.zeros((B, 3), kind)) for kind in (np.float32, np.int32))
-    return (*batch, scales, random)
+    columns = 3 + (run.model.moe is not None and run.model.moe.gate.row_domains > 1)
+    scales, random = np.zeros((B, 3), np.float32), np.zeros((B, columns), np.int32)
+    return (*batch, Tensor(scales), Tensor(random))

@@ -84,17 +84,19 @@ def check_gate(model: ModelConfig, routing: RoutingConfig, *, training: bool) ->
         try_gates(make_gate(model, routing), model, training)
 
 
-def check_sparse_layer(moe: MoEArchitecture) -> None:
+def check_sparse_layer(moe: MoEArchitecture, pp: int) -> None:
     """Raises if the graph has no region for a sparse layer.
 
     Args:
         moe: what the layer is.
+        pp: stages.
 
     Raises:
         ConfigError: names the value and the rule.
     """
+    by_ids = moe.gate.takes_ids and pp > 1
     for broken, key, value, why in (
-        (moe.gate.takes_ids, "gate", moe.gate.name, "it does not get the tokens' ids"),
+        (by_ids, "gate", moe.gate.name, f"of parallel.pp {pp}, later ones get ids undivided"),
         (moe.gate.explicit_only, "gate", moe.gate.name, "it cannot go on until the gate is done"),
         (moe.shared_expert_gate == "cmr", "shared_expert_gate", "cmr", "it does not see shares"),
     ):

@@ -86,8 +86,9 @@ class GraphNextToken(GraphDecoder):
         rows_T, held_BM = self.key_positions(positions_BS)
         context = positions_BS, rows_T, held_BM
         x_TH = self.embed_tokens(ids_BS)
+        of_batch = (positions_BS, ids_BS) if self.takes_ids else (positions_BS,)
         for layer in self.layers:
-            x_TH = layer(x_TH, context, (positions_BS,))
+            x_TH = layer(x_TH, context, of_batch)
         return self.last_logits(self.norm(x_TH), self.head_weight(), last_B)
 
     def reset_cache(self) -> None:

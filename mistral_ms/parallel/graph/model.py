@@ -80,7 +80,7 @@ class GraphBlock(DecoderBlock):
 
     def __init__(self, layer_factory: GraphLayerFactory, layer: int) -> None:
         super().__init__(layer_factory, layer)
-        self.takes_more = False  # the region has positions, and gates that take ids are refused
+        self.takes_more = False  # the region has positions, and where the gate takes them the ids
         self.pooled = (
             self.sparse and layer_factory.losses is not None and layer_factory.losses.pooled
         )
@@ -125,6 +125,7 @@ class GraphDecoder(nn.Cell):
     def __init__(self, layer_factory: GraphLayerFactory) -> None:
         super().__init__()
         config = layer_factory.config
+        self.takes_ids = config.moe is not None and config.moe.gate.takes_ids
         self.embed_tokens = layer_factory.embedding()
         self.layers = nn.CellList(
             [GraphBlock(layer_factory, layer) for layer in range(config.num_hidden_layers)]
@@ -206,12 +207,13 @@ class GraphModel(GraphDecoder):
             scales_B3: float32, equal rows: one over the counted labels of the whole batch, one
                 over its tokens that are not padding, the loss scale.
             random_B3: int32: for each row seed, step and the row's number in the global batch, what
-                gates draw from.
+                gates draw from; of a gate that routes by domains each row's, in a fourth column.
         """
         x_TH = self.embed_tokens(ids_BS)
         sums: tuple[Tensor, ...] = ()
+        of_batch = (positions_BS, scales_B3, ids_BS)[: 3 if self.takes_ids else 2]
         for layer in self.layers:
-            x_TH = layer(x_TH, (positions_BS, segments_BS), (positions_BS, scales_B3), random_B3)
+            x_TH = layer(x_TH, (positions_BS, segments_BS), of_batch, random_B3)
             if layer.pooled:
                 x_TH, summed = x_TH
                 sums = (*sums, summed)

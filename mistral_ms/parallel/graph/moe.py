@@ -109,7 +109,8 @@ class GraphMoE(nn.Cell):
         config, losses = layer_factory.config, layer_factory.losses
         assert config.moe is not None
         self.router = make_gate(config, layer_factory.routing, layer)
-        check_sparse_layer(self.router.moe)
+        check_sparse_layer(self.router.moe, layer_factory.parallel.pp)
+        self.ids = -1 if self.router.takes_ids else 0  # where they are in what comes of the batch
         self.spare_arguments = GATE_PARAMETERS - len(gate_parameters(self.router))
         for state in self.router.buffers().values():
             state.parallel_optimizer = False  # whole on every rank, which moves it on by itself
@@ -137,8 +138,9 @@ class GraphMoE(nn.Cell):
 
         Args:
             x_TH: token rows.
-            batch: positions [B, S], and in training scales [B, 3], see
-                :class:`~mistral_ms.parallel.graph.model.GraphModel`.
+            batch: positions [B, S], in training scales [B, 3], see
+                :class:`~mistral_ms.parallel.graph.model.GraphModel`, and last, for gates that take
+                them, the tokens [B, S].
             random_B3: in training, see there, too.
         """
         w1 = self.cast(self.experts.w1, self.dtype)
@@ -148,7 +150,7 @@ class GraphMoE(nn.Cell):
         if self.trained:
             given = (*given, batch[1], random_B3, self.metrics_buffer)
         weights, state = self.router.weights_and_state()
-        given = (*given, *weights, *state, *(batch[0],) * self.spare_arguments)
+        given = (*given, *weights, *state, *(batch[0],) * self.spare_arguments, batch[self.ids])
         for each in self.experts.adapters(batch[0]):
             given = (*given, self.cast(each, self.dtype) if self.adapted else each)
         if self.routes_adapted:

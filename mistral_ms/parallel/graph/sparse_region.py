@@ -24,10 +24,10 @@ from mistral_ms.models.objective import RouterLoss
 from mistral_ms.moe import (
     AdaptedTransposedExperts,
     Gate,
-    GateContext,
     RouterSums,
     TransposedExperts,
     gate_context,
+    gate_ids,
     kept_choices,
     masked,
     router_loss_terms,
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
 _cast = ops.Cast()
 
-GATE_PARAMETERS = 8
+GATE_PARAMETERS = 7
 """What a gate may have: MindSpore's Morph takes neither tuples nor any number of arguments ("does
 not support varargs", its compiler says), so each has a name here, and who has fewer hands in what
-nothing reads."""
+nothing reads; last come the ids of tokens, or something else where the gate does not take them."""
 
 
 class SparseRegion(Region):
@@ -76,11 +76,12 @@ class SparseRegion(Region):
         gate = [(None,) * each.ndim for each in gate_parameters(router)]
         gate += ["samples"] * (GATE_PARAMETERS - len(gate))
         low = layouts_of(adapters)
-        inputs = "whole_rows", "samples", "experts", "experts", "experts", *more, *gate, *low
+        inputs = "whole_rows", "samples", *("experts",) * 3, *more, *gate, "samples", *low
         two = ("whole_rows", "rows"), two_shapes, (0, ms.float32)
         one = ("whole_rows",), first_shape, (0,)
         super().__init__(layer_factory.sharding, inputs, *(two if summed else one))
         self.hidden_size = layer_factory.config.hidden_size
+        self.domains_and_ids = router.moe.gate.row_domains, layer_factory.config.vocab_size
         self.dispatcher, self.router = layer_factory.dispatcher(), router
         self.routes_adapted = "router" in adapters
         self.adapted, dtype = bool(adapters), layer_factory.dtype
@@ -98,16 +99,16 @@ class SparseRegion(Region):
         self,
         x_TH: Tensor, positions_BS: Tensor, w1_LH_I: Tensor, w3_LH_I: Tensor, w2_LH_I: Tensor,
         gate_0: Tensor, gate_1: Tensor, gate_2: Tensor, gate_3: Tensor,
-        gate_4: Tensor, gate_5: Tensor, gate_6: Tensor, gate_7: Tensor,
+        gate_4: Tensor, gate_5: Tensor, gate_6: Tensor, ids_BS: Tensor,
         w1_a: Tensor, w1_b: Tensor, w3_a: Tensor, w3_b: Tensor, w2_a: Tensor, w2_b: Tensor,
         router_a: Tensor, router_b: Tensor,
     ) -> Any:  # fmt: skip
         """[T, H] -> [T, H]."""
         if self.routes_adapted:
             gate_0 = with_adapter(gate_0, router_a, router_b, self.scaling)
-        gate = (gate_0, gate_1, gate_2, gate_3, gate_4, gate_5, gate_6, gate_7)
+        gate = (gate_0, gate_1, gate_2, gate_3, gate_4, gate_5, gate_6)
         valid_T = self.valid(positions_BS)
-        sent = self.dispatched(x_TH, valid_T, gate, None, positions_BS.shape[1])
+        sent = self.dispatched(x_TH, valid_T, gate, None, positions_BS.shape[1], ids_BS)
         adapters = (w1_a, w1_b, w3_a, w3_b, w2_a, w2_b)
         w1, w3, w2 = self.matrices(w1_LH_I, w3_LH_I, w2_LH_I)
         return self.results(sent, w1, w3, w2, adapters)
@@ -125,14 +126,18 @@ class SparseRegion(Region):
         x_TH: Tensor,
         valid_T: Tensor,
         gate: tuple[Tensor, ...],
-        context: GateContext | None,
+        random_B3: Tensor | None,
         columns: int,
+        ids_BS: Tensor,
     ) -> tuple[Any, ...]:
         """The gate's choice under its parameters, weights before state; the plan; and rows at the
         experts with their group sizes.
         """
         first, last = len(self.router.weight_names), len(self.router.buffer_names)
-        chosen = self.router.route(x_TH, gate[:first], gate[first : first + last], context)
+        ids_T = gate_ids(ids_BS, random_B3, *self.domains_and_ids)  # where the gate takes them
+        context = None if random_B3 is None else gate_context(random_B3, columns)
+        state = gate[first : first + last]
+        chosen = self.router.route_with_ids(x_TH, ids_T, gate[:first], state, context)
         priority_TK = self.router.priority(chosen, context)
         plan = self.dispatcher.plan(chosen, valid_T, priority_TK, columns)
         mask_TK = self.router.output_mask(chosen, context)
@@ -203,7 +208,7 @@ class TrainedSparseRegion(SparseRegion):
         x_TH: Tensor, positions_BS: Tensor, w1_LH_I: Tensor, w3_LH_I: Tensor, w2_LH_I: Tensor,
         scales_B3: Tensor, random_B3: Tensor, metrics_buffer: Tensor,
         gate_0: Tensor, gate_1: Tensor, gate_2: Tensor, gate_3: Tensor,
-        gate_4: Tensor, gate_5: Tensor, gate_6: Tensor, gate_7: Tensor,
+        gate_4: Tensor, gate_5: Tensor, gate_6: Tensor, ids_BS: Tensor,
         w1_a: Tensor, w1_b: Tensor, w3_a: Tensor, w3_b: Tensor, w2_a: Tensor, w2_b: Tensor,
         router_a: Tensor, router_b: Tensor,
     ) -> Any:  # fmt: skip
@@ -218,12 +223,12 @@ class TrainedSparseRegion(SparseRegion):
         size = samples * columns
         if self.routes_adapted:
             gate_0 = with_adapter(gate_0, router_a, router_b, self.scaling)
-        gate = (gate_0, gate_1, gate_2, gate_3, gate_4, gate_5, gate_6, gate_7)
+        gate = (gate_0, gate_1, gate_2, gate_3, gate_4, gate_5, gate_6)
         sent: tuple[Any, ...] = ()
         for i in range(self.groups):
             x, valid = self.part(x_TH, i, size), self.part(valid_T, i, size)
-            context = gate_context(self.part(random_B3, i, samples), columns)
-            sent = (*sent, (self.dispatched(x, valid, gate, context, columns), valid))
+            random, ids = self.part(random_B3, i, samples), self.part(ids_BS, i, samples)
+            sent = (*sent, (self.dispatched(x, valid, gate, random, columns, ids), valid))
         # fraction of the batch in its tokens, times the loss scale
         coefficients = self.coefficients * (scales_B3[0, 1] * scales_B3[0, 2])
         out: tuple[Tensor, ...] = ()
