@@ -1,5 +1,6 @@
-"""Gates that balance a whole dispatch group, and tokens that go on to other experts, with the
-experts of a layer on two ranks. A layer alone, operator by operator: nothing is compiled.
+"""Gates that balance a whole dispatch group, or choose by groups of experts, and tokens that go on
+to other experts, with the experts of a layer on two ranks. A layer alone, operator by operator:
+nothing is compiled.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ GATES = {
     "sinkhorn": ("sinkhorn_top_k", 2, DROPPING),
     "sinkhorn of one": ("sinkhorn_top_k", 1, RoutingConfig(allow_future=True)),
     "base": ({"name": "base_top_1", "epsilon": 0.1}, 1, RoutingConfig(allow_future=True)),
+    "groups of devices": (
+        {"name": "group_limited_top_k", "n_group": 4, "topk_group": 2},
+        2,
+        DROPPING,
+    ),
+    "one of each group": ({"name": "grouped_top_k", "n_group": 2}, 2, DROPPING),
     "reroute": ("switch_top_1", 1, DROPPING.model_copy(update={"reroute_rounds": 2})),
 }
 """The gate, experts of a token, and the policy."""

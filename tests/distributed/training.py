@@ -97,7 +97,7 @@ GATES = {
     "dp2 ep2 zero1, muon": StagedTopKSettings(frozen_experts=FROZEN),
     "dp4 ep2 zero1": RandomRoutedSettings(domains=DOMAINS),
     "pp2, two chunks": RandomRoutedSettings(domains=DOMAINS),
-    "generating": {"name": "hash_top_1", "table": "balanced"},
+    "generating": {"name": "hash_top_1", "hash_seed": 1},
 }
 """Gates other than the usual one: noise and state are those of one process, too. With the frozen
 experts outputs are held to those of another model: a stage of Lifelong-MoE. Domains: PanGu-Sigma's
