@@ -36,7 +36,7 @@ from mistral_ms.parallel.storage import GraphStorage
 from mistral_ms.training.state import FORMAT, OPTIMIZER, encode_state
 
 C, HALF = 7, 2  # ceil(1.1 * 2 * S / E)
-COMPILED = {"dp2_ep2": (1,), "dp2_mp2_pp2": (6,), "dp2_mp2_ep2_pp2": (0, 6)}
+COMPILED = {"dp2_mp2": (3,), "dp2_mp2_ep2_pp2": (0, 6)}
 """Ranks of each layout: the last stage; of one layout all stages, for their strategy files."""
 PIPELINE = "dp2_mp2_ep2_pp2"
 SIZES = dict(

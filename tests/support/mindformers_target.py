@@ -40,8 +40,7 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
-    "dp2_ep2": Layout(dp=2, ep=2),
-    "dp2_mp2_pp2": Layout(dp=2, mp=2, pp=2, dense=True),
+    "dp2_mp2": Layout(dp=2, mp=2, dense=True),
     "dp2_mp2_ep2_pp2": Layout(dp=2, mp=2, ep=2, pp=2),
 }
 
@@ -202,4 +201,4 @@ def predict() -> Step:
     return Step(model.net, (ids, ids, Tensor(np.zeros(2, np.int32))))
 
 
-dp2_ep2, dp2_mp2_pp2, dp2_mp2_ep2_pp2 = (partial(build, name) for name in LAYOUTS)
+dp2_mp2, dp2_mp2_ep2_pp2 = (partial(build, name) for name in LAYOUTS)
