@@ -1,6 +1,7 @@
 """No message advises what does not exist: every flag that the package names is a command's."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,7 @@ def declared(tree: ast.AST) -> set[str]:
     }
 
 
+@functools.cache
 def named() -> dict[str, set[str]]:
     """The flags that each file of the package names, but for those that it declares."""
     found = {}
