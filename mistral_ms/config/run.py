@@ -288,7 +288,8 @@ class RunConfig(Frozen):
         if given and (known == 1 or not set(given) <= set(range(known))):
             raise ValueError(
                 f"data.domains {list(given)}: the gate (model.moe.gate) knows "
-                f"{f'0 to {known - 1}' if known > 1 else 'none'}"
+                f"{f'0 to {known - 1}' if known > 1 else 'none'}: random_routed knows as many as "
+                "model.moe.gate.domains says"
             )
         if known > 1 and self.evaluation is not None:
             raise ValueError(

@@ -28,7 +28,14 @@ from mistral_ms.models.adapters import insert_adapters, set_magnitudes
 from mistral_ms.models.block import DecoderBlock
 from mistral_ms.models.layer_factory import LayerFactory
 from mistral_ms.models.model_chunk import ModelChunk
-from mistral_ms.moe import RouterSums, gate_context, gate_ids, stack_sums, update_gates
+from mistral_ms.moe import (
+    RouterSums,
+    check_domains_known,
+    gate_context,
+    gate_ids,
+    stack_sums,
+    update_gates,
+)
 from mistral_ms.weights import Specs, by_name, check_parameters, init_values, specs
 
 _gather = ops.Gather()
@@ -56,7 +63,7 @@ class CausalLM(nn.Cell):
         quantization: how the experts are quantised in memory; None: they are not.
 
     Raises:
-        ConfigError: experts that choose tokens in generation.
+        ConfigError: in generation experts that choose tokens, or that know domains.
         WeightError: its pieces have other parameters than the specifications describe.
     """
 
@@ -106,6 +113,7 @@ class CausalLM(nn.Cell):
         self.row_domains = 1 if config.moe is None else config.moe.gate.row_domains
         self.cached = cache is not None
         if cache is not None:
+            check_domains_known(self.row_domains)
             self.key_positions = layer_factory.key_positions(cache)
         self.specs = by_name(filter(self.model_chunk.holds, specs(config)))
         insert_adapters(self.layers, self.model_chunk, self.specs, config, layer_factory)

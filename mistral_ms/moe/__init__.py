@@ -40,7 +40,13 @@ from mistral_ms.moe.losses import (
     stack_sums,
     widened,
 )
-from mistral_ms.moe.routing import GateContext, Routing, gate_context, gate_ids
+from mistral_ms.moe.routing import (
+    GateContext,
+    Routing,
+    check_domains_known,
+    gate_context,
+    gate_ids,
+)
 from mistral_ms.moe.shared import SharedExpertGate, joined
 
 __all__ = [
@@ -60,6 +66,7 @@ __all__ = [
     "Routing",
     "SharedExpertGate",
     "TransposedExperts",
+    "check_domains_known",
     "gate_class",
     "gate_context",
     "gate_ids",

@@ -66,17 +66,32 @@ def gate_ids(ids_BS: Tensor, random_B3: Tensor | None, domains: int, vocab_size:
     if domains == 1:
         return ids_BS.reshape(-1)
     if random_B3 is None or random_B3.shape[1] < 4:
-        return _refuse_unknown_domains()
+        return _refuse_unknown_domains(domains)
     return (random_B3[:, 3:4] * vocab_size + ids_BS).reshape(-1)
 
 
+def check_domains_known(domains: int) -> None:
+    """For whoever cannot say which domain a row is of: before anything is compiled.
+
+    Args:
+        domains: how many the gate knows.
+
+    Raises:
+        ConfigError: several.
+    """
+    if domains > 1:
+        raise ConfigError(
+            "unknown domains",
+            where="model.moe.gate",
+            value=f"{domains} domains",
+            rule="routes by the domain of each row, which the train command and a program "
+            "(mistral_ms.mixtures.domains.DomainLM) tell it, and no other command",
+            todo="extract one domain",
+        )
+
+
 @constexpr
-def _refuse_unknown_domains() -> Tensor:
+def _refuse_unknown_domains(domains: int) -> Tensor:
     """Compiled code may not raise errors of ours; what is computed while compiling may."""
-    raise ConfigError(
-        "unknown domains",
-        where="model.moe.gate",
-        rule="routes by the domain of each row, which the train command and a program "
-        "(mistral_ms.mixtures.domains.DomainLM) tell it, and no other command",
-        todo="extract one domain",
-    )
+    check_domains_known(domains)
+    raise AssertionError(domains)

@@ -20,6 +20,7 @@ from mistral_ms.datasets import Batch, MindRecordSequences, SequenceSource
 from mistral_ms.errors import ConfigError, TokenizerError
 from mistral_ms.models import CausalLM, Scores
 from mistral_ms.models.quantized import quantized_model
+from mistral_ms.moe import check_domains_known
 from mistral_ms.ops.modes import graph_mode
 from mistral_ms.reading import is_file
 from mistral_ms.tokenizer import load_tokenizer
@@ -57,10 +58,12 @@ class Evaluator:
         batch_size: sequences at a time.
 
     Raises:
-        ConfigError: the routing's local groups do not divide such a batch.
+        ConfigError: the routing's local groups do not divide such a batch; a gate that knows
+            several domains.
     """
 
     def __init__(self, model: CausalLM, data: SequenceSource, batch_size: int = 8) -> None:
+        check_domains_known(model.row_domains)
         model.set_train(False)
         self.data, self.batch_size = data, min(batch_size, data.sequences)
         rule = model.routing.broken_groups(self.batch_size, data.seq_length)

@@ -126,7 +126,9 @@ def test_trains_resumes_extracts_evaluates(run_file, tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit) as info:
         main()
     assert info.value.code == 2
-    assert "unknown domains" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "unknown domains" in said
+    assert "construct" not in said, "nothing had been compiled"
 
 
 @pytest.mark.parametrize(

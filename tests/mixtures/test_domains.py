@@ -165,8 +165,11 @@ def test_a_group_of_one_expert_is_a_dense_model(batch, tmp_path):
 
 def test_what_is_refused(batch, tmp_path):
     ids, places = (Tensor(each) for each in batch)
-    with pytest.raises(ConfigError, match=r"unknown domains: model\.moe\.gate: routes by"):
+    unknown = r"unknown domains: model\.moe\.gate: 3 domains: routes by"
+    with pytest.raises(ConfigError, match=unknown):
         CausalLM(config())(ids, places)
+    with pytest.raises(ConfigError, match=unknown):  # generation, before anything is compiled
+        CausalLM(config(), cache=CacheSpec(4, 8))
     with pytest.raises(ConfigError, match="2 of 6 experts, 3 domains: random_routed has one"):
         moe = config().moe.model_copy(update={"num_experts_per_tok": 2})
         DomainLM(config().model_copy(update={"moe": moe}))

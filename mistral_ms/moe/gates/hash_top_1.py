@@ -46,7 +46,7 @@ class HashTop1Settings(GateSettings):
         if (self.table == "frequency") != (self.token_counts is not None):
             raise ValueError(
                 f"table {self.table} with token_counts {self.token_counts}: the table frequency "
-                "takes token_counts, and no other"
+                "is made by token_counts, and no other table is: give both or neither"
             )
         if self.table != "hash" and self.hash_seed:
             raise ValueError(f"hash_seed ({self.hash_seed}) needs table hash, not {self.table}")
