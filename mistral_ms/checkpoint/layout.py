@@ -108,5 +108,5 @@ def _stored(spec: ParamSpec, table: KeyTable) -> Stored:
             "weight without a name",
             where=spec.name,
             rule="the format has no such tensor",
-            todo="keep the model in the mistral_ms format",
+            todo="keep the model in the mistral_ms format (--to mindspore)",
         ) from None

@@ -278,7 +278,9 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
                 keys["layer_types"] = list(config.layer_types)
             if _means(keys, config):
                 return keys
-    refuse_first("Hugging Face's format", rules, "keep the model in the mistral_ms format")
+    refuse_first(
+        "Hugging Face's format", rules, "keep the model in the mistral_ms format (--to mindspore)"
+    )
     raise AssertionError  # one of them was broken
 
 

@@ -199,7 +199,7 @@ def to_mindformers(config: ModelConfig, use_past: bool = False) -> dict[str, Any
     Raises:
         ConfigError: a model that the format cannot express.
     """
-    todo = "keep the model in the mistral_ms format, or in hf where that has it"
+    todo = "keep the model in the mistral_ms format (--to mindspore), or in hf where that has it"
     refuse_first("MindFormers' format", _not_expressible(config), todo)
     data = config.model_dump(mode="json")
     if data["pad_token_id"] is None:

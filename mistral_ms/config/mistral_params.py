@@ -183,7 +183,7 @@ def to_mistral(config: ModelConfig) -> dict[str, Any]:
         ConfigError: a model that the format cannot express.
     """
     moe, layers = config.moe, config.num_hidden_layers
-    todo = "keep the model in the mistral_ms format, or in hf where that has it"
+    todo = "keep the model in the mistral_ms format (--to mindspore), or in hf where that has it"
     rules: list[Inexpressible] = [
         (
             not config.layer_kinds.default,
