@@ -65,7 +65,7 @@ class Dry:
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    pytest.importorskip("mindformers.core", reason="MindFormers is not installed")
     if reason := why_impossible():
         pytest.skip(reason)
     place = tmp_path_factory.mktemp("dry")
@@ -302,7 +302,7 @@ def test_a_checkpoint_for_many_ranks(dry, tmp_path, of):
 
 def test_inputs_are_those_of_the_whole_batch():
     """Against loops; padding at the end, its id inside, and labels that do not count."""
-    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    pytest.importorskip("mindformers.core", reason="MindFormers is not installed")
     from mistral_ms.mindformers.graph import WholeBatch
 
     ids = np.array([[5, 6, 0, 7, 8], [9, 4, 3, 0, 0], [3, 3, 3, 3, 3]], np.int32)
@@ -331,7 +331,7 @@ def test_router_losses_follow_the_loss_scale(monkeypatch):
     """One process on the CPU: the norm of all gradients, the router's among them, against
     PyNative's of the ordinary objective, whatever the scale.
     """
-    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    pytest.importorskip("mindformers.core", reason="MindFormers is not installed")
     from mindformers.core.lr import CosineWithWarmUpLR
     from mindformers.core.optim import AdamW
 

@@ -30,7 +30,7 @@ STATE = ("adam_m.lm_head.weight", "adam_v.model.norm_out.weight")
 
 @pytest.fixture(scope="module")
 def mixtral():
-    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    pytest.importorskip("mindformers.core", reason="MindFormers is not installed")
     from mistral_ms.mindformers import MixtralForCausalLM
 
     return MixtralForCausalLM

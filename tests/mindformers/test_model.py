@@ -67,7 +67,7 @@ def test_the_divided_graph_generates_as_the_model(mf, monkeypatch, tmp_path):
 
 
 def test_what_router_monitor_says():
-    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    pytest.importorskip("mindformers.core", reason="MindFormers is not installed")
     from mistral_ms.mindformers.monitor import StepLosses, describe
 
     routed, kept = np.array([[6.0, 2.0], [4.0, 4.0]]), np.array([[5.0, 2.0], [4.0, 4.0]])
@@ -82,7 +82,7 @@ def test_what_router_monitor_says():
 
 def test_router_monitor_counts_on_after_a_resume(monkeypatch):
     """Their trainer counts from 1 again, and tells MFLossMonitor how many steps there were."""
-    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    pytest.importorskip("mindformers.core", reason="MindFormers is not installed")
     from mindformers import MFLossMonitor
     from mindspore import nn
     from mindspore.train.callback._callback import InternalCallbackParam, RunContext
@@ -102,7 +102,7 @@ def test_router_monitor_counts_on_after_a_resume(monkeypatch):
 
 
 def test_columns_are_those_that_the_file_names():
-    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    pytest.importorskip("mindformers.core", reason="MindFormers is not installed")
     from mistral_ms.mindformers.wrapper import in_order
 
     assert in_order(("input_ids",), (1,)) == (1, None)

@@ -14,7 +14,7 @@ from mistral_ms.mixtures.moeify import moeify
 @pytest.fixture
 def llama():
     """Two layers on the CPU, in PyNative."""
-    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    pytest.importorskip("mindformers.core", reason="MindFormers is not installed")
     from mindformers.models.llama import LlamaConfig, LlamaForCausalLM
 
     types = ("compute_dtype", "param_init_type", "layernorm_compute_type")

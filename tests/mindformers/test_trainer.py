@@ -187,7 +187,7 @@ def found(request, prepared):
             pytest.skip("MINDFORMERS_2_1 names no directory with the unpacked wheel of 2.1")
         path = os.pathsep.join([str(wheel()), path])
     else:  # a fork of the process that has imported the installed version
-        pytest.importorskip("mindformers", reason="MindFormers is not installed")
+        pytest.importorskip("mindformers.core", reason="MindFormers is not installed")
         command, variables = [forked.__file__, session.__file__], {SOCKET: str(start_server()[1])}
     place = prepared.place / request.param
     place.mkdir()
@@ -231,7 +231,7 @@ def test_training_is_ours_step_by_step(found, prepared):
 @pytest.fixture(scope="module")
 def shared(prepared):
     """The directory of processes that trained with rows of their own, and then predicted."""
-    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    pytest.importorskip("mindformers.core", reason="MindFormers is not installed")
     place, rows_of_all = prepared.place, rows()[: ranks.STEPS * session.ROWS]
     # MindDataset deals rows out in turn; the first process is to have the first micro-batch
     turns = rows_of_all.reshape(ranks.STEPS, ranks.PROCESSES, -1, session.LENGTH + 1)
@@ -292,7 +292,7 @@ def test_a_training_of_theirs_goes_on_here(found, prepared, tmp_path):
 
 def test_their_launcher_trains_as_ours(prepared, tmp_path):
     """``run_mindformer.py`` as it is, with the shim: three steps from a Hugging Face directory."""
-    pytest.importorskip("mindformers", reason="MindFormers is not installed")
+    pytest.importorskip("mindformers.core", reason="MindFormers is not installed")
     launcher = os.environ.get("MINDFORMERS_LAUNCHER")
     if launcher is None or not Path(launcher).is_file():
         pytest.skip("MINDFORMERS_LAUNCHER names no run_mindformer.py of MindFormers 1.9")
