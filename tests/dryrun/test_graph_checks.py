@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 from support import configs
 
-from mistral_ms.config import RunConfig
+from mistral_ms.config import MoEArchitecture, RunConfig
 from mistral_ms.config.layout import Sizes
 from mistral_ms.errors import ConfigError, DryrunError, TopologyError
 from mistral_ms.parallel import graph
 from mistral_ms.parallel.dryrun.servers import check_servers
 from mistral_ms.parallel.graph import layer_factory
-from mistral_ms.parallel.graph.checks import check_run
+from mistral_ms.parallel.graph.checks import check_run, check_sparse_layer
 from mistral_ms.parallel.graph.sparse_region import gate_parameters
 from mistral_ms.parallel.topology import Topology
 
@@ -146,3 +146,11 @@ def test_layouts_that_stand_ins_cannot_compile_are_refused_before_they_are_asked
 )  # fmt: skip
 def test_layouts_that_compiled_are_not_refused(sizes):
     check_servers(Topology(sizes))
+
+
+def test_gates_by_ids_have_no_stages():
+    experts = dict(num_local_experts=4, num_experts_per_tok=1, norm_topk_prob=False)
+    moe = MoEArchitecture(gate="hash_top_1", **experts)
+    check_sparse_layer(moe, 1)
+    with pytest.raises(ConfigError, match=r"hash_top_1 .*parallel\.pp 2"):
+        check_sparse_layer(moe, 2)

@@ -240,13 +240,19 @@ def test_4096_cards_in_ten_seconds():
 
 
 def test_what_cannot_be_trained_is_not_planned():
-    """An auction in a gate is not for the graph; held-out data is for one process."""
+    """An auction in a gate is not for the graph, nor are ids of tokens for its later stages;
+    held-out data is for one process.
+    """
     gate = ("pretrain_mixtral_8x7b_32card", "model.moe.gate=base_top_1",
             "routing.allow_future=true",
             "model.moe.num_experts_per_tok=1", "model.moe.norm_topk_prob=false")  # fmt: skip
     with pytest.raises(ConfigError, match="no layout"):
         plan(run(*gate), Cluster.of(A2, 32))
     assert plan(run(*gate, "parallel.execution=explicit"), Cluster.of(A2, 32))
+    by_ids = run(gate[0], "model.moe.gate=hash_top_1", *gate[3:])
+    stages = {(each.execution, each.run.parallel.pp) for each in plan(by_ids, Cluster.of(A2, 32))}
+    assert {pp for execution, pp in stages if execution == "graph"} == {1}
+    assert ("explicit", 2) in stages
     judged = run("pretrain_mixtral_8x7b_32card", "evaluation={eval_steps: 5, dataset: x}")
     with pytest.raises(ConfigError, match="impossible evaluation: evaluation: 32 cards"):
         plan(judged, Cluster.of(A2, 32))

@@ -96,7 +96,7 @@ def check_sparse_layer(moe: MoEArchitecture, pp: int) -> None:
     """
     by_ids = moe.gate.takes_ids and pp > 1
     for broken, key, value, why in (
-        (by_ids, "gate", moe.gate.name, f"of parallel.pp {pp}, later ones get ids undivided"),
+        (by_ids, "gate", moe.gate.name, f"with parallel.pp {pp} it gets the ids of all ranks"),
         (moe.gate.explicit_only, "gate", moe.gate.name, "it cannot go on until the gate is done"),
         (moe.shared_expert_gate == "cmr", "shared_expert_gate", "cmr", "it does not see shares"),
     ):
